@@ -1,0 +1,191 @@
+//! The public call: options, and the four ways to run them.
+
+use candle_core::Tensor;
+
+use crate::mask::Mask;
+use crate::op::{FlashAttention, Output};
+use crate::packed::CuSeqlens;
+use crate::plan::{DeviceCaps, Plan};
+use crate::problem::Problem;
+use crate::Result;
+
+/// Attention of every query over the keys its mask lets it see.
+///
+/// For batch `b`, query `i`, head `h` and its key head `g = h / (num_heads / num_heads_k)`:
+///
+/// ```text
+/// s[j] = softmax_scale * q[b, i, h] . k[b, j, g]
+/// s[j] = softcap * tanh(s[j] / softcap)                        with a softcap
+/// s[j] = s[j] - slope[h] * |i + seqlen_k - seqlen_q - j|       with ALiBi slopes
+/// lse  = ln(sum over visible j of exp(s[j]))
+/// o[b, i, h] = sum over visible j of  exp(s[j] - lse) * v[b, j, g]
+/// ```
+///
+/// The `seqlen_q x seqlen_k` scores are never stored: extra memory is one float per query and head
+/// (FlashAttention-2, Dao 2023, algorithms 1 and 2).
+///
+/// | tensor | padded | packed | type |
+/// | --- | --- | --- | --- |
+/// | `q`, result | `(batch, seqlen_q, num_heads, head_dim)` | `(total_q, num_heads, head_dim)` | f64, f32, f16, bf16 |
+/// | `k`, `v` | `(batch, seqlen_k, num_heads_k, head_dim)` | `(total_k, num_heads_k, head_dim)` | as `q` |
+/// | lse | `(batch, num_heads, seqlen_q)` | `(num_heads, total_q)` | f32; f64 for f64 |
+///
+/// `num_heads` is a multiple of `num_heads_k` (grouped-query and multi-query attention; keys and values are not
+/// copied), `head_dim` is 1 to 512. The last axis must be contiguous; every other stride is free, 0 included. Sums run
+/// in f32 (f64 for f64).
+///
+/// Gradients flow to `q`, `k` and `v`, and from the lse too. The backward recomputes the scores; it may run several
+/// times over one graph. On the CPU the same inputs give the same bits, forward and backward, on any number of threads.
+///
+/// ```
+/// # use candle_core::{Device, Tensor, Var};
+/// # use candle_fa2::{Attention, Mask};
+/// let q = Var::randn(0f32, 1f32, (1, 3, 8, 64), &Device::Cpu)?;
+/// let k = Tensor::randn(0f32, 1f32, (1, 4, 2, 64), &Device::Cpu)?; // 4 query heads share each key head
+/// let o = Attention::new().mask(Mask::Causal).forward(&q, &k, &k)?;
+/// assert_eq!(o.dims(), q.dims());
+/// let grads = o.sum_all()?.backward()?;
+/// assert_eq!(grads.get(&q).unwrap().dims(), q.dims());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Attention {
+    pub(crate) mask: Mask,
+    pub(crate) softmax_scale: Option<f64>,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) alibi_slopes: Option<Tensor>,
+}
+
+impl Attention {
+    /// No mask, scale `1/sqrt(head_dim)`, no softcap, no ALiBi.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Which keys each query sees; [`Mask`] draws them.
+    pub fn mask(mut self, mask: Mask) -> Self {
+        self.mask = mask;
+        self
+    }
+
+    /// Factor of the scores; any finite number. Without it, `1/sqrt(head_dim)`.
+    pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
+        self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    /// Bounds the scaled scores smoothly to `(-softcap, softcap)`, as Gemma 2 does; finite and above 0.
+    pub fn softcap(mut self, softcap: f64) -> Self {
+        self.softcap = Some(softcap);
+        self
+    }
+
+    /// Linear biases by distance (ALiBi, Press et al. 2022): f32 of shape `(num_heads)` or `(batch, num_heads)`.
+    ///
+    /// No gradient is offered for the slopes, so slopes that are tracked for one are refused.
+    pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
+        self.alibi_slopes = Some(slopes.clone());
+        self
+    }
+
+    /// Attention over a padded batch; the result has the shape and type of `q`.
+    ///
+    /// # Errors
+    /// If shapes, types, strides, devices or options disagree with the table above, or the device has no kernel.
+    /// Nothing is computed then.
+    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        self.run(Problem::padded(self, q, k, v)?, q, k, v)
+    }
+
+    /// As [`Self::forward`], with the log-sum-exp of each row of scores (natural logarithm).
+    ///
+    /// Both results belong to the graph: use the lse to merge attention over parts of the keys, as ring attention does.
+    /// A row that sees no key has lse minus infinity.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_with_lse(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.run_with_lse(Problem::padded(self, q, k, v)?, q, k, v)
+    }
+
+    /// Attention within each sequence of a packed batch; the result has the shape and type of `q`.
+    ///
+    /// Sequence `b` holds the rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` of `q` and the rows
+    /// `cu_seqlens_k[b]..cu_seqlens_k[b + 1]` of `k` and `v`. The mask lines up the ends of each pair.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and if the lengths do not end at the tensors' last rows.
+    pub fn forward_packed(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &CuSeqlens,
+        cu_seqlens_k: &CuSeqlens,
+    ) -> Result<Tensor> {
+        self.run(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
+    }
+
+    /// [`Self::forward_packed`] with the log-sum-exp, shape `(num_heads, total_q)`.
+    ///
+    /// # Errors
+    /// As [`Self::forward_packed`].
+    pub fn forward_packed_with_lse(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &CuSeqlens,
+        cu_seqlens_k: &CuSeqlens,
+    ) -> Result<(Tensor, Tensor)> {
+        self.run_with_lse(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
+    }
+
+    /// Whether [`Self::forward`] would accept this call. Computes nothing.
+    ///
+    /// # Errors
+    /// The error that `forward` would return.
+    pub fn supports(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let problem = Problem::padded(self, q, k, v)?;
+        Plan::choose(&problem, &DeviceCaps::of(q.device())).map(drop)
+    }
+
+    /// Whether [`Self::forward_packed`] would accept this call. Computes nothing.
+    ///
+    /// # Errors
+    /// The error that `forward_packed` would return.
+    pub fn supports_packed(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &CuSeqlens,
+        cu_seqlens_k: &CuSeqlens,
+    ) -> Result<()> {
+        let problem = Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?;
+        Plan::choose(&problem, &DeviceCaps::of(q.device())).map(drop)
+    }
+
+    fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let op = self.op(problem, Output::O, q)?;
+        Ok(q.apply_op3(k, v, op)?)
+    }
+
+    /// A custom op has one result, so o and lse come as one flat tensor of the accumulator's type. The two views cut
+    /// from it keep both in the graph, and their gradients meet again in one backward of the op.
+    fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (shape_q, shape_lse) = (problem.shape_q(), problem.shape_lse());
+        let (o_len, lse_len) = (shape_q.iter().product(), shape_lse.iter().product());
+        let op = self.op(problem, Output::OAndLse, q)?;
+        let both = q.apply_op3(k, v, op)?;
+        let o = both.narrow(0, 0, o_len)?.reshape(shape_q)?.to_dtype(q.dtype())?;
+        let lse = both.narrow(0, o_len, lse_len)?.reshape(shape_lse)?;
+        Ok((o, lse))
+    }
+
+    fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
+        let plan = Plan::choose(&problem, &DeviceCaps::of(q.device()))?;
+        crate::plan::log(&problem, &plan);
+        Ok(FlashAttention::new(problem, plan, self.alibi_slopes.clone(), output))
+    }
+}

@@ -1,0 +1,328 @@
+//! dq, dk and dv, one task per (tile of keys, batch, key head); P is recomputed from lse.
+//!
+//! Pipeline   for each head of the group and each query tile that sees the keys:
+//!            S = q k^T, P = exp2(S - lse) | dP = do v^T, dS = P (dP - delta) | dv += P^T do | dk += dS^T q | dq += dS k
+//! Scratch    k^T, v^T, dk and dv of one tile, S and dP; q, k and do too where they are not in the accumulator's type.
+//! Shared     dq: tasks of neighbouring keys add to the same rows, one after the other in the order of the keys.
+//! Layout     S has one row per query, so that the lanes of a vector are keys and only k and v are transposed, once.
+//! Expects    what `Problem` has checked; lse of the same inputs.
+
+use std::ops::Range;
+
+use super::element::{Element, Real};
+use super::forward::{tile, transpose, within};
+use super::matmul::{matmul, matmul_visible, Mat, Out};
+use super::parallel::{for_each_task, Shared, Turns};
+use super::scores::{probabilities, score_gradients, Scoring};
+use super::Call;
+use crate::mask::Coverage;
+use crate::problem::{Sequence, Strides};
+
+/// The forward's result and what came back for it.
+pub(super) struct Upstream<'a, G> {
+    /// Output of the forward, contiguous.
+    pub(super) o: &'a [G],
+    /// Its gradient.
+    pub(super) do_: &'a [G],
+    /// Where the gradient's elements lie.
+    pub(super) do_strides: Strides,
+    /// Gradient of lse, in the order of lse.
+    pub(super) dlse: Option<&'a [G]>,
+}
+
+/// One tile of keys of one key head.
+struct Task {
+    sequence: Sequence,
+    head_k: usize,
+    n_block: usize,
+    cols: Range<usize>,
+    /// Where the sequence's tiles of queries begin among all sums of dq.
+    first_sum: usize,
+}
+
+/// Buffers of one thread, for one task after the other.
+struct Scratch<A> {
+    k: Vec<A>,
+    k_transposed: Vec<A>,
+    v_transposed: Vec<A>,
+    q: Vec<A>,
+    do_: Vec<A>,
+    p: Vec<A>,
+    ds: Vec<A>,
+    /// Derivative of the softcap; empty without one.
+    softcap: Vec<A>,
+    dk: Vec<A>,
+    dv: Vec<A>,
+}
+
+/// What every task reads and writes.
+struct Pass<'a, T: Element, G> {
+    call: &'a Call<'a>,
+    q: &'a [T],
+    k: &'a [T],
+    v: &'a [T],
+    lse: &'a [T::Acc],
+    /// rowsum(do * o), less the gradient of lse, in the order of lse.
+    delta: Vec<T::Acc>,
+    upstream: &'a Upstream<'a, G>,
+    dq: Shared<'a, T::Acc>,
+    turns: Turns,
+}
+
+/// dq, dk and dv, contiguous in the shapes of q, k and v.
+pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
+    call: &Call,
+    [q, k, v]: [&[T]; 3],
+    lse: &[T::Acc],
+    upstream: &Upstream<G>,
+) -> [Vec<T>; 3] {
+    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
+    let mut dq = vec![T::Acc::ZERO; problem.rows_q() * problem.num_heads * head_dim];
+    let (mut dk, mut dv) = (vec![T::default(); k_len], vec![T::default(); k_len]);
+
+    let delta = delta::<G>(call, upstream);
+    let (tasks, turns) = tasks(call);
+    let pass = Pass { call, q, k, v, lse, delta, upstream, dq: Shared::new(&mut dq), turns };
+    {
+        let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
+        let strides = problem.contiguous_k();
+        for_each_task(
+            tasks.len(),
+            || pass.scratch(),
+            |scratch, index| {
+                let _guard = pass.turns.guard();
+                let task = &tasks[index];
+                pass.run(task, scratch);
+                for (i, col) in task.cols.clone().enumerate() {
+                    let start = strides.start(task.sequence.batch, task.sequence.first_k + col, task.head_k);
+                    let row = i * head_dim..(i + 1) * head_dim;
+                    // SAFETY: each (batch, key head, key) belongs to one task.
+                    let (dk, dv) = unsafe { (dk.slice(start, head_dim), dv.slice(start, head_dim)) };
+                    T::narrow(&scratch.dk[row.clone()], dk);
+                    T::narrow(&scratch.dv[row], dv);
+                }
+            },
+        );
+    }
+    [T::from_acc(dq), dk, dv]
+}
+
+/// delta = rowsum(do * o) - dlse, in the order of lse.
+///
+/// The gradient of a score is `p * (dp - delta)` for o, and `p * dlse` for lse: one subtraction serves both.
+fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
+    // Rows per task: enough work to be worth handing out.
+    const ROWS: usize = 256;
+    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    let o_strides = problem.contiguous_q();
+    let mut tasks = Vec::new();
+    for sequence in problem.sequences() {
+        for start in (0..sequence.seqlen_q).step_by(ROWS) {
+            let rows = start..(start + ROWS).min(sequence.seqlen_q);
+            tasks.extend((0..problem.num_heads).map(|head| (sequence, head, rows.clone())));
+        }
+    }
+    let mut delta = vec![G::Acc::ZERO; problem.rows_q() * problem.num_heads];
+    let shared = Shared::new(&mut delta);
+    let scratch = || (vec![G::Acc::ZERO; head_dim], vec![G::Acc::ZERO; head_dim]);
+    for_each_task(tasks.len(), scratch, |(wide_o, wide_do), index| {
+        let (sequence, head, rows) = &tasks[index];
+        let first = problem.lse_start(sequence, *head) + rows.start;
+        // SAFETY: each (batch, head, row) belongs to one task.
+        let delta = unsafe { shared.slice(first, rows.len()) };
+        for (i, row) in rows.clone().enumerate() {
+            let o_start = o_strides.start(sequence.batch, sequence.first_q + row, *head);
+            let do_start = upstream.do_strides.start(sequence.batch, sequence.first_q + row, *head);
+            G::widen(&upstream.o[o_start..][..head_dim], wide_o);
+            G::widen(&upstream.do_[do_start..][..head_dim], wide_do);
+            delta[i] = call.arch.dispatch(|| dot(wide_o, wide_do));
+        }
+        if let Some(dlse) = upstream.dlse {
+            let mut wide = [G::Acc::ZERO; ROWS];
+            G::widen(&dlse[first..][..rows.len()], &mut wide[..rows.len()]);
+            delta.iter_mut().zip(wide).for_each(|(delta, dlse)| *delta -= dlse);
+        }
+    });
+    delta
+}
+
+/// Sum of products, in several lanes so that it can be vectorised.
+#[inline(always)]
+fn dot<A: Real>(a: &[A], b: &[A]) -> A {
+    const LANES: usize = 16;
+    let mut lanes = [A::ZERO; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = a.mul_add(b, *lane);
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+        *lane = a.mul_add(b, *lane);
+    }
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        let (low, high) = lanes.split_at_mut(width);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    lanes[0]
+}
+
+/// All tasks, and the order in which they add to the tiles of dq.
+///
+/// Earlier keys come first in all sequences and heads: under a causal mask they are seen by the most queries, and tasks
+/// that share a tile of dq are far apart.
+fn tasks(call: &Call) -> (Vec<Task>, Turns) {
+    let (problem, tile) = (call.problem, call.backward);
+    let mut tasks = Vec::new();
+    let mut first_turns = Vec::new();
+    for sequence in problem.sequences() {
+        let first_sum = first_turns.len();
+        for (n_block, start) in (0..sequence.seqlen_k).step_by(tile.block_n).enumerate() {
+            let cols = start..(start + tile.block_n).min(sequence.seqlen_k);
+            let task = |head_k| Task { sequence, head_k, n_block, cols: cols.clone(), first_sum };
+            tasks.extend((0..problem.num_heads_k).map(task));
+        }
+        let turns: Vec<usize> = m_blocks(call, &sequence).map(|(_, n_blocks)| n_blocks.start).collect();
+        (0..problem.num_heads).for_each(|_| first_turns.extend(&turns));
+    }
+    tasks.sort_by_key(|task| task.n_block);
+    (tasks, Turns::new(first_turns.into_iter()))
+}
+
+/// The tiles of queries of one sequence: their rows, and the tiles of keys that they see.
+fn m_blocks<'a>(call: &'a Call, sequence: &'a Sequence) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + 'a {
+    let (tile, sees) = (call.backward, call.problem.visibility(sequence));
+    (0..sequence.seqlen_q).step_by(tile.block_m).map(move |start| {
+        let rows = start..(start + tile.block_m).min(sequence.seqlen_q);
+        let keys = sees.keys_of(&rows);
+        let n_blocks = if keys.is_empty() { 0..0 } else { keys.start / tile.block_n..keys.end.div_ceil(tile.block_n) };
+        (rows, n_blocks)
+    })
+}
+
+impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
+    fn scratch(&self) -> Scratch<T::Acc> {
+        let (tile, head_dim) = (self.call.backward, self.call.problem.head_dim);
+        let zeros = |len: usize| vec![T::Acc::ZERO; len];
+        let (m, n) = (tile.block_m * head_dim, tile.block_n * head_dim);
+        let scores = tile.block_m * tile.block_n;
+        Scratch {
+            k: zeros(if T::IN_PLACE { 0 } else { n }),
+            k_transposed: zeros(n),
+            v_transposed: zeros(n),
+            q: zeros(if T::IN_PLACE { 0 } else { m }),
+            do_: zeros(if G::IN_PLACE { 0 } else { m }),
+            p: zeros(scores),
+            ds: zeros(scores),
+            softcap: zeros(if self.call.problem.softcap.is_some() { scores } else { 0 }),
+            dk: zeros(n),
+            dv: zeros(n),
+        }
+    }
+
+    /// Adds the task's share to dq, and leaves dk and dv of its keys in the scratch.
+    fn run(&self, task: &Task, scratch: &mut Scratch<T::Acc>) {
+        let problem = self.call.problem;
+        let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
+        let n = cols.len();
+        scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
+        scratch.dv[..n * head_dim].fill(T::Acc::ZERO);
+        let k = &self.k[problem.k.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
+        let v = &self.v[problem.v.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
+        transpose(k, problem.k.row, (n, head_dim), &mut scratch.k_transposed, n);
+        transpose(v, problem.v.row, (n, head_dim), &mut scratch.v_transposed, n);
+        let mut k_buffer = std::mem::take(&mut scratch.k);
+        let k_tile = tile(k, problem.k.row, (n, head_dim), &mut k_buffer);
+
+        let m_blocks: Vec<_> = m_blocks(self.call, sequence).collect();
+        let group = problem.group_size();
+        for head in task.head_k * group..(task.head_k + 1) * group {
+            for (m_block, (rows, n_blocks)) in m_blocks.iter().enumerate() {
+                if n_blocks.contains(&task.n_block) {
+                    let sum = task.first_sum + head * m_blocks.len() + m_block;
+                    self.step(task, head, rows, sum, k_tile, scratch);
+                }
+            }
+        }
+        scratch.k = k_buffer;
+    }
+
+    /// One tile of queries against the task's keys.
+    fn step(
+        &self,
+        task: &Task,
+        head: usize,
+        rows: &Range<usize>,
+        sum: usize,
+        k: Mat<T::Acc>,
+        scratch: &mut Scratch<T::Acc>,
+    ) {
+        let problem = self.call.problem;
+        let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
+        let (m, n) = (rows.len(), cols.len());
+        let sees = problem.visibility(sequence);
+        let partial = sees.coverage(rows, cols) != Coverage::Full;
+        let scoring = Scoring::<T::Acc>::new(problem, self.call.slope(sequence.batch, head));
+        let scale = T::Acc::from_f64_lossy(problem.softmax_scale);
+        let strides = &self.upstream.do_strides;
+
+        let q_start = problem.q.start(sequence.batch, sequence.first_q + rows.start, head);
+        let do_start = strides.start(sequence.batch, sequence.first_q + rows.start, head);
+        let q = tile(&self.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
+        let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim), &mut scratch.do_);
+        let first_row = problem.lse_start(sequence, head) + rows.start;
+        let (lse, delta) = (&self.lse[first_row..][..m], &self.delta[first_row..][..m]);
+
+        let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
+        let k_transposed = Mat::rows(&scratch.k_transposed, n);
+        let v_transposed = Mat::rows(&scratch.v_transposed, n);
+        matmul(Out::rows(p, n), (m, n, head_dim), false, scoring.product_factor, q, k_transposed);
+        matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
+        let softcap = &mut scratch.softcap;
+        self.call.arch.dispatch(|| {
+            for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
+                let row = rows.start + i;
+                let seen = if partial { within(&sees.keys(row), cols) } else { 0..n };
+                for outside in [0..seen.start, seen.end..n] {
+                    p[outside.clone()].fill(T::Acc::ZERO);
+                    ds[outside].fill(T::Acc::ZERO);
+                }
+                // Lane l of the visible part is key cols.start + seen.start + l.
+                let distance = (cols.start + seen.start) as isize - (row as isize + sees.shift());
+                let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
+                if scoring.has_softcap() {
+                    let derivative = &mut softcap[i * n..][seen];
+                    scoring.apply_keeping_derivative(p, derivative, distance);
+                    probabilities(p, lse[i] * T::Acc::LOG2_E);
+                    score_gradients(ds, p, delta[i]);
+                    ds.iter_mut().zip(derivative).for_each(|(ds, slope)| *ds *= *slope);
+                } else {
+                    scoring.apply(p, distance);
+                    probabilities(p, lse[i] * T::Acc::LOG2_E);
+                    score_gradients(ds, p, delta[i]);
+                }
+            }
+        });
+        let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
+        let queries = |i: usize| within(&sees.queries(cols.start + i), rows);
+        let keys = |i: usize| within(&sees.keys(rows.start + i), cols);
+        type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;
+        let (queries, keys): (Visible, Visible) = (partial.then_some(&queries), partial.then_some(&keys));
+        let size = (n, head_dim, m);
+        matmul_visible(Out::rows(&mut scratch.dv, head_dim), size, T::Acc::ONE, p.transposed(), do_, queries);
+        matmul_visible(Out::rows(&mut scratch.dk, head_dim), size, scale, ds.transposed(), q, queries);
+
+        let dq_strides = problem.contiguous_q();
+        let dq_start = dq_strides.start(sequence.batch, sequence.first_q + rows.start, head);
+        let dq_span = (m - 1) * dq_strides.row + head_dim;
+        self.turns.take(sum, task.n_block, || {
+            // SAFETY: these rows of this head belong to the sum whose turn this is.
+            let dq = unsafe { Out::new(self.dq.block(dq_start, dq_span), dq_strides.row) };
+            matmul_visible(dq, (m, head_dim, n), scale, ds, k, keys);
+        });
+    }
+}

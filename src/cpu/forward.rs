@@ -1,0 +1,201 @@
+//! o = softmax(mask(softmax_scale * q k^T)) v, one task per (tile of queries, batch, head).
+//!
+//! Pipeline   for each visible key tile, last first: S^T = k q^T | softcap, ALiBi, mask | softmax | o = o * rescale + P v
+//! Scratch    q^T, S^T and o of one tile; k and v too where they are not already in the accumulator's type.
+//! Layout     S^T has one row per key, so that the lanes of a vector are queries and q^T is the only transposed tile.
+//! Numerics   scores, maximum, sum, o in the accumulator's type; o is divided by the sum once, at the end.
+//! Expects    what `Problem` has checked.
+
+use std::ops::Range;
+
+use super::element::{Element, Real};
+use super::matmul::{matmul, matmul_visible, Mat, Out};
+use super::parallel::{for_each_task, Shared};
+use super::scores::{OnlineSoftmax, Scoring};
+use super::Call;
+use crate::mask::Coverage;
+use crate::problem::Sequence;
+
+/// One tile of queries of one head.
+struct Task {
+    sequence: Sequence,
+    head: usize,
+    rows: Range<usize>,
+}
+
+/// Buffers of one thread, for one task after the other.
+struct Scratch<A> {
+    q_transposed: Vec<A>,
+    k: Vec<A>,
+    v: Vec<A>,
+    scores: Vec<A>,
+    o: Vec<A>,
+    softmax: OnlineSoftmax<A>,
+}
+
+/// Fills `o`, contiguous in the shape of q, and `lse`.
+pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
+    call: &Call,
+    [q, k, v]: [&[T]; 3],
+    o: &mut [O],
+    lse: &mut [T::Acc],
+) {
+    let (problem, tile) = (call.problem, call.forward);
+    let head_dim = problem.head_dim;
+    let tasks = tasks(call);
+    let o_strides = problem.contiguous_q();
+    let (o, lse) = (Shared::new(o), Shared::new(lse));
+    let longest_k = tasks.iter().map(|task| task.sequence.seqlen_k).max().unwrap_or(0);
+    let (block_m, block_n) = (tile.block_m, tile.block_n.min(longest_k));
+    let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };
+    let scratch = || Scratch {
+        q_transposed: vec![T::Acc::ZERO; block_m * head_dim],
+        k: vec![T::Acc::ZERO; widened],
+        v: vec![T::Acc::ZERO; widened],
+        scores: vec![T::Acc::ZERO; block_m * block_n],
+        o: vec![T::Acc::ZERO; block_m * head_dim],
+        softmax: OnlineSoftmax::new(block_m),
+    };
+    for_each_task(tasks.len(), scratch, |scratch, index| {
+        let task = &tasks[index];
+        let (sequence, rows) = (&task.sequence, &task.rows);
+        attend(call, [q, k, v], task, scratch);
+        let sees = problem.visibility(sequence);
+        // SAFETY: each (batch, head, row) belongs to one task.
+        let lse = unsafe { lse.slice(problem.lse_start(sequence, task.head) + rows.start, rows.len()) };
+        for (i, row) in rows.clone().enumerate() {
+            let start = o_strides.start(sequence.batch, sequence.first_q + row, task.head);
+            // SAFETY: as above.
+            let o = unsafe { o.slice(start, head_dim) };
+            let unscaled = &mut scratch.o[i * head_dim..][..head_dim];
+            if sees.keys(row).is_empty() {
+                lse[i] = T::Acc::NEG_INFINITY;
+                unscaled.fill(T::Acc::ZERO);
+            } else {
+                let (sum, row_lse) = scratch.softmax.finish(i);
+                lse[i] = row_lse;
+                unscaled.iter_mut().for_each(|x| *x /= sum);
+            }
+            O::narrow(unscaled, o);
+        }
+    });
+}
+
+/// All tasks, those with the most visible keys first: a long task started last would leave the other threads idle.
+fn tasks(call: &Call) -> Vec<Task> {
+    let problem = call.problem;
+    let mut tasks = Vec::new();
+    for sequence in problem.sequences() {
+        let sees = problem.visibility(&sequence);
+        for start in (0..sequence.seqlen_q).step_by(call.forward.block_m) {
+            let rows = start..(start + call.forward.block_m).min(sequence.seqlen_q);
+            let work = rows.len() * sees.keys_of(&rows).len();
+            tasks.extend((0..problem.num_heads).map(|head| (work, Task { sequence, head, rows: rows.clone() })));
+        }
+    }
+    tasks.sort_by_key(|(work, _)| std::cmp::Reverse(*work));
+    tasks.into_iter().map(|(_, task)| task).collect()
+}
+
+/// Leaves the unnormalised output in `scratch.o`, and maximum and sum in `scratch.softmax`.
+fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
+    let (problem, block_n) = (call.problem, call.forward.block_n);
+    let (sequence, rows) = (&task.sequence, &task.rows);
+    let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
+    let scoring = Scoring::new(problem, call.slope(sequence.batch, task.head));
+    let sees = problem.visibility(sequence);
+    let m = rows.len();
+
+    scratch.softmax.reset();
+    scratch.o[..m * head_dim].fill(T::Acc::ZERO);
+    let visible = sees.keys_of(rows);
+    if visible.is_empty() {
+        return;
+    }
+    let q_start = problem.q.start(sequence.batch, sequence.first_q + rows.start, task.head);
+    transpose(&q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q_transposed, m);
+    let q_transposed = Mat::rows(&scratch.q_transposed, m);
+
+    // Last first, so that the ragged and diagonal tiles come before the run of full ones, as on the device.
+    for n_block in (visible.start / block_n..visible.end.div_ceil(block_n)).rev() {
+        let cols = (n_block * block_n).max(visible.start)..((n_block + 1) * block_n).min(visible.end);
+        let coverage = sees.coverage(rows, &cols);
+        if coverage == Coverage::Hidden {
+            continue;
+        }
+        let n = cols.len();
+        let k_start = problem.k.start(sequence.batch, sequence.first_k + cols.start, head_k);
+        let v_start = problem.v.start(sequence.batch, sequence.first_k + cols.start, head_k);
+        let k_tile = tile(&k[k_start..], problem.k.row, (n, head_dim), &mut scratch.k);
+        let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
+
+        let scores = &mut scratch.scores[..n * m];
+        matmul(Out::rows(scores, m), (n, m, head_dim), false, scoring.product_factor, k_tile, q_transposed);
+        let (softmax, o) = (&mut scratch.softmax, &mut scratch.o[..m * head_dim]);
+        call.arch.dispatch(|| {
+            if !scoring.is_identity() || coverage == Coverage::Partial {
+                for (col, scores) in cols.clone().zip(scores.chunks_exact_mut(m)) {
+                    scoring.apply(scores, rows.start as isize + sees.shift() - col as isize);
+                    let seen = within(&sees.queries(col), rows);
+                    scores[..seen.start].fill(T::Acc::NEG_INFINITY);
+                    scores[seen.end..].fill(T::Acc::NEG_INFINITY);
+                }
+            }
+            softmax.step(scores, m);
+            softmax.rescale(o, head_dim);
+        });
+        let seen = |i: usize| within(&sees.keys(rows.start + i), &cols);
+        let seen: Option<&dyn Fn(usize) -> Range<usize>> = (coverage == Coverage::Partial).then_some(&seen);
+        let p = Mat::rows(scores, m).transposed();
+        matmul_visible(Out::rows(o, head_dim), (m, head_dim, n), T::Acc::ONE, p, v_tile, seen);
+    }
+}
+
+/// The part of `range` inside `window`, counted from the start of `window`; empty ranges stay inside it.
+pub(super) fn within(range: &Range<usize>, window: &Range<usize>) -> Range<usize> {
+    let start = range.start.clamp(window.start, window.end) - window.start;
+    let end = range.end.clamp(window.start, window.end) - window.start;
+    start..end.max(start)
+}
+
+/// `rows x cols` elements whose rows lie `stride` apart, in the accumulator's type: in place, or widened into `buffer`.
+pub(super) fn tile<'a, T: Element>(
+    from: &'a [T],
+    stride: usize,
+    (rows, cols): (usize, usize),
+    buffer: &'a mut [T::Acc],
+) -> Mat<'a, T::Acc> {
+    match T::as_acc(from) {
+        Some(in_place) => Mat::rows(in_place, stride),
+        None => {
+            for (row, to) in buffer.chunks_exact_mut(cols).take(rows).enumerate() {
+                T::widen(&from[row * stride..][..cols], to);
+            }
+            Mat::rows(buffer, cols)
+        }
+    }
+}
+
+/// Writes the transpose of `rows x cols` elements, widened: column `c` becomes row `c`, `to_stride` apart.
+pub(super) fn transpose<T: Element>(
+    from: &[T],
+    stride: usize,
+    (rows, cols): (usize, usize),
+    to: &mut [T::Acc],
+    to_stride: usize,
+) {
+    // A strip of rows at a time: each write then fills part of a cache line that the next ones complete.
+    const STRIP: usize = 16;
+    let mut strip = [[T::Acc::ZERO; crate::problem::MAX_HEAD_DIM]; STRIP];
+    for first in (0..rows).step_by(STRIP) {
+        let count = STRIP.min(rows - first);
+        for (i, wide) in strip[..count].iter_mut().enumerate() {
+            T::widen(&from[(first + i) * stride..][..cols], &mut wide[..cols]);
+        }
+        for col in 0..cols {
+            for (i, wide) in strip[..count].iter().enumerate() {
+                to[col * to_stride + first + i] = wide[col];
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Attention on the host: the paper's algorithm, tile by tile, over tasks that any thread may take.
+//!
+//! The forward cuts the queries into tiles, the backward cuts the keys; each (batch, head, tile) is one task. Within a
+//! task the other side streams past, tiles that the mask hides are skipped, and no matrix of `seqlen x seqlen` exists.
+//! The order of every sum is fixed by the tiles alone, so the bits do not depend on the number of threads.
+
+mod backward;
+mod element;
+mod forward;
+mod matmul;
+mod parallel;
+mod scores;
+
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor, WithDType};
+use half::{bf16, f16};
+
+use self::element::Element;
+use crate::op::Output;
+use crate::plan::{Plan, Tile};
+use crate::problem::{Alibi, Problem, Strides};
+
+/// A [`Problem`] together with what the host needs to compute it.
+pub(crate) struct Call<'a> {
+    problem: &'a Problem,
+    forward: Tile,
+    backward: Tile,
+    /// ALiBi slopes, `(num_heads)` or `(batch, num_heads)`; empty without ALiBi.
+    slopes: Vec<f32>,
+    /// The widest vector instructions of this machine.
+    arch: pulp::Arch,
+}
+
+impl<'a> Call<'a> {
+    pub(crate) fn new(problem: &'a Problem, plan: &Plan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
+        let &Plan::Cpu { forward, backward } = plan;
+        let slopes = match alibi_slopes {
+            Some(slopes) => slopes.flatten_all()?.to_vec1()?,
+            None => Vec::new(),
+        };
+        Ok(Self { problem, forward, backward, slopes, arch: pulp::Arch::new() })
+    }
+
+    /// The ALiBi slope of one head.
+    fn slope(&self, batch: usize, head: usize) -> Option<f32> {
+        self.problem.alibi.map(|alibi| match alibi {
+            Alibi::PerHead => self.slopes[head],
+            Alibi::PerBatchAndHead => self.slopes[batch * self.problem.num_heads + head],
+        })
+    }
+}
+
+/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and lse.
+pub(crate) fn forward(call: &Call, output: Output, inputs: [&CpuStorage; 3]) -> Result<(CpuStorage, CpuStorage)> {
+    match call.problem.dtype {
+        DType::F64 => typed_forward::<f64>(call, output, inputs),
+        DType::F32 => typed_forward::<f32>(call, output, inputs),
+        DType::F16 => typed_forward::<f16>(call, output, inputs),
+        DType::BF16 => typed_forward::<bf16>(call, output, inputs),
+        other => unreachable!("Problem admits no {other:?}"),
+    }
+}
+
+/// Runs the backward over q, k, v, the result of the forward, its gradient and lse: dq, dk and dv.
+pub(crate) fn backward(call: &Call, output: Output, tensors: [&Tensor; 6]) -> Result<[CpuStorage; 3]> {
+    match call.problem.dtype {
+        DType::F64 => typed_backward::<f64>(call, output, tensors),
+        DType::F32 => typed_backward::<f32>(call, output, tensors),
+        DType::F16 => typed_backward::<f16>(call, output, tensors),
+        DType::BF16 => typed_backward::<bf16>(call, output, tensors),
+        other => unreachable!("Problem admits no {other:?}"),
+    }
+}
+
+fn typed_forward<T: Element>(
+    call: &Call,
+    output: Output,
+    [q, k, v]: [&CpuStorage; 3],
+) -> Result<(CpuStorage, CpuStorage)> {
+    let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
+    let rows = call.problem.rows_q() * call.problem.num_heads;
+    let o_len = rows * call.problem.head_dim;
+    match output {
+        Output::O => {
+            let mut o = vec![T::default(); o_len];
+            let mut lse = vec![T::Acc::default(); rows];
+            forward::forward(call, inputs, &mut o, &mut lse);
+            Ok((T::to_cpu_storage_owned(o), T::Acc::to_cpu_storage_owned(lse)))
+        }
+        Output::OAndLse => {
+            let mut both = vec![T::Acc::default(); o_len + rows];
+            let (o, lse) = both.split_at_mut(o_len);
+            forward::forward(call, inputs, o, lse);
+            let lse = lse.to_vec();
+            Ok((T::Acc::to_cpu_storage_owned(both), T::Acc::to_cpu_storage_owned(lse)))
+        }
+    }
+}
+
+fn typed_backward<T: Element>(
+    call: &Call,
+    output: Output,
+    [q, k, v, result, grad, lse]: [&Tensor; 6],
+) -> Result<[CpuStorage; 3]> {
+    let guards = [q, k, v, result, grad, lse].map(|tensor| tensor.storage_and_layout().0);
+    let [q, k, v, result, grad_storage, lse] = guards.each_ref().map(|guard| match &**guard {
+        Storage::Cpu(storage) => storage,
+        _ => unreachable!("Problem admits one device"),
+    });
+    let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
+    let lse = T::Acc::cpu_storage_as_slice(lse)?;
+    let grads = match output {
+        Output::O => {
+            let upstream = backward::Upstream {
+                o: T::cpu_storage_as_slice(result)?,
+                do_: T::cpu_storage_as_slice(grad_storage)?,
+                do_strides: Strides::of("do", grad.layout())?,
+                dlse: None,
+            };
+            backward::backward(call, inputs, lse, &upstream)
+        }
+        Output::OAndLse => {
+            let o_len = call.problem.rows_q() * call.problem.num_heads * call.problem.head_dim;
+            let grad_start = grad.layout().start_offset();
+            let (do_, dlse) = T::Acc::cpu_storage_as_slice(grad_storage)?[grad_start..].split_at(o_len);
+            let upstream = backward::Upstream {
+                o: &T::Acc::cpu_storage_as_slice(result)?[..o_len],
+                do_,
+                do_strides: call.problem.contiguous_q(),
+                dlse: Some(dlse),
+            };
+            backward::backward(call, inputs, lse, &upstream)
+        }
+    };
+    Ok(grads.map(T::to_cpu_storage_owned))
+}

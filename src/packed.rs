@@ -1,0 +1,166 @@
+//! Packed batches: sequences of different lengths laid end to end, without padding.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::{Error, Result};
+
+/// Where each sequence of a packed batch begins and ends: `[0, l0, l0 + l1, ..]`, one entry more than sequences.
+///
+/// Checked once, when it is made from host values. It keeps a host copy, the longest length and a copy on the device,
+/// so that no later call has to read the device.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fa2::CuSeqlens;
+/// let cu_seqlens = CuSeqlens::from_lengths(&[3, 0, 2], &Device::Cpu)?;
+/// assert_eq!(cu_seqlens.offsets(), [0, 3, 3, 5]);
+/// assert_eq!((cu_seqlens.batch(), cu_seqlens.total(), cu_seqlens.max_seqlen()), (3, 5, 3));
+///
+/// let padded = Tensor::arange(0f32, 9.0, &Device::Cpu)?.reshape((3, 3, 1))?;
+/// let packed = cu_seqlens.unpad(&padded)?;
+/// assert_eq!(packed.flatten_all()?.to_vec1::<f32>()?, [0.0, 1.0, 2.0, 6.0, 7.0]);
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct CuSeqlens {
+    offsets: Arc<[u32]>,
+    max_seqlen: usize,
+    tensor: Tensor,
+}
+
+impl CuSeqlens {
+    /// From cumulative lengths: the first is 0 and none is smaller than the one before.
+    ///
+    /// # Errors
+    /// [`Error::CuSeqlens`] if the values are empty, do not start at 0, or fall; an error of Candle if the copy to
+    /// `device` fails.
+    pub fn new(offsets: &[u32], device: &Device) -> Result<Self> {
+        let refuse = |rule, got: String| Err(Error::CuSeqlens { name: "cu_seqlens", rule, got });
+        match offsets.first() {
+            None => return refuse("must hold at least the leading 0", "no entries".into()),
+            Some(0) => {}
+            Some(first) => return refuse("must start at 0", first.to_string()),
+        }
+        if let Some(at) = offsets.windows(2).position(|pair| pair[1] < pair[0]) {
+            return refuse("must not fall", format!("{} after {} at entry {}", offsets[at + 1], offsets[at], at + 1));
+        }
+        let max_seqlen = offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(0);
+        let tensor = Tensor::new(offsets, device)?;
+        Ok(Self { offsets: offsets.into(), max_seqlen, tensor })
+    }
+
+    /// From the length of each sequence; lengths of 0 are fine.
+    ///
+    /// # Errors
+    /// [`Error::CuSeqlens`] if the lengths add up to more than `u32::MAX`; an error of Candle if the copy to `device`
+    /// fails.
+    pub fn from_lengths(lengths: &[usize], device: &Device) -> Result<Self> {
+        let mut offsets = Vec::with_capacity(lengths.len() + 1);
+        offsets.push(0u32);
+        let mut total = 0usize;
+        for &length in lengths {
+            total = total.saturating_add(length);
+            let offset = u32::try_from(total).map_err(|_| Error::CuSeqlens {
+                name: "cu_seqlens",
+                rule: "must not pass 4294967295 rows",
+                got: total.to_string(),
+            })?;
+            offsets.push(offset);
+        }
+        Self::new(&offsets, device)
+    }
+
+    /// From a `u32` tensor of cumulative lengths, shape `(batch + 1)`. Reads the device once.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if it is not `u32`, [`Error::Rank`] if it has more than one axis, otherwise as [`Self::new`].
+    pub fn from_tensor(offsets: &Tensor) -> Result<Self> {
+        if offsets.dtype() != DType::U32 {
+            return Err(Error::DType { tensor: "cu_seqlens", got: offsets.dtype(), supported: "U32" });
+        }
+        if offsets.rank() != 1 {
+            return Err(Error::Rank { tensor: "cu_seqlens", axes: "(batch + 1)", shape: offsets.dims().to_vec() });
+        }
+        Self::new(&offsets.to_vec1::<u32>()?, offsets.device())
+    }
+
+    /// The cumulative lengths.
+    pub fn offsets(&self) -> &[u32] {
+        &self.offsets
+    }
+
+    /// Number of sequences.
+    pub fn batch(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Rows of the packed tensors: the sum of all lengths.
+    pub fn total(&self) -> usize {
+        self.offsets.last().map_or(0, |&end| end as usize)
+    }
+
+    /// The longest length.
+    pub fn max_seqlen(&self) -> usize {
+        self.max_seqlen
+    }
+
+    /// The cumulative lengths on the device, `u32`, shape `(batch + 1)`.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// Drops the padding: `(batch, seqlen, ..)` to `(total, ..)`. Rows past a sequence's length are left out; gradients
+    /// flow back to the rows that were kept.
+    ///
+    /// # Errors
+    /// [`Error::Axis`] if the batch differs or `seqlen` is shorter than the longest length.
+    pub fn unpad(&self, padded: &Tensor) -> Result<Tensor> {
+        let shape = padded.dims().to_vec();
+        let &[batch, seqlen, ..] = shape.as_slice() else {
+            return Err(Error::Rank { tensor: "padded", axes: "(batch, seqlen)", shape });
+        };
+        if batch != self.batch() {
+            let (axis, other, expected) = ("batch", "cu_seqlens", self.batch());
+            return Err(Error::Axis { tensor: "padded", axis, got: batch, other, expected, shape });
+        }
+        if seqlen < self.max_seqlen {
+            let (axis, other, expected) = ("seqlen", "the longest sequence", self.max_seqlen);
+            return Err(Error::Axis { tensor: "padded", axis, got: seqlen, other, expected, shape });
+        }
+        let rows = self.padded_rows(seqlen, padded.device())?;
+        Ok(padded.flatten(0, 1)?.contiguous()?.index_select(&rows, 0)?)
+    }
+
+    /// Adds padding: `(total, ..)` to `(batch, max_seqlen, ..)`, zeros behind each sequence. Keeps the gradient.
+    ///
+    /// # Errors
+    /// [`Error::PackedRows`] if the tensor has another number of rows than the lengths add up to.
+    pub fn pad(&self, packed: &Tensor) -> Result<Tensor> {
+        let shape = packed.dims().to_vec();
+        let rows = shape.first().copied().unwrap_or(0);
+        if rows != self.total() {
+            let (cu_seqlens, end, tensor) = ("cu_seqlens", self.total(), "packed");
+            return Err(Error::PackedRows { cu_seqlens, end, tensor, rows, shape });
+        }
+        let (batch, seqlen) = (self.batch(), self.max_seqlen);
+        let mut flat = shape.clone();
+        flat[0] = batch * seqlen;
+        let index = self.padded_rows(seqlen, packed.device())?;
+        let zeros = Tensor::zeros(flat, packed.dtype(), packed.device())?;
+        let mut padded = vec![batch, seqlen];
+        padded.extend(&shape[1..]);
+        Ok(zeros.index_add(&index, &packed.contiguous()?, 0)?.reshape(padded)?)
+    }
+
+    /// For each packed row, its row in a batch padded to `seqlen`.
+    fn padded_rows(&self, seqlen: usize, device: &Device) -> Result<Tensor> {
+        let rows = self.offsets.windows(2).enumerate().flat_map(|(b, pair)| {
+            let start = (b * seqlen) as i64;
+            start..start + i64::from(pair[1] - pair[0])
+        });
+        let rows: Vec<i64> = rows.collect();
+        Ok(Tensor::from_vec(rows, self.total(), device)?)
+    }
+}
