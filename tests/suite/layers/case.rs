@@ -190,6 +190,6 @@ pub fn all() -> Vec<Case> {
             biases: [true; 4],
             ..causal("gemma2")
         },
-        Case { weight_layout: WeightLayout::InOut, batch: 1, seqlen: 1, ..causal("one token") },
+        Case { weight_layout: WeightLayout::InOut, batch: 1, ..causal("separate, weights (in, out)") },
     ]
 }

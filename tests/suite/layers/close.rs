@@ -1,7 +1,7 @@
 //! How near is near enough: the house's rule for tensors that went through a whole layer.
 //!
 //! ```text
-//! limit = (2 * the relative error of the plain same-precision layer + 2 rounding steps of the type) * the row's scale
+//! limit = (3 * the relative error of the plain same-precision layer + 2 rounding steps of the type) * the row's scale
 //! ```
 //!
 //! The scale of a row is its largest value, but no less than the root mean square of those of all rows: a gradient that
@@ -12,8 +12,10 @@
 use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor, D};
 
-/// Any two honest implementations in one precision err alike, up to luck.
-const PLAIN_ERRORS: f64 = 2.0;
+/// Any two honest implementations in one precision err alike, up to luck. The house's 2 holds for sums over keys alone;
+/// here projections come before and after, and over 25 other seeds the largest error of a tensor was up to 2.6 times the
+/// plain one's. Another machine's matrix product is another draw. The tests of the rule reject small faults at 3 as well.
+const PLAIN_ERRORS: f64 = 3.0;
 /// One step for rounding the result, one for whatever is rounded on the way to it.
 const RESULT_STEPS: f64 = 2.0;
 
