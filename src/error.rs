@@ -256,12 +256,12 @@ pub enum Error {
         /// How many positions the tables have.
         max_seqlen: usize,
     },
-    /// The rotary tables are on another device than the weights.
-    #[error("rotary: tables on device {got:?}, but the weights are on {expected:?}; build Rotary there")]
+    /// The rotary tables are on another device than the tensors that they turn.
+    #[error("rotary: tables on device {got:?}, but q and k are on {expected:?}; build Rotary there")]
     RotaryDevice {
         /// The device of the tables.
         got: DeviceLocation,
-        /// The device of the weights.
+        /// The device of q and k.
         expected: DeviceLocation,
     },
     /// A tensor is tracked for gradients, but writes to a KV cache drop them.

@@ -28,8 +28,7 @@ const SEQLEN_AXIS: usize = 1;
 /// | [`forward_packed`](Self::forward_packed) | `(total, embed_dim)`, sequences end to end | `xs` and every weight and bias |
 /// | [`forward_cached`](Self::forward_cached) | `(batch, new tokens, embed_dim)` | none: tracked input is refused |
 ///
-/// `xs` has the dtype and the device of the weights. Where the mask hides every key from a query (a window that ends
-/// before the first key), the row of `o` is 0.
+/// `xs` has the dtype and the device of the weights.
 ///
 /// The [module's page](crate::layers) has an example of training and decoding. GPT-2's weights load as they are:
 ///

@@ -1,6 +1,9 @@
 //! Rotary position embedding that keeps its gradient.
 
-use candle_core::{DType, Device, Tensor, D};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D};
 use candle_nn::rotary_emb;
 
 use crate::{CuSeqlens, Error, Result};
@@ -103,9 +106,9 @@ impl RotaryConfig {
 /// y' = x sin(p f) + y cos(p f)
 /// ```
 ///
-/// The fast forms in Candle (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) return a result without a gradient and
-/// without a word, so that `q_proj` and `k_proj` never learn. This one runs on their differentiable forms (`rope_slow`,
-/// `rope_i_slow`); gradients flow to `xs`.
+/// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) return a result that is cut off from the
+/// graph, without a word: the layers before it never learn. This one runs on the same kernels and adds the backward, a
+/// turn by the opposite angles; gradients flow to `xs`.
 ///
 /// The tables of cos and sin are computed in f64, rounded once to f32 and kept on the device,
 /// `(max_seqlen, rotary_dim / 2)` each. Cloning shares them: build one and hand a clone to every layer. f16 and bf16
@@ -181,8 +184,9 @@ impl Rotary {
     /// training, the length of the cache for decoding. The result has the shape of `xs`.
     ///
     /// # Errors
-    /// [`Error::Rank`], [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`,
-    /// [`Error::RotaryPositions`] if the last position has no row in the tables.
+    /// [`Error::Rank`]; [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`; [`Error::DType`] if it is not
+    /// a floating-point type; [`Error::RotaryDevice`] if the tables are elsewhere; [`Error::RotaryPositions`] if the last
+    /// position has no row in the tables.
     pub fn apply(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
         if xs.rank() != 4 {
             let axes = "(batch, seqlen, num_heads, head_dim)";
@@ -221,45 +225,108 @@ impl Rotary {
         Ok(RotaryRows { cos: self.cos.index_select(&positions, 0)?, sin: self.sin.index_select(&positions, 0)? })
     }
 
-    /// Turns `xs`, `(batch, seqlen, num_heads, head_dim)` or `(seqlen, num_heads, head_dim)`, by one row per token.
+    /// Turns `xs`, `(batch, seqlen, num_heads, head_dim)` or `(seqlen, num_heads, head_dim)`, by one row per token. The
+    /// result is contiguous.
     pub(super) fn turn(&self, xs: &Tensor, rows: &RotaryRows) -> Result<Tensor> {
-        let (head_dim, rotary_dim, dtype) = (xs.dims()[xs.rank() - 1], self.rotary_dim(), xs.dtype());
+        let (head_dim, rotary_dim) = (xs.dims()[xs.rank() - 1], self.rotary_dim());
         if head_dim < rotary_dim {
             return Err(Error::RotaryHeadDim { rotary_dim, head_dim });
+        }
+        if !matches!(xs.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
+            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: "F64, F32, F16, BF16" });
+        }
+        let (got, expected) = (self.device().location(), xs.device().location());
+        if got != expected {
+            return Err(Error::RotaryDevice { got, expected });
         }
         if xs.elem_count() == 0 {
             return Ok(xs.clone());
         }
-        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        let (cos, sin) = (rows.cos.to_dtype(wide)?, rows.sin.to_dtype(wide)?);
-        // Candle's forms take (batch, num_heads, seqlen, rotary_dim); the transposes are views.
-        let turning = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
-        let turning = if xs.rank() == 3 { turning.unsqueeze(0)? } else { turning }.transpose(1, 2)?;
-        let turned = match self.layout {
-            RotaryLayout::HalfSplit => rotary_emb::rope_slow(&turning, &cos, &sin)?,
-            RotaryLayout::Interleaved => rotary_emb::rope_i_slow(&turning, &cos, &sin)?,
-        };
-        let turned = turned.transpose(1, 2)?.to_dtype(dtype)?;
-        let turned = if xs.rank() == 3 { turned.squeeze(0)? } else { turned };
-        let turned = if head_dim == rotary_dim {
-            turned
-        } else {
-            let rest = xs.narrow(D::Minus1, rotary_dim, head_dim - rotary_dim)?;
-            Tensor::cat(&[&turned, &rest], D::Minus1)?
-        };
-        // Candle lays a concatenation of strided tensors out in any order of axes; attention reads heads as rows.
-        match turned.stride().last() {
-            Some(1) => Ok(turned),
-            _ => Ok(turned.contiguous()?),
+        let turned = turned(&xs.detach(), rows, self.layout)?;
+        if !xs.track_op() {
+            return Ok(turned);
         }
+        let back = RotaryRows { cos: rows.cos.clone(), sin: rows.sin.neg()? };
+        Ok(xs.apply_op1(Turn { back, layout: self.layout, turned: Mutex::new(Some(turned)) })?)
     }
 
     /// Whether positions `start..start + seqlen` have rows.
-    pub(super) fn check_positions(&self, start: usize, seqlen: usize) -> Result<()> {
+    fn check_positions(&self, start: usize, seqlen: usize) -> Result<()> {
         let (end, max_seqlen) = (start.saturating_add(seqlen), self.max_seqlen());
         if end > max_seqlen {
             return Err(Error::RotaryPositions { start, end, max_seqlen });
         }
         Ok(())
+    }
+}
+
+/// Turns `xs` outside the graph. Candle's fast kernels do the work, in f32 for the narrow types.
+fn turned(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core::Result<Tensor> {
+    let (shape, dtype) = (xs.shape(), xs.dtype());
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let (cos, sin) = (rows.cos.to_dtype(wide)?, rows.sin.to_dtype(wide)?);
+    let (head_dim, rotary_dim) = (xs.dim(D::Minus1)?, 2 * cos.dim(D::Minus1)?);
+
+    let xs = if xs.rank() == 3 { xs.unsqueeze(0)? } else { xs.clone() };
+    let turning = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
+    let turned = match layout {
+        RotaryLayout::HalfSplit => rotary_emb::rope_thd(&turning.contiguous()?, &cos, &sin)?,
+        // This one takes (batch, num_heads, seqlen, rotary_dim).
+        RotaryLayout::Interleaved => {
+            rotary_emb::rope_i(&turning.transpose(1, 2)?.contiguous()?, &cos, &sin)?.transpose(1, 2)?
+        }
+    };
+    let turned = turned.to_dtype(dtype)?;
+    let turned = if head_dim == rotary_dim {
+        turned
+    } else {
+        Tensor::cat(&[&turned, &xs.narrow(D::Minus1, rotary_dim, head_dim - rotary_dim)?], D::Minus1)?
+    };
+    turned.contiguous()?.reshape(shape)
+}
+
+/// The rotation as one node of the graph. It is linear and its inverse turns by the opposite angles, so that the backward
+/// needs neither the input nor the result.
+struct Turn {
+    /// The rows that turn back.
+    back: RotaryRows,
+    layout: RotaryLayout,
+    /// The result, computed before there was a node. The forward takes it out: the graph shall not hold it twice.
+    turned: Mutex<Option<Tensor>>,
+}
+
+impl Turn {
+    /// The storage of the result, which `of` finds for its device.
+    fn take<S: BackendStorage>(&self, of: impl Fn(&Storage) -> Option<&S>) -> candle_core::Result<(S, Shape)> {
+        let turned = self.turned.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let turned =
+            turned.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has run before"))?;
+        let (storage, layout) = turned.storage_and_layout();
+        let storage = of(&storage).ok_or_else(|| candle_core::Error::msg("rotary: the result changed its device"))?;
+        Ok((storage.try_clone(layout)?, layout.shape().clone()))
+    }
+}
+
+impl CustomOp1 for Turn {
+    fn name(&self) -> &'static str {
+        "rotary"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.take(|storage| match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        })
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.take(|storage| match storage {
+            Storage::Cuda(storage) => Some(storage),
+            _ => None,
+        })
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        turned(grad, &self.back, self.layout).map(Some)
     }
 }

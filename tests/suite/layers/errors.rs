@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use candle_fa2::layers::{
     MultiHeadAttention, MultiHeadAttentionConfig, Projections, Rotary, RotaryConfig, RotaryLayout, WeightLayout,
 };
@@ -110,6 +110,10 @@ fn rotary() -> Result<()> {
         rotary.apply(&zeros((1, 3, 2, 8))?, 14),
         "positions 14..17 reach past the rotary tables' max_seqlen 16; build Rotary with at least 17",
     );
+    refused(
+        rotary.apply(&zeros((1, 3, 2, 8))?.to_dtype(DType::U32)?, 0),
+        "xs: dtype U32 is not supported (supported: F64, F32, F16, BF16); convert with to_dtype",
+    );
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 17], &Device::Cpu)?;
     refused(
         rotary.apply_packed(&zeros((19, 2, 8))?, &cu_seqlens),
@@ -153,6 +157,20 @@ fn inputs() -> Result<()> {
     let text = module.forward(&zeros((2, 5, 63))?).expect_err("63 is not 64").to_string();
     assert_eq!(text, "xs: embed_dim is 63, but the layer has 64; shape [2, 5, 63]");
     Ok(())
+}
+
+/// The texts that take a second device to meet.
+#[test]
+fn devices() {
+    let (got, expected) = (DeviceLocation::Cpu, DeviceLocation::Cuda { gpu_id: 1 });
+    refused::<()>(
+        Err(Error::LayerDevice { got, expected }),
+        "xs: on device Cpu, but the weights are on Cuda { gpu_id: 1 }; move it with to_device",
+    );
+    refused::<()>(
+        Err(Error::RotaryDevice { got, expected }),
+        "rotary: tables on device Cpu, but q and k are on Cuda { gpu_id: 1 }; build Rotary there",
+    );
 }
 
 /// Gradients that a cache would drop.

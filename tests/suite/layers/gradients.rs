@@ -76,6 +76,23 @@ fn strided_input_equals_contiguous() -> Result<()> {
     Ok(())
 }
 
+/// A second backward over one graph gives the same bits: the nodes of attention and rotary embedding keep what they need.
+#[test]
+fn second_backward_repeats_the_first() -> Result<()> {
+    for case in case::all() {
+        let built = case.build(DType::F32)?;
+        let loss = built.layer.forward(&case.xs(DType::F32)?)?.sqr()?.sum_all()?;
+        let (first, second) = (loss.backward()?, loss.backward()?);
+        for (name, var) in built.vars() {
+            let grads =
+                [&first, &second].map(|grads| grads.get(var.as_tensor()).context("no gradient").and_then(values));
+            let [first, second] = grads;
+            assert_eq!(first?, second?, "{name} of {case}");
+        }
+    }
+    Ok(())
+}
+
 /// No tokens or no sequences: an empty result, and gradients of 0 (Candle gives a bias none at all then).
 #[test]
 fn empty_input() -> Result<()> {
