@@ -1,0 +1,37 @@
+// The f32 accumulator of mma.sync m16n8 (and of wgmma m64nN, seen from one warp), and its way to the next A operand.
+//
+// Of a 16 x 8j tile a thread holds rows lane / 4 and lane / 4 + 8, columns 8j + 2 (lane % 4) + {0, 1}:
+// element e of n-tile j is row lane / 4 + 8 (e / 2), column 8j + 2 (lane % 4) + e % 2.
+#pragma once
+
+#include "types.cuh"
+
+namespace fa2 {
+
+template <int kMTiles, int kNTiles>
+struct Accumulator {
+    float x[kMTiles][kNTiles][4];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) x[i][j][e] = 0.f;
+    }
+};
+
+__device__ __forceinline__ int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }
+__device__ __forceinline__ int fragment_col(int lane, int n_tile) { return 8 * n_tile + 2 * (lane % 4); }
+
+// The A operand of k-step `k_step` (16 columns) from accumulators of the same rows: no shuffle, only rounding.
+template <typename T, int kNTiles>
+__device__ __forceinline__ void to_a_operand(uint32_t (&a)[4], const float (&x)[kNTiles][4], int k_step) {
+    a[0] = pack2<T>(x[2 * k_step][0], x[2 * k_step][1]);
+    a[1] = pack2<T>(x[2 * k_step][2], x[2 * k_step][3]);
+    a[2] = pack2<T>(x[2 * k_step + 1][0], x[2 * k_step + 1][1]);
+    a[3] = pack2<T>(x[2 * k_step + 1][2], x[2 * k_step + 1][3]);
+}
+
+}  // namespace fa2

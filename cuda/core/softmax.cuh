@@ -1,0 +1,78 @@
+// Online softmax over the accumulators of S: the rescale is deferred, and only lse is kept (FlashAttention-2, 3.1).
+#pragma once
+
+#include "fragment.cuh"
+#include "types.cuh"
+
+namespace fa2 {
+
+// Running maximum and sum of the rows that a thread holds: two for each 16 rows of its warp.
+template <int kMTiles>
+struct OnlineSoftmax {
+    float max[kMTiles][2];  // of the scores, before the factor
+    float sum[kMTiles][2];  // this thread's columns only, until finish()
+
+    __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                max[i][half] = -INFINITY;
+                sum[i][half] = 0.f;
+            }
+    }
+
+    // Turns scores into exp2(factor * (score - max)), and rescales the sums and the output so far. factor > 0.
+    template <int kNTiles, int kDTiles>
+    __device__ __forceinline__ void step(Accumulator<kMTiles, kNTiles>& s, Accumulator<kMTiles, kDTiles>& o, float factor) {
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float row_max = max[i][half];
+#pragma unroll
+                for (int j = 0; j < kNTiles; ++j)
+                    row_max = fmaxf(row_max, fmaxf(s.x[i][j][2 * half], s.x[i][j][2 * half + 1]));
+                // The four threads of a row are neighbours.
+                row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
+                row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
+                // With nothing visible so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
+                const float reference = row_max == -INFINITY ? 0.f : row_max * factor;
+                const float rescale = exp2_approx(max[i][half] * factor - reference);
+                max[i][half] = row_max;
+                float row_sum = 0.f;
+#pragma unroll
+                for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float& x = s.x[i][j][2 * half + e];
+                        x = exp2_approx(fmaf(x, factor, -reference));
+                        row_sum += x;
+                    }
+                sum[i][half] = fmaf(sum[i][half], rescale, row_sum);
+#pragma unroll
+                for (int j = 0; j < kDTiles; ++j) {
+                    o.x[i][j][2 * half] *= rescale;
+                    o.x[i][j][2 * half + 1] *= rescale;
+                }
+            }
+    }
+
+    // Adds up the sums of a row's four threads; every thread then has its rows' sums.
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 1);
+                sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 2);
+            }
+    }
+
+    // Natural logarithm of the row's sum of exp(score).
+    __device__ __forceinline__ float lse(int i, int half, float factor) const {
+        return (max[i][half] * factor + log2f(sum[i][half])) * kLn2;
+    }
+};
+
+}  // namespace fa2

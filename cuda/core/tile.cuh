@@ -1,0 +1,46 @@
+// A tile in shared memory: rows of 16-bit elements in panels of 64 (or 32) columns, 16-byte chunks swizzled.
+//
+// A panel holds all rows of its columns, so a row of a panel is 128 (64) bytes: eight rows of one ldmatrix then differ only
+// in the swizzled chunk and touch each bank once.
+#pragma once
+
+#include "types.cuh"
+
+namespace fa2 {
+
+template <int kRows_, int kCols_>
+struct Tile {
+    static constexpr int kRows = kRows_;
+    static constexpr int kCols = kCols_;
+    static constexpr int kPanel = kCols % 64 == 0 ? 64 : 32;
+    static constexpr int kChunk = 8;  // elements in 16 bytes
+    static constexpr int kChunksPerRow = kCols / kChunk;
+    static constexpr int kBytes = kRows * kCols * 2;
+    static_assert(kCols % 32 == 0, "panels are 32 or 64 columns");
+    static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
+
+    // Byte offset of chunk `chunk` of row `row`.
+    __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
+        constexpr int kPanelChunks = kPanel / kChunk;
+        const int panel = chunk / kPanelChunks;
+        const int in_panel = chunk % kPanelChunks;
+        const int swizzled = in_panel ^ (kPanel == 64 ? row % 8 : (row / 2) % 4);
+        return uint32_t(panel * kRows * kPanel * 2 + row * kPanel * 2 + swizzled * 16);
+    }
+
+    // From `offset(row, chunk)` to `offset(row, chunk + step)`, where step is a constant that is a multiple of 2 and chunk is
+    // 0 or 1: exclusive or with this, plus `panel_step`. The row's swizzle stays in the base, so that a loop over columns
+    // needs one register and one instruction a step instead of a table.
+    __device__ __forceinline__ static constexpr uint32_t column_step(int step) { return step % (kPanel / kChunk) * 16; }
+    __device__ __forceinline__ static constexpr uint32_t panel_step(int step) {
+        return step / (kPanel / kChunk) * kRows * kPanel * 2;
+    }
+    __device__ __forceinline__ static uint32_t advance(uint32_t base, int step) {
+        return (base ^ column_step(step)) + panel_step(step);
+    }
+
+    // From `offset(row, chunk)` to `offset(row + rows, chunk)` for a multiple of 8 rows.
+    __device__ __forceinline__ static constexpr uint32_t row_step(int rows) { return rows * kPanel * 2; }
+};
+
+}  // namespace fa2

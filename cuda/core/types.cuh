@@ -1,0 +1,58 @@
+// Element types and the constants and conversions that every kernel shares.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace fa2 {
+
+constexpr int kWarpSize = 32;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+using f16 = __half;
+using bf16 = __nv_bfloat16;
+
+constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Two f32 rounded to nearest and packed, `low` in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack2(uint32_t packed);
+
+template <>
+__device__ __forceinline__ float2 unpack2<f16>(uint32_t packed) {
+    return __half22float2(*reinterpret_cast<__half2*>(&packed));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack2<bf16>(uint32_t packed) {
+    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&packed));
+}
+
+// 2^x, one MUFU instruction; subnormal results are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace fa2

@@ -1,0 +1,86 @@
+// What the host hands to a kernel. Strides are in elements; `Strides` and the structs have twins in src/cuda/params.rs.
+#pragma once
+
+#include <cstdint>
+
+namespace fa2 {
+
+// From one sequence, token or head to the next. The last axis has stride 1; rows begin at multiples of 16 bytes.
+struct Strides {
+    int64_t batch;  // 0 for packed tensors
+    int64_t row;
+    int64_t head;
+};
+
+// The sequences of one call and what is visible in them: the same for every kernel.
+struct Shape {
+    const uint32_t* cu_seqlens_q;  // (batch + 1), or null: padded
+    const uint32_t* cu_seqlens_k;  // (batch + 1), or null: padded
+    const float* alibi_slopes;     // (num_heads) or (batch, num_heads), or null
+    int64_t lse_batch;             // stride of lse and delta, 0 for packed
+    int64_t lse_head;              // stride of lse and delta
+    int32_t alibi_batch;           // stride of the slopes, 0 for one per head
+    int32_t batch;
+    int32_t seqlen_q;  // the longest, if packed
+    int32_t seqlen_k;  // the longest, if packed
+    int32_t num_heads;
+    int32_t num_heads_k;
+    int32_t head_dim;       // a multiple of 8, at most the kernel's kHeadDim
+    int32_t window_left;    // keys before the aligned one that are visible
+    int32_t window_right;   // keys after the aligned one that are visible
+    float product_factor;   // softmax_scale * log2 e; under a softcap softmax_scale / softcap
+    float softcap_log2;     // softcap * log2 e, or 0: none
+};
+
+struct FwdParams {
+    const void* q;  // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
+    const void* k;  // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
+    const void* v;  // as k
+    void* o;        // as q
+    float* lse;     // (batch, num_heads, seqlen_q) or (num_heads, total_q)
+    Strides q_strides;
+    Strides k_strides;
+    Strides v_strides;
+    Strides o_strides;
+    Shape shape;
+};
+
+// delta = rowsum(do * o) - dlse; runs before the main kernel.
+struct DeltaParams {
+    const void* o;      // contiguous, as q
+    const void* do_;    // as q
+    const float* dlse;  // as lse, or null
+    float* delta;       // as lse
+    Strides o_strides;
+    Strides do_strides;
+    Shape shape;
+};
+
+struct BwdParams {
+    const void* q;       // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
+    const void* k;       // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
+    const void* v;       // as k
+    const void* do_;     // as q
+    const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
+    const float* delta;  // as lse
+    float* dq;           // as q, contiguous, f32, zeros at the start
+    void* dk;            // as k, contiguous
+    void* dv;            // as k, contiguous
+    Strides q_strides;
+    Strides k_strides;
+    Strides v_strides;
+    Strides do_strides;
+    Strides dq_strides;
+    Strides dk_strides;  // of dk and dv
+    Shape shape;
+    float softmax_scale;  // of dq and dk
+};
+
+// f32 sums of dq, rounded to the input type.
+struct ConvertParams {
+    const float* from;
+    void* to;
+    int64_t elements;  // a multiple of 8
+};
+
+}  // namespace fa2
