@@ -28,15 +28,12 @@ struct Tile {
         return uint32_t(panel * kRows * kPanel * 2 + row * kPanel * 2 + swizzled * 16);
     }
 
-    // From `offset(row, chunk)` to `offset(row, chunk + step)`, where step is a constant that is a multiple of 2 and chunk is
-    // 0 or 1: exclusive or with this, plus `panel_step`. The row's swizzle stays in the base, so that a loop over columns
-    // needs one register and one instruction a step instead of a table.
-    __device__ __forceinline__ static constexpr uint32_t column_step(int step) { return step % (kPanel / kChunk) * 16; }
-    __device__ __forceinline__ static constexpr uint32_t panel_step(int step) {
-        return step / (kPanel / kChunk) * kRows * kPanel * 2;
-    }
+    // From `offset(row, chunk)` to `offset(row, chunk + step)` for a constant step, where adding carries no bit within a
+    // panel: chunk is 0 or 1 plus a multiple of kAligned, step is even and stays below kAligned, or chunk begins a panel.
+    // The row's swizzle stays in the base, so that a loop over columns needs one register and one instruction a step.
     __device__ __forceinline__ static uint32_t advance(uint32_t base, int step) {
-        return (base ^ column_step(step)) + panel_step(step);
+        constexpr int kPanelChunks = kPanel / kChunk;
+        return (base ^ uint32_t(step % kPanelChunks * 16)) + uint32_t(step / kPanelChunks * kRows * kPanel * 2);
     }
 
     // From `offset(row, chunk)` to `offset(row + rows, chunk)` for a multiple of 8 rows.

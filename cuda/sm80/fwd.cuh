@@ -17,6 +17,7 @@
 #include "../core/tile.cuh"
 #include "../params.h"
 #include "copy.cuh"
+#include "matmul.cuh"
 #include "mma.cuh"
 
 namespace fa2 {
@@ -41,38 +42,11 @@ struct FwdTraits {
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
-// s = q k^T for the warp's rows.
-template <typename Traits, typename S>
-__device__ __forceinline__ void multiply_q_k(S& s, uint32_t sQ, uint32_t sK, int warp_row, int lane) {
-    using TileQ = typename Traits::TileQ;
-    using TileK = typename Traits::TileK;
-    s.clear();
-    const uint32_t a_base = sQ + TileQ::offset(warp_row + lane % 16, lane / 16);
-    const uint32_t b_base = sK + TileK::offset(lane % 8 + 8 * (lane / 16), lane / 8 % 2);
-#pragma unroll
-    for (int k_step = 0; k_step < Traits::kHeadDim / 16; ++k_step) {
-        uint32_t a[Traits::kMTiles][4];
-#pragma unroll
-        for (int i = 0; i < Traits::kMTiles; ++i)
-            ldmatrix_x4(a[i], TileQ::advance(a_base, 2 * k_step) + TileQ::row_step(16 * i));
-#pragma unroll
-        for (int j = 0; j < Traits::kNTiles / 2; ++j) {
-            uint32_t b[4];
-            ldmatrix_x4(b, TileK::advance(b_base, 2 * k_step) + TileK::row_step(16 * j));
-#pragma unroll
-            for (int i = 0; i < Traits::kMTiles; ++i) {
-                mma_m16n8k16<typename Traits::T>(s.x[i][2 * j], a[i], b[0], b[1]);
-                mma_m16n8k16<typename Traits::T>(s.x[i][2 * j + 1], a[i], b[2], b[3]);
-            }
-        }
-    }
-}
-
 // o += p v for the warp's rows; p is rounded to the input type.
 template <typename Traits, typename O, typename S>
 __device__ __forceinline__ void multiply_p_v(O& o, const S& p, uint32_t sV, int lane) {
     using TileV = typename Traits::TileK;
-    const uint32_t b_base = sV + TileV::offset(lane % 16, lane / 16);
+    const OperandB<TileV, Order::kTransposed> v(sV, 0, lane);
 #pragma unroll
     for (int k_step = 0; k_step < Traits::kBlockN / 16; ++k_step) {
         uint32_t a[Traits::kMTiles][4];
@@ -81,7 +55,7 @@ __device__ __forceinline__ void multiply_p_v(O& o, const S& p, uint32_t sV, int 
 #pragma unroll
         for (int j = 0; j < Traits::kDTiles / 2; ++j) {
             uint32_t b[4];
-            ldmatrix_x4_trans(b, TileV::advance(b_base, 2 * j) + TileV::row_step(16 * k_step));
+            v.load(b, j, k_step);
 #pragma unroll
             for (int i = 0; i < Traits::kMTiles; ++i) {
                 mma_m16n8k16<typename Traits::T>(o.x[i][2 * j], a[i], b[0], b[1]);
@@ -142,7 +116,9 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
             v_copy.start(sV, first_col, sequence.seqlen_k);
             cp_async_commit();
             Accumulator<Traits::kMTiles, Traits::kNTiles> s;
-            multiply_q_k<Traits>(s, sQ, sK, warp_row, lane);
+            s.clear();
+            multiply<T, Traits::kHeadDim / 16>(s, OperandA<TileQ, Order::kContiguousK>(sQ, warp_row, lane),
+                                               OperandB<TileK, Order::kContiguousK>(sK, 0, lane));
 
             const bool partial = first_col < common.begin || first_col + Traits::kBlockN > common.end;
             if (Traits::kModified || partial) {

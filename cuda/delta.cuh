@@ -1,0 +1,52 @@
+// delta = rowsum(do * o) - dlse, one f32 per query and head. The backward's dS is P (dP - delta), for o and lse at once.
+//
+// Grid       (any, num_heads, batch); blocks stride over the rows.
+// Work       8 elements a thread; the threads of a row are neighbours, a power of two of them.
+#pragma once
+
+#include "core/mask.cuh"
+#include "core/types.cuh"
+#include "params.h"
+
+namespace fa2 {
+
+constexpr int kDeltaThreads = 256;
+
+template <typename T>
+__device__ __forceinline__ void delta(const DeltaParams& params) {
+    const Shape& shape = params.shape;
+    const int head = blockIdx.y, batch = blockIdx.z;
+    const Sequence sequence(shape, batch);
+    int lanes = 4;  // per row; head_dim is at most 256
+    while (lanes * 8 < shape.head_dim) lanes *= 2;
+    const int rows_per_block = kDeltaThreads / lanes;
+    const int chunk = threadIdx.x % lanes;
+    const auto start = [&](const void* tensor, const Strides& strides) {
+        return static_cast<const T*>(tensor) + batch * strides.batch + sequence.first_q * strides.row + head * strides.head;
+    };
+    const T* gO = start(params.o, params.o_strides);
+    const T* gDo = start(params.do_, params.do_strides);
+    const int64_t statistics = batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
+
+    const int first = blockIdx.x * rows_per_block + threadIdx.x / lanes;
+    for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {
+        float sum = 0.f;
+        if (row < sequence.seqlen_q && chunk * 8 < shape.head_dim) {
+            const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * 8);
+            const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * 8);
+            const uint32_t a[4] = {o.x, o.y, o.z, o.w}, b[4] = {do_.x, do_.y, do_.z, do_.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 x = unpack2<T>(a[i]), y = unpack2<T>(b[i]);
+                sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+            }
+        }
+        for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (chunk == 0 && row < sequence.seqlen_q) {
+            const float dlse = params.dlse == nullptr ? 0.f : params.dlse[statistics + row];
+            params.delta[statistics + row] = sum - dlse;
+        }
+    }
+}
+
+}  // namespace fa2

@@ -1,0 +1,294 @@
+// dq, dk and dv on mma.sync. One thread block, one (batch, head_k, n_block), every query head of the group.
+//
+// Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse.
+// Warps      share each product in two dimensions, so that an operand is read from shared memory by few of them:
+//            S, dP kWarpsM x the rest | dk, dv kWarpsN x the rest | dq kWarpsM x the rest.
+// Pipeline   wait q, do | S = q k^T | start next q | P | dP = do v^T | dS | dv += P^T do | start next do | dq = dS k |
+//            dk += dS^T q
+// Shared     sK, sV, sDo one tile each, sQ kStages tiles, sP and sDs kBlockM x kBlockN; the epilogue reuses sK and sV.
+// Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
+// Global     dq is added in f32, from all blocks of keys, in no fixed order.
+// Expects    as fwd.cuh; lse and delta of the same inputs.
+#pragma once
+
+#include "../core/fragment.cuh"
+#include "../core/mask.cuh"
+#include "../core/scores.cuh"
+#include "../core/tile.cuh"
+#include "../params.h"
+#include "copy.cuh"
+#include "matmul.cuh"
+
+namespace fa2 {
+
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, bool kModified_>
+struct BwdTraits {
+    using T = T_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kBlockM = kBlockM_;
+    static constexpr int kBlockN = kBlockN_;
+    static constexpr int kWarps = kWarps_;
+    static constexpr bool kModified = kModified_;
+    static constexpr int kThreads = kWarps * kWarpSize;
+    // Rows of warps: a warp's blocks are then as square as the tiles allow.
+    static constexpr int kWarpsM = kBlockM == 128 ? 4 : kBlockN == 128 ? 2 : 4;
+    static constexpr int kWarpsN = kBlockN == 128 ? 4 : 2;
+    // dq is head_dim wide: where its share of a warp would be an odd number of n8 tiles, more rows of fewer columns.
+    static constexpr int kWarpsQ = kHeadDim * kWarpsM / kWarps % 16 == 0 ? kWarpsM : 2 * kWarpsM;
+    static constexpr int kColsM = kWarps / kWarpsM;  // columns of warps beside kWarpsM rows
+    static constexpr int kColsN = kWarps / kWarpsN;
+    static constexpr int kColsQ = kWarps / kWarpsQ;
+    static constexpr int kMTiles = kBlockM / kWarpsM / 16;       // S, dP: m16 tiles of a warp
+    static constexpr int kNTiles = kBlockN / kColsM / 8;         // S, dP: n8 tiles of a warp
+    static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;     // dk, dv: m16 tiles of a warp
+    static constexpr int kKvDTiles = kHeadDim / kColsN / 8;      // dk, dv: n8 tiles of a warp
+    static constexpr int kQMTiles = kBlockM / kWarpsQ / 16;      // dq: m16 tiles of a warp
+    static constexpr int kQDTiles = kHeadDim / kColsQ / 8;       // dq: n8 tiles of a warp
+    using TileQ = Tile<kBlockM, kHeadDim>;
+    using TileK = Tile<kBlockN, kHeadDim>;
+    using TileP = Tile<kBlockM, kBlockN>;
+    static constexpr int kBytesOneStage = 2 * TileK::kBytes + 2 * TileQ::kBytes + 2 * TileP::kBytes;
+    // Two tiles of q where an A100 (163 KB) still has room.
+    static constexpr int kStages = kBytesOneStage + TileQ::kBytes <= 160 * 1024 ? 2 : 1;
+    static constexpr int kSharedBytes = kBytesOneStage + (kStages - 1) * TileQ::kBytes;
+};
+
+// Writes the warp's block of P or dS, rounded, where the next products read it.
+template <typename T, typename Tile, int kMTiles, int kNTiles>
+__device__ __forceinline__ void store_fragment(uint8_t* tile, const Accumulator<kMTiles, kNTiles>& acc, int first_row,
+                                               int first_col, int lane) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first_row + 16 * i + fragment_row(lane, half);
+                uint8_t* chunk = tile + Tile::offset(row, first_col / 8 + j);
+                *reinterpret_cast<uint32_t*>(chunk + lane % 4 * 4) =
+                    pack2<T>(acc.x[i][j][2 * half], acc.x[i][j][2 * half + 1]);
+            }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void backward(const BwdParams& params) {
+    using T = typename Traits::T;
+    using TileQ = typename Traits::TileQ;
+    using TileK = typename Traits::TileK;
+    using TileP = typename Traits::TileP;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const uint32_t sK = uint32_t(__cvta_generic_to_shared(shared));
+    const uint32_t sV = sK + TileK::kBytes;
+    const uint32_t sDo = sV + TileK::kBytes;
+    const uint32_t sP = sDo + TileQ::kBytes;
+    const uint32_t sDs = sP + TileP::kBytes;
+    const uint32_t sQ = sDs + TileP::kBytes;
+    uint8_t* const pP = shared + (sP - sK);
+    uint8_t* const pDs = shared + (sDs - sK);
+
+    const Shape& shape = params.shape;
+    const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
+    const int n_block = blockIdx.x, head_k = blockIdx.y, batch = blockIdx.z;
+    const Sequence sequence(shape, batch);
+    const Range cols{n_block * Traits::kBlockN, min((n_block + 1) * Traits::kBlockN, sequence.seqlen_k)};
+    if (cols.empty()) return;
+    const Visibility sees(shape, sequence);
+    const Range queries = sees.queries_of(cols);
+
+    // This warp's block of S, dP and dq, and of dk and dv.
+    const int s_row = warp % Traits::kWarpsM * (Traits::kBlockM / Traits::kWarpsM);
+    const int s_col = warp / Traits::kWarpsM * (Traits::kBlockN / Traits::kColsM);
+    const int q_row = warp % Traits::kWarpsQ * (Traits::kBlockM / Traits::kWarpsQ);
+    const int q_col = warp / Traits::kWarpsQ * (Traits::kHeadDim / Traits::kColsQ);
+    const int kv_row = warp % Traits::kWarpsN * (Traits::kBlockN / Traits::kWarpsN);
+    const int kv_col = warp / Traits::kWarpsN * (Traits::kHeadDim / Traits::kColsN);
+
+    Accumulator<Traits::kKvMTiles, Traits::kKvDTiles> dk, dv;
+    dk.clear();
+    dv.clear();
+
+    if (!queries.empty()) {
+        const auto start = [&](const void* tensor, const Strides& strides, int first_row, int head) {
+            return static_cast<const T*>(tensor) + batch * strides.batch + first_row * strides.row + head * strides.head;
+        };
+        const int m_first = queries.begin / Traits::kBlockM;
+        const int m_count = (queries.end - 1) / Traits::kBlockM + 1 - m_first;
+        const int group = shape.num_heads / shape.num_heads_k;
+        const int steps = m_count * group;
+        const auto start_q = [&](int step) {
+            const int head = head_k * group + step / m_count;
+            const T* gQ = start(params.q, params.q_strides, sequence.first_q, head);
+            TileCopy<TileQ, Traits::kThreads, T>(gQ, params.q_strides.row, shape.head_dim, thread)
+                .start(sQ + step % Traits::kStages * TileQ::kBytes, (m_first + step % m_count) * Traits::kBlockM,
+                       sequence.seqlen_q);
+        };
+        const auto start_do = [&](int step) {
+            const int head = head_k * group + step / m_count;
+            const T* gDo = start(params.do_, params.do_strides, sequence.first_q, head);
+            TileCopy<TileQ, Traits::kThreads, T>(gDo, params.do_strides.row, shape.head_dim, thread)
+                .start(sDo, (m_first + step % m_count) * Traits::kBlockM, sequence.seqlen_q);
+        };
+        TileCopy<TileK, Traits::kThreads, T>(start(params.k, params.k_strides, sequence.first_k, head_k),
+                                             params.k_strides.row, shape.head_dim, thread)
+            .start(sK, cols.begin, sequence.seqlen_k);
+        TileCopy<TileK, Traits::kThreads, T>(start(params.v, params.v_strides, sequence.first_k, head_k),
+                                             params.v_strides.row, shape.head_dim, thread)
+            .start(sV, cols.begin, sequence.seqlen_k);
+        start_q(0);
+        start_do(0);
+        cp_async_commit();
+
+        for (int step = 0; step < steps; ++step) {
+            const int head = head_k * group + step / m_count;
+            const int first_row = (m_first + step % m_count) * Traits::kBlockM;
+            const Range rows{first_row, min(first_row + Traits::kBlockM, sequence.seqlen_q)};
+            const uint32_t sQNow = sQ + step % Traits::kStages * TileQ::kBytes;
+            const Scoring<Traits::kModified> scoring(shape, sequence, batch, head);
+            const int64_t statistics = batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
+            float lse_log2[Traits::kMTiles][2], delta[Traits::kMTiles][2];
+#pragma unroll
+            for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = first_row + s_row + 16 * i + fragment_row(lane, half);
+                    // Rows past the end: exp2(score - inf) = 0.
+                    lse_log2[i][half] = row < rows.end ? params.lse[statistics + row] * kLog2e : INFINITY;
+                    delta[i][half] = row < rows.end ? params.delta[statistics + row] : 0.f;
+                }
+
+            cp_async_wait<0>();
+            __syncthreads();  // q and do have arrived, and every warp is done with the step before
+
+            Accumulator<Traits::kMTiles, Traits::kNTiles> p;
+            p.clear();
+            multiply<T, Traits::kHeadDim / 16>(p, OperandA<TileQ, Order::kContiguousK>(sQNow, s_row, lane),
+                                               OperandB<TileK, Order::kContiguousK>(sK, s_col, lane));
+            if (Traits::kStages == 2 && step + 1 < steps) {
+                start_q(step + 1);
+                cp_async_commit();
+            }
+
+            const Range common = sees.common_keys(rows);
+            const bool partial = cols.begin < common.begin || cols.begin + Traits::kBlockN > common.end;
+            // Under a softcap dS is multiplied by its derivative; it lives as long as P does.
+            Accumulator<Traits::kModified ? Traits::kMTiles : 1, Traits::kModified ? Traits::kNTiles : 1> derivative;
+#pragma unroll
+            for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+                for (int j = 0; j < Traits::kNTiles; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& x = p.x[i][j][e];
+                        if constexpr (Traits::kModified) {
+                            const int row = first_row + s_row + 16 * i + fragment_row(lane, e / 2);
+                            const int col = cols.begin + s_col + fragment_col(lane, j) + e % 2;
+                            x = scoring.apply(x, row, col, &derivative.x[i][j][e]);
+                        }
+                        x = exp2_approx(fmaf(x, scoring.factor, -lse_log2[i][e / 2]));
+                    }
+            if (partial) {
+#pragma unroll
+                for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+                    for (int j = 0; j < Traits::kNTiles; ++j)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int row = first_row + s_row + 16 * i + fragment_row(lane, e / 2);
+                            const int col = cols.begin + s_col + fragment_col(lane, j) + e % 2;
+                            if (!sees.visible(row, col)) p.x[i][j][e] = 0.f;
+                        }
+            }
+            store_fragment<T, TileP>(pP, p, s_row, s_col, lane);
+
+            Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
+            ds.clear();
+            multiply<T, Traits::kHeadDim / 16>(ds, OperandA<TileQ, Order::kContiguousK>(sDo, s_row, lane),
+                                               OperandB<TileK, Order::kContiguousK>(sV, s_col, lane));
+#pragma unroll
+            for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+                for (int j = 0; j < Traits::kNTiles; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& x = ds.x[i][j][e];
+                        x = p.x[i][j][e] * (x - delta[i][e / 2]);
+                        if constexpr (Traits::kModified) x *= derivative.x[i][j][e];
+                    }
+            store_fragment<T, TileP>(pDs, ds, s_row, s_col, lane);
+            __syncthreads();  // P and dS are there
+
+            multiply<T, Traits::kBlockM / 16>(dv, OperandA<TileP, Order::kTransposed>(sP, kv_row, lane),
+                                              OperandB<TileQ, Order::kTransposed>(sDo, kv_col, lane));
+            __syncthreads();  // every warp is done with do
+            if (step + 1 < steps) {
+                start_do(step + 1);
+                cp_async_commit();
+            }
+
+            Accumulator<Traits::kQMTiles, Traits::kQDTiles> dq;
+            dq.clear();
+            multiply<T, Traits::kBlockN / 16>(dq, OperandA<TileP, Order::kContiguousK>(sDs, q_row, lane),
+                                              OperandB<TileK, Order::kTransposed>(sK, q_col, lane));
+            float* gDq = params.dq + batch * params.dq_strides.batch +
+                         (sequence.first_q + first_row) * params.dq_strides.row + head * params.dq_strides.head;
+#pragma unroll
+            for (int i = 0; i < Traits::kQMTiles; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = q_row + 16 * i + fragment_row(lane, half);
+                    if (first_row + row < rows.end) {
+#pragma unroll
+                        for (int j = 0; j < Traits::kQDTiles; ++j) {
+                            const int col = q_col + fragment_col(lane, j);
+                            if (col < shape.head_dim) {
+                                float* to = gDq + row * params.dq_strides.row + col;
+                                const float2 share{dq.x[i][j][2 * half] * params.softmax_scale,
+                                                   dq.x[i][j][2 * half + 1] * params.softmax_scale};
+#if __CUDA_ARCH__ >= 900
+                                atomicAdd(reinterpret_cast<float2*>(to), share);
+#else
+                                atomicAdd(to, share.x);
+                                atomicAdd(to + 1, share.y);
+#endif
+                            }
+                        }
+                    }
+                }
+
+            multiply<T, Traits::kBlockM / 16>(dk, OperandA<TileP, Order::kTransposed>(sDs, kv_row, lane),
+                                              OperandB<TileQ, Order::kTransposed>(sQNow, kv_col, lane));
+            if (Traits::kStages == 1 && step + 1 < steps) {
+                __syncthreads();  // every warp is done with q
+                start_q(step + 1);
+                cp_async_commit();
+            }
+        }
+    }
+
+    // Epilogue: dk and dv through shared memory, so that global memory is written in 16-byte pieces.
+#pragma unroll
+    for (int i = 0; i < Traits::kKvMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < Traits::kKvDTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dk.x[i][j][e] *= params.softmax_scale;
+    __syncthreads();  // every warp is done with k and v
+    store_fragment<T, TileK>(shared, dk, kv_row, kv_col, lane);
+    store_fragment<T, TileK>(shared + TileK::kBytes, dv, kv_row, kv_col, lane);
+    __syncthreads();
+    const int64_t first = batch * params.dk_strides.batch + (sequence.first_k + cols.begin) * params.dk_strides.row +
+                          head_k * params.dk_strides.head;
+    T* gDk = static_cast<T*>(params.dk) + first;
+    T* gDv = static_cast<T*>(params.dv) + first;
+    for (int index = thread; index < TileK::kRows * TileK::kChunksPerRow; index += Traits::kThreads) {
+        const int row = index / TileK::kChunksPerRow, chunk = index % TileK::kChunksPerRow;
+        if (row < cols.end - cols.begin && chunk * TileK::kChunk < shape.head_dim) {
+            const int64_t at = row * params.dk_strides.row + chunk * TileK::kChunk;
+            *reinterpret_cast<uint4*>(gDk + at) = *reinterpret_cast<const uint4*>(shared + TileK::offset(row, chunk));
+            *reinterpret_cast<uint4*>(gDv + at) =
+                *reinterpret_cast<const uint4*>(shared + TileK::kBytes + TileK::offset(row, chunk));
+        }
+    }
+}
+
+}  // namespace fa2
