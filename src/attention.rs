@@ -147,7 +147,7 @@ impl Attention {
     /// The error that `forward` would return.
     pub fn supports(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let problem = Problem::padded(self, q, k, v)?;
-        Plan::choose(&problem, &DeviceCaps::of(q.device())).map(drop)
+        Plan::choose(&problem, &DeviceCaps::of(q.device())?).map(drop)
     }
 
     /// Whether [`Self::forward_packed`] would accept this call. Computes nothing.
@@ -163,7 +163,7 @@ impl Attention {
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<()> {
         let problem = Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?;
-        Plan::choose(&problem, &DeviceCaps::of(q.device())).map(drop)
+        Plan::choose(&problem, &DeviceCaps::of(q.device())?).map(drop)
     }
 
     fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -185,7 +185,7 @@ impl Attention {
 
     /// The operator of one checked call.
     pub(crate) fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
-        let plan = Plan::choose(&problem, &DeviceCaps::of(q.device()))?;
+        let plan = Plan::choose(&problem, &DeviceCaps::of(q.device())?)?;
         crate::plan::log(&problem, &plan);
         Ok(FlashAttention::new(problem, plan, self.alibi_slopes.clone(), output))
     }

@@ -165,6 +165,90 @@ pub enum Error {
         /// The device of q.
         device: DeviceLocation,
     },
+    /// The GPU is older than every kernel.
+    #[error(
+        "compute capability {}.{} of this GPU is not supported (supported: {}.{} and newer); move q, k and v with to_device(&Device::Cpu)",
+        got.0, got.1, oldest.0, oldest.1
+    )]
+    ComputeCap {
+        /// Major and minor compute capability of the GPU.
+        got: (u32, u32),
+        /// The oldest that a kernel runs on.
+        oldest: (u32, u32),
+    },
+    /// The head dimension has no CUDA kernel.
+    #[error(
+        "head_dim {head_dim} is not supported on CUDA (supported: multiples of 8 up to {max}); pad or split the heads"
+    )]
+    CudaHeadDim {
+        /// Size of the last axis of q.
+        head_dim: usize,
+        /// The largest that is supported.
+        max: usize,
+    },
+    /// Rows of a tensor do not begin at multiples of 16 bytes, which the CUDA kernels read at once.
+    #[error(
+        "{tensor}: rows must begin at multiples of 8 elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
+    )]
+    Alignment {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Where its first element lies in its storage.
+        offset: usize,
+        /// Its strides from one sequence, row and head to the next.
+        strides: [usize; 3],
+    },
+    /// A size that the CUDA kernels cannot count.
+    #[error("{name} is {got}, but a CUDA kernel takes at most {max}; split the call")]
+    CudaSize {
+        /// Name of the size.
+        name: &'static str,
+        /// Its value.
+        got: usize,
+        /// The largest that is supported.
+        max: usize,
+    },
+    /// No kernel of the table fits this GPU.
+    #[error(
+        "head_dim {head_dim} has no {dtype:?} {pass} kernel for compute capability {}.{} with {shared_bytes_per_block} bytes of shared memory a block ({}); add a line to cuda/instances.def",
+        compute_cap.0, compute_cap.1, if rejected.is_empty() { "none was built".to_string() } else { rejected.join(", ") }
+    )]
+    NoInstance {
+        /// What the kernel would compute: `forward` or `backward`.
+        pass: &'static str,
+        /// The dtype of q.
+        dtype: DType,
+        /// Size of the last axis of q.
+        head_dim: usize,
+        /// Major and minor compute capability of the GPU.
+        compute_cap: (u32, u32),
+        /// Shared memory that one thread block may ask for.
+        shared_bytes_per_block: usize,
+        /// Each kernel that was considered, and why it does not fit.
+        rejected: Vec<String>,
+    },
+    /// The driver refused a kernel.
+    #[error("{action} {kernel} failed: {cause}; {detail}")]
+    Driver {
+        /// `load` or `launch`.
+        action: &'static str,
+        /// Symbol of the kernel.
+        kernel: &'static str,
+        /// Name of the driver's error.
+        cause: String,
+        /// What was asked for.
+        detail: String,
+    },
+    /// An environment variable of this crate holds what it cannot.
+    #[error("{name} is {value:?}, expected {expected}")]
+    Environment {
+        /// Name of the variable.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// What it should be.
+        expected: &'static str,
+    },
     /// The backward ran on an operator whose forward never did.
     #[error("flash_attention: backward found no lse, the forward of this operator did not run")]
     NoForward,

@@ -72,7 +72,10 @@
 
 mod attention;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
+mod instances;
 pub mod layers;
 mod mask;
 mod op;

@@ -3,8 +3,12 @@
 use std::sync::OnceLock;
 
 use candle_core::op::BackpropOp;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::plan::Plan;
 use crate::problem::{Problem, Strides};
 use crate::{cpu, Error};
@@ -33,6 +37,38 @@ impl FlashAttention {
     pub(crate) fn new(problem: Problem, plan: Plan, alibi_slopes: Option<Tensor>, output: Output) -> Self {
         Self { problem, plan, alibi_slopes, output, lse: OnceLock::new() }
     }
+
+    fn result_shape(&self) -> Shape {
+        match self.output {
+            Output::O => Shape::from(self.problem.shape_q()),
+            Output::OAndLse => {
+                Shape::from(self.problem.rows_q() * self.problem.num_heads * (self.problem.head_dim + 1))
+            }
+        }
+    }
+
+    /// Puts lse where the backward finds it.
+    fn keep(&self, lse: Storage) {
+        let lse = Tensor::from_storage(lse, self.problem.shape_lse(), BackpropOp::none(), false);
+        // An op runs forward once; a value that is already there belongs to the same inputs.
+        let _ = self.lse.set(lse);
+    }
+
+    fn cpu_backward(&self, [q, k, v, result, grad, lse]: [&Tensor; 6]) -> Result<[CpuStorage; 3]> {
+        // Candle hands gradients on as they come: transposed, or broadcast from a sum.
+        let grad = match self.output {
+            Output::O if Strides::of("do", grad.layout()).is_ok() => grad.clone(),
+            _ => grad.contiguous()?,
+        };
+        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        cpu::backward(&call, self.output, [q, k, v, result, &grad, lse])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_call(&self) -> Result<cuda::Call<'_>> {
+        let Plan::Cuda(plan) = &self.plan else { unreachable!("Plan::choose gives a GPU's tensors Plan::Cuda") };
+        cuda::Call::new(&self.problem, plan, self.alibi_slopes.as_ref())
+    }
 }
 
 impl CustomOp3 for FlashAttention {
@@ -52,16 +88,23 @@ impl CustomOp3 for FlashAttention {
     ) -> Result<(CpuStorage, Shape)> {
         let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
         let (result, lse) = cpu::forward(&call, self.output, [q, k, v])?;
-        let shape = match self.output {
-            Output::O => Shape::from(self.problem.shape_q()),
-            Output::OAndLse => {
-                Shape::from(self.problem.rows_q() * self.problem.num_heads * (self.problem.head_dim + 1))
-            }
-        };
-        let lse = Tensor::from_storage(Storage::Cpu(lse), self.problem.shape_lse(), BackpropOp::none(), false);
-        // An op runs forward once; a value that is already there belongs to the same inputs.
-        let _ = self.lse.set(lse);
-        Ok((result, shape))
+        self.keep(Storage::Cpu(lse));
+        Ok((result, self.result_shape()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        _: &Layout,
+        k: &CudaStorage,
+        _: &Layout,
+        v: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (result, lse) = cuda::forward(&self.cuda_call()?, self.output, [q, k, v])?;
+        self.keep(Storage::Cuda(lse));
+        Ok((result, self.result_shape()))
     }
 
     fn bwd(
@@ -73,15 +116,17 @@ impl CustomOp3 for FlashAttention {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let lse = self.lse.get().ok_or(Error::NoForward)?;
-        // Candle hands gradients on as they come: transposed, or broadcast from a sum.
-        let grad = match self.output {
-            Output::O if Strides::of("do", grad.layout()).is_ok() => grad.clone(),
-            _ => grad.contiguous()?,
+        let tensors = [q, k, v, result, grad, lse];
+        let grads = match &self.plan {
+            Plan::Cpu { .. } => self.cpu_backward(tensors)?.map(Storage::Cpu),
+            #[cfg(feature = "cuda")]
+            Plan::Cuda(_) => cuda::backward(&self.cuda_call()?, self.output, tensors)?.map(Storage::Cuda),
+            #[cfg(not(feature = "cuda"))]
+            Plan::Cuda(_) => unreachable!("without the feature no device has these capabilities"),
         };
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let [dq, dk, dv] = cpu::backward(&call, self.output, [q, k, v, result, &grad, lse])?;
+        let [dq, dk, dv] = grads;
         let tensor = |input: &Tensor, storage| {
-            let grad = || Tensor::from_storage(Storage::Cpu(storage), input.dims(), BackpropOp::none(), false);
+            let grad = || Tensor::from_storage(storage, input.dims(), BackpropOp::none(), false);
             input.track_op().then(grad)
         };
         Ok((tensor(q, dq), tensor(k, dk), tensor(v, dv)))

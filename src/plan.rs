@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 use std::sync::{Mutex, OnceLock};
 
-use candle_core::{Device, DeviceLocation};
+use candle_core::{DType, Device, DeviceLocation};
 
-use crate::problem::Problem;
+use crate::instances::{Kernel, Pass, KERNELS};
+use crate::problem::{Problem, Strides};
 use crate::{Error, Result};
 
 /// What a plan needs to know about a device.
@@ -13,18 +14,55 @@ use crate::{Error, Result};
 pub enum DeviceCaps {
     /// The host.
     Cpu,
+    /// An NVIDIA GPU.
+    Cuda {
+        /// Major and minor compute capability.
+        compute_cap: (u32, u32),
+        /// Streaming multiprocessors.
+        multiprocessors: usize,
+        /// Shared memory that one thread block may ask for.
+        shared_bytes_per_block: usize,
+    },
     /// A device that no kernel of this build runs on.
     Other(DeviceLocation),
 }
 
 impl DeviceCaps {
-    /// The capabilities of `device`.
-    pub fn of(device: &Device) -> Self {
+    /// The capabilities of `device`. `CANDLE_FA2_SHARED_LIMIT` in the environment lowers a GPU's shared memory to so many
+    /// bytes a thread block, which selects the kernels of smaller GPUs.
+    ///
+    /// # Errors
+    /// An error of Candle if the driver does not answer, [`Error::Environment`] if the limit is not a number.
+    pub fn of(device: &Device) -> Result<Self> {
         match device {
-            Device::Cpu => Self::Cpu,
-            other => Self::Other(other.location()),
+            Device::Cpu => Ok(Self::Cpu),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let mut caps = crate::cuda::device_caps(device)?;
+                if let (Self::Cuda { shared_bytes_per_block, .. }, Some(limit)) = (&mut caps, shared_limit()?) {
+                    *shared_bytes_per_block = limit.min(*shared_bytes_per_block);
+                }
+                Ok(caps)
+            }
+            other => Ok(Self::Other(other.location())),
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn shared_limit() -> Result<Option<usize>> {
+    const NAME: &str = "CANDLE_FA2_SHARED_LIMIT";
+    // Asked once: each call of the operator comes by here.
+    static VALUE: OnceLock<Option<String>> = OnceLock::new();
+    let value = VALUE.get_or_init(|| std::env::var(NAME).ok().filter(|value| !value.is_empty()));
+    let parse = |value: &String| {
+        value.parse().map_err(|_| Error::Environment {
+            name: NAME,
+            value: value.clone(),
+            expected: "a number of bytes",
+        })
+    };
+    value.as_ref().map(parse).transpose()
 }
 
 /// Size of one tile of scores.
@@ -54,21 +92,189 @@ pub enum Plan {
         /// Tile of the backward: each task owns `block_n` keys.
         backward: Tile,
     },
+    /// On an NVIDIA GPU.
+    Cuda(CudaPlan),
 }
 
 impl Plan {
     /// The only place that says no to a device.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] if this build has no kernel for the device.
+    /// [`Error::NoKernel`] if this build has no kernel for the device; on an NVIDIA GPU also those of
+    /// [`CudaPlan::choose`].
     pub fn choose(problem: &Problem, caps: &DeviceCaps) -> Result<Self> {
         match caps {
             DeviceCaps::Cpu => {
                 Ok(Self::Cpu { forward: CPU_FORWARD.within(problem), backward: CPU_BACKWARD.within(problem) })
             }
+            DeviceCaps::Cuda { .. } => Ok(Self::Cuda(CudaPlan::choose(problem, caps, |_| true)?)),
             &DeviceCaps::Other(device) => Err(Error::NoKernel { dtype: problem.dtype, device }),
         }
     }
+}
+
+/// One launch of one kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// What runs.
+    pub kernel: &'static Kernel,
+    /// Thread blocks along x, y and z. With none along one of them there is nothing to do.
+    pub grid: (u32, u32, u32),
+}
+
+impl std::fmt::Display for Launch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let (grid, block, shared) = (self.grid, self.kernel.threads(), self.kernel.shared_bytes);
+        write!(f, "grid {grid:?}, block {block}, shared {shared} bytes")
+    }
+}
+
+impl std::fmt::Debug for Launch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} ({self})", self.kernel.name)
+    }
+}
+
+/// The kernels of one call on an NVIDIA GPU, in the order in which they run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaPlan {
+    /// o and lse.
+    pub forward: Launch,
+    /// delta, before the backward.
+    pub delta: Launch,
+    /// dk, dv and the f32 sums of dq.
+    pub backward: Launch,
+    /// dq from its sums.
+    pub convert: Launch,
+}
+
+impl CudaPlan {
+    /// Chooses among the kernels that `allow` lets pass.
+    ///
+    /// # Errors
+    /// If the GPU is too old, if no kernel takes the dtype, head_dim or strides, or if a size exceeds what a grid or an
+    /// index holds.
+    pub fn choose(problem: &Problem, caps: &DeviceCaps, allow: impl Fn(&Kernel) -> bool) -> Result<Self> {
+        let &DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = caps else {
+            return Err(Error::NoKernel { dtype: problem.dtype, device: problem.device });
+        };
+        check_cuda(problem, compute_cap)?;
+        let pick = |pass| pick(problem, pass, compute_cap, shared_bytes_per_block, &allow);
+        let (seqlen_q, seqlen_k) = (problem.max_seqlen_q(), problem.max_seqlen_k());
+        let (batch, num_heads) = (problem.batch() as u32, problem.num_heads as u32);
+        let blocks = |elements: usize, block: usize| elements.div_ceil(block) as u32;
+        let launch = |kernel, x, heads| Launch { kernel, grid: (x, heads, batch) };
+        let forward = pick(Pass::Forward)?;
+        let backward = pick(Pass::Backward)?;
+        let delta = helper(problem.dtype, Pass::Delta);
+        let convert = helper(problem.dtype, Pass::Convert);
+        // The threads of a row are a power of two. Any number of blocks is right: they stride over the rows.
+        let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
+        let dq_elements = problem.rows_q() * problem.num_heads * problem.head_dim;
+        Ok(Self {
+            forward: launch(forward, blocks(seqlen_q, forward.block_m), num_heads),
+            delta: launch(delta, blocks(seqlen_q, rows_per_block), num_heads),
+            // One block takes all query heads of its key head, so that dk and dv are written once.
+            backward: launch(backward, blocks(seqlen_k, backward.block_n), problem.num_heads_k as u32),
+            convert: Launch { kernel: convert, grid: (blocks(dq_elements, convert.threads() * CHUNK), 1, 1) },
+        })
+    }
+}
+
+/// Elements of 16 bytes, the size of every access to global memory.
+const CHUNK: usize = 8;
+
+/// Thread blocks along y and z of a grid.
+const MAX_GRID_YZ: usize = 65_535;
+
+/// Rows and bounds of the mask add up in 32 bits on the device: three of these stay below 2^31.
+pub(crate) const MAX_SEQLEN: usize = 1 << 29;
+
+/// What no CUDA kernel takes.
+fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
+    let oldest = KERNELS.iter().map(|kernel| kernel.compute_cap).min().unwrap_or_default();
+    if compute_cap < oldest {
+        return Err(Error::ComputeCap { got: compute_cap, oldest });
+    }
+    if !matches!(problem.dtype, DType::F16 | DType::BF16) {
+        return Err(Error::DType { tensor: "q", got: problem.dtype, supported: "F16, BF16 on CUDA" });
+    }
+    let max = KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0);
+    if problem.head_dim > max || !problem.head_dim.is_multiple_of(CHUNK) {
+        return Err(Error::CudaHeadDim { head_dim: problem.head_dim, max });
+    }
+    for (name, got, max) in [
+        ("batch", problem.batch(), MAX_GRID_YZ),
+        ("num_heads", problem.num_heads, MAX_GRID_YZ),
+        ("rows of q", problem.rows_q(), i32::MAX as usize),
+        ("rows of k", problem.rows_k(), i32::MAX as usize),
+        ("seqlen_q", problem.max_seqlen_q(), MAX_SEQLEN),
+        ("seqlen_k", problem.max_seqlen_k(), MAX_SEQLEN),
+    ] {
+        if got > max {
+            return Err(Error::CudaSize { name, got, max });
+        }
+    }
+    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
+    for (tensor, strides, shape) in [("q", problem.q, &shape_q), ("k", problem.k, &shape_k), ("v", problem.v, &shape_k)]
+    {
+        if !aligned(&strides, shape) {
+            let Strides { offset, batch, row, head } = strides;
+            return Err(Error::Alignment { tensor, offset, strides: [batch, row, head] });
+        }
+    }
+    Ok(())
+}
+
+/// Whether every row of a tensor begins at a multiple of 16 bytes, as the kernels' accesses need.
+pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
+    let (row_axis, head_axis) = (shape.len() - 3, shape.len() - 2);
+    let batch = if row_axis == 0 { 1 } else { shape[0] };
+    let axes = [(strides.batch, batch), (strides.row, shape[row_axis]), (strides.head, shape[head_axis])];
+    // The stride of an axis of one element is never used.
+    let steps = axes.into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));
+    shape.contains(&0) || (steps && strides.offset.is_multiple_of(CHUNK))
+}
+
+/// The kernel of a tiled pass: of those that this GPU runs, the one with the smallest head_dim that fits, then the one
+/// for the newest GPUs, then the first in cuda/instances.def.
+fn pick(
+    problem: &Problem,
+    pass: Pass,
+    compute_cap: (u32, u32),
+    shared_bytes_per_block: usize,
+    allow: impl Fn(&Kernel) -> bool,
+) -> Result<&'static Kernel> {
+    // A softmax with a factor of 0 or below has its maximum where q k is smallest: not what the plain kernels track.
+    let modified = problem.softcap.is_some() || problem.alibi.is_some() || problem.softmax_scale <= 0.0;
+    let takes = |kernel: &&Kernel| {
+        (kernel.pass, kernel.dtype, kernel.modified) == (pass, problem.dtype, modified)
+            && kernel.head_dim >= problem.head_dim
+            && allow(kernel)
+    };
+    let reason = |kernel: &Kernel| {
+        if compute_cap < kernel.compute_cap {
+            let (major, minor) = kernel.compute_cap;
+            return Some(format!("{} needs compute capability {major}.{minor}", kernel.name));
+        }
+        let bytes = kernel.shared_bytes;
+        (bytes > shared_bytes_per_block).then(|| format!("{} needs {bytes} bytes of shared memory", kernel.name))
+    };
+    let candidates = || KERNELS.iter().filter(takes);
+    let legal = candidates().filter(|kernel| reason(kernel).is_none());
+    // min_by_key takes the first of equals.
+    legal.min_by_key(|kernel| (kernel.head_dim, std::cmp::Reverse(kernel.compute_cap))).ok_or_else(|| {
+        let rejected: Vec<String> = candidates().filter_map(reason).collect();
+        let (dtype, head_dim) = (problem.dtype, problem.head_dim);
+        let pass = if pass == Pass::Forward { "forward" } else { "backward" };
+        Error::NoInstance { pass, dtype, head_dim, compute_cap, shared_bytes_per_block, rejected }
+    })
+}
+
+/// The kernel of a pass that has no tiles.
+fn helper(dtype: DType, pass: Pass) -> &'static Kernel {
+    let found = KERNELS.iter().find(|kernel| (kernel.pass, kernel.dtype) == (pass, dtype));
+    found.expect("build.rs makes delta and convert for every element type")
 }
 
 /// S, and the tiles of q, k, v and o beside it, stay within a core's L2 cache (1 to 2 MB) up to the largest head_dim.

@@ -3,11 +3,16 @@
 
 use candle_core::{CustomOp3, Tensor};
 
+pub use crate::instances::{Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
-use crate::op::FlashAttention;
-pub use crate::plan::{DeviceCaps, Plan, Tile};
+use crate::op::{FlashAttention, Output};
+pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Result};
+
+/// Registers, local and shared memory of each CUDA kernel as ptxas reported them: CSV with a header.
+#[cfg(feature = "cuda")]
+pub const KERNEL_REPORT: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.csv"));
 
 /// One padded call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
 pub struct Call {
@@ -21,7 +26,17 @@ impl Call {
     /// # Errors
     /// As [`Attention::forward`].
     pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        let op = attention.op(Problem::padded(attention, q, k, v)?, crate::op::Output::O, q)?;
+        let op = attention.op(Problem::padded(attention, q, k, v)?, Output::O, q)?;
+        Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+    }
+
+    /// Checks the call and runs it as `plan` says, which must be for the same problem.
+    ///
+    /// # Errors
+    /// Those of the checks of shapes and strides.
+    pub fn with_plan(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor, plan: Plan) -> Result<Self> {
+        let problem = Problem::padded(attention, q, k, v)?;
+        let op = FlashAttention::new(problem, plan, attention.alibi_slopes.clone(), Output::O);
         Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
     }
 

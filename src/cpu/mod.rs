@@ -32,7 +32,9 @@ pub(crate) struct Call<'a> {
 
 impl<'a> Call<'a> {
     pub(crate) fn new(problem: &'a Problem, plan: &Plan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
-        let &Plan::Cpu { forward, backward } = plan;
+        let &Plan::Cpu { forward, backward } = plan else {
+            unreachable!("Plan::choose gives the host's tensors Plan::Cpu")
+        };
         let slopes = match alibi_slopes {
             Some(slopes) => slopes.flatten_all()?.to_vec1()?,
             None => Vec::new(),

@@ -1,0 +1,671 @@
+//! Turns cuda/instances.def into the table that `Plan` chooses from and, with the feature `cuda`, into kernels.
+//!
+//! | written to OUT_DIR | what it is |
+//! | --- | --- |
+//! | instances.rs | one `Kernel` per line, element type and variant; the only file written without the feature |
+//! | UNIT.cu | one per line: `extern "C"` kernels around the templates in cuda/ |
+//! | UNIT.fatbin | its machine code for each GPU asked for, and PTX that later GPUs compile when they load it |
+//! | images.rs | the fatbins, in the order that `Kernel::image` counts |
+//! | layout.rs | size and offsets of the parameter structs, asserted by both compilers |
+//! | kernels.csv | registers, local and shared memory of each kernel, as ptxas reports them |
+//!
+//! | variable | meaning |
+//! | --- | --- |
+//! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where the compiler is, in this order, as for Candle's own kernels |
+//! | `CUDA_COMPUTE_CAP` | the GPU to compile for, as Candle takes it: `90`; without it nvidia-smi is asked |
+//! | `CANDLE_FA2_CUDA_ARCHS` | several of them instead: `80,86,89,90` |
+//! | `CANDLE_FA2_SPILLS` | `warn`: local memory that instances.def does not list is a warning, not an error |
+
+use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::{env, fs, thread};
+
+const DTYPES: [(&str, &str); 2] = [("f16", "F16"), ("bf16", "BF16")];
+const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "--use_fast_math", "-Xptxas", "-v"];
+const WARP_SIZE: usize = 32;
+
+/// Warps of the kernels that have no tiles.
+const HELPER_WARPS: usize = 8;
+
+fn main() {
+    let root = PathBuf::from(variable("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(variable("OUT_DIR").expect("cargo sets it"));
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=cuda");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP", "CANDLE_FA2_CUDA_ARCHS", "CANDLE_FA2_SPILLS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    let definitions = Definitions::read(&root.join("cuda/instances.def"));
+    let units = units(&definitions);
+    write(&out.join("instances.rs"), &table(&units));
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    write(&out.join("layout.rs"), &layout_rs());
+    let compiler = Compiler::find(&root, &out);
+    compiler.compile(&units);
+    let images: String = units.iter().map(|unit| format!("    include_bytes!(\"{}.fatbin\"),\n", unit.name)).collect();
+    write(&out.join("images.rs"), &format!("pub(super) static IMAGES: [&[u8]; {}] = [\n{images}];\n", units.len()));
+    compiler.report(&units, &definitions);
+}
+
+/// Ends the build with a text for its user.
+fn fail(text: impl std::fmt::Display) -> ! {
+    println!("cargo:warning=candle-fa2: {}", text.to_string().lines().next().unwrap_or_default());
+    eprintln!("candle-fa2: {text}");
+    std::process::exit(1);
+}
+
+/// An environment variable that is set and not empty.
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Writes a file unless it holds `text` already: an untouched file is not compiled again.
+fn write(path: &Path, text: &str) {
+    if fs::read_to_string(path).is_ok_and(|now| now == text) {
+        return;
+    }
+    fs::write(path, text).unwrap_or_else(|error| fail(format!("cannot write {}: {error}", path.display())));
+}
+
+/// cuda/instances.def.
+struct Definitions {
+    lines: Vec<Line>,
+    locals: Vec<Local>,
+}
+
+/// `KERNEL(pass, arch, head_dim, block_m, block_n, warps)`.
+struct Line {
+    pass: Pass,
+    /// 80 for `sm80`: the directory of its templates, and the oldest GPU that runs it.
+    arch: usize,
+    head_dim: usize,
+    block_m: usize,
+    block_n: usize,
+    warps: usize,
+}
+
+/// `LOCAL(kernel, bytes)  // reason`: local memory that is meant to be. `*` in the name stands for any text.
+struct Local {
+    kernel: String,
+    bytes: usize,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Forward,
+    Backward,
+    Delta,
+    Convert,
+}
+
+impl Definitions {
+    fn read(path: &Path) -> Self {
+        let text = fs::read_to_string(path).unwrap_or_else(|error| fail(format!("{}: {error}", path.display())));
+        let mut definitions = Self { lines: Vec::new(), locals: Vec::new() };
+        for (index, line) in text.lines().enumerate() {
+            let (code, comment) = line.split_once("//").unwrap_or((line, ""));
+            if !code.trim().is_empty() {
+                if let Err(rule) = definitions.add(code.trim(), comment.trim()) {
+                    fail(format!("cuda/instances.def:{}: {rule}, got {}", index + 1, line.trim()));
+                }
+            }
+        }
+        definitions
+    }
+
+    fn add(&mut self, code: &str, comment: &str) -> Result<(), &'static str> {
+        const FORMS: &str = "expected KERNEL(pass, arch, head_dim, block_m, block_n, warps) or LOCAL(kernel, bytes)";
+        let (word, rest) = code.split_once('(').ok_or(FORMS)?;
+        let arguments: Vec<&str> = rest.strip_suffix(')').ok_or(FORMS)?.split(',').map(str::trim).collect();
+        let number = |text: &str| text.parse().map_err(|_| "expected a number");
+        match (word, arguments.as_slice()) {
+            ("KERNEL", &[pass, arch, head_dim, block_m, block_n, warps]) => {
+                let pass = match pass {
+                    "fwd" => Pass::Forward,
+                    "bwd" => Pass::Backward,
+                    _ => return Err("pass is fwd or bwd"),
+                };
+                let arch = number(arch.strip_prefix("sm").ok_or("arch is sm and a number")?)?;
+                let [head_dim, block_m, block_n, warps] =
+                    [number(head_dim)?, number(block_m)?, number(block_n)?, number(warps)?];
+                self.lines.push(Line { pass, arch, head_dim, block_m, block_n, warps });
+            }
+            ("LOCAL", &[kernel, bytes]) if !comment.is_empty() => {
+                self.locals.push(Local { kernel: kernel.to_string(), bytes: number(bytes)? });
+            }
+            ("LOCAL", _) => return Err("a kernel that uses local memory needs a reason behind //"),
+            _ => return Err(FORMS),
+        }
+        Ok(())
+    }
+}
+
+impl Line {
+    /// Dynamic shared memory: the twin of `kSharedBytes` in the traits. Each unit asserts that the two agree.
+    fn shared_bytes(&self) -> usize {
+        const ELEMENT_BYTES: usize = 2;
+        let tile_q = self.block_m * self.head_dim * ELEMENT_BYTES;
+        let tile_k = self.block_n * self.head_dim * ELEMENT_BYTES;
+        match self.pass {
+            // q, k and v.
+            Pass::Forward => tile_q + 2 * tile_k,
+            // k, v, q, do, P and dS; a second tile of q where an A100 has room for it.
+            Pass::Backward => {
+                let one_stage = 2 * tile_k + 2 * tile_q + 2 * self.block_m * self.block_n * ELEMENT_BYTES;
+                if one_stage + tile_q <= 160 * 1024 {
+                    one_stage + tile_q
+                } else {
+                    one_stage
+                }
+            }
+            Pass::Delta | Pass::Convert => 0,
+        }
+    }
+}
+
+/// One source file, compiled on its own.
+struct Unit {
+    name: String,
+    source: String,
+    kernels: Vec<Kernel>,
+}
+
+/// One row of the table.
+struct Kernel {
+    name: String,
+    dtype: &'static str,
+    modified: bool,
+    pass: Pass,
+    arch: usize,
+    head_dim: usize,
+    block_m: usize,
+    block_n: usize,
+    warps: usize,
+    shared_bytes: usize,
+}
+
+fn units(definitions: &Definitions) -> Vec<Unit> {
+    let mut units: Vec<Unit> = definitions.lines.iter().map(attention_unit).collect();
+    units.push(helper_unit());
+    let mut names = BTreeSet::new();
+    for kernel in units.iter().flat_map(|unit| &unit.kernels) {
+        if !names.insert(&kernel.name) {
+            fail(format!("cuda/instances.def: two lines give a kernel of the name {}", kernel.name));
+        }
+    }
+    units
+}
+
+/// The kernels of one line: each element type, plain and modified (softcap, ALiBi).
+fn attention_unit(line: &Line) -> Unit {
+    let (pass, function, traits, params) = match line.pass {
+        Pass::Backward => ("bwd", "backward", "BwdTraits", "BwdParams"),
+        _ => ("fwd", "forward", "FwdTraits", "FwdParams"),
+    };
+    let &Line { arch, head_dim, block_m, block_n, warps, .. } = line;
+    let (threads, shared_bytes) = (warps * WARP_SIZE, line.shared_bytes());
+    let mut source = format!("#include \"sm{arch}/{pass}.cuh\"\n\n{AGREE}");
+    let mut kernels = Vec::new();
+    for (dtype, variant) in DTYPES {
+        for modified in [false, true] {
+            let suffix = if modified { "_modified" } else { "" };
+            let name = format!("{pass}_sm{arch}_{dtype}_d{head_dim}_{block_m}x{block_n}{suffix}");
+            let arguments = format!("fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {warps}, {modified}");
+            let _ = write!(
+                source,
+                "\nusing {name}_traits = fa2::{traits}<{arguments}>;\n\
+                 static_assert(SharedBytes<{name}_traits::kSharedBytes, {shared_bytes}>::kAgree);\n\
+                 extern \"C\" __global__ void __launch_bounds__({threads})\n\
+                 {name}(const __grid_constant__ fa2::{params} params) {{\n    \
+                     fa2::{function}<{name}_traits>(params);\n\
+                 }}\n"
+            );
+            let pass = line.pass;
+            kernels.push(Kernel {
+                name,
+                dtype: variant,
+                modified,
+                pass,
+                arch,
+                head_dim,
+                block_m,
+                block_n,
+                warps,
+                shared_bytes,
+            });
+        }
+    }
+    Unit { name: format!("{pass}_sm{arch}_d{head_dim}_{block_m}x{block_n}"), source, kernels }
+}
+
+/// Prints both numbers when they differ: the compiler shows the arguments of a template that fails.
+const AGREE: &str = "\
+template <int kInTraits, int kInBuildScript>
+struct SharedBytes {
+    static_assert(kInTraits == kInBuildScript, \"kSharedBytes and shared_bytes() in build.rs differ\");
+    static constexpr bool kAgree = true;
+};
+";
+
+/// delta and convert, and what the two compilers must agree on.
+fn helper_unit() -> Unit {
+    let threads = HELPER_WARPS * WARP_SIZE;
+    let mut source = String::from("#include <cstddef>\n\n#include \"convert.cuh\"\n#include \"delta.cuh\"\n");
+    let _ = write!(source, "\nstatic_assert(fa2::kDeltaThreads == {threads} && fa2::kConvertThreads == {threads});\n");
+    source += &layout_cu();
+    let mut kernels = Vec::new();
+    for (dtype, variant) in DTYPES {
+        let helpers = [(Pass::Delta, "delta", "DeltaParams"), (Pass::Convert, "convert", "ConvertParams")];
+        for (pass, function, params) in helpers {
+            let name = format!("{function}_{dtype}");
+            let _ = write!(
+                source,
+                "\nextern \"C\" __global__ void __launch_bounds__({threads})\n\
+                 {name}(const __grid_constant__ fa2::{params} params) {{\n    fa2::{function}<fa2::{dtype}>(params);\n}}\n"
+            );
+            kernels.push(Kernel {
+                name,
+                dtype: variant,
+                modified: false,
+                pass,
+                arch: 80,
+                head_dim: 0,
+                block_m: 0,
+                block_n: 0,
+                warps: HELPER_WARPS,
+                shared_bytes: 0,
+            });
+        }
+    }
+    Unit { name: "helpers".to_string(), source, kernels }
+}
+
+/// The table as Rust.
+fn table(units: &[Unit]) -> String {
+    let kernels = units.iter().enumerate().flat_map(|(image, unit)| unit.kernels.iter().map(move |k| (image, k)));
+    let rows: Vec<String> = kernels
+        .map(|(image, kernel)| {
+            let pass = match kernel.pass {
+                Pass::Forward => "Forward",
+                Pass::Backward => "Backward",
+                Pass::Delta => "Delta",
+                Pass::Convert => "Convert",
+            };
+            let Kernel { name, dtype, modified, arch, head_dim, block_m, block_n, warps, shared_bytes, .. } = kernel;
+            format!(
+                "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, compute_cap: ({}, {}), dtype: \
+                 DType::{dtype}, head_dim: {head_dim}, block_m: {block_m}, block_n: {block_n}, warps: {warps}, modified: \
+                 {modified}, shared_bytes: {shared_bytes} }},\n",
+                arch / 10,
+                arch % 10
+            )
+        })
+        .collect();
+    format!("/// All of them.\npub static KERNELS: [Kernel; {}] = [\n{}];\n", rows.len(), rows.concat())
+}
+
+/// The parameter structs: bytes of each field in order, as cuda/params.h and src/cuda/params.rs must both have them.
+const STRUCTS: [(&str, &[(&str, usize)]); 6] = [
+    ("Strides", &[("batch", 8), ("row", 8), ("head", 8)]),
+    (
+        "Shape",
+        &[
+            ("cu_seqlens_q", 8),
+            ("cu_seqlens_k", 8),
+            ("alibi_slopes", 8),
+            ("lse_batch", 8),
+            ("lse_head", 8),
+            ("alibi_batch", 4),
+            ("batch", 4),
+            ("seqlen_q", 4),
+            ("seqlen_k", 4),
+            ("num_heads", 4),
+            ("num_heads_k", 4),
+            ("head_dim", 4),
+            ("window_left", 4),
+            ("window_right", 4),
+            ("product_factor", 4),
+            ("softcap_log2", 4),
+        ],
+    ),
+    (
+        "FwdParams",
+        &[
+            ("q", 8),
+            ("k", 8),
+            ("v", 8),
+            ("o", 8),
+            ("lse", 8),
+            ("q_strides", STRIDES),
+            ("k_strides", STRIDES),
+            ("v_strides", STRIDES),
+            ("o_strides", STRIDES),
+            ("shape", SHAPE),
+        ],
+    ),
+    (
+        "DeltaParams",
+        &[
+            ("o", 8),
+            ("do_", 8),
+            ("dlse", 8),
+            ("delta", 8),
+            ("o_strides", STRIDES),
+            ("do_strides", STRIDES),
+            ("shape", SHAPE),
+        ],
+    ),
+    (
+        "BwdParams",
+        &[
+            ("q", 8),
+            ("k", 8),
+            ("v", 8),
+            ("do_", 8),
+            ("lse", 8),
+            ("delta", 8),
+            ("dq", 8),
+            ("dk", 8),
+            ("dv", 8),
+            ("q_strides", STRIDES),
+            ("k_strides", STRIDES),
+            ("v_strides", STRIDES),
+            ("do_strides", STRIDES),
+            ("dq_strides", STRIDES),
+            ("dk_strides", STRIDES),
+            ("shape", SHAPE),
+            ("softmax_scale", 4),
+        ],
+    ),
+    ("ConvertParams", &[("from", 8), ("to", 8), ("elements", 8)]),
+];
+const STRIDES: usize = 24;
+const SHAPE: usize = 88;
+
+/// Each struct of [`STRUCTS`] with its size, and each field with its offset.
+fn layouts() -> impl Iterator<Item = (&'static str, usize, Vec<(&'static str, usize)>)> {
+    STRUCTS.into_iter().map(|(name, fields)| {
+        let mut end = 0usize;
+        let offsets = fields
+            .iter()
+            .map(|&(field, bytes)| {
+                let offset = end.next_multiple_of(bytes.min(8));
+                end = offset + bytes;
+                (field, offset)
+            })
+            .collect();
+        (name, end.next_multiple_of(8), offsets)
+    })
+}
+
+fn layout_cu() -> String {
+    let mut text = String::new();
+    for (name, size, fields) in layouts() {
+        let _ = write!(text, "\nstatic_assert(sizeof(fa2::{name}) == {size}, \"{name}\");\n");
+        for (field, offset) in fields {
+            let _ = writeln!(text, "static_assert(offsetof(fa2::{name}, {field}) == {offset}, \"{name}::{field}\");");
+        }
+    }
+    text
+}
+
+fn layout_rs() -> String {
+    let mut text = String::from("const _: () = {\n");
+    for (name, size, fields) in layouts() {
+        let _ = writeln!(text, "    assert!(size_of::<{name}>() == {size});");
+        for (field, offset) in fields {
+            let _ = writeln!(text, "    assert!(std::mem::offset_of!({name}, {field}) == {offset});");
+        }
+    }
+    text + "};\n"
+}
+
+/// nvcc, and what it is asked for.
+struct Compiler {
+    nvcc: PathBuf,
+    version: String,
+    /// Compute capabilities times ten, from 80 on.
+    archs: BTreeSet<usize>,
+    include: PathBuf,
+    out: PathBuf,
+}
+
+impl Compiler {
+    fn find(root: &Path, out: &Path) -> Self {
+        let nvcc = find_nvcc().unwrap_or_else(|| {
+            fail(
+                "the feature cuda needs nvcc, which is in none of NVCC, PATH, CUDA_HOME, CUDA_PATH and /usr/local/cuda",
+            )
+        });
+        let version = match Command::new(&nvcc).arg("--version").output() {
+            Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+            Err(error) => fail(format!("cannot run {}: {error}", nvcc.display())),
+        };
+        Self { nvcc, version, archs: archs(), include: root.join("cuda"), out: out.to_path_buf() }
+    }
+
+    fn path(&self, unit: &Unit, extension: &str) -> PathBuf {
+        self.out.join(format!("{}.{extension}", unit.name))
+    }
+
+    /// Compiles what has changed, as many units at once as cargo runs jobs.
+    fn compile(&self, units: &[Unit]) {
+        let changed: Vec<(&Unit, String)> = units
+            .iter()
+            .rev() // the longest to compile stand last in the table
+            .map(|unit| (unit, self.fingerprint(unit)))
+            .filter(|(unit, fingerprint)| {
+                let seen = fs::read_to_string(self.path(unit, "fingerprint"));
+                !(seen.is_ok_and(|seen| seen == *fingerprint) && self.path(unit, "fatbin").exists())
+            })
+            .collect();
+        let jobs = variable("NUM_JOBS").and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
+        let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        thread::scope(|scope| {
+            for _ in 0..jobs.min(changed.len()) {
+                scope.spawn(|| {
+                    while let Some((unit, fingerprint)) = changed.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        match self.compile_unit(unit) {
+                            Ok(()) => write(&self.path(unit, "fingerprint"), fingerprint),
+                            Err(error) => {
+                                // No further unit is begun.
+                                next.store(changed.len(), Ordering::Relaxed);
+                                errors.lock().expect("no job panics").push(error);
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        if let Some(error) = errors.into_inner().expect("no job panics").first() {
+            fail(error);
+        }
+    }
+
+    fn compile_unit(&self, unit: &Unit) -> Result<(), String> {
+        let source = self.path(unit, "cu");
+        write(&source, &unit.source);
+        let mut command = Command::new(&self.nvcc);
+        command.args(self.flags()).arg("-I").arg(&self.include);
+        command.arg("-fatbin").arg("-o").arg(self.path(unit, "fatbin")).arg(&source);
+        let output = command.output().map_err(|error| format!("cannot run {}: {error}", self.nvcc.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            return Err(format!("{command:?} failed:\n{text}"));
+        }
+        write(&self.path(unit, "log"), &text);
+        Ok(())
+    }
+
+    fn flags(&self) -> Vec<String> {
+        let machine_code = self.archs.iter().map(|arch| format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+        let later_gpus = "-gencode=arch=compute_80,code=compute_80".to_string();
+        FLAGS.into_iter().map(String::from).chain(machine_code).chain([later_gpus]).collect()
+    }
+
+    /// Everything that decides what comes out of the compiler.
+    fn fingerprint(&self, unit: &Unit) -> String {
+        let mut hasher = DefaultHasher::new();
+        (&self.nvcc, &self.version, self.flags(), &unit.source).hash(&mut hasher);
+        let mut headers = BTreeMap::new();
+        self.headers(&unit.source, &self.include, &mut headers);
+        headers.hash(&mut hasher);
+        format!("{:016x}", hasher.finish())
+    }
+
+    /// The headers under cuda/ that `source` includes, and those that they include. Others belong to the compiler.
+    fn headers(&self, source: &str, folder: &Path, found: &mut BTreeMap<PathBuf, String>) {
+        let names = source.lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next());
+        for name in names {
+            for path in [folder.join(name), self.include.join(name)] {
+                let Ok(path) = path.canonicalize() else { continue };
+                if let (false, Ok(text)) = (found.contains_key(&path), fs::read_to_string(&path)) {
+                    found.insert(path.clone(), text.clone());
+                    self.headers(&text, path.parent().unwrap_or(folder), found);
+                }
+            }
+        }
+    }
+
+    /// Writes kernels.csv, and fails on local memory that instances.def does not list.
+    fn report(&self, units: &[Unit], definitions: &Definitions) {
+        let mut csv =
+            String::from("kernel,arch,threads,registers,stack_bytes,spill_store_bytes,spill_load_bytes,shared_bytes\n");
+        let mut unlisted = Vec::new();
+        for unit in units {
+            // A stand-in for nvcc, with which only Rust is checked, leaves an empty file.
+            if fs::metadata(self.path(unit, "fatbin")).is_ok_and(|file| file.len() == 0) {
+                continue;
+            }
+            let log = fs::read_to_string(self.path(unit, "log")).unwrap_or_default();
+            let usage = parse_log(&log);
+            for kernel in &unit.kernels {
+                for arch in &self.archs {
+                    let Some(used) = usage.get(&(kernel.name.clone(), format!("sm_{arch}"))) else {
+                        fail(format!("ptxas reports nothing about {} for sm_{arch}", kernel.name))
+                    };
+                    let &Usage { registers, stack, spill_stores, spill_loads, shared } = used;
+                    let _ = writeln!(
+                        csv,
+                        "{},{arch},{},{registers},{stack},{spill_stores},{spill_loads},{}",
+                        kernel.name,
+                        kernel.warps * WARP_SIZE,
+                        shared + kernel.shared_bytes
+                    );
+                    let listed = |local: &Local| matches(&local.kernel, &kernel.name) && stack <= local.bytes;
+                    if stack > 0 && !definitions.locals.iter().any(listed) {
+                        unlisted.push(format!(
+                            "{} for sm_{arch} uses {stack} bytes of local memory a thread, {spill_stores} bytes are spilled",
+                            kernel.name
+                        ));
+                    }
+                }
+            }
+        }
+        write(&self.out.join("kernels.csv"), &csv);
+        if unlisted.is_empty() {
+            return;
+        }
+        let way_out = "change the tile, or list the kernel in cuda/instances.def: LOCAL(kernel, bytes)  // reason";
+        if variable("CANDLE_FA2_SPILLS").is_some_and(|value| value == "warn") {
+            unlisted.iter().for_each(|text| println!("cargo:warning={text}"));
+        } else {
+            fail(format!("{}\n{way_out}, or set CANDLE_FA2_SPILLS=warn", unlisted.join("\n")));
+        }
+    }
+}
+
+fn find_nvcc() -> Option<PathBuf> {
+    let program = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    let path = env::var_os("PATH").unwrap_or_default();
+    let named = variable("NVCC").map(PathBuf::from).into_iter();
+    let on_path = env::split_paths(&path).map(|folder| folder.join(&program));
+    let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable);
+    let roots = roots.chain(["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda"].map(String::from));
+    let in_roots = roots.map(|root| Path::new(&root).join("bin").join(&program));
+    named.chain(on_path).chain(in_roots).find(|candidate| candidate.is_file())
+}
+
+/// The GPUs to compile for, from compute capability 8.0 on. Older ones get no machine code: `Plan` refuses them.
+fn archs() -> BTreeSet<usize> {
+    let names: Vec<String> = match variable("CANDLE_FA2_CUDA_ARCHS").or_else(|| variable("CUDA_COMPUTE_CAP")) {
+        Some(list) => list.split([',', ';', ' ']).filter(|name| !name.is_empty()).map(String::from).collect(),
+        None => match Command::new("nvidia-smi").args(["--query-gpu=compute_cap", "--format=csv,noheader"]).output() {
+            Ok(output) if output.status.success() => {
+                String::from_utf8_lossy(&output.stdout).lines().map(|line| line.trim().to_string()).collect()
+            }
+            _ => fail("nvidia-smi does not say which GPU to compile for; set CUDA_COMPUTE_CAP, for example to 90"),
+        },
+    };
+    let number = |name: &String| {
+        // 90, 9.0, sm_90 and 90a all name the same GPU; no kernel needs what only the suffix allows.
+        let digits: String = name.trim_start_matches("sm_").chars().filter(char::is_ascii_digit).collect();
+        match digits.parse::<usize>() {
+            Ok(arch) => arch,
+            Err(_) => fail(format!("{name} is no compute capability; expected a number such as 90")),
+        }
+    };
+    let (new, old): (BTreeSet<usize>, BTreeSet<usize>) = names.iter().map(number).partition(|&arch| arch >= 80);
+    for arch in old {
+        println!("cargo:warning=candle-fa2 has no kernel for compute capability {arch}: its oldest is 80");
+    }
+    new
+}
+
+/// What a kernel uses on one GPU.
+#[derive(Default)]
+struct Usage {
+    registers: usize,
+    stack: usize,
+    spill_stores: usize,
+    spill_loads: usize,
+    shared: usize,
+}
+
+/// Reads what `-Xptxas -v` prints, by kernel and architecture.
+fn parse_log(log: &str) -> BTreeMap<(String, String), Usage> {
+    let mut usage: BTreeMap<(String, String), Usage> = BTreeMap::new();
+    let mut current = None;
+    for line in log.lines() {
+        if line.contains("Compiling entry function") {
+            let mut quoted = line.split('\'');
+            current = quoted.nth(1).zip(quoted.nth(1)).map(|(name, arch)| (name.to_string(), arch.to_string()));
+            continue;
+        }
+        let Some(key) = &current else { continue };
+        let words: Vec<&str> = line.split([' ', ',']).filter(|word| !word.is_empty()).collect();
+        // The number before a phrase: `80 bytes stack frame`, `Used 255 registers`.
+        let before = |phrase: &[&str]| {
+            let at = words.windows(phrase.len()).position(|window| window == phrase)?;
+            words.get(at.checked_sub(1)?)?.parse::<usize>().ok()
+        };
+        let entry = usage.entry(key.clone()).or_default();
+        // Functions that were not inlined have frames of their own.
+        let update = |value: &mut usize, phrase: &[&str]| *value = before(phrase).unwrap_or(0).max(*value);
+        update(&mut entry.stack, &["bytes", "stack", "frame"]);
+        update(&mut entry.stack, &["bytes", "cumulative", "stack", "size"]);
+        update(&mut entry.spill_stores, &["bytes", "spill", "stores"]);
+        update(&mut entry.spill_loads, &["bytes", "spill", "loads"]);
+        update(&mut entry.registers, &["registers"]);
+        update(&mut entry.shared, &["bytes", "smem"]);
+    }
+    usage
+}
+
+/// Whether `name` is `pattern`, in which each `*` stands for any text.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((start, rest)) => name.strip_prefix(start).is_some_and(|name| {
+            (0..=name.len()).any(|skip| name.is_char_boundary(skip) && matches(rest, &name[skip..]))
+        }),
+    }
+}

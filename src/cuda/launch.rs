@@ -1,0 +1,76 @@
+//! The only place that launches a kernel.
+
+use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
+use candle_core::cuda::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
+};
+
+use super::module;
+use super::params::Params;
+use crate::plan::Launch;
+use crate::{Error, Result};
+
+/// One launch in the making. It hands out addresses of device memory and keeps, until the kernel is queued, what orders
+/// that memory's other uses before and behind it; meanwhile the memory is borrowed, and cannot be freed.
+pub(super) struct Launcher<'a> {
+    stream: &'a std::sync::Arc<CudaStream>,
+    guards: Vec<SyncOnDrop<'a>>,
+}
+
+impl<'a> Launcher<'a> {
+    pub fn new(stream: &'a std::sync::Arc<CudaStream>) -> Self {
+        Self { stream, guards: Vec::new() }
+    }
+
+    /// The address of element `offset` of memory that the kernel reads.
+    pub fn read<T>(&mut self, slice: &'a CudaSlice<T>, offset: usize) -> CUdeviceptr {
+        let (address, guard) = slice.device_ptr(self.stream);
+        self.guards.push(guard);
+        address + (offset * size_of::<T>()) as CUdeviceptr
+    }
+
+    /// The address of memory that the kernel writes.
+    pub fn write<T>(&mut self, slice: &'a mut CudaSlice<T>) -> CUdeviceptr {
+        let (address, guard) = slice.device_ptr_mut(self.stream);
+        self.guards.push(guard);
+        address
+    }
+
+    /// Queues the kernel, unless its grid is empty: the driver refuses those.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver refuses the kernel or one queued before it has failed.
+    pub fn launch<P: Params>(self, launch: &Launch, params: &P) -> Result<()> {
+        let Launch { kernel, grid } = *launch;
+        assert_eq!(kernel.pass, P::PASS, "{} takes other parameters", kernel.name);
+        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
+            return Ok(());
+        }
+        let function = module::function(self.stream.context(), kernel)?;
+        let config = LaunchConfig {
+            grid_dim: grid,
+            block_dim: (kernel.threads() as u32, 1, 1),
+            shared_mem_bytes: kernel.shared_bytes as u32,
+        };
+        let mut builder = self.stream.launch_builder(&function);
+        builder.arg(params);
+        // SAFETY: kernels of this pass take one argument, this struct (asserted above; its layout is asserted in params.rs).
+        // Its addresses are of memory that `self` borrows, in the shapes and strides that `Problem` and `Plan` checked, and
+        // only what came from `write` is written. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
+        let queued = unsafe { builder.launch(config) };
+        queued.map(drop).map_err(|error| Error::Driver {
+            action: "launch",
+            kernel: kernel.name,
+            cause: error_name(error),
+            detail: launch.to_string(),
+        })
+    }
+}
+
+/// The driver's name of an error, such as `CUDA_ERROR_INVALID_VALUE`.
+pub(super) fn error_name(error: DriverError) -> String {
+    match error.error_name() {
+        Ok(name) => name.to_string_lossy().into_owned(),
+        Err(_) => format!("{:?}", error.0),
+    }
+}

@@ -1,0 +1,256 @@
+//! Attention on an NVIDIA GPU: from a [`CudaPlan`] to launches on Candle's stream. Nothing is decided here, and nothing waits
+//! for the device.
+
+mod launch;
+mod module;
+mod params;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+};
+use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr};
+use candle_core::cuda::{CudaDType, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType};
+use half::{bf16, f16};
+
+use self::launch::Launcher;
+use self::params::{BwdParams, ConvertParams, DeltaParams, FwdParams, Shape, NULL};
+use crate::op::Output;
+use crate::plan::{aligned, CudaPlan, DeviceCaps};
+use crate::problem::{Lengths, Problem, Strides};
+
+/// What the driver says of `device`.
+pub(crate) fn device_caps(device: &CudaDevice) -> Result<DeviceCaps> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let (major, minor) = context.compute_capability().w()?;
+    Ok(DeviceCaps::Cuda {
+        compute_cap: (major as u32, minor as u32),
+        multiprocessors: context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).w()? as usize,
+        shared_bytes_per_block: context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).w()? as usize,
+    })
+}
+
+/// A [`Problem`] with the device memory that goes with it besides q, k and v.
+pub(crate) struct Call<'a> {
+    problem: &'a Problem,
+    plan: &'a CudaPlan,
+    /// ALiBi slopes, contiguous.
+    slopes: Option<Tensor>,
+}
+
+impl<'a> Call<'a> {
+    pub(crate) fn new(problem: &'a Problem, plan: &'a CudaPlan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
+        Ok(Self { problem, plan, slopes: alibi_slopes.map(Tensor::contiguous).transpose()? })
+    }
+
+    /// Locks what every launch reads.
+    fn side(&self) -> Side<'_> {
+        let cu_seqlens = match &self.problem.lengths {
+            Lengths::Padded { .. } => None,
+            Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
+                Some([Locked::of(cu_seqlens_q.tensor()), Locked::of(cu_seqlens_k.tensor())])
+            }
+        };
+        Side { problem: self.problem, cu_seqlens, slopes: self.slopes.as_ref().map(Locked::of) }
+    }
+}
+
+/// The storage of a tensor on the GPU, locked against writers.
+struct Locked<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Locked<'a> {
+    fn of(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    fn cuda(&self) -> &CudaStorage {
+        match &*self.storage {
+            Storage::Cuda(storage) => storage,
+            _ => unreachable!("Problem admits one device"),
+        }
+    }
+
+    /// Address of the first element.
+    fn read<'b, T: CudaDType + 'b>(&'b self, launcher: &mut Launcher<'b>) -> Result<u64> {
+        Ok(launcher.read(T::as_cuda_slice(self.cuda())?, self.layout.start_offset()))
+    }
+}
+
+/// What every launch of a call reads besides its tensors.
+struct Side<'a> {
+    problem: &'a Problem,
+    cu_seqlens: Option<[Locked<'a>; 2]>,
+    slopes: Option<Locked<'a>>,
+}
+
+impl Side<'_> {
+    fn shape<'b>(&'b self, launcher: &mut Launcher<'b>) -> Result<Shape> {
+        let cu_seqlens = match &self.cu_seqlens {
+            None => [NULL; 2],
+            Some([q, k]) => [q.read::<u32>(launcher)?, k.read::<u32>(launcher)?],
+        };
+        let slopes = match &self.slopes {
+            None => NULL,
+            Some(slopes) => slopes.read::<f32>(launcher)?,
+        };
+        Ok(Shape::new(self.problem, cu_seqlens, slopes))
+    }
+}
+
+/// Element types with kernels.
+trait Element: CudaDType + DeviceRepr + WithDType {}
+impl Element for f16 {}
+impl Element for bf16 {}
+
+/// Queues the forward over the storages of q, k and v: the result as `output` asks for it, and lse.
+pub(crate) fn forward(call: &Call, output: Output, inputs: [&CudaStorage; 3]) -> Result<(CudaStorage, CudaStorage)> {
+    match call.problem.dtype {
+        DType::F16 => typed_forward::<f16>(call, output, inputs),
+        DType::BF16 => typed_forward::<bf16>(call, output, inputs),
+        other => unreachable!("Plan admits no {other:?} on CUDA"),
+    }
+}
+
+/// Queues the backward over q, k, v, the result of the forward, its gradient and lse: dq, dk and dv.
+pub(crate) fn backward(call: &Call, output: Output, tensors: [&Tensor; 6]) -> Result<[CudaStorage; 3]> {
+    match call.problem.dtype {
+        DType::F16 => typed_backward::<f16>(call, output, tensors),
+        DType::BF16 => typed_backward::<bf16>(call, output, tensors),
+        other => unreachable!("Plan admits no {other:?} on CUDA"),
+    }
+}
+
+fn typed_forward<T: Element>(
+    call: &Call,
+    output: Output,
+    [q, k, v]: [&CudaStorage; 3],
+) -> Result<(CudaStorage, CudaStorage)> {
+    let (problem, device) = (call.problem, &q.device);
+    let rows = problem.rows_q() * problem.num_heads;
+    let o_len = rows * problem.head_dim;
+    let mut o = uninit::<T>(device, o_len)?;
+    let mut lse = uninit::<f32>(device, rows)?;
+    {
+        let (stream, side) = (device.cuda_stream(), call.side());
+        let mut launcher = Launcher::new(&stream);
+        let params = FwdParams {
+            q: launcher.read(T::as_cuda_slice(q)?, problem.q.offset),
+            k: launcher.read(T::as_cuda_slice(k)?, problem.k.offset),
+            v: launcher.read(T::as_cuda_slice(v)?, problem.v.offset),
+            o: launcher.write(&mut o),
+            lse: launcher.write(&mut lse),
+            q_strides: problem.q.into(),
+            k_strides: problem.k.into(),
+            v_strides: problem.v.into(),
+            o_strides: problem.contiguous_q().into(),
+            shape: side.shape(&mut launcher)?,
+        };
+        launcher.launch(&call.plan.forward, &params)?;
+    }
+    let o = T::wrap_cuda_slice(o, device.clone());
+    let lse = f32::wrap_cuda_slice(lse, device.clone());
+    let result = match output {
+        Output::O => o,
+        Output::OAndLse => {
+            let mut both = f32::wrap_cuda_slice(uninit::<f32>(device, o_len + rows)?, device.clone());
+            let (o_layout, lse_layout) = (Layout::contiguous(o_len), Layout::contiguous(rows));
+            if o_len > 0 {
+                o.to_dtype(&o_layout, DType::F32)?.copy_strided_src(&mut both, 0, &o_layout)?;
+                lse.copy_strided_src(&mut both, o_len, &lse_layout)?;
+            }
+            both
+        }
+    };
+    Ok((result, lse))
+}
+
+fn typed_backward<T: Element>(
+    call: &Call,
+    output: Output,
+    [q, k, v, result, grad, lse]: [&Tensor; 6],
+) -> Result<[CudaStorage; 3]> {
+    let (problem, plan) = (call.problem, call.plan);
+    let device = q.device().as_cuda_device()?;
+    let rows = problem.rows_q() * problem.num_heads;
+    let q_len = rows * problem.head_dim;
+    let k_len = problem.rows_k() * problem.num_heads_k * problem.head_dim;
+    let (o, do_, dlse) = match output {
+        Output::O => (result.clone(), readable(grad)?, None),
+        // o went out in f32 and its gradient came back so; both hold values of the type of q.
+        Output::OAndLse => {
+            let part = |both: &Tensor| both.narrow(0, 0, q_len)?.to_dtype(T::DTYPE)?.reshape(problem.shape_q());
+            (part(result)?, part(grad)?, Some(grad.contiguous()?.narrow(0, q_len, rows)?))
+        }
+    };
+    let mut delta = uninit::<f32>(device, rows)?;
+    let mut sums = device.alloc_zeros::<f32>(q_len.max(1))?;
+    let mut dq = uninit::<T>(device, q_len)?;
+    let mut dk = uninit::<T>(device, k_len)?;
+    let mut dv = uninit::<T>(device, k_len)?;
+    {
+        let (stream, side) = (device.cuda_stream(), call.side());
+        let [q, k, v, o, do_, lse] = [q, k, v, &o, &do_, lse].map(Locked::of);
+        let dlse = dlse.as_ref().map(Locked::of);
+        let do_strides = Strides::of("do", do_.layout)?;
+
+        let mut launcher = Launcher::new(&stream);
+        let params = DeltaParams {
+            o: o.read::<T>(&mut launcher)?,
+            do_: do_.read::<T>(&mut launcher)?,
+            dlse: dlse.as_ref().map_or(Ok(NULL), |dlse| dlse.read::<f32>(&mut launcher))?,
+            delta: launcher.write(&mut delta),
+            o_strides: problem.contiguous_q().into(),
+            do_strides: do_strides.into(),
+            shape: side.shape(&mut launcher)?,
+        };
+        launcher.launch(&plan.delta, &params)?;
+
+        let mut launcher = Launcher::new(&stream);
+        let params = BwdParams {
+            q: q.read::<T>(&mut launcher)?,
+            k: k.read::<T>(&mut launcher)?,
+            v: v.read::<T>(&mut launcher)?,
+            do_: do_.read::<T>(&mut launcher)?,
+            lse: lse.read::<f32>(&mut launcher)?,
+            delta: launcher.read(&delta, 0),
+            dq: launcher.write(&mut sums),
+            dk: launcher.write(&mut dk),
+            dv: launcher.write(&mut dv),
+            q_strides: problem.q.into(),
+            k_strides: problem.k.into(),
+            v_strides: problem.v.into(),
+            do_strides: do_strides.into(),
+            dq_strides: problem.contiguous_q().into(),
+            dk_strides: problem.contiguous_k().into(),
+            shape: side.shape(&mut launcher)?,
+            softmax_scale: problem.softmax_scale as f32,
+        };
+        launcher.launch(&plan.backward, &params)?;
+
+        let mut launcher = Launcher::new(&stream);
+        let (from, to) = (launcher.read(&sums, 0), launcher.write(&mut dq));
+        launcher.launch(&plan.convert, &ConvertParams { from, to, elements: q_len as i64 })?;
+    }
+    Ok([dq, dk, dv].map(|grad| T::wrap_cuda_slice(grad, device.clone())))
+}
+
+/// Device memory that a kernel fills. The driver refuses to allocate nothing.
+fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
+    // SAFETY: each use is written as a whole by the launch or the copies that follow: `o`, `lse`, `delta`, `dq`, `dk` and `dv`
+    // by kernels that cover every row of every sequence, the flat result by its two copies.
+    unsafe { device.alloc::<T>(len.max(1)) }
+}
+
+/// A gradient as the kernels can read it. Candle hands them on as they come: transposed, or broadcast from a sum.
+fn readable(grad: &Tensor) -> Result<Tensor> {
+    match Strides::of("do", grad.layout()) {
+        Ok(strides) if aligned(&strides, grad.dims()) => Ok(grad.clone()),
+        _ => grad.force_contiguous(),
+    }
+}

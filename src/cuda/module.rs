@@ -1,0 +1,66 @@
+//! The kernels' images, loaded once per device on first use.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+
+use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda::cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError};
+use candle_core::cuda::cudarc::nvrtc::Ptx;
+
+use super::launch::error_name;
+use crate::instances::Kernel;
+use crate::{Error, Result};
+
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// What has been loaded, by the address of its driver context. An entry keeps its context alive, so that no other context
+/// can come to have the same address.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<(usize, usize), Arc<CudaModule>>,
+    functions: HashMap<(usize, &'static str), CudaFunction>,
+}
+
+static LOADED: LazyLock<RwLock<Loaded>> = LazyLock::new(RwLock::default);
+
+/// The function of `kernel` in `context`, ready to be launched with its shared memory.
+pub(super) fn function(context: &Arc<CudaContext>, kernel: &'static Kernel) -> Result<CudaFunction> {
+    let address = context.cu_ctx() as usize;
+    let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(function) = loaded.functions.get(&(address, kernel.name)) {
+        return Ok(function.clone());
+    }
+    drop(loaded);
+    let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
+    let function = loaded.load(context, address, kernel).map_err(|error| Error::Driver {
+        action: "load",
+        kernel: kernel.name,
+        cause: error_name(error),
+        detail: format!("image {} of {} bytes", kernel.image, IMAGES[kernel.image].len()),
+    })?;
+    loaded.functions.insert((address, kernel.name), function.clone());
+    Ok(function)
+}
+
+impl Loaded {
+    fn load(
+        &mut self,
+        context: &Arc<CudaContext>,
+        address: usize,
+        kernel: &'static Kernel,
+    ) -> std::result::Result<CudaFunction, DriverError> {
+        let module = match self.modules.get(&(address, kernel.image)) {
+            Some(module) => module.clone(),
+            None => {
+                let module = context.load_module(Ptx::from_binary(IMAGES[kernel.image].to_vec()))?;
+                self.modules.insert((address, kernel.image), module.clone());
+                module
+            }
+        };
+        context.bind_to_thread()?;
+        let function = module.load_function(kernel.name)?;
+        // Above 48 KB the driver wants to be asked for it.
+        function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared_bytes as i32)?;
+        Ok(function)
+    }
+}

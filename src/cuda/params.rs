@@ -1,0 +1,166 @@
+//! What a kernel is handed: the twins of the structs in cuda/params.h, which has the shapes. Strides are in elements.
+
+use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
+use candle_core::cuda::cudarc::driver::DeviceRepr;
+
+use crate::instances::Pass;
+use crate::mask::Mask;
+use crate::plan::MAX_SEQLEN;
+use crate::problem::{self, Alibi, Lengths, Problem};
+
+/// A parameter struct, and the pass whose kernels take it as their one argument.
+pub(super) trait Params: DeviceRepr {
+    const PASS: Pass;
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Strides {
+    pub batch: i64,
+    pub row: i64,
+    pub head: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub cu_seqlens_q: CUdeviceptr,
+    pub cu_seqlens_k: CUdeviceptr,
+    pub alibi_slopes: CUdeviceptr,
+    pub lse_batch: i64,
+    pub lse_head: i64,
+    pub alibi_batch: i32,
+    pub batch: i32,
+    pub seqlen_q: i32,
+    pub seqlen_k: i32,
+    pub num_heads: i32,
+    pub num_heads_k: i32,
+    pub head_dim: i32,
+    pub window_left: i32,
+    pub window_right: i32,
+    pub product_factor: f32,
+    pub softcap_log2: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FwdParams {
+    pub q: CUdeviceptr,
+    pub k: CUdeviceptr,
+    pub v: CUdeviceptr,
+    pub o: CUdeviceptr,
+    pub lse: CUdeviceptr,
+    pub q_strides: Strides,
+    pub k_strides: Strides,
+    pub v_strides: Strides,
+    pub o_strides: Strides,
+    pub shape: Shape,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DeltaParams {
+    pub o: CUdeviceptr,
+    pub do_: CUdeviceptr,
+    pub dlse: CUdeviceptr,
+    pub delta: CUdeviceptr,
+    pub o_strides: Strides,
+    pub do_strides: Strides,
+    pub shape: Shape,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BwdParams {
+    pub q: CUdeviceptr,
+    pub k: CUdeviceptr,
+    pub v: CUdeviceptr,
+    pub do_: CUdeviceptr,
+    pub lse: CUdeviceptr,
+    pub delta: CUdeviceptr,
+    pub dq: CUdeviceptr,
+    pub dk: CUdeviceptr,
+    pub dv: CUdeviceptr,
+    pub q_strides: Strides,
+    pub k_strides: Strides,
+    pub v_strides: Strides,
+    pub do_strides: Strides,
+    pub dq_strides: Strides,
+    pub dk_strides: Strides,
+    pub shape: Shape,
+    pub softmax_scale: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ConvertParams {
+    pub from: CUdeviceptr,
+    pub to: CUdeviceptr,
+    pub elements: i64,
+}
+
+// The same sizes and offsets are asserted by nvcc on cuda/params.h.
+include!(concat!(env!("OUT_DIR"), "/layout.rs"));
+
+macro_rules! params {
+    ($($name:ident: $pass:ident),*) => {$(
+        // SAFETY: `#[repr(C)]`, integers and floats only, laid out as the kernels' struct of the same name.
+        unsafe impl DeviceRepr for $name {}
+        impl Params for $name {
+            const PASS: Pass = Pass::$pass;
+        }
+    )*};
+}
+params!(FwdParams: Forward, DeltaParams: Delta, BwdParams: Backward, ConvertParams: Convert);
+
+/// Stands for no pointer.
+pub(super) const NULL: CUdeviceptr = 0;
+
+impl From<problem::Strides> for Strides {
+    /// The offset is part of the pointer.
+    fn from(strides: problem::Strides) -> Self {
+        Self { batch: strides.batch as i64, row: strides.row as i64, head: strides.head as i64 }
+    }
+}
+
+impl Shape {
+    /// The sequences and scores of `problem`. Pointers: of `cu_seqlens_q` and `cu_seqlens_k`, and of the slopes.
+    pub fn new(problem: &Problem, cu_seqlens: [CUdeviceptr; 2], alibi_slopes: CUdeviceptr) -> Self {
+        // `Plan` has checked that sizes fit 32 bits.
+        let (lse_batch, lse_head) = match &problem.lengths {
+            &Lengths::Padded { seqlen_q, .. } => (problem.num_heads * seqlen_q, seqlen_q),
+            Lengths::Packed { .. } => (0, problem.rows_q()),
+        };
+        let alibi_batch = match problem.alibi {
+            Some(Alibi::PerBatchAndHead) => problem.num_heads,
+            Some(Alibi::PerHead) | None => 0,
+        };
+        let (left, right) = match problem.mask {
+            Mask::None => (None, None),
+            Mask::Causal => (None, Some(0)),
+            Mask::Window { left, right } => (left, right),
+        };
+        // An open side reaches past every sequence, and so does a longer window.
+        let side = |side: Option<usize>| side.unwrap_or(MAX_SEQLEN).min(MAX_SEQLEN) as i32;
+        let log2_e = std::f64::consts::LOG2_E;
+        let product_factor = problem.softmax_scale * problem.softcap.map_or(log2_e, f64::recip);
+        Self {
+            cu_seqlens_q: cu_seqlens[0],
+            cu_seqlens_k: cu_seqlens[1],
+            alibi_slopes,
+            lse_batch: lse_batch as i64,
+            lse_head: lse_head as i64,
+            alibi_batch: alibi_batch as i32,
+            batch: problem.batch() as i32,
+            seqlen_q: problem.max_seqlen_q() as i32,
+            seqlen_k: problem.max_seqlen_k() as i32,
+            num_heads: problem.num_heads as i32,
+            num_heads_k: problem.num_heads_k as i32,
+            head_dim: problem.head_dim as i32,
+            window_left: side(left),
+            window_right: side(right),
+            product_factor: product_factor as f32,
+            softcap_log2: problem.softcap.map_or(0.0, |softcap| softcap * log2_e) as f32,
+        }
+    }
+}
