@@ -28,9 +28,8 @@ struct Tile {
         return uint32_t(panel * kRows * kPanel * 2 + row * kPanel * 2 + swizzled * 16);
     }
 
-    // From `offset(row, chunk)` to `offset(row, chunk + step)` for a constant step, where adding carries no bit within a
-    // panel: chunk is 0 or 1 plus a multiple of kAligned, step is even and stays below kAligned, or chunk begins a panel.
-    // The row's swizzle stays in the base, so that a loop over columns needs one register and one instruction a step.
+    // From `offset(row, chunk)` to `offset(row, chunk + step)`, where the addition carries no bit within a panel. The row's
+    // swizzle stays in the base, so that a loop over columns needs one register and one instruction a step.
     __device__ __forceinline__ static uint32_t advance(uint32_t base, int step) {
         constexpr int kPanelChunks = kPanel / kChunk;
         return (base ^ uint32_t(step % kPanelChunks * 16)) + uint32_t(step / kPanelChunks * kRows * kPanel * 2);

@@ -53,23 +53,6 @@ struct BwdTraits {
     static constexpr int kSharedBytes = kBytesOneStage + (kStages - 1) * TileQ::kBytes;
 };
 
-// Writes the warp's block of P or dS, rounded, where the next products read it.
-template <typename T, typename Tile, int kMTiles, int kNTiles>
-__device__ __forceinline__ void store_fragment(uint8_t* tile, const Accumulator<kMTiles, kNTiles>& acc, int first_row,
-                                               int first_col, int lane) {
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = first_row + 16 * i + fragment_row(lane, half);
-                uint8_t* chunk = tile + Tile::offset(row, first_col / 8 + j);
-                *reinterpret_cast<uint32_t*>(chunk + lane % 4 * 4) =
-                    pack2<T>(acc.x[i][j][2 * half], acc.x[i][j][2 * half + 1]);
-            }
-}
-
 template <typename Traits>
 __device__ __forceinline__ void backward(const BwdParams& params) {
     using T = typename Traits::T;
@@ -77,14 +60,9 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
     using TileK = typename Traits::TileK;
     using TileP = typename Traits::TileP;
     extern __shared__ __align__(1024) uint8_t shared[];
-    const uint32_t sK = uint32_t(__cvta_generic_to_shared(shared));
-    const uint32_t sV = sK + TileK::kBytes;
-    const uint32_t sDo = sV + TileK::kBytes;
-    const uint32_t sP = sDo + TileQ::kBytes;
-    const uint32_t sDs = sP + TileP::kBytes;
-    const uint32_t sQ = sDs + TileP::kBytes;
-    uint8_t* const pP = shared + (sP - sK);
-    uint8_t* const pDs = shared + (sDs - sK);
+    const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
+    constexpr uint32_t sK = 0, sV = TileK::kBytes, sDo = sV + TileK::kBytes, sP = sDo + TileQ::kBytes;
+    constexpr uint32_t sDs = sP + TileP::kBytes, sQ = sDs + TileP::kBytes;
 
     const Shape& shape = params.shape;
     const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -115,34 +93,33 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
         const int m_count = (queries.end - 1) / Traits::kBlockM + 1 - m_first;
         const int group = shape.num_heads / shape.num_heads_k;
         const int steps = m_count * group;
-        const auto start_q = [&](int step) {
-            const int head = head_k * group + step / m_count;
+        const auto start_q = [&](int stage, int head, int m_block) {
             const T* gQ = start(params.q, params.q_strides, sequence.first_q, head);
             TileCopy<TileQ, Traits::kThreads, T>(gQ, params.q_strides.row, shape.head_dim, thread)
-                .start(sQ + step % Traits::kStages * TileQ::kBytes, (m_first + step % m_count) * Traits::kBlockM,
-                       sequence.seqlen_q);
+                .start(base + sQ + stage * TileQ::kBytes, m_block * Traits::kBlockM, sequence.seqlen_q);
         };
-        const auto start_do = [&](int step) {
-            const int head = head_k * group + step / m_count;
+        const auto start_do = [&](int head, int m_block) {
             const T* gDo = start(params.do_, params.do_strides, sequence.first_q, head);
             TileCopy<TileQ, Traits::kThreads, T>(gDo, params.do_strides.row, shape.head_dim, thread)
-                .start(sDo, (m_first + step % m_count) * Traits::kBlockM, sequence.seqlen_q);
+                .start(base + sDo, m_block * Traits::kBlockM, sequence.seqlen_q);
         };
+        int head = head_k * group, m_block = m_first;
         TileCopy<TileK, Traits::kThreads, T>(start(params.k, params.k_strides, sequence.first_k, head_k),
                                              params.k_strides.row, shape.head_dim, thread)
-            .start(sK, cols.begin, sequence.seqlen_k);
+            .start(base + sK, cols.begin, sequence.seqlen_k);
         TileCopy<TileK, Traits::kThreads, T>(start(params.v, params.v_strides, sequence.first_k, head_k),
                                              params.v_strides.row, shape.head_dim, thread)
-            .start(sV, cols.begin, sequence.seqlen_k);
-        start_q(0);
-        start_do(0);
+            .start(base + sV, cols.begin, sequence.seqlen_k);
+        start_q(0, head, m_block);
+        start_do(head, m_block);
         cp_async_commit();
 
         for (int step = 0; step < steps; ++step) {
-            const int head = head_k * group + step / m_count;
-            const int first_row = (m_first + step % m_count) * Traits::kBlockM;
+            const bool last_of_head = m_block + 1 == m_first + m_count;
+            const int next_head = head + last_of_head, next_m_block = last_of_head ? m_first : m_block + 1;
+            const int first_row = m_block * Traits::kBlockM;
             const Range rows{first_row, min(first_row + Traits::kBlockM, sequence.seqlen_q)};
-            const uint32_t sQNow = sQ + step % Traits::kStages * TileQ::kBytes;
+            const uint32_t q_base = base + step % Traits::kStages * TileQ::kBytes;  // less sQ
             const Scoring<Traits::kModified> scoring(shape, sequence, batch, head);
             const int64_t statistics = batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
             float lse_log2[Traits::kMTiles][2], delta[Traits::kMTiles][2];
@@ -161,10 +138,10 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
 
             Accumulator<Traits::kMTiles, Traits::kNTiles> p;
             p.clear();
-            multiply<T, Traits::kHeadDim / 16>(p, OperandA<TileQ, Order::kContiguousK>(sQNow, s_row, lane),
-                                               OperandB<TileK, Order::kContiguousK>(sK, s_col, lane));
+            multiply<T, Traits::kHeadDim / 16>(p, OperandA<TileQ, Order::kContiguousK>(q_base, sQ, s_row, lane),
+                                               OperandB<TileK, Order::kContiguousK, Traits::kNTiles * 8>(base, sK, s_col, lane));
             if (Traits::kStages == 2 && step + 1 < steps) {
-                start_q(step + 1);
+                start_q((step + 1) % 2, next_head, next_m_block);
                 cp_async_commit();
             }
 
@@ -198,12 +175,12 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
                             if (!sees.visible(row, col)) p.x[i][j][e] = 0.f;
                         }
             }
-            store_fragment<T, TileP>(pP, p, s_row, s_col, lane);
+            store_fragment<T, TileP>(base, sP, p, s_row, s_col, lane);
 
             Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
             ds.clear();
-            multiply<T, Traits::kHeadDim / 16>(ds, OperandA<TileQ, Order::kContiguousK>(sDo, s_row, lane),
-                                               OperandB<TileK, Order::kContiguousK>(sV, s_col, lane));
+            multiply<T, Traits::kHeadDim / 16>(ds, OperandA<TileQ, Order::kContiguousK>(base, sDo, s_row, lane),
+                                               OperandB<TileK, Order::kContiguousK, Traits::kNTiles * 8>(base, sV, s_col, lane));
 #pragma unroll
             for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll
@@ -214,21 +191,21 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
                         x = p.x[i][j][e] * (x - delta[i][e / 2]);
                         if constexpr (Traits::kModified) x *= derivative.x[i][j][e];
                     }
-            store_fragment<T, TileP>(pDs, ds, s_row, s_col, lane);
+            store_fragment<T, TileP>(base, sDs, ds, s_row, s_col, lane);
             __syncthreads();  // P and dS are there
 
-            multiply<T, Traits::kBlockM / 16>(dv, OperandA<TileP, Order::kTransposed>(sP, kv_row, lane),
-                                              OperandB<TileQ, Order::kTransposed>(sDo, kv_col, lane));
+            multiply<T, Traits::kBlockM / 16>(dv, OperandA<TileP, Order::kTransposed>(base, sP, kv_row, lane),
+                                              OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(base, sDo, kv_col, lane));
             __syncthreads();  // every warp is done with do
             if (step + 1 < steps) {
-                start_do(step + 1);
+                start_do(next_head, next_m_block);
                 cp_async_commit();
             }
 
             Accumulator<Traits::kQMTiles, Traits::kQDTiles> dq;
             dq.clear();
-            multiply<T, Traits::kBlockN / 16>(dq, OperandA<TileP, Order::kContiguousK>(sDs, q_row, lane),
-                                              OperandB<TileK, Order::kTransposed>(sK, q_col, lane));
+            multiply<T, Traits::kBlockN / 16>(dq, OperandA<TileP, Order::kContiguousK>(base, sDs, q_row, lane),
+                                              OperandB<TileK, Order::kTransposed, Traits::kQDTiles * 8>(base, sK, q_col, lane));
             float* gDq = params.dq + batch * params.dq_strides.batch +
                          (sequence.first_q + first_row) * params.dq_strides.row + head * params.dq_strides.head;
 #pragma unroll
@@ -255,13 +232,15 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
                     }
                 }
 
-            multiply<T, Traits::kBlockM / 16>(dk, OperandA<TileP, Order::kTransposed>(sDs, kv_row, lane),
-                                              OperandB<TileQ, Order::kTransposed>(sQNow, kv_col, lane));
+            multiply<T, Traits::kBlockM / 16>(dk, OperandA<TileP, Order::kTransposed>(base, sDs, kv_row, lane),
+                                              OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(q_base, sQ, kv_col, lane));
             if (Traits::kStages == 1 && step + 1 < steps) {
                 __syncthreads();  // every warp is done with q
-                start_q(step + 1);
+                start_q(0, next_head, next_m_block);
                 cp_async_commit();
             }
+            head = next_head;
+            m_block = next_m_block;
         }
     }
 
@@ -273,8 +252,8 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) dk.x[i][j][e] *= params.softmax_scale;
     __syncthreads();  // every warp is done with k and v
-    store_fragment<T, TileK>(shared, dk, kv_row, kv_col, lane);
-    store_fragment<T, TileK>(shared + TileK::kBytes, dv, kv_row, kv_col, lane);
+    store_fragment<T, TileK>(base, sK, dk, kv_row, kv_col, lane);
+    store_fragment<T, TileK>(base, sV, dv, kv_row, kv_col, lane);
     __syncthreads();
     const int64_t first = batch * params.dk_strides.batch + (sequence.first_k + cols.begin) * params.dk_strides.row +
                           head_k * params.dk_strides.head;

@@ -28,14 +28,14 @@ struct TileCopy {
     static constexpr int kSteps = ceil_div(Tile::kRows, kRowsPerStep);
 
     const T* first;       // this thread's chunk of row 0 of the sequence
-    int64_t row_stride;   // elements
+    int row_stride;       // elements
     int row;              // this thread's first row in a tile
     int chunk;
     bool active;          // false: columns past head_dim become zeros
     bool idle;            // no chunk at all
 
     __device__ __forceinline__ TileCopy(const T* rows, int64_t row_stride, int head_dim, int thread)
-        : row_stride(row_stride), row(thread / Tile::kChunksPerRow), chunk(thread % Tile::kChunksPerRow),
+        : row_stride(int(row_stride)), row(thread / Tile::kChunksPerRow), chunk(thread % Tile::kChunksPerRow),
           active(chunk * Tile::kChunk < head_dim), idle(thread >= kActive) {
         // An address that is not read must still be one of the tensor's.
         first = rows + (active ? chunk * Tile::kChunk : 0);

@@ -42,38 +42,14 @@ struct FwdTraits {
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
-// o += p v for the warp's rows; p is rounded to the input type.
-template <typename Traits, typename O, typename S>
-__device__ __forceinline__ void multiply_p_v(O& o, const S& p, uint32_t sV, int lane) {
-    using TileV = typename Traits::TileK;
-    const OperandB<TileV, Order::kTransposed> v(sV, 0, lane);
-#pragma unroll
-    for (int k_step = 0; k_step < Traits::kBlockN / 16; ++k_step) {
-        uint32_t a[Traits::kMTiles][4];
-#pragma unroll
-        for (int i = 0; i < Traits::kMTiles; ++i) to_a_operand<typename Traits::T>(a[i], p.x[i], k_step);
-#pragma unroll
-        for (int j = 0; j < Traits::kDTiles / 2; ++j) {
-            uint32_t b[4];
-            v.load(b, j, k_step);
-#pragma unroll
-            for (int i = 0; i < Traits::kMTiles; ++i) {
-                mma_m16n8k16<typename Traits::T>(o.x[i][2 * j], a[i], b[0], b[1]);
-                mma_m16n8k16<typename Traits::T>(o.x[i][2 * j + 1], a[i], b[2], b[3]);
-            }
-        }
-    }
-}
-
 template <typename Traits>
 __device__ __forceinline__ void forward(const FwdParams& params) {
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
     extern __shared__ __align__(1024) uint8_t shared[];
-    const uint32_t sQ = uint32_t(__cvta_generic_to_shared(shared));
-    const uint32_t sK = sQ + TileQ::kBytes;
-    const uint32_t sV = sK + TileK::kBytes;
+    const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
+    constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;
 
     const Shape& shape = params.shape;
     const int thread = threadIdx.x, lane = thread % kWarpSize;
@@ -106,19 +82,19 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
         const int n_first = keys.begin / Traits::kBlockN;
         int n_block = (keys.end - 1) / Traits::kBlockN;
         TileCopy<TileQ, Traits::kThreads, T>(gQ, params.q_strides.row, shape.head_dim, thread)
-            .start(sQ, 0, rows.end - rows.begin);
-        k_copy.start(sK, n_block * Traits::kBlockN, sequence.seqlen_k);
+            .start(base + sQ, 0, rows.end - rows.begin);
+        k_copy.start(base + sK, n_block * Traits::kBlockN, sequence.seqlen_k);
         cp_async_commit();
         for (; n_block >= n_first; --n_block) {
             cp_async_wait<0>();
             __syncthreads();  // k has arrived, and every warp is done with the v before
             const int first_col = n_block * Traits::kBlockN;
-            v_copy.start(sV, first_col, sequence.seqlen_k);
+            v_copy.start(base + sV, first_col, sequence.seqlen_k);
             cp_async_commit();
             Accumulator<Traits::kMTiles, Traits::kNTiles> s;
             s.clear();
-            multiply<T, Traits::kHeadDim / 16>(s, OperandA<TileQ, Order::kContiguousK>(sQ, warp_row, lane),
-                                               OperandB<TileK, Order::kContiguousK>(sK, 0, lane));
+            multiply<T, Traits::kHeadDim / 16>(s, OperandA<TileQ, Order::kContiguousK>(base, sQ, warp_row, lane),
+                                               OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(base, sK, 0, lane));
 
             const bool partial = first_col < common.begin || first_col + Traits::kBlockN > common.end;
             if (Traits::kModified || partial) {
@@ -136,34 +112,35 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
             }
             cp_async_wait<0>();
             __syncthreads();  // v has arrived, and every warp is done with k
-            if (n_block > n_first) k_copy.start(sK, first_col - Traits::kBlockN, sequence.seqlen_k);
+            if (n_block > n_first) k_copy.start(base + sK, first_col - Traits::kBlockN, sequence.seqlen_k);
             cp_async_commit();
             softmax.step(s, o, scoring.factor);
-            multiply_p_v<Traits>(o, s, sV, lane);
+            // rS: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
+            multiply<T, Traits::kBlockN / 16>(o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
+                                              OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(base, sV, 0, lane));
         }
     }
 
     // Epilogue: o / sum through shared memory, so that global memory is written in 16-byte pieces.
     softmax.finish();
     float* gLse = params.lse + batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
-    uint8_t* staging = shared;
-    __syncthreads();
+    __syncthreads();  // every warp is done with q
 #pragma unroll
     for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int tile_row = warp_row + 16 * i + fragment_row(lane, half);
-            const int row = rows.begin + tile_row;
+            const int row = rows.begin + warp_row + 16 * i + fragment_row(lane, half);
             const bool blind = sees.keys(row).empty();
             const float scale = blind ? 0.f : 1.f / softmax.sum[i][half];
             if (lane % 4 == 0 && row < rows.end)
                 gLse[row] = blind ? -INFINITY : softmax.lse(i, half, scoring.factor);
 #pragma unroll
             for (int j = 0; j < Traits::kDTiles; ++j) {
-                const uint32_t packed = pack2<T>(o.x[i][j][2 * half] * scale, o.x[i][j][2 * half + 1] * scale);
-                *reinterpret_cast<uint32_t*>(staging + TileQ::offset(tile_row, j) + lane % 4 * 4) = packed;
+                o.x[i][j][2 * half] *= scale;
+                o.x[i][j][2 * half + 1] *= scale;
             }
         }
+    store_fragment<T, TileQ>(base, sQ, o, warp_row, 0, lane);
     __syncthreads();
     T* gO = static_cast<T*>(params.o) + batch * params.o_strides.batch +
             (sequence.first_q + rows.begin) * params.o_strides.row + head * params.o_strides.head;
@@ -171,7 +148,7 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
         const int row = index / TileQ::kChunksPerRow, chunk = index % TileQ::kChunksPerRow;
         if (row < rows.end - rows.begin && chunk * TileQ::kChunk < shape.head_dim) {
             *reinterpret_cast<uint4*>(gO + row * params.o_strides.row + chunk * TileQ::kChunk) =
-                *reinterpret_cast<const uint4*>(staging + TileQ::offset(row, chunk));
+                *reinterpret_cast<const uint4*>(shared + sQ + TileQ::offset(row, chunk));
         }
     }
 }

@@ -11,72 +11,128 @@ namespace fa2 {
 enum class Order { kContiguousK, kTransposed };
 
 // Addresses of one warp's A operand: 16 x 16 fragments at (row 16 i, k-step).
+//
+// `base` is where the lane would read if the tile began at `shared`; how far the tile lies behind that is added last, as a
+// constant in the instruction. Operands of the same shape then share one register.
 template <typename Tile, Order kOrder>
 struct OperandA {
     uint32_t base;
+    uint32_t tile;
 
-    // first_row: of the A matrix, a multiple of 16.
-    __device__ __forceinline__ OperandA(uint32_t tile, int first_row, int lane) {
+    // shared: a multiple of 128. tile: bytes behind it. first_row: of the A matrix, a multiple of 16.
+    __device__ __forceinline__ OperandA(uint32_t shared, uint32_t tile, int first_row, int lane) : tile(tile) {
         if constexpr (kOrder == Order::kContiguousK) {
-            base = tile + Tile::offset(first_row + lane % 16, lane / 16);
+            base = shared + Tile::offset(first_row + lane % 16, lane / 16);
         } else {
             // Stored rows are k. first_row may reach into any panel, so it is part of the base.
-            base = tile + Tile::offset(lane % 8 + 8 * (lane / 16), first_row / 8 + lane / 8 % 2);
+            base = shared + Tile::offset(lane % 8 + 8 * (lane / 16), first_row / 8 + lane / 8 % 2);
         }
     }
 
     __device__ __forceinline__ void load(uint32_t (&a)[4], int i, int k_step) const {
         if constexpr (kOrder == Order::kContiguousK) {
-            ldmatrix_x4(a, Tile::advance(base, 2 * k_step) + Tile::row_step(16 * i));
+            ldmatrix_x4(a, Tile::advance(base, 2 * k_step) + (Tile::row_step(16 * i) + tile));
         } else {
-            ldmatrix_x4_trans(a, Tile::advance(base, 2 * i) + Tile::row_step(16 * k_step));
+            ldmatrix_x4_trans(a, Tile::advance(base, 2 * i) + (Tile::row_step(16 * k_step) + tile));
         }
     }
 };
 
-// Addresses of one warp's B operand: 16 x 16 fragments (two n8 tiles) at (column 16 j, k-step).
-template <typename Tile, Order kOrder>
+// Addresses of one warp's B operand, kWidth columns: 16 x 16 fragments (two n8 tiles) at (column 16 j, k-step).
+template <typename Tile, Order kOrder, int kWidth>
 struct OperandB {
     uint32_t base;
+    uint32_t tile;
+    int chunk;  // of the first column; used where columns begin inside a panel
 
-    // first_col: of the B matrix, a multiple of 16.
-    __device__ __forceinline__ OperandB(uint32_t tile, int first_col, int lane) {
+    // The columns of a warp may begin inside a panel and run into the next one.
+    static constexpr bool kAcrossPanels =
+        kOrder == Order::kTransposed && kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;
+
+    // As OperandA. first_col: of the B matrix, a multiple of 16.
+    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane)
+        : tile(tile), chunk(kAcrossPanels ? first_col / 8 : 0) {
         if constexpr (kOrder == Order::kContiguousK) {
-            base = tile + Tile::offset(first_col + lane % 8 + 8 * (lane / 16), lane / 8 % 2);
+            base = shared + Tile::offset(first_col + lane % 8 + 8 * (lane / 16), lane / 8 % 2);
         } else {
-            base = tile + Tile::offset(lane % 16, first_col / 8 + lane / 16);
+            base = shared + Tile::offset(lane % 16, (kAcrossPanels ? 0 : first_col / 8) + lane / 16);
         }
     }
 
     __device__ __forceinline__ void load(uint32_t (&b)[4], int j, int k_step) const {
         if constexpr (kOrder == Order::kContiguousK) {
-            ldmatrix_x4(b, Tile::advance(base, 2 * k_step) + Tile::row_step(16 * j));
+            ldmatrix_x4(b, Tile::advance(base, 2 * k_step) + (Tile::row_step(16 * j) + tile));
         } else {
-            ldmatrix_x4_trans(b, Tile::advance(base, 2 * j) + Tile::row_step(16 * k_step));
+            ldmatrix_x4_trans(b, Tile::advance(base, 2 * j + chunk) + (Tile::row_step(16 * k_step) + tile));
         }
     }
 };
 
 // acc += a b over kSteps of 16.
+//
+// Fragments are loaded one group of products ahead: with two warps to a scheduler nothing else hides ldmatrix' latency
+// (without it a d = 128 forward stalls on it 1.4 cycles an instruction, with it 0.3).
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");
+    constexpr int kGroups = kNTiles / 2;
+    uint32_t ra[2][kMTiles][4], rb[2][4];
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) a.load(ra[0][i], i, 0);
+    b.load(rb[0], 0, 0);
 #pragma unroll
     for (int k_step = 0; k_step < kSteps; ++k_step) {
-        uint32_t ra[kMTiles][4];
 #pragma unroll
-        for (int i = 0; i < kMTiles; ++i) a.load(ra[i], i, k_step);
+        for (int j = 0; j < kGroups; ++j) {
+            const int group = k_step * kGroups + j;
+            if (j + 1 < kGroups) {
+                b.load(rb[(group + 1) % 2], j + 1, k_step);
+            } else if (k_step + 1 < kSteps) {
+                b.load(rb[(group + 1) % 2], 0, k_step + 1);
+            }
+            if (j == (kGroups > 1 ? kGroups - 2 : 0) && k_step + 1 < kSteps) {
 #pragma unroll
-        for (int j = 0; j < kNTiles / 2; ++j) {
-            uint32_t rb[4];
-            b.load(rb, j, k_step);
+                for (int i = 0; i < kMTiles; ++i) a.load(ra[(k_step + 1) % 2][i], i, k_step + 1);
+            }
 #pragma unroll
             for (int i = 0; i < kMTiles; ++i) {
-                mma_m16n8k16<T>(acc.x[i][2 * j], ra[i], rb[0], rb[1]);
-                mma_m16n8k16<T>(acc.x[i][2 * j + 1], ra[i], rb[2], rb[3]);
+                mma_m16n8k16<T>(acc.x[i][2 * j], ra[k_step % 2][i], rb[group % 2][0], rb[group % 2][1]);
+                mma_m16n8k16<T>(acc.x[i][2 * j + 1], ra[k_step % 2][i], rb[group % 2][2], rb[group % 2][3]);
             }
         }
     }
 }
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Writes accumulators, rounded, into a tile: the block of kMTiles x kNTiles that begins at (first_row, first_col).
+template <typename T, typename Tile, int kMTiles, int kNTiles>
+__device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, const Accumulator<kMTiles, kNTiles>& acc,
+                                               int first_row, int first_col, int lane) {
+    constexpr int kPanelChunks = Tile::kPanel / Tile::kChunk;
+    constexpr bool kAcrossPanels = kNTiles % kPanelChunks != 0 && kPanelChunks % kNTiles != 0;
+    const int chunk = kAcrossPanels ? first_col / 8 : 0;
+    const uint32_t base = shared + Tile::offset(first_row + lane / 4, kAcrossPanels ? 0 : first_col / 8) + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                store_shared(Tile::advance(base, j + chunk) + (Tile::row_step(16 * i + 8 * half) + tile),
+                             pack2<T>(acc.x[i][j][2 * half], acc.x[i][j][2 * half + 1]));
+}
+
+// Accumulators of a warp's rows, rounded as they are used, as the A operand of the next product.
+template <typename T, int kMTiles, int kNTiles>
+struct AccumulatorA {
+    const Accumulator<kMTiles, kNTiles>& acc;
+
+    __device__ __forceinline__ void load(uint32_t (&a)[4], int i, int k_step) const {
+        to_a_operand<T>(a, acc.x[i], k_step);
+    }
+};
 
 }  // namespace fa2
