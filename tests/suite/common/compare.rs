@@ -1,0 +1,150 @@
+//! The asserts: a tensor against the reference within a tolerance, and two tensors bit for bit.
+
+use super::cases::Case;
+use super::reference::Rows;
+use super::tolerance::Tolerance;
+use anyhow::{bail, ensure, Result};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+use std::fmt::Write;
+
+/// `got` is `want`: infinities and NaN in the same places first, then every number within its row's limit.
+/// `want` is the reference, so it is not rounded to the type: a value past the type's largest is expected as infinity.
+pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &Case) -> Result<()> {
+    ensure!(
+        got.values.len() == want.values.len() && got.width == want.width && got.heads == want.heads,
+        "{name} has {} values in {} heads of width {}, the reference {} in {} of {}\ncase {case}",
+        got.values.len(),
+        got.heads,
+        got.width,
+        want.values.len(),
+        want.heads,
+        want.width,
+    );
+    let dtype = if name == "lse" { super::tolerance::accumulator(case.dtype) } else { case.dtype };
+    let misplaced: Vec<usize> = (0..want.values.len())
+        .filter(|&at| {
+            let want = round_to(dtype, want.values[at]);
+            let got = got.values[at];
+            (!want.is_finite() || !got.is_finite()) && got != want && !(got.is_nan() && want.is_nan())
+        })
+        .collect();
+    if let Some(&first) = misplaced.first() {
+        bail!(
+            "{name} differs from the reference: {} where {} belongs, at {}\ncase {case}; {}",
+            got.values[first],
+            want.values[first],
+            coordinates(want, first),
+            extent(want, &misplaced),
+        );
+    }
+    let error = |at: usize| (got.values[at] - want.values[at]).abs();
+    let limit = |at: usize| tolerance.limits[at / want.width];
+    let over: Vec<usize> =
+        (0..want.values.len()).filter(|&at| got.values[at].is_finite() && error(at) > limit(at)).collect();
+    // The worst is what is furthest over its own row's limit, not the largest difference.
+    let worst = over.iter().copied().max_by(|&a, &b| (error(a) / limit(a)).total_cmp(&(error(b) / limit(b))));
+    if let Some(worst) = worst {
+        bail!(
+            "{name} differs from the reference: |{} - {}| = {:.1e} at {}, limit {:.1e}\ncase {case}; {}",
+            short(got.values[worst]),
+            short(want.values[worst]),
+            error(worst),
+            coordinates(want, worst),
+            limit(worst),
+            extent(want, &over),
+        );
+    }
+    Ok(())
+}
+
+/// Two tensors of one shape and type hold the same bits.
+pub fn same_bits(name: &str, got: &Tensor, want: &Tensor, what: &dyn std::fmt::Display) -> Result<()> {
+    ensure!(
+        got.dims() == want.dims() && got.dtype() == want.dtype(),
+        "{name}: {:?} {:?} against {:?} {:?}\n{what}",
+        got.dims(),
+        got.dtype(),
+        want.dims(),
+        want.dtype()
+    );
+    let (got_bits, want_bits) = (bits(got)?, bits(want)?);
+    let differing: Vec<usize> = (0..got_bits.len()).filter(|&at| got_bits[at] != want_bits[at]).collect();
+    if let Some(&first) = differing.first() {
+        let mut rest = first;
+        let mut index = vec![0; got.rank()];
+        for (axis, &len) in got.dims().iter().enumerate().rev() {
+            index[axis] = rest % len;
+            rest /= len;
+        }
+        bail!(
+            "{name}: bits {:#x} against {:#x} at {index:?} of {:?}; {} of {} elements differ\n{what}",
+            got_bits[first],
+            want_bits[first],
+            got.dims(),
+            differing.len(),
+            got_bits.len(),
+        );
+    }
+    Ok(())
+}
+
+/// `x` as `dtype` stores it.
+pub fn round_to(dtype: DType, x: f64) -> f64 {
+    match dtype {
+        DType::F64 => x,
+        DType::F32 => x as f32 as f64,
+        DType::F16 => f16::from_f64(x).to_f64(),
+        DType::BF16 => bf16::from_f64(x).to_f64(),
+        other => panic!("no rounding to {other:?}"),
+    }
+}
+
+fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
+    let flat = tensor.flatten_all()?;
+    Ok(match tensor.dtype() {
+        DType::F64 => flat.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect(),
+        DType::F32 => flat.to_vec1::<f32>()?.into_iter().map(|x| x.to_bits().into()).collect(),
+        DType::F16 => flat.to_vec1::<f16>()?.into_iter().map(|x| x.to_bits().into()).collect(),
+        DType::BF16 => flat.to_vec1::<bf16>()?.into_iter().map(|x| x.to_bits().into()).collect(),
+        other => bail!("no bits of {other:?}"),
+    })
+}
+
+/// Where element `at` lies: sequence, position in it, head, and dimension unless a row is one number.
+fn coordinates(rows: &Rows, at: usize) -> String {
+    let (batch, row, head) = place(rows, at / rows.width);
+    let mut text = format!("[batch {batch}, row {row}, head {head}");
+    if rows.width > 1 {
+        write!(text, ", dim {}", at % rows.width).expect("writing to a String");
+    }
+    text + "]"
+}
+
+/// How many elements are wrong, and from which row on.
+fn extent(rows: &Rows, wrong: &[usize]) -> String {
+    let first = wrong.iter().map(|&at| place(rows, at / rows.width).1).min().unwrap_or(0);
+    format!("{} of {} elements over, all in rows >= {first}", wrong.len(), rows.values.len())
+}
+
+/// `(sequence, position in it, head)` of a row.
+fn place(rows: &Rows, row: usize) -> (usize, usize, usize) {
+    let (mut token, head) = (row / rows.heads, row % rows.heads);
+    for (batch, &len) in rows.lengths.iter().enumerate() {
+        if token < len {
+            return (batch, token, head);
+        }
+        token -= len;
+    }
+    panic!("row {row} lies behind the last sequence");
+}
+
+/// Four significant digits, in powers of ten only where a reader would want them.
+fn short(x: f64) -> String {
+    if x == 0.0 || (1e-3..1e5).contains(&x.abs()) {
+        let digits = 3 - x.abs().max(1e-3).log10().floor() as i32;
+        format!("{x:.*}", digits.max(0) as usize)
+    } else {
+        format!("{x:.3e}")
+    }
+}
