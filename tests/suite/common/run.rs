@@ -1,6 +1,6 @@
 //! The operator under test, run on a case: values and gradients in the reference's form.
 
-use super::cases::{Alibi, Case, Lengths};
+use super::cases::{Case, Lengths};
 use super::reference::{Input, Output, Rows};
 use super::tolerance::{accumulator, Tolerance};
 use super::{compare, reference};
@@ -178,12 +178,6 @@ impl Case {
             Lengths::Padded { .. } => lse.transpose(1, 2)?.contiguous()?,
             Lengths::Packed(_) => lse.transpose(0, 1)?.contiguous()?,
         })
-    }
-
-    /// The case of sequence `batch` alone, unpacked.
-    pub fn alone(&self, batch: usize) -> Case {
-        let (seqlen_q, seqlen_k) = self.sequences()[batch];
-        Case { alibi: Alibi::Off, ..self.clone() }.batch(1, seqlen_q, seqlen_k)
     }
 }
 
