@@ -5,7 +5,7 @@ use crate::common::compare;
 use crate::common::run::Call;
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
-use candle_fa2::Mask;
+use candle_fa2::{testing, Mask};
 
 /// A way to see a tensor of shape `dims` in a larger or differently ordered one.
 struct View {
@@ -177,6 +177,36 @@ fn gradients_through_transposed_and_expanded_results() -> Result<()> {
             };
             for (n, (got, want)) in grads(loss)?.iter().zip(&grads(plain)?).enumerate() {
                 compare::same_bits(["dq", "dk", "dv"][n], got, want, &format!("case {case}, {name}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The gradient of o itself in strides of its own. Candle's autograd adds gradients into contiguous tensors, so that this asks
+/// the operator alone.
+#[test]
+fn gradients_that_are_views_equal_their_copies() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(2, 140, 60).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        let input = case.draw();
+        let call = case.call(&input)?;
+        let call = testing::Call::new(&call.attention, &call.q, &call.k, &call.v)?;
+        let o = call.forward()?;
+        let dims = case.shape_q();
+        let last_axis = [
+            View { name: "one dim for all", base: |d| vec![d[0], d[1], d[2], 1], view: |t, d| t.broadcast_as(d) },
+            View { name: "one number for all", base: |_| vec![1], view: |t, d| t.broadcast_as(d) },
+            View { name: "head_dim first", base: |d| vec![d[3], d[1], d[2], d[0]], view: |t, _| t.transpose(0, 3) },
+        ];
+        for view in PADDED.iter().chain(&last_axis) {
+            let base = Bases::draw(&case, [view, &PADDED[0], &PADDED[0]])?;
+            let do_ = (view.view)(&base.vars[0], &dims)?;
+            let (dq, dk, dv) = call.backward(&o, &do_)?;
+            let (dq_copied, dk_copied, dv_copied) = call.backward(&o, &do_.contiguous()?)?;
+            for (name, got, want) in [("dq", dq, dq_copied), ("dk", dk, dk_copied), ("dv", dv, dv_copied)] {
+                let what = format!("case {case}, do {}", view.name);
+                compare::same_bits(name, &got.context("no gradient")?, &want.context("no gradient")?, &what)?;
             }
         }
     }

@@ -5,6 +5,7 @@
 mod backward;
 mod common;
 mod edges;
+mod errors;
 mod forward;
 mod gradcheck;
 mod layouts;

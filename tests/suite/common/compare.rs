@@ -148,3 +148,95 @@ fn short(x: f64) -> String {
         format!("{x:.3e}")
     }
 }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::cases::cpu;
+
+    /// Two sequences of 2 and 3 tokens, two heads of 4: `value` everywhere.
+    fn rows(value: f64) -> Rows {
+        Rows { lengths: vec![2, 3], heads: 2, width: 4, values: vec![value; 40], ..Rows::default() }
+    }
+
+    fn case() -> Case {
+        Case::new(&cpu(DType::F32)).packed(&[(2, 2), (3, 3)]).head_dim(4)
+    }
+
+    fn limits(limit: f64) -> Tolerance {
+        Tolerance { limits: vec![limit; 10] }
+    }
+
+    fn text(got: &Rows, want: &Rows, tolerance: &Tolerance) -> String {
+        close("o", got, want, tolerance, &case()).expect_err("these differ").to_string()
+    }
+
+    #[test]
+    fn names_the_worst_element_and_where_it_lies() -> Result<()> {
+        let (mut got, want) = (rows(0.4062), rows(0.4062));
+        close("o", &got, &want, &limits(0.0), &case())?;
+        // Token 3 is row 1 of the second sequence.
+        got.values[(3 * 2 + 1) * 4 + 2] += 0.0079;
+        got.values[39] += 0.002;
+        assert_eq!(
+            text(&got, &want, &limits(1e-3)),
+            "o differs from the reference: |0.4141 - 0.4062| = 7.9e-3 at [batch 1, row 1, head 1, dim 2], limit 1.0e-3\n\
+             case cpu f32 d4 full, packed, heads 2/2, seqlens [2/2 3/3]; 2 of 40 elements over, all in rows >= 1"
+        );
+        // Worst is what is furthest over the limit of its own row.
+        let mut tolerance = limits(1e-3);
+        tolerance.limits[7] = 5e-3;
+        tolerance.limits[9] = 1e-4;
+        assert!(text(&got, &want, &tolerance).contains("at [batch 1, row 2, head 1, dim 3], limit 1.0e-4"));
+        close("o", &got, &want, &limits(1e-2), &case())
+    }
+
+    #[test]
+    fn infinities_and_nan_must_be_in_place_before_numbers_count() -> Result<()> {
+        let (mut got, mut want) = (rows(1.0), rows(1.0));
+        want.values[5] = f64::NAN;
+        want.values[6] = f64::INFINITY;
+        got.values[39] = 2.0;
+        assert_eq!(
+            text(&got, &want, &limits(1e-3)),
+            "o differs from the reference: 1 where NaN belongs, at [batch 0, row 0, head 1, dim 1]\n\
+             case cpu f32 d4 full, packed, heads 2/2, seqlens [2/2 3/3]; 2 of 40 elements over, all in rows >= 0"
+        );
+        got.values[5] = f64::NAN;
+        got.values[6] = f64::NEG_INFINITY;
+        assert!(text(&got, &want, &limits(1e9)).contains("-inf where inf belongs"));
+        got.values[6] = f64::INFINITY;
+        assert!(text(&got, &want, &limits(1e-3)).contains("|2.000 - 1.000|"));
+        got.values[39] = 1.0;
+        close("o", &got, &want, &limits(0.0), &case())?;
+        // NaN where a number belongs is no small difference.
+        got.values[0] = f64::NAN;
+        assert!(text(&got, &want, &limits(f64::INFINITY)).contains("NaN where 1 belongs"));
+        Ok(())
+    }
+
+    /// The reference does not round, so what the type cannot hold is infinite there.
+    #[test]
+    fn numbers_past_the_type_are_infinite() -> Result<()> {
+        let case = Case { dtype: DType::F16, ..case() };
+        let (got, want) = (rows(f64::INFINITY), rows(70000.0));
+        close("o", &got, &want, &limits(0.0), &case)?;
+        assert!(close("o", &rows(65504.0), &want, &limits(1e9), &case).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn bits_are_bits() -> Result<()> {
+        let device = candle_core::Device::Cpu;
+        let zero = Tensor::new(&[[0f32, 0.0], [0.0, 0.0]], &device)?;
+        let minus = Tensor::new(&[[0f32, 0.0], [0.0, -0.0]], &device)?;
+        same_bits("o", &zero, &zero, &"same")?;
+        let error = same_bits("o", &minus, &zero, &"case").expect_err("the sign differs");
+        assert_eq!(
+            error.to_string(),
+            "o: bits 0x80000000 against 0x0 at [1, 1] of [2, 2]; 1 of 4 elements differ\ncase"
+        );
+        assert!(same_bits("o", &zero, &zero.flatten_all()?, &"shape").is_err());
+        assert!(same_bits("o", &zero, &zero.to_dtype(DType::F16)?, &"type").is_err());
+        Ok(())
+    }
+}
