@@ -57,6 +57,9 @@ fn options_across_tiles() -> Result<()> {
             case().softcap(1.0).mask(window(70, 70)),
             case().alibi(Alibi::PerHead).mask(Mask::Causal),
             case().alibi(Alibi::PerBatchAndHead).softcap(2.0).softmax_scale(-0.4).dlse(),
+            // The widths that models have.
+            case().heads(4, 2).head_dim(64).mask(Mask::Causal),
+            case().head_dim(128).mask(window(100, 0)),
         ]
     })
 }

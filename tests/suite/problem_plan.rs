@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_fa2::testing::{self, Alibi, DeviceCaps, Lengths, Plan, Problem, Strides};
 use candle_fa2::{Attention, CuSeqlens, Error, Mask};
+use std::process::Command;
 
 fn zeros(shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::zeros(shape, DType::BF16, &Device::Cpu)?)
@@ -71,6 +72,39 @@ fn problem_and_plan_print() -> Result<()> {
     for word in ["BF16", "Causal", "head_dim: 40", "seqlen_q: 2", "num_heads: 3", "block_m", "block_n"] {
         assert!(text.contains(word), "{word} is missing in {text}");
     }
+    Ok(())
+}
+
+/// Two calls of one problem and one of another, for [`the_log_prints_each_problem_once`] to watch.
+#[test]
+fn three_calls_of_two_problems() -> Result<()> {
+    let (short, long) = (zeros(&[1, 2, 3, 40])?, zeros(&[1, 6, 3, 40])?);
+    for x in [&short, &short, &long] {
+        Attention::new().forward(x, x, x)?;
+    }
+    Ok(())
+}
+
+/// `CANDLE_FA2_LOG=plan` prints a line to standard error for each distinct problem; without it nothing is printed.
+#[test]
+fn the_log_prints_each_problem_once() -> Result<()> {
+    let lines = |log: Option<&str>| -> Result<Vec<String>> {
+        let mut child = Command::new(std::env::current_exe()?);
+        child
+            .args(["problem_plan::three_calls_of_two_problems", "--exact", "--nocapture"])
+            .env_remove("CANDLE_FA2_LOG");
+        if let Some(log) = log {
+            child.env("CANDLE_FA2_LOG", log);
+        }
+        let output = child.output()?;
+        anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let text = String::from_utf8(output.stderr)?;
+        Ok(text.lines().filter(|line| line.starts_with("candle-fa2: ")).map(String::from).collect())
+    };
+    let logged = lines(Some("plan"))?;
+    assert_eq!(logged.len(), 2, "{logged:?}");
+    assert!(logged[0].contains("seqlen_q: 2") && logged[1].contains("seqlen_q: 6"), "{logged:?}");
+    assert_eq!(lines(None)?, [""; 0]);
     Ok(())
 }
 

@@ -254,6 +254,46 @@ fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
     })
 }
 
+/// Attention over two parts of the keys, merged by their lse, is attention over all of them: values, and gradients that flow
+/// through both lse as ring attention needs it.
+#[test]
+fn parts_of_the_keys_merge_by_their_lse() -> Result<()> {
+    let case = padded()
+        .prop_map(|case| case.mask(Mask::None).alibi(Alibi::Off))
+        // The merge itself runs in the type of o: in half precision its own rounding would hide the operator's.
+        .prop_filter("f32 or f64", |case| matches!(case.dtype, DType::F32 | DType::F64))
+        .prop_filter("two keys and a query", |case| case.sequences().first().is_some_and(|l| l.0 > 0 && l.1 > 1));
+    for_all((case, 0.0..1.0f64), |(case, part)| {
+        let input = case.draw();
+        let want = case.run(&input)?;
+        let Call { attention, q, k, v } = case.call(&input)?;
+        let (_, seqlen_k) = case.sequences()[0];
+        let first = 1 + ((seqlen_k - 1) as f64 * part) as usize;
+        let attend = |from: usize, len: usize| -> Result<(Tensor, Tensor)> {
+            Ok(attention.forward_with_lse(&q, &k.narrow(1, from, len)?, &v.narrow(1, from, len)?)?)
+        };
+        let ((o_1, lse_1), (o_2, lse_2)) = (attend(0, first)?, attend(first, seqlen_k - first)?);
+        // A constant as large as either keeps exp in range; it cancels.
+        let max = lse_1.maximum(&lse_2)?.detach();
+        let (weight_1, weight_2) = ((lse_1 - &max)?.exp()?, (lse_2 - &max)?.exp()?);
+        let sum = (&weight_1 + &weight_2)?;
+        let lse = (max + sum.log()?)?;
+        // (batch, heads, seqlen_q) -> (batch, seqlen_q, heads, 1)
+        let of_rows =
+            |weight: Tensor| -> candle_core::Result<Tensor> { (weight / &sum)?.transpose(1, 2)?.unsqueeze(3) };
+        let o = (o_1.broadcast_mul(&of_rows(weight_1)?)? + o_2.broadcast_mul(&of_rows(weight_2)?)?)?;
+        let grads = case.loss(&input, &o, &lse)?.backward()?;
+        let got = Output {
+            o: case.rows(&o, true)?,
+            lse: case.lse_rows(&lse)?,
+            dq: case.rows(grads.get(&q).context("dq")?, true)?,
+            dk: case.rows(grads.get(&k).context("dk")?, false)?,
+            dv: case.rows(grads.get(&v).context("dv")?, false)?,
+        };
+        agree(&case, &input, &got, &want)
+    })
+}
+
 /// The part of `input` that belongs to sequence `batch`, and its case.
 fn one_sequence(case: &Case, input: &Input, batch: usize) -> (Case, Input) {
     let lengths = case.sequences();
