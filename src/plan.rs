@@ -36,6 +36,14 @@ pub struct Tile {
     pub block_n: usize,
 }
 
+impl Tile {
+    /// No larger than the longest sequences ask for, so that small calls use small buffers; at least 1 x 1.
+    fn within(self, problem: &Problem) -> Self {
+        let cut = |block: usize, longest: usize| block.min(longest.max(1));
+        Self { block_m: cut(self.block_m, problem.max_seqlen_q()), block_n: cut(self.block_n, problem.max_seqlen_k()) }
+    }
+}
+
 /// How a [`Problem`] is computed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Plan {
@@ -55,7 +63,9 @@ impl Plan {
     /// [`Error::NoKernel`] if this build has no kernel for the device.
     pub fn choose(problem: &Problem, caps: &DeviceCaps) -> Result<Self> {
         match caps {
-            DeviceCaps::Cpu => Ok(Self::Cpu { forward: CPU_FORWARD, backward: CPU_BACKWARD }),
+            DeviceCaps::Cpu => {
+                Ok(Self::Cpu { forward: CPU_FORWARD.within(problem), backward: CPU_BACKWARD.within(problem) })
+            }
             &DeviceCaps::Other(device) => Err(Error::NoKernel { dtype: problem.dtype, device }),
         }
     }
