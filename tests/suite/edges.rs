@@ -154,8 +154,11 @@ fn one_key_repeated() -> Result<()> {
 /// What stands where a number was.
 const INTRUDERS: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
 
+/// The numbers of one tensor of an input.
+type Values = fn(&mut Input) -> &mut Vec<f64>;
+
 /// The tensors that may hold one, and how to reach them.
-const TENSORS: [(&str, fn(&mut Input) -> &mut Vec<f64>); 4] =
+const TENSORS: [(&str, Values); 4] =
     [("q", |i| &mut i.q), ("k", |i| &mut i.k), ("v", |i| &mut i.v), ("do", |i| &mut i.do_)];
 
 fn masks_and_lengths(target: &Target) -> Vec<Case> {

@@ -89,8 +89,8 @@ impl Bases {
         let input = case.draw();
         let attention = case.attention(&input)?;
         let mut seen = Vec::new();
-        for n in 0..3 {
-            let view = (views[n].view)(&self.vars[n], &self.dims[n])?;
+        for ((view, var), dims) in views.iter().zip(&self.vars).zip(&self.dims) {
+            let view = (view.view)(var, dims)?;
             seen.push(if copied { view.contiguous()? } else { view });
         }
         let (o, lse) = case.forward_with_lse(&attention, &seen[0], &seen[1], &seen[2])?;

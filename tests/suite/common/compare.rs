@@ -26,7 +26,9 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
         .filter(|&at| {
             let want = round_to(dtype, want.values[at]);
             let got = got.values[at];
-            (!want.is_finite() || !got.is_finite()) && got != want && !(got.is_nan() && want.is_nan())
+            let both_finite = want.is_finite() && got.is_finite();
+            let same = got == want || got.is_nan() && want.is_nan();
+            !both_finite && !same
         })
         .collect();
     if let Some(&first) = misplaced.first() {
