@@ -1,5 +1,5 @@
-//! Every refusal as its user reads it: one line per message, compared as text. Each is given by `supports` before anything runs,
-//! by all ways to call, and unchanged through Candle's error.
+//! Every refusal as its user reads it: one line per message, compared as text. Each is given by `supports` before
+//! anything runs, by all ways to call, and unchanged through Candle's error.
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor, Var};

@@ -6,8 +6,8 @@ use anyhow::{ensure, Result};
 use candle_core::DType;
 use candle_fa2::Mask;
 
-/// Step of the differences. With four points the error of a difference is of the order `STEP^4 = 1e-12` for a smooth loss, and
-/// rounding the loss, `1e-16 * loss / STEP`, adds `1e-12`.
+/// Step of the differences. With four points the error of a difference is of the order `STEP^4 = 1e-12` for a smooth
+/// loss, and rounding the loss, `1e-16 * loss / STEP`, adds `1e-12`.
 const STEP: f64 = 1e-3;
 /// A hundred times that, relative to the largest derivative.
 const LIMIT: f64 = 1e-10;
@@ -98,8 +98,8 @@ fn operator_backward_is_the_derivative_of_its_forward() -> Result<()> {
     Ok(())
 }
 
-/// In f64 on the host every smoke case, too, in one random direction each: differences at sizes where all elements would take
-/// too long.
+/// In f64 on the host every smoke case, too, in one random direction each: differences at sizes where all elements
+/// would take too long.
 #[test]
 fn operator_backward_matches_a_random_direction() -> Result<()> {
     for case in cases::smoke(&cpu(DType::F64)) {

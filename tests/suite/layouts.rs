@@ -5,7 +5,7 @@ use crate::common::compare;
 use crate::common::run::Call;
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
-use candle_fa2::{testing, Mask};
+use candle_fa2::{testing, Attention, Mask};
 
 /// A way to see a tensor of shape `dims` in a larger or differently ordered one.
 struct View {
@@ -151,6 +151,27 @@ fn views_of_packed_tensors_equal_their_copies() -> Result<()> {
     Ok(())
 }
 
+/// Slopes are read through their strides too.
+#[test]
+fn slopes_that_are_views_equal_their_copies() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(3, 9, 11).heads(4, 2);
+        let input = case.draw();
+        let Call { q, k, v, .. } = case.call(&input)?;
+        let table = Tensor::arange(0f32, 24.0, &case.device)?.affine(0.02, 0.01)?.reshape((4, 6))?;
+        // A column of it for the heads, a transposed block of it for batch and heads, one number for all.
+        let column = table.narrow(1, 2, 1)?.squeeze(1)?;
+        let block = table.narrow(1, 1, 3)?.t()?;
+        let one = table.narrow(0, 1, 1)?.narrow(1, 1, 1)?.broadcast_as((3, 4))?;
+        for (name, slopes) in [("column", column), ("block", block), ("one", one)] {
+            let viewed = Attention::new().alibi_slopes(&slopes).forward(&q, &k, &v)?;
+            let copied = Attention::new().alibi_slopes(&slopes.contiguous()?).forward(&q, &k, &v)?;
+            compare::same_bits("o", &viewed, &copied, &format!("case {case}, slopes {name}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// What follows o in the graph decides how its gradient arrives. Each of these is the same loss.
 #[test]
 fn gradients_through_transposed_and_expanded_results() -> Result<()> {
@@ -183,8 +204,8 @@ fn gradients_through_transposed_and_expanded_results() -> Result<()> {
     Ok(())
 }
 
-/// The gradient of o itself in strides of its own. Candle's autograd adds gradients into contiguous tensors, so that this asks
-/// the operator alone.
+/// The gradient of o itself in strides of its own. Candle's autograd adds gradients into contiguous tensors, so that
+/// this asks the operator alone.
 #[test]
 fn gradients_that_are_views_equal_their_copies() -> Result<()> {
     for target in targets() {

@@ -132,8 +132,8 @@ fn gradients_of_pad_and_unpad() -> Result<()> {
     Ok(())
 }
 
-/// A padded batch through unpad, packed attention and pad: the rows of each sequence are those of the reference, and the
-/// gradients come back to the padded tensors, 0 in the padding.
+/// A padded batch through unpad, packed attention and pad: the rows of each sequence are those of the reference, and
+/// the gradients come back to the padded tensors, 0 in the padding.
 #[test]
 fn a_padded_batch_trains_through_packed_attention() -> Result<()> {
     for target in targets() {

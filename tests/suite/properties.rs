@@ -1,5 +1,5 @@
-//! What must hold whatever the numbers are, over random cases that shrink when they fail. Only the first property asks the
-//! reference what is right; of the others it tells no more than how much two results may differ by rounding.
+//! What must hold whatever the numbers are, over random cases that shrink when they fail. Only the first property asks
+//! the reference what is right; of the others it tells no more than how much two results may differ by rounding.
 //!
 //! The draws are the same in every run; `PROPTEST_RNG_SEED` and `PROPTEST_CASES` look further.
 
@@ -8,7 +8,7 @@ use crate::common::compare;
 use crate::common::reference::{self, Input, Output};
 use crate::common::run::Call;
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor, D};
+use candle_core::{DType, Tensor, D};
 use candle_fa2::Mask;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
@@ -214,7 +214,7 @@ fn unfused(case: &Case, input: &Input) -> Result<Output> {
             }
         })
         .collect();
-    let mask = Tensor::from_vec(hidden, (1, 1, seqlen_q, seqlen_k), &Device::Cpu)?.to_dtype(case.dtype)?;
+    let mask = Tensor::from_vec(hidden, (1, 1, seqlen_q, seqlen_k), &case.device)?.to_dtype(case.dtype)?;
     let scores = scores.broadcast_add(&mask)?;
     let lse = scores.log_sum_exp(D::Minus1)?;
     let p = candle_nn::ops::softmax(&scores, D::Minus1)?;
@@ -254,8 +254,8 @@ fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
     })
 }
 
-/// Attention over two parts of the keys, merged by their lse, is attention over all of them: values, and gradients that flow
-/// through both lse as ring attention needs it.
+/// Attention over two parts of the keys, merged by their lse, is attention over all of them: values, and gradients that
+/// flow through both lse as ring attention needs it.
 #[test]
 fn parts_of_the_keys_merge_by_their_lse() -> Result<()> {
     let case = padded()

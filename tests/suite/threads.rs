@@ -7,6 +7,7 @@ use crate::common::run::Call;
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
 use candle_fa2::Mask;
+use rayon::prelude::*;
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
@@ -77,4 +78,40 @@ fn concurrent_calls_do_not_disturb_each_other() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// A pool whose threads each make calls of their own still finishes, with the same bits.
+#[test]
+fn calls_from_inside_a_pool_finish() -> Result<()> {
+    let cases = [parallel_cases(DType::F32), parallel_cases(DType::F16), parallel_cases(DType::F32)].concat();
+    let alone = cases.iter().map(|case| results(case, &case.draw())).collect::<Result<Vec<_>>>()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build()?;
+    let together =
+        pool.install(|| cases.par_iter().map(|case| results(case, &case.draw())).collect::<Result<Vec<_>>>())?;
+    for ((got, want), case) in together.iter().zip(&alone).zip(&cases) {
+        for ((name, got), (_, want)) in got.iter().zip(want) {
+            compare::same_bits(name, got, want, &format!("case {case}, inside a pool"))?;
+        }
+    }
+    Ok(())
+}
+
+/// One graph may be asked for its gradients by several threads at once.
+#[test]
+fn one_graph_serves_many_backward() -> Result<()> {
+    for case in parallel_cases(DType::F32) {
+        let input = case.draw();
+        let Call { attention, q, k, v } = case.call(&input)?;
+        let (o, lse) = case.forward_with_lse(&attention, &q, &k, &v)?;
+        let loss = case.loss(&input, &o, &lse)?;
+        let dq = || -> Result<Tensor> { Ok(loss.backward()?.get(&q).context("dq")?.clone()) };
+        let want = dq()?;
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(dq)).collect();
+            workers.into_iter().try_for_each(|worker| {
+                compare::same_bits("dq", &worker.join().expect("a worker panicked")?, &want, &format!("case {case}"))
+            })
+        })?;
+    }
+    Ok(())
 }

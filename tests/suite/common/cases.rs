@@ -1,5 +1,5 @@
-//! What is tested: one call of the operator as a value that prints, draws its own numbers, and knows nothing of how it will be
-//! computed. A device, or a kernel of one, joins every test of the suite by joining [`targets`].
+//! What is tested: one call of the operator as a value that prints, draws its own numbers, and knows nothing of how it
+//! will be computed. A device, or a kernel of one, joins every test of the suite by joining [`targets`].
 
 use super::compare::round_to;
 use super::reference::Input;
@@ -141,8 +141,8 @@ impl Case {
         }
     }
 
-    /// Standard normal q, k, v, do and dlse, slopes between 0 and 1/2, all rounded to their types. The name of the case seeds
-    /// them, so that a failure repeats wherever its case runs.
+    /// Standard normal q, k, v, do and dlse, slopes between 0 and 1/2, all rounded to their types. The name of the case
+    /// seeds them, so that a failure repeats wherever its case runs.
     pub fn draw(&self) -> Input {
         let mut rng = ChaCha8Rng::from_seed(Sha256::digest(self.to_string()).into());
         let lengths = self.sequences();

@@ -143,13 +143,13 @@ fn place(rows: &Rows, row: usize) -> (usize, usize, usize) {
 
 /// Four significant digits, in powers of ten only where a reader would want them.
 fn short(x: f64) -> String {
-    if x == 0.0 || (1e-3..1e5).contains(&x.abs()) {
-        let digits = 3 - x.abs().max(1e-3).log10().floor() as i32;
-        format!("{x:.*}", digits.max(0) as usize)
-    } else {
-        format!("{x:.3e}")
+    match x.abs() {
+        0.0 => "0".to_string(),
+        size @ 1e-3..1e5 => format!("{x:.*}", (3 - size.log10().floor() as i32).max(0) as usize),
+        _ => format!("{x:.3e}"),
     }
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,5 +1,5 @@
-//! What every test stands on: the cases, the reference that decides what is right, the rule for how near is near enough, and
-//! the asserts.
+//! What every test stands on: the cases, the reference that decides what is right, the rule for how near is near
+//! enough, and the asserts.
 
 pub mod cases;
 pub mod compare;

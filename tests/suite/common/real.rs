@@ -1,4 +1,5 @@
-//! The number types the reference runs in: f32 and f64 as the machine has them, and pairs of f64 for judging f64 itself.
+//! The number types the reference runs in: f32 and f64 as the machine has them, and pairs of f64 for judging f64
+//! itself.
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 

@@ -1,5 +1,5 @@
-//! Attention as its formulas read: one query at a time, every visible key, nothing tiled, nothing recomputed. It shares no
-//! line with `src/`, and it is all that decides what is right.
+//! Attention as its formulas read: one query at a time, every visible key, nothing tiled, nothing recomputed. It shares
+//! no line with `src/`, and it is all that decides what is right.
 //!
 //! ```text
 //! raw_ij = softmax_scale * q_i . k_j
@@ -14,17 +14,17 @@
 //! dq_i = softmax_scale sum_j draw_ij k_j      dk_j = softmax_scale sum_i draw_ij q_i      dv_j = sum_i p_ij do_i
 //! ```
 //!
-//! A hidden key takes part in nothing, whatever it holds; among the visible ones infinities and NaN go through the plain
-//! arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
+//! A hidden key takes part in nothing, whatever it holds; among the visible ones infinities and NaN go through the
+//! plain arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
 
 use super::real::{Double, Real};
 use super::tolerance::{rounding_step, smallest_normal};
 use candle_core::DType;
 use half::{bf16, f16};
 
-/// One call of the operator, every number exactly representable in `dtype`. A batch is a list of sequences: padded batches have
-/// equal lengths, packed ones need not. Tensors are token-major: q, `do_` `(total_q, num_heads, head_dim)`, k, v
-/// `(total_k, num_heads_k, head_dim)`.
+/// One call of the operator, every number exactly representable in `dtype`. A batch is a list of sequences: padded
+/// batches have equal lengths, packed ones need not. Tensors are token-major: q, `do_` `(total_q, num_heads,
+/// head_dim)`, k, v `(total_k, num_heads_k, head_dim)`.
 #[derive(Clone, Debug)]
 pub struct Input {
     pub dtype: DType,
@@ -56,12 +56,12 @@ pub struct Rows {
     pub heads: usize,
     pub width: usize,
     pub values: Vec<f64>,
-    /// For each row, a bound on the largest sum of absolute terms in it, each times how much the rounding of its factors counts:
-    /// what the row's error is proportional to, whatever cancels.
+    /// For each row, a bound on the largest sum of absolute terms in it, each times how much the rounding of its
+    /// factors counts: what the row's error is proportional to, whatever cancels.
     pub magnitude: Vec<f64>,
-    /// For each row, how far rounding the operands of its matrix products to the input type is likely to move it: half a
-    /// step of each p, draw, or o (in delta), as independent errors add up. Also what a p below the smallest normal number
-    /// counts: exp may return 0 for it.
+    /// For each row, how far rounding the operands of its matrix products to the input type is likely to move it: half
+    /// a step of each p, draw, or o (in delta), as independent errors add up. Also what a p below the smallest normal
+    /// number counts: exp may return 0 for it.
     pub operand_rounding: Vec<f64>,
 }
 
@@ -103,8 +103,8 @@ pub fn attention(input: &Input) -> Output {
     }
 }
 
-/// The same formulas as anyone would run them in `input.dtype`: arithmetic in f32 (f64 for f64); o, dq, dk, dv and the operands of
-/// every matrix product (q, k, v, `do_`, p, draw) rounded to the type.
+/// The same formulas as anyone would run them in `input.dtype`: arithmetic in f32 (f64 for f64); o, dq, dk, dv and the
+/// operands of every matrix product (q, k, v, `do_`, p, draw) rounded to the type.
 pub fn attention_plain(input: &Input) -> Output {
     attention_variant(input, &PLAIN)
 }
@@ -237,7 +237,8 @@ fn attend<T: Real>(input: &Input, variant: &Variant, round: fn(T) -> T) -> Outpu
                     draw_of[n] = draw;
                 }
 
-                // From here to the end of the loop: how large the terms were, and how far rounding the operands moves them.
+                // From here to the end of the loop: how large the terms were, and how far rounding the operands moves
+                // them.
                 let step = |x: f64| rounding_step(input.dtype, x.abs());
                 let scale = input.softmax_scale.abs();
                 let o_norms = Norms::of(o_row);
@@ -327,8 +328,8 @@ impl Sizes {
         Self { magnitude: zeros.clone(), squared_rounding: zeros.clone(), flushed: zeros }
     }
 
-    /// One more term of a row's sum: its size, the error of its operands, and what is lost if p is flushed to zero. Terms that
-    /// are not finite say nothing about the others.
+    /// One more term of a row's sum: its size, the error of its operands, and what is lost if p is flushed to zero.
+    /// Terms that are not finite say nothing about the others.
     fn add(&mut self, row: usize, magnitude: f64, rounding: f64, flushed: f64) {
         let add = |to: &mut f64, x: f64| *to += if x.is_finite() { x } else { 0.0 };
         add(&mut self.magnitude[row], magnitude);
@@ -359,8 +360,8 @@ fn columns<'a, T: Real + 'a>(seqlen_k: usize, head_dim: usize, row: impl Fn(usiz
     (0..head_dim).flat_map(|dim| (0..seqlen_k).map(move |col| (dim, col))).map(|(dim, col)| row(col)[dim]).collect()
 }
 
-/// `vector . row` for each of the `seqlen_k` rows that `columns` holds, dimension after dimension. The loop runs over the rows
-/// inside, which the compiler can vectorise without changing the order of any sum.
+/// `vector . row` for each of the `seqlen_k` rows that `columns` holds, dimension after dimension. The loop runs over
+/// the rows inside, which the compiler can vectorise without changing the order of any sum.
 fn products<T: Real>(vector: &[T], columns: &[T], seqlen_k: usize) -> Vec<T> {
     let mut sums = vec![T::from_f64(0.0); seqlen_k];
     for (dim, &x) in vector.iter().enumerate() {

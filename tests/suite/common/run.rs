@@ -66,7 +66,8 @@ impl Case {
         Ok((lse * dlse)?.sum_all()?)
     }
 
-    /// o and lse of untracked inputs; the gradients are left empty. `forward` and `forward_with_lse` must agree on o to the bit.
+    /// o and lse of untracked inputs; the gradients are left empty. `forward` and `forward_with_lse` must agree on o to
+    /// the bit.
     pub fn run_forward(&self, input: &Input) -> Result<Output> {
         let attention = self.attention(input)?;
         let q = self.tensor(&input.q, &self.shape_q())?;
