@@ -46,44 +46,44 @@ fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, le
 const PADDED: [([&[usize]; 3], &str); 16] = [
     (
         [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
-        "q: expected 4 axes (batch, seqlen_q, num_heads, head_dim), got 3 in shape [3, 8, 64]",
+        "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; add the missing ones, or use the packed call for sequences laid end to end",
     ),
     (
         [&[2, 3, 8, 64], &[4, 2, 64], &[2, 4, 2, 64]],
-        "k: expected 4 axes (batch, seqlen_k, num_heads_k, head_dim), got 3 in shape [4, 2, 64]",
+        "k: expected (batch, seqlen_k, num_heads_k, head_dim), got 3 axes in shape [4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
     ),
     (
         [&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 1, 4, 2, 64]],
-        "v: expected 4 axes (batch, seqlen_k, num_heads_k, head_dim), got 5 in shape [2, 1, 4, 2, 64]",
+        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
     ),
-    ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch is 1, but q has 2; shape [1, 4, 2, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch is 3, but q has 2; shape [3, 4, 2, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 5, 2, 64]], "v: seqlen_k is 5, but k has 4; shape [2, 5, 2, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 4, 64]], "v: num_heads_k is 4, but k has 2; shape [2, 4, 4, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 32], &[2, 4, 2, 64]], "k: head_dim is 32, but q has 64; shape [2, 4, 2, 32]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "v: head_dim is 80, but q has 64; shape [2, 4, 2, 80]"),
+    ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 5, 2, 64]], "v: seqlen_k must be 4 as in k, got 5 in shape [2, 5, 2, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 4, 64]], "v: num_heads_k must be 2 as in k, got 4 in shape [2, 4, 4, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 32], &[2, 4, 2, 64]], "k: head_dim must be 64 as in q, got 32 in shape [2, 4, 2, 32]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "v: head_dim must be 64 as in q, got 80 in shape [2, 4, 2, 80]"),
     (
         [&[2, 3, 8, 64], &[2, 4, 3, 64], &[2, 4, 3, 64]],
-        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v",
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads",
     ),
     (
         [&[2, 3, 2, 64], &[2, 4, 4, 64], &[2, 4, 4, 64]],
-        "num_heads 2 of q is not a multiple of num_heads_k 4 of k and v",
+        "num_heads 2 of q is not a multiple of num_heads_k 4 of k and v; each key head serves equally many query heads",
     ),
     (
         [&[2, 3, 2, 64], &[2, 4, 0, 64], &[2, 4, 0, 64]],
-        "num_heads 2 of q is not a multiple of num_heads_k 0 of k and v",
+        "num_heads 2 of q is not a multiple of num_heads_k 0 of k and v; each key head serves equally many query heads",
     ),
     (
         [&[2, 3, 1, 513], &[2, 4, 1, 513], &[2, 4, 1, 513]],
-        "head_dim 513 is not supported (supported: 1 to 512); split or pad the heads",
+        "head_dim 513 is not supported (supported: 1 to 512); choose num_heads so that it is",
     ),
     (
         [&[2, 3, 1, 0], &[2, 4, 1, 0], &[2, 4, 1, 0]],
-        "head_dim 0 is not supported (supported: 1 to 512); split or pad the heads",
+        "head_dim 0 is not supported (supported: 1 to 512); choose num_heads so that it is",
     ),
     // The first rule that is broken speaks, in the order of q, k, v.
-    ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch is 2, but q has 1; shape [2, 4, 3, 32]"),
+    ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]], "no error"),
 ];
 
@@ -107,17 +107,17 @@ fn shapes_and_lengths_of_packed_calls() -> Result<()> {
         (
             [&padded, &k, &k],
             [&lengths_q, &lengths_k],
-            "q: expected 3 axes (total_q, num_heads, head_dim), got 4 in shape [1, 5, 2, 8]",
+            "q: expected (total_q, num_heads, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
         ),
         (
             [&q, &k, &padded],
             [&lengths_q, &lengths_k],
-            "v: expected 3 axes (total_k, num_heads_k, head_dim), got 4 in shape [1, 5, 2, 8]",
+            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
         ),
-        ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k holds 1 sequences, but cu_seqlens_q holds 2"),
-        ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q ends at 5, but q has 6 rows in shape [6, 2, 8]"),
-        ([&q, &long, &k], [&lengths_q, &lengths_k], "cu_seqlens_k ends at 5, but k has 6 rows in shape [6, 2, 8]"),
-        ([&q, &k, &long], [&lengths_q, &lengths_k], "cu_seqlens_k ends at 5, but v has 6 rows in shape [6, 2, 8]"),
+        ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; lengths of 0 count"),
+        ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),
+        ([&q, &long, &k], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of k: 6 in shape [6, 2, 8], got 5"),
+        ([&q, &k, &long], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of v: 6 in shape [6, 2, 8], got 5"),
         ([&q, &k, &k], [&lengths_q, &lengths_k], "no error"),
     ] {
         assert_eq!(refused_packed(&Attention::new(), [q, k, v], lengths), message);
@@ -227,16 +227,22 @@ fn alibi_slopes() -> Result<()> {
 fn cumulative_lengths() -> Result<()> {
     let new = |offsets: &[u32]| text(CuSeqlens::new(offsets, &Device::Cpu));
     let from_tensor = |tensor: &Tensor| text(CuSeqlens::from_tensor(tensor));
-    assert_eq!(new(&[]), "cu_seqlens: must hold at least the leading 0, got no entries");
-    assert_eq!(new(&[1, 3]), "cu_seqlens: must start at 0, got 1");
-    assert_eq!(new(&[0, 5, 3, 9]), "cu_seqlens: must not fall, got 3 after 5 at entry 2");
+    assert_eq!(
+        new(&[]),
+        "cu_seqlens: must hold at least the leading 0, got no entries; CuSeqlens::from_lengths takes plain lengths"
+    );
+    assert_eq!(new(&[1, 3]), "cu_seqlens: must start at 0, got 1; CuSeqlens::from_lengths takes plain lengths");
+    assert_eq!(
+        new(&[0, 5, 3, 9]),
+        "cu_seqlens: must not fall, got 3 after 5 at entry 2; CuSeqlens::from_lengths takes plain lengths"
+    );
     assert_eq!(
         text(CuSeqlens::from_lengths(&[u32::MAX as usize, 1], &Device::Cpu)),
-        "cu_seqlens: must not pass 4294967295 rows, got 4294967296"
+        "cu_seqlens: must not pass 4294967295 rows, got 4294967296; split the batch"
     );
     assert_eq!(
         text(CuSeqlens::from_lengths(&[usize::MAX, usize::MAX], &Device::Cpu)),
-        format!("cu_seqlens: must not pass 4294967295 rows, got {}", usize::MAX)
+        format!("cu_seqlens: must not pass 4294967295 rows, got {}; split the batch", 2 * (usize::MAX as u128))
     );
     assert_eq!(from_tensor(&Tensor::new(&[0u32, 5, 3], &Device::Cpu)?), new(&[0, 5, 3]));
     for tensor in [Tensor::new(&[0i64, 3], &Device::Cpu)?, Tensor::new(&[0f32, 3.0], &Device::Cpu)?] {
@@ -247,7 +253,7 @@ fn cumulative_lengths() -> Result<()> {
     }
     assert_eq!(
         from_tensor(&Tensor::new(&[[0u32, 3]], &Device::Cpu)?),
-        "cu_seqlens: expected 1 axes (batch + 1), got 2 in shape [1, 2]"
+        "cu_seqlens: expected (batch + 1), got 2 axes in shape [1, 2]; flatten it"
     );
     Ok(())
 }
@@ -256,12 +262,12 @@ fn cumulative_lengths() -> Result<()> {
 fn padding_and_unpadding() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 4], &Device::Cpu)?;
     let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape)));
-    assert_eq!(unpad(&[3, 4, 8]), "padded: batch is 3, but cu_seqlens has 2; shape [3, 4, 8]");
-    assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen is 3, but the longest sequence has 4; shape [2, 3, 8]");
-    assert_eq!(unpad(&[2]), "padded: expected 2 axes (batch, seqlen), got 1 in shape [2]");
+    assert_eq!(unpad(&[3, 4, 8]), "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]");
+    assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
+    assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen), got 1 axes in shape [2]; add the missing ones, or use the packed call for sequences laid end to end");
     assert_eq!(unpad(&[2, 4]), "no error");
     let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape)));
-    assert_eq!(pad(&[7, 8]), "cu_seqlens ends at 6, but packed has 7 rows in shape [7, 8]");
+    assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");
     assert_eq!(pad(&[6, 8]), "no error");
     Ok(())
 }
@@ -280,7 +286,7 @@ fn devices() {
     );
     assert_eq!(
         Error::NoForward.to_string(),
-        "flash_attention: backward found no lse, the forward of this operator did not run"
+        "flash_attention: backward found no lse; run the forward of this operator first"
     );
 }
 
