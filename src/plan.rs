@@ -111,6 +111,17 @@ impl Plan {
             &DeviceCaps::Other(device) => Err(Error::NoKernel { dtype: problem.dtype, device }),
         }
     }
+
+    /// The tiles of scores that the forward and the backward walk in.
+    pub fn tiles(&self) -> [Tile; 2] {
+        match self {
+            &Self::Cpu { forward, backward } => [forward, backward],
+            Self::Cuda(plan) => {
+                let tile = |launch: Launch| Tile { block_m: launch.kernel.block_m, block_n: launch.kernel.block_n };
+                [tile(plan.forward), tile(plan.backward)]
+            }
+        }
+    }
 }
 
 /// One launch of one kernel.

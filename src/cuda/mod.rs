@@ -9,7 +9,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
-use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr};
+use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
@@ -104,7 +104,7 @@ impl Side<'_> {
 }
 
 /// Element types with kernels.
-trait Element: CudaDType + DeviceRepr + WithDType {}
+trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + WithDType {}
 impl Element for f16 {}
 impl Element for bf16 {}
 
@@ -180,6 +180,13 @@ fn typed_backward<T: Element>(
     let rows = problem.rows_q() * problem.num_heads;
     let q_len = rows * problem.head_dim;
     let k_len = problem.rows_k() * problem.num_heads_k * problem.head_dim;
+    if q_len == 0 {
+        // Candle's own kernels, which the rest needs, cannot be launched over nothing.
+        let zeros = |len: usize| -> Result<CudaStorage> {
+            Ok(T::wrap_cuda_slice(device.alloc_zeros::<T>(len.max(1))?, device.clone()))
+        };
+        return Ok([zeros(q_len)?, zeros(k_len)?, zeros(k_len)?]);
+    }
     let (o, do_, dlse) = match output {
         Output::O => (result.clone(), readable(grad)?, None),
         // o went out in f32 and its gradient came back so; both hold values of the type of q.

@@ -31,13 +31,17 @@ pub(super) fn function(context: &Arc<CudaContext>, kernel: &'static Kernel) -> R
         return Ok(function.clone());
     }
     drop(loaded);
-    let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
-    let function = loaded.load(context, address, kernel).map_err(|error| Error::Driver {
+    let failed = |cause: String| Error::Driver {
         action: "load",
         kernel: kernel.name,
-        cause: error_name(error),
+        cause,
         detail: format!("image {} of {} bytes", kernel.image, IMAGES[kernel.image].len()),
-    })?;
+    };
+    if IMAGES[kernel.image].is_empty() {
+        return Err(failed("built without a CUDA compiler".to_string()));
+    }
+    let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
+    let function = loaded.load(context, address, kernel).map_err(|error| failed(error_name(error)))?;
     loaded.functions.insert((address, kernel.name), function.clone());
     Ok(function)
 }

@@ -4,6 +4,7 @@
 
 mod backward;
 mod common;
+mod cuda_plan;
 mod edges;
 mod errors;
 mod forward;

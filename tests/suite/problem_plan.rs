@@ -67,7 +67,7 @@ fn a_packed_problem_knows_its_sequences() -> Result<()> {
 fn problem_and_plan_print() -> Result<()> {
     let x = zeros(&[1, 2, 3, 40])?;
     let problem = testing::problem(&Attention::new().mask(Mask::Causal), &x, &x, &x)?;
-    let plan = Plan::choose(&problem, &DeviceCaps::of(&Device::Cpu))?;
+    let plan = Plan::choose(&problem, &DeviceCaps::of(&Device::Cpu)?)?;
     let text = format!("{problem:?} -> {plan:?}");
     for word in ["BF16", "Causal", "head_dim: 40", "seqlen_q: 2", "num_heads: 3", "block_m", "block_n"] {
         assert!(text.contains(word), "{word} is missing in {text}");
@@ -116,8 +116,7 @@ fn a_plan_is_a_function_of_its_problem() -> Result<()> {
         let problem = testing::problem(&Attention::new(), &x, &x, &x)?;
         let plan = Plan::choose(&problem, &DeviceCaps::Cpu)?;
         assert_eq!(plan, Plan::choose(&Problem::clone(&problem), &DeviceCaps::Cpu)?);
-        let Plan::Cpu { forward, backward } = plan;
-        for tile in [forward, backward] {
+        for tile in plan.tiles() {
             assert!(tile.block_m > 0 && tile.block_n > 0, "{tile:?}");
         }
     }

@@ -1,0 +1,249 @@
+//! Which CUDA kernels a call gets, in which grids, and what is refused. No GPU is needed: a plan is made from capabilities.
+
+use anyhow::Result;
+use candle_core::{DType, Device, DeviceLocation, Tensor};
+use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, Problem, KERNELS};
+use candle_fa2::{Attention, CuSeqlens, Error};
+
+const fn caps(compute_cap: (u32, u32), multiprocessors: usize, shared_bytes_per_block: usize) -> DeviceCaps {
+    DeviceCaps::Cuda { compute_cap, multiprocessors, shared_bytes_per_block }
+}
+
+const A100: DeviceCaps = caps((8, 0), 108, 163 * 1024);
+const H100: DeviceCaps = caps((9, 0), 132, 227 * 1024);
+
+fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
+    Ok(Tensor::zeros(shape, dtype, &Device::Cpu)?)
+}
+
+fn problem(attention: &Attention, head_dim: usize, dtype: DType) -> Result<Problem> {
+    let x = zeros(&[1, 2, 1, head_dim], dtype)?;
+    Ok(testing::problem(attention, &x, &x, &x)?)
+}
+
+fn plan(problem: &Problem, caps: &DeviceCaps) -> candle_fa2::Result<CudaPlan> {
+    match Plan::choose(problem, caps)? {
+        Plan::Cuda(plan) => Ok(plan),
+        Plan::Cpu { .. } => panic!("a GPU got the host's plan"),
+    }
+}
+
+fn launches(plan: &CudaPlan) -> [(Pass, Launch); 4] {
+    [
+        (Pass::Forward, plan.forward),
+        (Pass::Delta, plan.delta),
+        (Pass::Backward, plan.backward),
+        (Pass::Convert, plan.convert),
+    ]
+}
+
+/// Every head_dim that the front page promises, in both types, plain and modified: the tightest kernel of each pass.
+#[test]
+fn every_head_dim_has_kernels() -> Result<()> {
+    for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024)] {
+        for head_dim in (8..=256).step_by(8) {
+            for dtype in [DType::F16, DType::BF16] {
+                for attention in [Attention::new(), Attention::new().softcap(30.0)] {
+                    let plan = plan(&problem(&attention, head_dim, dtype)?, &caps)?;
+                    for (pass, Launch { kernel, .. }) in launches(&plan) {
+                        let context = format!("{} for head_dim {head_dim} {dtype:?}", kernel.name);
+                        assert_eq!((kernel.pass, kernel.dtype), (pass, dtype), "{context}");
+                        assert!(kernel.shared_bytes <= shared_limit, "{context}");
+                        if matches!(pass, Pass::Forward | Pass::Backward) {
+                            let tight = KERNELS.iter().filter(|k| k.pass == pass && k.head_dim >= head_dim);
+                            assert_eq!(Some(kernel.head_dim), tight.map(|k| k.head_dim).min(), "{context}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A block for every tile of the longest sequence, every head and every sequence; one block for every key head of the
+/// backward; a thread for every 8 elements of dq.
+#[test]
+fn grids_cover_the_call() -> Result<()> {
+    let (q, k) = (zeros(&[3, 1000, 12, 72], DType::BF16)?, zeros(&[3, 700, 4, 72], DType::BF16)?);
+    let padded = testing::problem(&Attention::new(), &q, &k, &k)?;
+    let lengths = |lengths: &[usize]| CuSeqlens::from_lengths(lengths, &Device::Cpu);
+    let (q, k) = (q.flatten(0, 1)?, k.flatten(0, 1)?);
+    let (lengths_q, lengths_k) = (lengths(&[1000, 0, 900, 1100])?, lengths(&[700, 100, 1300, 0])?);
+    let packed = testing::problem_packed(&Attention::new(), (&q, &k, &k), &lengths_q, &lengths_k)?;
+    for (problem, batch, seqlen_q, seqlen_k) in [(padded, 3, 1000, 700), (packed, 4, 1100, 1300)] {
+        let plan = plan(&problem, &A100)?;
+        let tiles = |seqlen: usize, block: usize| seqlen.div_ceil(block) as u32;
+        assert_eq!(plan.forward.grid, (tiles(seqlen_q, plan.forward.kernel.block_m), 12, batch));
+        assert_eq!(plan.backward.grid, (tiles(seqlen_k, plan.backward.kernel.block_n), 4, batch));
+        assert_eq!((plan.delta.grid.1, plan.delta.grid.2), (12, batch));
+        let (blocks, _, _) = plan.convert.grid;
+        let (elements, per_block) = (3 * 1000 * 12 * 72, plan.convert.kernel.threads() * 8);
+        assert!((blocks as usize - 1) * per_block < elements && elements <= blocks as usize * per_block);
+        assert_eq!((plan.convert.grid.1, plan.convert.grid.2), (1, 1));
+    }
+    Ok(())
+}
+
+/// What the plain kernels leave out: softcap, ALiBi, and factors that turn the order of the scores around.
+#[test]
+fn modified_kernels_where_needed() -> Result<()> {
+    let slopes = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
+    for (attention, modified) in [
+        (Attention::new(), false),
+        (Attention::new().softmax_scale(1e-9), false),
+        (Attention::new().softmax_scale(0.0), true),
+        (Attention::new().softmax_scale(-0.5), true),
+        (Attention::new().softcap(20.0), true),
+        (Attention::new().alibi_slopes(&slopes), true),
+    ] {
+        let plan = plan(&problem(&attention, 64, DType::F16)?, &H100)?;
+        assert_eq!(
+            (plan.forward.kernel.modified, plan.backward.kernel.modified),
+            (modified, modified),
+            "{attention:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Tests run each kernel of the table by leaving the others out.
+#[test]
+fn one_kernel_can_be_asked_for() -> Result<()> {
+    let problem = problem(&Attention::new(), 64, DType::BF16)?;
+    let wanted = |kernel: &Kernel| kernel.pass != Pass::Forward || kernel.head_dim == 96;
+    assert_eq!(CudaPlan::choose(&problem, &H100, wanted)?.forward.kernel.head_dim, 96);
+    Ok(())
+}
+
+/// A printed plan names its kernels and what they are launched with.
+#[test]
+fn a_cuda_plan_prints() -> Result<()> {
+    let plan = plan(&problem(&Attention::new(), 64, DType::BF16)?, &H100)?;
+    let Launch { kernel, .. } = plan.forward;
+    let (threads, bytes) = (kernel.threads(), kernel.shared_bytes);
+    let want = format!("{} (grid (1, 1, 1), block {threads}, shared {bytes} bytes)", kernel.name);
+    assert_eq!(format!("{:?}", plan.forward), want);
+    assert!(format!("{plan:?}").contains(&want));
+    Ok(())
+}
+
+#[test]
+fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
+    let refused = |head_dim, dtype, caps: &DeviceCaps| -> Result<String> {
+        let problem = problem(&Attention::new(), head_dim, dtype)?;
+        Ok(plan(&problem, caps).expect_err("must be refused").to_string())
+    };
+    let dtype = "is not supported (supported: F16, BF16 on CUDA); convert with to_dtype";
+    assert_eq!(refused(64, DType::F32, &H100)?, format!("q: dtype F32 {dtype}"));
+    assert_eq!(refused(64, DType::F64, &H100)?, format!("q: dtype F64 {dtype}"));
+    let head_dim = "is not supported on CUDA (supported: multiples of 8 up to 256); pad or split the heads";
+    for refused_dim in [1, 60, 257, 264, 512] {
+        assert_eq!(refused(refused_dim, DType::F16, &H100)?, format!("head_dim {refused_dim} {head_dim}"));
+    }
+    assert_eq!(
+        refused(64, DType::F16, &caps((7, 5), 40, 64 * 1024))?,
+        "compute capability 7.5 of this GPU is not supported (supported: 8.0 and newer); \
+         move q, k and v with to_device(&Device::Cpu)"
+    );
+    let small = refused(256, DType::BF16, &caps((8, 6), 84, 20_000))?;
+    let start =
+        "head_dim 256 has no BF16 forward kernel for compute capability 8.6 with 20000 bytes of shared memory a \
+                 block (fwd_sm80_bf16_d256_";
+    assert!(small.starts_with(start) && small.ends_with("; add a line to cuda/instances.def"), "{small}");
+    Ok(())
+}
+
+#[test]
+fn refusals_by_size() -> Result<()> {
+    // Views that repeat one element: nothing of these sizes is allocated.
+    let x = |shape: [usize; 4]| -> Result<Tensor> { Ok(zeros(&[1, 1, 1, 8], DType::F16)?.expand(&shape)?) };
+    for (q, k, text) in [
+        ([65_536, 1, 1, 8], [65_536, 1, 1, 8], "batch is 65536, but a CUDA kernel takes at most 65535; split the call"),
+        ([1, 1, 65_536, 8], [1, 1, 1, 8], "num_heads is 65536, but a CUDA kernel takes at most 65535; split the call"),
+        (
+            [1, (1 << 29) + 1, 1, 8],
+            [1, 1, 1, 8],
+            "seqlen_q is 536870913, but a CUDA kernel takes at most 536870912; split the call",
+        ),
+        (
+            [8, 1, 1, 8],
+            [8, 1 << 28, 1, 8],
+            "rows of k is 2147483648, but a CUDA kernel takes at most 2147483647; split the call",
+        ),
+    ] {
+        let (q, k) = (x(q)?, x(k)?);
+        let problem = testing::problem(&Attention::new(), &q, &k, &k)?;
+        assert_eq!(plan(&problem, &H100).expect_err("must be refused").to_string(), text);
+    }
+    Ok(())
+}
+
+/// Rows are read 16 bytes at once. Strides that are never used may be anything.
+#[test]
+fn refusals_by_alignment() -> Result<()> {
+    let wide = zeros(&[2, 5, 4, 20], DType::BF16)?;
+    let fine = zeros(&[2, 5, 4, 16], DType::BF16)?;
+    let text = |[q, k, v]: [&Tensor; 3]| -> Result<String> {
+        let problem = testing::problem(&Attention::new(), q, k, v)?;
+        Ok(plan(&problem, &H100).map_or_else(|error| error.to_string(), |_| "no error".to_string()))
+    };
+    let rule = "rows must begin at multiples of 8 elements on CUDA, got offset";
+    let way_out = "of (batch, row, head); call .force_contiguous()";
+    let (start, end) = (wide.narrow(3, 0, 16)?, wide.narrow(3, 4, 16)?);
+    assert_eq!(text([&start, &fine, &fine])?, format!("q: {rule} 0 and strides [400, 80, 20] {way_out}"));
+    assert_eq!(text([&fine, &end, &fine])?, format!("k: {rule} 4 and strides [400, 80, 20] {way_out}"));
+    assert_eq!(text([&fine, &fine, &end])?, format!("v: {rule} 4 and strides [400, 80, 20] {way_out}"));
+    assert_eq!(text([&fine, &fine, &end.force_contiguous()?])?, "no error");
+    // A contiguous tensor at an odd place: `contiguous` would hand it back as it is.
+    let shifted = zeros(&[2 * 5 * 4 * 16 + 4], DType::BF16)?.narrow(0, 4, 640)?.reshape((2, 5, 4, 16))?;
+    assert_eq!(text([&fine, &shifted, &fine])?, format!("k: {rule} 4 and strides [320, 64, 16] {way_out}"));
+    // Broadcast heads, and an axis of one head whose stride is odd.
+    let one_head = zeros(&[2, 5, 1, 16], DType::BF16)?;
+    assert_eq!(text([&fine, &one_head.expand((2, 5, 4, 16))?, &fine])?, "no error");
+    let odd = wide.narrow(2, 0, 2)?.narrow(3, 0, 16)?.narrow(2, 0, 1)?.narrow(1, 0, 1)?;
+    let query = zeros(&[2, 1, 1, 16], DType::BF16)?;
+    assert_eq!(odd.stride(), [400, 80, 20, 1]);
+    assert_eq!(text([&query, &odd, &odd])?, "no error");
+    Ok(())
+}
+
+/// Nothing to do along an axis of the grid, and the kernels that still have work.
+#[test]
+fn calls_without_rows_have_empty_grids() -> Result<()> {
+    let x = |seqlen: usize| zeros(&[2, seqlen, 3, 64], DType::F16);
+    let of = |seqlen_q, seqlen_k| -> Result<CudaPlan> {
+        let (q, k) = (x(seqlen_q)?, x(seqlen_k)?);
+        Ok(plan(&testing::problem(&Attention::new(), &q, &k, &k)?, &A100)?)
+    };
+    let without_keys = of(5, 0)?;
+    assert_eq!((without_keys.forward.grid, without_keys.backward.grid), ((1, 3, 2), (0, 3, 2)));
+    let without_queries = of(0, 5)?;
+    assert_eq!((without_queries.forward.grid, without_queries.backward.grid), ((0, 3, 2), (1, 3, 2)));
+    assert_eq!((without_queries.delta.grid.0, without_queries.convert.grid.0), (0, 0));
+    Ok(())
+}
+
+/// The table itself: what build.rs wrote is what the lines of cuda/instances.def say.
+#[test]
+fn the_table_has_every_variant_once() {
+    let variant = |kernel: &Kernel| (kernel.dtype, kernel.modified);
+    for kernel in &KERNELS {
+        assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
+        if kernel.head_dim == 0 {
+            continue;
+        }
+        let line = |k: &Kernel| (k.pass, k.compute_cap, k.head_dim, k.block_m, k.block_n);
+        let variants: Vec<_> = KERNELS.iter().filter(|other| line(other) == line(kernel)).map(variant).collect();
+        let want = [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)];
+        assert_eq!(variants, want, "{}", kernel.name);
+    }
+}
+
+#[test]
+fn capabilities_of_another_device_make_no_cuda_plan() -> Result<()> {
+    let problem = problem(&Attention::new(), 64, DType::F16)?;
+    let error = CudaPlan::choose(&problem, &DeviceCaps::Cpu, |_| true).expect_err("the host runs no CUDA kernel");
+    assert!(matches!(error, Error::NoKernel { dtype: DType::F16, device: DeviceLocation::Cpu }), "{error}");
+    Ok(())
+}
