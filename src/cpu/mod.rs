@@ -49,8 +49,9 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and lse.
-pub(crate) fn forward(call: &Call, output: Output, inputs: [&CpuStorage; 3]) -> Result<(CpuStorage, CpuStorage)> {
+/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and what the backward needs,
+/// the largest score and the log2 of the sum of each row, one after the other.
+pub(crate) fn forward(call: &Call, output: Output, inputs: [&CpuStorage; 3]) -> Result<(CpuStorage, [CpuStorage; 2])> {
     match call.problem.dtype {
         DType::F64 => typed_forward::<f64>(call, output, inputs),
         DType::F32 => typed_forward::<f32>(call, output, inputs),
@@ -60,8 +61,9 @@ pub(crate) fn forward(call: &Call, output: Output, inputs: [&CpuStorage; 3]) -> 
     }
 }
 
-/// Runs the backward over q, k, v, the result of the forward, its gradient and lse: dq, dk and dv.
-pub(crate) fn backward(call: &Call, output: Output, tensors: [&Tensor; 6]) -> Result<[CpuStorage; 3]> {
+/// Runs the backward over q, k, v, the result of the forward, its gradient and the two parts of lse: the gradients of those
+/// of q, k and v that are tracked.
+pub(crate) fn backward(call: &Call, output: Output, tensors: [&Tensor; 7]) -> Result<[Option<CpuStorage>; 3]> {
     match call.problem.dtype {
         DType::F64 => typed_backward::<f64>(call, output, tensors),
         DType::F32 => typed_backward::<f32>(call, output, tensors),
@@ -75,39 +77,42 @@ fn typed_forward<T: Element>(
     call: &Call,
     output: Output,
     [q, k, v]: [&CpuStorage; 3],
-) -> Result<(CpuStorage, CpuStorage)> {
+) -> Result<(CpuStorage, [CpuStorage; 2])> {
     let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
     let rows = call.problem.rows_q() * call.problem.num_heads;
     let o_len = rows * call.problem.head_dim;
-    match output {
+    let mut lse = forward::Lse::new(rows);
+    let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
-            let mut lse = vec![T::Acc::default(); rows];
             forward::forward(call, inputs, &mut o, &mut lse);
-            Ok((T::to_cpu_storage_owned(o), T::Acc::to_cpu_storage_owned(lse)))
+            T::to_cpu_storage_owned(o)
         }
         Output::OAndLse => {
             let mut both = vec![T::Acc::default(); o_len + rows];
-            let (o, lse) = both.split_at_mut(o_len);
-            forward::forward(call, inputs, o, lse);
-            let lse = lse.to_vec();
-            Ok((T::Acc::to_cpu_storage_owned(both), T::Acc::to_cpu_storage_owned(lse)))
+            let (o, natural) = both.split_at_mut(o_len);
+            forward::forward(call, inputs, o, &mut lse);
+            natural.iter_mut().zip(lse.natural()).for_each(|(to, lse)| *to = lse);
+            T::Acc::to_cpu_storage_owned(both)
         }
-    }
+    };
+    Ok((result, [lse.max, lse.log2_sum].map(T::Acc::to_cpu_storage_owned)))
 }
 
 fn typed_backward<T: Element>(
     call: &Call,
     output: Output,
-    [q, k, v, result, grad, lse]: [&Tensor; 6],
-) -> Result<[CpuStorage; 3]> {
-    let guards = [q, k, v, result, grad, lse].map(|tensor| tensor.storage_and_layout().0);
-    let [q, k, v, result, grad_storage, lse] = guards.each_ref().map(|guard| match &**guard {
+    [q, k, v, result, grad, max, log2_sum]: [&Tensor; 7],
+) -> Result<[Option<CpuStorage>; 3]> {
+    // No gradient is computed for an input that autograd does not ask about.
+    let wanted = backward::Wanted { dq: q.track_op(), dk: k.track_op(), dv: v.track_op() };
+    let guards = [q, k, v, result, grad, max, log2_sum].map(|tensor| tensor.storage_and_layout().0);
+    let [q, k, v, result, grad_storage, max, log2_sum] = guards.each_ref().map(|guard| match &**guard {
         Storage::Cpu(storage) => storage,
         _ => unreachable!("Problem admits one device"),
     });
     let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
-    let lse = T::Acc::cpu_storage_as_slice(lse)?;
+    let lse = [T::Acc::cpu_storage_as_slice(max)?, T::Acc::cpu_storage_as_slice(log2_sum)?];
     let grads = match output {
         Output::O => {
             let upstream = backward::Upstream {
@@ -116,7 +121,7 @@ fn typed_backward<T: Element>(
                 do_strides: Strides::of("do", grad.layout())?,
                 dlse: None,
             };
-            backward::backward(call, inputs, lse, &upstream)
+            backward::backward(call, inputs, lse, &upstream, wanted)
         }
         Output::OAndLse => {
             let o_len = call.problem.rows_q() * call.problem.num_heads * call.problem.head_dim;
@@ -128,8 +133,8 @@ fn typed_backward<T: Element>(
                 do_strides: call.problem.contiguous_q(),
                 dlse: Some(dlse),
             };
-            backward::backward(call, inputs, lse, &upstream)
+            backward::backward(call, inputs, lse, &upstream, wanted)
         }
     };
-    Ok(grads.map(T::to_cpu_storage_owned))
+    Ok(grads.map(|grad| grad.map(T::to_cpu_storage_owned)))
 }
