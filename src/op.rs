@@ -50,8 +50,8 @@ impl CustomOp3 for FlashAttention {
         v: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let (result, lse) = cpu::forward(&call, self.output, [q, k, v])?;
+        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        let (result, lse) = cpu::forward(&execution, self.output, [q, k, v])?;
         let shape = match self.output {
             Output::O => Shape::from(self.problem.shape_q()),
             Output::OAndLse => {
@@ -79,8 +79,8 @@ impl CustomOp3 for FlashAttention {
             Output::O if Strides::of("do", grad.layout()).is_ok() => grad.clone(),
             _ => grad.contiguous()?,
         };
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let [dq, dk, dv] = cpu::backward(&call, self.output, [q, k, v, result, &grad, max, log2_sum])?;
+        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        let [dq, dk, dv] = cpu::backward(&execution, self.output, [q, k, v, result, &grad, max, log2_sum])?;
         let tensor = |input: &Tensor, grad: Option<CpuStorage>| {
             grad.map(|grad| Tensor::from_storage(Storage::Cpu(grad), input.dims(), BackpropOp::none(), false))
         };

@@ -14,7 +14,7 @@ use super::forward::{tile, transpose};
 use super::matmul::{matmul, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared, Turns};
 use super::scores::{Dot, GradientStep, Scoring, TileMask};
-use super::Call;
+use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::{Sequence, Strides};
@@ -74,7 +74,7 @@ struct Scratch<A> {
 
 /// What every task reads and writes.
 struct Pass<'a, T: Element, G> {
-    call: &'a Call<'a>,
+    execution: &'a Execution<'a>,
     q: &'a [T],
     k: &'a [T],
     v: &'a [T],
@@ -92,13 +92,13 @@ struct Pass<'a, T: Element, G> {
 
 /// Those of dq, dk and dv that are wanted, contiguous in the shapes of q, k and v.
 pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
-    call: &Call,
+    execution: &Execution,
     [q, k, v]: [&[T]; 3],
     lse: [&[T::Acc]; 2],
     upstream: &Upstream<G>,
     wanted: Wanted,
 ) -> [Option<Vec<T>>; 3] {
-    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
     let q_len = problem.rows_q() * problem.num_heads * head_dim;
     let len_if = |wanted: bool, len: usize| if wanted { len } else { 0 };
@@ -106,10 +106,10 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let mut dk = vec![T::default(); len_if(wanted.dk, k_len)];
     let mut dv = vec![T::default(); len_if(wanted.dv, k_len)];
 
-    let delta = delta::<G>(call, upstream);
-    let (tasks, query_tiles) = (tasks(call), query_tiles(call));
+    let delta = delta::<G>(execution, upstream);
+    let (tasks, query_tiles) = (tasks(execution), query_tiles(execution));
     let turns = turns(&query_tiles, problem.num_heads);
-    let pass = Pass { call, q, k, v, lse, delta, upstream, wanted, dq: Shared::new(&mut dq), query_tiles, turns };
+    let pass = Pass { execution, q, k, v, lse, delta, upstream, wanted, dq: Shared::new(&mut dq), query_tiles, turns };
     {
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
         let strides = problem.contiguous_k();
@@ -139,10 +139,10 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
 /// delta = rowsum(do * o) - dlse, in the order of lse.
 ///
 /// The gradient of a score is `p * (dp - delta)` for o, and `p * dlse` for lse: one subtraction serves both.
-fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
+fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Acc> {
     // Rows per task: enough work to be worth handing out.
     const ROWS: usize = 256;
-    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let o_strides = problem.contiguous_q();
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
@@ -165,7 +165,7 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
             let do_start = upstream.do_strides.start(sequence.batch, sequence.first_q + row, *head);
             G::widen(&upstream.o[o_start..][..head_dim], wide_o);
             G::widen(&upstream.do_[do_start..][..head_dim], wide_do);
-            delta[i] = call.arch.dispatch(Dot { a: wide_o, b: wide_do });
+            delta[i] = execution.arch.dispatch(Dot { a: wide_o, b: wide_do });
         }
         if let Some(dlse) = upstream.dlse {
             let mut wide = [G::Acc::ZERO; ROWS];
@@ -178,8 +178,8 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
 
 /// All tasks, earlier keys first in all sequences and heads: under a causal mask those are seen by the most queries, and
 /// tasks that add to the same tile of dq are far apart.
-fn tasks(call: &Call) -> Vec<Task> {
-    let (problem, block_n) = (call.problem, call.backward.block_n);
+fn tasks(execution: &Execution) -> Vec<Task> {
+    let (problem, block_n) = (execution.problem, execution.backward.block_n);
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let sees = problem.visibility(&sequence);
@@ -195,8 +195,8 @@ fn tasks(call: &Call) -> Vec<Task> {
 }
 
 /// The tiles of queries of all sequences.
-fn query_tiles(call: &Call) -> Vec<QueryTiles> {
-    let (problem, tile) = (call.problem, call.backward);
+fn query_tiles(execution: &Execution) -> Vec<QueryTiles> {
+    let (problem, tile) = (execution.problem, execution.backward);
     let mut first_sum = 0;
     let mut query_tiles = Vec::with_capacity(problem.batch());
     for sequence in problem.sequences() {
@@ -223,7 +223,7 @@ fn turns(query_tiles: &[QueryTiles], num_heads: usize) -> Turns {
 
 impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
     fn scratch(&self) -> Scratch<T::Acc> {
-        let (tile, problem) = (self.call.backward, self.call.problem);
+        let (tile, problem) = (self.execution.backward, self.execution.problem);
         let Tile { block_m, block_n } = tile;
         let zeros = |len: usize| vec![T::Acc::ZERO; len];
         let (m, n, scores) = (block_m * problem.head_dim, block_n * problem.head_dim, block_m * block_n);
@@ -243,7 +243,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
 
     /// Adds the task's share to dq, and leaves dk and dv of its keys in the scratch.
     fn run(&self, task: &Task, scratch: &mut Scratch<T::Acc>) {
-        let problem = self.call.problem;
+        let problem = self.execution.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let n = cols.len();
         scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
@@ -278,12 +278,12 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         k: Mat<T::Acc>,
         scratch: &mut Scratch<T::Acc>,
     ) {
-        let problem = self.call.problem;
+        let problem = self.execution.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let (m, n) = (rows.len(), cols.len());
         let sees = problem.visibility(sequence);
         let partial = sees.coverage(rows, cols) != Coverage::Full;
-        let scoring = Scoring::<T::Acc>::new(problem, self.call.slope(sequence.batch, head));
+        let scoring = Scoring::<T::Acc>::new(problem, self.execution.slope(sequence.batch, head));
         let scale = T::Acc::from_f64_lossy(problem.softmax_scale);
         let strides = &self.upstream.do_strides;
 
@@ -304,7 +304,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         }
         let mask = TileMask { rows, cols, sees, partial };
         let derivative = &mut scratch.derivative;
-        self.call.arch.dispatch(GradientStep { scoring, mask, p, ds, derivative, max, log2_sum, delta });
+        self.execution.arch.dispatch(GradientStep { scoring, mask, p, ds, derivative, max, log2_sum, delta });
         let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
         let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;

@@ -12,7 +12,7 @@ use super::element::{Element, Real};
 use super::matmul::{matmul, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
 use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
-use super::Call;
+use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::Sequence;
@@ -58,14 +58,14 @@ struct Scratch<A> {
 
 /// Fills `o`, contiguous in the shape of q, and `lse`, in the order of lse.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
-    call: &Call,
+    execution: &Execution,
     [q, k, v]: [&[T]; 3],
     o: &mut [O],
     lse: &mut Lse<T::Acc>,
 ) {
-    let (problem, tile) = (call.problem, call.forward);
+    let (problem, tile) = (execution.problem, execution.forward);
     let head_dim = problem.head_dim;
-    let tasks = tasks(call);
+    let tasks = tasks(execution);
     let o_strides = problem.contiguous_q();
     let (o, max, log2_sum) = (Shared::new(o), Shared::new(&mut lse.max), Shared::new(&mut lse.log2_sum));
     let Tile { block_m, block_n } = tile;
@@ -82,7 +82,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     for_each_task(tasks.len(), multiply_adds, scratch, |scratch, index| {
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
-        attend(call, [q, k, v], task, scratch);
+        attend(execution, [q, k, v], task, scratch);
         let sees = problem.visibility(sequence);
         let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
@@ -106,13 +106,13 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
 }
 
 /// All tasks, those with the most visible keys first: a long task started last would leave the other threads idle.
-fn tasks(call: &Call) -> Vec<Task> {
-    let problem = call.problem;
+fn tasks(execution: &Execution) -> Vec<Task> {
+    let problem = execution.problem;
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let sees = problem.visibility(&sequence);
-        for start in (0..sequence.seqlen_q).step_by(call.forward.block_m) {
-            let rows = start..(start + call.forward.block_m).min(sequence.seqlen_q);
+        for start in (0..sequence.seqlen_q).step_by(execution.forward.block_m) {
+            let rows = start..(start + execution.forward.block_m).min(sequence.seqlen_q);
             let pairs = rows.len() * sees.keys_of(&rows).len();
             tasks.extend((0..problem.num_heads).map(|head| Task { sequence, head, rows: rows.clone(), pairs }));
         }
@@ -122,11 +122,11 @@ fn tasks(call: &Call) -> Vec<Task> {
 }
 
 /// Leaves the unnormalised output in `scratch.o`, and maximum and sum in `scratch.softmax`.
-fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
-    let (problem, block_n) = (call.problem, call.forward.block_n);
+fn attend<T: Element>(execution: &Execution, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
+    let (problem, block_n) = (execution.problem, execution.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
-    let scoring = Scoring::new(problem, call.slope(sequence.batch, task.head));
+    let scoring = Scoring::new(problem, execution.slope(sequence.batch, task.head));
     let sees = problem.visibility(sequence);
     let m = rows.len();
 
@@ -155,7 +155,7 @@ fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &
         let o = &mut scratch.o[..m * head_dim];
         let mask = TileMask { rows, cols: &cols, sees, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;
-        call.arch.dispatch(SoftmaxStep { scoring, mask, scores, softmax, o, head_dim });
+        execution.arch.dispatch(SoftmaxStep { scoring, mask, scores, softmax, o, head_dim });
         let keys = |row: usize| mask.keys(row);
         let keys: Option<&dyn Fn(usize) -> Range<usize>> = mask.partial.then_some(&keys);
         let p = Mat::rows(scores, m).transposed();

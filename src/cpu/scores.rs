@@ -1,10 +1,11 @@
 //! What happens to a tile of scores between the matrix products: softcap, ALiBi, online softmax, and P from lse.
 //!
 //! Scores live in the log2 domain (`softmax_scale * log2 e` is folded into the product that makes them), so that every
-//! exponential is an `exp2`. The loops here are plain; run by `pulp::Arch::dispatch` they become the widest vector
-//! instructions that the machine has, which is why each entry point is a struct whose `call` is always inlined: a closure
-//! would be compiled on its own, without those instructions. One vector lane is one query in the forward and one key in the backward, so no sum
-//! or maximum crosses lanes.
+//! exponential is an `exp2`. One vector lane is one query in the forward and one key in the backward, so no sum or maximum
+//! crosses lanes.
+//!
+//! The loops are plain; run by `pulp::Arch::dispatch` they become the widest vector instructions that the machine has.
+//! Each entry point is a struct whose `call` is always inlined: a closure would be compiled without those instructions.
 
 use std::ops::Range;
 
@@ -56,9 +57,9 @@ impl<A: Real> Scoring<A> {
     #[inline(always)]
     fn apply_keeping_derivative(&self, products: &mut [A], derivative: &mut [A], distance: isize) {
         if let Some(softcap) = self.softcap_log2 {
-            for (x, slope) in products.iter_mut().zip(derivative) {
+            for (x, derivative) in products.iter_mut().zip(derivative) {
                 let capped = x.tanh();
-                *slope = (-capped).mul_add(capped, A::ONE);
+                *derivative = (-capped).mul_add(capped, A::ONE);
                 *x = capped * softcap;
             }
         }
