@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::element::{Element, Real};
 use super::forward::{tile, transpose};
-use super::matmul::{matmul, matmul_visible, Mat, Out};
+use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared, Turns};
 use super::scores::{Dot, GradientStep, Scoring, TileMask};
 use super::Execution;
@@ -297,7 +297,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul(Out::rows(p, n), (m, n, head_dim), false, scoring.product_factor, q, k_transposed);
+        matmul_scores(self.execution.arch, p, (m, n, head_dim), scoring.product_factor, q, k_transposed);
         // dv needs P alone.
         if self.wanted.dq || self.wanted.dk {
             matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);

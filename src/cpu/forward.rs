@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
-use super::matmul::{matmul, matmul_visible, Mat, Out};
+use super::matmul::{matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
 use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
 use super::Execution;
@@ -151,7 +151,7 @@ fn attend<T: Element>(execution: &Execution, [q, k, v]: [&[T]; 3], task: &Task, 
         let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
-        matmul(Out::rows(scores, m), (n, m, head_dim), false, scoring.product_factor, k_tile, q_transposed);
+        matmul_scores(execution.arch, scores, (n, m, head_dim), scoring.product_factor, k_tile, q_transposed);
         let o = &mut scratch.o[..m * head_dim];
         let mask = TileMask { rows, cols: &cols, sees, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;

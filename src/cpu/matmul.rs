@@ -148,3 +148,66 @@ pub(super) fn matmul_visible<A: Real>(
         _ => matmul(out, (m, n, k), true, factor, lhs, rhs),
     }
 }
+
+/// `out = factor * lhs rhs`, dense, for scores: the same bits for a pair of rows in whatever tile, forward and backward.
+///
+/// The backward subtracts the forward's maximum from scores of its own. The `gemm` crate sums over `k` one after the other
+/// in tiles, and in other orders in products that are vectors or have hardly any depth; those are done here, in its order.
+pub(super) fn matmul_scores<A: Real>(
+    arch: pulp::Arch,
+    out: &mut [A],
+    (m, n, k): (usize, usize, usize),
+    factor: A,
+    lhs: Mat<A>,
+    rhs: Mat<A>,
+) {
+    if m > 1 && n > 1 && k > 2 {
+        matmul(Out::rows(out, n), (m, n, k), false, factor, lhs, rhs);
+    } else {
+        arch.dispatch(ThinProduct { out, size: (m, n, k), factor, lhs, rhs });
+    }
+}
+
+/// A product with one row, one column, or little depth.
+struct ThinProduct<'a, A> {
+    out: &'a mut [A],
+    size: (usize, usize, usize),
+    factor: A,
+    lhs: Mat<'a, A>,
+    rhs: Mat<'a, A>,
+}
+
+impl<A: Real> pulp::NullaryFnOnce for ThinProduct<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { out, size: (m, n, k), factor, lhs, rhs } = self;
+        // Rows at once: their sums do not wait for each other.
+        const ROWS: usize = 8;
+        if n == 1 {
+            for (first, out) in (0..m).step_by(ROWS).zip(out[..m].chunks_mut(ROWS)) {
+                let mut sums = [A::ZERO; ROWS];
+                for depth in 0..k {
+                    let x = rhs.data[depth * rhs.row_stride];
+                    for (i, sum) in sums[..out.len()].iter_mut().enumerate() {
+                        *sum = lhs.data[(first + i) * lhs.row_stride + depth * lhs.col_stride].mul_add(x, *sum);
+                    }
+                }
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = factor * sum);
+            }
+            return;
+        }
+        for (row, out) in out[..m * n].chunks_exact_mut(n).enumerate() {
+            out.fill(A::ZERO);
+            for depth in 0..k {
+                let x = lhs.data[row * lhs.row_stride + depth * lhs.col_stride];
+                let from = &rhs.data[depth * rhs.row_stride..];
+                for (col, out) in out.iter_mut().enumerate() {
+                    *out = x.mul_add(from[col * rhs.col_stride], *out);
+                }
+            }
+            out.iter_mut().for_each(|out| *out = factor * *out);
+        }
+    }
+}

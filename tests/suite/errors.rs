@@ -95,6 +95,18 @@ fn shapes_of_padded_calls() {
     }
 }
 
+/// A broadcast tensor costs nothing, but its gradient would.
+#[test]
+fn more_elements_than_memory() -> Result<()> {
+    let row = zeros(&[1, 1, 2, 8]);
+    let long = row.expand((1, 1 << 57, 2, 8))?;
+    assert_eq!(
+        refused(&Attention::new(), &long, &row, &row),
+        "q: shape [1, 144115188075855872, 2, 8] has more elements than can be addressed; split the call"
+    );
+    Ok(())
+}
+
 #[test]
 fn shapes_and_lengths_of_packed_calls() -> Result<()> {
     let lengths = |lengths: &[usize]| CuSeqlens::from_lengths(lengths, &Device::Cpu);
@@ -190,6 +202,23 @@ fn options() -> Result<()> {
     ] {
         assert_eq!(refused(&Attention::new().softcap(softcap), &x, &x, &x), message);
     }
+    // Finite as given, and not in the type that scores are computed in.
+    for (attention, message) in [
+        (
+            Attention::new().softmax_scale(1e39),
+            "softmax_scale 1e39 is out of range for F32; leave it out for 1/sqrt(head_dim)",
+        ),
+        (Attention::new().softcap(3e38), "softcap 3e38 is out of range for F32; leave it out for no cap"),
+        (Attention::new().softcap(1e-40), "softcap 1e-40 is out of range for F32; leave it out for no cap"),
+    ] {
+        assert_eq!(refused(&attention, &x, &x, &x), message);
+    }
+    let wide = x.to_dtype(DType::F64)?;
+    assert_eq!(refused(&Attention::new().softmax_scale(1e39), &wide, &wide, &wide), "no error");
+    assert_eq!(
+        refused(&Attention::new().softcap(f64::MAX), &wide, &wide, &wide),
+        "softcap 1.7976931348623157e308 is out of range for F64; leave it out for no cap"
+    );
     // The aligned key alone, and windows of any width, are legal.
     for (left, right) in [(Some(0), Some(0)), (Some(usize::MAX), None)] {
         assert_eq!(refused(&Attention::new().mask(Mask::Window { left, right }), &x, &x, &x), "no error");
@@ -219,6 +248,8 @@ fn alibi_slopes() -> Result<()> {
     assert_eq!(refused(&slopes), tracked);
     assert_eq!(refused(&(slopes.as_tensor() * 2.0)?), tracked);
     assert_eq!(refused(&slopes.detach()), "no error");
+    let infinite = Tensor::new(&[0f32, 1.0, 2.0, f32::INFINITY, 0.0, 0.0, f32::NAN, 0.0], &Device::Cpu)?;
+    assert_eq!(refused(&infinite), "alibi_slopes: value inf at index 3 is not finite; 0 stands for no bias");
     assert_eq!(refused(&zeros(&[2, 8])), "no error");
     Ok(())
 }
@@ -266,6 +297,14 @@ fn padding_and_unpadding() -> Result<()> {
     assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
     assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen, ..), got 1 axes in shape [2]; reshape it");
     assert_eq!(unpad(&[2, 4]), "no error");
+    assert_eq!(
+        text(cu_seqlens.pad(&Tensor::new(1f32, &Device::Cpu)?)),
+        "packed: expected (total, ..), got 0 axes in shape []; reshape it, or use the padded call for sequences of one length"
+    );
+    assert_eq!(
+        text(cu_seqlens.pad_to(&zeros(&[6, 8]), 3)),
+        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]"
+    );
     let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape)));
     assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");
     assert_eq!(pad(&[6, 8]), "no error");
