@@ -220,8 +220,8 @@ pub enum Error {
         /// The device of the weights.
         expected: DeviceLocation,
     },
-    /// Rotary embedding turns pairs of values.
-    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are turned")]
+    /// Rotary embedding rotates pairs of values.
+    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are rotated")]
     RotaryDim {
         /// The value that came.
         rotary_dim: usize,
@@ -237,7 +237,7 @@ pub enum Error {
     RotaryFrequencies {
         /// How many came.
         got: usize,
-        /// How many values of a head are turned.
+        /// How many values of a head are rotated.
         rotary_dim: usize,
     },
     /// A frequency of a rotary embedding is NaN or infinite.
@@ -248,12 +248,12 @@ pub enum Error {
         /// The value that came.
         got: f64,
     },
-    /// A rotary embedding turns more values than a head has.
+    /// A rotary embedding rotates more values than a head has.
     #[error(
         "rotary_dim {rotary_dim} is larger than head_dim {head_dim}; build Rotary with rotary_dim {head_dim} or less"
     )]
     RotaryHeadDim {
-        /// How many values of a head are turned.
+        /// How many values of a head are rotated.
         rotary_dim: usize,
         /// Size of each head.
         head_dim: usize,
@@ -268,7 +268,7 @@ pub enum Error {
         /// How many positions the tables have.
         max_seqlen: usize,
     },
-    /// The rotary tables are on another device than the tensors that they turn.
+    /// The rotary tables are on another device than the tensors that they rotate.
     #[error("rotary: tables on device {got:?}, but q and k are on {expected:?}; build Rotary there")]
     RotaryDevice {
         /// The device of the tables.

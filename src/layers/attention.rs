@@ -12,7 +12,7 @@ use crate::{Attention, CuSeqlens, Error, Mask, Result};
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
 const SEQLEN_AXIS: usize = 1;
 
-/// Multi-head self-attention: projects `xs` to q, k and v, turns q and k by their positions, attends, projects back.
+/// Multi-head self-attention: projects `xs` to q, k and v, rotates q and k by their positions, attends, projects back.
 ///
 /// ```text
 /// xs (batch, seqlen, embed_dim)
@@ -238,7 +238,7 @@ impl MultiHeadAttention {
         self.head_dim
     }
 
-    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k turned.
+    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k rotated.
     fn project(&self, xs: &Tensor, rows: Option<&RotaryRows>) -> Result<(Tensor, Tensor, Tensor)> {
         let (num_heads, num_heads_k) = (self.config.num_heads, self.num_heads_k);
         let (q, k, v) = match &self.qkv {
@@ -255,7 +255,7 @@ impl MultiHeadAttention {
             }
         };
         match (&self.config.rotary, rows) {
-            (Some(rotary), Some(rows)) => Ok((rotary.turn(&q, rows)?, rotary.turn(&k, rows)?, v)),
+            (Some(rotary), Some(rows)) => Ok((rotary.rotate(&q, rows)?, rotary.rotate(&k, rows)?, v)),
             _ => Ok((q, k, v)),
         }
     }

@@ -230,7 +230,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Turns q and k by their positions. The tables of `rotary` are shared, not copied.
+    /// Rotates q and k by their positions. The tables of `rotary` are shared, not copied.
     pub fn rotary(mut self, rotary: &Rotary) -> Self {
         self.rotary = Some(rotary.clone());
         self

@@ -34,12 +34,12 @@ pub struct Case {
     pub mask: Mask,
     pub softmax_scale: Option<f64>,
     pub softcap: Option<f64>,
-    pub rotary: Option<Turn>,
+    pub rotary: Option<Rotation>,
 }
 
 /// The rotary embedding of a case.
 #[derive(Clone, Copy, Debug)]
-pub struct Turn {
+pub struct Rotation {
     pub rotary_dim: usize,
     pub theta: f64,
     pub layout: RotaryLayout,
@@ -91,8 +91,9 @@ impl Case {
         if let Some(softcap) = self.softcap {
             config = config.softcap(softcap);
         }
-        if let Some(turn) = self.rotary {
-            let rotary = RotaryConfig::new(turn.rotary_dim, MAX_SEQLEN).theta(turn.theta).layout(turn.layout);
+        if let Some(rotation) = self.rotary {
+            let rotary =
+                RotaryConfig::new(rotation.rotary_dim, MAX_SEQLEN).theta(rotation.theta).layout(rotation.layout);
             config = config.rotary(&Rotary::new(&rotary, &Device::Cpu)?);
         }
         Ok(config)
@@ -157,14 +158,14 @@ pub fn normal(shape: impl Into<candle_core::Shape>, deviation: f64, seed: &str, 
 /// Every option at least once, and the combinations that models use.
 pub fn all() -> Vec<Case> {
     let causal = |name| Case { mask: Mask::Causal, ..Case::new(name) };
-    let turn = Turn { rotary_dim: 16, theta: 10_000.0, layout: RotaryLayout::HalfSplit };
-    let interleaved = Turn { layout: RotaryLayout::Interleaved, ..turn };
+    let rotation = Rotation { rotary_dim: 16, theta: 10_000.0, layout: RotaryLayout::HalfSplit };
+    let interleaved = Rotation { layout: RotaryLayout::Interleaved, ..rotation };
     let window = |left, right| Mask::Window { left, right };
     vec![
         Case::new("plain"),
         causal("causal"),
-        Case { num_heads_k: 2, rotary: Some(turn), ..causal("llama") },
-        Case { num_heads_k: 2, biases: [true, true, true, false], rotary: Some(turn), ..causal("qwen2") },
+        Case { num_heads_k: 2, rotary: Some(rotation), ..causal("llama") },
+        Case { num_heads_k: 2, biases: [true, true, true, false], rotary: Some(rotation), ..causal("qwen2") },
         Case { biases: [true, false, true, true], ..Case::new("whisper") },
         Case {
             num_heads_k: 1,
@@ -176,9 +177,9 @@ pub fn all() -> Vec<Case> {
         Case {
             fused: true,
             num_heads_k: 2,
-            rotary: Some(Turn { rotary_dim: 8, theta: 500.0, ..turn }),
+            rotary: Some(Rotation { rotary_dim: 8, theta: 500.0, ..rotation }),
             mask: window(Some(20), Some(3)),
-            ..Case::new("fused, grouped, part of each head turned")
+            ..Case::new("fused, grouped, part of each head rotated")
         },
         Case {
             head_dim: 24,
@@ -186,7 +187,7 @@ pub fn all() -> Vec<Case> {
             num_heads_k: 3,
             softmax_scale: Some(0.3),
             softcap: Some(2.0),
-            rotary: Some(Turn { rotary_dim: 20, ..interleaved }),
+            rotary: Some(Rotation { rotary_dim: 20, ..interleaved }),
             biases: [true; 4],
             ..causal("gemma2")
         },

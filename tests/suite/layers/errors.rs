@@ -87,8 +87,8 @@ fn weights() -> Result<()> {
 #[test]
 fn rotary() -> Result<()> {
     let new = |config: RotaryConfig| Rotary::new(&config, &Device::Cpu);
-    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are turned");
-    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are turned");
+    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are rotated");
+    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are rotated");
     refused(
         new(RotaryConfig::new(8, 8).theta(0.0)),
         "theta 0 of the rotary embedding must be finite and above 0; leave it out for 10000",
@@ -284,10 +284,10 @@ fn caches() -> Result<()> {
         layer.forward_cached(&xs, &mut uneven),
         "cache holds 3 tokens of k, but 4 of v; call .reset() and begin again",
     );
-    let mut turned = layer.new_cache(4);
-    *turned.v_cache_mut() = candle_nn::kv_cache::Cache::new(3, 4);
+    let mut other_axis = layer.new_cache(4);
+    *other_axis.v_cache_mut() = candle_nn::kv_cache::Cache::new(3, 4);
     refused(
-        layer.forward_cached(&xs, &mut turned),
+        layer.forward_cached(&xs, &mut other_axis),
         "cache of v grows along axis 3, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it \
          with new_cache",
     );

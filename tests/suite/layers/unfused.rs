@@ -9,7 +9,7 @@ use candle_fa2::layers::{RotaryLayout, WeightLayout};
 use candle_fa2::Mask;
 use candle_nn::{ops, rotary_emb};
 
-use super::case::{Case, Turn};
+use super::case::{Case, Rotation};
 
 /// `xs (batch, seqlen, embed_dim)` to the same shape.
 pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result<Tensor> {
@@ -34,8 +34,8 @@ pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result
     let heads = |xs: Tensor, heads: usize| -> Result<Tensor> {
         Ok(xs.reshape((batch, seqlen, heads, case.head_dim))?.transpose(1, 2)?.contiguous()?)
     };
-    let q = turn(case.rotary, &heads(q, case.num_heads)?)?;
-    let k = turn(case.rotary, &heads(k, case.num_heads_k)?)?;
+    let q = rotate(case.rotary, &heads(q, case.num_heads)?)?;
+    let k = rotate(case.rotary, &heads(k, case.num_heads_k)?)?;
     let v = heads(v, case.num_heads_k)?;
     let group = case.num_heads / case.num_heads_k;
     let repeat = |xs: &Tensor| -> Result<Tensor> {
@@ -71,9 +71,9 @@ fn hidden(mask: Mask, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, (seqlen, seqlen), like.device())?.to_dtype(like.dtype())?)
 }
 
-/// `xs (batch, heads, seqlen, head_dim)` turned from position 0 on, with tables of its own, rounded to f32 as ours are.
-fn turn(rotary: Option<Turn>, xs: &Tensor) -> Result<Tensor> {
-    let Some(Turn { rotary_dim, theta, layout }) = rotary else {
+/// `xs (batch, heads, seqlen, head_dim)` rotated from position 0 on, with tables of its own, rounded to f32 as ours are.
+fn rotate(rotary: Option<Rotation>, xs: &Tensor) -> Result<Tensor> {
+    let Some(Rotation { rotary_dim, theta, layout }) = rotary else {
         return Ok(xs.clone());
     };
     let (seqlen, head_dim) = (xs.dim(2)?, xs.dim(3)?);
@@ -84,10 +84,10 @@ fn turn(rotary: Option<Turn>, xs: &Tensor) -> Result<Tensor> {
         Ok(Tensor::from_vec(values, (seqlen, rotary_dim / 2), xs.device())?.to_dtype(xs.dtype())?)
     };
     let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
-    let turning = xs.narrow(3, 0, rotary_dim)?;
-    let turned = match layout {
-        RotaryLayout::HalfSplit => rotary_emb::rope_slow(&turning, &cos, &sin)?,
-        RotaryLayout::Interleaved => rotary_emb::rope_i_slow(&turning, &cos, &sin)?,
+    let part = xs.narrow(3, 0, rotary_dim)?;
+    let rotated = match layout {
+        RotaryLayout::HalfSplit => rotary_emb::rope_slow(&part, &cos, &sin)?,
+        RotaryLayout::Interleaved => rotary_emb::rope_i_slow(&part, &cos, &sin)?,
     };
-    Ok(Tensor::cat(&[&turned, &xs.narrow(3, rotary_dim, head_dim - rotary_dim)?], 3)?)
+    Ok(Tensor::cat(&[&rotated, &xs.narrow(3, rotary_dim, head_dim - rotary_dim)?], 3)?)
 }
