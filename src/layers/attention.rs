@@ -7,7 +7,7 @@ use candle_nn::{Module, VarBuilder};
 use super::projection::Projection;
 use super::rotary::RotaryRows;
 use super::{check_packed_rows, MultiHeadAttentionConfig, Projections};
-use crate::{Attention, CuSeqlens, Error, Mask, Result};
+use crate::{CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
 const SEQLEN_AXIS: usize = 1;
@@ -59,7 +59,6 @@ pub struct MultiHeadAttention {
     head_dim: usize,
     qkv: QkvProjection,
     o: Projection,
-    attention: Attention,
 }
 
 /// Where q, k and v come from.
@@ -85,12 +84,11 @@ impl MultiHeadAttention {
                 return Err(Error::RotaryDevice { got, expected });
             }
         }
-        let attention = config.attention();
         // One token decides what depends on the configuration alone, so that a bad option is refused here and not in
         // the first forward.
         let q = Tensor::zeros((1, 1, config.num_heads, head_dim), vb.dtype(), vb.device())?;
         let k = Tensor::zeros((1, 1, num_heads_k, head_dim), vb.dtype(), vb.device())?;
-        attention.supports(&q, &k, &k)?;
+        config.attention.supports(&q, &k, &k)?;
 
         let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);
         let (qkv, o) = match &config.projections {
@@ -105,7 +103,7 @@ impl MultiHeadAttention {
             }
         };
         let o = load(o, q_dim, embed_dim, config.o_bias)?;
-        Ok(Self { config: config.clone(), num_heads_k, head_dim, qkv, o, attention })
+        Ok(Self { config: config.clone(), num_heads_k, head_dim, qkv, o })
     }
 
     /// Attention over whole sequences: `xs` and the result are `(batch, seqlen, embed_dim)`. Positions begin at 0.
@@ -119,7 +117,7 @@ impl MultiHeadAttention {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
         let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
-        self.project_back(&self.attention.forward(&q, &k, &v)?)
+        self.project_back(&self.config.attention.forward(&q, &k, &v)?)
     }
 
     /// Attention over packed sequences: `xs` and the result are `(total, embed_dim)`, sequences laid end to end as
@@ -148,7 +146,7 @@ impl MultiHeadAttention {
         check_packed_rows(xs, cu_seqlens)?;
         let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows_packed(cu_seqlens)).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
-        self.project_back(&self.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
+        self.project_back(&self.config.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
     }
 
     /// Attention of the tokens in `xs` over themselves and all tokens of earlier calls with this `cache`: `xs` and the
@@ -189,7 +187,7 @@ impl MultiHeadAttention {
     fn attend_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         // Cache writes take contiguous tensors alone; k of a fused projection or after the rotary embedding is a view.
         let (k, v) = cache.append(&k.contiguous()?, &v.contiguous()?)?;
-        self.project_back(&self.attention.forward(q, &k, &v)?)
+        self.project_back(&self.config.attention.forward(q, &k, &v)?)
     }
 
     /// The same layer with weights that are not tracked for gradients: for [`Self::forward_cached`] after, or between
@@ -311,7 +309,7 @@ impl MultiHeadAttention {
         if xs.track_op() {
             return Err(Error::TrackedDecoding { tensor: "xs".into(), way_out: "call .detach() on it" });
         }
-        match self.config.mask {
+        match self.config.attention.mask {
             Mask::Causal | Mask::Window { right: Some(0), .. } => Ok(()),
             mask => Err(Error::DecodingMask { mask }),
         }

@@ -103,10 +103,7 @@ pub struct MultiHeadAttentionConfig {
     pub(super) k_bias: bool,
     pub(super) v_bias: bool,
     pub(super) o_bias: bool,
-    pub(super) mask: Mask,
-    softmax_scale: Option<f64>,
-    softcap: Option<f64>,
-    alibi_slopes: Option<Tensor>,
+    pub(super) attention: Attention,
     pub(super) rotary: Option<Rotary>,
 }
 
@@ -126,10 +123,7 @@ impl MultiHeadAttentionConfig {
             k_bias: false,
             v_bias: false,
             o_bias: false,
-            mask: Mask::None,
-            softmax_scale: None,
-            softcap: None,
-            alibi_slopes: None,
+            attention: Attention::new(),
             rotary: None,
         }
     }
@@ -206,27 +200,33 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Which keys each query sees; see [`Mask`].
+    /// All options of the operator at once, in place of those set so far. The next four set one each.
+    pub fn attention(mut self, attention: Attention) -> Self {
+        self.attention = attention;
+        self
+    }
+
+    /// [`Attention::mask`].
     pub fn mask(mut self, mask: Mask) -> Self {
-        self.mask = mask;
+        self.attention = self.attention.mask(mask);
         self
     }
 
-    /// Factor on the scores in place of `1 / sqrt(head_dim)`; see [`Attention::softmax_scale`].
+    /// [`Attention::softmax_scale`].
     pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
-        self.softmax_scale = Some(softmax_scale);
+        self.attention = self.attention.softmax_scale(softmax_scale);
         self
     }
 
-    /// Bound on the scores; see [`Attention::softcap`].
+    /// [`Attention::softcap`].
     pub fn softcap(mut self, softcap: f64) -> Self {
-        self.softcap = Some(softcap);
+        self.attention = self.attention.softcap(softcap);
         self
     }
 
-    /// Slope per head of a penalty on distance; see [`Attention::alibi_slopes`].
+    /// [`Attention::alibi_slopes`].
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
-        self.alibi_slopes = Some(slopes.clone());
+        self.attention = self.attention.alibi_slopes(slopes);
         self
     }
 
@@ -264,20 +264,5 @@ impl MultiHeadAttentionConfig {
             Some(rotary_dim) if rotary_dim > head_dim => Err(Error::RotaryHeadDim { rotary_dim, head_dim }),
             _ => Ok((num_heads_k, head_dim)),
         }
-    }
-
-    /// The options of the operator.
-    pub(super) fn attention(&self) -> Attention {
-        let mut attention = Attention::new().mask(self.mask);
-        if let Some(softmax_scale) = self.softmax_scale {
-            attention = attention.softmax_scale(softmax_scale);
-        }
-        if let Some(softcap) = self.softcap {
-            attention = attention.softcap(softcap);
-        }
-        if let Some(slopes) = &self.alibi_slopes {
-            attention = attention.alibi_slopes(slopes);
-        }
-        attention
     }
 }
