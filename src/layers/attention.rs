@@ -6,8 +6,8 @@ use candle_nn::{Module, VarBuilder};
 
 use super::projection::Projection;
 use super::rotary::RotaryRows;
-use super::{check_packed_rows, MultiHeadAttentionConfig, Projections};
-use crate::{CuSeqlens, Error, Mask, Result};
+use super::{check_packed_rows, MultiHeadAttentionConfig, Projections, Rotary};
+use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
 const SEQLEN_AXIS: usize = 1;
@@ -54,11 +54,14 @@ const SEQLEN_AXIS: usize = 1;
 /// ```
 #[derive(Clone, Debug)]
 pub struct MultiHeadAttention {
-    config: MultiHeadAttentionConfig,
+    embed_dim: usize,
+    num_heads: usize,
     num_heads_k: usize,
     head_dim: usize,
     qkv: QkvProjection,
     o: Projection,
+    attention: Attention,
+    rotary: Option<Rotary>,
 }
 
 /// Where q, k and v come from.
@@ -77,7 +80,8 @@ impl MultiHeadAttention {
     /// softcap, slopes, head_dim, dtype); an error of Candle if a weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
-        let (embed_dim, q_dim, k_dim) = (config.embed_dim, config.num_heads * head_dim, num_heads_k * head_dim);
+        let (embed_dim, num_heads) = (config.embed_dim, config.num_heads);
+        let (q_dim, k_dim) = (num_heads * head_dim, num_heads_k * head_dim);
         if let Some(rotary) = &config.rotary {
             let (got, expected) = (rotary.device().location(), vb.device().location());
             if got != expected {
@@ -86,7 +90,7 @@ impl MultiHeadAttention {
         }
         // One token decides what depends on the configuration alone, so that a bad option is refused here and not in
         // the first forward.
-        let q = Tensor::zeros((1, 1, config.num_heads, head_dim), vb.dtype(), vb.device())?;
+        let q = Tensor::zeros((1, 1, num_heads, head_dim), vb.dtype(), vb.device())?;
         let k = Tensor::zeros((1, 1, num_heads_k, head_dim), vb.dtype(), vb.device())?;
         config.attention.supports(&q, &k, &k)?;
 
@@ -103,7 +107,8 @@ impl MultiHeadAttention {
             }
         };
         let o = load(o, q_dim, embed_dim, config.o_bias)?;
-        Ok(Self { config: config.clone(), num_heads_k, head_dim, qkv, o })
+        let (attention, rotary) = (config.attention.clone(), config.rotary.clone());
+        Ok(Self { embed_dim, num_heads, num_heads_k, head_dim, qkv, o, attention, rotary })
     }
 
     /// Attention over whole sequences: `xs` and the result are `(batch, seqlen, embed_dim)`. Positions begin at 0.
@@ -115,9 +120,9 @@ impl MultiHeadAttention {
     /// [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
-        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
+        let rows = self.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
-        self.project_back(&self.config.attention.forward(&q, &k, &v)?)
+        self.project_back(&self.attention.forward(&q, &k, &v)?)
     }
 
     /// Attention over packed sequences: `xs` and the result are `(total, embed_dim)`, sequences laid end to end as
@@ -144,9 +149,9 @@ impl MultiHeadAttention {
     pub fn forward_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
         self.check_input(xs, "(total, embed_dim)")?;
         check_packed_rows(xs, cu_seqlens)?;
-        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows_packed(cu_seqlens)).transpose()?;
+        let rows = self.rotary.as_ref().map(|rotary| rotary.rows_packed(cu_seqlens)).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
-        self.project_back(&self.config.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
+        self.project_back(&self.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
     }
 
     /// Attention of the tokens in `xs` over themselves and all tokens of earlier calls with this `cache`: `xs` and the
@@ -176,7 +181,7 @@ impl MultiHeadAttention {
         }
         let seqlen = xs.dims()[SEQLEN_AXIS];
         let offset = cache.current_seq_len();
-        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(offset, seqlen)).transpose()?;
+        let rows = self.rotary.as_ref().map(|rotary| rotary.rows(offset, seqlen)).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
         // The copy shares the storage and keeps the lengths: what lies behind a length is never read.
         let before = cache.clone();
@@ -187,7 +192,7 @@ impl MultiHeadAttention {
     fn attend_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         // Cache writes take contiguous tensors alone; k of a fused projection or after the rotary embedding is a view.
         let (k, v) = cache.append(&k.contiguous()?, &v.contiguous()?)?;
-        self.project_back(&self.config.attention.forward(q, &k, &v)?)
+        self.project_back(&self.attention.forward(q, &k, &v)?)
     }
 
     /// The same layer with weights that are not tracked for gradients: for [`Self::forward_cached`] after, or between
@@ -211,19 +216,14 @@ impl MultiHeadAttention {
         KvCache::new(SEQLEN_AXIS, max_seqlen)
     }
 
-    /// The configuration that the layer was built from.
-    pub fn config(&self) -> &MultiHeadAttentionConfig {
-        &self.config
-    }
-
     /// Size of the last axis of input and result.
     pub fn embed_dim(&self) -> usize {
-        self.config.embed_dim
+        self.embed_dim
     }
 
     /// Number of query heads.
     pub fn num_heads(&self) -> usize {
-        self.config.num_heads
+        self.num_heads
     }
 
     /// Number of key and value heads.
@@ -238,7 +238,7 @@ impl MultiHeadAttention {
 
     /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k rotated.
     fn project(&self, xs: &Tensor, rows: Option<&RotaryRows>) -> Result<(Tensor, Tensor, Tensor)> {
-        let (num_heads, num_heads_k) = (self.config.num_heads, self.num_heads_k);
+        let (num_heads, num_heads_k) = (self.num_heads, self.num_heads_k);
         let (q, k, v) = match &self.qkv {
             QkvProjection::Separate { q, k, v } => (
                 self.split_heads(&q.forward(xs)?, num_heads)?,
@@ -252,7 +252,7 @@ impl MultiHeadAttention {
                 (heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?)
             }
         };
-        match (&self.config.rotary, rows) {
+        match (&self.rotary, rows) {
             (Some(rotary), Some(rows)) => Ok((rotary.rotate(&q, rows)?, rotary.rotate(&k, rows)?, v)),
             _ => Ok((q, k, v)),
         }
@@ -285,7 +285,7 @@ impl MultiHeadAttention {
         if shape.len() != axes.split(',').count() {
             return Err(Error::Rank { tensor: "xs", axes, shape });
         }
-        let (embed_dim, expected) = (shape[shape.len() - 1], self.config.embed_dim);
+        let (embed_dim, expected) = (shape[shape.len() - 1], self.embed_dim);
         if embed_dim != expected {
             let (axis, other) = ("embed_dim", "the layer");
             return Err(Error::Axis { tensor: "xs", axis, got: embed_dim, other, expected, shape });
@@ -309,7 +309,7 @@ impl MultiHeadAttention {
         if xs.track_op() {
             return Err(Error::TrackedDecoding { tensor: "xs".into(), way_out: "call .detach() on it" });
         }
-        match self.config.attention.mask {
+        match self.attention.mask {
             Mask::Causal | Mask::Window { right: Some(0), .. } => Ok(()),
             mask => Err(Error::DecodingMask { mask }),
         }

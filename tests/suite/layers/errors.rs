@@ -243,7 +243,8 @@ fn decoding_masks() -> Result<()> {
 #[test]
 fn caches() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
-    let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).num_heads_k(2).mask(Mask::Causal).rotary(&rotary))?;
+    let config = MultiHeadAttentionConfig::new(64, 4).num_heads_k(2).mask(Mask::Causal).rotary(&rotary);
+    let layer = untracked(&config)?;
     let xs = zeros((2, 3, 64))?;
     refused(
         layer.forward_cached(&xs, &mut KvCache::new(2, 8)),
@@ -268,7 +269,7 @@ fn caches() -> Result<()> {
          another cache",
     );
     let wide = VarBuilder::zeros(DType::F64, &Device::Cpu);
-    let wide = MultiHeadAttention::new(layer.config(), wide)?;
+    let wide = MultiHeadAttention::new(&config, wide)?;
     refused(
         wide.forward_cached(&xs.to_dtype(DType::F64)?, &mut cache),
         "cache of k holds (2, 3, 2, 16) F32 on Cpu, but this call adds (2, .., 2, 16) F64 on Cpu; call .reset() or use \
