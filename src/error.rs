@@ -322,6 +322,14 @@ pub enum Error {
         /// What the call would add.
         expected: String,
     },
+    /// ALiBi slopes of a layer that are not one per head: a layer meets batches of any size.
+    #[error("alibi_slopes: a layer takes one slope per head, shape [{num_heads}] (num_heads), got {shape:?}; slopes per sequence are for Attention alone")]
+    LayerAlibiShape {
+        /// Heads of q.
+        num_heads: usize,
+        /// The shape that came.
+        shape: Vec<usize>,
+    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

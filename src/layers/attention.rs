@@ -76,7 +76,7 @@ impl MultiHeadAttention {
     ///
     /// # Errors
     /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::HeadDimUnset`], [`Error::HeadGroups`],
-    /// [`Error::FusedBias`], [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
+    /// [`Error::FusedBias`], [`Error::LayerAlibiShape`], [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
     /// softcap, slopes, head_dim, dtype); an error of Candle if a weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;

@@ -224,7 +224,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// [`Attention::alibi_slopes`].
+    /// [`Attention::alibi_slopes`], of shape `(num_heads)` alone: a layer meets batches of any size.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
         self.attention = self.attention.alibi_slopes(slopes);
         self
@@ -259,6 +259,12 @@ impl MultiHeadAttentionConfig {
             && !matches!(biases, (true, true, true) | (false, false, false))
         {
             return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
+        }
+        match &self.attention.alibi_slopes {
+            Some(slopes) if slopes.dims() != [num_heads] => {
+                return Err(Error::LayerAlibiShape { num_heads, shape: slopes.dims().to_vec() });
+            }
+            _ => {}
         }
         match self.rotary.as_ref().map(Rotary::rotary_dim) {
             Some(rotary_dim) if rotary_dim > head_dim => Err(Error::RotaryHeadDim { rotary_dim, head_dim }),

@@ -34,6 +34,8 @@ pub struct Case {
     pub mask: Mask,
     pub softmax_scale: Option<f64>,
     pub softcap: Option<f64>,
+    /// One per head.
+    pub alibi_slopes: Option<&'static [f32]>,
     pub rotary: Option<Rotation>,
 }
 
@@ -68,6 +70,7 @@ impl Case {
             mask: Mask::None,
             softmax_scale: None,
             softcap: None,
+            alibi_slopes: None,
             rotary: None,
         }
     }
@@ -90,6 +93,9 @@ impl Case {
         }
         if let Some(softcap) = self.softcap {
             config = config.softcap(softcap);
+        }
+        if let Some(slopes) = self.alibi_slopes {
+            config = config.alibi_slopes(&Tensor::new(slopes, &Device::Cpu)?);
         }
         if let Some(rotation) = self.rotary {
             let rotary =
@@ -191,6 +197,7 @@ pub fn all() -> Vec<Case> {
             biases: [true; 4],
             ..causal("gemma2")
         },
+        Case { alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]), ..causal("bloom") },
         Case { weight_layout: WeightLayout::InOut, batch: 1, ..causal("separate, weights (in, out)") },
     ]
 }

@@ -62,7 +62,18 @@ fn configurations() -> Result<()> {
     );
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros(3)?)),
-        "alibi_slopes: expected shape [4] (num_heads) or [1, 4] (batch, num_heads), got [3]",
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [3]; slopes per sequence are for \
+         Attention alone",
+    );
+    // A layer that took these would refuse every batch of another size.
+    refused(
+        untracked(&config(64, 4).alibi_slopes(&zeros((1, 4))?)),
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; slopes per sequence are for \
+         Attention alone",
+    );
+    refused(
+        untracked(&config(64, 4).alibi_slopes(&zeros(4)?.to_dtype(DType::F64)?)),
+        "alibi_slopes: dtype F64 is not supported (supported: F32); convert with to_dtype",
     );
     Ok(())
 }

@@ -50,10 +50,22 @@ pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result
     if let Some(softcap) = case.softcap {
         scores = ((scores / softcap)?.tanh()? * softcap)?;
     }
+    if let Some(slopes) = case.alibi_slopes {
+        scores = scores.broadcast_add(&alibi(slopes, &scores)?)?;
+    }
     let p = ops::softmax(&scores.broadcast_add(&hidden(case.mask, &scores)?)?, D::Minus1)?;
     // (batch, heads, seqlen, head_dim) -> (batch, seqlen, heads * head_dim)
     let o = p.matmul(&v)?.transpose(1, 2)?.flatten_from(2)?;
     project(if case.fused { "c_proj" } else { "o_proj" }, &o)
+}
+
+/// `(heads, seqlen, seqlen)`: minus the slope of each head times the distance of query and key.
+fn alibi(slopes: &[f32], like: &Tensor) -> Result<Tensor> {
+    let seqlen = like.dim(D::Minus1)?;
+    let distances =
+        move |slope: f64| (0..seqlen * seqlen).map(move |at| -slope * (at / seqlen).abs_diff(at % seqlen) as f64);
+    let values: Vec<f64> = slopes.iter().flat_map(|&slope| distances(slope.into())).collect();
+    Ok(Tensor::from_vec(values, (slopes.len(), seqlen, seqlen), like.device())?.to_dtype(like.dtype())?)
 }
 
 /// `(seqlen, seqlen)`: 0 where a query sees a key, minus infinity elsewhere.
