@@ -330,6 +330,18 @@ pub enum Error {
         /// The shape that came.
         shape: Vec<usize>,
     },
+    /// Sizes of a layer whose weights no machine can address.
+    #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
+    LayerTooLarge {
+        /// Size of the layer's input.
+        embed_dim: usize,
+        /// Heads of q.
+        num_heads: usize,
+        /// Heads of k and v.
+        num_heads_k: usize,
+        /// Size of each head.
+        head_dim: usize,
+    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

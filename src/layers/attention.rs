@@ -75,8 +75,9 @@ impl MultiHeadAttention {
     /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
     ///
     /// # Errors
-    /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::HeadDimUnset`], [`Error::HeadGroups`],
-    /// [`Error::FusedBias`], [`Error::LayerAlibiShape`], [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
+    /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
+    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::LayerAlibiShape`],
+    /// [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
     /// softcap, slopes, head_dim, dtype); an error of Candle if a weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
@@ -89,9 +90,10 @@ impl MultiHeadAttention {
             }
         }
         // One token decides what depends on the configuration alone, so that a bad option is refused here and not in
-        // the first forward.
-        let q = Tensor::zeros((1, 1, num_heads, head_dim), vb.dtype(), vb.device())?;
-        let k = Tensor::zeros((1, 1, num_heads_k, head_dim), vb.dtype(), vb.device())?;
+        // the first forward. All of its heads are one in memory.
+        let head = Tensor::zeros((1, 1, 1, head_dim), vb.dtype(), vb.device())?;
+        let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
+        let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;
         config.attention.supports(&q, &k, &k)?;
 
         let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);

@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use candle_nn::{init, Init};
 
 use super::Rotary;
+use crate::problem::MAX_HEAD_DIM;
 use crate::{Attention, Error, Mask, Result};
 
 /// How a checkpoint lays out the weight of a projection.
@@ -254,6 +255,15 @@ impl MultiHeadAttentionConfig {
             None if !embed_dim.is_multiple_of(num_heads) => return Err(Error::HeadDimUnset { embed_dim, num_heads }),
             None => embed_dim / num_heads,
         };
+        if head_dim > MAX_HEAD_DIM {
+            return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
+        }
+        // The largest weight is that of a fused projection. No allocation exceeds isize::MAX bytes; f64 is the widest type.
+        let heads = num_heads_k.checked_mul(2).and_then(|heads_k| heads_k.checked_add(num_heads));
+        let elements = heads.and_then(|heads| heads.checked_mul(head_dim)?.checked_mul(embed_dim));
+        if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
+            return Err(Error::LayerTooLarge { embed_dim, num_heads, num_heads_k, head_dim });
+        }
         let biases = (self.q_bias, self.k_bias, self.v_bias);
         if matches!(self.projections, Projections::Fused { .. })
             && !matches!(biases, (true, true, true) | (false, false, false))

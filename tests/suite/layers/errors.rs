@@ -54,8 +54,23 @@ fn configurations() -> Result<()> {
         untracked(&config(64, 4).rotary(&rotary)),
         "rotary_dim 32 is larger than head_dim 16; build Rotary with rotary_dim 16 or less",
     );
+    refused(
+        untracked(&config(64, 1 << 62).head_dim(512)),
+        "embed_dim 64, num_heads 4611686018427387904, num_heads_k 4611686018427387904, head_dim 512: the weights would \
+         be larger than any memory; choose smaller sizes",
+    );
+    // 2^30 * 3 * 2^30 * 1 elements fit into usize, their bytes do not.
+    refused(
+        untracked(&config(1 << 30, 1 << 30)),
+        "embed_dim 1073741824, num_heads 1073741824, num_heads_k 1073741824, head_dim 1: the weights would be larger \
+         than any memory; choose smaller sizes",
+    );
     // What the operator refuses whatever the input, the constructor refuses.
     refused(untracked(&config(64, 4).softcap(-1.0)), "softcap -1 must be finite and above 0; leave it out for no cap");
+    refused(
+        untracked(&config(1 << 62, 1)),
+        "head_dim 4611686018427387904 is not supported (supported: 1 to 512); choose num_heads so that it is",
+    );
     refused(
         untracked(&config(64, 4).softmax_scale(f64::NAN)),
         "softmax_scale NaN is not finite; leave it out for 1/sqrt(head_dim)",
