@@ -342,6 +342,16 @@ pub enum Error {
         /// Size of each head.
         head_dim: usize,
     },
+    /// Rotary tables past the limit of their size.
+    #[error("rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than {limit} values each; set max_seqlen to the longest sequence in use")]
+    RotaryTables {
+        /// How many positions the tables were to have.
+        max_seqlen: usize,
+        /// How many values of a head are rotated.
+        rotary_dim: usize,
+        /// The largest number of values.
+        limit: usize,
+    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -8,6 +8,10 @@ use candle_nn::rotary_emb;
 
 use crate::{CuSeqlens, Error, Result};
 
+/// Values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A max_seqlen that stands for "no
+/// limit" is met with an error instead of filling the memory.
+const MAX_TABLE_VALUES: usize = 1 << 28;
+
 /// Which two values of a head form the pair that is rotated together.
 ///
 /// Weights are trained for one of the two and give nonsense with the other, without any error. For `rotary_dim = 8`:
@@ -46,7 +50,8 @@ enum Frequencies {
 
 impl RotaryConfig {
     /// The original form: all of `rotary_dim` values (usually `head_dim`) rotate, `theta` is 10,000, pairs
-    /// are [`RotaryLayout::HalfSplit`]. Positions `0..max_seqlen` can be used.
+    /// are [`RotaryLayout::HalfSplit`]. Positions `0..max_seqlen` can be used; the memory
+    /// grows with it, so give the longest sequence in use: [`Rotary::new`] refuses tables of more than 2^28 values each.
     pub fn new(rotary_dim: usize, max_seqlen: usize) -> Self {
         let (layout, frequencies) = (RotaryLayout::default(), Frequencies::Theta(10_000.0));
         Self { rotary_dim, max_seqlen, layout, frequencies }
@@ -71,12 +76,22 @@ impl RotaryConfig {
         self
     }
 
-    /// Radians per position of each pair, checked.
-    fn radians_per_position(&self) -> Result<Vec<f64>> {
-        let rotary_dim = self.rotary_dim;
+    /// Whether there are pairs, and tables for them fit under the limit.
+    fn check_sizes(&self) -> Result<()> {
+        let (rotary_dim, max_seqlen, limit) = (self.rotary_dim, self.max_seqlen, MAX_TABLE_VALUES);
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(Error::RotaryDim { rotary_dim });
         }
+        // Without any position there are still the frequencies.
+        match (rotary_dim / 2).checked_mul(max_seqlen.max(1)) {
+            Some(values) if values <= limit => Ok(()),
+            _ => Err(Error::RotaryTables { max_seqlen, rotary_dim, limit }),
+        }
+    }
+
+    /// Radians per position of each pair, checked.
+    fn radians_per_position(&self) -> Result<Vec<f64>> {
+        let rotary_dim = self.rotary_dim;
         let frequencies = match &self.frequencies {
             Frequencies::Theta(theta) if !theta.is_finite() || *theta <= 0.0 => {
                 return Err(Error::RotaryTheta(*theta));
@@ -147,9 +162,10 @@ impl Rotary {
     /// Computes the tables on the host and copies them to `device`.
     ///
     /// # Errors
-    /// [`Error::RotaryDim`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or [`Error::RotaryFrequency`] if the
+    /// [`Error::RotaryDim`], [`Error::RotaryTables`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or [`Error::RotaryFrequency`] if the
     /// configuration holds a value out of range.
     pub fn new(config: &RotaryConfig, device: &Device) -> Result<Self> {
+        config.check_sizes()?;
         let frequencies = config.radians_per_position()?;
         let shape = (config.max_seqlen, frequencies.len());
         // f32 angles would be off by 0.004 radians at position 100,000: only the rounded cos and sin are f32.

@@ -115,6 +115,14 @@ fn rotary() -> Result<()> {
     let new = |config: RotaryConfig| Rotary::new(&config, &Device::Cpu);
     refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are rotated");
     refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are rotated");
+    // "No limit", one position past the limit, and heads of any size without positions.
+    for (rotary_dim, max_seqlen) in [(64, usize::MAX / 2), (64, (1 << 23) + 1), (usize::MAX - 1, 0)] {
+        let text = format!(
+            "rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than 268435456 values \
+             each; set max_seqlen to the longest sequence in use"
+        );
+        refused(new(RotaryConfig::new(rotary_dim, max_seqlen)), &text);
+    }
     refused(
         new(RotaryConfig::new(8, 8).theta(0.0)),
         "theta 0 of the rotary embedding must be finite and above 0; leave it out for 10000",
