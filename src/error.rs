@@ -352,6 +352,14 @@ pub enum Error {
         /// The largest number of values.
         limit: usize,
     },
+    /// The `VarBuilder` of a layer hands out weights of a type without a kernel.
+    #[error("weights: dtype {got:?} of the VarBuilder is not supported (supported: {supported}); build it with one of these")]
+    WeightDType {
+        /// The dtype of the builder.
+        got: DType,
+        /// The dtypes that would do.
+        supported: &'static str,
+    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -1,6 +1,6 @@
 //! The multi-head attention layer.
 
-use candle_core::{Tensor, D};
+use candle_core::{DType, Tensor, D};
 use candle_nn::kv_cache::{Cache, KvCache};
 use candle_nn::{Module, VarBuilder};
 
@@ -77,12 +77,15 @@ impl MultiHeadAttention {
     /// # Errors
     /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
     /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::LayerAlibiShape`],
-    /// [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
-    /// softcap, slopes, head_dim, dtype); an error of Candle if a weight is missing or has another shape.
+    /// [`Error::RotaryHeadDim`]) or does not fit `vb` ([`Error::WeightDType`], [`Error::RotaryDevice`]), or if the operator
+    /// would refuse it (scale, softcap, slopes, head_dim); an error of Candle if a weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
         let (embed_dim, num_heads) = (config.embed_dim, config.num_heads);
         let (q_dim, k_dim) = (num_heads * head_dim, num_heads_k * head_dim);
+        if !matches!(vb.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
+            return Err(Error::WeightDType { got: vb.dtype(), supported: "F64, F32, F16, BF16" });
+        }
         if let Some(rotary) = &config.rotary {
             let (got, expected) = (rotary.device().location(), vb.device().location());
             if got != expected {

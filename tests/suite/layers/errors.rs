@@ -103,6 +103,10 @@ fn weights() -> Result<()> {
         MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(64, 4).weight_layout(WeightLayout::OutIn), vb),
         "shape mismatch on c_attn.weight: [192, 64] <> [64, 192]",
     );
+    refused(
+        MultiHeadAttention::new(&MultiHeadAttentionConfig::new(64, 4), VarBuilder::zeros(DType::U8, &Device::Cpu)),
+        "weights: dtype U8 of the VarBuilder is not supported (supported: F64, F32, F16, BF16); build it with one of these",
+    );
     let none = VarBuilder::from_tensors(Default::default(), DType::F32, &Device::Cpu);
     let missing = MultiHeadAttention::new(&MultiHeadAttentionConfig::new(64, 4), none.pp("attn"));
     let text = missing.expect_err("there are no weights").to_string();
