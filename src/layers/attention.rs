@@ -215,8 +215,8 @@ impl MultiHeadAttention {
         Self { qkv, o: self.o.detach(), ..self.clone() }
     }
 
-    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens. It grows by as many again when
-    /// they are used up, which copies all of it.
+    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens, at least 1. It grows by as many again
+    /// when they are used up, which copies all of it; one with room for 0 cannot grow, and `forward_cached` refuses it.
     pub fn new_cache(&self, max_seqlen: usize) -> KvCache {
         KvCache::new(SEQLEN_AXIS, max_seqlen)
     }

@@ -289,10 +289,12 @@ fn caches() -> Result<()> {
         "cache of k grows along axis 2, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it \
          with new_cache",
     );
-    refused(
-        layer.forward_cached(&xs, &mut KvCache::new(1, 0)),
-        "cache of k has max_seq_len 0 and cannot grow; make it with room for 1 token or more",
-    );
+    for mut cache in [layer.new_cache(0), KvCache::new(1, 0)] {
+        refused(
+            layer.forward_cached(&xs, &mut cache),
+            "cache of k has max_seq_len 0 and cannot grow; make it with room for 1 token or more",
+        );
+    }
     let mut cache = layer.new_cache(4);
     layer.forward_cached(&xs, &mut cache)?;
     refused(
