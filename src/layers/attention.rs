@@ -6,7 +6,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::projection::Projection;
 use super::rotary::RotaryRows;
-use super::{check_packed_rows, MultiHeadAttentionConfig, Projections, Rotary};
+use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, Rotary};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
@@ -286,10 +286,8 @@ impl MultiHeadAttention {
 
     /// Whether `xs` has these axes, the last one of `embed_dim`, and the dtype and device of the weights.
     fn check_input(&self, xs: &Tensor, axes: &'static str) -> Result<()> {
+        check_rank(xs, axes)?;
         let shape = xs.dims().to_vec();
-        if shape.len() != axes.split(',').count() {
-            return Err(Error::Rank { tensor: "xs", axes, shape });
-        }
         let (embed_dim, expected) = (shape[shape.len() - 1], self.embed_dim);
         if embed_dim != expected {
             let (axis, other) = ("embed_dim", "the layer");

@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D};
 use candle_nn::rotary_emb;
 
+use super::{check_packed_rows, check_rank};
 use crate::{CuSeqlens, Error, Result};
 
 /// Values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A max_seqlen that stands for "no
@@ -204,10 +205,7 @@ impl Rotary {
     /// a floating-point type; [`Error::RotaryDevice`] if the tables are elsewhere; [`Error::RotaryPositions`] if the last
     /// position has no row in the tables.
     pub fn apply(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
-        if xs.rank() != 4 {
-            let axes = "(batch, seqlen, num_heads, head_dim)";
-            return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
-        }
+        check_rank(xs, "(batch, seqlen, num_heads, head_dim)")?;
         self.rotate(xs, &self.rows(offset, xs.dims()[1])?)
     }
 
@@ -216,11 +214,8 @@ impl Rotary {
     /// # Errors
     /// As [`Self::apply`], and [`Error::PackedRows`] if `cu_seqlens` does not end at `total`.
     pub fn apply_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
-        if xs.rank() != 3 {
-            let axes = "(total, num_heads, head_dim)";
-            return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
-        }
-        super::check_packed_rows(xs, cu_seqlens)?;
+        check_rank(xs, "(total, num_heads, head_dim)")?;
+        check_packed_rows(xs, cu_seqlens)?;
         self.rotate(xs, &self.rows_packed(cu_seqlens)?)
     }
 
