@@ -7,7 +7,8 @@ use crate::Mask;
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call was refused. Nothing has been computed, queued or changed when one of these is returned.
+/// Why a call was refused. The operator checks a call before it computes, queues or changes anything; a layer may have
+/// run its projections by then, but changes neither weights nor cache.
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]
