@@ -77,8 +77,9 @@ impl MultiHeadAttention {
     /// # Errors
     /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
     /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::LayerAlibiShape`],
-    /// [`Error::RotaryHeadDim`]) or does not fit `vb` ([`Error::WeightDType`], [`Error::RotaryDevice`]), or if the operator
-    /// would refuse it (scale, softcap, slopes, head_dim); an error of Candle if a weight is missing or has another shape.
+    /// [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb` ([`Error::WeightDType`],
+    /// [`Error::RotaryDevice`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
+    /// weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
         let (embed_dim, num_heads) = (config.embed_dim, config.num_heads);

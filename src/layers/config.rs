@@ -258,7 +258,8 @@ impl MultiHeadAttentionConfig {
         if head_dim > MAX_HEAD_DIM {
             return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
         }
-        // The largest weight is that of a fused projection. No allocation exceeds isize::MAX bytes; f64 is the widest type.
+        // The largest weight is that of a fused projection. No allocation exceeds isize::MAX bytes, and f64 is the
+        // widest type.
         let heads = num_heads_k.checked_mul(2).and_then(|heads_k| heads_k.checked_add(num_heads));
         let elements = heads.and_then(|heads| heads.checked_mul(head_dim)?.checked_mul(embed_dim));
         if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {

@@ -9,8 +9,8 @@ use candle_nn::rotary_emb;
 use super::{check_packed_rows, check_rank};
 use crate::{CuSeqlens, Error, Result};
 
-/// Values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A max_seqlen that stands for "no
-/// limit" is met with an error instead of filling the memory.
+/// Most values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A `max_seqlen` that stands
+/// for "no limit" is refused instead of filling the memory.
 const MAX_TABLE_VALUES: usize = 1 << 28;
 
 /// Which two values of a head form the pair that is rotated together.
@@ -50,9 +50,11 @@ enum Frequencies {
 }
 
 impl RotaryConfig {
-    /// The original form: all of `rotary_dim` values (usually `head_dim`) rotate, `theta` is 10,000, pairs
-    /// are [`RotaryLayout::HalfSplit`]. Positions `0..max_seqlen` can be used; the memory
-    /// grows with it, so give the longest sequence in use: [`Rotary::new`] refuses tables of more than 2^28 values each.
+    /// The original form: all of `rotary_dim` values (usually `head_dim`) rotate, `theta` is 10,000, pairs are
+    /// [`RotaryLayout::HalfSplit`].
+    ///
+    /// Positions `0..max_seqlen` can be used. [`Rotary::new`] computes tables for all of them, so give the longest
+    /// sequence in use; it refuses more than 2^28 values of `max_seqlen * rotary_dim / 2`.
     pub fn new(rotary_dim: usize, max_seqlen: usize) -> Self {
         let (layout, frequencies) = (RotaryLayout::default(), Frequencies::Theta(10_000.0));
         Self { rotary_dim, max_seqlen, layout, frequencies }
@@ -163,8 +165,8 @@ impl Rotary {
     /// Computes the tables on the host and copies them to `device`.
     ///
     /// # Errors
-    /// [`Error::RotaryDim`], [`Error::RotaryTables`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or [`Error::RotaryFrequency`] if the
-    /// configuration holds a value out of range.
+    /// [`Error::RotaryDim`], [`Error::RotaryTables`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or
+    /// [`Error::RotaryFrequency`] if the configuration holds a value out of range.
     pub fn new(config: &RotaryConfig, device: &Device) -> Result<Self> {
         config.check_sizes()?;
         let frequencies = config.radians_per_position()?;

@@ -197,7 +197,7 @@ pub fn all() -> Vec<Case> {
             biases: [true; 4],
             ..causal("gemma2")
         },
-        Case { alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]), ..causal("bloom") },
+        Case { alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]), ..causal("bloom, without its biases") },
         Case { weight_layout: WeightLayout::InOut, batch: 1, ..causal("separate, weights (in, out)") },
     ]
 }
