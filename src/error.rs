@@ -7,8 +7,8 @@ use crate::Mask;
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call was refused. The operator checks a call before it computes, queues or changes anything; a layer may have
-/// run its projections by then, but changes neither weights nor cache.
+/// Why a call was refused. All but [`Error::Candle`] come from checks of the arguments, before attention computes, queues
+/// or changes anything; the projections of a layer may have run by then.
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +108,34 @@ pub enum Error {
         /// The value that came.
         f64,
     ),
+    /// A factor of the scores that is infinite, or makes others so, in the type that scores are computed in.
+    #[error("{name} {value:e} is out of range for {dtype:?}; leave it out for {default}")]
+    ScaleRange {
+        /// The option.
+        name: &'static str,
+        /// The value that came.
+        value: f64,
+        /// The dtype of q.
+        dtype: DType,
+        /// What holds without the option.
+        default: &'static str,
+    },
+    /// An ALiBi slope that is NaN or infinite; checked for slopes on the CPU alone.
+    #[error("alibi_slopes: value {value} at index {index} is not finite; 0 stands for no bias")]
+    AlibiValue {
+        /// The value.
+        value: f32,
+        /// Its index in the flattened slopes.
+        index: usize,
+    },
+    /// A tensor with more elements than memory can hold.
+    #[error("{tensor}: shape {shape:?} has more elements than can be addressed; split the call")]
+    TooLarge {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
     /// ALiBi slopes of a shape that fits neither the heads nor batch and heads.
     #[error("alibi_slopes: expected shape [{num_heads}] (num_heads) or [{batch}, {num_heads}] (batch, num_heads), got {shape:?}")]
     AlibiShape {
@@ -376,13 +404,12 @@ impl From<Error> for candle_core::Error {
     }
 }
 
-/// What to do about a tensor that lacks the axes in a description such as `(batch, seqlen, num_heads, head_dim)`.
+/// What to do about a tensor that has not the axes of a description such as `(batch, seqlen_q, num_heads, head_dim)`.
 fn way_to_rank(axes: &str) -> &'static str {
-    if axes.starts_with("(batch, ") {
-        "add the missing ones, or use the packed call for sequences laid end to end"
-    } else if axes.starts_with("(total") {
-        "use the call for padded batches if this is one"
-    } else {
-        "flatten it"
+    let of_heads = axes.contains("num_heads") || axes.contains("embed_dim");
+    match axes.split(',').next() {
+        Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",
+        Some("(total" | "(total_q" | "(total_k") => "reshape it, or use the padded call for sequences of one length",
+        _ => "reshape it",
     }
 }

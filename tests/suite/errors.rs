@@ -46,15 +46,15 @@ fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, le
 const PADDED: [([&[usize]; 3], &str); 16] = [
     (
         [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
-        "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+        "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     (
         [&[2, 3, 8, 64], &[4, 2, 64], &[2, 4, 2, 64]],
-        "k: expected (batch, seqlen_k, num_heads_k, head_dim), got 3 axes in shape [4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+        "k: expected (batch, seqlen_k, num_heads_k, head_dim), got 3 axes in shape [4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     (
         [&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 1, 4, 2, 64]],
-        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]"),
@@ -107,12 +107,12 @@ fn shapes_and_lengths_of_packed_calls() -> Result<()> {
         (
             [&padded, &k, &k],
             [&lengths_q, &lengths_k],
-            "q: expected (total_q, num_heads, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
+            "q: expected (total_q, num_heads, head_dim), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
         (
             [&q, &k, &padded],
             [&lengths_q, &lengths_k],
-            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
+            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
         ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; lengths of 0 count"),
         ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),
@@ -238,11 +238,11 @@ fn cumulative_lengths() -> Result<()> {
     );
     assert_eq!(
         text(CuSeqlens::from_lengths(&[u32::MAX as usize, 1], &Device::Cpu)),
-        "cu_seqlens: must not pass 4294967295 rows, got 4294967296; split the batch"
+        "cu_seqlens: must end below 2^32 rows, got 4294967296; split the batch"
     );
     assert_eq!(
         text(CuSeqlens::from_lengths(&[usize::MAX, usize::MAX], &Device::Cpu)),
-        format!("cu_seqlens: must not pass 4294967295 rows, got {}; split the batch", 2 * (usize::MAX as u128))
+        format!("cu_seqlens: must end below 2^32 rows, got {}; split the batch", 2 * (usize::MAX as u128))
     );
     assert_eq!(from_tensor(&Tensor::new(&[0u32, 5, 3], &Device::Cpu)?), new(&[0, 5, 3]));
     for tensor in [Tensor::new(&[0i64, 3], &Device::Cpu)?, Tensor::new(&[0f32, 3.0], &Device::Cpu)?] {
@@ -253,7 +253,7 @@ fn cumulative_lengths() -> Result<()> {
     }
     assert_eq!(
         from_tensor(&Tensor::new(&[[0u32, 3]], &Device::Cpu)?),
-        "cu_seqlens: expected (batch + 1), got 2 axes in shape [1, 2]; flatten it"
+        "cu_seqlens: expected (batch + 1), got 2 axes in shape [1, 2]; reshape it"
     );
     Ok(())
 }
@@ -264,7 +264,7 @@ fn padding_and_unpadding() -> Result<()> {
     let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape)));
     assert_eq!(unpad(&[3, 4, 8]), "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]");
     assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
-    assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen), got 1 axes in shape [2]; add the missing ones, or use the packed call for sequences laid end to end");
+    assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen, ..), got 1 axes in shape [2]; reshape it");
     assert_eq!(unpad(&[2, 4]), "no error");
     let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape)));
     assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");

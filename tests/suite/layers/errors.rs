@@ -146,7 +146,7 @@ fn rotary() -> Result<()> {
     let rotary = new(RotaryConfig::new(8, 16).layout(RotaryLayout::Interleaved))?;
     refused(
         rotary.apply(&zeros((2, 3, 8))?, 0),
-        "xs: expected (batch, seqlen, num_heads, head_dim), got 3 axes in shape [2, 3, 8]; add the missing ones, or use the packed call for sequences laid end to end",
+        "xs: expected (batch, seqlen, num_heads, head_dim), got 3 axes in shape [2, 3, 8]; reshape it, or use the packed call for sequences laid end to end",
     );
     refused(
         rotary.apply(&zeros((1, 3, 2, 6))?, 0),
@@ -171,7 +171,7 @@ fn rotary() -> Result<()> {
     );
     refused(
         rotary.apply_packed(&zeros((19, 8))?, &cu_seqlens),
-        "xs: expected (total, num_heads, head_dim), got 2 axes in shape [19, 8]; use the call for padded batches if this is one",
+        "xs: expected (total, num_heads, head_dim), got 2 axes in shape [19, 8]; reshape it, or use the padded call for sequences of one length",
     );
     Ok(())
 }
@@ -180,7 +180,7 @@ fn rotary() -> Result<()> {
 fn inputs() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
     let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal).rotary(&rotary))?;
-    refused(layer.forward(&zeros((5, 64))?), "xs: expected (batch, seqlen, embed_dim), got 2 axes in shape [5, 64]; add the missing ones, or use the packed call for sequences laid end to end");
+    refused(layer.forward(&zeros((5, 64))?), "xs: expected (batch, seqlen, embed_dim), got 2 axes in shape [5, 64]; reshape it, or use the packed call for sequences laid end to end");
     refused(layer.forward(&zeros((2, 5, 63))?), "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
     refused(
         layer.forward(&zeros((2, 5, 64))?.to_dtype(DType::F16)?),
@@ -196,7 +196,7 @@ fn inputs() -> Result<()> {
     );
     refused(
         layer.forward_packed(&zeros((1, 12, 64))?, &cu_seqlens),
-        "xs: expected (total, embed_dim), got 3 axes in shape [1, 12, 64]; use the call for padded batches if this is one",
+        "xs: expected (total, embed_dim), got 3 axes in shape [1, 12, 64]; reshape it, or use the padded call for sequences of one length",
     );
     // Candle's own trait gives the same text.
     let module: &dyn candle_core::Module = &layer;
