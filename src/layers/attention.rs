@@ -1,12 +1,13 @@
 //! The multi-head attention layer.
 
-use candle_core::{DType, Tensor, D};
+use candle_core::{Tensor, D};
 use candle_nn::kv_cache::{Cache, KvCache};
 use candle_nn::{Module, VarBuilder};
 
 use super::projection::Projection;
 use super::rotary::RotaryRows;
 use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, Rotary};
+use crate::problem::{is_float, FLOAT_DTYPES};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
@@ -84,8 +85,8 @@ impl MultiHeadAttention {
         let (num_heads_k, head_dim) = config.resolve()?;
         let (embed_dim, num_heads) = (config.embed_dim, config.num_heads);
         let (q_dim, k_dim) = (num_heads * head_dim, num_heads_k * head_dim);
-        if !matches!(vb.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
-            return Err(Error::WeightDType { got: vb.dtype(), supported: "F64, F32, F16, BF16" });
+        if !is_float(vb.dtype()) {
+            return Err(Error::WeightDType { got: vb.dtype(), supported: FLOAT_DTYPES });
         }
         if let Some(rotary) = &config.rotary {
             let (got, expected) = (rotary.device().location(), vb.device().location());

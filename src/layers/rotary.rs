@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Sha
 use candle_nn::rotary_emb;
 
 use super::{check_packed_rows, check_rank};
+use crate::problem::{is_float, FLOAT_DTYPES};
 use crate::{CuSeqlens, Error, Result};
 
 /// Most values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A `max_seqlen` that stands
@@ -245,8 +246,8 @@ impl Rotary {
         if head_dim < rotary_dim {
             return Err(Error::RotaryHeadDim { rotary_dim, head_dim });
         }
-        if !matches!(xs.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
-            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: "F64, F32, F16, BF16" });
+        if !is_float(xs.dtype()) {
+            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: FLOAT_DTYPES });
         }
         let (got, expected) = (self.device().location(), xs.device().location());
         if got != expected {
