@@ -8,7 +8,7 @@ use crate::Mask;
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why a call was refused. All but [`Error::Candle`] come from checks of the arguments, before attention computes, queues
-/// or changes anything.
+/// or changes anything; the projections of a layer may have run by then.
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]
@@ -249,8 +249,8 @@ pub enum Error {
         /// The device of the weights.
         expected: DeviceLocation,
     },
-    /// Rotary embedding turns pairs of values.
-    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are turned")]
+    /// Rotary embedding rotates pairs of values.
+    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are rotated")]
     RotaryDim {
         /// The value that came.
         rotary_dim: usize,
@@ -266,7 +266,7 @@ pub enum Error {
     RotaryFrequencies {
         /// How many came.
         got: usize,
-        /// How many values of a head are turned.
+        /// How many values of a head are rotated.
         rotary_dim: usize,
     },
     /// A frequency of a rotary embedding is NaN or infinite.
@@ -277,12 +277,12 @@ pub enum Error {
         /// The value that came.
         got: f64,
     },
-    /// A rotary embedding turns more values than a head has.
+    /// A rotary embedding rotates more values than a head has.
     #[error(
         "rotary_dim {rotary_dim} is larger than head_dim {head_dim}; build Rotary with rotary_dim {head_dim} or less"
     )]
     RotaryHeadDim {
-        /// How many values of a head are turned.
+        /// How many values of a head are rotated.
         rotary_dim: usize,
         /// Size of each head.
         head_dim: usize,
@@ -297,7 +297,7 @@ pub enum Error {
         /// How many positions the tables have.
         max_seqlen: usize,
     },
-    /// The rotary tables are on another device than the tensors that they turn.
+    /// The rotary tables are on another device than the tensors that they rotate.
     #[error("rotary: tables on device {got:?}, but q and k are on {expected:?}; build Rotary there")]
     RotaryDevice {
         /// The device of the tables.
@@ -350,6 +350,44 @@ pub enum Error {
         got: String,
         /// What the call would add.
         expected: String,
+    },
+    /// ALiBi slopes of a layer that are not one per head: a layer meets batches of any size.
+    #[error("alibi_slopes: a layer takes one slope per head, shape [{num_heads}] (num_heads), got {shape:?}; slopes per sequence are for Attention alone")]
+    LayerAlibiShape {
+        /// Heads of q.
+        num_heads: usize,
+        /// The shape that came.
+        shape: Vec<usize>,
+    },
+    /// Sizes of a layer whose weights no machine can address.
+    #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
+    LayerTooLarge {
+        /// Size of the layer's input.
+        embed_dim: usize,
+        /// Heads of q.
+        num_heads: usize,
+        /// Heads of k and v.
+        num_heads_k: usize,
+        /// Size of each head.
+        head_dim: usize,
+    },
+    /// Rotary tables past the limit of their size.
+    #[error("rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than {limit} values each; set max_seqlen to the longest sequence in use")]
+    RotaryTables {
+        /// How many positions the tables were to have.
+        max_seqlen: usize,
+        /// How many values of a head are rotated.
+        rotary_dim: usize,
+        /// The largest number of values.
+        limit: usize,
+    },
+    /// The `VarBuilder` of a layer hands out weights of a type without a kernel.
+    #[error("weights: dtype {got:?} of the VarBuilder is not supported (supported: {supported}); build it with one of these")]
+    WeightDType {
+        /// The dtype of the builder.
+        got: DType,
+        /// The dtypes that would do.
+        supported: &'static str,
     },
     /// An error of Candle itself.
     #[error(transparent)]
