@@ -28,9 +28,10 @@ pub(crate) struct FlashAttention {
     plan: Plan,
     alibi_slopes: Option<Tensor>,
     output: Output,
-    /// Written by the forward, read by every backward. Candle calls `bwd` on the instance that ran forward, and offers
-    /// no other way to keep a tensor; it is never emptied, so that a second backward finds it too.
-    lse: OnceLock<Tensor>,
+    /// lse, written by the forward, read by every backward: on the CPU in two parts, on a GPU as one tensor. Candle calls
+    /// `bwd` on the instance that ran forward, and offers no other way to keep a tensor; it is never emptied, so that a
+    /// second backward finds it too.
+    lse: OnceLock<Vec<Tensor>>,
 }
 
 impl FlashAttention {
@@ -48,20 +49,21 @@ impl FlashAttention {
     }
 
     /// Puts lse where the backward finds it.
-    fn keep(&self, lse: Storage) {
-        let lse = Tensor::from_storage(lse, self.problem.shape_lse(), BackpropOp::none(), false);
+    fn keep(&self, parts: impl IntoIterator<Item = Storage>) {
+        let tensor = |part| Tensor::from_storage(part, self.problem.shape_lse(), BackpropOp::none(), false);
         // An op runs forward once; a value that is already there belongs to the same inputs.
-        let _ = self.lse.set(lse);
+        let _ = self.lse.set(parts.into_iter().map(tensor).collect());
     }
 
-    fn cpu_backward(&self, [q, k, v, result, grad, lse]: [&Tensor; 6]) -> Result<[CpuStorage; 3]> {
+    fn cpu_backward(&self, [q, k, v, result, grad]: [&Tensor; 5], lse: &[Tensor]) -> Result<[Option<CpuStorage>; 3]> {
         // Candle hands gradients on as they come: transposed, or broadcast from a sum.
         let grad = match self.output {
             Output::O if Strides::of("do", grad.layout()).is_ok() => grad.clone(),
             _ => grad.contiguous()?,
         };
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        cpu::backward(&call, self.output, [q, k, v, result, &grad, lse])
+        let [max, log2_sum] = lse else { unreachable!("the forward on the CPU keeps two parts") };
+        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        cpu::backward(&execution, self.output, [q, k, v, result, &grad, max, log2_sum])
     }
 
     #[cfg(feature = "cuda")]
@@ -86,9 +88,9 @@ impl CustomOp3 for FlashAttention {
         v: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let (result, lse) = cpu::forward(&call, self.output, [q, k, v])?;
-        self.keep(Storage::Cpu(lse));
+        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        let (result, lse) = cpu::forward(&execution, self.output, [q, k, v])?;
+        self.keep(lse.map(Storage::Cpu));
         Ok((result, self.result_shape()))
     }
 
@@ -103,7 +105,7 @@ impl CustomOp3 for FlashAttention {
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let (result, lse) = cuda::forward(&self.cuda_call()?, self.output, [q, k, v])?;
-        self.keep(Storage::Cuda(lse));
+        self.keep([Storage::Cuda(lse)]);
         Ok((result, self.result_shape()))
     }
 
@@ -116,18 +118,22 @@ impl CustomOp3 for FlashAttention {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let lse = self.lse.get().ok_or(Error::NoForward)?;
-        let tensors = [q, k, v, result, grad, lse];
-        let grads = match &self.plan {
-            Plan::Cpu { .. } => self.cpu_backward(tensors)?.map(Storage::Cpu),
+        let [dq, dk, dv] = match &self.plan {
+            Plan::Cpu { .. } => {
+                let grads = self.cpu_backward([q, k, v, result, grad], lse)?;
+                grads.map(|grad| grad.map(Storage::Cpu))
+            }
             #[cfg(feature = "cuda")]
-            Plan::Cuda(_) => cuda::backward(&self.cuda_call()?, self.output, tensors)?.map(Storage::Cuda),
+            Plan::Cuda(_) => {
+                let grads = cuda::backward(&self.cuda_call()?, self.output, [q, k, v, result, grad, &lse[0]])?;
+                grads.map(|grad| Some(Storage::Cuda(grad)))
+            }
             #[cfg(not(feature = "cuda"))]
             Plan::Cuda(_) => unreachable!("without the feature no device has these capabilities"),
         };
-        let [dq, dk, dv] = grads;
-        let tensor = |input: &Tensor, storage| {
-            let grad = || Tensor::from_storage(storage, input.dims(), BackpropOp::none(), false);
-            input.track_op().then(grad)
+        let tensor = |input: &Tensor, grad: Option<Storage>| {
+            let grad = grad.filter(|_| input.track_op());
+            grad.map(|grad| Tensor::from_storage(grad, input.dims(), BackpropOp::none(), false))
         };
         Ok((tensor(q, dq), tensor(k, dk), tensor(v, dv)))
     }

@@ -8,7 +8,7 @@ pub use crate::mask::{Coverage, Visibility};
 use crate::op::{FlashAttention, Output};
 pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
-use crate::{Attention, CuSeqlens, Result};
+use crate::{Attention, CuSeqlens, Mask, Result};
 
 /// Registers, local and shared memory of each CUDA kernel as ptxas reported them: CSV with a header.
 #[cfg(feature = "cuda")]
@@ -57,6 +57,11 @@ impl Call {
         let [q, k, v] = &self.inputs;
         Ok(self.op.bwd(q, k, v, o, do_)?)
     }
+}
+
+/// `mask` laid over one pair of sequences.
+pub fn visibility(mask: Mask, seqlen_q: usize, seqlen_k: usize) -> Visibility {
+    mask.over(seqlen_q, seqlen_k)
 }
 
 /// The checked problem of a padded call.

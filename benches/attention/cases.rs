@@ -73,6 +73,9 @@ pub enum Pass {
     Backward,
     #[serde(rename = "fwd+bwd")]
     Both,
+    /// Forward and backward of the operator alone, without the zero that Candle's autograd adds each gradient to.
+    #[serde(rename = "op")]
+    Operator,
     /// Bytes allocated at the peak of forward and backward.
     #[serde(rename = "memory")]
     Memory,
@@ -235,7 +238,7 @@ impl Case {
         match pass {
             Pass::Forward => forward,
             Pass::Backward => 2.5 * forward,
-            Pass::Both | Pass::Memory => 3.5 * forward,
+            Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
         }
     }
 
@@ -306,6 +309,7 @@ impl std::fmt::Display for Pass {
             Pass::Forward => "fwd",
             Pass::Backward => "bwd",
             Pass::Both => "fwd+bwd",
+            Pass::Operator => "op",
             Pass::Memory => "memory",
         })
     }

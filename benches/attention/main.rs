@@ -134,7 +134,7 @@ fn measure(family: &[Case], gemm: &Gemm, timed: bool, report: &mut Report) -> Re
         for entrant in entrants {
             let timed = entrant.passes(case).filter(|&pass| pass != Pass::Memory);
             for pass in timed {
-                passes.push(entrant.job(pass)?);
+                passes.push(entrant.job(case, pass)?);
                 if !threads.contains(&entrant.threads()) {
                     threads.push(entrant.threads());
                     jobs.push(gemm.job(entrant.pool.clone()));
@@ -233,7 +233,7 @@ impl Entrant {
     }
 
     /// Times `pass` once: from handles to inputs until the last result is dropped.
-    fn job(&self, pass: Pass) -> Result<Job<'_>> {
+    fn job<'a>(&'a self, case: &'a Case, pass: Pass) -> Result<Job<'a>> {
         let (contender, upstream) = (&self.contender, &self.upstream);
         let (run, known): (Box<dyn Fn() -> Result<f64> + Send + Sync>, _) = match pass {
             Pass::Forward => (Box::new(|| seconds(|| contender.forward())), None),
@@ -242,6 +242,10 @@ impl Entrant {
                 (Box::new(move || seconds(|| Ok(loss.backward()?))), None)
             }
             Pass::Both => (Box::new(|| seconds(|| Ok(contender.loss(upstream)?.backward()?))), self.both),
+            Pass::Operator => {
+                let operator = contender.operator(case, upstream)?;
+                (Box::new(move || seconds(|| operator.run())), None)
+            }
             Pass::Memory => unreachable!("memory is not timed"),
         };
         Ok(Job { run: on_pool(self.pool.clone(), run), known, threads: self.threads() })

@@ -3,6 +3,7 @@
 use anyhow::{ensure, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, Var, D};
+use candle_fa2::testing::Call;
 use candle_fa2::{Attention, CuSeqlens};
 use candle_nn::attention::{flash_attn, flash_attn_varlen_cpu, AttnMask};
 use half::f16;
@@ -65,7 +66,11 @@ pub struct Answer {
 
 impl Peer {
     pub fn computes(self, pass: Pass) -> bool {
-        self != Peer::CandleFlash || pass == Pass::Forward
+        match self {
+            Peer::Ours => true,
+            Peer::Unfused => pass != Pass::Operator,
+            Peer::CandleFlash => pass == Pass::Forward,
+        }
     }
 
     /// Whether it can run `case` at all.
@@ -139,6 +144,12 @@ impl Contender {
         (self.infer)(&q, &k, &v)
     }
 
+    /// Forward and backward by hand, from the same q, k, v and `upstream`; ours alone, padded.
+    pub fn operator(&self, case: &Case, upstream: &Tensor) -> Result<Operator> {
+        let call = Call::new(&attention(case), &self.q, &self.k, &self.v)?;
+        Ok(Operator { call, upstream: upstream.clone() })
+    }
+
     /// The loss whose gradient for o is `upstream`.
     pub fn loss(&self, upstream: &Tensor) -> Result<Tensor> {
         let (_, loss) = self.graph(upstream)?;
@@ -179,13 +190,30 @@ impl Contender {
     }
 }
 
-fn ours(case: &Case, inputs: &Inputs) -> Result<Attend> {
-    let mask = match case.mask {
+/// The operator without autograd around it.
+pub struct Operator {
+    call: Call,
+    upstream: Tensor,
+}
+
+impl Operator {
+    pub fn run(&self) -> Result<[Option<Tensor>; 4]> {
+        let o = self.call.forward()?;
+        let (dq, dk, dv) = self.call.backward(&o, &self.upstream)?;
+        Ok([Some(o), dq, dk, dv])
+    }
+}
+
+fn attention(case: &Case) -> Attention {
+    Attention::new().mask(match case.mask {
         Mask::None => candle_fa2::Mask::None,
         Mask::Causal => candle_fa2::Mask::Causal,
         Mask::Window { left, right } => candle_fa2::Mask::Window { left, right },
-    };
-    let attention = Attention::new().mask(mask);
+    })
+}
+
+fn ours(case: &Case, inputs: &Inputs) -> Result<Attend> {
+    let attention = attention(case);
     if case.lengths.is_empty() {
         return Ok(Box::new(move |q, k, v| Ok(attention.forward(q, k, v)?)));
     }
