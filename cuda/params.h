@@ -73,14 +73,15 @@ struct BwdParams {
     Strides dq_strides;
     Strides dk_strides;  // of dk and dv
     Shape shape;
-    float softmax_scale;  // of dq and dk
+    float softmax_scale;  // of dk; dq receives it with its conversion
 };
 
-// f32 sums of dq, rounded to the input type.
+// to = factor * from, rounded: the sums of dq.
 struct ConvertParams {
     const float* from;
     void* to;
     int64_t elements;  // a multiple of 8
+    float factor;
 };
 
 }  // namespace fa2

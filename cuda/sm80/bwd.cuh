@@ -50,7 +50,9 @@ struct BwdTraits {
     static constexpr int kBytesOneStage = 2 * TileK::kBytes + 2 * TileQ::kBytes + 2 * TileP::kBytes;
     // Two tiles of q where an A100 (163 KB) still has room.
     static constexpr int kStages = kBytesOneStage + TileQ::kBytes <= 160 * 1024 ? 2 : 1;
-    static constexpr int kSharedBytes = kBytesOneStage + (kStages - 1) * TileQ::kBytes;
+    static constexpr int kStatisticsBytes = kBlockM * 4;  // lse, or delta, of a tile of queries
+    static constexpr int kSharedBytes =
+        kBytesOneStage + (kStages - 1) * TileQ::kBytes + (kStages + 1) * kStatisticsBytes;
 };
 
 template <typename Traits>
@@ -63,6 +65,8 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
     const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
     constexpr uint32_t sK = 0, sV = TileK::kBytes, sDo = sV + TileK::kBytes, sP = sDo + TileQ::kBytes;
     constexpr uint32_t sDs = sP + TileP::kBytes, sQ = sDs + TileP::kBytes;
+    constexpr uint32_t sLse = sQ + Traits::kStages * TileQ::kBytes;
+    constexpr uint32_t sDelta = sLse + Traits::kStages * Traits::kStatisticsBytes;
 
     const Shape& shape = params.shape;
     const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -93,15 +97,24 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
         const int m_count = (queries.end - 1) / Traits::kBlockM + 1 - m_first;
         const int group = shape.num_heads / shape.num_heads_k;
         const int steps = m_count * group;
+        // Of a tile of queries, by its first threads. Zeros past the end do no harm: P is then 1 there, and do, dP, dS are 0.
+        const auto start_statistics = [&](uint32_t shared, const float* statistics, int head, int m_block) {
+            const int row = m_block * Traits::kBlockM + thread;
+            const float* from = statistics + batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
+            const bool valid = row < sequence.seqlen_q;
+            if (thread < Traits::kBlockM) cp_async_4(shared + thread * 4, valid ? from + row : from, valid);
+        };
         const auto start_q = [&](int stage, int head, int m_block) {
             const T* gQ = start(params.q, params.q_strides, sequence.first_q, head);
             TileCopy<TileQ, Traits::kThreads, T>(gQ, params.q_strides.row, shape.head_dim, thread)
                 .start(base + sQ + stage * TileQ::kBytes, m_block * Traits::kBlockM, sequence.seqlen_q);
+            start_statistics(base + sLse + stage * Traits::kStatisticsBytes, params.lse, head, m_block);
         };
         const auto start_do = [&](int head, int m_block) {
             const T* gDo = start(params.do_, params.do_strides, sequence.first_q, head);
             TileCopy<TileQ, Traits::kThreads, T>(gDo, params.do_strides.row, shape.head_dim, thread)
                 .start(base + sDo, m_block * Traits::kBlockM, sequence.seqlen_q);
+            start_statistics(base + sDelta, params.delta, head, m_block);
         };
         int head = head_k * group, m_block = m_first;
         TileCopy<TileK, Traits::kThreads, T>(start(params.k, params.k_strides, sequence.first_k, head_k),
@@ -121,18 +134,6 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
             const Range rows{first_row, min(first_row + Traits::kBlockM, sequence.seqlen_q)};
             const uint32_t q_base = base + step % Traits::kStages * TileQ::kBytes;  // less sQ
             const Scoring<Traits::kModified> scoring(shape, sequence, batch, head);
-            const int64_t statistics = batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
-            float lse_log2[Traits::kMTiles][2], delta[Traits::kMTiles][2];
-#pragma unroll
-            for (int i = 0; i < Traits::kMTiles; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = first_row + s_row + 16 * i + fragment_row(lane, half);
-                    // Rows past the end: exp2(score - inf) = 0.
-                    lse_log2[i][half] = row < rows.end ? params.lse[statistics + row] * kLog2e : INFINITY;
-                    delta[i][half] = row < rows.end ? params.delta[statistics + row] : 0.f;
-                }
-
             cp_async_wait<0>();
             __syncthreads();  // q and do have arrived, and every warp is done with the step before
 
@@ -144,6 +145,15 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
                 start_q((step + 1) % 2, next_head, next_m_block);
                 cp_async_commit();
             }
+
+            const float* lse = reinterpret_cast<const float*>(shared + sLse) + step % Traits::kStages * Traits::kBlockM;
+            const float* delta = reinterpret_cast<const float*>(shared + sDelta);
+            float lse_log2[Traits::kMTiles][2];
+#pragma unroll
+            for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    lse_log2[i][half] = lse[s_row + 16 * i + fragment_row(lane, half)] * kLog2e;
 
             const Range common = sees.common_keys(rows);
             const bool partial = cols.begin < common.begin || cols.begin + Traits::kBlockN > common.end;
@@ -182,15 +192,18 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
             multiply<T, Traits::kHeadDim / 16>(ds, OperandA<TileQ, Order::kContiguousK>(base, sDo, s_row, lane),
                                                OperandB<TileK, Order::kContiguousK, Traits::kNTiles * 8>(base, sV, s_col, lane));
 #pragma unroll
-            for (int i = 0; i < Traits::kMTiles; ++i)
+            for (int i = 0; i < Traits::kMTiles; ++i) {
+                const int first = s_row + 16 * i;
+                const float delta_row[2] = {delta[first + fragment_row(lane, 0)], delta[first + fragment_row(lane, 1)]};
 #pragma unroll
                 for (int j = 0; j < Traits::kNTiles; ++j)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         float& x = ds.x[i][j][e];
-                        x = p.x[i][j][e] * (x - delta[i][e / 2]);
+                        x = p.x[i][j][e] * (x - delta_row[e / 2]);
                         if constexpr (Traits::kModified) x *= derivative.x[i][j][e];
                     }
+            }
             store_fragment<T, TileP>(base, sDs, ds, s_row, s_col, lane);
             __syncthreads();  // P and dS are there
 
@@ -213,23 +226,11 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = q_row + 16 * i + fragment_row(lane, half);
-                    if (first_row + row < rows.end) {
+                    float* to = gDq + int64_t(row) * params.dq_strides.row + q_col + fragment_col(lane, 0);
 #pragma unroll
-                        for (int j = 0; j < Traits::kQDTiles; ++j) {
-                            const int col = q_col + fragment_col(lane, j);
-                            if (col < shape.head_dim) {
-                                float* to = gDq + row * params.dq_strides.row + col;
-                                const float2 share{dq.x[i][j][2 * half] * params.softmax_scale,
-                                                   dq.x[i][j][2 * half + 1] * params.softmax_scale};
-#if __CUDA_ARCH__ >= 900
-                                atomicAdd(reinterpret_cast<float2*>(to), share);
-#else
-                                atomicAdd(to, share.x);
-                                atomicAdd(to + 1, share.y);
-#endif
-                            }
-                        }
-                    }
+                    for (int j = 0; j < Traits::kQDTiles; ++j)
+                        red_add_2(to + 8 * j, dq.x[i][j][2 * half], dq.x[i][j][2 * half + 1],
+                                  first_row + row < rows.end && q_col + 8 * j < shape.head_dim);
                 }
 
             multiply<T, Traits::kBlockM / 16>(dk, OperandA<TileP, Order::kTransposed>(base, sDs, kv_row, lane),

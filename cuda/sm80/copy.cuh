@@ -1,4 +1,4 @@
-// cp.async: 16 bytes from global to shared memory, past L1, and the copy of a tile made of them.
+// cp.async: 16 bytes from global to shared memory, past L1, and the copy of a tile made of them; sums in global memory.
 #pragma once
 
 #include "../core/tile.cuh"
@@ -11,12 +11,32 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// Copies 4 bytes, or fills them with zeros.
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `kPending` of this thread's groups are under way.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Adds two f32 to global memory if `valid`; a predicate, so that no branch comes of it. `to` is a multiple of 8 bytes.
+__device__ __forceinline__ void red_add_2(float* to, float x, float y, bool valid) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.global.add.v2.f32 [%0], {%1, %2}; }" ::"l"(to), "f"(x),
+                 "f"(y), "r"(int(valid))
+                 : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.global.add.f32 [%0], %1; @p red.global.add.f32 [%0 + 4], %2; }" ::"l"(
+            to),
+        "f"(x), "f"(y), "r"(int(valid))
+        : "memory");
+#endif
 }
 
 // Copies tiles of one tensor into one buffer, all threads together. What a thread needs to know is worked out once: it

@@ -93,7 +93,7 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
             cp_async_commit();
             Accumulator<Traits::kMTiles, Traits::kNTiles> s;
             s.clear();
-            multiply<T, Traits::kHeadDim / 16>(s, OperandA<TileQ, Order::kContiguousK>(base, sQ, warp_row, lane),
+            multiply_ahead<T, Traits::kHeadDim / 16>(s, OperandA<TileQ, Order::kContiguousK>(base, sQ, warp_row, lane),
                                                OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(base, sK, 0, lane));
 
             const bool partial = first_col < common.begin || first_col + Traits::kBlockN > common.end;
@@ -116,7 +116,7 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
             cp_async_commit();
             softmax.step(s, o, scoring.factor);
             // rS: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
-            multiply<T, Traits::kBlockN / 16>(o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
+            multiply_ahead<T, Traits::kBlockN / 16>(o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
                                               OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(base, sV, 0, lane));
         }
     }
