@@ -1,0 +1,69 @@
+//! Progress on a terminal as a bar, elsewhere as plain lines.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{stderr, IsTerminal};
+use std::time::{Duration, Instant};
+
+/// Without a terminal, at most one line in this time.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
+pub struct Progress {
+    first: usize, // steps that were done before
+    steps: usize,
+    started: Instant,
+    bar: Option<ProgressBar>,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    pub fn new(done: usize, steps: usize) -> Self {
+        let bar = stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
+            let bar = ProgressBar::new(steps as u64).with_style(style).with_position(done as u64);
+            bar.reset_eta();
+            bar
+        });
+        Self { first: done, steps, started: Instant::now(), bar, last_line: None }
+    }
+
+    /// After each step.
+    pub fn step(&mut self, step: usize, train_loss: f32, tokens_per_s: u64) {
+        let message = format!("loss {train_loss:.3}  {tokens_per_s} tokens/s");
+        match &self.bar {
+            Some(bar) => {
+                bar.set_message(message);
+                bar.set_position(step as u64);
+            }
+            None if self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES) => {
+                let per_step = self.started.elapsed() / (step - self.first) as u32;
+                let eta = per_step * (self.steps - step) as u32;
+                println!("step {step}/{}  {message}  ETA {}", self.steps, clock(eta));
+                self.last_line = Some(Instant::now());
+            }
+            None => {}
+        }
+    }
+
+    /// A line of the log, above the bar if there is one.
+    pub fn line(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| println!("{line}")),
+            None => println!("{line}"),
+        }
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Minutes and seconds, and hours where there are any.
+pub fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds / 3600 {
+        0 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        hours => format!("{hours}h{:02}m", seconds % 3600 / 60),
+    }
+}
