@@ -10,10 +10,10 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
-use super::forward::{tile, transpose, within};
+use super::forward::{tile, transpose};
 use super::matmul::{matmul, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared, Turns};
-use super::scores::{probabilities, score_gradients, Scoring};
+use super::scores::{Dot, GradientStep, Scoring, TileMask};
 use super::Call;
 use crate::mask::Coverage;
 use crate::problem::{Sequence, Strides};
@@ -49,8 +49,8 @@ struct Scratch<A> {
     do_: Vec<A>,
     p: Vec<A>,
     ds: Vec<A>,
-    /// Derivative of the softcap; empty without one.
-    softcap: Vec<A>,
+    /// Derivative of the softcap for one query.
+    derivative: Vec<A>,
     dk: Vec<A>,
     dv: Vec<A>,
 }
@@ -136,7 +136,7 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
             let do_start = upstream.do_strides.start(sequence.batch, sequence.first_q + row, *head);
             G::widen(&upstream.o[o_start..][..head_dim], wide_o);
             G::widen(&upstream.do_[do_start..][..head_dim], wide_do);
-            delta[i] = call.arch.dispatch(|| dot(wide_o, wide_do));
+            delta[i] = call.arch.dispatch(Dot { a: wide_o, b: wide_do });
         }
         if let Some(dlse) = upstream.dlse {
             let mut wide = [G::Acc::ZERO; ROWS];
@@ -145,30 +145,6 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
         }
     });
     delta
-}
-
-/// Sum of products, in several lanes so that it can be vectorised.
-#[inline(always)]
-fn dot<A: Real>(a: &[A], b: &[A]) -> A {
-    const LANES: usize = 16;
-    let mut lanes = [A::ZERO; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane = a.mul_add(b, *lane);
-        }
-    }
-    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
-        *lane = a.mul_add(b, *lane);
-    }
-    let mut width = LANES;
-    while width > 1 {
-        width /= 2;
-        let (low, high) = lanes.split_at_mut(width);
-        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
-    }
-    lanes[0]
 }
 
 /// All tasks, and the order in which they add to the tiles of dq.
@@ -218,7 +194,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
             do_: zeros(if G::IN_PLACE { 0 } else { m }),
             p: zeros(scores),
             ds: zeros(scores),
-            softcap: zeros(if self.call.problem.softcap.is_some() { scores } else { 0 }),
+            derivative: zeros(tile.block_n),
             dk: zeros(n),
             dv: zeros(n),
         }
@@ -282,34 +258,11 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
         matmul(Out::rows(p, n), (m, n, head_dim), false, scoring.product_factor, q, k_transposed);
         matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
-        let softcap = &mut scratch.softcap;
-        self.call.arch.dispatch(|| {
-            for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
-                let row = rows.start + i;
-                let seen = if partial { within(&sees.keys(row), cols) } else { 0..n };
-                for outside in [0..seen.start, seen.end..n] {
-                    p[outside.clone()].fill(T::Acc::ZERO);
-                    ds[outside].fill(T::Acc::ZERO);
-                }
-                // Lane l of the visible part is key cols.start + seen.start + l.
-                let distance = (cols.start + seen.start) as isize - (row as isize + sees.shift());
-                let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
-                if scoring.has_softcap() {
-                    let derivative = &mut softcap[i * n..][seen];
-                    scoring.apply_keeping_derivative(p, derivative, distance);
-                    probabilities(p, lse[i] * T::Acc::LOG2_E);
-                    score_gradients(ds, p, delta[i]);
-                    ds.iter_mut().zip(derivative).for_each(|(ds, slope)| *ds *= *slope);
-                } else {
-                    scoring.apply(p, distance);
-                    probabilities(p, lse[i] * T::Acc::LOG2_E);
-                    score_gradients(ds, p, delta[i]);
-                }
-            }
-        });
+        let mask = TileMask { rows, cols, sees, partial };
+        let derivative = &mut scratch.derivative;
+        self.call.arch.dispatch(GradientStep { scoring, mask, p, ds, derivative, lse, delta });
         let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
-        let queries = |i: usize| within(&sees.queries(cols.start + i), rows);
-        let keys = |i: usize| within(&sees.keys(rows.start + i), cols);
+        let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;
         let (queries, keys): (Visible, Visible) = (partial.then_some(&queries), partial.then_some(&keys));
         let size = (n, head_dim, m);

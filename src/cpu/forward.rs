@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::element::{Element, Real};
 use super::matmul::{matmul, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
-use super::scores::{OnlineSoftmax, Scoring};
+use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
 use super::Call;
 use crate::mask::Coverage;
 use crate::problem::Sequence;
@@ -131,31 +131,15 @@ fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &
 
         let scores = &mut scratch.scores[..n * m];
         matmul(Out::rows(scores, m), (n, m, head_dim), false, scoring.product_factor, k_tile, q_transposed);
-        let (softmax, o) = (&mut scratch.softmax, &mut scratch.o[..m * head_dim]);
-        call.arch.dispatch(|| {
-            if !scoring.is_identity() || coverage == Coverage::Partial {
-                for (col, scores) in cols.clone().zip(scores.chunks_exact_mut(m)) {
-                    scoring.apply(scores, rows.start as isize + sees.shift() - col as isize);
-                    let seen = within(&sees.queries(col), rows);
-                    scores[..seen.start].fill(T::Acc::NEG_INFINITY);
-                    scores[seen.end..].fill(T::Acc::NEG_INFINITY);
-                }
-            }
-            softmax.step(scores, m);
-            softmax.rescale(o, head_dim);
-        });
-        let seen = |i: usize| within(&sees.keys(rows.start + i), &cols);
-        let seen: Option<&dyn Fn(usize) -> Range<usize>> = (coverage == Coverage::Partial).then_some(&seen);
+        let o = &mut scratch.o[..m * head_dim];
+        let mask = TileMask { rows, cols: &cols, sees, partial: coverage == Coverage::Partial };
+        let softmax = &mut scratch.softmax;
+        call.arch.dispatch(SoftmaxStep { scoring, mask, scores, softmax, o, head_dim });
+        let keys = |row: usize| mask.keys(row);
+        let keys: Option<&dyn Fn(usize) -> Range<usize>> = mask.partial.then_some(&keys);
         let p = Mat::rows(scores, m).transposed();
-        matmul_visible(Out::rows(o, head_dim), (m, head_dim, n), T::Acc::ONE, p, v_tile, seen);
+        matmul_visible(Out::rows(o, head_dim), (m, head_dim, n), T::Acc::ONE, p, v_tile, keys);
     }
-}
-
-/// The part of `range` inside `window`, counted from the start of `window`; empty ranges stay inside it.
-pub(super) fn within(range: &Range<usize>, window: &Range<usize>) -> Range<usize> {
-    let start = range.start.clamp(window.start, window.end) - window.start;
-    let end = range.end.clamp(window.start, window.end) - window.start;
-    start..end.max(start)
 }
 
 /// `rows x cols` elements whose rows lie `stride` apart, in the accumulator's type: in place, or widened into `buffer`.

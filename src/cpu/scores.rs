@@ -1,11 +1,15 @@
 //! What happens to a tile of scores between the matrix products: softcap, ALiBi, online softmax, and P from lse.
 //!
 //! Scores live in the log2 domain (`softmax_scale * log2 e` is folded into the product that makes them), so that every
-//! exponential is an `exp2`. The loops here are plain; run inside `pulp::Arch::dispatch` they become the widest vector
-//! instructions that the machine has. One vector lane is one query in the forward and one key in the backward, so no sum
+//! exponential is an `exp2`. The loops here are plain; run by `pulp::Arch::dispatch` they become the widest vector
+//! instructions that the machine has, which is why each entry point is a struct whose `call` is always inlined: a closure
+//! would be compiled on its own, without those instructions. One vector lane is one query in the forward and one key in the backward, so no sum
 //! or maximum crosses lanes.
 
+use std::ops::Range;
+
 use super::element::Real;
+use crate::mask::Visibility;
 use crate::problem::Problem;
 
 /// From products of queries and keys to scores in the log2 domain.
@@ -33,18 +37,13 @@ impl<A: Real> Scoring<A> {
     }
 
     /// Whether the products are the scores already.
-    pub(super) fn is_identity(&self) -> bool {
+    fn is_identity(&self) -> bool {
         self.softcap_log2.is_none() && self.slope_log2.is_none()
-    }
-
-    /// Whether [`Self::apply_keeping_derivative`] is needed: the scores are not linear in the products.
-    pub(super) fn has_softcap(&self) -> bool {
-        self.softcap_log2.is_some()
     }
 
     /// Turns products into scores. Lane `l` is `|l + distance|` positions away from its aligned partner.
     #[inline(always)]
-    pub(super) fn apply(&self, products: &mut [A], distance: isize) {
+    fn apply(&self, products: &mut [A], distance: isize) {
         if let Some(softcap) = self.softcap_log2 {
             for x in products.iter_mut() {
                 *x = x.tanh() * softcap;
@@ -55,7 +54,7 @@ impl<A: Real> Scoring<A> {
 
     /// As [`Self::apply`], and keeps the softcap's derivative `1 - tanh^2` of each score.
     #[inline(always)]
-    pub(super) fn apply_keeping_derivative(&self, products: &mut [A], derivative: &mut [A], distance: isize) {
+    fn apply_keeping_derivative(&self, products: &mut [A], derivative: &mut [A], distance: isize) {
         if let Some(softcap) = self.softcap_log2 {
             for (x, slope) in products.iter_mut().zip(derivative) {
                 let capped = x.tanh();
@@ -104,7 +103,7 @@ impl<A: Real> OnlineSoftmax<A> {
 
     /// Turns scores, one row per key with `rows` lanes, into `exp2(score - max)`, and updates maximum and sum.
     #[inline(always)]
-    pub(super) fn step(&mut self, scores: &mut [A], rows: usize) {
+    fn step(&mut self, scores: &mut [A], rows: usize) {
         let (max, sum, rescale) = (&mut self.max[..rows], &mut self.sum[..rows], &mut self.rescale[..rows]);
         let (step_max, step_sum) = (&mut self.step_max[..rows], &mut self.step_sum[..rows]);
         step_max.copy_from_slice(max);
@@ -136,7 +135,7 @@ impl<A: Real> OnlineSoftmax<A> {
 
     /// Multiplies the rows of the unnormalised output, `head_dim` elements each, as the last step asks.
     #[inline(always)]
-    pub(super) fn rescale(&self, o: &mut [A], head_dim: usize) {
+    fn rescale(&self, o: &mut [A], head_dim: usize) {
         for (row, &rescale) in o.chunks_exact_mut(head_dim).zip(&self.rescale) {
             if rescale != A::ONE {
                 for x in row {
@@ -152,18 +151,166 @@ impl<A: Real> OnlineSoftmax<A> {
     }
 }
 
-/// Turns scores of one query into probabilities: `exp2(score - lse)`, with lse in the log2 domain.
-#[inline(always)]
-pub(super) fn probabilities<A: Real>(scores: &mut [A], lse_log2: A) {
-    for x in scores {
-        *x = (*x - lse_log2).exp2();
+/// Queries `rows` against keys `cols`, and how the mask lies over them.
+#[derive(Clone, Copy)]
+pub(super) struct TileMask<'a> {
+    pub(super) rows: &'a Range<usize>,
+    pub(super) cols: &'a Range<usize>,
+    pub(super) sees: Visibility,
+    /// Whether some pairs of the tile are hidden.
+    pub(super) partial: bool,
+}
+
+impl TileMask<'_> {
+    /// The keys that query `row` of the tile sees, counted from the tile's first key.
+    pub(super) fn keys(&self, row: usize) -> Range<usize> {
+        if self.partial {
+            within(&self.sees.keys(self.rows.start + row), self.cols)
+        } else {
+            0..self.cols.len()
+        }
+    }
+
+    /// The queries that see key `col` of the tile, counted from the tile's first query.
+    pub(super) fn queries(&self, col: usize) -> Range<usize> {
+        if self.partial {
+            within(&self.sees.queries(self.cols.start + col), self.rows)
+        } else {
+            0..self.rows.len()
+        }
+    }
+
+    /// The position of the tile's first query, aligned with the keys, less that of its first key.
+    fn distance(&self) -> isize {
+        self.rows.start as isize + self.sees.shift() - self.cols.start as isize
     }
 }
 
-/// Turns dP of one query into dS: `p * (dp - delta)`.
+/// The part of `range` inside `window`, counted from the start of `window`; empty ranges stay inside it.
+fn within(range: &Range<usize>, window: &Range<usize>) -> Range<usize> {
+    let start = range.start.clamp(window.start, window.end) - window.start;
+    let end = range.end.clamp(window.start, window.end) - window.start;
+    start..end.max(start)
+}
+
+/// Forward, between the two products: scores to unnormalised P, and the output so far rescaled to the new maximum.
+pub(super) struct SoftmaxStep<'a, A> {
+    pub(super) scoring: Scoring<A>,
+    pub(super) mask: TileMask<'a>,
+    /// S^T: one row per key, one column per query.
+    pub(super) scores: &'a mut [A],
+    pub(super) softmax: &'a mut OnlineSoftmax<A>,
+    /// One row of `head_dim` elements per query.
+    pub(super) o: &'a mut [A],
+    pub(super) head_dim: usize,
+}
+
+impl<A: Real> pulp::NullaryFnOnce for SoftmaxStep<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let rows = self.mask.rows.len();
+        if self.mask.partial || !self.scoring.is_identity() {
+            for (col, scores) in self.scores.chunks_exact_mut(rows).enumerate() {
+                self.scoring.apply(scores, self.mask.distance() - col as isize);
+                let seen = self.mask.queries(col);
+                scores[..seen.start].fill(A::NEG_INFINITY);
+                scores[seen.end..].fill(A::NEG_INFINITY);
+            }
+        }
+        self.softmax.step(self.scores, rows);
+        self.softmax.rescale(self.o, self.head_dim);
+    }
+}
+
+/// Backward, between the products: scores to P, and dP to dS.
+pub(super) struct GradientStep<'a, A> {
+    pub(super) scoring: Scoring<A>,
+    pub(super) mask: TileMask<'a>,
+    /// S, then P: one row per query, one column per key.
+    pub(super) p: &'a mut [A],
+    /// dP, then dS, in the same layout.
+    pub(super) ds: &'a mut [A],
+    /// Room for one row of derivatives, used under a softcap.
+    pub(super) derivative: &'a mut [A],
+    /// Of the tile's queries.
+    pub(super) lse: &'a [A],
+    /// Of the tile's queries.
+    pub(super) delta: &'a [A],
+}
+
+impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let cols = self.mask.cols.len();
+        let rows = self.p.chunks_exact_mut(cols).zip(self.ds.chunks_exact_mut(cols));
+        let statistics = self.lse.iter().zip(self.delta);
+        for (row, ((p, ds), (&lse, &delta))) in rows.zip(statistics).enumerate() {
+            let seen = self.mask.keys(row);
+            for outside in [0..seen.start, seen.end..cols] {
+                p[outside.clone()].fill(A::ZERO);
+                ds[outside].fill(A::ZERO);
+            }
+            // Lane l of the visible part is key seen.start + l of the tile.
+            let distance = seen.start as isize - (self.mask.distance() + row as isize);
+            let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
+            let lse_log2 = lse * A::LOG2_E;
+            if self.scoring.softcap_log2.is_some() {
+                let derivative = &mut self.derivative[..seen.len()];
+                self.scoring.apply_keeping_derivative(p, derivative, distance);
+                gradients(p, ds, lse_log2, delta);
+                ds.iter_mut().zip(derivative).for_each(|(ds, derivative)| *ds *= *derivative);
+            } else {
+                self.scoring.apply(p, distance);
+                gradients(p, ds, lse_log2, delta);
+            }
+        }
+    }
+}
+
+/// Of one query: `p = exp2(score - lse)` and `ds = p * (dp - delta)`, in place of score and dp.
 #[inline(always)]
-pub(super) fn score_gradients<A: Real>(dp: &mut [A], p: &[A], delta: A) {
-    for (dp, &p) in dp.iter_mut().zip(p) {
-        *dp = p * (*dp - delta);
+fn gradients<A: Real>(p: &mut [A], ds: &mut [A], lse_log2: A, delta: A) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        *p = (*p - lse_log2).exp2();
+        *ds = *p * (*ds - delta);
+    }
+}
+
+/// The sum of products of two rows.
+pub(super) struct Dot<'a, A> {
+    pub(super) a: &'a [A],
+    pub(super) b: &'a [A],
+}
+
+impl<A: Real> pulp::NullaryFnOnce for Dot<'_, A> {
+    type Output = A;
+
+    /// In several lanes, so that it can be vectorised; the lanes are added in pairs.
+    #[inline(always)]
+    fn call(self) -> A {
+        const LANES: usize = 16;
+        let mut lanes = [A::ZERO; LANES];
+        let (a, b) = (self.a.chunks_exact(LANES), self.b.chunks_exact(LANES));
+        let (a_rest, b_rest) = (a.remainder(), b.remainder());
+        for (a, b) in a.zip(b) {
+            for lane in 0..LANES {
+                lanes[lane] = a[lane].mul_add(b[lane], lanes[lane]);
+            }
+        }
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+            *lane = a.mul_add(b, *lane);
+        }
+        let mut width = LANES;
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        lanes[0]
     }
 }
