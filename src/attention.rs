@@ -183,7 +183,8 @@ impl Attention {
         Ok((o, lse))
     }
 
-    fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
+    /// The operator of one checked call.
+    pub(crate) fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
         let plan = Plan::choose(&problem, &DeviceCaps::of(q.device()))?;
         crate::plan::log(&problem, &plan);
         Ok(FlashAttention::new(problem, plan, self.alibi_slopes.clone(), output))

@@ -2,6 +2,8 @@
 
 use candle_core::{DType, DeviceLocation};
 
+use crate::Mask;
+
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -166,6 +168,148 @@ pub enum Error {
     /// The backward ran on an operator whose forward never did.
     #[error("flash_attention: backward found no lse, the forward of this operator did not run")]
     NoForward,
+    /// A size of a layer that is 0.
+    #[error("{name} is 0; a layer needs at least 1")]
+    LayerSize {
+        /// Name of the size.
+        name: &'static str,
+    },
+    /// The heads do not share `embed_dim` evenly and no `head_dim` was given.
+    #[error("embed_dim {embed_dim} is not a multiple of num_heads {num_heads}; set head_dim")]
+    HeadDimUnset {
+        /// Size of the layer's input.
+        embed_dim: usize,
+        /// Heads of q.
+        num_heads: usize,
+    },
+    /// A fused projection has one bias for q, k and v, or none.
+    #[error("q_bias {q_bias}, k_bias {k_bias}, v_bias {v_bias} differ, but a fused projection has one bias for all three; use Projections::Separate")]
+    FusedBias {
+        /// Whether q was to have a bias.
+        q_bias: bool,
+        /// Whether k was to have a bias.
+        k_bias: bool,
+        /// Whether v was to have a bias.
+        v_bias: bool,
+    },
+    /// The input of a layer has another element type than its weights.
+    #[error("xs: dtype {got:?} differs from the weights' {expected:?}; convert with to_dtype")]
+    LayerDType {
+        /// The dtype of the input.
+        got: DType,
+        /// The dtype of the weights.
+        expected: DType,
+    },
+    /// The input of a layer is on another device than its weights.
+    #[error("xs: on device {got:?}, but the weights are on {expected:?}; move it with to_device")]
+    LayerDevice {
+        /// The device of the input.
+        got: DeviceLocation,
+        /// The device of the weights.
+        expected: DeviceLocation,
+    },
+    /// Rotary embedding turns pairs of values.
+    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are turned")]
+    RotaryDim {
+        /// The value that came.
+        rotary_dim: usize,
+    },
+    /// `theta` of a rotary embedding is not a positive finite number.
+    #[error("theta {0} of the rotary embedding must be finite and above 0; leave it out for 10000")]
+    RotaryTheta(
+        /// The value that came.
+        f64,
+    ),
+    /// A rotary embedding has one frequency per pair of values.
+    #[error("frequencies of the rotary embedding: got {got}, but rotary_dim {rotary_dim} has {} pairs", rotary_dim / 2)]
+    RotaryFrequencies {
+        /// How many came.
+        got: usize,
+        /// How many values of a head are turned.
+        rotary_dim: usize,
+    },
+    /// A frequency of a rotary embedding is NaN or infinite.
+    #[error("frequency {got} of pair {pair} of the rotary embedding is not finite")]
+    RotaryFrequency {
+        /// Index of the pair.
+        pair: usize,
+        /// The value that came.
+        got: f64,
+    },
+    /// A rotary embedding turns more values than a head has.
+    #[error(
+        "rotary_dim {rotary_dim} is larger than head_dim {head_dim}; build Rotary with rotary_dim {head_dim} or less"
+    )]
+    RotaryHeadDim {
+        /// How many values of a head are turned.
+        rotary_dim: usize,
+        /// Size of each head.
+        head_dim: usize,
+    },
+    /// Positions past the end of the rotary tables.
+    #[error("positions {start}..{end} reach past the rotary tables' max_seqlen {max_seqlen}; build Rotary with at least {end}")]
+    RotaryPositions {
+        /// The first position.
+        start: usize,
+        /// One past the last position.
+        end: usize,
+        /// How many positions the tables have.
+        max_seqlen: usize,
+    },
+    /// The rotary tables are on another device than the tensors that they turn.
+    #[error("rotary: tables on device {got:?}, but q and k are on {expected:?}; build Rotary there")]
+    RotaryDevice {
+        /// The device of the tables.
+        got: DeviceLocation,
+        /// The device of q and k.
+        expected: DeviceLocation,
+    },
+    /// A tensor is tracked for gradients, but writes to a KV cache drop them.
+    #[error("{tensor}: tracked for gradients, which the KV cache would drop; {way_out}, or train with forward")]
+    TrackedDecoding {
+        /// Name of the tensor.
+        tensor: String,
+        /// How to decode all the same.
+        way_out: &'static str,
+    },
+    /// The mask of a layer shows later keys, which a KV cache does not hold yet.
+    #[error("mask {mask:?} shows a query later keys, which the KV cache does not hold yet; use Mask::Causal or a window with right: Some(0)")]
+    DecodingMask {
+        /// The mask of the layer.
+        mask: Mask,
+    },
+    /// A KV cache grows along another axis than the tokens.
+    #[error("cache of {tensor} grows along axis {axis}, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it with new_cache")]
+    CacheAxis {
+        /// k or v.
+        tensor: &'static str,
+        /// The axis it grows along.
+        axis: usize,
+    },
+    /// A KV cache without room, which cannot grow either.
+    #[error("cache of {tensor} has max_seq_len 0 and cannot grow; make it with room for 1 token or more")]
+    CacheCapacity {
+        /// k or v.
+        tensor: &'static str,
+    },
+    /// The two halves of a KV cache hold different numbers of tokens.
+    #[error("cache holds {k} tokens of k, but {v} of v; call .reset() and begin again")]
+    CacheLengths {
+        /// Tokens of k.
+        k: usize,
+        /// Tokens of v.
+        v: usize,
+    },
+    /// A KV cache holds another batch, or heads of another layer.
+    #[error("cache of {tensor} holds {got}, but this call adds {expected}; call .reset() or use another cache")]
+    CacheMismatch {
+        /// k or v.
+        tensor: &'static str,
+        /// Shape, dtype and device of what it holds.
+        got: String,
+        /// What the call would add.
+        expected: String,
+    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

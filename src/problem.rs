@@ -257,6 +257,22 @@ impl Problem {
         }
     }
 
+    /// Queries of the longest sequence.
+    pub fn max_seqlen_q(&self) -> usize {
+        match &self.lengths {
+            Lengths::Padded { seqlen_q, .. } => *seqlen_q,
+            Lengths::Packed { cu_seqlens_q, .. } => cu_seqlens_q.max_seqlen(),
+        }
+    }
+
+    /// Keys of the longest sequence.
+    pub fn max_seqlen_k(&self) -> usize {
+        match &self.lengths {
+            Lengths::Padded { seqlen_k, .. } => *seqlen_k,
+            Lengths::Packed { cu_seqlens_k, .. } => cu_seqlens_k.max_seqlen(),
+        }
+    }
+
     /// Shape of q and o.
     pub fn shape_q(&self) -> Vec<usize> {
         match &self.lengths {

@@ -1,12 +1,48 @@
 //! For this crate's own tests and benches: what was planned for a call, and the mask over whole tiles.
 //! Not part of the stable interface.
 
-use candle_core::Tensor;
+use candle_core::{CustomOp3, Tensor};
 
 pub use crate::mask::{Coverage, Visibility};
+use crate::op::FlashAttention;
 pub use crate::plan::{DeviceCaps, Plan, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Result};
+
+/// One padded call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
+pub struct Call {
+    op: FlashAttention,
+    inputs: [Tensor; 3],
+}
+
+impl Call {
+    /// Checks and plans the call.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+        let op = attention.op(Problem::padded(attention, q, k, v)?, crate::op::Output::O, q)?;
+        Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+    }
+
+    /// o.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn forward(&self) -> Result<Tensor> {
+        let [q, k, v] = &self.inputs;
+        Ok(q.apply_op3_no_bwd(k, v, &self.op)?)
+    }
+
+    /// The gradients of those of q, k and v that are tracked, from o and its gradient. The forward must have run.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn backward(&self, o: &Tensor, do_: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [q, k, v] = &self.inputs;
+        Ok(self.op.bwd(q, k, v, o, do_)?)
+    }
+}
 
 /// The checked problem of a padded call.
 ///

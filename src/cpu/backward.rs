@@ -16,6 +16,7 @@ use super::parallel::{for_each_task, Shared, Turns};
 use super::scores::{Dot, GradientStep, Scoring, TileMask};
 use super::Call;
 use crate::mask::Coverage;
+use crate::plan::Tile;
 use crate::problem::{Sequence, Strides};
 
 /// The forward's result and what came back for it.
@@ -36,7 +37,15 @@ struct Task {
     head_k: usize,
     n_block: usize,
     cols: Range<usize>,
-    /// Where the sequence's tiles of queries begin among all sums of dq.
+    /// Index of the sequence among [`Pass::queries`].
+    queries: usize,
+}
+
+/// The tiles of queries of one sequence.
+struct Queries {
+    /// Their rows, and the tiles of keys that those see.
+    m_blocks: Vec<(Range<usize>, Range<usize>)>,
+    /// Where they begin among all sums of dq: head by head, each with one sum per tile.
     first_sum: usize,
 }
 
@@ -66,6 +75,7 @@ struct Pass<'a, T: Element, G> {
     delta: Vec<T::Acc>,
     upstream: &'a Upstream<'a, G>,
     dq: Shared<'a, T::Acc>,
+    queries: Vec<Queries>,
     turns: Turns,
 }
 
@@ -82,8 +92,9 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let (mut dk, mut dv) = (vec![T::default(); k_len], vec![T::default(); k_len]);
 
     let delta = delta::<G>(call, upstream);
-    let (tasks, turns) = tasks(call);
-    let pass = Pass { call, q, k, v, lse, delta, upstream, dq: Shared::new(&mut dq), turns };
+    let (tasks, queries) = (tasks(call), queries(call));
+    let turns = turns(&queries, problem.num_heads);
+    let pass = Pass { call, q, k, v, lse, delta, upstream, dq: Shared::new(&mut dq), queries, turns };
     {
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
         let strides = problem.contiguous_k();
@@ -147,45 +158,55 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
     delta
 }
 
-/// All tasks, and the order in which they add to the tiles of dq.
-///
-/// Earlier keys come first in all sequences and heads: under a causal mask they are seen by the most queries, and tasks
-/// that share a tile of dq are far apart.
-fn tasks(call: &Call) -> (Vec<Task>, Turns) {
-    let (problem, tile) = (call.problem, call.backward);
+/// All tasks, earlier keys first in all sequences and heads: under a causal mask those are seen by the most queries, and
+/// tasks that add to the same tile of dq are far apart.
+fn tasks(call: &Call) -> Vec<Task> {
+    let (problem, block_n) = (call.problem, call.backward.block_n);
     let mut tasks = Vec::new();
-    let mut first_turns = Vec::new();
-    for sequence in problem.sequences() {
-        let first_sum = first_turns.len();
-        for (n_block, start) in (0..sequence.seqlen_k).step_by(tile.block_n).enumerate() {
-            let cols = start..(start + tile.block_n).min(sequence.seqlen_k);
-            let task = |head_k| Task { sequence, head_k, n_block, cols: cols.clone(), first_sum };
+    for (queries, sequence) in problem.sequences().enumerate() {
+        for (n_block, start) in (0..sequence.seqlen_k).step_by(block_n).enumerate() {
+            let cols = start..(start + block_n).min(sequence.seqlen_k);
+            let task = |head_k| Task { sequence, head_k, n_block, cols: cols.clone(), queries };
             tasks.extend((0..problem.num_heads_k).map(task));
         }
-        let turns: Vec<usize> = m_blocks(call, &sequence).map(|(_, n_blocks)| n_blocks.start).collect();
-        (0..problem.num_heads).for_each(|_| first_turns.extend(&turns));
     }
     tasks.sort_by_key(|task| task.n_block);
-    (tasks, Turns::new(first_turns.into_iter()))
+    tasks
 }
 
-/// The tiles of queries of one sequence: their rows, and the tiles of keys that they see.
-fn m_blocks<'a>(call: &'a Call, sequence: &'a Sequence) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + 'a {
-    let (tile, sees) = (call.backward, call.problem.visibility(sequence));
-    (0..sequence.seqlen_q).step_by(tile.block_m).map(move |start| {
-        let rows = start..(start + tile.block_m).min(sequence.seqlen_q);
-        let keys = sees.keys_of(&rows);
-        let n_blocks = if keys.is_empty() { 0..0 } else { keys.start / tile.block_n..keys.end.div_ceil(tile.block_n) };
-        (rows, n_blocks)
-    })
+/// The tiles of queries of all sequences.
+fn queries(call: &Call) -> Vec<Queries> {
+    let (problem, tile) = (call.problem, call.backward);
+    let mut first_sum = 0;
+    let mut queries = Vec::with_capacity(problem.batch());
+    for sequence in problem.sequences() {
+        let sees = problem.visibility(&sequence);
+        let m_block = |start: usize| {
+            let rows = start..(start + tile.block_m).min(sequence.seqlen_q);
+            let keys = sees.keys_of(&rows);
+            let n_blocks = keys.start / tile.block_n..keys.end.div_ceil(tile.block_n);
+            (rows, if keys.is_empty() { 0..0 } else { n_blocks })
+        };
+        let m_blocks: Vec<_> = (0..sequence.seqlen_q).step_by(tile.block_m).map(m_block).collect();
+        let sums = m_blocks.len() * problem.num_heads;
+        queries.push(Queries { m_blocks, first_sum });
+        first_sum += sums;
+    }
+    queries
+}
+
+/// Each tile of dq receives the shares of the tiles of keys that it sees, in the order of the keys.
+fn turns(queries: &[Queries], num_heads: usize) -> Turns {
+    let firsts = |queries: &Queries| queries.m_blocks.iter().map(|(_, n_blocks)| n_blocks.start).collect::<Vec<_>>();
+    Turns::new(queries.iter().flat_map(|queries| firsts(queries).repeat(num_heads)))
 }
 
 impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
     fn scratch(&self) -> Scratch<T::Acc> {
-        let (tile, head_dim) = (self.call.backward, self.call.problem.head_dim);
+        let (tile, problem) = (self.call.backward, self.call.problem);
+        let Tile { block_m, block_n } = tile;
         let zeros = |len: usize| vec![T::Acc::ZERO; len];
-        let (m, n) = (tile.block_m * head_dim, tile.block_n * head_dim);
-        let scores = tile.block_m * tile.block_n;
+        let (m, n, scores) = (block_m * problem.head_dim, block_n * problem.head_dim, block_m * block_n);
         Scratch {
             k: zeros(if T::IN_PLACE { 0 } else { n }),
             k_transposed: zeros(n),
@@ -194,7 +215,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
             do_: zeros(if G::IN_PLACE { 0 } else { m }),
             p: zeros(scores),
             ds: zeros(scores),
-            derivative: zeros(tile.block_n),
+            derivative: zeros(block_n),
             dk: zeros(n),
             dv: zeros(n),
         }
@@ -214,12 +235,12 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let mut k_buffer = std::mem::take(&mut scratch.k);
         let k_tile = tile(k, problem.k.row, (n, head_dim), &mut k_buffer);
 
-        let m_blocks: Vec<_> = m_blocks(self.call, sequence).collect();
+        let queries = &self.queries[task.queries];
         let group = problem.group_size();
         for head in task.head_k * group..(task.head_k + 1) * group {
-            for (m_block, (rows, n_blocks)) in m_blocks.iter().enumerate() {
+            for (m_block, (rows, n_blocks)) in queries.m_blocks.iter().enumerate() {
                 if n_blocks.contains(&task.n_block) {
-                    let sum = task.first_sum + head * m_blocks.len() + m_block;
+                    let sum = queries.first_sum + head * queries.m_blocks.len() + m_block;
                     self.step(task, head, rows, sum, k_tile, scratch);
                 }
             }

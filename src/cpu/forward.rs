@@ -14,6 +14,7 @@ use super::parallel::{for_each_task, Shared};
 use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
 use super::Call;
 use crate::mask::Coverage;
+use crate::plan::Tile;
 use crate::problem::Sequence;
 
 /// One tile of queries of one head.
@@ -45,8 +46,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let tasks = tasks(call);
     let o_strides = problem.contiguous_q();
     let (o, lse) = (Shared::new(o), Shared::new(lse));
-    let longest_k = tasks.iter().map(|task| task.sequence.seqlen_k).max().unwrap_or(0);
-    let (block_m, block_n) = (tile.block_m, tile.block_n.min(longest_k));
+    let Tile { block_m, block_n } = tile;
     let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };
     let scratch = || Scratch {
         q_transposed: vec![T::Acc::ZERO; block_m * head_dim],

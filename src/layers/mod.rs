@@ -1,1 +1,119 @@
-//! Layers.
+//! Multi-head attention as a layer: projections, rotary embedding, the fused operator, a cache for decoding.
+//!
+//! [`MultiHeadAttention`] takes `xs` of shape `(batch, seqlen, embed_dim)` and returns the same shape, as Candle's other
+//! layers do. It loads Llama-style weights (`q_proj`, `k_proj`, `v_proj`, `o_proj`) and GPT-2's (`c_attn`, `c_proj`), and
+//! every one of its weights receives a gradient.
+//!
+//! ```
+//! # use candle_core::{DType, Device, Tensor};
+//! # use candle_nn::{VarBuilder, VarMap};
+//! use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig, Rotary, RotaryConfig};
+//! use candle_fa2::Mask;
+//!
+//! let device = Device::Cpu;
+//! let varmap = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&varmap, DType::F32, &device);
+//!
+//! let rotary = Rotary::new(&RotaryConfig::new(16, 128), &device)?; // head_dim, longest sequence
+//! let config = MultiHeadAttentionConfig::new(64, 4) // embed_dim, num_heads
+//!     .num_heads_k(2) // 2 query heads share each key head
+//!     .mask(Mask::Causal)
+//!     .rotary(&rotary);
+//! let layer = MultiHeadAttention::new(&config, vb.pp("attn"))?;
+//!
+//! // Train: every weight has a gradient.
+//! let xs = Tensor::randn(0f32, 1f32, (2, 10, 64), &device)?; // (batch, seqlen, embed_dim)
+//! let ys = layer.forward(&xs)?;
+//! let grads = ys.sqr()?.sum_all()?.backward()?;
+//! assert!(varmap.all_vars().iter().all(|var| grads.get(var.as_tensor()).is_some()));
+//!
+//! // Decode: the prompt at once, then one token at a time.
+//! let decoder = layer.detach();
+//! let mut cache = decoder.new_cache(128);
+//! let prompt = decoder.forward_cached(&xs.narrow(1, 0, 9)?, &mut cache)?;
+//! let last = decoder.forward_cached(&xs.narrow(1, 9, 1)?, &mut cache)?;
+//! assert_eq!((prompt.dims(), last.dims()), (&[2, 9, 64][..], &[2, 1, 64][..]));
+//! # Ok::<(), candle_fa2::Error>(())
+//! ```
+//!
+//! # Gradients
+//!
+//! Several of Candle's fast operators return a result that is cut off from the graph, without an error: the loss still
+//! falls, because the layers behind the cut learn, and the weights before it never move.
+//!
+//! | cut off | keeps the gradient | here |
+//! | --- | --- | --- |
+//! | `candle_nn::rotary_emb::{rope, rope_i, rope_thd}` | `rope_slow`, `rope_i_slow` | [`Rotary`] |
+//! | `candle_nn::attention::flash_attn`, `candle_nn::ops::sdpa` | | [`Attention`](crate::Attention) |
+//! | `candle_nn::ops::softmax_last_dim` | `candle_nn::ops::softmax` | [`Attention`](crate::Attention) |
+//! | `candle_nn::kv_cache`, `Tensor::slice_set` | | refused: [`MultiHeadAttention::forward_cached`] |
+//!
+//! In the rest of a model, `candle_nn::LayerNorm` (with a bias) and `candle_nn::RmsNorm` are cut off as well when their
+//! input is contiguous; `candle_nn::ops::{layer_norm_slow, rms_norm_slow}` and `RmsNorm::forward_diff` are not. After the
+//! first backward, check that each variable has a gradient, as the example does.
+//!
+//! # Decoding with trained weights
+//!
+//! Weights from a `VarMap` are variables, hence tracked; writes to a cache are not, so a cached call would lose
+//! gradients silently. It is refused instead. There are two ways out:
+//!
+//! - [`MultiHeadAttention::detach`] gives one layer without tracking;
+//! - [`detached_var_builder`] builds the whole model, norms and embeddings included, a second time without tracking.
+//!
+//! Both share the storage of the variables: nothing is copied, and a decoder built before training sees each step of
+//! it.
+
+mod attention;
+mod config;
+mod projection;
+mod rotary;
+
+use std::collections::HashMap;
+use std::sync::PoisonError;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+
+pub use attention::MultiHeadAttention;
+pub use config::{MultiHeadAttentionConfig, Projections, WeightLayout};
+pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
+
+use crate::{CuSeqlens, Error, Result};
+
+/// A `VarBuilder` over the variables of `varmap` that hands them out untracked: for building a trained model again, for
+/// inference, where a KV cache is allowed.
+///
+/// Values that already have the builder's dtype and device share the storage of their variable: they cost nothing and
+/// follow its training. Others are converted copies, taken when the model is built. Variables that the map lacks are an
+/// error rather than new ones.
+///
+/// ```
+/// # use candle_core::{DType, Device};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// # use candle_fa2::layers::{detached_var_builder, MultiHeadAttention, MultiHeadAttentionConfig};
+/// # use candle_fa2::Mask;
+/// let varmap = VarMap::new();
+/// let config = MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal);
+/// let trained = MultiHeadAttention::new(&config, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+/// # let _ = trained;
+/// let decoder = MultiHeadAttention::new(&config, detached_var_builder(&varmap, DType::F32, &Device::Cpu))?;
+/// # let _ = decoder;
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> VarBuilder<'static> {
+    // A poisoned lock means that another thread panicked while it held the map; the map itself is only ever inserted to.
+    let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
+    let tensors: HashMap<String, Tensor> =
+        vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+    VarBuilder::from_tensors(tensors, dtype, device)
+}
+
+/// Whether packed `xs` has as many rows as `cu_seqlens` describes.
+fn check_packed_rows(xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<()> {
+    let rows = xs.dims()[0];
+    if rows != cu_seqlens.total() {
+        let (end, shape) = (cu_seqlens.total(), xs.dims().to_vec());
+        return Err(Error::PackedRows { cu_seqlens: "cu_seqlens", end, tensor: "xs", rows, shape });
+    }
+    Ok(())
+}

@@ -1,4 +1,5 @@
 //! Smoke.
+mod layers;
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_fa2::{Attention, Mask};
 fn naive(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> candle_core::Result<Tensor> {

@@ -1,0 +1,31 @@
+# `just` lists the recipes. Each is one command that also works without just.
+
+_default:
+    @just --list
+
+# format, lint, documentation and the operator's tests
+check:
+    cargo fmt --check
+    cargo clippy --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+    cargo test --test suite
+
+# all tests, the example's and the documentation's too
+test:
+    cargo test
+
+# everything that CI runs
+ci:
+    .ci/run
+
+# time attention on this machine; `just bench causal` for some cases
+bench *filter:
+    cargo bench --bench attention -- {{ filter }}
+
+# rewrite the README's table from the recorded benchmark
+tables:
+    CANDLE_FA2_UPDATE=1 cargo test --test suite house
+
+# train the small GPT
+gpt *args:
+    cargo run --release --example gpt -- {{ args }}

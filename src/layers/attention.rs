@@ -1,0 +1,374 @@
+//! The multi-head attention layer.
+
+use candle_core::{Tensor, D};
+use candle_nn::kv_cache::{Cache, KvCache};
+use candle_nn::{Module, VarBuilder};
+
+use super::projection::Projection;
+use super::rotary::RotaryRows;
+use super::{check_packed_rows, MultiHeadAttentionConfig, Projections};
+use crate::{Attention, CuSeqlens, Error, Mask, Result};
+
+/// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
+const SEQLEN_AXIS: usize = 1;
+
+/// Multi-head self-attention: projects `xs` to q, k and v, turns q and k by their positions, attends, projects back.
+///
+/// ```text
+/// xs (batch, seqlen, embed_dim)
+///   -> q (batch, seqlen, num_heads, head_dim)       k, v (batch, seqlen, num_heads_k, head_dim)
+///   -> rotary embedding of q and k, if any
+///   -> o (batch, seqlen, num_heads, head_dim)       fused: no seqlen x seqlen scores are stored
+///   -> result (batch, seqlen, embed_dim)
+/// ```
+///
+/// | call | `xs` | gradients |
+/// | --- | --- | --- |
+/// | [`forward`](Self::forward), candle's [`Module`] | `(batch, seqlen, embed_dim)` | `xs` and every weight and bias |
+/// | [`forward_packed`](Self::forward_packed) | `(total, embed_dim)`, sequences end to end | `xs` and every weight and bias |
+/// | [`forward_cached`](Self::forward_cached) | `(batch, new tokens, embed_dim)` | none: tracked input is refused |
+///
+/// `xs` has the dtype and the device of the weights.
+///
+/// The [module's page](crate::layers) has an example of training and decoding. GPT-2's weights load as they are:
+///
+/// ```
+/// # use std::collections::HashMap;
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_nn::VarBuilder;
+/// use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig};
+///
+/// # let device = Device::Cpu;
+/// # let normal = |shape: &[usize]| Tensor::randn(0f32, 0.02, shape, &device);
+/// # let tensors = HashMap::from([
+/// #     ("h.0.attn.c_attn.weight".to_string(), normal(&[768, 3 * 768])?),
+/// #     ("h.0.attn.c_attn.bias".to_string(), normal(&[3 * 768])?),
+/// #     ("h.0.attn.c_proj.weight".to_string(), normal(&[768, 768])?),
+/// #     ("h.0.attn.c_proj.bias".to_string(), normal(&[768])?),
+/// # ]);
+/// # let vb = VarBuilder::from_tensors(tensors, DType::F32, &device);
+/// // vb: VarBuilder::from_mmaped_safetensors(&["model.safetensors"], DType::F32, &device)
+/// let layer = MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(768, 12), vb.pp("h.0.attn"))?;
+/// # assert_eq!(layer.forward(&normal(&[1, 4, 768])?)?.dims(), [1, 4, 768]);
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct MultiHeadAttention {
+    config: MultiHeadAttentionConfig,
+    num_heads_k: usize,
+    head_dim: usize,
+    qkv: QkvProjection,
+    o: Projection,
+    attention: Attention,
+}
+
+/// Where q, k and v come from.
+#[derive(Clone, Debug)]
+enum QkvProjection {
+    Separate { q: Projection, k: Projection, v: Projection },
+    Fused(Projection),
+}
+
+impl MultiHeadAttention {
+    /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
+    ///
+    /// # Errors
+    /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::HeadDimUnset`], [`Error::HeadGroups`],
+    /// [`Error::FusedBias`], [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
+    /// softcap, slopes, head_dim, dtype); an error of Candle if a weight is missing or has another shape.
+    pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        let (num_heads_k, head_dim) = config.resolve()?;
+        let (embed_dim, q_dim, k_dim) = (config.embed_dim, config.num_heads * head_dim, num_heads_k * head_dim);
+        if let Some(rotary) = &config.rotary {
+            let (got, expected) = (rotary.device().location(), vb.device().location());
+            if got != expected {
+                return Err(Error::RotaryDevice { got, expected });
+            }
+        }
+        let attention = config.attention();
+        // One token decides what depends on the configuration alone, so that a bad option is refused here and not in
+        // the first forward.
+        let q = Tensor::zeros((1, 1, config.num_heads, head_dim), vb.dtype(), vb.device())?;
+        let k = Tensor::zeros((1, 1, num_heads_k, head_dim), vb.dtype(), vb.device())?;
+        attention.supports(&q, &k, &k)?;
+
+        let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);
+        let (qkv, o) = match &config.projections {
+            Projections::Separate { q, k, v, o } => {
+                let q = load(q, embed_dim, q_dim, config.q_bias)?;
+                let k = load(k, embed_dim, k_dim, config.k_bias)?;
+                let v = load(v, embed_dim, k_dim, config.v_bias)?;
+                (QkvProjection::Separate { q, k, v }, o)
+            }
+            Projections::Fused { qkv, o } => {
+                (QkvProjection::Fused(load(qkv, embed_dim, q_dim + 2 * k_dim, config.q_bias)?), o)
+            }
+        };
+        let o = load(o, q_dim, embed_dim, config.o_bias)?;
+        Ok(Self { config: config.clone(), num_heads_k, head_dim, qkv, o, attention })
+    }
+
+    /// Attention over whole sequences: `xs` and the result are `(batch, seqlen, embed_dim)`. Positions begin at 0.
+    ///
+    /// Gradients flow to `xs` and to every weight and bias.
+    ///
+    /// # Errors
+    /// [`Error::Rank`], [`Error::Axis`], [`Error::LayerDType`] or [`Error::LayerDevice`] if `xs` does not fit the layer,
+    /// [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.check_input(xs, "(batch, seqlen, embed_dim)")?;
+        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
+        let (q, k, v) = self.project(xs, rows.as_ref())?;
+        self.project_back(&self.attention.forward(&q, &k, &v)?)
+    }
+
+    /// Attention over packed sequences: `xs` and the result are `(total, embed_dim)`, sequences laid end to end as
+    /// `cu_seqlens` says. No sequence sees another, and positions begin at 0 in each.
+    ///
+    /// Gradients flow to `xs` and to every weight and bias.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_nn::{VarBuilder, VarMap};
+    /// # use candle_fa2::{CuSeqlens, Mask};
+    /// # use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig};
+    /// # let varmap = VarMap::new();
+    /// # let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    /// let layer = MultiHeadAttention::new(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal), vb)?;
+    /// let cu_seqlens = CuSeqlens::from_lengths(&[3, 7, 2], &Device::Cpu)?;
+    /// let xs = Tensor::randn(0f32, 1f32, (12, 64), &Device::Cpu)?;
+    /// assert_eq!(layer.forward_packed(&xs, &cu_seqlens)?.dims(), [12, 64]);
+    /// # Ok::<(), candle_fa2::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and [`Error::PackedRows`] if `cu_seqlens` does not end at `total`.
+    pub fn forward_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
+        self.check_input(xs, "(total, embed_dim)")?;
+        check_packed_rows(xs, cu_seqlens)?;
+        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows_packed(cu_seqlens)).transpose()?;
+        let (q, k, v) = self.project(xs, rows.as_ref())?;
+        self.project_back(&self.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
+    }
+
+    /// Attention of the tokens in `xs` over themselves and all tokens of earlier calls with this `cache`: `xs` and the
+    /// result are `(batch, new tokens, embed_dim)`, one token or several at a time. The first new token is at position
+    /// `cache.current_seq_len()`.
+    ///
+    /// Any split of a sequence into calls gives what [`Self::forward`] gives over the whole of it, up to rounding. Each
+    /// layer has its own cache ([`Self::new_cache`]); `cache.reset()` begins a new sequence. A clone of a cache shares
+    /// its storage, so that only one of the two can be continued.
+    ///
+    /// Writes to a cache are not tracked by autograd, so this is for decoding alone: tracked input is refused. Use
+    /// [`Self::detach`] after training. On an error the cache is as it was before.
+    ///
+    /// # Errors
+    /// - [`Error::TrackedDecoding`] if `xs` or a weight is tracked for gradients;
+    /// - [`Error::DecodingMask`] if the mask lets a query see later keys, which no cache holds yet: [`Mask::Causal`], or
+    ///   a window whose `right` is `Some(0)`, is needed;
+    /// - [`Error::CacheAxis`], [`Error::CacheCapacity`], [`Error::CacheLengths`] or [`Error::CacheMismatch`] if the cache
+    ///   was made for another layer, batch or layout;
+    /// - otherwise as [`Self::forward`]; with a rotary embedding the tables bound the length of the cache.
+    pub fn forward_cached(&self, xs: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        self.check_input(xs, "(batch, seqlen, embed_dim)")?;
+        self.check_decoding(xs)?;
+        self.check_cache(xs, cache)?;
+        if xs.elem_count() == 0 {
+            return Ok(xs.clone());
+        }
+        let seqlen = xs.dims()[SEQLEN_AXIS];
+        let offset = cache.current_seq_len();
+        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(offset, seqlen)).transpose()?;
+        let (q, k, v) = self.project(xs, rows.as_ref())?;
+        // The copy shares the storage and keeps the lengths: what lies behind a length is never read.
+        let before = cache.clone();
+        self.attend_cached(&q, &k, &v, cache).inspect_err(|_| *cache = before)
+    }
+
+    /// Appends k and v to the cache, attends, projects back.
+    fn attend_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        // Cache writes take contiguous tensors alone; k of a fused projection or after the rotary embedding is a view.
+        let (k, v) = cache.append(&k.contiguous()?, &v.contiguous()?)?;
+        self.project_back(&self.attention.forward(q, &k, &v)?)
+    }
+
+    /// The same layer with weights that are not tracked for gradients: for [`Self::forward_cached`] after, or between
+    /// the steps of, training.
+    ///
+    /// Nothing is copied. The weights share their storage with this layer's, so an optimizer step on the variables of
+    /// a `VarMap` reaches the detached layer as well.
+    pub fn detach(&self) -> Self {
+        let qkv = match &self.qkv {
+            QkvProjection::Separate { q, k, v } => {
+                QkvProjection::Separate { q: q.detach(), k: k.detach(), v: v.detach() }
+            }
+            QkvProjection::Fused(qkv) => QkvProjection::Fused(qkv.detach()),
+        };
+        Self { qkv, o: self.o.detach(), ..self.clone() }
+    }
+
+    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens. It grows by as many again when
+    /// they are used up, which copies all of it.
+    pub fn new_cache(&self, max_seqlen: usize) -> KvCache {
+        KvCache::new(SEQLEN_AXIS, max_seqlen)
+    }
+
+    /// The configuration that the layer was built from.
+    pub fn config(&self) -> &MultiHeadAttentionConfig {
+        &self.config
+    }
+
+    /// Size of the last axis of input and result.
+    pub fn embed_dim(&self) -> usize {
+        self.config.embed_dim
+    }
+
+    /// Number of query heads.
+    pub fn num_heads(&self) -> usize {
+        self.config.num_heads
+    }
+
+    /// Number of key and value heads.
+    pub fn num_heads_k(&self) -> usize {
+        self.num_heads_k
+    }
+
+    /// Size of each head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k turned.
+    fn project(&self, xs: &Tensor, rows: Option<&RotaryRows>) -> Result<(Tensor, Tensor, Tensor)> {
+        let (num_heads, num_heads_k) = (self.config.num_heads, self.num_heads_k);
+        let (q, k, v) = match &self.qkv {
+            QkvProjection::Separate { q, k, v } => (
+                self.split_heads(&q.forward(xs)?, num_heads)?,
+                self.split_heads(&k.forward(xs)?, num_heads_k)?,
+                self.split_heads(&v.forward(xs)?, num_heads_k)?,
+            ),
+            QkvProjection::Fused(qkv) => {
+                // Heads before slices: each slice is then a view whose last axis is contiguous.
+                let qkv = self.split_heads(&qkv.forward(xs)?, num_heads + 2 * num_heads_k)?;
+                let heads = |start, len| qkv.narrow(D::Minus2, start, len);
+                (heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?)
+            }
+        };
+        match (&self.config.rotary, rows) {
+            (Some(rotary), Some(rows)) => Ok((rotary.turn(&q, rows)?, rotary.turn(&k, rows)?, v)),
+            _ => Ok((q, k, v)),
+        }
+    }
+
+    /// `(.., heads * head_dim)` to `(.., heads, head_dim)`, a view.
+    fn split_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
+        let mut shape = xs.dims().to_vec();
+        shape.pop();
+        shape.extend([heads, self.head_dim]);
+        Ok(xs.reshape(shape)?)
+    }
+
+    /// o `(.., num_heads, head_dim)` to `(.., embed_dim)`.
+    fn project_back(&self, o: &Tensor) -> Result<Tensor> {
+        self.o.forward(&o.flatten_from(D::Minus2)?)
+    }
+
+    /// All weights, in the order in which they are used.
+    fn projections(&self) -> Vec<&Projection> {
+        match &self.qkv {
+            QkvProjection::Separate { q, k, v } => vec![q, k, v, &self.o],
+            QkvProjection::Fused(qkv) => vec![qkv, &self.o],
+        }
+    }
+
+    /// Whether `xs` has these axes, the last one of `embed_dim`, and the dtype and device of the weights.
+    fn check_input(&self, xs: &Tensor, axes: &'static str) -> Result<()> {
+        let shape = xs.dims().to_vec();
+        if shape.len() != axes.split(',').count() {
+            return Err(Error::Rank { tensor: "xs", axes, shape });
+        }
+        let (embed_dim, expected) = (shape[shape.len() - 1], self.config.embed_dim);
+        if embed_dim != expected {
+            let (axis, other) = ("embed_dim", "the layer");
+            return Err(Error::Axis { tensor: "xs", axis, got: embed_dim, other, expected, shape });
+        }
+        let weight = self.o.weight();
+        if xs.dtype() != weight.dtype() {
+            return Err(Error::LayerDType { got: xs.dtype(), expected: weight.dtype() });
+        }
+        let (got, expected) = (xs.device().location(), weight.device().location());
+        if got != expected {
+            return Err(Error::LayerDevice { got, expected });
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is tracked and the mask hides later keys.
+    fn check_decoding(&self, xs: &Tensor) -> Result<()> {
+        if let Some(tensor) = self.projections().into_iter().find_map(Projection::tracked) {
+            return Err(Error::TrackedDecoding { tensor, way_out: "decode with the layer that .detach() returns" });
+        }
+        if xs.track_op() {
+            return Err(Error::TrackedDecoding { tensor: "xs".into(), way_out: "call .detach() on it" });
+        }
+        match self.config.mask {
+            Mask::Causal | Mask::Window { right: Some(0), .. } => Ok(()),
+            mask => Err(Error::DecodingMask { mask }),
+        }
+    }
+
+    /// Whether the cache was made for this layer and for the batch of `xs`.
+    fn check_cache(&self, xs: &Tensor, cache: &KvCache) -> Result<()> {
+        let (k, v) = (cache.k_cache(), cache.v_cache());
+        for (tensor, side) in [("k", k), ("v", v)] {
+            if side.dim() != SEQLEN_AXIS {
+                return Err(Error::CacheAxis { tensor, axis: side.dim() });
+            }
+            // Such a cache would try to grow by 0 for ever.
+            if side.max_seq_len() == 0 {
+                return Err(Error::CacheCapacity { tensor });
+            }
+            let expected = (xs.dims()[0], self.num_heads_k, self.head_dim);
+            match side.all_data() {
+                Some(data) if !matches_cache(data, xs, expected) => {
+                    return Err(Error::CacheMismatch {
+                        tensor,
+                        got: describe(data, cached_shape(data, side)),
+                        expected: describe(xs, format!("({}, .., {}, {})", expected.0, expected.1, expected.2)),
+                    });
+                }
+                _ => {}
+            }
+        }
+        let (k, v) = (k.current_seq_len(), v.current_seq_len());
+        if k != v {
+            return Err(Error::CacheLengths { k, v });
+        }
+        Ok(())
+    }
+}
+
+impl Module for MultiHeadAttention {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        Ok(self.forward(xs)?)
+    }
+}
+
+/// Whether cached `data` is `(batch, .., num_heads_k, head_dim)` as `expected`, with the dtype and the device of `xs`.
+fn matches_cache(data: &Tensor, xs: &Tensor, expected: (usize, usize, usize)) -> bool {
+    let shape = matches!(*data.dims(), [batch, _, heads, head_dim] if (batch, heads, head_dim) == expected);
+    shape && data.dtype() == xs.dtype() && data.device().location() == xs.device().location()
+}
+
+/// The shape of what a cache holds.
+fn cached_shape(data: &Tensor, cache: &Cache) -> String {
+    let sizes = data.dims().iter().enumerate();
+    let sizes = sizes.map(|(axis, &size)| if axis == cache.dim() { cache.current_seq_len() } else { size });
+    let sizes: Vec<String> = sizes.map(|size| size.to_string()).collect();
+    format!("({})", sizes.join(", "))
+}
+
+/// A shape with the dtype and device that go with it, as an error tells it.
+fn describe(tensor: &Tensor, shape: String) -> String {
+    format!("{shape} {:?} on {:?}", tensor.dtype(), tensor.device().location())
+}

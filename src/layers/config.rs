@@ -1,0 +1,283 @@
+//! What a multi-head attention layer is made of.
+
+use candle_core::Tensor;
+use candle_nn::{init, Init};
+
+use super::Rotary;
+use crate::{Attention, Error, Mask, Result};
+
+/// How a checkpoint lays out the weight of a projection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WeightLayout {
+    /// `(out, in)`, as `candle_nn::Linear` and most checkpoints have it.
+    #[default]
+    OutIn,
+    /// `(in, out)`, as GPT-2's Conv1D has it. It loads as it is: nothing is transposed or copied.
+    InOut,
+}
+
+impl WeightLayout {
+    /// The shape of a weight that maps `in_dim` values to `out_dim`.
+    pub(super) fn shape(self, in_dim: usize, out_dim: usize) -> (usize, usize) {
+        match self {
+            WeightLayout::OutIn => (out_dim, in_dim),
+            WeightLayout::InOut => (in_dim, out_dim),
+        }
+    }
+
+    /// `init` for a weight in this layout. Candle reads the fan-in of an [`Init::Kaiming`] from the second axis.
+    pub(super) fn init(self, init: Init) -> Init {
+        match (self, init) {
+            (WeightLayout::InOut, Init::Kaiming { dist, fan, non_linearity }) => {
+                let fan = match fan {
+                    init::FanInOut::FanIn => init::FanInOut::FanOut,
+                    init::FanInOut::FanOut => init::FanInOut::FanIn,
+                };
+                Init::Kaiming { dist, fan, non_linearity }
+            }
+            (_, init) => init,
+        }
+    }
+}
+
+/// The names of the projections: `NAME.weight`, and `NAME.bias` where there is one, below the prefix of the
+/// `VarBuilder`. A name may hold dots (`"self.query"`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Projections {
+    /// One projection each for q, k and v.
+    Separate {
+        /// `embed_dim` to `num_heads * head_dim`.
+        q: String,
+        /// `embed_dim` to `num_heads_k * head_dim`.
+        k: String,
+        /// `embed_dim` to `num_heads_k * head_dim`.
+        v: String,
+        /// `num_heads * head_dim` to `embed_dim`.
+        o: String,
+    },
+    /// One projection for q, k and v, whose outputs are all heads of q, then all of k, then all of v.
+    Fused {
+        /// `embed_dim` to `(num_heads + 2 * num_heads_k) * head_dim`.
+        qkv: String,
+        /// `num_heads * head_dim` to `embed_dim`.
+        o: String,
+    },
+}
+
+impl Projections {
+    /// `q_proj`, `k_proj`, `v_proj`, `o_proj`: Llama, Mistral, Qwen and many more.
+    pub fn llama() -> Self {
+        let [q, k, v, o] = ["q_proj", "k_proj", "v_proj", "o_proj"].map(String::from);
+        Self::Separate { q, k, v, o }
+    }
+
+    /// `c_attn`, `c_proj`: GPT-2.
+    pub fn gpt2() -> Self {
+        Self::Fused { qkv: "c_attn".into(), o: "c_proj".into() }
+    }
+}
+
+/// What a [`MultiHeadAttention`](super::MultiHeadAttention) is built from: sizes, names of the weights, mask, scale,
+/// rotary embedding.
+///
+/// ```
+/// # use candle_core::Device;
+/// # use candle_fa2::layers::{MultiHeadAttentionConfig, Rotary, RotaryConfig};
+/// # use candle_fa2::Mask;
+/// // Qwen2 0.5B: 14 query heads share 2 key heads, biases on q, k and v alone.
+/// let rotary = Rotary::new(&RotaryConfig::new(64, 4096).theta(1_000_000.0), &Device::Cpu)?;
+/// let config = MultiHeadAttentionConfig::new(896, 14).num_heads_k(2).qkv_bias(true).mask(Mask::Causal).rotary(&rotary);
+/// # let _ = config;
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct MultiHeadAttentionConfig {
+    pub(super) embed_dim: usize,
+    pub(super) num_heads: usize,
+    num_heads_k: Option<usize>,
+    head_dim: Option<usize>,
+    pub(super) projections: Projections,
+    pub(super) weight_layout: WeightLayout,
+    pub(super) weight_init: Option<Init>,
+    pub(super) q_bias: bool,
+    pub(super) k_bias: bool,
+    pub(super) v_bias: bool,
+    pub(super) o_bias: bool,
+    pub(super) mask: Mask,
+    softmax_scale: Option<f64>,
+    softcap: Option<f64>,
+    alibi_slopes: Option<Tensor>,
+    pub(super) rotary: Option<Rotary>,
+}
+
+impl MultiHeadAttentionConfig {
+    /// `num_heads` heads of `embed_dim / num_heads` values for q, k and v alike; Llama's names and weight layout, no
+    /// biases, no mask, no rotary embedding, scale `1 / sqrt(head_dim)`.
+    pub fn new(embed_dim: usize, num_heads: usize) -> Self {
+        Self {
+            embed_dim,
+            num_heads,
+            num_heads_k: None,
+            head_dim: None,
+            projections: Projections::llama(),
+            weight_layout: WeightLayout::OutIn,
+            weight_init: None,
+            q_bias: false,
+            k_bias: false,
+            v_bias: false,
+            o_bias: false,
+            mask: Mask::None,
+            softmax_scale: None,
+            softcap: None,
+            alibi_slopes: None,
+            rotary: None,
+        }
+    }
+
+    /// GPT-2's attention: causal, one fused projection `c_attn` and `c_proj`, both with biases and with weights laid out
+    /// `(in, out)`. New weights are drawn from a normal distribution with deviation 0.02, new biases are 0.
+    pub fn gpt2(embed_dim: usize, num_heads: usize) -> Self {
+        Self::new(embed_dim, num_heads)
+            .projections(Projections::gpt2())
+            .weight_layout(WeightLayout::InOut)
+            .weight_init(Init::Randn { mean: 0.0, stdev: 0.02 })
+            .qkv_bias(true)
+            .o_bias(true)
+            .mask(Mask::Causal)
+    }
+
+    /// Number of key and value heads; `num_heads` must be a multiple of it. 1 is multi-query attention.
+    pub fn num_heads_k(mut self, num_heads_k: usize) -> Self {
+        self.num_heads_k = Some(num_heads_k);
+        self
+    }
+
+    /// Size of each head, where it is not `embed_dim / num_heads`.
+    pub fn head_dim(mut self, head_dim: usize) -> Self {
+        self.head_dim = Some(head_dim);
+        self
+    }
+
+    /// Names of the projections, and whether q, k and v have one each or share one.
+    pub fn projections(mut self, projections: Projections) -> Self {
+        self.projections = projections;
+        self
+    }
+
+    /// How the weights are laid out.
+    pub fn weight_layout(mut self, weight_layout: WeightLayout) -> Self {
+        self.weight_layout = weight_layout;
+        self
+    }
+
+    /// How new weights are drawn, and biases set to 0. Without it both are drawn as `candle_nn::linear` does. It has no
+    /// say over weights that are loaded.
+    pub fn weight_init(mut self, weight_init: Init) -> Self {
+        self.weight_init = Some(weight_init);
+        self
+    }
+
+    /// Whether the projections of q, k and v have biases.
+    pub fn qkv_bias(self, bias: bool) -> Self {
+        self.q_bias(bias).k_bias(bias).v_bias(bias)
+    }
+
+    /// Whether the projection of q has a bias.
+    pub fn q_bias(mut self, bias: bool) -> Self {
+        self.q_bias = bias;
+        self
+    }
+
+    /// Whether the projection of k has a bias (Whisper has none here, but has one on q and v).
+    pub fn k_bias(mut self, bias: bool) -> Self {
+        self.k_bias = bias;
+        self
+    }
+
+    /// Whether the projection of v has a bias.
+    pub fn v_bias(mut self, bias: bool) -> Self {
+        self.v_bias = bias;
+        self
+    }
+
+    /// Whether the projection of the output has a bias.
+    pub fn o_bias(mut self, bias: bool) -> Self {
+        self.o_bias = bias;
+        self
+    }
+
+    /// Which keys each query sees; see [`Mask`].
+    pub fn mask(mut self, mask: Mask) -> Self {
+        self.mask = mask;
+        self
+    }
+
+    /// Factor on the scores in place of `1 / sqrt(head_dim)`; see [`Attention::softmax_scale`].
+    pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
+        self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    /// Bound on the scores; see [`Attention::softcap`].
+    pub fn softcap(mut self, softcap: f64) -> Self {
+        self.softcap = Some(softcap);
+        self
+    }
+
+    /// Slope per head of a penalty on distance; see [`Attention::alibi_slopes`].
+    pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
+        self.alibi_slopes = Some(slopes.clone());
+        self
+    }
+
+    /// Turns q and k by their positions. The tables of `rotary` are shared, not copied.
+    pub fn rotary(mut self, rotary: &Rotary) -> Self {
+        self.rotary = Some(rotary.clone());
+        self
+    }
+
+    /// Checks the sizes and works out those that were left open: `(num_heads_k, head_dim)`.
+    pub(super) fn resolve(&self) -> Result<(usize, usize)> {
+        let (embed_dim, num_heads) = (self.embed_dim, self.num_heads);
+        let num_heads_k = self.num_heads_k.unwrap_or(num_heads);
+        for (name, size) in [("embed_dim", embed_dim), ("num_heads", num_heads), ("num_heads_k", num_heads_k)] {
+            if size == 0 {
+                return Err(Error::LayerSize { name });
+            }
+        }
+        if !num_heads.is_multiple_of(num_heads_k) {
+            return Err(Error::HeadGroups { num_heads, num_heads_k });
+        }
+        let head_dim = match self.head_dim {
+            Some(0) => return Err(Error::LayerSize { name: "head_dim" }),
+            Some(head_dim) => head_dim,
+            None if !embed_dim.is_multiple_of(num_heads) => return Err(Error::HeadDimUnset { embed_dim, num_heads }),
+            None => embed_dim / num_heads,
+        };
+        let biases = (self.q_bias, self.k_bias, self.v_bias);
+        if matches!(self.projections, Projections::Fused { .. })
+            && !matches!(biases, (true, true, true) | (false, false, false))
+        {
+            return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
+        }
+        match self.rotary.as_ref().map(Rotary::rotary_dim) {
+            Some(rotary_dim) if rotary_dim > head_dim => Err(Error::RotaryHeadDim { rotary_dim, head_dim }),
+            _ => Ok((num_heads_k, head_dim)),
+        }
+    }
+
+    /// The options of the operator.
+    pub(super) fn attention(&self) -> Attention {
+        let mut attention = Attention::new().mask(self.mask);
+        if let Some(softmax_scale) = self.softmax_scale {
+            attention = attention.softmax_scale(softmax_scale);
+        }
+        if let Some(softcap) = self.softcap {
+            attention = attention.softcap(softcap);
+        }
+        if let Some(slopes) = &self.alibi_slopes {
+            attention = attention.alibi_slopes(slopes);
+        }
+        attention
+    }
+}

@@ -1,0 +1,332 @@
+//! Rotary position embedding that keeps its gradient.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D};
+use candle_nn::rotary_emb;
+
+use crate::{CuSeqlens, Error, Result};
+
+/// Which two values of a head form the pair that is turned together.
+///
+/// Weights are trained for one of the two and give nonsense with the other, without any error. For `rotary_dim = 8`:
+///
+/// ```text
+/// value          0  1  2  3  4  5  6  7
+/// HalfSplit      a  b  c  d  a  b  c  d     value i with value i + rotary_dim / 2
+/// Interleaved    a  a  b  b  c  c  d  d     value 2 i with value 2 i + 1
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RotaryLayout {
+    /// Llama, Mistral, Qwen and GPT-NeoX weights as the Hugging Face hub holds them.
+    #[default]
+    HalfSplit,
+    /// GPT-J weights, and Llama weights as Meta publishes them.
+    Interleaved,
+}
+
+/// What a [`Rotary`] is built from: how many values of each head turn, how fast, in which pairs, up to which position.
+#[derive(Clone, Debug)]
+pub struct RotaryConfig {
+    rotary_dim: usize,
+    max_seqlen: usize,
+    layout: RotaryLayout,
+    frequencies: Frequencies,
+}
+
+/// Radians per position of each pair.
+#[derive(Clone, Debug)]
+enum Frequencies {
+    /// `theta^(-2 i / rotary_dim)` for pair `i`.
+    Theta(f64),
+    /// Given one by one.
+    Each(Vec<f64>),
+}
+
+impl RotaryConfig {
+    /// The original form: all of `rotary_dim` values (usually `head_dim`) turn, `theta` is 10,000, pairs are
+    /// [`RotaryLayout::HalfSplit`]. Positions `0..max_seqlen` can be used.
+    pub fn new(rotary_dim: usize, max_seqlen: usize) -> Self {
+        let (layout, frequencies) = (RotaryLayout::default(), Frequencies::Theta(10_000.0));
+        Self { rotary_dim, max_seqlen, layout, frequencies }
+    }
+
+    /// Pair `i` turns by `theta^(-2 i / rotary_dim)` radians per position (Llama 3: 500,000).
+    pub fn theta(mut self, theta: f64) -> Self {
+        self.frequencies = Frequencies::Theta(theta);
+        self
+    }
+
+    /// Radians per position of each pair, `rotary_dim / 2` values, in place of [`Self::theta`]: for checkpoints that
+    /// stretch their context by scaling frequencies (linear scaling by `f` is the frequencies divided by `f`).
+    pub fn frequencies(mut self, radians_per_position: Vec<f64>) -> Self {
+        self.frequencies = Frequencies::Each(radians_per_position);
+        self
+    }
+
+    /// Which values form a pair.
+    pub fn layout(mut self, layout: RotaryLayout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    /// Radians per position of each pair, checked.
+    fn radians_per_position(&self) -> Result<Vec<f64>> {
+        let rotary_dim = self.rotary_dim;
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+            return Err(Error::RotaryDim { rotary_dim });
+        }
+        let frequencies = match &self.frequencies {
+            Frequencies::Theta(theta) if !theta.is_finite() || *theta <= 0.0 => {
+                return Err(Error::RotaryTheta(*theta));
+            }
+            Frequencies::Theta(theta) => {
+                (0..rotary_dim / 2).map(|pair| theta.powf(-2.0 * pair as f64 / rotary_dim as f64)).collect()
+            }
+            Frequencies::Each(frequencies) => frequencies.clone(),
+        };
+        if frequencies.len() != rotary_dim / 2 {
+            return Err(Error::RotaryFrequencies { got: frequencies.len(), rotary_dim });
+        }
+        match frequencies.iter().position(|frequency| !frequency.is_finite()) {
+            Some(pair) => Err(Error::RotaryFrequency { pair, got: frequencies[pair] }),
+            None => Ok(frequencies),
+        }
+    }
+}
+
+/// Rotary position embedding: turns each pair of values of q and k by an angle that grows with the position, so that a
+/// score depends on how far apart query and key are.
+///
+/// For a pair `(x, y)` at position `p` with frequency `f`:
+///
+/// ```text
+/// x' = x cos(p f) - y sin(p f)
+/// y' = x sin(p f) + y cos(p f)
+/// ```
+///
+/// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) return a result that is cut off from the
+/// graph, without a word: the layers before it never learn. This one runs on the same kernels and adds the backward, a
+/// turn by the opposite angles; gradients flow to `xs`.
+///
+/// The tables of cos and sin are computed in f64, rounded once to f32 and kept on the device,
+/// `(max_seqlen, rotary_dim / 2)` each. Cloning shares them: build one and hand a clone to every layer. f16 and bf16
+/// tensors are turned in f32 and rounded once; f64 tensors are turned in f64 by the same f32 tables.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor, Var};
+/// # use candle_fa2::layers::{Rotary, RotaryConfig};
+/// let rotary = Rotary::new(&RotaryConfig::new(64, 2048), &Device::Cpu)?;
+/// let q = Var::ones((1, 16, 8, 64), DType::F32, &Device::Cpu)?; // (batch, seqlen, num_heads, head_dim)
+/// let turned = rotary.apply(q.as_tensor(), 0)?;
+/// let grads = turned.sum_all()?.backward()?;
+/// assert!(grads.get(q.as_tensor()).is_some());
+///
+/// // Position 10 alone, as decoding meets it, is what the whole sequence has there.
+/// let one = rotary.apply(&q.narrow(1, 10, 1)?, 10)?;
+/// assert_eq!(one.flatten_all()?.to_vec1::<f32>()?, turned.narrow(1, 10, 1)?.flatten_all()?.to_vec1::<f32>()?);
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    /// `(max_seqlen, rotary_dim / 2)`, f32.
+    cos: Tensor,
+    /// As `cos`.
+    sin: Tensor,
+    layout: RotaryLayout,
+}
+
+/// The rows of the tables for the positions of one call, `(seqlen, rotary_dim / 2)` each.
+pub(super) struct RotaryRows {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotary {
+    /// Computes the tables on the host and copies them to `device`.
+    ///
+    /// # Errors
+    /// [`Error::RotaryDim`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or [`Error::RotaryFrequency`] if the
+    /// configuration holds a value out of range.
+    pub fn new(config: &RotaryConfig, device: &Device) -> Result<Self> {
+        let frequencies = config.radians_per_position()?;
+        let shape = (config.max_seqlen, frequencies.len());
+        // f32 angles would be off by 0.004 radians at position 100,000: only the rounded cos and sin are f32.
+        let angles = (0..config.max_seqlen).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
+        let (sin, cos): (Vec<f32>, Vec<f32>) =
+            angles.map(f64::sin_cos).map(|(sin, cos)| (sin as f32, cos as f32)).unzip();
+        let (cos, sin) = (Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?);
+        Ok(Self { cos, sin, layout: config.layout })
+    }
+
+    /// How many values of each head turn; the rest of the head passes through.
+    pub fn rotary_dim(&self) -> usize {
+        2 * self.cos.dims()[1]
+    }
+
+    /// Positions `0..max_seqlen` have a row in the tables.
+    pub fn max_seqlen(&self) -> usize {
+        self.cos.dims()[0]
+    }
+
+    /// Which values form a pair.
+    pub fn layout(&self) -> RotaryLayout {
+        self.layout
+    }
+
+    /// The device that holds the tables.
+    pub fn device(&self) -> &Device {
+        self.cos.device()
+    }
+
+    /// Turns `xs` of shape `(batch, seqlen, num_heads, head_dim)`, whose first token is at position `offset`: 0 for
+    /// training, the length of the cache for decoding. The result has the shape of `xs`.
+    ///
+    /// # Errors
+    /// [`Error::Rank`]; [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`; [`Error::DType`] if it is not
+    /// a floating-point type; [`Error::RotaryDevice`] if the tables are elsewhere; [`Error::RotaryPositions`] if the last
+    /// position has no row in the tables.
+    pub fn apply(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
+        if xs.rank() != 4 {
+            let axes = "(batch, seqlen, num_heads, head_dim)";
+            return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
+        }
+        self.turn(xs, &self.rows(offset, xs.dims()[1])?)
+    }
+
+    /// Turns packed `xs` of shape `(total, num_heads, head_dim)`: positions begin at 0 in every sequence.
+    ///
+    /// # Errors
+    /// As [`Self::apply`], and [`Error::PackedRows`] if `cu_seqlens` does not end at `total`.
+    pub fn apply_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
+        if xs.rank() != 3 {
+            let axes = "(total, num_heads, head_dim)";
+            return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
+        }
+        super::check_packed_rows(xs, cu_seqlens)?;
+        self.turn(xs, &self.rows_packed(cu_seqlens)?)
+    }
+
+    /// The rows for positions `offset..offset + seqlen`.
+    pub(super) fn rows(&self, offset: usize, seqlen: usize) -> Result<RotaryRows> {
+        self.check_positions(offset, seqlen)?;
+        Ok(RotaryRows { cos: self.cos.narrow(0, offset, seqlen)?, sin: self.sin.narrow(0, offset, seqlen)? })
+    }
+
+    /// The rows for a packed batch, `(total, rotary_dim / 2)`: each sequence begins at position 0.
+    pub(super) fn rows_packed(&self, cu_seqlens: &CuSeqlens) -> Result<RotaryRows> {
+        self.check_positions(0, cu_seqlens.max_seqlen())?;
+        if cu_seqlens.total() == 0 {
+            return self.rows(0, 0);
+        }
+        let positions: Vec<u32> = cu_seqlens.offsets().windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
+        let positions = Tensor::from_vec(positions, cu_seqlens.total(), self.device())?;
+        Ok(RotaryRows { cos: self.cos.index_select(&positions, 0)?, sin: self.sin.index_select(&positions, 0)? })
+    }
+
+    /// Turns `xs`, `(batch, seqlen, num_heads, head_dim)` or `(seqlen, num_heads, head_dim)`, by one row per token. The
+    /// result is contiguous.
+    pub(super) fn turn(&self, xs: &Tensor, rows: &RotaryRows) -> Result<Tensor> {
+        let (head_dim, rotary_dim) = (xs.dims()[xs.rank() - 1], self.rotary_dim());
+        if head_dim < rotary_dim {
+            return Err(Error::RotaryHeadDim { rotary_dim, head_dim });
+        }
+        if !matches!(xs.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
+            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: "F64, F32, F16, BF16" });
+        }
+        let (got, expected) = (self.device().location(), xs.device().location());
+        if got != expected {
+            return Err(Error::RotaryDevice { got, expected });
+        }
+        if xs.elem_count() == 0 {
+            return Ok(xs.clone());
+        }
+        let turned = turned(&xs.detach(), rows, self.layout)?;
+        if !xs.track_op() {
+            return Ok(turned);
+        }
+        let back = RotaryRows { cos: rows.cos.clone(), sin: rows.sin.neg()? };
+        Ok(xs.apply_op1(Turn { back, layout: self.layout, turned: Mutex::new(Some(turned)) })?)
+    }
+
+    /// Whether positions `start..start + seqlen` have rows.
+    fn check_positions(&self, start: usize, seqlen: usize) -> Result<()> {
+        let (end, max_seqlen) = (start.saturating_add(seqlen), self.max_seqlen());
+        if end > max_seqlen {
+            return Err(Error::RotaryPositions { start, end, max_seqlen });
+        }
+        Ok(())
+    }
+}
+
+/// Turns `xs` outside the graph. Candle's fast kernels do the work, in f32 for the narrow types.
+fn turned(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core::Result<Tensor> {
+    let (shape, dtype) = (xs.shape(), xs.dtype());
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let (cos, sin) = (rows.cos.to_dtype(wide)?, rows.sin.to_dtype(wide)?);
+    let (head_dim, rotary_dim) = (xs.dim(D::Minus1)?, 2 * cos.dim(D::Minus1)?);
+
+    let xs = if xs.rank() == 3 { xs.unsqueeze(0)? } else { xs.clone() };
+    let turning = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
+    let turned = match layout {
+        RotaryLayout::HalfSplit => rotary_emb::rope_thd(&turning.contiguous()?, &cos, &sin)?,
+        // This one takes (batch, num_heads, seqlen, rotary_dim).
+        RotaryLayout::Interleaved => {
+            rotary_emb::rope_i(&turning.transpose(1, 2)?.contiguous()?, &cos, &sin)?.transpose(1, 2)?
+        }
+    };
+    let turned = turned.to_dtype(dtype)?;
+    let turned = if head_dim == rotary_dim {
+        turned
+    } else {
+        Tensor::cat(&[&turned, &xs.narrow(D::Minus1, rotary_dim, head_dim - rotary_dim)?], D::Minus1)?
+    };
+    turned.contiguous()?.reshape(shape)
+}
+
+/// The rotation as one node of the graph. It is linear and its inverse turns by the opposite angles, so that the backward
+/// needs neither the input nor the result.
+struct Turn {
+    /// The rows that turn back.
+    back: RotaryRows,
+    layout: RotaryLayout,
+    /// The result, computed before there was a node. The forward takes it out: the graph shall not hold it twice.
+    turned: Mutex<Option<Tensor>>,
+}
+
+impl Turn {
+    /// The storage of the result, which `of` finds for its device.
+    fn take<S: BackendStorage>(&self, of: impl Fn(&Storage) -> Option<&S>) -> candle_core::Result<(S, Shape)> {
+        let turned = self.turned.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let turned =
+            turned.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has run before"))?;
+        let (storage, layout) = turned.storage_and_layout();
+        let storage = of(&storage).ok_or_else(|| candle_core::Error::msg("rotary: the result changed its device"))?;
+        Ok((storage.try_clone(layout)?, layout.shape().clone()))
+    }
+}
+
+impl CustomOp1 for Turn {
+    fn name(&self) -> &'static str {
+        "rotary"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.take(|storage| match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        })
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.take(|storage| match storage {
+            Storage::Cuda(storage) => Some(storage),
+            _ => None,
+        })
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        turned(grad, &self.back, self.layout).map(Some)
+    }
+}

@@ -1,0 +1,195 @@
+//! Layers to try: sizes, names, biases, mask, rotary embedding, with weights seeded by the case's name.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::layers::{
+    MultiHeadAttention, MultiHeadAttentionConfig, Projections, Rotary, RotaryConfig, RotaryLayout, WeightLayout,
+};
+use candle_fa2::Mask;
+use candle_nn::{VarBuilder, VarMap};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+/// Rotary tables reach this far in every case.
+pub const MAX_SEQLEN: usize = 160;
+
+/// One layer and the shape of its input.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub name: &'static str,
+    pub batch: usize,
+    pub seqlen: usize,
+    pub embed_dim: usize,
+    pub num_heads: usize,
+    pub num_heads_k: usize,
+    pub head_dim: usize,
+    pub fused: bool,
+    pub weight_layout: WeightLayout,
+    /// On q, k, v and o.
+    pub biases: [bool; 4],
+    pub mask: Mask,
+    pub softmax_scale: Option<f64>,
+    pub softcap: Option<f64>,
+    pub rotary: Option<Turn>,
+}
+
+/// The rotary embedding of a case.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    pub rotary_dim: usize,
+    pub theta: f64,
+    pub layout: RotaryLayout,
+}
+
+/// One layer with its weights, in one dtype.
+pub struct Built {
+    pub varmap: VarMap,
+    pub layer: MultiHeadAttention,
+}
+
+impl Case {
+    /// 4 heads of 16 over 70 tokens (a key tile and a part of one), separate projections without biases.
+    pub fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            batch: 2,
+            seqlen: 70,
+            embed_dim: 64,
+            num_heads: 4,
+            num_heads_k: 4,
+            head_dim: 16,
+            fused: false,
+            weight_layout: WeightLayout::OutIn,
+            biases: [false; 4],
+            mask: Mask::None,
+            softmax_scale: None,
+            softcap: None,
+            rotary: None,
+        }
+    }
+
+    pub fn config(&self) -> Result<MultiHeadAttentionConfig> {
+        let [q_bias, k_bias, v_bias, o_bias] = self.biases;
+        let projections = if self.fused { Projections::gpt2() } else { Projections::llama() };
+        let mut config = MultiHeadAttentionConfig::new(self.embed_dim, self.num_heads)
+            .num_heads_k(self.num_heads_k)
+            .head_dim(self.head_dim)
+            .projections(projections)
+            .weight_layout(self.weight_layout)
+            .q_bias(q_bias)
+            .k_bias(k_bias)
+            .v_bias(v_bias)
+            .o_bias(o_bias)
+            .mask(self.mask);
+        if let Some(softmax_scale) = self.softmax_scale {
+            config = config.softmax_scale(softmax_scale);
+        }
+        if let Some(softcap) = self.softcap {
+            config = config.softcap(softcap);
+        }
+        if let Some(turn) = self.rotary {
+            let rotary = RotaryConfig::new(turn.rotary_dim, MAX_SEQLEN).theta(turn.theta).layout(turn.layout);
+            config = config.rotary(&Rotary::new(&rotary, &Device::Cpu)?);
+        }
+        Ok(config)
+    }
+
+    /// The layer with this case's weights as variables of `dtype`. The values are the same numbers for every dtype.
+    pub fn build(&self, dtype: DType) -> Result<Built> {
+        let varmap = VarMap::new();
+        let layer = MultiHeadAttention::new(&self.config()?, VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu))?;
+        fill(&varmap, self.name)?;
+        Ok(Built { varmap, layer })
+    }
+
+    /// `(batch, seqlen, embed_dim)`.
+    pub fn xs(&self, dtype: DType) -> Result<Tensor> {
+        normal((self.batch, self.seqlen, self.embed_dim), 1.0, &format!("{} xs", self.name), dtype)
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl Built {
+    /// The weights and biases by name.
+    pub fn vars(&self) -> BTreeMap<String, Var> {
+        vars(&self.varmap)
+    }
+}
+
+/// The variables of a map by name, in an order that does not change from run to run.
+pub fn vars(varmap: &VarMap) -> BTreeMap<String, Var> {
+    varmap.data().lock().expect("no test panics while it holds the map").clone().into_iter().collect()
+}
+
+/// Sets every variable to normal values seeded by `seed` and its name, scaled so that outputs stay near 1.
+pub fn fill(varmap: &VarMap, seed: &str) -> Result<()> {
+    for (name, var) in vars(varmap) {
+        let deviation = if var.rank() == 2 { (var.elem_count() as f64).powf(-0.25) } else { 0.5 };
+        var.set(&normal(var.shape(), deviation, &format!("{seed} {name}"), var.dtype())?)?;
+    }
+    Ok(())
+}
+
+/// Normal values seeded by a text. They are bf16 numbers, so that every dtype holds the very same ones.
+pub fn normal(shape: impl Into<candle_core::Shape>, deviation: f64, seed: &str, dtype: DType) -> Result<Tensor> {
+    let shape = shape.into();
+    // FNV-1a.
+    let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed.bytes().fold(0xcbf2_9ce4_8422_2325, hash));
+    let values: Vec<f64> = (0..shape.elem_count())
+        .map(|_| {
+            let value: f64 = StandardNormal.sample(&mut rng);
+            value * deviation
+        })
+        .collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(dtype)?)
+}
+
+/// Every option at least once, and the combinations that models use.
+pub fn all() -> Vec<Case> {
+    let causal = |name| Case { mask: Mask::Causal, ..Case::new(name) };
+    let turn = Turn { rotary_dim: 16, theta: 10_000.0, layout: RotaryLayout::HalfSplit };
+    let interleaved = Turn { layout: RotaryLayout::Interleaved, ..turn };
+    let window = |left, right| Mask::Window { left, right };
+    vec![
+        Case::new("plain"),
+        causal("causal"),
+        Case { num_heads_k: 2, rotary: Some(turn), ..causal("llama") },
+        Case { num_heads_k: 2, biases: [true, true, true, false], rotary: Some(turn), ..causal("qwen2") },
+        Case { biases: [true, false, true, true], ..Case::new("whisper") },
+        Case {
+            num_heads_k: 1,
+            rotary: Some(interleaved),
+            mask: window(Some(5), Some(0)),
+            ..Case::new("multi-query window")
+        },
+        Case { fused: true, weight_layout: WeightLayout::InOut, biases: [true; 4], ..causal("gpt2") },
+        Case {
+            fused: true,
+            num_heads_k: 2,
+            rotary: Some(Turn { rotary_dim: 8, theta: 500.0, ..turn }),
+            mask: window(Some(20), Some(3)),
+            ..Case::new("fused, grouped, part of each head turned")
+        },
+        Case {
+            head_dim: 24,
+            num_heads: 3,
+            num_heads_k: 3,
+            softmax_scale: Some(0.3),
+            softcap: Some(2.0),
+            rotary: Some(Turn { rotary_dim: 20, ..interleaved }),
+            biases: [true; 4],
+            ..causal("gemma2")
+        },
+        Case { weight_layout: WeightLayout::InOut, batch: 1, ..causal("separate, weights (in, out)") },
+    ]
+}

@@ -1,0 +1,287 @@
+//! What the layer refuses, each text whole.
+
+use std::fmt::Debug;
+
+use anyhow::Result;
+use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
+use candle_fa2::layers::{
+    MultiHeadAttention, MultiHeadAttentionConfig, Projections, Rotary, RotaryConfig, RotaryLayout, WeightLayout,
+};
+use candle_fa2::{CuSeqlens, Error, Mask};
+use candle_nn::kv_cache::KvCache;
+use candle_nn::{VarBuilder, VarMap};
+
+/// The result is this error's text, and stays it as Candle's error.
+fn refused<T: Debug>(result: Result<T, Error>, text: &str) {
+    let error = result.expect_err(text);
+    assert_eq!(error.to_string(), text);
+    assert_eq!(candle_core::Error::from(error).to_string(), text);
+}
+
+fn zeros(shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
+    Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+}
+
+/// Weights of 0 in any shape, untracked.
+fn untracked(config: &MultiHeadAttentionConfig) -> Result<MultiHeadAttention, Error> {
+    MultiHeadAttention::new(config, VarBuilder::zeros(DType::F32, &Device::Cpu))
+}
+
+#[test]
+fn configurations() -> Result<()> {
+    let config = MultiHeadAttentionConfig::new;
+    refused(untracked(&config(0, 4)), "embed_dim is 0; a layer needs at least 1");
+    refused(untracked(&config(64, 0)), "num_heads is 0; a layer needs at least 1");
+    refused(untracked(&config(64, 4).num_heads_k(0)), "num_heads_k is 0; a layer needs at least 1");
+    refused(untracked(&config(64, 4).head_dim(0)), "head_dim is 0; a layer needs at least 1");
+    refused(untracked(&config(100, 3)), "embed_dim 100 is not a multiple of num_heads 3; set head_dim");
+    refused(untracked(&config(64, 8).num_heads_k(3)), "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v");
+    refused(
+        untracked(&config(64, 4).projections(Projections::gpt2()).q_bias(true).v_bias(true)),
+        "q_bias true, k_bias false, v_bias true differ, but a fused projection has one bias for all three; use \
+         Projections::Separate",
+    );
+    let rotary = Rotary::new(&RotaryConfig::new(32, 128), &Device::Cpu)?;
+    refused(
+        untracked(&config(64, 4).rotary(&rotary)),
+        "rotary_dim 32 is larger than head_dim 16; build Rotary with rotary_dim 16 or less",
+    );
+    // What the operator refuses whatever the input, the constructor refuses.
+    refused(untracked(&config(64, 4).softcap(-1.0)), "softcap -1 must be finite and above 0; leave it out for no cap");
+    refused(
+        untracked(&config(64, 4).softmax_scale(f64::NAN)),
+        "softmax_scale NaN is not finite; leave it out for 1/sqrt(head_dim)",
+    );
+    refused(
+        untracked(&config(64, 4).alibi_slopes(&zeros(3)?)),
+        "alibi_slopes: expected shape [4] (num_heads) or [1, 4] (batch, num_heads), got [3]",
+    );
+    Ok(())
+}
+
+/// Weights that are missing, or laid out the other way round, are named.
+#[test]
+fn weights() -> Result<()> {
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(64, 4), vb.clone())?;
+    refused(
+        MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(64, 4).weight_layout(WeightLayout::OutIn), vb),
+        "shape mismatch on c_attn.weight: [192, 64] <> [64, 192]",
+    );
+    let none = VarBuilder::from_tensors(Default::default(), DType::F32, &Device::Cpu);
+    let missing = MultiHeadAttention::new(&MultiHeadAttentionConfig::new(64, 4), none.pp("attn"));
+    let text = missing.expect_err("there are no weights").to_string();
+    assert!(text.starts_with("cannot find tensor attn.q_proj.weight"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn rotary() -> Result<()> {
+    let new = |config: RotaryConfig| Rotary::new(&config, &Device::Cpu);
+    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are turned");
+    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are turned");
+    refused(
+        new(RotaryConfig::new(8, 8).theta(0.0)),
+        "theta 0 of the rotary embedding must be finite and above 0; leave it out for 10000",
+    );
+    refused(
+        new(RotaryConfig::new(8, 8).theta(f64::INFINITY)),
+        "theta inf of the rotary embedding must be finite and above 0; leave it out for 10000",
+    );
+    refused(
+        new(RotaryConfig::new(8, 8).frequencies(vec![1.0, 0.5])),
+        "frequencies of the rotary embedding: got 2, but rotary_dim 8 has 4 pairs",
+    );
+    refused(
+        new(RotaryConfig::new(4, 8).frequencies(vec![1.0, f64::NAN])),
+        "frequency NaN of pair 1 of the rotary embedding is not finite",
+    );
+    let rotary = new(RotaryConfig::new(8, 16).layout(RotaryLayout::Interleaved))?;
+    refused(
+        rotary.apply(&zeros((2, 3, 8))?, 0),
+        "xs: expected 4 axes (batch, seqlen, num_heads, head_dim), got 3 in shape [2, 3, 8]",
+    );
+    refused(
+        rotary.apply(&zeros((1, 3, 2, 6))?, 0),
+        "rotary_dim 8 is larger than head_dim 6; build Rotary with rotary_dim 6 or less",
+    );
+    refused(
+        rotary.apply(&zeros((1, 3, 2, 8))?, 14),
+        "positions 14..17 reach past the rotary tables' max_seqlen 16; build Rotary with at least 17",
+    );
+    refused(
+        rotary.apply(&zeros((1, 3, 2, 8))?.to_dtype(DType::U32)?, 0),
+        "xs: dtype U32 is not supported (supported: F64, F32, F16, BF16); convert with to_dtype",
+    );
+    let cu_seqlens = CuSeqlens::from_lengths(&[2, 17], &Device::Cpu)?;
+    refused(
+        rotary.apply_packed(&zeros((19, 2, 8))?, &cu_seqlens),
+        "positions 0..17 reach past the rotary tables' max_seqlen 16; build Rotary with at least 17",
+    );
+    refused(
+        rotary.apply_packed(&zeros((20, 2, 8))?, &cu_seqlens),
+        "cu_seqlens ends at 19, but xs has 20 rows in shape [20, 2, 8]",
+    );
+    refused(
+        rotary.apply_packed(&zeros((19, 8))?, &cu_seqlens),
+        "xs: expected 3 axes (total, num_heads, head_dim), got 2 in shape [19, 8]",
+    );
+    Ok(())
+}
+
+#[test]
+fn inputs() -> Result<()> {
+    let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
+    let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal).rotary(&rotary))?;
+    refused(layer.forward(&zeros((5, 64))?), "xs: expected 3 axes (batch, seqlen, embed_dim), got 2 in shape [5, 64]");
+    refused(layer.forward(&zeros((2, 5, 63))?), "xs: embed_dim is 63, but the layer has 64; shape [2, 5, 63]");
+    refused(
+        layer.forward(&zeros((2, 5, 64))?.to_dtype(DType::F16)?),
+        "xs: dtype F16 differs from the weights' F32; convert with to_dtype",
+    );
+    let too_long = "positions 0..9 reach past the rotary tables' max_seqlen 8; build Rotary with at least 9";
+    refused(layer.forward(&zeros((2, 9, 64))?), too_long);
+    let cu_seqlens = CuSeqlens::from_lengths(&[3, 9], &Device::Cpu)?;
+    refused(layer.forward_packed(&zeros((12, 64))?, &cu_seqlens), too_long);
+    refused(
+        layer.forward_packed(&zeros((11, 64))?, &cu_seqlens),
+        "cu_seqlens ends at 12, but xs has 11 rows in shape [11, 64]",
+    );
+    refused(
+        layer.forward_packed(&zeros((1, 12, 64))?, &cu_seqlens),
+        "xs: expected 2 axes (total, embed_dim), got 3 in shape [1, 12, 64]",
+    );
+    // Candle's own trait gives the same text.
+    let module: &dyn candle_core::Module = &layer;
+    let text = module.forward(&zeros((2, 5, 63))?).expect_err("63 is not 64").to_string();
+    assert_eq!(text, "xs: embed_dim is 63, but the layer has 64; shape [2, 5, 63]");
+    Ok(())
+}
+
+/// The texts that take a second device to meet.
+#[test]
+fn devices() {
+    let (got, expected) = (DeviceLocation::Cpu, DeviceLocation::Cuda { gpu_id: 1 });
+    refused::<()>(
+        Err(Error::LayerDevice { got, expected }),
+        "xs: on device Cpu, but the weights are on Cuda { gpu_id: 1 }; move it with to_device",
+    );
+    refused::<()>(
+        Err(Error::RotaryDevice { got, expected }),
+        "rotary: tables on device Cpu, but q and k are on Cuda { gpu_id: 1 }; build Rotary there",
+    );
+}
+
+/// Gradients that a cache would drop.
+#[test]
+fn decoding_while_training() -> Result<()> {
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let config = MultiHeadAttentionConfig::gpt2(64, 4);
+    let layer = MultiHeadAttention::new(&config, vb.pp("h.0.attn"))?;
+    let mut cache = layer.new_cache(8);
+    let xs = zeros((1, 3, 64))?;
+    refused(
+        layer.forward_cached(&xs, &mut cache),
+        "h.0.attn.c_attn.weight: tracked for gradients, which the KV cache would drop; decode with the layer that \
+         .detach() returns, or train with forward",
+    );
+    let var = Var::from_tensor(&xs)?;
+    let text = "xs: tracked for gradients, which the KV cache would drop; call .detach() on it, or train with forward";
+    refused(layer.detach().forward_cached(var.as_tensor(), &mut cache), text);
+    // Not a variable itself, but made of one.
+    refused(layer.detach().forward_cached(&(var.as_tensor() * 2.0)?, &mut cache), text);
+    assert_eq!(cache.current_seq_len(), 0);
+
+    // A bias alone is enough.
+    let mut tensors: std::collections::HashMap<String, Tensor> = std::collections::HashMap::new();
+    for (name, var) in super::case::vars(&varmap) {
+        let bias = name.ends_with("c_proj.bias");
+        tensors.insert(name, if bias { var.as_tensor().clone() } else { var.as_detached_tensor() });
+    }
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    refused(
+        MultiHeadAttention::new(&config, vb.pp("h.0.attn"))?.forward_cached(&xs, &mut cache),
+        "h.0.attn.c_proj.bias: tracked for gradients, which the KV cache would drop; decode with the layer that \
+         .detach() returns, or train with forward",
+    );
+    Ok(())
+}
+
+#[test]
+fn decoding_masks() -> Result<()> {
+    let xs = zeros((1, 3, 64))?;
+    let decode = |mask| {
+        let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(mask))?;
+        layer.forward_cached(&xs, &mut layer.new_cache(8))
+    };
+    refused(
+        decode(Mask::None),
+        "mask None shows a query later keys, which the KV cache does not hold yet; use Mask::Causal or a window with \
+         right: Some(0)",
+    );
+    refused(
+        decode(Mask::Window { left: Some(4), right: Some(1) }),
+        "mask Window { left: Some(4), right: Some(1) } shows a query later keys, which the KV cache does not hold yet; \
+         use Mask::Causal or a window with right: Some(0)",
+    );
+    for mask in [Mask::Causal, Mask::Window { left: Some(0), right: Some(0) }] {
+        decode(mask)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn caches() -> Result<()> {
+    let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
+    let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).num_heads_k(2).mask(Mask::Causal).rotary(&rotary))?;
+    let xs = zeros((2, 3, 64))?;
+    refused(
+        layer.forward_cached(&xs, &mut KvCache::new(2, 8)),
+        "cache of k grows along axis 2, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it \
+         with new_cache",
+    );
+    refused(
+        layer.forward_cached(&xs, &mut KvCache::new(1, 0)),
+        "cache of k has max_seq_len 0 and cannot grow; make it with room for 1 token or more",
+    );
+    let mut cache = layer.new_cache(4);
+    layer.forward_cached(&xs, &mut cache)?;
+    refused(
+        layer.forward_cached(&zeros((1, 1, 64))?, &mut cache),
+        "cache of k holds (2, 3, 2, 16) F32 on Cpu, but this call adds (1, .., 2, 16) F32 on Cpu; call .reset() or use \
+         another cache",
+    );
+    let other = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal))?;
+    refused(
+        other.forward_cached(&xs, &mut cache),
+        "cache of k holds (2, 3, 2, 16) F32 on Cpu, but this call adds (2, .., 4, 16) F32 on Cpu; call .reset() or use \
+         another cache",
+    );
+    let wide = VarBuilder::zeros(DType::F64, &Device::Cpu);
+    let wide = MultiHeadAttention::new(layer.config(), wide)?;
+    refused(
+        wide.forward_cached(&xs.to_dtype(DType::F64)?, &mut cache),
+        "cache of k holds (2, 3, 2, 16) F32 on Cpu, but this call adds (2, .., 2, 16) F64 on Cpu; call .reset() or use \
+         another cache",
+    );
+    refused(
+        layer.forward_cached(&zeros((2, 6, 64))?, &mut cache),
+        "positions 3..9 reach past the rotary tables' max_seqlen 8; build Rotary with at least 9",
+    );
+    let mut uneven = cache.clone();
+    uneven.v_cache_mut().append(&zeros((2, 1, 2, 16))?)?;
+    refused(
+        layer.forward_cached(&xs, &mut uneven),
+        "cache holds 3 tokens of k, but 4 of v; call .reset() and begin again",
+    );
+    let mut turned = layer.new_cache(4);
+    *turned.v_cache_mut() = candle_nn::kv_cache::Cache::new(3, 4);
+    refused(
+        layer.forward_cached(&xs, &mut turned),
+        "cache of v grows along axis 3, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it \
+         with new_cache",
+    );
+    Ok(())
+}

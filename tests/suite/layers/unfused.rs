@@ -1,0 +1,93 @@
+//! The layer as one writes it without this crate: Candle's `matmul`, `softmax` and `matmul`, keys repeated for grouped
+//! queries, the mask added as minus infinity. Every operator here is differentiable. It reads the weights by name.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use candle_core::{Tensor, Var, D};
+use candle_fa2::layers::{RotaryLayout, WeightLayout};
+use candle_fa2::Mask;
+use candle_nn::{ops, rotary_emb};
+
+use super::case::{Case, Turn};
+
+/// `xs (batch, seqlen, embed_dim)` to the same shape.
+pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result<Tensor> {
+    let (batch, seqlen, _) = xs.dims3()?;
+    let project = |name: &str, xs: &Tensor| -> Result<Tensor> {
+        let weight = vars[&format!("{name}.weight")].as_tensor();
+        let weight = if case.weight_layout == WeightLayout::OutIn { weight.t()? } else { weight.clone() };
+        let ys = xs.broadcast_matmul(&weight)?;
+        Ok(match vars.get(&format!("{name}.bias")) {
+            Some(bias) => ys.broadcast_add(bias.as_tensor())?,
+            None => ys,
+        })
+    };
+    let (q_dim, k_dim) = (case.num_heads * case.head_dim, case.num_heads_k * case.head_dim);
+    let (q, k, v) = if case.fused {
+        let qkv = project("c_attn", xs)?;
+        (qkv.narrow(2, 0, q_dim)?, qkv.narrow(2, q_dim, k_dim)?, qkv.narrow(2, q_dim + k_dim, k_dim)?)
+    } else {
+        (project("q_proj", xs)?, project("k_proj", xs)?, project("v_proj", xs)?)
+    };
+    // (batch, seqlen, heads * head_dim) -> (batch, heads, seqlen, head_dim)
+    let heads = |xs: Tensor, heads: usize| -> Result<Tensor> {
+        Ok(xs.reshape((batch, seqlen, heads, case.head_dim))?.transpose(1, 2)?.contiguous()?)
+    };
+    let q = turn(case.rotary, &heads(q, case.num_heads)?)?;
+    let k = turn(case.rotary, &heads(k, case.num_heads_k)?)?;
+    let v = heads(v, case.num_heads_k)?;
+    let group = case.num_heads / case.num_heads_k;
+    let repeat = |xs: &Tensor| -> Result<Tensor> {
+        let repeated: Vec<Tensor> =
+            (0..case.num_heads).map(|h| xs.narrow(1, h / group, 1)).collect::<Result<_, _>>()?;
+        Ok(Tensor::cat(&repeated, 1)?)
+    };
+    let (k, v) = (repeat(&k)?, repeat(&v)?);
+
+    let scale = case.softmax_scale.unwrap_or(1.0 / (case.head_dim as f64).sqrt());
+    let mut scores = (q.matmul(&k.t()?.contiguous()?)? * scale)?;
+    if let Some(softcap) = case.softcap {
+        scores = ((scores / softcap)?.tanh()? * softcap)?;
+    }
+    let p = ops::softmax(&scores.broadcast_add(&hidden(case.mask, &scores)?)?, D::Minus1)?;
+    // (batch, heads, seqlen, head_dim) -> (batch, seqlen, heads * head_dim)
+    let o = p.matmul(&v)?.transpose(1, 2)?.flatten_from(2)?;
+    project(if case.fused { "c_proj" } else { "o_proj" }, &o)
+}
+
+/// `(seqlen, seqlen)`: 0 where a query sees a key, minus infinity elsewhere.
+fn hidden(mask: Mask, like: &Tensor) -> Result<Tensor> {
+    let seqlen = like.dim(D::Minus1)?;
+    let sees = |i: usize, j: usize| match mask {
+        Mask::None => true,
+        Mask::Causal => j <= i,
+        Mask::Window { left, right } => {
+            left.is_none_or(|left| j + left >= i) && right.is_none_or(|right| j <= i + right)
+        }
+    };
+    let values: Vec<f64> =
+        (0..seqlen).flat_map(|i| (0..seqlen).map(move |j| if sees(i, j) { 0.0 } else { f64::NEG_INFINITY })).collect();
+    Ok(Tensor::from_vec(values, (seqlen, seqlen), like.device())?.to_dtype(like.dtype())?)
+}
+
+/// `xs (batch, heads, seqlen, head_dim)` turned from position 0 on, with tables of its own, rounded to f32 as ours are.
+fn turn(rotary: Option<Turn>, xs: &Tensor) -> Result<Tensor> {
+    let Some(Turn { rotary_dim, theta, layout }) = rotary else {
+        return Ok(xs.clone());
+    };
+    let (seqlen, head_dim) = (xs.dim(2)?, xs.dim(3)?);
+    let table = |of: fn(f64) -> f64| -> Result<Tensor> {
+        let angle = |p: usize, i: usize| p as f64 / theta.powf((2 * i) as f64 / rotary_dim as f64);
+        let values: Vec<f32> =
+            (0..seqlen).flat_map(|p| (0..rotary_dim / 2).map(move |i| of(angle(p, i)) as f32)).collect();
+        Ok(Tensor::from_vec(values, (seqlen, rotary_dim / 2), xs.device())?.to_dtype(xs.dtype())?)
+    };
+    let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
+    let turning = xs.narrow(3, 0, rotary_dim)?;
+    let turned = match layout {
+        RotaryLayout::HalfSplit => rotary_emb::rope_slow(&turning, &cos, &sin)?,
+        RotaryLayout::Interleaved => rotary_emb::rope_i_slow(&turning, &cos, &sin)?,
+    };
+    Ok(Tensor::cat(&[&turned, &xs.narrow(3, rotary_dim, head_dim - rotary_dim)?], 3)?)
+}

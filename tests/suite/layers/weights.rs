@@ -1,0 +1,163 @@
+//! Weights from files: GPT-2's layout, other names, saving and loading.
+
+use std::collections::{BTreeMap, HashMap};
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig, Projections, WeightLayout};
+use candle_fa2::Mask;
+use candle_nn::{Init, VarBuilder, VarMap};
+
+use super::case::{self, normal, vars, Case};
+use super::close::{close, Tolerance};
+use super::unfused;
+
+/// A GPT-2 checkpoint as its file has it, `c_attn.weight (in, out)`, and the same numbers transposed and cut into
+/// separate `(out, in)` projections, give the same output.
+#[test]
+fn gpt2_file_equals_linear_layers() -> Result<()> {
+    let (embed_dim, num_heads, device) = (48, 4, Device::Cpu);
+    let normal = |shape: &[usize], seed| normal(shape, 0.2, seed, DType::F32);
+    let c_attn = normal(&[embed_dim, 3 * embed_dim], "c_attn")?;
+    let c_attn_bias = normal(&[3 * embed_dim], "c_attn bias")?;
+    let c_proj = normal(&[embed_dim, embed_dim], "c_proj")?;
+    let c_proj_bias = normal(&[embed_dim], "c_proj bias")?;
+    let tensors = HashMap::from([
+        ("h.3.attn.c_attn.weight", c_attn.clone()),
+        ("h.3.attn.c_attn.bias", c_attn_bias.clone()),
+        ("h.3.attn.c_proj.weight", c_proj.clone()),
+        ("h.3.attn.c_proj.bias", c_proj_bias.clone()),
+    ]);
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    candle_core::safetensors::save(&tensors, &path)?;
+
+    // SAFETY: the file is this test's own and nobody changes it while it is mapped.
+    let vb = unsafe { VarBuilder::from_mmaped_safetensors(&[&path], DType::F32, &device)? };
+    let loaded = MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(embed_dim, num_heads), vb.pp("h.3.attn"))?;
+
+    let mut linear = HashMap::new();
+    for (at, name) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
+        let weight = c_attn.narrow(1, at * embed_dim, embed_dim)?.t()?.contiguous()?;
+        linear.insert(format!("{name}.weight"), weight);
+        linear.insert(format!("{name}.bias"), c_attn_bias.narrow(0, at * embed_dim, embed_dim)?);
+    }
+    linear.insert("o_proj.weight".into(), c_proj.t()?.contiguous()?);
+    linear.insert("o_proj.bias".into(), c_proj_bias);
+    let config = MultiHeadAttentionConfig::new(embed_dim, num_heads).qkv_bias(true).o_bias(true).mask(Mask::Causal);
+    let separate = MultiHeadAttention::new(&config, VarBuilder::from_tensors(linear.clone(), DType::F32, &device))?;
+
+    let case = Case {
+        embed_dim,
+        num_heads,
+        num_heads_k: num_heads,
+        head_dim: 12,
+        mask: Mask::Causal,
+        ..Case::new("gpt2 file")
+    };
+    let plain = |dtype| -> Result<Tensor> {
+        let weights = linear
+            .iter()
+            .map(|(name, weight)| Ok((name.clone(), candle_core::Var::from_tensor(&weight.to_dtype(dtype)?)?)));
+        unfused::forward(&case, &weights.collect::<Result<BTreeMap<_, _>>>()?, &case.xs(dtype)?)
+    };
+    let want = plain(DType::F64)?;
+    let tolerance = Tolerance::from(&plain(DType::F32)?, &want, DType::F32)?;
+    let xs = case.xs(DType::F32)?;
+    close("separate", &separate.forward(&xs)?, &want, tolerance, &case)?;
+    close("loaded", &loaded.forward(&xs)?, &want, tolerance, &case)
+}
+
+/// The shapes and names that a new layer asks a builder for.
+#[test]
+fn names_and_shapes_of_variables() -> Result<()> {
+    let shapes = |config: &MultiHeadAttentionConfig| -> Result<Vec<(String, Vec<usize>)>> {
+        let varmap = VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+        MultiHeadAttention::new(config, vb.pp("layers.0"))?;
+        Ok(vars(&varmap).into_iter().map(|(name, var)| (name, var.dims().to_vec())).collect())
+    };
+    let named = |names: &[(&str, &[usize])]| -> Vec<(String, Vec<usize>)> {
+        names.iter().map(|(name, shape)| (format!("layers.0.{name}"), shape.to_vec())).collect()
+    };
+    let config = MultiHeadAttentionConfig::new(40, 4).num_heads_k(2).head_dim(16);
+    assert_eq!(
+        shapes(&config.clone().q_bias(true))?,
+        named(&[
+            ("k_proj.weight", &[32, 40]),
+            ("o_proj.weight", &[40, 64]),
+            ("q_proj.bias", &[64]),
+            ("q_proj.weight", &[64, 40]),
+            ("v_proj.weight", &[32, 40]),
+        ])
+    );
+    let [q, k, v, o] = ["self.query", "self.key", "self.value", "output.dense"].map(String::from);
+    assert_eq!(
+        shapes(&config.clone().projections(Projections::Separate { q, k, v, o }).o_bias(true))?,
+        named(&[
+            ("output.dense.bias", &[40]),
+            ("output.dense.weight", &[40, 64]),
+            ("self.key.weight", &[32, 40]),
+            ("self.query.weight", &[64, 40]),
+            ("self.value.weight", &[32, 40]),
+        ])
+    );
+    assert_eq!(
+        shapes(&config.projections(Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into() }))?,
+        named(&[("o_proj.weight", &[40, 64]), ("qkv_proj.weight", &[128, 40])])
+    );
+    assert_eq!(
+        shapes(&MultiHeadAttentionConfig::gpt2(40, 4))?,
+        named(&[
+            ("c_attn.bias", &[120]),
+            ("c_attn.weight", &[40, 120]),
+            ("c_proj.bias", &[40]),
+            ("c_proj.weight", &[40, 40]),
+        ])
+    );
+    Ok(())
+}
+
+/// New weights have the deviation that was asked for, in either layout: the fan-in is the input's size.
+#[test]
+fn new_weights_are_drawn_by_fan_in() -> Result<()> {
+    let deviation = |config: MultiHeadAttentionConfig, name: &str| -> Result<f64> {
+        let varmap = VarMap::new();
+        MultiHeadAttention::new(&config, VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu))?;
+        let values = vars(&varmap)[name].flatten_all()?.to_vec1::<f64>()?;
+        Ok((values.iter().map(|value| value * value).sum::<f64>() / values.len() as f64).sqrt())
+    };
+    // 64 x 1024 draws: the deviation of a sample is within 2% of the true one (seven times its own deviation).
+    let near = |got: f64, want: f64| (got / want - 1.0).abs() < 0.02;
+    for layout in [WeightLayout::OutIn, WeightLayout::InOut] {
+        let config = MultiHeadAttentionConfig::new(64, 16).head_dim(64).weight_layout(layout).qkv_bias(true);
+        let kaiming = deviation(config.clone(), "q_proj.weight")?;
+        assert!(near(kaiming, (2.0 / 64.0f64).sqrt()), "{layout:?} {kaiming}");
+        assert!(deviation(config.clone(), "q_proj.bias")? > 0.0);
+        let normal = config.weight_init(Init::Randn { mean: 0.0, stdev: 0.02 });
+        let drawn = deviation(normal.clone(), "q_proj.weight")?;
+        assert!(near(drawn, 0.02), "{layout:?} {drawn}");
+        assert_eq!(deviation(normal, "q_proj.bias")?, 0.0);
+    }
+    Ok(())
+}
+
+/// Variables saved by one layer and loaded into another give the same bits.
+#[test]
+fn saves_and_loads_through_varmap() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("layer.safetensors");
+    for case in case::all() {
+        let saved = case.build(DType::F32)?;
+        saved.varmap.save(&path)?;
+        let mut loaded = Case { name: "other weights", ..case.clone() }.build(DType::F32)?;
+        let xs = case.xs(DType::F32)?;
+        let output =
+            |layer: &MultiHeadAttention| -> Result<Vec<f32>> { Ok(layer.forward(&xs)?.flatten_all()?.to_vec1()?) };
+        let want = output(&saved.layer)?;
+        assert_ne!(output(&loaded.layer)?, want, "{case}");
+        loaded.varmap.load(&path)?;
+        assert_eq!(output(&loaded.layer)?, want, "{case}");
+    }
+    Ok(())
+}
