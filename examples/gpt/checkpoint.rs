@@ -14,7 +14,7 @@ use crate::files::AtomicFile;
 use crate::model::{parameter_shapes, Parameters};
 use crate::optimizer::{AdamW, Named};
 use crate::rng::Rng;
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor, Var};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
@@ -53,14 +53,19 @@ pub struct Checkpoint {
 
 /// Writes the checkpoint of the run in `dir`; the one before it stays until this one is complete.
 pub fn save(dir: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<()> {
-    let moments = |kind: &'static str, named: &Named| {
-        named.iter().map(move |(name, tensor)| (format!("{kind}.{name}"), tensor.clone())).collect::<Vec<_>>()
-    };
     let mut tensors: Vec<(String, Tensor)> =
         parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-    tensors.extend(moments("adam.m", &optimizer.m));
-    tensors.extend(moments("adam.v", &optimizer.v));
+    for (kind, moments) in [("adam.m", &optimizer.m), ("adam.v", &optimizer.v)] {
+        tensors.extend(moments.iter().map(|(name, tensor)| (format!("{kind}.{name}"), tensor.clone())));
+    }
+    let path = dir.join(FILE_NAME);
+    write(&path, &header(state, &tensors)?, &tensors).map_err(|error| {
+        anyhow!("cannot write {}: {error}; the checkpoint before it, if there was one, is still there", path.display())
+    })
+}
 
+/// The head of a safetensors file: its length, and as JSON the state and the place of each tensor.
+fn header(state: &State, tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
     let mut end = 0;
     let mut info = |dtype: Dtype, shape: &[usize], bytes: usize| {
         end += bytes;
@@ -72,29 +77,34 @@ pub fn save(dir: &Path, state: &State, parameters: &Parameters, optimizer: &Adam
         .collect();
     infos.push((SHA256.to_string(), info(Dtype::U8, &[SHA256_BYTES], SHA256_BYTES)));
     let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(state)?)]);
-    let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
-    header.resize(header.len().next_multiple_of(8), b' '); // the format wants the tensors aligned
+    let mut json = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
+    json.resize(json.len().next_multiple_of(8), b' '); // the format wants the tensors aligned
+    Ok([&(json.len() as u64).to_le_bytes()[..], &json].concat())
+}
 
-    let path = dir.join(FILE_NAME);
-    let mut file = Hashing { file: AtomicFile::create(&path)?, sha256: Sha256::new() };
-    let written = (|| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        for (_index, (_, tensor)) in tensors.iter().enumerate() {
-            #[cfg(test)]
-            if _index == tensors.len() / 2 {
-                file.flush()?;
-                crate::tests::abort_at("half-way through", &path);
-            }
-            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
-        }
-        let sha256 = file.sha256.clone().finalize();
-        file.write_all(&sha256)?;
-        anyhow::Ok(())
-    })();
-    written.with_context(|| format!("cannot write {}; the checkpoint before it is still there", path.display()))?;
-    file.file.commit()
+fn write(path: &Path, header: &[u8], tensors: &[(String, Tensor)]) -> Result<()> {
+    let mut file = Hashing { file: AtomicFile::create(path)?, sha256: Sha256::new() };
+    file.write_all(header)?;
+    let (first_half, second_half) = tensors.split_at(tensors.len() / 2);
+    write_values(&mut file, first_half)?;
+    #[cfg(test)]
+    {
+        file.flush()?;
+        crate::tests::abort_at("half-way through", path);
+    }
+    write_values(&mut file, second_half)?;
+    let Hashing { mut file, sha256 } = file;
+    file.write_all(&sha256.finalize())?;
+    Ok(file.commit()?)
+}
+
+/// One tensor after the other, so that no second copy of all of them is in memory.
+fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<()> {
+    for (_, tensor) in tensors {
+        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+        file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+    }
+    Ok(())
 }
 
 /// The checkpoint file that `path` means: a run's folder, or the file itself.
@@ -107,7 +117,10 @@ pub fn locate(path: &Path) -> Result<PathBuf> {
     }
     let file = path.join(FILE_NAME);
     if !file.is_file() {
-        bail!("there is no run in {}: it holds no {FILE_NAME}; give the folder of a run, such as runs/0001", path.display());
+        bail!(
+            "there is no run in {}: it holds no {FILE_NAME}; give the folder of a run, such as runs/0001",
+            path.display()
+        );
     }
     Ok(file)
 }
@@ -115,23 +128,20 @@ pub fn locate(path: &Path) -> Result<PathBuf> {
 /// Reads the checkpoint `file`, after checking every byte of it.
 pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
     let bytes = fs::read(file).map_err(|error| anyhow!("cannot read {}: {error}", file.display()))?;
-    let refuse = |reason: String| {
-        anyhow!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display())
-    };
+    let refuse =
+        |reason: String| anyhow!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display());
     let damaged = |error| refuse(format!("it is cut short, damaged or no safetensors file ({error})"));
 
     let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
-    let state = metadata
-        .metadata()
-        .as_ref()
-        .and_then(|entries| entries.get(METADATA_KEY))
-        .ok_or_else(|| refuse(format!("it is a safetensors file of something else (no {METADATA_KEY} in its metadata)")))?;
+    let state = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY)).ok_or_else(|| {
+        refuse(format!("it is a safetensors file of something else (no {METADATA_KEY} in its metadata)"))
+    })?;
     let (body, sha256) = bytes.split_at(bytes.len() - SHA256_BYTES);
     if Sha256::digest(body).as_slice() != sha256 {
         return Err(refuse("its bytes are not those that were written (SHA-256 differs)".to_string()));
     }
-    let state: State =
-        serde_json::from_str(state).map_err(|error| refuse(format!("another version of this program wrote it ({error})")))?;
+    let state: State = serde_json::from_str(state)
+        .map_err(|error| refuse(format!("another version of this program wrote it ({error})")))?;
 
     let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
     let read = |name: &str, shape: &[usize]| -> Result<Tensor> {

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 /// Without a command it trains: a small model on this repository's own sources and documents, three minutes on two
 /// cores, into the next numbered folder of runs/.
 #[derive(Parser)]
-#[command(name = "gpt", args_conflicts_with_subcommands = true)]
+#[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Cmd>,
@@ -29,6 +29,7 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Cmd {
     /// Train a model; what you get without a command
+    #[command(after_help = preset_table())]
     Train(Box<TrainArgs>),
     /// Let a trained model write
     Sample(SampleArgs),
@@ -84,8 +85,24 @@ pub struct TrainArgs {
 
 /// What `--resume` finds in the checkpoint, and therefore does not take from the command line.
 const OPTIONS_OF_A_RUN: [&str; 18] = [
-    "preset", "out", "tokenizer", "attention", "dtype", "context", "batch", "accumulation", "lr", "min_lr", "warmup",
-    "weight_decay", "beta1", "beta2", "clip", "seed", "eval_interval", "eval_windows",
+    "preset",
+    "out",
+    "tokenizer",
+    "attention",
+    "dtype",
+    "context",
+    "batch",
+    "accumulation",
+    "lr",
+    "min_lr",
+    "warmup",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "clip",
+    "seed",
+    "eval_interval",
+    "eval_windows",
 ];
 
 /// Everything that replaces an ingredient of the preset.
@@ -152,9 +169,6 @@ impl TrainArgs {
             return Run::resume(&dir, absolute(self.data)?, self.recipe.steps, device)?.train(&dir);
         }
         let config = self.recipe.apply(Config::preset(self.preset.unwrap_or(Preset::Tiny)), absolute(self.data)?)?;
-        if config.precision == Precision::Bf16 && device.is_cpu() {
-            bail!("--dtype bf16 needs --device cuda: Candle has no bf16 matrix product on the CPU; use --dtype f32");
-        }
         if let Some(dir) = &self.out {
             files::check_free(dir)?;
         }
@@ -204,7 +218,11 @@ impl RecipeArgs {
             );
         }
         if config.min_lr > config.lr {
-            bail!("--min-lr {} is above --lr {}; the schedule falls from the one to the other", config.min_lr, config.lr);
+            bail!(
+                "--min-lr {} is above --lr {}; the schedule falls from the one to the other",
+                config.min_lr,
+                config.lr
+            );
         }
         Ok(config)
     }
@@ -279,6 +297,31 @@ impl Cli {
             }
         }
     }
+}
+
+/// The presets side by side, for `--help`.
+fn preset_table() -> String {
+    let mut table = format!(
+        "Presets:\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
+        "", "layers", "heads", "width", "context", "batch", "accumulation", "lr", "steps"
+    );
+    for preset in Preset::value_variants() {
+        let name = preset.to_possible_value().expect("no preset is hidden");
+        let config = Config::preset(*preset);
+        table += &format!(
+            "\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
+            name.get_name(),
+            config.num_layers,
+            config.num_heads,
+            config.embed_dim,
+            config.context,
+            config.batch,
+            config.accumulation,
+            config.lr,
+            config.steps
+        );
+    }
+    table
 }
 
 /// A run may be resumed from another folder, so its text is remembered by its whole path.

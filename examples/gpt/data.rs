@@ -70,11 +70,8 @@ pub fn repository_files(root: &Path) -> Result<BTreeSet<PathBuf>> {
         _ => String::new(),
     };
     // A tracked file may have been deleted in the working tree.
-    let files: BTreeSet<PathBuf> = tracked
-        .split('\0')
-        .map(PathBuf::from)
-        .filter(|path| is_text(path) && root.join(path).is_file())
-        .collect();
+    let files: BTreeSet<PathBuf> =
+        tracked.split('\0').map(PathBuf::from).filter(|path| is_text(path) && root.join(path).is_file()).collect();
     if !files.is_empty() {
         return Ok(files);
     }

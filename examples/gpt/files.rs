@@ -1,6 +1,6 @@
 //! The files of a run: its folder, and writes that either happen whole or not at all.
 
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{anyhow, bail, Result};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -40,7 +40,9 @@ pub fn newest_run(runs: &Path, name: &str) -> Result<PathBuf> {
         .rev()
         .map(|number| runs.join(format!("{number:04}")))
         .find(|dir| dir.join(name).is_file())
-        .ok_or_else(|| anyhow!("no run with a checkpoint in {}; train one first, or name it with --checkpoint", runs.display()))
+        .ok_or_else(|| {
+            anyhow!("no run with a checkpoint in {}; train one first, or name it with --checkpoint", runs.display())
+        })
 }
 
 fn last_number(runs: &Path) -> usize {
@@ -74,27 +76,33 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    pub fn create(path: &Path) -> Result<Self> {
+    pub fn create(path: &Path) -> io::Result<Self> {
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(".tmp");
         let temporary = PathBuf::from(temporary);
-        let file = File::create(&temporary).with_context(|| format!("cannot create {}", temporary.display()))?;
-        Ok(Self { path: path.to_owned(), temporary, file: BufWriter::new(file) })
+        let file = BufWriter::new(File::create(&temporary)?);
+        Ok(Self { path: path.to_owned(), temporary, file })
     }
 
-    pub fn commit(self) -> Result<()> {
-        let Self { path, temporary, file } = self;
-        let committed = (|| {
-            file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-            #[cfg(test)]
-            crate::tests::abort_at("before the rename of", &path);
-            fs::rename(&temporary, &path)?;
-            #[cfg(test)]
-            crate::tests::abort_at("after the rename of", &path);
-            sync_folder(&path)
-        })();
-        committed.with_context(|| format!("cannot write {}", path.display()))
+    pub fn commit(self) -> io::Result<()> {
+        self.file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+        #[cfg(test)]
+        crate::tests::abort_at("before the rename of", &self.path);
+        fs::rename(&self.temporary, &self.path)?;
+        #[cfg(test)]
+        crate::tests::abort_at("after the rename of", &self.path);
+        sync_folder(&self.path)
     }
+}
+
+/// Puts `bytes` under `path`, whole or not at all.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    AtomicFile::create(path)
+        .and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.commit()
+        })
+        .map_err(|error| anyhow!("cannot write {}: {error}", path.display()))
 }
 
 impl Write for AtomicFile {

@@ -1,7 +1,7 @@
 //! metrics.csv: one row per step, in the order of the steps, without gaps.
 
-use crate::files::AtomicFile;
-use anyhow::{anyhow, bail, Context, Result};
+use crate::files::write_atomically;
+use anyhow::{anyhow, bail, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ pub struct Row {
     pub tokens_per_s: u64,
 }
 
-const COLUMNS: &str = "step,train_loss,val_loss,lr,grad_norm,tokens_per_s";
+const COLUMNS: [&str; 6] = ["step", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s"];
 
 pub struct Metrics {
     path: PathBuf,
@@ -53,32 +53,34 @@ impl Metrics {
         Self::rewrite(path, rows)
     }
 
-    /// The last row that is in the file may have been cut by the end of the process, so rows are not appended to what
-    /// is there: the file is written anew.
+    /// The last row in the file may have been cut when the process ended, so rows are not appended to what is there:
+    /// the file is written anew.
     fn rewrite(path: PathBuf, rows: Vec<Row>) -> Result<Self> {
-        let mut whole = csv::WriterBuilder::new().has_headers(false).from_writer(AtomicFile::create(&path)?);
-        whole.write_record(COLUMNS.split(','))?;
+        let mut table = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
+        table.write_record(COLUMNS)?;
         for row in &rows {
-            whole.serialize(row)?;
+            table.serialize(row)?;
         }
-        whole.into_inner().map_err(|error| anyhow!("cannot write {}: {}", path.display(), error.error()))?.commit()?;
-        let file = OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("cannot append to {}", path.display()))?;
+        write_atomically(&path, &table.into_inner().expect("a Vec takes all bytes"))?;
+        let file = OpenOptions::new().append(true).open(&path);
+        let file = file.map_err(|error| anyhow!("cannot append to {}: {error}", path.display()))?;
         Ok(Self { path, rows, writer: csv::WriterBuilder::new().has_headers(false).from_writer(file) })
     }
 
     pub fn push(&mut self, row: Row) -> Result<()> {
         self.writer.serialize(&row)?;
-        self.writer.flush().with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.writer.flush().map_err(|error| self.failed(error))?;
         self.rows.push(row);
         Ok(())
     }
 
     /// Puts the rows on the disk. A checkpoint relies on the rows before it.
-    pub fn sync(&mut self) -> Result<()> {
-        self.writer.get_ref().sync_all().with_context(|| format!("cannot write {}", self.path.display()))
+    pub fn sync(&self) -> Result<()> {
+        self.writer.get_ref().sync_all().map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, error: std::io::Error) -> anyhow::Error {
+        anyhow!("cannot write {}: {error}", self.path.display())
     }
 
     pub fn rows(&self) -> &[Row] {
@@ -91,9 +93,15 @@ pub fn read(path: &Path, limit: usize) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
     let mut rows: Vec<Row> = Vec::new();
     for row in csv::Reader::from_reader(text.as_bytes()).into_deserialize().take(limit) {
-        let row: Row = row.map_err(|error| anyhow!("{} is damaged: {error}; restore it from a copy", path.display()))?;
+        let row: Row =
+            row.map_err(|error| anyhow!("{} is damaged: {error}; restore it from a copy", path.display()))?;
         if row.step != rows.len() + 1 {
-            bail!("{} is damaged: step {} follows step {}; restore it from a copy", path.display(), row.step, rows.len());
+            bail!(
+                "{} is damaged: step {} follows step {}; restore it from a copy",
+                path.display(),
+                row.step,
+                rows.len()
+            );
         }
         rows.push(row);
     }

@@ -23,7 +23,8 @@ pub struct AdamW {
 
 impl AdamW {
     pub fn new(parameters: &Parameters) -> Result<Self> {
-        let zeros = || parameters.iter().map(|(name, var)| Ok((name.clone(), var.zeros_like()?))).collect::<Result<_>>();
+        let zeros =
+            || parameters.iter().map(|(name, var)| Ok((name.clone(), var.zeros_like()?))).collect::<Result<_>>();
         Ok(Self { m: zeros()?, v: zeros()? })
     }
 

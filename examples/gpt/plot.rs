@@ -2,11 +2,10 @@
 //!
 //! No background, and colours of middle lightness: it reads on a white page and on a dark one.
 
-use crate::files::AtomicFile;
+use crate::files::write_atomically;
 use crate::metrics::Row;
 use anyhow::{anyhow, Result};
 use plotters::prelude::*;
-use std::io::Write;
 use std::path::Path;
 
 pub const FILE_NAME: &str = "loss.svg";
@@ -22,9 +21,7 @@ const MAX_POINTS: usize = 400;
 pub fn save(dir: &Path, rows: &[Row]) -> Result<()> {
     let mut svg = String::new();
     draw(&mut svg, rows).map_err(|error| anyhow!("cannot draw {FILE_NAME}: {error}"))?;
-    let mut file = AtomicFile::create(&dir.join(FILE_NAME))?;
-    file.write_all(svg.as_bytes())?;
-    file.commit()
+    write_atomically(&dir.join(FILE_NAME), svg.as_bytes())
 }
 
 fn draw(svg: &mut String, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>> {
@@ -65,12 +62,7 @@ fn draw(svg: &mut String, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>
             .legend(key(HELD_OUT));
         chart.draw_series(held_out.iter().map(|&point| Circle::new(point, 3, HELD_OUT.filled())))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font(text)
-        .margin(12)
-        .draw()?;
+    chart.configure_series_labels().position(SeriesLabelPosition::UpperRight).label_font(text).margin(12).draw()?;
     area.present()?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Progress on a terminal as a bar, elsewhere as plain lines.
 
+use crate::metrics::Row;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{stderr, IsTerminal};
 use std::time::{Duration, Instant};
@@ -17,8 +18,10 @@ pub struct Progress {
 
 impl Progress {
     pub fn new(done: usize, steps: usize) -> Self {
-        let bar = stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
+        // Tests on a terminal keep their output clean.
+        let bar = (stderr().is_terminal() && !cfg!(test)).then(|| {
+            let style =
+                ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
             let bar = ProgressBar::new(steps as u64).with_style(style).with_position(done as u64);
             bar.reset_eta();
             bar
@@ -26,8 +29,9 @@ impl Progress {
         Self { first: done, steps, started: Instant::now(), bar, last_line: None }
     }
 
-    /// After each step.
-    pub fn step(&mut self, step: usize, train_loss: f32, tokens_per_s: u64) {
+    /// After each step; a step that was evaluated leaves a line in any case.
+    pub fn step(&mut self, row: &Row) {
+        let Row { step, train_loss, tokens_per_s, .. } = *row;
         let message = format!("loss {train_loss:.3}  {tokens_per_s} tokens/s");
         match &self.bar {
             Some(bar) => {
@@ -37,18 +41,20 @@ impl Progress {
             None if self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES) => {
                 let per_step = self.started.elapsed() / (step - self.first) as u32;
                 let eta = per_step * (self.steps - step) as u32;
-                println!("step {step}/{}  {message}  ETA {}", self.steps, clock(eta));
+                println!("step {step:>5}/{}  {message}  ETA {}", self.steps, clock(eta));
                 self.last_line = Some(Instant::now());
             }
             None => {}
         }
-    }
-
-    /// A line of the log, above the bar if there is one.
-    pub fn line(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| println!("{line}")),
-            None => println!("{line}"),
+        if let Some(val_loss) = row.val_loss {
+            let line = format!(
+                "step {step:>5}/{}  loss {train_loss:.3}  held-out {val_loss:.3}  lr {:.1e}  gradient {:.2}",
+                self.steps, row.lr, row.grad_norm
+            );
+            match &self.bar {
+                Some(bar) => bar.suspend(|| println!("{line}")),
+                None => println!("{line}"),
+            }
         }
     }
 

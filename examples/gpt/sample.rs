@@ -1,7 +1,7 @@
 //! What a trained model is for: text drawn from it, and its loss on a text.
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::AttentionKind;
+use crate::config::{AttentionKind, Precision};
 use crate::data::{window_starts, Corpus, Text};
 use crate::model::Gpt;
 use crate::rng::Rng;
@@ -70,6 +70,9 @@ impl Trained {
         let Checkpoint { state, parameters, .. } = checkpoint::load(&checkpoint::locate(path)?, device)?;
         let mut config = state.config;
         config.attention = attention.unwrap_or(config.attention);
+        if device.is_cpu() {
+            config.precision = Precision::F32; // Candle's CPU has no bf16 matrix product; the weights are f32 anyway
+        }
         Ok(Self {
             tokenizer: Tokenizer::new(config.tokenizer),
             model: Gpt::frozen(&config, &parameters),
