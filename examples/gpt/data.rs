@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -70,8 +71,10 @@ pub fn repository_files(root: &Path) -> Result<BTreeSet<PathBuf>> {
         _ => String::new(),
     };
     // A tracked file may have been deleted in the working tree.
-    let files: BTreeSet<PathBuf> =
-        tracked.split('\0').map(PathBuf::from).filter(|path| is_text(path) && root.join(path).is_file()).collect();
+    let is_ours = |path: &PathBuf| {
+        is_text(path) && root.join(path).is_file() && !path.parent().is_some_and(|folder| folder.iter().any(is_ignored))
+    };
+    let files: BTreeSet<PathBuf> = tracked.split('\0').map(PathBuf::from).filter(is_ours).collect();
     if !files.is_empty() {
         return Ok(files);
     }
@@ -86,7 +89,7 @@ fn walk(root: &Path, folder: &Path, files: &mut BTreeSet<PathBuf>) -> std::io::R
         let entry = entry?;
         let path = folder.join(entry.file_name());
         let kind = entry.file_type()?;
-        if kind.is_dir() && !is_ignored(&entry.file_name().to_string_lossy()) {
+        if kind.is_dir() && !is_ignored(&entry.file_name()) {
             walk(root, &path, files)?;
         } else if kind.is_file() && is_text(&path) {
             files.insert(path);
@@ -100,8 +103,8 @@ fn is_text(path: &Path) -> bool {
 }
 
 /// Folders without sources of ours: what cargo builds, what runs write, and hidden ones.
-fn is_ignored(folder: &str) -> bool {
-    folder.starts_with('.') || folder == "target" || folder == "runs"
+fn is_ignored(folder: &OsStr) -> bool {
+    folder.as_encoded_bytes().starts_with(b".") || folder == "target" || folder == "runs"
 }
 
 /// A text in tokens, split.

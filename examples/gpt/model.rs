@@ -161,8 +161,25 @@ impl Gpt {
         self.wte.device()
     }
 
+    /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
+    pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        Ok(candle_nn::loss::cross_entropy(&self.forward(tokens)?, &targets.flatten_all()?)?)
+    }
+
+    /// Logits of the token that follows `tokens`, as many as the vocabulary has.
+    pub fn next_token(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let x = self.hidden(&Tensor::new(tokens, self.device())?.unsqueeze(0)?)?; // (seqlen, embed_dim)
+        let last = x.narrow(0, tokens.len() - 1, 1)?; // (1, embed_dim)
+        Ok(self.logits(&last)?.squeeze(0)?.to_vec1()?)
+    }
+
     /// Logits of the next token at every position: u32 tokens (batch, seqlen) -> f32 (batch * seqlen, vocab_size).
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        Ok(self.logits(&self.hidden(tokens)?)?)
+    }
+
+    /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch * seqlen, embed_dim).
+    fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
         let dtype = self.config.precision.dtype();
 
@@ -175,14 +192,13 @@ impl Gpt {
             x = (&x + self.attention(block, &block.ln_1.forward(&x)?, batch, seqlen)?)?;
             x = (&x + Self::mlp(block, &block.ln_2.forward(&x)?)?)?;
         }
-
-        let head = self.wte.to_dtype(dtype)?.t()?; // (embed_dim, vocab_size)
-        Ok(self.ln_f.forward(&x)?.matmul(&head)?.to_dtype(DType::F32)?)
+        Ok(x)
     }
 
-    /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
-    pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        Ok(candle_nn::loss::cross_entropy(&self.forward(tokens)?, &targets.flatten_all()?)?)
+    /// (n, embed_dim) -> f32 (n, vocab_size)
+    fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let head = self.wte.to_dtype(x.dtype())?.t()?; // (embed_dim, vocab_size)
+        self.ln_f.forward(x)?.matmul(&head)?.to_dtype(DType::F32)
     }
 
     /// Causal self-attention: (batch * seqlen, embed_dim) -> (batch * seqlen, embed_dim).

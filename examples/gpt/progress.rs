@@ -29,33 +29,29 @@ impl Progress {
         Self { first: done, steps, started: Instant::now(), bar, last_line: None }
     }
 
-    /// After each step; a step that was evaluated leaves a line in any case.
+    /// After each step. A line is left when the step was evaluated, and without a terminal every few seconds.
     pub fn step(&mut self, row: &Row) {
-        let Row { step, train_loss, tokens_per_s, .. } = *row;
-        let message = format!("loss {train_loss:.3}  {tokens_per_s} tokens/s");
+        let Row { step, train_loss, lr, tokens_per_s, .. } = *row;
+        if let Some(bar) = &self.bar {
+            bar.set_position(step as u64);
+            bar.set_message(format!("loss {train_loss:.3}  {tokens_per_s} tokens/s"));
+        }
+        let due = self.bar.is_none() && self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES);
+        if row.val_loss.is_none() && !due {
+            return;
+        }
+        let held_out = row.val_loss.map(|loss| format!("  held-out {loss:.3}")).unwrap_or_default();
+        let per_step = self.started.elapsed() / (step - self.first) as u32;
+        let eta = clock(per_step * (self.steps - step) as u32);
+        let line = format!(
+            "step {step:>5}/{}  loss {train_loss:.3}{held_out:16}  lr {lr:.1e}  {tokens_per_s} tokens/s  ETA {eta}",
+            self.steps
+        );
         match &self.bar {
-            Some(bar) => {
-                bar.set_message(message);
-                bar.set_position(step as u64);
-            }
-            None if self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES) => {
-                let per_step = self.started.elapsed() / (step - self.first) as u32;
-                let eta = per_step * (self.steps - step) as u32;
-                println!("step {step:>5}/{}  {message}  ETA {}", self.steps, clock(eta));
-                self.last_line = Some(Instant::now());
-            }
-            None => {}
+            Some(bar) => bar.suspend(|| println!("{line}")),
+            None => println!("{line}"),
         }
-        if let Some(val_loss) = row.val_loss {
-            let line = format!(
-                "step {step:>5}/{}  loss {train_loss:.3}  held-out {val_loss:.3}  lr {:.1e}  gradient {:.2}",
-                self.steps, row.lr, row.grad_norm
-            );
-            match &self.bar {
-                Some(bar) => bar.suspend(|| println!("{line}")),
-                None => println!("{line}"),
-            }
-        }
+        self.last_line = Some(Instant::now());
     }
 
     pub fn finish(&self) {

@@ -8,7 +8,7 @@ use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use crate::train::mean_loss;
 use anyhow::{bail, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use std::path::Path;
 
 #[derive(Clone, Debug)]
@@ -30,9 +30,7 @@ pub fn generate(model: &Gpt, prompt: &[u32], sampling: &Sampling, rng: &mut Rng)
     for _ in 0..sampling.tokens {
         // Positions are learned up to `context`: older tokens are out of sight.
         let seen = &tokens[tokens.len().saturating_sub(model.config().context)..];
-        let logits = model.forward(&Tensor::new(seen, model.device())?.unsqueeze(0)?)?; // (seqlen, vocab_size)
-        let next = logits.get(seen.len() - 1)?.to_vec1::<f32>()?; // (vocab_size)
-        tokens.push(draw(&next, sampling, rng));
+        tokens.push(draw(&model.next_token(seen)?, sampling, rng));
     }
     Ok(tokens.split_off(prompt.len()))
 }
@@ -105,17 +103,27 @@ impl Trained {
                 &text.sha256[..12],
             );
         }
-        let corpus = Corpus::new(text, &self.tokenizer, config.context)?;
-        let (part, tokens) = match same {
-            true => ("the held-out part of ", corpus.held_out),
-            false => ("", [corpus.train, corpus.held_out].concat()),
+        let (name, tokens) = if same {
+            let corpus = Corpus::new(text, &self.tokenizer, config.context)?;
+            (format!("the held-out part of {}", corpus.name), corpus.held_out)
+        } else {
+            let tokens = self.tokenizer.encode(&text.bytes, &text.name)?;
+            (text.name, tokens)
         };
+        if tokens.len() <= config.context {
+            bail!(
+                "{name} is too short for the model's context {}: it has {} tokens and needs {}; give a longer text",
+                config.context,
+                tokens.len(),
+                config.context + 1
+            );
+        }
         let starts = window_starts(tokens.len(), config.context, 0);
         let loss = f64::from(mean_loss(&self.model, &tokens, &starts)?);
         // A token may stand for several bytes; bits per byte compares models of different vocabularies.
         let bytes_per_token = self.tokenizer.decode(&tokens)?.len() as f64 / tokens.len() as f64;
         Ok(Evaluation {
-            text: format!("{part}{}", corpus.name),
+            text: name,
             tokens: starts.len() * config.context,
             loss,
             bits_per_byte: loss / std::f64::consts::LN_2 / bytes_per_token,

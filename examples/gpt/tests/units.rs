@@ -195,9 +195,16 @@ fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
 fn the_repository_is_the_default_text() -> Result<()> {
     let room = Room::new();
     let root = room.path("repository");
-    for name in
-        ["README.md", "src/lib.rs", "cuda/fwd.cu", "cuda/core/mask.cuh", "notes.txt", "target/a.rs", "runs/b.md"]
-    {
+    for name in [
+        "README.md",
+        "src/lib.rs",
+        "cuda/fwd.cu",
+        "cuda/core/mask.cuh",
+        "notes.txt",
+        "target/a.rs",
+        "runs/b.md",
+        ".hidden/c.md",
+    ] {
         let path = root.join(name);
         fs::create_dir_all(path.parent().unwrap())?;
         fs::write(path, name)?;
@@ -208,7 +215,7 @@ fn the_repository_is_the_default_text() -> Result<()> {
 
     let git = |args: &[&str]| std::process::Command::new("git").arg("-C").arg(&root).args(args).output();
     if git(&["init", "-q"]).is_ok_and(|output| output.status.success()) {
-        git(&["add", "README.md", "src/lib.rs", "cuda", "notes.txt"])?;
+        git(&["add", "README.md", "src/lib.rs", "cuda", "notes.txt", ".hidden"])?;
         fs::write(root.join("untracked.rs"), "untracked")?;
         assert_eq!(repository_files(&root)?, expected);
         fs::remove_file(root.join("src/lib.rs"))?; // tracked still, but gone
@@ -369,6 +376,15 @@ fn a_trained_model_writes_and_is_measured() -> Result<()> {
     let other = trained.evaluate(Some(&room.path("other.txt")))?;
     assert_eq!(other.tokens, 31 * 32, "all of another text");
     assert!(other.loss > held_out.loss);
+    fs::write(room.path("short.txt"), story(32))?;
+    let short = room.path("short.txt");
+    assert_eq!(
+        trained.evaluate(Some(&short)).err().unwrap().to_string(),
+        format!(
+            "{} is too short for the model's context 32: it has 32 tokens and needs 33; give a longer text",
+            short.display()
+        )
+    );
     Ok(())
 }
 
