@@ -257,25 +257,25 @@ impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
             // Lane l of the visible part is key seen.start + l of the tile.
             let distance = seen.start as isize - (self.mask.distance() + row as isize);
             let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
-            let lse_log2 = lse * A::LOG2_E;
             if self.scoring.softcap_log2.is_some() {
                 let derivative = &mut self.derivative[..seen.len()];
                 self.scoring.apply_keeping_derivative(p, derivative, distance);
-                gradients(p, ds, lse_log2, delta);
+                gradients(p, ds, lse, delta);
                 ds.iter_mut().zip(derivative).for_each(|(ds, derivative)| *ds *= *derivative);
             } else {
                 self.scoring.apply(p, distance);
-                gradients(p, ds, lse_log2, delta);
+                gradients(p, ds, lse, delta);
             }
         }
     }
 }
 
-/// Of one query: `p = exp2(score - lse)` and `ds = p * (dp - delta)`, in place of score and dp.
+/// Of one query: `p = exp2(score - lse * log2 e)` and `ds = p * (dp - delta)`, in place of score and dp.
 #[inline(always)]
-fn gradients<A: Real>(p: &mut [A], ds: &mut [A], lse_log2: A, delta: A) {
+fn gradients<A: Real>(p: &mut [A], ds: &mut [A], lse: A, delta: A) {
     for (p, ds) in p.iter_mut().zip(ds) {
-        *p = (*p - lse_log2).exp2();
+        // One rounding for the change of base and the difference: lse may be large against the difference.
+        *p = lse.mul_add(-A::LOG2_E, *p).exp2();
         *ds = *p * (*ds - delta);
     }
 }
