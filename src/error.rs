@@ -14,7 +14,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A tensor has another number of axes than its layout asks for.
-    #[error("{tensor}: expected {} axes {axes}, got {} in shape {shape:?}", axis_count(axes), shape.len())]
+    #[error("{tensor}: expected {axes}, got {} axes in shape {shape:?}; {}", shape.len(), way_to_rank(axes))]
     Rank {
         /// Name of the tensor.
         tensor: &'static str,
@@ -24,7 +24,7 @@ pub enum Error {
         shape: Vec<usize>,
     },
     /// One axis disagrees with the same axis of another tensor.
-    #[error("{tensor}: {axis} is {got}, but {other} has {expected}; shape {shape:?}")]
+    #[error("{tensor}: {axis} must be {expected} as in {other}, got {got} in shape {shape:?}")]
     Axis {
         /// Name of the tensor.
         tensor: &'static str,
@@ -70,7 +70,7 @@ pub enum Error {
         expected: DeviceLocation,
     },
     /// The query heads cannot be shared out evenly over the key heads.
-    #[error("num_heads {num_heads} of q is not a multiple of num_heads_k {num_heads_k} of k and v")]
+    #[error("num_heads {num_heads} of q is not a multiple of num_heads_k {num_heads_k} of k and v; each key head serves equally many query heads")]
     HeadGroups {
         /// Heads of q.
         num_heads: usize,
@@ -78,7 +78,7 @@ pub enum Error {
         num_heads_k: usize,
     },
     /// The head dimension is outside the supported range.
-    #[error("head_dim {head_dim} is not supported (supported: 1 to {max}); split or pad the heads")]
+    #[error("head_dim {head_dim} is not supported (supported: 1 to {max}); choose num_heads so that it is")]
     HeadDim {
         /// Size of the last axis of q.
         head_dim: usize,
@@ -126,17 +126,19 @@ pub enum Error {
         operation: &'static str,
     },
     /// Cumulative lengths that do not describe a packed batch.
-    #[error("{name}: {rule}, got {got}")]
+    #[error("cu_seqlens: {rule}, got {got}; {way_out}")]
     CuSeqlens {
-        /// Name of the value.
-        name: &'static str,
         /// The rule that is broken.
         rule: &'static str,
         /// The values that break it.
         got: String,
+        /// What to do.
+        way_out: &'static str,
     },
     /// The two sides of a packed call hold different numbers of sequences.
-    #[error("cu_seqlens_k holds {batch_k} sequences, but cu_seqlens_q holds {batch_q}")]
+    #[error(
+        "cu_seqlens_k must describe as many sequences as cu_seqlens_q: {batch_q}, got {batch_k}; lengths of 0 count"
+    )]
     PackedBatch {
         /// Sequences of q.
         batch_q: usize,
@@ -144,7 +146,7 @@ pub enum Error {
         batch_k: usize,
     },
     /// The cumulative lengths end at another row than the packed tensor.
-    #[error("{cu_seqlens} ends at {end}, but {tensor} has {rows} rows in shape {shape:?}")]
+    #[error("{cu_seqlens} must end at the number of rows of {tensor}: {rows} in shape {shape:?}, got {end}")]
     PackedRows {
         /// Name of the lengths.
         cu_seqlens: &'static str,
@@ -157,6 +159,16 @@ pub enum Error {
         /// Its shape.
         shape: Vec<usize>,
     },
+    /// A batch padded to less than its longest sequence.
+    #[error("padded: seqlen must be at least the longest length {longest}, got {got} in shape {shape:?}")]
+    PaddedSeqlen {
+        /// The longest length.
+        longest: usize,
+        /// The size of axis 1.
+        got: usize,
+        /// The whole shape.
+        shape: Vec<usize>,
+    },
     /// No kernel was built for this kind of device.
     #[error("no {dtype:?} attention kernel for {device:?} (built: CPU); move q, k and v with to_device(&Device::Cpu)")]
     NoKernel {
@@ -166,7 +178,7 @@ pub enum Error {
         device: DeviceLocation,
     },
     /// The backward ran on an operator whose forward never did.
-    #[error("flash_attention: backward found no lse, the forward of this operator did not run")]
+    #[error("flash_attention: backward found no lse; run the forward of this operator first")]
     NoForward,
     /// A size of a layer that is 0.
     #[error("{name} is 0; a layer needs at least 1")]
@@ -325,7 +337,13 @@ impl From<Error> for candle_core::Error {
     }
 }
 
-/// Counts the axes in a description such as `(batch, seqlen, num_heads, head_dim)`.
-fn axis_count(axes: &str) -> usize {
-    axes.split(',').count()
+/// What to do about a tensor that lacks the axes in a description such as `(batch, seqlen, num_heads, head_dim)`.
+fn way_to_rank(axes: &str) -> &'static str {
+    if axes.starts_with("(batch, ") {
+        "add the missing ones, or use the packed call for sequences laid end to end"
+    } else if axes.starts_with("(total") {
+        "use the call for padded batches if this is one"
+    } else {
+        "flatten it"
+    }
 }

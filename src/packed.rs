@@ -37,7 +37,8 @@ impl CuSeqlens {
     /// [`Error::CuSeqlens`] if the values are empty, do not start at 0, or fall; an error of Candle if the copy to
     /// `device` fails.
     pub fn new(offsets: &[u32], device: &Device) -> Result<Self> {
-        let refuse = |rule, got: String| Err(Error::CuSeqlens { name: "cu_seqlens", rule, got });
+        let way_out = "CuSeqlens::from_lengths takes plain lengths";
+        let refuse = |rule, got: String| Err(Error::CuSeqlens { rule, got, way_out });
         match offsets.first() {
             None => return refuse("must hold at least the leading 0", "no entries".into()),
             Some(0) => {}
@@ -57,18 +58,17 @@ impl CuSeqlens {
     /// [`Error::CuSeqlens`] if the lengths add up to more than `u32::MAX`; an error of Candle if the copy to `device`
     /// fails.
     pub fn from_lengths(lengths: &[usize], device: &Device) -> Result<Self> {
-        let mut offsets = Vec::with_capacity(lengths.len() + 1);
-        offsets.push(0u32);
-        let mut total = 0usize;
-        for &length in lengths {
-            total = total.saturating_add(length);
-            let offset = u32::try_from(total).map_err(|_| Error::CuSeqlens {
-                name: "cu_seqlens",
-                rule: "must not pass 4294967295 rows",
-                got: total.to_string(),
-            })?;
-            offsets.push(offset);
+        let total: u128 = lengths.iter().map(|&length| length as u128).sum();
+        if total > u128::from(u32::MAX) {
+            let (rule, way_out) = ("must not pass 4294967295 rows", "split the batch");
+            return Err(Error::CuSeqlens { rule, got: total.to_string(), way_out });
         }
+        let mut end = 0;
+        let ends = lengths.iter().map(|&length| {
+            end += length as u32;
+            end
+        });
+        let offsets: Vec<u32> = std::iter::once(0).chain(ends).collect();
         Self::new(&offsets, device)
     }
 
@@ -115,7 +115,7 @@ impl CuSeqlens {
     /// flow back to the rows that were kept.
     ///
     /// # Errors
-    /// [`Error::Axis`] if the batch differs or `seqlen` is shorter than the longest length.
+    /// [`Error::Axis`] if the batch differs, [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length.
     pub fn unpad(&self, padded: &Tensor) -> Result<Tensor> {
         let shape = padded.dims().to_vec();
         let &[batch, seqlen, ..] = shape.as_slice() else {
@@ -126,8 +126,7 @@ impl CuSeqlens {
             return Err(Error::Axis { tensor: "padded", axis, got: batch, other, expected, shape });
         }
         if seqlen < self.max_seqlen {
-            let (axis, other, expected) = ("seqlen", "the longest sequence", self.max_seqlen);
-            return Err(Error::Axis { tensor: "padded", axis, got: seqlen, other, expected, shape });
+            return Err(Error::PaddedSeqlen { longest: self.max_seqlen, got: seqlen, shape });
         }
         let rows = self.padded_rows(seqlen, padded.device())?;
         Ok(padded.flatten(0, 1)?.contiguous()?.index_select(&rows, 0)?)

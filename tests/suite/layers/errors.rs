@@ -40,7 +40,10 @@ fn configurations() -> Result<()> {
     refused(untracked(&config(64, 4).num_heads_k(0)), "num_heads_k is 0; a layer needs at least 1");
     refused(untracked(&config(64, 4).head_dim(0)), "head_dim is 0; a layer needs at least 1");
     refused(untracked(&config(100, 3)), "embed_dim 100 is not a multiple of num_heads 3; set head_dim");
-    refused(untracked(&config(64, 8).num_heads_k(3)), "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v");
+    refused(
+        untracked(&config(64, 8).num_heads_k(3)),
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads",
+    );
     refused(
         untracked(&config(64, 4).projections(Projections::gpt2()).q_bias(true).v_bias(true)),
         "q_bias true, k_bias false, v_bias true differ, but a fused projection has one bias for all three; use \
@@ -105,7 +108,7 @@ fn rotary() -> Result<()> {
     let rotary = new(RotaryConfig::new(8, 16).layout(RotaryLayout::Interleaved))?;
     refused(
         rotary.apply(&zeros((2, 3, 8))?, 0),
-        "xs: expected 4 axes (batch, seqlen, num_heads, head_dim), got 3 in shape [2, 3, 8]",
+        "xs: expected (batch, seqlen, num_heads, head_dim), got 3 axes in shape [2, 3, 8]; add the missing ones, or use the packed call for sequences laid end to end",
     );
     refused(
         rotary.apply(&zeros((1, 3, 2, 6))?, 0),
@@ -126,11 +129,11 @@ fn rotary() -> Result<()> {
     );
     refused(
         rotary.apply_packed(&zeros((20, 2, 8))?, &cu_seqlens),
-        "cu_seqlens ends at 19, but xs has 20 rows in shape [20, 2, 8]",
+        "cu_seqlens must end at the number of rows of xs: 20 in shape [20, 2, 8], got 19",
     );
     refused(
         rotary.apply_packed(&zeros((19, 8))?, &cu_seqlens),
-        "xs: expected 3 axes (total, num_heads, head_dim), got 2 in shape [19, 8]",
+        "xs: expected (total, num_heads, head_dim), got 2 axes in shape [19, 8]; use the call for padded batches if this is one",
     );
     Ok(())
 }
@@ -139,8 +142,8 @@ fn rotary() -> Result<()> {
 fn inputs() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
     let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal).rotary(&rotary))?;
-    refused(layer.forward(&zeros((5, 64))?), "xs: expected 3 axes (batch, seqlen, embed_dim), got 2 in shape [5, 64]");
-    refused(layer.forward(&zeros((2, 5, 63))?), "xs: embed_dim is 63, but the layer has 64; shape [2, 5, 63]");
+    refused(layer.forward(&zeros((5, 64))?), "xs: expected (batch, seqlen, embed_dim), got 2 axes in shape [5, 64]; add the missing ones, or use the packed call for sequences laid end to end");
+    refused(layer.forward(&zeros((2, 5, 63))?), "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
     refused(
         layer.forward(&zeros((2, 5, 64))?.to_dtype(DType::F16)?),
         "xs: dtype F16 differs from the weights' F32; convert with to_dtype",
@@ -151,16 +154,16 @@ fn inputs() -> Result<()> {
     refused(layer.forward_packed(&zeros((12, 64))?, &cu_seqlens), too_long);
     refused(
         layer.forward_packed(&zeros((11, 64))?, &cu_seqlens),
-        "cu_seqlens ends at 12, but xs has 11 rows in shape [11, 64]",
+        "cu_seqlens must end at the number of rows of xs: 11 in shape [11, 64], got 12",
     );
     refused(
         layer.forward_packed(&zeros((1, 12, 64))?, &cu_seqlens),
-        "xs: expected 2 axes (total, embed_dim), got 3 in shape [1, 12, 64]",
+        "xs: expected (total, embed_dim), got 3 axes in shape [1, 12, 64]; use the call for padded batches if this is one",
     );
     // Candle's own trait gives the same text.
     let module: &dyn candle_core::Module = &layer;
     let text = module.forward(&zeros((2, 5, 63))?).expect_err("63 is not 64").to_string();
-    assert_eq!(text, "xs: embed_dim is 63, but the layer has 64; shape [2, 5, 63]");
+    assert_eq!(text, "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
     Ok(())
 }
 

@@ -1,0 +1,316 @@
+//! The cases of `benches/cases.toml`: what is measured, and the targets that the results are held against.
+
+use std::ops::Range;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::DType;
+use serde::{Deserialize, Deserializer};
+
+use crate::peers::Peer;
+
+/// All of `benches/cases.toml`, which explains every field.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cases {
+    #[serde(rename = "case")]
+    pub cases: Vec<Case>,
+    #[serde(rename = "target")]
+    pub targets: Vec<Target>,
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Case {
+    pub name: String,
+    pub why: String,
+    #[serde(default = "one")]
+    pub batch: usize,
+    #[serde(default)]
+    seqlen_q: Option<usize>,
+    #[serde(default)]
+    seqlen_k: Option<usize>,
+    #[serde(default)]
+    pub lengths: Vec<usize>,
+    pub num_heads: usize,
+    #[serde(default)]
+    num_heads_k: Option<usize>,
+    pub head_dim: usize,
+    #[serde(default = "f32_type", deserialize_with = "dtype")]
+    pub dtype: DType,
+    #[serde(default)]
+    pub mask: Mask,
+    #[serde(default = "ours")]
+    pub peers: Vec<Peer>,
+    #[serde(default = "forward_and_both")]
+    pub passes: Vec<Pass>,
+    #[serde(default)]
+    pub threads: Vec<usize>,
+    #[serde(default = "some_rows")]
+    pub checked_rows: usize,
+    #[serde(default)]
+    pub quick: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mask {
+    #[default]
+    None,
+    Causal,
+    Window {
+        left: Option<usize>,
+        right: Option<usize>,
+    },
+}
+
+/// What of a case is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum Pass {
+    #[serde(rename = "fwd")]
+    Forward,
+    /// The backward alone, over a graph that is already there.
+    #[serde(rename = "bwd")]
+    Backward,
+    #[serde(rename = "fwd+bwd")]
+    Both,
+    /// Forward and backward of the operator alone, without the zero that Candle's autograd adds each gradient to.
+    #[serde(rename = "op")]
+    Operator,
+    /// Bytes allocated at the peak of forward and backward.
+    #[serde(rename = "memory")]
+    Memory,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    pub what: String,
+    pub ratio: Option<[String; 2]>,
+    pub gemm_share: Option<String>,
+    pub at_least: Option<f64>,
+    pub at_most: Option<f64>,
+    pub stretch: Option<f64>,
+}
+
+/// One sequence of a case: where its rows begin among all rows of q, and of k and v.
+#[derive(Clone, Copy)]
+pub struct Sequence {
+    pub first_q: usize,
+    pub seqlen_q: usize,
+    pub first_k: usize,
+    pub seqlen_k: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn f32_type() -> DType {
+    DType::F32
+}
+
+fn dtype<'de, D: Deserializer<'de>>(from: D) -> Result<DType, D::Error> {
+    String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+}
+
+fn ours() -> Vec<Peer> {
+    vec![Peer::Ours]
+}
+
+fn forward_and_both() -> Vec<Pass> {
+    vec![Pass::Forward, Pass::Both]
+}
+
+/// Enough to meet every tile of 128 queries at 8k tokens, few enough to cost a second in plain f64 loops at 32k.
+fn some_rows() -> usize {
+    64
+}
+
+impl Cases {
+    /// The cases and targets of `text`.
+    ///
+    /// # Errors
+    /// If it is not TOML of that form, or a case or target makes no sense.
+    pub fn parse(text: &str) -> Result<Self> {
+        let cases: Self = toml::from_str(text)?;
+        for (index, case) in cases.cases.iter().enumerate() {
+            case.validate().with_context(|| format!("case {}", case.name))?;
+            let twice = cases.cases[..index].iter().any(|other| other.name == case.name);
+            ensure!(!twice, "two cases are named {}", case.name);
+        }
+        let rows: Vec<String> = cases.cases.iter().flat_map(Case::rows).collect();
+        for target in &cases.targets {
+            target.validate(&rows).with_context(|| format!("target {}", target.what))?;
+        }
+        Ok(cases)
+    }
+}
+
+impl Case {
+    fn validate(&self) -> Result<()> {
+        let packed = !self.lengths.is_empty();
+        let padded = self.seqlen_q.is_some();
+        ensure!(packed != padded, "give either seqlen_q or lengths");
+        ensure!(!packed || (self.batch == 1 && self.seqlen_k.is_none()), "lengths already say batch and seqlen_k");
+        ensure!(
+            self.num_heads_k() > 0 && self.num_heads.is_multiple_of(self.num_heads_k()),
+            "num_heads {} is not a multiple of num_heads_k {}",
+            self.num_heads,
+            self.num_heads_k()
+        );
+        ensure!(!self.threads.contains(&0), "a pool of 0 threads cannot run anything");
+        for peer in &self.peers {
+            peer.accepts(self).with_context(|| format!("peer {peer}"))?;
+        }
+        ensure!(!self.rows().is_empty(), "no peer computes any of its passes");
+        Ok(())
+    }
+
+    /// The part of the name that cases timed in turns have in common.
+    pub fn family(&self) -> &str {
+        self.name.split('/').next().unwrap_or(&self.name)
+    }
+
+    pub fn num_heads_k(&self) -> usize {
+        self.num_heads_k.unwrap_or(self.num_heads)
+    }
+
+    /// Thread counts to run on; `None` stands for the threads that a user gets.
+    pub fn pools(&self) -> Vec<Option<usize>> {
+        if self.threads.is_empty() {
+            vec![None]
+        } else {
+            self.threads.iter().copied().map(Some).collect()
+        }
+    }
+
+    /// Whether any pass goes through the backward.
+    pub fn has_backward(&self) -> bool {
+        self.passes.iter().any(|&pass| pass != Pass::Forward)
+    }
+
+    /// `seqlen_q` and `seqlen_k`: the padded length, or the longest of the packed ones.
+    pub fn seqlens(&self) -> (usize, usize) {
+        let seqlen_q = self.seqlen_q.or(self.lengths.iter().max().copied()).unwrap_or(0);
+        (seqlen_q, self.seqlen_k.unwrap_or(seqlen_q))
+    }
+
+    pub fn sequences(&self) -> Vec<Sequence> {
+        let (seqlen_q, seqlen_k) = self.seqlens();
+        let padded = || vec![(seqlen_q, seqlen_k); self.batch];
+        let packed = || self.lengths.iter().map(|&length| (length, length)).collect();
+        let pairs: Vec<(usize, usize)> = if self.lengths.is_empty() { padded() } else { packed() };
+        let (mut first_q, mut first_k) = (0, 0);
+        let sequence = |(seqlen_q, seqlen_k)| {
+            let sequence = Sequence { first_q, seqlen_q, first_k, seqlen_k };
+            first_q += seqlen_q;
+            first_k += seqlen_k;
+            sequence
+        };
+        pairs.into_iter().map(sequence).collect()
+    }
+
+    /// The keys of `sequence` that its query `row` sees.
+    pub fn visible_keys(&self, sequence: &Sequence, row: usize) -> Range<usize> {
+        let (left, right) = match self.mask {
+            Mask::None => (None, None),
+            Mask::Causal => (None, Some(0)),
+            Mask::Window { left, right } => (left, right),
+        };
+        let aligned = (row + sequence.seqlen_k) as isize - sequence.seqlen_q as isize;
+        let within = |key: isize| key.clamp(0, sequence.seqlen_k as isize) as usize;
+        let start = left.map_or(0, |left| within(aligned - left as isize));
+        let end = right.map_or(sequence.seqlen_k, |right| within(aligned + right as isize + 1));
+        start..end.max(start)
+    }
+
+    /// Visible pairs of query and key, of one head.
+    pub fn visible_pairs(&self) -> usize {
+        let pairs = |sequence: &Sequence| -> usize {
+            (0..sequence.seqlen_q).map(|row| self.visible_keys(sequence, row).len()).sum()
+        };
+        self.sequences().iter().map(pairs).sum()
+    }
+
+    /// Floating-point operations of `pass`, by the rule that the papers use and the report states.
+    pub fn flop(&self, pass: Pass) -> f64 {
+        let forward = 4.0 * self.head_dim as f64 * self.visible_pairs() as f64 * self.num_heads as f64;
+        match pass {
+            Pass::Forward => forward,
+            Pass::Backward => 2.5 * forward,
+            Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
+        }
+    }
+
+    /// Bytes of q, k, v and o: what a forward reads and writes at the least.
+    pub fn forward_bytes(&self) -> f64 {
+        let (rows_q, rows_k) = self.sequences().iter().fold((0, 0), |(q, k), s| (q + s.seqlen_q, k + s.seqlen_k));
+        let rows = 2 * rows_q * self.num_heads + 2 * rows_k * self.num_heads_k();
+        (rows * self.head_dim * self.dtype.size_in_bytes()) as f64
+    }
+
+    /// Its call in one line, such as `causal f32 d64 b1 h8/2 s2048`.
+    pub fn label(&self) -> String {
+        let mask = match self.mask {
+            Mask::None => "full".into(),
+            Mask::Causal => "causal".into(),
+            Mask::Window { left, right } => {
+                let side = |size: Option<usize>| size.map_or("open".into(), |size| size.to_string());
+                format!("window({},{})", side(left), side(right))
+            }
+        };
+        let (seqlen_q, seqlen_k) = self.seqlens();
+        let slashed = |a: usize, b: usize| if a == b { a.to_string() } else { format!("{a}/{b}") };
+        let heads = slashed(self.num_heads, self.num_heads_k());
+        let (batch, seqlen) = match self.lengths.len() {
+            0 => (format!("b{}", self.batch), format!("s{}", slashed(seqlen_q, seqlen_k))),
+            count => (format!("packed {count}"), format!("s<={seqlen_q}")),
+        };
+        format!("{mask} {} d{} {batch} h{heads} {seqlen}", self.dtype.as_str(), self.head_dim)
+    }
+
+    /// The rows that it gives, named as targets name them.
+    pub fn rows(&self) -> Vec<String> {
+        let mut rows = Vec::new();
+        for &peer in &self.peers {
+            for &pass in self.passes.iter().filter(|&&pass| peer.computes(pass)) {
+                rows.extend(self.pools().into_iter().map(|threads| row_name(&self.name, peer, pass, threads)));
+            }
+        }
+        rows
+    }
+}
+
+/// How a target names a row.
+pub fn row_name(case: &str, peer: Peer, pass: Pass, threads: Option<usize>) -> String {
+    let threads = threads.map_or(String::new(), |threads| format!(" threads={threads}"));
+    format!("{case} {peer} {pass}{threads}")
+}
+
+impl Target {
+    fn validate(&self, rows: &[String]) -> Result<()> {
+        ensure!(self.ratio.is_some() != self.gemm_share.is_some(), "give either ratio or gemm_share");
+        ensure!(self.at_least.is_some() != self.at_most.is_some(), "give either at_least or at_most");
+        for name in self.names() {
+            ensure!(rows.contains(name), "no case gives the row {name:?}");
+        }
+        Ok(())
+    }
+
+    /// The rows that it is computed from.
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.ratio.iter().flatten().chain(&self.gemm_share)
+    }
+}
+
+impl std::fmt::Display for Pass {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.pad(match self {
+            Pass::Forward => "fwd",
+            Pass::Backward => "bwd",
+            Pass::Both => "fwd+bwd",
+            Pass::Operator => "op",
+            Pass::Memory => "memory",
+        })
+    }
+}

@@ -1,0 +1,315 @@
+//! Who computes attention: this crate, and what a user of Candle has without it.
+
+use anyhow::{ensure, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, Var, D};
+use candle_fa2::testing::Call;
+use candle_fa2::{Attention, CuSeqlens};
+use candle_nn::attention::{flash_attn, flash_attn_varlen_cpu, AttnMask};
+use half::f16;
+use serde::Deserialize;
+
+use crate::cases::{Case, Mask, Pass};
+use crate::inputs::Inputs;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Peer {
+    Ours,
+    /// Candle's matmul, mask added, softmax, matmul.
+    Unfused,
+    /// `candle_nn::attention::flash_attn`.
+    CandleFlash,
+}
+
+type Attend = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync>;
+
+/// One peer, ready to compute one case.
+///
+/// Each peer gets its inputs in the layout that suits it best, and its mask ready made: none of that is timed.
+pub struct Contender {
+    q: Var,
+    k: Var,
+    v: Var,
+    /// For the forward alone, where nothing has to be kept for a backward.
+    infer: Attend,
+    /// For a forward that a backward follows.
+    train: Attend,
+    inputs: Axes,
+    outputs: Axes,
+}
+
+/// The order of the axes of a peer's tensors.
+#[derive(Clone, Copy, PartialEq)]
+enum Axes {
+    /// That of [`Inputs`].
+    SeqlenFirst,
+    /// `(batch, heads, seqlen, head_dim)`.
+    HeadsFirst,
+}
+
+impl Axes {
+    /// From the order of [`Inputs`], or back to it.
+    fn swap(self, tensor: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Axes::SeqlenFirst => Ok(tensor.clone()),
+            Axes::HeadsFirst => tensor.transpose(1, 2)?.contiguous(),
+        }
+    }
+}
+
+/// o, and where the case has a backward dq, dk and dv, in the layout of [`Inputs`].
+pub struct Answer {
+    pub o: Tensor,
+    pub grads: Option<[Tensor; 3]>,
+}
+
+impl Peer {
+    pub fn computes(self, pass: Pass) -> bool {
+        match self {
+            Peer::Ours => true,
+            Peer::Unfused => pass != Pass::Operator,
+            Peer::CandleFlash => pass == Pass::Forward,
+        }
+    }
+
+    /// Whether it can run `case` at all.
+    ///
+    /// # Errors
+    /// The reason, if it cannot.
+    pub fn accepts(self, case: &Case) -> Result<()> {
+        let packed = !case.lengths.is_empty();
+        let types: &[DType] = match self {
+            Peer::Ours => &[DType::F64, DType::F32, DType::F16, DType::BF16],
+            Peer::Unfused => &[DType::F64, DType::F32, DType::F16, DType::BF16],
+            Peer::CandleFlash => &[DType::F32, DType::F16],
+        };
+        ensure!(types.contains(&case.dtype), "has no {:?}", case.dtype);
+        ensure!(self != Peer::Unfused || !packed, "has no packed form");
+        let window = matches!(case.mask, Mask::Window { .. });
+        ensure!(self != Peer::CandleFlash || !window, "has no window");
+        Ok(())
+    }
+
+    /// Bytes that it keeps at least, beside its inputs, for the passes of `case`.
+    pub fn needed_bytes(self, case: &Case) -> usize {
+        // Matrices of scores that live at once in Candle's autograd: 17.1 in bench memory/2k, 17.0 in memory/8k.
+        const MATRICES: usize = 17;
+        let (seqlen_q, seqlen_k) = case.seqlens();
+        match self {
+            Peer::Unfused => MATRICES * case.batch * case.num_heads * seqlen_q * seqlen_k * case.dtype.size_in_bytes(),
+            Peer::Ours | Peer::CandleFlash => 0,
+        }
+    }
+
+    pub fn prepare(self, case: &Case, inputs: &Inputs) -> Result<Contender> {
+        let (infer, train) = match self {
+            Peer::Ours => (ours(case, inputs)?, ours(case, inputs)?),
+            Peer::Unfused => {
+                let mask = additive_mask(case, inputs)?;
+                (unfused(case, mask.clone(), false), unfused(case, mask, true))
+            }
+            Peer::CandleFlash => (candle_flash(case, inputs)?, candle_flash(case, inputs)?),
+        };
+        let packed = !case.lengths.is_empty();
+        let (inputs_as, outputs_as) = match self {
+            Peer::Unfused => (Axes::HeadsFirst, Axes::HeadsFirst),
+            Peer::CandleFlash if !packed => (Axes::SeqlenFirst, Axes::HeadsFirst),
+            Peer::Ours | Peer::CandleFlash => (Axes::SeqlenFirst, Axes::SeqlenFirst),
+        };
+        let var = |tensor: &Tensor| Var::from_tensor(&inputs_as.swap(tensor)?);
+        let (q, k, v) = (var(&inputs.q)?, var(&inputs.k)?, var(&inputs.v)?);
+        Ok(Contender { q, k, v, infer, train, inputs: inputs_as, outputs: outputs_as })
+    }
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.pad(match self {
+            Peer::Ours => "ours",
+            Peer::Unfused => "unfused",
+            Peer::CandleFlash => "candle_flash",
+        })
+    }
+}
+
+impl Contender {
+    /// `do_` in the layout of this peer's output.
+    pub fn upstream(&self, do_: &Tensor) -> Result<Tensor> {
+        Ok(self.outputs.swap(do_)?)
+    }
+
+    pub fn forward(&self) -> Result<Tensor> {
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|var| var.as_detached_tensor());
+        (self.infer)(&q, &k, &v)
+    }
+
+    /// Forward and backward by hand, from the same q, k, v and `upstream`; ours alone, padded.
+    pub fn operator(&self, case: &Case, upstream: &Tensor) -> Result<Operator> {
+        let call = Call::new(&attention(case), &self.q, &self.k, &self.v)?;
+        Ok(Operator { call, upstream: upstream.clone() })
+    }
+
+    /// The loss whose gradient for o is `upstream`.
+    pub fn loss(&self, upstream: &Tensor) -> Result<Tensor> {
+        let (_, loss) = self.graph(upstream)?;
+        Ok(loss)
+    }
+
+    fn graph(&self, upstream: &Tensor) -> Result<(Tensor, Tensor)> {
+        let o = (self.train)(&self.q, &self.k, &self.v)?;
+        let loss = o.apply_op1(Upstream { do_: upstream.clone() })?;
+        Ok((o, loss))
+    }
+
+    /// A forward, and with an `upstream` the backward: what is checked, and what the peak of memory is taken over.
+    pub fn run(&self, upstream: Option<&Tensor>) -> Result<(Tensor, Option<GradStore>)> {
+        match upstream {
+            None => Ok((self.forward()?, None)),
+            Some(upstream) => {
+                let (o, loss) = self.graph(upstream)?;
+                let grads = loss.backward()?;
+                Ok((o, Some(grads)))
+            }
+        }
+    }
+
+    /// What [`Self::run`] gave, in the layout of [`Inputs`].
+    pub fn answer(&self, (o, grads): (Tensor, Option<GradStore>)) -> Result<Answer> {
+        let grad = |grads: &GradStore, (name, var): (&str, &Var)| -> Result<Tensor> {
+            let grad = grads.get(var).ok_or_else(|| anyhow::anyhow!("{name} got no gradient"))?;
+            Ok(self.inputs.swap(grad)?)
+        };
+        let grads = match grads {
+            Some(grads) => {
+                Some([grad(&grads, ("q", &self.q))?, grad(&grads, ("k", &self.k))?, grad(&grads, ("v", &self.v))?])
+            }
+            None => None,
+        };
+        Ok(Answer { o: self.outputs.swap(&o)?, grads })
+    }
+}
+
+/// The operator without autograd around it.
+pub struct Operator {
+    call: Call,
+    upstream: Tensor,
+}
+
+impl Operator {
+    pub fn run(&self) -> Result<[Option<Tensor>; 4]> {
+        let o = self.call.forward()?;
+        let (dq, dk, dv) = self.call.backward(&o, &self.upstream)?;
+        Ok([Some(o), dq, dk, dv])
+    }
+}
+
+fn attention(case: &Case) -> Attention {
+    Attention::new().mask(match case.mask {
+        Mask::None => candle_fa2::Mask::None,
+        Mask::Causal => candle_fa2::Mask::Causal,
+        Mask::Window { left, right } => candle_fa2::Mask::Window { left, right },
+    })
+}
+
+fn ours(case: &Case, inputs: &Inputs) -> Result<Attend> {
+    let attention = attention(case);
+    if case.lengths.is_empty() {
+        return Ok(Box::new(move |q, k, v| Ok(attention.forward(q, k, v)?)));
+    }
+    let cu_seqlens = CuSeqlens::from_lengths(&case.lengths, inputs.q.device())?;
+    Ok(Box::new(move |q, k, v| Ok(attention.forward_packed(q, k, v, &cu_seqlens, &cu_seqlens)?)))
+}
+
+/// The attention of Candle's models. Where no gradient is asked for, the softmax is the fused one, which has none.
+fn unfused(case: &Case, mask: Option<Tensor>, train: bool) -> Attend {
+    let softmax_scale = 1.0 / (case.head_dim as f64).sqrt();
+    let group = case.num_heads / case.num_heads_k();
+    Box::new(move |q, k, v| {
+        let (k, v) = (repeat_heads(k, group)?, repeat_heads(v, group)?);
+        let mut s = (q.matmul(&k.t()?)? * softmax_scale)?;
+        if let Some(mask) = &mask {
+            s = s.broadcast_add(mask)?;
+        }
+        let p = if train { candle_nn::ops::softmax(&s, D::Minus1)? } else { candle_nn::ops::softmax_last_dim(&s)? };
+        Ok(p.matmul(&v)?)
+    })
+}
+
+/// `(seqlen_q, seqlen_k)`: 0 where the key is visible, minus infinity elsewhere; `None` if every key is visible.
+fn additive_mask(case: &Case, inputs: &Inputs) -> Result<Option<Tensor>> {
+    let sequence = case.sequences()[0];
+    let mut mask = vec![f32::NEG_INFINITY; sequence.seqlen_q * sequence.seqlen_k];
+    for (row, mask) in mask.chunks_exact_mut(sequence.seqlen_k).enumerate() {
+        mask[case.visible_keys(&sequence, row)].fill(0.0);
+    }
+    if mask.iter().all(|&hidden| hidden == 0.0) {
+        return Ok(None);
+    }
+    let mask = Tensor::from_vec(mask, (sequence.seqlen_q, sequence.seqlen_k), inputs.q.device())?;
+    Ok(Some(mask.to_dtype(case.dtype)?))
+}
+
+/// Each head `group` times in a row: Candle's matmul knows nothing of shared heads.
+fn repeat_heads(tensor: &Tensor, group: usize) -> Result<Tensor> {
+    if group == 1 {
+        return Ok(tensor.clone());
+    }
+    let (batch, heads, seqlen, head_dim) = tensor.dims4()?;
+    let repeated = tensor.unsqueeze(2)?.expand((batch, heads, group, seqlen, head_dim))?;
+    Ok(repeated.reshape((batch, heads * group, seqlen, head_dim))?)
+}
+
+fn candle_flash(case: &Case, inputs: &Inputs) -> Result<Attend> {
+    let softmax_scale = 1.0 / (case.head_dim as f32).sqrt();
+    let causal = case.mask == Mask::Causal;
+    let (seqlen_q, seqlen_k) = case.seqlens();
+    if !case.lengths.is_empty() {
+        let lengths: Vec<u32> = case.lengths.iter().map(|&length| length as u32).collect();
+        let lengths = Tensor::new(lengths, inputs.q.device())?;
+        return Ok(Box::new(move |q, k, v| {
+            let (longest_q, longest_k) = (seqlen_q, seqlen_k);
+            Ok(flash_attn_varlen_cpu(
+                q,
+                k,
+                v,
+                None,
+                &lengths,
+                &lengths,
+                longest_q,
+                longest_k,
+                softmax_scale,
+                causal,
+                None,
+                None,
+            )?)
+        }));
+    }
+    let half = case.dtype == DType::F16;
+    Ok(Box::new(move |q, k, v| {
+        // Its masks line up the first query with key `kv_offset`.
+        let mask = if causal { AttnMask::causal_with_offset(seqlen_k - seqlen_q) } else { AttnMask::None };
+        let attend = if half { flash_attn::<f16> } else { flash_attn::<f32> };
+        Ok(attend(q, k, v, softmax_scale, mask, None, None)?)
+    }))
+}
+
+/// Where a backward starts: its gradient for o is `do_`, whatever its own value. The passes over o that a loss made of
+/// Candle's operators takes would count as attention.
+struct Upstream {
+    do_: Tensor,
+}
+
+impl CustomOp1 for Upstream {
+    fn name(&self) -> &'static str {
+        "upstream"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.do_.clone()))
+    }
+}

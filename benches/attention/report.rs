@@ -1,0 +1,327 @@
+//! Rows as they are printed, as CSV, and held against the targets.
+
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::cases::{row_name, Case, Mask, Pass, Target};
+use crate::check::Checked;
+use crate::machine::Gemm;
+use crate::peers::Peer;
+use crate::timing::Timing;
+
+/// One measurement.
+pub struct Row {
+    pub peer: Peer,
+    pub pass: Pass,
+    pub threads: usize,
+    /// Size of its own pool, where the case asks for one.
+    pub own_threads: Option<usize>,
+    pub value: Value,
+    pub checked: Checked,
+}
+
+impl Row {
+    /// The largest error of what its pass computes: o, or dq, dk and dv.
+    fn error(&self) -> Option<f64> {
+        match self.pass {
+            Pass::Forward => Some(self.checked.o_error),
+            _ => self.checked.grad_error,
+        }
+    }
+}
+
+pub enum Value {
+    Time {
+        timing: Timing,
+        /// The gemm on as many threads, in the same rounds.
+        gemm: Timing,
+    },
+    Bytes(usize),
+}
+
+impl Value {
+    /// Seconds or bytes.
+    fn amount(&self) -> f64 {
+        match self {
+            Value::Time { timing, .. } => timing.median(),
+            Value::Bytes(bytes) => *bytes as f64,
+        }
+    }
+}
+
+/// Everything measured so far.
+pub struct Report {
+    /// Name, amount, and share of the gemm rate if it is a time.
+    results: Vec<(String, f64, Option<f64>)>,
+    csv: Option<csv::Writer<File>>,
+}
+
+/// A row of the peers' tables. FLOP/s are in units of 10^12, bytes per second in units of 10^9.
+#[derive(Default, Serialize)]
+struct CsvRow<'a> {
+    peer: &'a str,
+    kind: &'a str,
+    dir: &'a str,
+    dtype: &'a str,
+    hdim: Option<usize>,
+    causal: u8,
+    batch: Option<usize>,
+    seqlen_q: usize,
+    seqlen_k: usize,
+    hq: Option<usize>,
+    hkv: Option<usize>,
+    ms: String,
+    tflops: String,
+    gbps: String,
+    ms_min: String,
+    reps: usize,
+    sm_mhz: &'a str,
+    watts: &'a str,
+    err: String,
+}
+
+impl Report {
+    /// # Errors
+    /// If `csv` cannot be created; a file that is already there is replaced.
+    pub fn new(csv: Option<&Path>) -> Result<Self> {
+        let csv = csv.map(|path| csv::Writer::from_path(path).with_context(|| format!("{}", path.display())));
+        Ok(Self { results: Vec::new(), csv: csv.transpose()? })
+    }
+
+    /// Prints the gemm rate on all threads and on one, and keeps it as CSV.
+    pub fn ceiling(&mut self, timings: &[(usize, Timing)]) -> Result<()> {
+        println!("gemm: a {0} x {0} x {0} f32 product", Gemm::SIZE);
+        for (index, (threads, timing)) in timings.iter().enumerate() {
+            let rate = Gemm::FLOP / timing.median();
+            println!("    threads {threads:>3}: {:>6.1} GFLOP/s, {} ms", rate / 1e9, spread(timing));
+            let threads = if index == 0 { String::new() } else { format!("_threads{threads}") };
+            self.write(CsvRow {
+                peer: "ceiling",
+                kind: &format!("matmul{}{threads}", Gemm::SIZE),
+                dir: "fwd",
+                dtype: "f32",
+                seqlen_q: Gemm::SIZE,
+                seqlen_k: Gemm::SIZE,
+                ms: significant(timing.median() * 1e3),
+                tflops: significant(rate / 1e12),
+                ms_min: significant(timing.min() * 1e3),
+                reps: timing.runs(),
+                ..CsvRow::default()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Prints what the columns mean.
+    pub fn rules(&self) {
+        println!("FLOP: forward 4 * head_dim * visible pairs of query and key, per head; backward 2.5 times that.");
+        println!(
+            "of gemm: against that product on as many threads, timed again in the same rounds as the rows below it."
+        );
+        println!("Times are medians; fwd+bwd and bwd go through Candle's autograd. vs ours: a peer's time over ours.");
+        println!("error: the largest one against f64, of o (fwd) or of dq, dk and dv; a wrong answer ends the run.");
+        println!("waited: share of the time in which threads had no core to run on; above a few %, run again.");
+    }
+
+    /// Prints the case, its gemm rates, and its rows; keeps them for the targets.
+    pub fn case(&mut self, case: &Case, rows: &[Row]) -> Result<()> {
+        println!("\n{}: {}\n    {}", case.name, case.label(), case.why);
+        let mut gemms: Vec<(usize, &Timing)> = Vec::new();
+        for row in rows {
+            match &row.value {
+                Value::Time { gemm, .. } if gemms.iter().all(|&(threads, _)| threads != row.threads) => {
+                    gemms.push((row.threads, gemm));
+                }
+                _ => {}
+            }
+        }
+        if !gemms.is_empty() {
+            println!(
+                "    {:<20} {:>7} {:>23} {:>5} {:>7} {:>9} {:>8} {:>8} {:>8}",
+                "", "threads", "ms (min .. max)", "runs", "waited", "GFLOP/s", "of gemm", "vs ours", "error"
+            );
+            for (threads, timing) in gemms {
+                let rate = Gemm::FLOP / timing.median() / 1e9;
+                println!(
+                    "    {:<20} {threads:>7} {:>23} {:>5} {:>7} {rate:>9.1}",
+                    "gemm",
+                    spread(timing),
+                    timing.runs(),
+                    waited(timing)
+                );
+            }
+        }
+        for row in rows {
+            let ours =
+                |other: &&Row| other.peer == Peer::Ours && other.pass == row.pass && other.threads == row.threads;
+            let ratio = rows.iter().find(ours).filter(|ours| ours.peer != row.peer);
+            let ratio = ratio.map_or(String::new(), |ours| format!("{:.2}x", row.value.amount() / ours.value.amount()));
+            self.row(case, row, &ratio)?;
+        }
+        for row in rows {
+            let share = match &row.value {
+                Value::Time { timing, gemm } => {
+                    Some(case.flop(row.pass) / timing.median() * gemm.median() / Gemm::FLOP)
+                }
+                Value::Bytes(_) => None,
+            };
+            let name = row_name(&case.name, row.peer, row.pass, row.own_threads);
+            self.results.push((name, row.value.amount(), share));
+        }
+        Ok(())
+    }
+
+    /// Prints that a row is missing, and why.
+    pub fn left_out(&self, case: &Case, peer: Peer, why: &str) {
+        println!("\n{} {peer}: not run, {why}", case.name);
+    }
+
+    fn row(&mut self, case: &Case, row: &Row, ratio: &str) -> Result<()> {
+        let name = format!("{} {}", row.peer, row.pass);
+        let error = row.error().map_or(String::new(), |error| format!("{error:.0e}"));
+        match &row.value {
+            Value::Time { timing, gemm } => {
+                let threads = row.threads;
+                let rate = case.flop(row.pass) / timing.median();
+                let share = 100.0 * rate / (Gemm::FLOP / gemm.median());
+                println!(
+                    "    {name:<20} {threads:>7} {:>23} {:>5} {:>7} {:>9.1} {share:>7.0}% {ratio:>8} {error:>8}",
+                    spread(timing),
+                    timing.runs(),
+                    waited(timing),
+                    rate / 1e9,
+                );
+                self.time_csv(case, row, timing)
+            }
+            Value::Bytes(bytes) => {
+                let tokens = case.sequences().iter().map(|sequence| sequence.seqlen_q).sum::<usize>();
+                let (mib, per_token) = (*bytes as f64 / f64::from(1 << 20), *bytes as f64 / tokens as f64);
+                let line =
+                    format!("{name:<20} {mib:>9.2} MiB at the peak, {per_token:>7.0} bytes per token {ratio:>8}");
+                println!("    {}", line.trim_end());
+                // The columns have no place for bytes.
+                Ok(())
+            }
+        }
+    }
+
+    fn time_csv(&mut self, case: &Case, row: &Row, timing: &Timing) -> Result<()> {
+        let (seqlen_q, seqlen_k) = case.seqlens();
+        let (peer, dir) = (row.peer.to_string(), row.pass.to_string());
+        let packed = !case.lengths.is_empty();
+        // Columns beyond the peers' have no place either: what they cannot say goes into the kind.
+        let mut kind = match (packed, case.num_heads == case.num_heads_k()) {
+            _ if seqlen_q == 1 => "decode",
+            (true, true) => "varlen",
+            (true, false) => "varlen_gqa",
+            (false, true) => "mha",
+            (false, false) => "gqa",
+        }
+        .to_owned();
+        if let Mask::Window { .. } = case.mask {
+            kind = format!("{kind}_window");
+        }
+        if let Some(threads) = row.own_threads {
+            kind = format!("{kind}_threads{threads}");
+        }
+        let bytes = (row.pass == Pass::Forward && seqlen_q == 1).then(|| case.forward_bytes());
+        self.write(CsvRow {
+            peer: &peer,
+            kind: &kind,
+            dir: &dir,
+            dtype: case.dtype.as_str(),
+            hdim: Some(case.head_dim),
+            causal: u8::from(case.mask == Mask::Causal),
+            batch: Some(if packed { case.lengths.len() } else { case.batch }),
+            seqlen_q,
+            seqlen_k,
+            hq: Some(case.num_heads),
+            hkv: Some(case.num_heads_k()),
+            ms: significant(timing.median() * 1e3),
+            tflops: significant(case.flop(row.pass) / timing.median() / 1e12),
+            gbps: bytes.map_or(String::new(), |bytes| significant(bytes / timing.median() / 1e9)),
+            ms_min: significant(timing.min() * 1e3),
+            reps: timing.runs(),
+            err: row.error().map_or(String::new(), significant),
+            ..CsvRow::default()
+        })
+    }
+
+    fn write(&mut self, row: CsvRow) -> Result<()> {
+        if let Some(csv) = &mut self.csv {
+            csv.serialize(row)?;
+            csv.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Prints each target that the chosen `cases` speak to: reached, by how much it is missed, or what was left out.
+    pub fn targets(&self, targets: &[Target], cases: &[Case]) {
+        let result = |name: &String| self.results.iter().find(|(row, ..)| row == name);
+        let rows: Vec<String> = cases.iter().flat_map(Case::rows).collect();
+        let mut lines = Vec::new();
+        for target in targets.iter().filter(|target| target.names().all(|name| rows.contains(name))) {
+            let got = match (&target.ratio, &target.gemm_share) {
+                (Some([above, below]), _) => {
+                    result(above).zip(result(below)).map(|((_, above, _), (_, below, _))| above / below)
+                }
+                (None, Some(row)) => result(row).and_then(|(.., share)| *share),
+                (None, None) => None,
+            };
+            lines.push(match got {
+                Some(got) => verdict(target, got),
+                None => format!("{:<70} not measured: a peer was left out", target.what),
+            });
+        }
+        if !lines.is_empty() {
+            println!("\ntargets");
+            lines.iter().for_each(|line| println!("    {line}"));
+        }
+    }
+}
+
+/// One line on a target.
+fn verdict(target: &Target, got: f64) -> String {
+    let percent = target.gemm_share.is_some();
+    let show = |value: f64| if percent { format!("{:.0}%", 100.0 * value) } else { format!("{value:.3}x") };
+    let (bound, aim, missed_by) = match (target.at_least, target.at_most) {
+        (Some(aim), _) => ("at least", aim, 1.0 - got / aim),
+        (_, aim) => ("at most", aim.unwrap_or(f64::INFINITY), got / aim.unwrap_or(f64::INFINITY) - 1.0),
+    };
+    let reached = if missed_by <= 0.0 { "reached".to_owned() } else { format!("missed by {:.0}%", 100.0 * missed_by) };
+    let stretch = target.stretch.map_or(String::new(), |stretch| {
+        let reached = if target.at_least.is_some() { got >= stretch } else { got <= stretch };
+        format!("; stretch {}: {}", show(stretch), if reached { "reached" } else { "not yet" })
+    });
+    format!("{:<70} {:>8}, {bound} {}: {reached}{stretch}", target.what, show(got), show(aim))
+}
+
+/// Median and spread in milliseconds.
+fn spread(timing: &Timing) -> String {
+    let ms = |seconds: f64| {
+        let ms = seconds * 1e3;
+        match ms {
+            0.0..10.0 => format!("{ms:.2}"),
+            10.0..100.0 => format!("{ms:.1}"),
+            _ => format!("{ms:.0}"),
+        }
+    };
+    format!("{} ({} .. {})", ms(timing.median()), ms(timing.min()), ms(timing.max()))
+}
+
+/// Share of the threads' time that other programs had.
+fn waited(timing: &Timing) -> String {
+    timing.waited.map_or(String::new(), |waited| format!("{:.0}%", 100.0 * waited))
+}
+
+/// Five significant digits.
+fn significant(value: f64) -> String {
+    if value == 0.0 {
+        return "0".into();
+    }
+    let digits = 4 - value.abs().log10().floor() as i32;
+    format!("{value:.*}", digits.max(0) as usize)
+}

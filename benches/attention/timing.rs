@@ -1,0 +1,99 @@
+//! Times: several jobs in turns, warm, median and spread of enough runs.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+/// Something to time. It takes its own time, in seconds, so that what it times leaves out what surrounds it.
+pub struct Job<'a> {
+    pub run: Box<dyn Fn() -> Result<f64> + 'a>,
+    /// Seconds of a run that was already made; a job that is known to be slow is not warmed up once more.
+    pub known: Option<f64>,
+    /// Threads that it runs on.
+    pub threads: usize,
+}
+
+/// The runs of one job.
+#[derive(Clone)]
+pub struct Timing {
+    /// Seconds, ascending; never empty.
+    runs: Vec<f64>,
+    /// Share of its threads' time in which threads of this process were ready to run and had no core: what a crowded
+    /// machine adds. Threads that only look for work count too, so that it may be less. `None` where the system does
+    /// not tell.
+    pub waited: Option<f64>,
+}
+
+impl Timing {
+    pub fn median(&self) -> f64 {
+        let (low, high) = ((self.runs.len() - 1) / 2, self.runs.len() / 2);
+        (self.runs[low] + self.runs[high]) / 2.0
+    }
+
+    pub fn min(&self) -> f64 {
+        self.runs[0]
+    }
+
+    pub fn max(&self) -> f64 {
+        self.runs[self.runs.len() - 1]
+    }
+
+    pub fn runs(&self) -> usize {
+        self.runs.len()
+    }
+}
+
+/// Seconds that `run` takes.
+pub fn seconds<R>(run: impl FnOnce() -> Result<R>) -> Result<f64> {
+    let start = Instant::now();
+    let result = run()?;
+    drop(result);
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// Times `jobs` in turns: each round gives every job its share of runs, so that all of them meet the same machine.
+///
+/// # Errors
+/// The first error of a job.
+pub fn in_turns(jobs: &[Job]) -> Result<Vec<Timing>> {
+    const ROUNDS: usize = 5;
+    // Seconds that a job runs for in all, within 5 to 100 runs; one that takes longer than that for one runs 3 times.
+    const SECONDS: f64 = 1.5;
+    let mut counts = Vec::new();
+    for job in jobs {
+        let warm = match job.known {
+            Some(known) if known > SECONDS => known,
+            _ => (job.run)()?,
+        };
+        counts.push(if warm > SECONDS { 3 } else { ((SECONDS / warm) as usize).clamp(5, 100) });
+    }
+    let mut runs: Vec<Vec<f64>> = vec![Vec::new(); jobs.len()];
+    let (mut waited, mut passed) = (vec![Some(0.0); jobs.len()], vec![0.0; jobs.len()]);
+    for round in 1..=ROUNDS {
+        for (index, (job, &count)) in jobs.iter().zip(&counts).enumerate() {
+            let (start, waited_before) = (Instant::now(), waited_seconds());
+            while runs[index].len() < count * round / ROUNDS {
+                runs[index].push((job.run)()?);
+            }
+            passed[index] += start.elapsed().as_secs_f64();
+            let here = waited_seconds().zip(waited_before).map(|(after, before)| after - before);
+            waited[index] = waited[index].zip(here).map(|(sum, here)| sum + here);
+        }
+    }
+    let timing = |index: usize, mut runs: Vec<f64>| {
+        runs.sort_by(f64::total_cmp);
+        let share = |waited: f64| (waited / (passed[index] * jobs[index].threads as f64)).clamp(0.0, 1.0);
+        Timing { runs, waited: waited[index].map(share) }
+    };
+    Ok(runs.into_iter().enumerate().map(|(index, runs)| timing(index, runs)).collect())
+}
+
+/// Seconds that the threads of this process, taken together, have waited for a core. Linux keeps them.
+fn waited_seconds() -> Option<f64> {
+    let tasks = std::fs::read_dir("/proc/self/task").ok()?;
+    let nanoseconds = |task: std::io::Result<std::fs::DirEntry>| -> Option<f64> {
+        let text = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        text.split_whitespace().nth(1)?.parse().ok()
+    };
+    tasks.map(nanoseconds).sum::<Option<f64>>().map(|nanoseconds| nanoseconds / 1e9)
+}

@@ -1,0 +1,422 @@
+//! What is tested: one call of the operator as a value that prints, draws its own numbers, and knows nothing of how it
+//! will be computed. A device, or a kernel of one, joins every test of the suite by joining [`targets`].
+
+use super::compare::round_to;
+use super::reference::Input;
+use super::tolerance::accumulator;
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_fa2::testing::{self, DeviceCaps, Plan, Tile};
+use candle_fa2::{Attention, CuSeqlens, Mask};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
+use sha2::{Digest, Sha256};
+use std::fmt;
+
+/// Where a case runs and in which type.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub device: Device,
+    pub dtype: DType,
+}
+
+/// Every device and type that the suite covers.
+pub fn targets() -> Vec<Target> {
+    let dtypes = [DType::F64, DType::F32, DType::F16, DType::BF16];
+    dtypes.map(|dtype| Target { device: Device::Cpu, dtype }).to_vec()
+}
+
+/// The target of one type on the host, for tests of what the types share.
+pub fn cpu(dtype: DType) -> Target {
+    Target { device: Device::Cpu, dtype }
+}
+
+/// How tokens are shared out over sequences.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Lengths {
+    Padded {
+        batch: usize,
+        seqlen_q: usize,
+        seqlen_k: usize,
+    },
+    /// `(seqlen_q, seqlen_k)` of each sequence, laid end to end.
+    Packed(Vec<(usize, usize)>),
+}
+
+/// ALiBi slopes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Alibi {
+    Off,
+    PerHead,
+    PerBatchAndHead,
+}
+
+/// One call of the operator.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub device: Device,
+    pub dtype: DType,
+    pub lengths: Lengths,
+    pub num_heads: usize,
+    pub num_heads_k: usize,
+    pub head_dim: usize,
+    pub mask: Mask,
+    /// `None` is the default, `1/sqrt(head_dim)`.
+    pub softmax_scale: Option<f64>,
+    pub softcap: Option<f64>,
+    pub alibi: Alibi,
+    /// Whether the loss depends on lse too.
+    pub dlse: bool,
+}
+
+impl Case {
+    /// One sequence of 17 queries and keys, two heads of 16, no option: a start for struct update.
+    pub fn new(target: &Target) -> Self {
+        Self {
+            device: target.device.clone(),
+            dtype: target.dtype,
+            lengths: Lengths::Padded { batch: 1, seqlen_q: 17, seqlen_k: 17 },
+            num_heads: 2,
+            num_heads_k: 2,
+            head_dim: 16,
+            mask: Mask::None,
+            softmax_scale: None,
+            softcap: None,
+            alibi: Alibi::Off,
+            dlse: false,
+        }
+    }
+
+    pub fn batch(mut self, batch: usize, seqlen_q: usize, seqlen_k: usize) -> Self {
+        self.lengths = Lengths::Padded { batch, seqlen_q, seqlen_k };
+        self
+    }
+
+    pub fn packed(mut self, lengths: &[(usize, usize)]) -> Self {
+        self.lengths = Lengths::Packed(lengths.to_vec());
+        self
+    }
+
+    pub fn heads(mut self, num_heads: usize, num_heads_k: usize) -> Self {
+        (self.num_heads, self.num_heads_k) = (num_heads, num_heads_k);
+        self
+    }
+
+    pub fn head_dim(mut self, head_dim: usize) -> Self {
+        self.head_dim = head_dim;
+        self
+    }
+
+    pub fn mask(mut self, mask: Mask) -> Self {
+        self.mask = mask;
+        self
+    }
+
+    pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
+        self.softmax_scale = Some(softmax_scale);
+        self
+    }
+
+    pub fn softcap(mut self, softcap: f64) -> Self {
+        self.softcap = Some(softcap);
+        self
+    }
+
+    pub fn alibi(mut self, alibi: Alibi) -> Self {
+        self.alibi = alibi;
+        self
+    }
+
+    pub fn dlse(mut self) -> Self {
+        self.dlse = true;
+        self
+    }
+
+    /// `(seqlen_q, seqlen_k)` of each sequence.
+    pub fn sequences(&self) -> Vec<(usize, usize)> {
+        match &self.lengths {
+            &Lengths::Padded { batch, seqlen_q, seqlen_k } => vec![(seqlen_q, seqlen_k); batch],
+            Lengths::Packed(lengths) => lengths.clone(),
+        }
+    }
+
+    /// Standard normal q, k, v, do and dlse, slopes between 0 and 1/2, all rounded to their types. The name of the case
+    /// seeds them, so that a failure repeats wherever its case runs.
+    pub fn draw(&self) -> Input {
+        let mut rng = ChaCha8Rng::from_seed(Sha256::digest(self.to_string()).into());
+        let lengths = self.sequences();
+        let total_q: usize = lengths.iter().map(|l| l.0).sum();
+        let total_k: usize = lengths.iter().map(|l| l.1).sum();
+        let mut normal = |dtype: DType, count: usize| -> Vec<f64> {
+            (0..count).map(|_| round_to(dtype, rng.sample(StandardNormal))).collect()
+        };
+        let q = normal(self.dtype, total_q * self.num_heads * self.head_dim);
+        let k = normal(self.dtype, total_k * self.num_heads_k * self.head_dim);
+        let v = normal(self.dtype, total_k * self.num_heads_k * self.head_dim);
+        let do_ = normal(self.dtype, total_q * self.num_heads * self.head_dim);
+        let dlse = match self.dlse {
+            true => normal(accumulator(self.dtype), total_q * self.num_heads),
+            false => vec![0.0; total_q * self.num_heads],
+        };
+        let mut slopes = |count: usize| -> Vec<f64> {
+            (0..count).map(|_| round_to(DType::F32, rng.random_range(0.0..0.5))).collect()
+        };
+        let alibi_slopes = match self.alibi {
+            Alibi::Off => None,
+            Alibi::PerHead => Some(slopes(self.num_heads).repeat(lengths.len())),
+            Alibi::PerBatchAndHead => Some(slopes(self.num_heads * lengths.len())),
+        };
+        let window = match self.mask {
+            Mask::None => (None, None),
+            Mask::Causal => (None, Some(0)),
+            Mask::Window { left, right } => (left, right),
+        };
+        Input {
+            dtype: self.dtype,
+            lengths,
+            num_heads: self.num_heads,
+            num_heads_k: self.num_heads_k,
+            head_dim: self.head_dim,
+            window,
+            softmax_scale: self.softmax_scale.unwrap_or(1.0 / (self.head_dim as f64).sqrt()),
+            softcap: self.softcap,
+            alibi_slopes,
+            q,
+            k,
+            v,
+            do_,
+            dlse,
+        }
+    }
+
+    /// The call's options, with the slopes of `input`.
+    pub fn attention(&self, input: &Input) -> Result<Attention> {
+        let mut attention = Attention::new().mask(self.mask);
+        if let Some(softmax_scale) = self.softmax_scale {
+            attention = attention.softmax_scale(softmax_scale);
+        }
+        if let Some(softcap) = self.softcap {
+            attention = attention.softcap(softcap);
+        }
+        if let Some(slopes) = &input.alibi_slopes {
+            let batch = input.lengths.len();
+            let shape: &[usize] = match self.alibi {
+                Alibi::PerBatchAndHead => &[batch, self.num_heads],
+                _ => &[self.num_heads],
+            };
+            // A batch of nothing has no slopes of its own, but its heads still have theirs.
+            let slopes: Vec<f64> =
+                slopes.iter().copied().chain(std::iter::repeat(0.0)).take(shape.iter().product()).collect();
+            let slopes = Tensor::from_vec(slopes, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
+            attention = attention.alibi_slopes(&slopes.to_device(&self.device)?);
+        }
+        Ok(attention)
+    }
+
+    pub fn cu_seqlens(&self) -> Result<(CuSeqlens, CuSeqlens)> {
+        let (lengths_q, lengths_k): (Vec<usize>, Vec<usize>) = self.sequences().into_iter().unzip();
+        Ok((CuSeqlens::from_lengths(&lengths_q, &self.device)?, CuSeqlens::from_lengths(&lengths_k, &self.device)?))
+    }
+
+    /// Shape of q, o and their gradients.
+    pub fn shape_q(&self) -> Vec<usize> {
+        match &self.lengths {
+            &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, self.head_dim],
+            Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.0).sum(), self.num_heads, self.head_dim],
+        }
+    }
+
+    /// Shape of k, v and their gradients.
+    pub fn shape_k(&self) -> Vec<usize> {
+        match &self.lengths {
+            &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, self.head_dim],
+            Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.1).sum(), self.num_heads_k, self.head_dim],
+        }
+    }
+
+    /// Numbers of `input` as a tensor of the case's type and device.
+    pub fn tensor(&self, values: &[f64], shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_slice(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?)
+    }
+
+    /// The score tiles that forward and backward would walk this case in.
+    pub fn tiles(&self) -> Result<[Tile; 2]> {
+        let q = Tensor::zeros((1, 1, self.num_heads, self.head_dim), self.dtype, &self.device)?;
+        let k = Tensor::zeros((1, 1, self.num_heads_k, self.head_dim), self.dtype, &self.device)?;
+        let problem = testing::problem(&Attention::new(), &q, &k, &k)?;
+        let Plan::Cpu { forward, backward } = Plan::choose(&problem, &DeviceCaps::of(&self.device))?;
+        Ok([forward, backward])
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let device = if self.device.is_cpu() { "cpu".to_string() } else { format!("{:?}", self.device.location()) };
+        write!(f, "{device} {} d{} ", self.dtype.as_str(), self.head_dim)?;
+        let side = |side: Option<usize>| side.map_or("all".to_string(), |size| size.to_string());
+        match self.mask {
+            Mask::None => write!(f, "full")?,
+            Mask::Causal => write!(f, "causal")?,
+            Mask::Window { left, right } => write!(f, "window {}/{}", side(left), side(right))?,
+        }
+        let heads = format!("heads {}/{}", self.num_heads, self.num_heads_k);
+        match &self.lengths {
+            Lengths::Padded { batch, seqlen_q, seqlen_k } => {
+                write!(f, ", batch {batch}, {heads}, seqlen {seqlen_q}/{seqlen_k}")?
+            }
+            Lengths::Packed(lengths) => {
+                let lengths: Vec<String> = lengths.iter().map(|(q, k)| format!("{q}/{k}")).collect();
+                write!(f, ", packed, {heads}, seqlens [{}]", lengths.join(" "))?
+            }
+        }
+        if let Some(softmax_scale) = self.softmax_scale {
+            write!(f, ", scale {softmax_scale}")?;
+        }
+        if let Some(softcap) = self.softcap {
+            write!(f, ", softcap {softcap}")?;
+        }
+        match self.alibi {
+            Alibi::Off => {}
+            Alibi::PerHead => write!(f, ", alibi per head")?,
+            Alibi::PerBatchAndHead => write!(f, ", alibi per batch and head")?,
+        }
+        if self.dlse {
+            write!(f, ", dlse")?;
+        }
+        Ok(())
+    }
+}
+
+/// `Mask::Window` without the field names.
+pub fn window(left: impl Into<Option<usize>>, right: impl Into<Option<usize>>) -> Mask {
+    Mask::Window { left: left.into(), right: right.into() }
+}
+
+/// A case of each kind, small: the whole list runs in about a second.
+pub fn smoke(target: &Target) -> Vec<Case> {
+    let case = || Case::new(target);
+    vec![
+        case(),
+        case().mask(Mask::Causal).batch(2, 33, 65).heads(4, 2).head_dim(64),
+        case().mask(window(5, 3)).batch(1, 40, 29).softcap(2.0),
+        case().alibi(Alibi::PerHead).mask(Mask::Causal).dlse(),
+        case().packed(&[(5, 9), (0, 4), (12, 3)]).mask(Mask::Causal).heads(2, 1),
+    ]
+}
+
+/// Every mask over equal, longer, shorter and one-token sequences, each with every other option in turn.
+pub fn options(target: &Target) -> Vec<Case> {
+    let masks = [
+        Mask::None,
+        Mask::Causal,
+        window(0, 0),
+        window(3, 0),
+        window(2, 5),
+        window(None, 2),
+        window(4, None),
+        window(0, None),
+        window(None, None),
+        window(usize::MAX, usize::MAX),
+    ];
+    let lengths = [(7, 7), (5, 19), (19, 5), (1, 17), (17, 1), (33, 40)];
+    let heads = [(1, 1), (2, 2), (4, 2), (6, 2), (3, 1)];
+    let head_dims = [4, 8, 16, 24, 32];
+    let softcap = |case: Case| case.softcap(1.5);
+    let per_head = |case: Case| case.alibi(Alibi::PerHead);
+    let per_batch_and_head = |case: Case| case.alibi(Alibi::PerBatchAndHead);
+    let options: [&dyn Fn(Case) -> Case; 8] = [
+        &|case| case,
+        &|case| case.dlse(),
+        &softcap,
+        &per_head,
+        &per_batch_and_head,
+        &|case| softcap(per_head(case)).dlse(),
+        &|case| softcap(per_batch_and_head(case)).softmax_scale(0.8),
+        // A negative scale turns the largest product into the smallest score.
+        &|case| case.softmax_scale(-0.6),
+    ];
+    let mut cases = Vec::new();
+    for (m, &mask) in masks.iter().enumerate() {
+        for (l, &(seqlen_q, seqlen_k)) in lengths.iter().enumerate() {
+            for (n, option) in options.iter().enumerate() {
+                // Heads, head_dim and batch turn at periods of their own, so that each meets each mask and option.
+                let (num_heads, num_heads_k) = heads[(m + l + n) % heads.len()];
+                let head_dim = head_dims[(2 * m + l + 3 * n) % head_dims.len()];
+                let case = Case::new(target).batch(1 + (l + n) % 2, seqlen_q, seqlen_k).heads(num_heads, num_heads_k);
+                cases.push(option(case.head_dim(head_dim).mask(mask)));
+            }
+        }
+    }
+    cases
+}
+
+/// One row or column short of, at, and past the edges of the tiles of both passes, for every kind of mask.
+pub fn around_tiles(target: &Target, head_dim: usize) -> Result<Vec<Case>> {
+    let case = Case::new(target).heads(1, 1).head_dim(head_dim);
+    let mut edges = Vec::new();
+    for tile in case.tiles()? {
+        for seqlen_q in [tile.block_m - 1, tile.block_m, tile.block_m + 1] {
+            for seqlen_k in [tile.block_n - 1, tile.block_n, tile.block_n + 1] {
+                edges.push((seqlen_q, seqlen_k));
+            }
+        }
+    }
+    edges.sort_unstable();
+    edges.dedup();
+    let masks = [Mask::None, Mask::Causal, window(40, 9)];
+    let with_masks = |&(seqlen_q, seqlen_k): &(usize, usize)| {
+        let case = case.clone().batch(1, seqlen_q, seqlen_k);
+        masks.map(|mask| case.clone().mask(mask))
+    };
+    Ok(edges.iter().flat_map(with_masks).collect())
+}
+
+/// Widths that fill vectors and tiles, miss them by one, and reach both ends of what is supported.
+pub fn head_dims(target: &Target) -> Vec<Case> {
+    let dims = [1, 2, 3, 7, 8, 9, 31, 32, 33, 40, 64, 80, 96, 128, 129, 192, 256, 257, 511, 512];
+    let case = |head_dim| Case::new(target).batch(1, 13, 21).heads(2, 1).mask(Mask::Causal).head_dim(head_dim);
+    dims.map(case).to_vec()
+}
+
+/// Packed batches: ragged, with empty sides, with one sequence, with none.
+pub fn packed(target: &Target) -> Vec<Case> {
+    let batches: [&[(usize, usize)]; 7] = [
+        &[(7, 7), (1, 1), (30, 30), (2, 2)],
+        &[(5, 19), (19, 5), (1, 40)],
+        &[(0, 0), (4, 0), (0, 4), (6, 6), (0, 0)],
+        &[(23, 31)],
+        &[(0, 0)],
+        &[],
+        &[(140, 140), (3, 270), (131, 129)],
+    ];
+    let masks = [Mask::None, Mask::Causal, window(3, 1)];
+    let mut cases = Vec::new();
+    for (b, lengths) in batches.iter().enumerate() {
+        for (m, mask) in masks.into_iter().enumerate() {
+            let case = Case::new(target).packed(lengths).mask(mask).heads(4, [1, 2, 4][(b + m) % 3]).head_dim(24);
+            cases.push(match (b + 2 * m) % 4 {
+                0 => case,
+                1 => case.dlse().softcap(1.5),
+                2 => case.alibi(Alibi::PerHead),
+                _ => case.alibi(Alibi::PerBatchAndHead).dlse(),
+            });
+        }
+    }
+    cases
+}
+
+/// Many tiles both ways, so that a lost or doubled tile shows. The longest length is [`LONGEST`].
+pub fn long(target: &Target) -> Vec<Case> {
+    let case = || Case::new(target).heads(1, 1).head_dim(32);
+    // Pairs of f64 make the reference of f64 some twenty times slower.
+    let longest = if target.dtype == DType::F64 { LONGEST / 4 } else { LONGEST };
+    vec![
+        case().batch(1, longest, longest).mask(Mask::Causal),
+        case().batch(1, longest / 2 + 3, longest - 5),
+        case().batch(1, longest - 1, longest / 2 + 1).mask(window(300, 20)),
+    ]
+}
+
+/// The longest sequence that the suite compares with the reference.
+pub const LONGEST: usize = 2048;

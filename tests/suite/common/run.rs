@@ -1,0 +1,187 @@
+//! The operator under test, run on a case: values and gradients in the reference's form.
+
+use super::cases::{Case, Lengths};
+use super::reference::{Input, Output, Rows};
+use super::tolerance::{accumulator, Tolerance};
+use super::{compare, reference};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::Attention;
+
+/// q, k and v as variables, and the options.
+pub struct Call {
+    pub attention: Attention,
+    pub q: Var,
+    pub k: Var,
+    pub v: Var,
+}
+
+impl Case {
+    pub fn call(&self, input: &Input) -> Result<Call> {
+        Ok(Call {
+            attention: self.attention(input)?,
+            q: Var::from_tensor(&self.tensor(&input.q, &self.shape_q())?)?,
+            k: Var::from_tensor(&self.tensor(&input.k, &self.shape_k())?)?,
+            v: Var::from_tensor(&self.tensor(&input.v, &self.shape_k())?)?,
+        })
+    }
+
+    pub fn forward(&self, attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        Ok(match self.lengths {
+            Lengths::Padded { .. } => attention.forward(q, k, v)?,
+            Lengths::Packed(_) => {
+                let (cu_seqlens_q, cu_seqlens_k) = self.cu_seqlens()?;
+                attention.forward_packed(q, k, v, &cu_seqlens_q, &cu_seqlens_k)?
+            }
+        })
+    }
+
+    pub fn forward_with_lse(
+        &self,
+        attention: &Attention,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        Ok(match self.lengths {
+            Lengths::Padded { .. } => attention.forward_with_lse(q, k, v)?,
+            Lengths::Packed(_) => {
+                let (cu_seqlens_q, cu_seqlens_k) = self.cu_seqlens()?;
+                attention.forward_packed_with_lse(q, k, v, &cu_seqlens_q, &cu_seqlens_k)?
+            }
+        })
+    }
+
+    /// The scalar whose gradient with respect to o is `do`, and, where the case says so, with respect to lse is `dlse`.
+    pub fn loss(&self, input: &Input, o: &Tensor, lse: &Tensor) -> Result<Tensor> {
+        let do_ = self.tensor(&input.do_, &self.shape_q())?;
+        let loss = (o * do_)?.sum_all()?.to_dtype(accumulator(self.dtype))?;
+        Ok(if self.dlse { (loss + self.lse_loss(input, lse)?)? } else { loss })
+    }
+
+    /// The scalar whose gradient with respect to lse is `dlse`.
+    pub fn lse_loss(&self, input: &Input, lse: &Tensor) -> Result<Tensor> {
+        let dlse = Tensor::from_slice(&input.dlse, self.token_major_lse(), &Device::Cpu)?;
+        let dlse = self.head_major(&dlse)?.to_dtype(lse.dtype())?.to_device(&self.device)?;
+        Ok((lse * dlse)?.sum_all()?)
+    }
+
+    /// o and lse of untracked inputs; the gradients are left empty. `forward` and `forward_with_lse` must agree on o to
+    /// the bit.
+    pub fn run_forward(&self, input: &Input) -> Result<Output> {
+        let attention = self.attention(input)?;
+        let q = self.tensor(&input.q, &self.shape_q())?;
+        let k = self.tensor(&input.k, &self.shape_k())?;
+        let v = self.tensor(&input.v, &self.shape_k())?;
+        let (o, lse) = self.forward_with_lse(&attention, &q, &k, &v)?;
+        compare::same_bits("o with and without lse", &o, &self.forward(&attention, &q, &k, &v)?, self)?;
+        let none = Rows::default;
+        Ok(Output { o: self.rows(&o, true)?, lse: self.lse_rows(&lse)?, dq: none(), dk: none(), dv: none() })
+    }
+
+    /// o and lse of untracked inputs against the reference.
+    pub fn check_forward(&self) -> Result<()> {
+        let input = self.draw();
+        let got = self.run_forward(&input).with_context(|| format!("case {self}"))?;
+        let want = reference::attention(&input);
+        let tolerances = self.tolerances(&input, &want);
+        compare::close("o", &got.o, &want.o, &tolerances[0], self)?;
+        compare::close("lse", &got.lse, &want.lse, &tolerances[1], self)
+    }
+
+    /// o, lse and the three gradients. `forward` and `forward_with_lse` must agree on o to the bit.
+    pub fn run(&self, input: &Input) -> Result<Output> {
+        let Call { attention, q, k, v } = self.call(input)?;
+        let (o_with_lse, lse) = self.forward_with_lse(&attention, &q, &k, &v)?;
+        let o = self.forward(&attention, &q, &k, &v)?;
+        compare::same_bits("o with and without lse", &o_with_lse, &o, self)?;
+        anyhow::ensure!(lse.dtype() == accumulator(self.dtype), "lse is {:?}\ncase {self}", lse.dtype());
+        // Through lse only where the case asks for it: both results have a backward of their own.
+        let loss = self.loss(input, if self.dlse { &o_with_lse } else { &o }, &lse)?;
+        let grads = loss.backward()?;
+        let grad = |name: &str, var: &Var| -> Result<Rows> {
+            let grad = grads.get(var).with_context(|| format!("{name} has no gradient\ncase {self}"))?;
+            anyhow::ensure!(grad.dims() == var.dims() && grad.dtype() == var.dtype(), "d{name}: {grad:?}\ncase {self}");
+            self.rows(grad, name == "q")
+        };
+        Ok(Output {
+            o: self.rows(&o, true)?,
+            lse: self.lse_rows(&lse)?,
+            dq: grad("q", &q)?,
+            dk: grad("k", &k)?,
+            dv: grad("v", &v)?,
+        })
+    }
+
+    /// Runs the case on `input` and holds all five results against the reference.
+    pub fn check_on(&self, input: &Input) -> Result<()> {
+        let got = self.run(input).with_context(|| format!("case {self}"))?;
+        self.check_output(input, &got)
+    }
+
+    /// [`Self::check_on`] with the case's own draw.
+    pub fn check(&self) -> Result<()> {
+        self.check_on(&self.draw())
+    }
+
+    /// Each tensor of `got` within the tolerance of the reference.
+    pub fn check_output(&self, input: &Input, got: &Output) -> Result<()> {
+        let want = reference::attention(input);
+        let tolerances = self.tolerances(input, &want);
+        for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(&tolerances) {
+            compare::close(name, got, want, tolerance, self)?;
+        }
+        Ok(())
+    }
+
+    /// The tolerance of each tensor, in the order of [`Output::named`].
+    pub fn tolerances(&self, input: &Input, want: &Output) -> Vec<Tolerance> {
+        let plain = reference::attention_plain(input);
+        let of = |((name, plain), (_, want)): ((&str, &Rows), (&str, &Rows))| {
+            let dtype = if name == "lse" { accumulator(self.dtype) } else { self.dtype };
+            Tolerance::from(plain, want, dtype)
+        };
+        plain.named().into_iter().zip(want.named()).map(of).collect()
+    }
+
+    /// A tensor of the shape of q or of k as rows.
+    pub fn rows(&self, tensor: &Tensor, queries: bool) -> Result<Rows> {
+        let lengths = self.sequences();
+        let lengths = lengths.iter().map(|l| if queries { l.0 } else { l.1 }).collect();
+        let heads = if queries { self.num_heads } else { self.num_heads_k };
+        Ok(Rows { lengths, heads, width: self.head_dim, values: values(tensor)?, ..Rows::default() })
+    }
+
+    /// lse, `(batch, num_heads, seqlen_q)` or packed `(num_heads, total_q)`, as rows of one number.
+    pub fn lse_rows(&self, lse: &Tensor) -> Result<Rows> {
+        let token_major = match self.lengths {
+            Lengths::Padded { .. } => lse.transpose(1, 2)?,
+            Lengths::Packed(_) => lse.transpose(0, 1)?,
+        };
+        anyhow::ensure!(
+            token_major.dims() == self.token_major_lse(),
+            "lse has shape {:?}, its heads are not where they belong\ncase {self}",
+            lse.dims()
+        );
+        let lengths = self.sequences().iter().map(|l| l.0).collect();
+        Ok(Rows { lengths, heads: self.num_heads, width: 1, values: values(&token_major)?, ..Rows::default() })
+    }
+
+    fn token_major_lse(&self) -> Vec<usize> {
+        let mut shape = self.shape_q();
+        shape.pop();
+        shape
+    }
+
+    /// The operator's layout of lse from the reference's.
+    fn head_major(&self, lse: &Tensor) -> Result<Tensor> {
+        Ok(match self.lengths {
+            Lengths::Padded { .. } => lse.transpose(1, 2)?.contiguous()?,
+            Lengths::Packed(_) => lse.transpose(0, 1)?.contiguous()?,
+        })
+    }
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}

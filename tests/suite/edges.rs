@@ -1,0 +1,287 @@
+//! The sizes and numbers where implementations break: nothing to see, one token, none, scores that overflow, and values
+//! that are not numbers.
+
+use crate::common::cases::{targets, window, Alibi, Case, Target};
+use crate::common::compare::round_to;
+use crate::common::reference::{visible, Input};
+use anyhow::{ensure, Result};
+use candle_core::DType;
+use candle_fa2::Mask;
+
+/// No query, no key, one of either, no sequence: the result has the right shape, and rows without keys are 0 and -inf.
+#[test]
+fn empty_and_single_sizes() -> Result<()> {
+    for target in targets() {
+        for mask in [Mask::None, Mask::Causal, window(2, 1), window(0, 0)] {
+            for (seqlen_q, seqlen_k) in [(0, 0), (0, 5), (5, 0), (1, 0), (0, 1), (1, 1), (1, 300), (300, 1), (2, 1)] {
+                for batch in [0, 1, 2] {
+                    let case = Case::new(&target).batch(batch, seqlen_q, seqlen_k).heads(4, 2).head_dim(8).mask(mask);
+                    case.check()?;
+                    case.clone().dlse().alibi(Alibi::PerHead).softcap(3.0).check()?;
+                    case.heads(0, 2).check()?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// More queries than keys: the first rows of a causal mask see nothing, in parts of a tile and in whole tiles.
+#[test]
+fn rows_that_see_no_key() -> Result<()> {
+    for target in targets() {
+        let case = || Case::new(&target).heads(2, 1).head_dim(8);
+        for case in [
+            case().batch(1, 300, 40).mask(Mask::Causal),
+            case().batch(2, 290, 3).mask(window(1, 0)),
+            case().batch(1, 9, 300).mask(window(None, 0)),
+            case().batch(1, 20, 8).mask(Mask::Causal).dlse(),
+            case().packed(&[(140, 3), (4, 0), (6, 6)]).mask(Mask::Causal).dlse(),
+        ] {
+            let input = case.draw();
+            let got = case.run(&input)?;
+            case.check_output(&input, &got)?;
+            // Exactly zero, not merely near it.
+            let lengths = input.lengths.iter().flat_map(|&pair| (0..pair.0).map(move |row| (pair, row)));
+            for (token, (pair, row)) in lengths.enumerate() {
+                if (0..pair.1).any(|col| visible(pair, input.window, row, col)) {
+                    continue;
+                }
+                let first = token * case.num_heads;
+                let zeros = |values: &[f64]| {
+                    values[first * case.head_dim..][..case.num_heads * case.head_dim].iter().all(|&x| x == 0.0)
+                };
+                let lse = &got.lse.values[first..][..case.num_heads];
+                ensure!(
+                    zeros(&got.o.values) && zeros(&got.dq.values),
+                    "token {token} sees nothing, yet is not 0\ncase {case}"
+                );
+                ensure!(lse.iter().all(|&x| x == f64::NEG_INFINITY), "lse of token {token} is {lse:?}\ncase {case}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Scores in the thousands: exp of them overflows every type, and S would overflow f16. Also far below zero, where it
+/// underflows.
+#[test]
+fn scores_that_overflow_exp() -> Result<()> {
+    for target in targets() {
+        for gain in [30.0, 1000.0] {
+            for mask in [Mask::None, Mask::Causal] {
+                let case = Case::new(&target).batch(1, 40, 150).mask(mask).dlse();
+                let mut input = case.draw();
+                scaled(&mut input, gain);
+                case.check_on(&input)?;
+            }
+        }
+        // All scores of a row near -100,000: without the row's maximum every exp would be 0.
+        let case = Case::new(&target).batch(1, 20, 20).softmax_scale(100.0);
+        let mut input = case.draw();
+        input.q.fill(round_to(target.dtype, 8.0));
+        for x in &mut input.k {
+            *x = round_to(target.dtype, -8.0 - x.abs() / 64.0);
+        }
+        case.check_on(&input)?;
+        // A cap turns any score into a moderate one.
+        let case = Case::new(&target).batch(1, 20, 20).softcap(5.0);
+        let mut input = case.draw();
+        scaled(&mut input, 1000.0);
+        case.check_on(&input)?;
+    }
+    Ok(())
+}
+
+/// q times `gain`, rounded again to the type.
+fn scaled(input: &mut Input, gain: f64) {
+    input.q.iter_mut().for_each(|x| *x = round_to(input.dtype, *x * gain));
+}
+
+/// Scores that grow or fall along the keys move the running maximum in every tile or in none.
+#[test]
+fn scores_that_rise_and_fall_along_the_keys() -> Result<()> {
+    for target in targets() {
+        for direction in [1.0, -1.0] {
+            let case = Case::new(&target).batch(1, 5, 600).heads(1, 1).head_dim(4).softmax_scale(direction);
+            let mut input = case.draw();
+            input.q.fill(1.0);
+            for (at, x) in input.k.iter_mut().enumerate() {
+                *x = round_to(target.dtype, (at / 4) as f64 / 16.0);
+            }
+            case.check_on(&input)?;
+        }
+    }
+    Ok(())
+}
+
+/// A scale of zero makes every weight equal, and no gradient reaches q or k.
+#[test]
+fn scale_of_zero() -> Result<()> {
+    for target in targets() {
+        Case::new(&target).batch(1, 9, 140).softmax_scale(0.0).mask(Mask::Causal).dlse().check()?;
+    }
+    Ok(())
+}
+
+/// Slopes of 0 and below: the bias may be none, or grow with the distance.
+#[test]
+fn slopes_of_any_sign() -> Result<()> {
+    for target in targets() {
+        for slope in [0.0, -0.25, 4.0] {
+            let case = Case::new(&target).batch(1, 30, 150).alibi(Alibi::PerHead).mask(window(None, 3));
+            let mut input = case.draw();
+            input.alibi_slopes = Some(vec![slope; case.num_heads]);
+            case.check_on(&input)?;
+        }
+    }
+    Ok(())
+}
+
+/// Equal scores, equal values: o is v exactly, whatever the number of keys.
+#[test]
+fn one_key_repeated() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(1, 3, 130).heads(1, 1).head_dim(8);
+        let mut input = case.draw();
+        for tensor in [&mut input.k, &mut input.v] {
+            let first = tensor[..8].to_vec();
+            tensor.chunks_mut(8).for_each(|row| row.copy_from_slice(&first));
+        }
+        case.check_on(&input)?;
+    }
+    Ok(())
+}
+
+/// What stands where a number was.
+const INTRUDERS: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+
+/// The numbers of one tensor of an input.
+type Values = fn(&mut Input) -> &mut Vec<f64>;
+
+/// The tensors that may hold one, and how to reach them.
+const TENSORS: [(&str, Values); 5] =
+    [("q", |i| &mut i.q), ("k", |i| &mut i.k), ("v", |i| &mut i.v), ("do", |i| &mut i.do_), ("dlse", |i| &mut i.dlse)];
+
+fn masks_and_lengths(target: &Target) -> Vec<Case> {
+    let case = || Case::new(target).heads(2, 1).head_dim(8);
+    vec![
+        case().batch(1, 6, 6),
+        case().batch(1, 12, 12).mask(Mask::Causal),
+        case().batch(1, 9, 14).mask(window(2, 1)),
+        case().batch(1, 140, 290).mask(Mask::Causal),
+        case().batch(1, 7, 7).mask(Mask::Causal).softcap(2.0),
+        case().batch(1, 8, 8).mask(Mask::Causal).alibi(Alibi::PerHead).dlse(),
+        case().packed(&[(5, 8), (7, 7)]).mask(Mask::Causal),
+    ]
+}
+
+/// One NaN or infinity in q, k, v, do or dlse: NaN and infinities come out exactly where the reference has them, and
+/// every other number is right. What no query sees, or sits in another sequence or head, reaches nothing.
+#[test]
+fn one_value_that_is_not_a_number() -> Result<()> {
+    for target in targets() {
+        for case in masks_and_lengths(&target) {
+            for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
+                for intruder in INTRUDERS {
+                    for part in [0, 1, 2, 3] {
+                        let mut input = case.draw();
+                        let values = tensor(&mut input);
+                        let at = part * (values.len() - 1) / 3;
+                        values[at] = intruder;
+                        case.check_on(&input).map_err(|error| error.context(format!("{intruder} in {name}[{at}]")))?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Keys that no query sees may hold anything.
+#[test]
+fn hidden_keys_do_not_leak() -> Result<()> {
+    for target in targets() {
+        for intruder in INTRUDERS {
+            // The window ends before the last keys, and begins behind the first.
+            for (mask, lengths, hidden) in
+                [(window(2, 0), (4, 200), 0..150), (window(0, 0), (3, 9), 0..6), (window(5, 2), (140, 300), 0..120)]
+            {
+                let case = Case::new(&target).batch(1, lengths.0, lengths.1).heads(1, 1).head_dim(8).mask(mask);
+                let clean = case.draw();
+                let mut input = clean.clone();
+                for col in hidden {
+                    input.k[col * 8..][..8].fill(intruder);
+                    input.v[col * 8..][..8].fill(intruder);
+                }
+                // Against the reference of the clean input.
+                let got = case.run(&input)?;
+                case.check_output(&clean, &got).map_err(|error| error.context(format!("hidden keys of {intruder}")))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whole rows of it: a query of NaN spoils its own row and the keys it sees, a key of -inf is as good as hidden.
+#[test]
+fn rows_that_are_not_numbers() -> Result<()> {
+    for target in targets() {
+        for case in masks_and_lengths(&target) {
+            for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
+                for intruder in INTRUDERS {
+                    let mut input = case.draw();
+                    let head_dim = case.head_dim;
+                    let values = tensor(&mut input);
+                    let width = if name == "dlse" { 1 } else { head_dim };
+                    let row = values.len() / width / 2;
+                    values[row * width..][..width].fill(intruder);
+                    case.check_on(&input)
+                        .map_err(|error| error.context(format!("{intruder} in row {row} of {name}")))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All scores that a query sees are -inf: the softmax of nothing finite is NaN, and lse is -inf.
+#[test]
+fn visible_scores_of_minus_infinity() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(1, 4, 4).heads(1, 1).head_dim(2).mask(Mask::Causal);
+        let mut input = case.draw();
+        input.q.fill(1.0);
+        // The first two keys; the third and fourth query also see finite ones.
+        input.k[..4].fill(f64::NEG_INFINITY);
+        let got = case.run(&input)?;
+        case.check_output(&input, &got)?;
+        ensure!(got.lse.values[..2].iter().all(|&x| x == f64::NEG_INFINITY), "lse {:?}", got.lse.values);
+        ensure!(got.o.values[..4].iter().all(|x| x.is_nan()), "o {:?}", got.o.values);
+        ensure!(got.o.values[4..].iter().all(|x| x.is_finite()), "o {:?}", got.o.values);
+    }
+    Ok(())
+}
+
+/// Numbers near the ends of f16: S, P and the gradients pass through f32, where they fit.
+#[test]
+fn numbers_near_the_ends_of_f16() -> Result<()> {
+    for target in targets().into_iter().filter(|target| target.dtype == DType::F16) {
+        // Scores of 60,000 * 60,000 fit f32 alone, and o of 60,000 fits f16.
+        let case = Case::new(&target).batch(1, 6, 9).softmax_scale(1e-9);
+        let mut input = case.draw();
+        for tensor in [&mut input.q, &mut input.k, &mut input.v] {
+            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, x.clamp(-2.0, 2.0) * 30000.0));
+        }
+        input.do_.iter_mut().for_each(|x| *x = round_to(DType::F16, *x / 1e4));
+        case.check_on(&input)?;
+        // The smallest numbers of all, below the normal range.
+        let case = Case::new(&target).batch(1, 6, 9);
+        let mut input = case.draw();
+        for tensor in [&mut input.q, &mut input.v, &mut input.do_] {
+            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, *x * 1e-6));
+        }
+        case.check_on(&input)?;
+    }
+    Ok(())
+}

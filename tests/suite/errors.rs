@@ -1,0 +1,314 @@
+//! Every refusal as its user reads it: one line per message, compared as text. Each is given by `supports` before
+//! anything runs, by all ways to call, and unchanged through Candle's error.
+
+use anyhow::Result;
+use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
+use candle_fa2::{Attention, CuSeqlens, Error, Mask};
+use std::process::Command;
+
+fn zeros(shape: &[usize]) -> Tensor {
+    Tensor::zeros(shape, DType::F32, &Device::Cpu).expect("zeros on the host")
+}
+
+/// Text of the error of a call that must not succeed.
+fn text<T>(result: candle_fa2::Result<T>) -> String {
+    match result {
+        Ok(_) => "no error".to_string(),
+        Err(error) => {
+            let text = error.to_string();
+            let through_candle = candle_core::Error::from(error).to_string();
+            assert_eq!(through_candle, text, "Candle's error says something else");
+            assert!(!text.contains('\n'), "more than one line: {text}");
+            text
+        }
+    }
+}
+
+/// The one text that `supports`, `forward` and `forward_with_lse` give.
+fn refused(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> String {
+    let answer = text(attention.supports(q, k, v));
+    assert_eq!(text(attention.forward(q, k, v)), answer, "forward and supports disagree");
+    assert_eq!(text(attention.forward_with_lse(q, k, v)), answer, "forward_with_lse and supports disagree");
+    answer
+}
+
+/// The same of a packed call.
+fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, lengths_k]: [&CuSeqlens; 2]) -> String {
+    let answer = text(attention.supports_packed(q, k, v, lengths_q, lengths_k));
+    let forward = text(attention.forward_packed(q, k, v, lengths_q, lengths_k));
+    assert_eq!(forward, answer, "forward_packed and supports_packed disagree");
+    let with_lse = text(attention.forward_packed_with_lse(q, k, v, lengths_q, lengths_k));
+    assert_eq!(with_lse, answer, "forward_packed_with_lse and supports_packed disagree");
+    answer
+}
+
+/// Shapes of q, k and v, and what is wrong with them.
+const PADDED: [([&[usize]; 3], &str); 16] = [
+    (
+        [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
+        "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+    ),
+    (
+        [&[2, 3, 8, 64], &[4, 2, 64], &[2, 4, 2, 64]],
+        "k: expected (batch, seqlen_k, num_heads_k, head_dim), got 3 axes in shape [4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+    ),
+    (
+        [&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 1, 4, 2, 64]],
+        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+    ),
+    ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 5, 2, 64]], "v: seqlen_k must be 4 as in k, got 5 in shape [2, 5, 2, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 4, 64]], "v: num_heads_k must be 2 as in k, got 4 in shape [2, 4, 4, 64]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 32], &[2, 4, 2, 64]], "k: head_dim must be 64 as in q, got 32 in shape [2, 4, 2, 32]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "v: head_dim must be 64 as in q, got 80 in shape [2, 4, 2, 80]"),
+    (
+        [&[2, 3, 8, 64], &[2, 4, 3, 64], &[2, 4, 3, 64]],
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads",
+    ),
+    (
+        [&[2, 3, 2, 64], &[2, 4, 4, 64], &[2, 4, 4, 64]],
+        "num_heads 2 of q is not a multiple of num_heads_k 4 of k and v; each key head serves equally many query heads",
+    ),
+    (
+        [&[2, 3, 2, 64], &[2, 4, 0, 64], &[2, 4, 0, 64]],
+        "num_heads 2 of q is not a multiple of num_heads_k 0 of k and v; each key head serves equally many query heads",
+    ),
+    (
+        [&[2, 3, 1, 513], &[2, 4, 1, 513], &[2, 4, 1, 513]],
+        "head_dim 513 is not supported (supported: 1 to 512); choose num_heads so that it is",
+    ),
+    (
+        [&[2, 3, 1, 0], &[2, 4, 1, 0], &[2, 4, 1, 0]],
+        "head_dim 0 is not supported (supported: 1 to 512); choose num_heads so that it is",
+    ),
+    // The first rule that is broken speaks, in the order of q, k, v.
+    ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]], "no error"),
+];
+
+#[test]
+fn shapes_of_padded_calls() {
+    for (shapes, message) in PADDED {
+        let [q, k, v] = shapes.map(zeros);
+        assert_eq!(refused(&Attention::new(), &q, &k, &v), message);
+    }
+}
+
+#[test]
+fn shapes_and_lengths_of_packed_calls() -> Result<()> {
+    let lengths = |lengths: &[usize]| CuSeqlens::from_lengths(lengths, &Device::Cpu);
+    let (lengths_q, lengths_k) = (lengths(&[3, 2])?, lengths(&[4, 1])?);
+    let (q, k) = (zeros(&[5, 4, 8]), zeros(&[5, 2, 8]));
+    let padded = zeros(&[1, 5, 2, 8]);
+    let long = zeros(&[6, 2, 8]);
+    let one = lengths(&[5])?;
+    for ([q, k, v], lengths, message) in [
+        (
+            [&padded, &k, &k],
+            [&lengths_q, &lengths_k],
+            "q: expected (total_q, num_heads, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
+        ),
+        (
+            [&q, &k, &padded],
+            [&lengths_q, &lengths_k],
+            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
+        ),
+        ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; lengths of 0 count"),
+        ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),
+        ([&q, &long, &k], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of k: 6 in shape [6, 2, 8], got 5"),
+        ([&q, &k, &long], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of v: 6 in shape [6, 2, 8], got 5"),
+        ([&q, &k, &k], [&lengths_q, &lengths_k], "no error"),
+    ] {
+        assert_eq!(refused_packed(&Attention::new(), [q, k, v], lengths), message);
+    }
+    Ok(())
+}
+
+#[test]
+fn types() -> Result<()> {
+    let x = zeros(&[1, 2, 2, 8]);
+    let of = |dtype| x.to_dtype(dtype);
+    let attention = Attention::new();
+    let ids = of(DType::U32)?;
+    assert_eq!(
+        refused(&attention, &ids, &ids, &ids),
+        "q: dtype U32 is not supported (supported: F64, F32, F16, BF16); convert with to_dtype"
+    );
+    assert_eq!(
+        refused(&attention, &x, &of(DType::F16)?, &x),
+        "k: dtype F16 differs from q's F32; convert one with to_dtype"
+    );
+    assert_eq!(
+        refused(&attention, &of(DType::BF16)?, &of(DType::BF16)?, &x),
+        "v: dtype F32 differs from q's BF16; convert one with to_dtype"
+    );
+    Ok(())
+}
+
+#[test]
+fn strides() -> Result<()> {
+    let good = zeros(&[2, 8, 64, 128]);
+    let bad = zeros(&[2, 8, 128, 64]).transpose(2, 3)?;
+    let attention = Attention::new();
+    for (name, [q, k, v]) in [("q", [&bad, &good, &good]), ("k", [&good, &bad, &good]), ("v", [&good, &good, &bad])] {
+        assert_eq!(
+            refused(&attention, q, k, v),
+            format!(
+                "{name}: last axis must be contiguous, got stride 64 in shape [2, 8, 64, 128] \
+                 with strides [65536, 8192, 1, 64]; call .contiguous()"
+            )
+        );
+    }
+    let expanded = zeros(&[2, 8, 64, 1]).expand((2, 8, 64, 128))?;
+    assert_eq!(
+        refused(&attention, &good, &expanded, &good),
+        "k: last axis must be contiguous, got stride 0 in shape [2, 8, 64, 128] \
+         with strides [512, 64, 1, 0]; call .contiguous()"
+    );
+    Ok(())
+}
+
+#[test]
+fn options() -> Result<()> {
+    let x = zeros(&[1, 2, 2, 8]);
+    for (scale, message) in [
+        (f64::NAN, "softmax_scale NaN is not finite; leave it out for 1/sqrt(head_dim)"),
+        (f64::INFINITY, "softmax_scale inf is not finite; leave it out for 1/sqrt(head_dim)"),
+        (f64::NEG_INFINITY, "softmax_scale -inf is not finite; leave it out for 1/sqrt(head_dim)"),
+        (0.0, "no error"),
+        (-1.0, "no error"),
+    ] {
+        assert_eq!(refused(&Attention::new().softmax_scale(scale), &x, &x, &x), message);
+    }
+    for (softcap, message) in [
+        (0.0, "softcap 0 must be finite and above 0; leave it out for no cap"),
+        (-2.5, "softcap -2.5 must be finite and above 0; leave it out for no cap"),
+        (f64::NAN, "softcap NaN must be finite and above 0; leave it out for no cap"),
+        (f64::INFINITY, "softcap inf must be finite and above 0; leave it out for no cap"),
+        (30.0, "no error"),
+    ] {
+        assert_eq!(refused(&Attention::new().softcap(softcap), &x, &x, &x), message);
+    }
+    // The aligned key alone, and windows of any width, are legal.
+    for (left, right) in [(Some(0), Some(0)), (Some(usize::MAX), None)] {
+        assert_eq!(refused(&Attention::new().mask(Mask::Window { left, right }), &x, &x, &x), "no error");
+    }
+    Ok(())
+}
+
+#[test]
+fn alibi_slopes() -> Result<()> {
+    let x = zeros(&[2, 3, 8, 16]);
+    let refused = |slopes: &Tensor| refused(&Attention::new().alibi_slopes(slopes), &x, &x, &x);
+    for (shape, got) in
+        [(&[4][..], "[4]"), (&[8, 2], "[8, 2]"), (&[1, 8], "[1, 8]"), (&[], "[]"), (&[1, 1, 8], "[1, 1, 8]")]
+    {
+        assert_eq!(
+            refused(&zeros(shape)),
+            format!("alibi_slopes: expected shape [8] (num_heads) or [2, 8] (batch, num_heads), got {got}")
+        );
+    }
+    assert_eq!(
+        refused(&zeros(&[8]).to_dtype(DType::F16)?),
+        "alibi_slopes: dtype F16 is not supported (supported: F32); convert with to_dtype"
+    );
+    let tracked =
+        "alibi_slopes: tracked for gradients, but attention gives it none; call .detach() if that is what you want";
+    let slopes = Var::from_tensor(&zeros(&[8]))?;
+    assert_eq!(refused(&slopes), tracked);
+    assert_eq!(refused(&(slopes.as_tensor() * 2.0)?), tracked);
+    assert_eq!(refused(&slopes.detach()), "no error");
+    assert_eq!(refused(&zeros(&[2, 8])), "no error");
+    Ok(())
+}
+
+#[test]
+fn cumulative_lengths() -> Result<()> {
+    let new = |offsets: &[u32]| text(CuSeqlens::new(offsets, &Device::Cpu));
+    let from_tensor = |tensor: &Tensor| text(CuSeqlens::from_tensor(tensor));
+    assert_eq!(
+        new(&[]),
+        "cu_seqlens: must hold at least the leading 0, got no entries; CuSeqlens::from_lengths takes plain lengths"
+    );
+    assert_eq!(new(&[1, 3]), "cu_seqlens: must start at 0, got 1; CuSeqlens::from_lengths takes plain lengths");
+    assert_eq!(
+        new(&[0, 5, 3, 9]),
+        "cu_seqlens: must not fall, got 3 after 5 at entry 2; CuSeqlens::from_lengths takes plain lengths"
+    );
+    assert_eq!(
+        text(CuSeqlens::from_lengths(&[u32::MAX as usize, 1], &Device::Cpu)),
+        "cu_seqlens: must not pass 4294967295 rows, got 4294967296; split the batch"
+    );
+    assert_eq!(
+        text(CuSeqlens::from_lengths(&[usize::MAX, usize::MAX], &Device::Cpu)),
+        format!("cu_seqlens: must not pass 4294967295 rows, got {}; split the batch", 2 * (usize::MAX as u128))
+    );
+    assert_eq!(from_tensor(&Tensor::new(&[0u32, 5, 3], &Device::Cpu)?), new(&[0, 5, 3]));
+    for tensor in [Tensor::new(&[0i64, 3], &Device::Cpu)?, Tensor::new(&[0f32, 3.0], &Device::Cpu)?] {
+        assert_eq!(
+            from_tensor(&tensor),
+            format!("cu_seqlens: dtype {:?} is not supported (supported: U32); convert with to_dtype", tensor.dtype())
+        );
+    }
+    assert_eq!(
+        from_tensor(&Tensor::new(&[[0u32, 3]], &Device::Cpu)?),
+        "cu_seqlens: expected (batch + 1), got 2 axes in shape [1, 2]; flatten it"
+    );
+    Ok(())
+}
+
+#[test]
+fn padding_and_unpadding() -> Result<()> {
+    let cu_seqlens = CuSeqlens::from_lengths(&[2, 4], &Device::Cpu)?;
+    let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape)));
+    assert_eq!(unpad(&[3, 4, 8]), "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]");
+    assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
+    assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen), got 1 axes in shape [2]; add the missing ones, or use the packed call for sequences laid end to end");
+    assert_eq!(unpad(&[2, 4]), "no error");
+    let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape)));
+    assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");
+    assert_eq!(pad(&[6, 8]), "no error");
+    Ok(())
+}
+
+/// Errors that a host without a GPU cannot bring about.
+#[test]
+fn devices() {
+    let gpu = DeviceLocation::Cuda { gpu_id: 1 };
+    assert_eq!(
+        Error::Device { tensor: "k", got: gpu, expected: DeviceLocation::Cpu }.to_string(),
+        "k: on device Cuda { gpu_id: 1 }, but q is on Cpu; move one with to_device"
+    );
+    assert_eq!(
+        Error::NoKernel { dtype: DType::BF16, device: gpu }.to_string(),
+        "no BF16 attention kernel for Cuda { gpu_id: 1 } (built: CPU); move q, k and v with to_device(&Device::Cpu)"
+    );
+    assert_eq!(
+        Error::NoForward.to_string(),
+        "flash_attention: backward found no lse; run the forward of this operator first"
+    );
+}
+
+/// An error of Candle passes through both ways as it is.
+#[test]
+fn errors_of_candle() -> Result<()> {
+    let inner = zeros(&[2, 3]).matmul(&zeros(&[2, 3])).expect_err("shapes do not fit");
+    let text = inner.to_string();
+    let ours = Error::from(inner);
+    assert_eq!(ours.to_string(), text);
+    assert_eq!(candle_core::Error::from(ours).to_string(), text);
+    Ok(())
+}
+
+/// `RUST_BACKTRACE` adds nothing to any text: the other tests of this file pass under it too.
+#[test]
+fn backtraces_stay_out_of_the_text() -> Result<()> {
+    let child = Command::new(std::env::current_exe()?)
+        .args(["errors::", "--skip", "errors::backtraces"])
+        .env("RUST_BACKTRACE", "1")
+        .output()?;
+    let text = String::from_utf8_lossy(&child.stdout);
+    anyhow::ensure!(child.status.success() && !text.contains("running 0 tests"), "{text}");
+    Ok(())
+}

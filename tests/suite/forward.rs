@@ -1,0 +1,44 @@
+//! o and lse of inputs that nobody tracks, against the reference.
+
+use crate::common::cases::{self, targets, Case, Target};
+use anyhow::Result;
+
+fn check(list: fn(&Target) -> Vec<Case>) -> Result<()> {
+    for target in targets() {
+        for case in list(&target) {
+            case.check_forward()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_mask_with_every_option() -> Result<()> {
+    check(cases::options)
+}
+
+#[test]
+fn every_kind_of_head_dim() -> Result<()> {
+    check(cases::head_dims)
+}
+
+#[test]
+fn packed_batches() -> Result<()> {
+    check(cases::packed)
+}
+
+#[test]
+fn long_sequences() -> Result<()> {
+    check(cases::long)
+}
+
+/// One row short of, at, and past the edges of the tiles.
+#[test]
+fn tile_edges() -> Result<()> {
+    for target in targets() {
+        for case in cases::around_tiles(&target, 16)? {
+            case.check_forward()?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! Views in any strides give the bits of their contiguous copies: values, and gradients pulled back through the view.
+
+use crate::common::cases::{targets, window, Case};
+use crate::common::compare;
+use crate::common::run::Call;
+use anyhow::{Context, Result};
+use candle_core::{Tensor, Var};
+use candle_fa2::{testing, Attention, Mask};
+
+/// A way to see a tensor of shape `dims` in a larger or differently ordered one.
+struct View {
+    name: &'static str,
+    /// Shape of what is stored.
+    base: fn(&[usize]) -> Vec<usize>,
+    /// The view of it.
+    view: fn(&Tensor, &[usize]) -> candle_core::Result<Tensor>,
+}
+
+/// Views of `(batch, seqlen, heads, head_dim)`.
+const PADDED: [View; 9] = [
+    View { name: "contiguous", base: |d| d.to_vec(), view: |t, _| Ok(t.clone()) },
+    View { name: "heads first", base: |d| vec![d[0], d[2], d[1], d[3]], view: |t, _| t.transpose(1, 2) },
+    View { name: "sequence first", base: |d| vec![d[1], d[0], d[2], d[3]], view: |t, _| t.transpose(0, 1) },
+    View {
+        name: "slice of every axis",
+        base: |d| vec![d[0] + 2, d[1] + 3, d[2] + 1, d[3] + 5],
+        view: |t, d| t.narrow(0, 1, d[0])?.narrow(1, 2, d[1])?.narrow(2, 1, d[2])?.narrow(3, 3, d[3]),
+    },
+    View {
+        name: "slice of heads first",
+        base: |d| vec![d[0], d[2] + 2, d[1] + 1, d[3] + 1],
+        view: |t, d| t.narrow(1, 2, d[2])?.narrow(2, 1, d[1])?.narrow(3, 1, d[3])?.transpose(1, 2),
+    },
+    View {
+        name: "one of q, k, v in one tensor",
+        base: |d| vec![d[0], d[1], 3, d[2], d[3]],
+        view: |t, _| t.narrow(2, 1, 1)?.squeeze(2),
+    },
+    View {
+        name: "one sequence for the whole batch",
+        base: |d| vec![1, d[1], d[2], d[3]],
+        view: |t, d| t.broadcast_as(d),
+    },
+    View { name: "one head for all", base: |d| vec![d[0], d[1], 1, d[3]], view: |t, d| t.broadcast_as(d) },
+    View { name: "one token for all", base: |d| vec![d[0], 1, d[2], d[3]], view: |t, d| t.broadcast_as(d) },
+];
+
+/// Views of `(total, heads, head_dim)`.
+const PACKED: [View; 5] = [
+    View { name: "contiguous", base: |d| d.to_vec(), view: |t, _| Ok(t.clone()) },
+    View { name: "heads first", base: |d| vec![d[1], d[0], d[2]], view: |t, _| t.transpose(0, 1) },
+    View {
+        name: "slice of every axis",
+        base: |d| vec![d[0] + 3, d[1] + 1, d[2] + 5],
+        view: |t, d| t.narrow(0, 2, d[0])?.narrow(1, 1, d[1])?.narrow(2, 3, d[2]),
+    },
+    View {
+        name: "one of q, k, v in one tensor",
+        base: |d| vec![d[0], 3, d[1], d[2]],
+        view: |t, _| t.narrow(1, 1, 1)?.squeeze(1),
+    },
+    View { name: "one head for all", base: |d| vec![d[0], 1, d[2]], view: |t, d| t.broadcast_as(d) },
+];
+
+/// The variables behind q, k and v.
+struct Bases {
+    vars: [Var; 3],
+    dims: [Vec<usize>; 3],
+}
+
+impl Bases {
+    /// Values for the views `views` of the case's q, k and v.
+    fn draw(case: &Case, views: [&View; 3]) -> Result<Self> {
+        let dims = [case.shape_q(), case.shape_k(), case.shape_k()];
+        let mut vars = Vec::new();
+        for (n, (view, dims)) in views.into_iter().zip(&dims).enumerate() {
+            let shape = (view.base)(dims);
+            let count = shape.iter().product();
+            // Any case draws normal numbers; its q is a list of as many as wanted.
+            let mut source = Case { num_heads: 1, num_heads_k: 1, head_dim: 1, ..case.clone() }.batch(1, count, 1);
+            source.softmax_scale = Some(n as f64);
+            vars.push(Var::from_tensor(&case.tensor(&source.draw().q, &shape)?)?);
+        }
+        Ok(Self { vars: vars.try_into().expect("three views"), dims })
+    }
+
+    /// o, lse and the gradients of the three variables, through the views or through contiguous copies of them.
+    fn results(&self, case: &Case, views: [&View; 3], copied: bool) -> Result<Vec<(&'static str, Tensor)>> {
+        let input = case.draw();
+        let attention = case.attention(&input)?;
+        let mut seen = Vec::new();
+        for ((view, var), dims) in views.iter().zip(&self.vars).zip(&self.dims) {
+            let view = (view.view)(var, dims)?;
+            seen.push(if copied { view.contiguous()? } else { view });
+        }
+        let (o, lse) = case.forward_with_lse(&attention, &seen[0], &seen[1], &seen[2])?;
+        let grads = case.loss(&input, &o, &lse)?.backward()?;
+        let grad = |n: usize| anyhow::Ok(grads.get(&self.vars[n]).context("no gradient")?.clone());
+        let plain = case.forward(&attention, &seen[0], &seen[1], &seen[2])?;
+        Ok(vec![
+            ("o", o),
+            ("lse", lse),
+            ("o without lse", plain),
+            ("gradient behind q", grad(0)?),
+            ("gradient behind k", grad(1)?),
+            ("gradient behind v", grad(2)?),
+        ])
+    }
+}
+
+fn check(case: &Case, views: [&View; 3]) -> Result<()> {
+    let bases = Bases::draw(case, views)?;
+    let viewed = bases.results(case, views, false)?;
+    let copied = bases.results(case, views, true)?;
+    let what = format!("case {case}, q {}, k {}, v {}", views[0].name, views[1].name, views[2].name);
+    for ((name, got), (_, want)) in viewed.iter().zip(&copied) {
+        compare::same_bits(name, got, want, &what)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn views_of_padded_tensors_equal_their_copies() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(2, 19, 23).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        for view in &PADDED {
+            check(&case, [view, view, view])?;
+            check(&case, [&PADDED[0], view, &PADDED[3]])?;
+            check(&case, [view, &PADDED[1], &PADDED[0]])?;
+        }
+        // Across tiles, and with sizes of one, whose strides mean nothing.
+        let wide = Case::new(&target).batch(1, 140, 290).heads(2, 1).head_dim(16).mask(window(150, 20)).dlse();
+        let single = Case::new(&target).batch(1, 1, 1).heads(1, 1).head_dim(1);
+        for view in &PADDED {
+            check(&wide, [view, view, view])?;
+            check(&single, [view, view, view])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn views_of_packed_tensors_equal_their_copies() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).packed(&[(5, 9), (0, 2), (20, 14)]).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        for view in &PACKED {
+            check(&case, [view, view, view])?;
+            check(&case.clone().dlse(), [&PACKED[0], view, &PACKED[2]])?;
+        }
+    }
+    Ok(())
+}
+
+/// Slopes are read through their strides too.
+#[test]
+fn slopes_that_are_views_equal_their_copies() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(3, 9, 11).heads(4, 2);
+        let input = case.draw();
+        let Call { q, k, v, .. } = case.call(&input)?;
+        let table = Tensor::arange(0f32, 24.0, &case.device)?.affine(0.02, 0.01)?.reshape((4, 6))?;
+        // A column of it for the heads, a transposed block of it for batch and heads, one number for all.
+        let column = table.narrow(1, 2, 1)?.squeeze(1)?;
+        let block = table.narrow(1, 1, 3)?.t()?;
+        let one = table.narrow(0, 1, 1)?.narrow(1, 1, 1)?.broadcast_as((3, 4))?;
+        for (name, slopes) in [("column", column), ("block", block), ("one", one)] {
+            let viewed = Attention::new().alibi_slopes(&slopes).forward(&q, &k, &v)?;
+            let copied = Attention::new().alibi_slopes(&slopes.contiguous()?).forward(&q, &k, &v)?;
+            compare::same_bits("o", &viewed, &copied, &format!("case {case}, slopes {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// What follows o in the graph decides how its gradient arrives. Each of these is the same loss.
+#[test]
+fn gradients_through_transposed_and_expanded_results() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(2, 9, 11).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        let input = case.draw();
+        let Call { attention, q, k, v } = case.call(&input)?;
+        let do_ = case.tensor(&input.do_, &case.shape_q())?;
+        let ones = do_.ones_like()?;
+        let loss = |o: &Tensor, grad: &Tensor| -> candle_core::Result<Tensor> { (o * grad)?.sum_all() };
+        type Loss<'a> = &'a dyn Fn(&Tensor) -> candle_core::Result<Tensor>;
+        let pairs: [(&str, Loss, Loss); 4] = [
+            ("transposed", &|o| loss(&o.transpose(1, 2)?, &do_.transpose(1, 2)?), &|o| loss(o, &do_)),
+            ("transposed and copied", &|o| loss(&o.transpose(1, 3)?.contiguous()?, &do_.transpose(1, 3)?), &|o| {
+                loss(o, &do_)
+            }),
+            ("expanded from a sum", &|o| o.sum_all(), &|o| loss(o, &ones)),
+            ("expanded from sums over an axis", &|o| o.sum_keepdim(3)?.sum(1)?.sum_all(), &|o| loss(o, &ones)),
+        ];
+        for (name, loss, plain) in pairs {
+            let grads = |loss: Loss| -> Result<Vec<Tensor>> {
+                let grads = loss(&attention.forward(&q, &k, &v)?)?.backward()?;
+                [&q, &k, &v].into_iter().map(|var| Ok(grads.get(var).context("no gradient")?.clone())).collect()
+            };
+            for (n, (got, want)) in grads(loss)?.iter().zip(&grads(plain)?).enumerate() {
+                compare::same_bits(["dq", "dk", "dv"][n], got, want, &format!("case {case}, {name}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The gradient of o itself in strides of its own. Candle's autograd adds gradients into contiguous tensors, so that
+/// this asks the operator alone.
+#[test]
+fn gradients_that_are_views_equal_their_copies() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(2, 140, 60).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        let input = case.draw();
+        let call = case.call(&input)?;
+        let call = testing::Call::new(&call.attention, &call.q, &call.k, &call.v)?;
+        let o = call.forward()?;
+        let dims = case.shape_q();
+        let last_axis = [
+            View { name: "one dim for all", base: |d| vec![d[0], d[1], d[2], 1], view: |t, d| t.broadcast_as(d) },
+            View { name: "one number for all", base: |_| vec![1], view: |t, d| t.broadcast_as(d) },
+            View { name: "head_dim first", base: |d| vec![d[3], d[1], d[2], d[0]], view: |t, _| t.transpose(0, 3) },
+        ];
+        for view in PADDED.iter().chain(&last_axis) {
+            let base = Bases::draw(&case, [view, &PADDED[0], &PADDED[0]])?;
+            let do_ = (view.view)(&base.vars[0], &dims)?;
+            let (dq, dk, dv) = call.backward(&o, &do_)?;
+            let (dq_copied, dk_copied, dv_copied) = call.backward(&o, &do_.contiguous()?)?;
+            for (name, got, want) in [("dq", dq, dq_copied), ("dk", dk, dk_copied), ("dv", dv, dv_copied)] {
+                let what = format!("case {case}, do {}", view.name);
+                compare::same_bits(name, &got.context("no gradient")?, &want.context("no gradient")?, &what)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,411 @@
+//! What must hold whatever the numbers are, over random cases that shrink when they fail. Only the first property asks
+//! the reference what is right; of the others it tells no more than how much two results may differ by rounding.
+//!
+//! The draws are the same in every run; `PROPTEST_RNG_SEED` and `PROPTEST_CASES` look further.
+
+use crate::common::cases::{targets, window, Alibi, Case, Lengths};
+use crate::common::compare;
+use crate::common::reference::{self, Input, Output};
+use crate::common::run::Call;
+use anyhow::{Context, Result};
+use candle_core::{DType, Tensor, D};
+use candle_fa2::Mask;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
+
+/// Cases of each property.
+const CASES: u32 = 96;
+
+/// Draws cases from `strategy` and shrinks the first that fails.
+fn for_all<S: Strategy>(strategy: S, property: impl Fn(S::Value) -> Result<()>) -> Result<()> {
+    let mut config = Config { failure_persistence: None, ..Config::default() };
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = CASES;
+    }
+    if config.rng_seed == RngSeed::Random {
+        config.rng_seed = RngSeed::Fixed(0);
+    }
+    let fail = |error: anyhow::Error| TestCaseError::fail(format!("{error:#}"));
+    let result = TestRunner::new(config).run(&strategy, |value| property(value).map_err(fail));
+    result.map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+fn masks() -> impl Strategy<Value = Mask> {
+    let side = || prop_oneof![Just(None), (0usize..12).prop_map(Some)];
+    prop_oneof![Just(Mask::None), Just(Mask::Causal), (side(), side()).prop_map(|(left, right)| window(left, right))]
+}
+
+fn alibis() -> impl Strategy<Value = Alibi> {
+    prop_oneof![Just(Alibi::Off), Just(Alibi::PerHead), Just(Alibi::PerBatchAndHead)]
+}
+
+/// Any padded case of up to 40 tokens; now and then one that crosses the borders of tiles.
+fn padded() -> impl Strategy<Value = Case> {
+    let target = prop::sample::select(targets());
+    let lengths = prop_oneof![9 => (0usize..40, 0usize..40), 1 => (100usize..180, 100usize..300)];
+    let heads = (1usize..4, 1usize..4);
+    let scales = prop_oneof![2 => Just(None), 1 => (-1.5..1.5f64).prop_map(Some)];
+    let softcaps = prop_oneof![2 => Just(None), 1 => (0.5..10.0f64).prop_map(Some)];
+    let sizes = (0usize..4, lengths, heads, 1usize..40);
+    let options = (masks(), scales, softcaps, alibis(), any::<bool>());
+    (target, sizes, options).prop_map(
+        |(
+            target,
+            (batch, (seqlen_q, seqlen_k), (group, num_heads_k), head_dim),
+            (mask, scale, softcap, alibi, dlse),
+        )| {
+            Case {
+                softmax_scale: scale,
+                softcap,
+                dlse,
+                ..Case::new(&target)
+                    .batch(batch, seqlen_q, seqlen_k)
+                    .heads(group * num_heads_k, num_heads_k)
+                    .head_dim(head_dim)
+                    .mask(mask)
+                    .alibi(alibi)
+            }
+        },
+    )
+}
+
+/// The same of packed sequences.
+fn packed() -> impl Strategy<Value = Case> {
+    let lengths = prop::collection::vec((0usize..30, 0usize..30), 0..5);
+    (padded(), lengths).prop_map(|(case, lengths)| case.packed(&lengths))
+}
+
+/// Two outputs of the operator, each as far from the truth as the reference allows, agree.
+fn agree(case: &Case, input: &Input, got: &Output, want: &Output) -> Result<()> {
+    let tolerances = case.tolerances(input, &reference::attention(input));
+    for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(tolerances) {
+        compare::close(name, got, want, &tolerance.doubled(), case)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn any_padded_case_matches_the_reference() -> Result<()> {
+    for_all(padded(), |case| case.check())
+}
+
+#[test]
+fn any_packed_case_matches_the_reference() -> Result<()> {
+    for_all(packed(), |case| case.check())
+}
+
+/// Rows of `values`, `width` numbers each, in the order that `order` lists them.
+fn reordered(values: &[f64], width: usize, order: &[usize]) -> Vec<f64> {
+    order.iter().flat_map(|&row| values[row * width..][..width].to_vec()).collect()
+}
+
+/// Without a mask and without biases the keys are a set.
+#[test]
+fn the_order_of_the_keys_does_not_matter() -> Result<()> {
+    let case = padded().prop_map(|case| case.mask(Mask::None).alibi(Alibi::Off));
+    for_all((case, any::<u64>()), |(case, seed)| {
+        let input = case.draw();
+        let (_, seqlen_k) = case.sequences().first().copied().unwrap_or_default();
+        // One order for every sequence of the batch, by sorting a hash of (seed, position).
+        let mut order: Vec<usize> = (0..seqlen_k).collect();
+        order.sort_by_key(|&col| (seed ^ col as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29));
+        let order: Vec<usize> =
+            (0..case.sequences().len()).flat_map(|batch| order.iter().map(move |col| batch * seqlen_k + col)).collect();
+        let width = case.num_heads_k * case.head_dim;
+        let mut permuted = input.clone();
+        permuted.k = reordered(&input.k, width, &order);
+        permuted.v = reordered(&input.v, width, &order);
+
+        let got = case.run(&permuted)?;
+        let mut want = case.run(&input)?;
+        want.dk.values = reordered(&want.dk.values, width, &order);
+        want.dv.values = reordered(&want.dv.values, width, &order);
+        agree(&case, &permuted, &got, &want)
+    })
+}
+
+/// A power of two moved from q into the scale changes no bit: only the exponents of what is multiplied differ.
+#[test]
+fn a_power_of_two_moves_between_q_and_the_scale() -> Result<()> {
+    // Where numbers are not at the end of their type's range.
+    let case = padded().prop_filter("f16 ends at 2^-24", |case| case.dtype != DType::F16);
+    for_all((case, -3i32..4), |(case, power)| {
+        let factor = 2f64.powi(power);
+        let input = case.draw();
+        let scaled = Case { softmax_scale: Some(input.softmax_scale / factor), ..case.clone() };
+        let mut scaled_input = Input { softmax_scale: input.softmax_scale / factor, ..input.clone() };
+        scaled_input.q.iter_mut().for_each(|x| *x *= factor);
+
+        let want = case.run(&input)?;
+        let mut got = scaled.run(&scaled_input)?;
+        // The gradient of q = factor * q' with respect to q' is `factor` times that with respect to q.
+        got.dq.values.iter_mut().for_each(|x| *x *= factor);
+        for ((name, got), (_, want)) in got.named().into_iter().zip(want.named()) {
+            let same = got.values.iter().zip(&want.values).all(|(a, b)| a == b || a.is_nan() && b.is_nan());
+            anyhow::ensure!(same, "{name} changed\ncase {case}, q times {factor}");
+        }
+        Ok(())
+    })
+}
+
+/// Heads that share a key head give what repeated key heads give, and its gradient is the sum of theirs.
+#[test]
+fn shared_heads_equal_repeated_heads() -> Result<()> {
+    for_all(padded(), |case| {
+        let input = case.draw();
+        let group = case.num_heads / case.num_heads_k;
+        let repeated = Case { num_heads_k: case.num_heads, ..case.clone() };
+        let repeat =
+            |values: &[f64]| -> Vec<f64> { values.chunks(case.head_dim).flat_map(|row| row.repeat(group)).collect() };
+        let repeated_input =
+            Input { num_heads_k: case.num_heads, k: repeat(&input.k), v: repeat(&input.v), ..input.clone() };
+
+        let got = case.run(&input)?;
+        let want = repeated.run(&repeated_input)?;
+        let exact = reference::attention(&input);
+        let tolerances = case.tolerances(&input, &exact);
+        for (n, (got, want)) in [(&got.o, &want.o), (&got.lse, &want.lse), (&got.dq, &want.dq)].into_iter().enumerate()
+        {
+            compare::close(["o", "lse", "dq"][n], got, want, &tolerances[n].clone().doubled(), &case)?;
+        }
+        // The heads of the repeated case are rounded before they are summed, each at its own size.
+        let each = repeated.tolerances(&repeated_input, &reference::attention(&repeated_input));
+        for (n, name, got, want) in [(3, "dk", &got.dk, &want.dk), (4, "dv", &got.dv, &want.dv)] {
+            let mut summed = got.clone();
+            let mut tolerance = tolerances[n].clone();
+            for (row, limit) in tolerance.limits.iter_mut().enumerate() {
+                *limit += each[n].limits[row * group..][..group].iter().sum::<f64>();
+                for dim in 0..case.head_dim {
+                    let at = |head: usize| (row * group + head) * case.head_dim + dim;
+                    summed.values[row * case.head_dim + dim] = (0..group).map(|head| want.values[at(head)]).sum();
+                }
+            }
+            compare::close(name, got, &summed, &tolerance, &case)?;
+        }
+        Ok(())
+    })
+}
+
+/// Attention as Candle's own operators and autograd compute it, with the mask written out as a tensor.
+fn unfused(case: &Case, input: &Input) -> Result<Output> {
+    let Call { q, k, v, .. } = case.call(input)?;
+    let (seqlen_q, seqlen_k) = case.sequences()[0];
+    let group = case.num_heads / case.num_heads_k;
+    // (batch, seqlen, heads_k, head_dim) -> (batch, heads, seqlen, head_dim)
+    let repeated = |x: &Tensor| -> candle_core::Result<Tensor> {
+        let (batch, seqlen, heads_k, head_dim) = x.dims4()?;
+        let x = x.transpose(1, 2)?.unsqueeze(2)?.expand((batch, heads_k, group, seqlen, head_dim))?;
+        x.contiguous()?.reshape((batch, heads_k * group, seqlen, head_dim))
+    };
+    let (q_heads, k_heads, v_heads) = (q.transpose(1, 2)?.contiguous()?, repeated(&k)?, repeated(&v)?);
+    let scores = (q_heads.matmul(&k_heads.t()?.contiguous()?)? * input.softmax_scale)?;
+    let scores = match input.softcap {
+        Some(softcap) => ((scores / softcap)?.tanh()? * softcap)?,
+        None => scores,
+    };
+    let pairs = (0..seqlen_q).flat_map(|row| (0..seqlen_k).map(move |col| (row, col)));
+    let hidden: Vec<f64> = pairs
+        .map(|(row, col)| {
+            let visible = reference::visible((seqlen_q, seqlen_k), input.window, row, col);
+            if visible {
+                0.0
+            } else {
+                f64::NEG_INFINITY
+            }
+        })
+        .collect();
+    let mask = Tensor::from_vec(hidden, (1, 1, seqlen_q, seqlen_k), &case.device)?.to_dtype(case.dtype)?;
+    let scores = scores.broadcast_add(&mask)?;
+    let lse = scores.log_sum_exp(D::Minus1)?;
+    let p = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    let o = p.matmul(&v_heads)?.transpose(1, 2)?.contiguous()?;
+    let grads = case.loss(input, &o, &lse)?.backward()?;
+    Ok(Output {
+        o: case.rows(&o, true)?,
+        lse: case.lse_rows(&lse)?,
+        dq: case.rows(grads.get(&q).context("dq")?, true)?,
+        dk: case.rows(grads.get(&k).context("dk")?, false)?,
+        dv: case.rows(grads.get(&v).context("dv")?, false)?,
+    })
+}
+
+/// A window is nothing but a mask, and the whole operator nothing but what Candle computes step by step.
+#[test]
+fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
+    // In f32 and f64, which Candle's operators sum in; every row sees a key, since softmax of no key is NaN there.
+    let wide = |case: &Case| matches!(case.dtype, DType::F32 | DType::F64);
+    let sees = |case: &Case| {
+        let input = Case { head_dim: 1, ..case.clone() }.draw();
+        case.sequences().iter().all(|&(seqlen_q, seqlen_k)| {
+            seqlen_q > 0
+                && (0..seqlen_q).all(|row| {
+                    (0..seqlen_k).any(|col| reference::visible((seqlen_q, seqlen_k), input.window, row, col))
+                })
+        })
+    };
+    let case = padded()
+        .prop_map(|case| case.alibi(Alibi::Off))
+        .prop_filter("f32 or f64", wide)
+        .prop_filter("every row sees a key", sees)
+        .prop_filter("a batch of something", |case| !case.sequences().is_empty());
+    for_all(case, |case| {
+        let input = case.draw();
+        agree(&case, &input, &case.run(&input)?, &unfused(&case, &input)?)
+    })
+}
+
+/// Attention over two parts of the keys, merged by their lse, is attention over all of them: values, and gradients that
+/// flow through both lse as ring attention needs it.
+#[test]
+fn parts_of_the_keys_merge_by_their_lse() -> Result<()> {
+    let case = padded()
+        .prop_map(|case| case.mask(Mask::None).alibi(Alibi::Off))
+        // The merge itself runs in the type of o: in half precision its own rounding would hide the operator's.
+        .prop_filter("f32 or f64", |case| matches!(case.dtype, DType::F32 | DType::F64))
+        .prop_filter("two keys and a query", |case| case.sequences().first().is_some_and(|l| l.0 > 0 && l.1 > 1));
+    for_all((case, 0.0..1.0f64), |(case, part)| {
+        let input = case.draw();
+        let want = case.run(&input)?;
+        let Call { attention, q, k, v } = case.call(&input)?;
+        let (_, seqlen_k) = case.sequences()[0];
+        let first = 1 + ((seqlen_k - 1) as f64 * part) as usize;
+        let attend = |from: usize, len: usize| -> Result<(Tensor, Tensor)> {
+            Ok(attention.forward_with_lse(&q, &k.narrow(1, from, len)?, &v.narrow(1, from, len)?)?)
+        };
+        let ((o_1, lse_1), (o_2, lse_2)) = (attend(0, first)?, attend(first, seqlen_k - first)?);
+        // A constant as large as either keeps exp in range; it cancels.
+        let max = lse_1.maximum(&lse_2)?.detach();
+        let (weight_1, weight_2) = ((lse_1 - &max)?.exp()?, (lse_2 - &max)?.exp()?);
+        let sum = (&weight_1 + &weight_2)?;
+        let lse = (max + sum.log()?)?;
+        // (batch, heads, seqlen_q) -> (batch, seqlen_q, heads, 1)
+        let of_rows =
+            |weight: Tensor| -> candle_core::Result<Tensor> { (weight / &sum)?.transpose(1, 2)?.unsqueeze(3) };
+        let o = (o_1.broadcast_mul(&of_rows(weight_1)?)? + o_2.broadcast_mul(&of_rows(weight_2)?)?)?;
+        let grads = case.loss(&input, &o, &lse)?.backward()?;
+        let got = Output {
+            o: case.rows(&o, true)?,
+            lse: case.lse_rows(&lse)?,
+            dq: case.rows(grads.get(&q).context("dq")?, true)?,
+            dk: case.rows(grads.get(&k).context("dk")?, false)?,
+            dv: case.rows(grads.get(&v).context("dv")?, false)?,
+        };
+        agree(&case, &input, &got, &want)
+    })
+}
+
+/// The part of `input` that belongs to sequence `batch`, and its case.
+fn one_sequence(case: &Case, input: &Input, batch: usize) -> (Case, Input) {
+    let lengths = case.sequences();
+    let (before, this) = (&lengths[..batch], lengths[batch]);
+    let first_q = before.iter().map(|l| l.0).sum::<usize>() * case.num_heads;
+    let first_k = before.iter().map(|l| l.1).sum::<usize>() * case.num_heads_k;
+    let (rows_q, rows_k) = (this.0 * case.num_heads, this.1 * case.num_heads_k);
+    let d = case.head_dim;
+    let of = |values: &[f64], first: usize, rows: usize, width: usize| values[first * width..][..rows * width].to_vec();
+    let input = Input {
+        lengths: vec![this],
+        alibi_slopes: input
+            .alibi_slopes
+            .as_ref()
+            .map(|slopes| slopes[batch * case.num_heads..][..case.num_heads].to_vec()),
+        q: of(&input.q, first_q, rows_q, d),
+        k: of(&input.k, first_k, rows_k, d),
+        v: of(&input.v, first_k, rows_k, d),
+        do_: of(&input.do_, first_q, rows_q, d),
+        dlse: of(&input.dlse, first_q, rows_q, 1),
+        ..input.clone()
+    };
+    (case.clone().batch(1, this.0, this.1), input)
+}
+
+/// Each sequence of `case` alone gives its part of the whole.
+fn sequences_are_independent(case: &Case) -> Result<()> {
+    let input = case.draw();
+    let whole = case.run(&input)?;
+    let (mut first_q, mut first_k) = (0, 0);
+    for (batch, &(seqlen_q, seqlen_k)) in case.sequences().iter().enumerate() {
+        let (alone, alone_input) = one_sequence(case, &input, batch);
+        let mut got = alone.run(&alone_input)?;
+        let want = got.clone();
+        let outputs = [&mut got.o, &mut got.lse, &mut got.dq, &mut got.dk, &mut got.dv];
+        for (n, ((_, whole), got)) in whole.named().into_iter().zip(outputs).enumerate() {
+            let first = if n < 3 { first_q } else { first_k } * whole.heads * whole.width;
+            let len = got.values.len();
+            got.values.copy_from_slice(&whole.values[first..][..len]);
+        }
+        agree(&alone, &alone_input, &got, &want).with_context(|| format!("sequence {batch} of {case}"))?;
+        first_q += seqlen_q;
+        first_k += seqlen_k;
+    }
+    Ok(())
+}
+
+#[test]
+fn sequences_of_a_batch_do_not_touch() -> Result<()> {
+    for_all(padded(), |case| sequences_are_independent(&case))
+}
+
+#[test]
+fn packed_sequences_equal_separate_ones() -> Result<()> {
+    for_all(packed(), |case| sequences_are_independent(&case))
+}
+
+/// A padded batch is a packed one whose lengths agree.
+#[test]
+fn padded_equals_packed_of_equal_lengths() -> Result<()> {
+    for_all(padded(), |case| {
+        let input = case.draw();
+        let packed = Case { lengths: Lengths::Packed(case.sequences()), ..case.clone() };
+        agree(&case, &input, &packed.run(&input)?, &case.run(&input)?)
+    })
+}
+
+/// Two cases give the same bits on the numbers of the first.
+fn same_bits(case: &Case, other: &Case) -> Result<()> {
+    let input = case.draw();
+    let (got, want) = (other.run(&input)?, case.run(&input)?);
+    for ((name, got), (_, want)) in got.named().into_iter().zip(want.named()) {
+        let same = got.values.iter().zip(&want.values).all(|(a, b)| a.to_bits() == b.to_bits());
+        anyhow::ensure!(same, "{name} differs\ncase {case}\nand  {other}");
+    }
+    Ok(())
+}
+
+#[test]
+fn causal_is_a_window_open_on_the_left() -> Result<()> {
+    for_all(padded(), |case| {
+        same_bits(&case.clone().mask(Mask::Causal), &case.clone().mask(window(None, 0)))?;
+        same_bits(&case.clone().mask(Mask::None), &case.clone().mask(window(None, None)))
+    })
+}
+
+/// A window that covers everything hides nothing: no numbers depend on how the mask was said.
+#[test]
+fn a_window_past_all_keys_is_no_mask() -> Result<()> {
+    for_all(padded(), |case| {
+        let wide = case.sequences().iter().map(|l| l.0 + l.1).max().unwrap_or(0);
+        let input = case.draw();
+        let full = case.clone().mask(Mask::None);
+        let full_input = Input { window: (None, None), ..input };
+        agree(&full, &full_input, &case.clone().mask(window(wide, wide)).run(&full_input)?, &full.run(&full_input)?)
+    })
+}
+
+/// The default scale is `1/sqrt(head_dim)`, to the bit.
+#[test]
+fn the_default_scale_is_one_over_the_root_of_head_dim() -> Result<()> {
+    for_all(padded(), |case| {
+        let default = Case { softmax_scale: None, ..case.clone() };
+        same_bits(&default, &default.clone().softmax_scale(1.0 / (case.head_dim as f64).sqrt()))
+    })
+}
+
+/// Slopes per head are slopes per batch and head that repeat.
+#[test]
+fn slopes_per_head_repeat_over_the_batch() -> Result<()> {
+    for_all(prop_oneof![padded(), packed()], |case| {
+        let per_head = case.clone().alibi(Alibi::PerHead);
+        same_bits(&per_head, &case.alibi(Alibi::PerBatchAndHead))
+    })
+}
