@@ -20,6 +20,18 @@ const EXTENSIONS: [&str; 4] = ["rs", "cu", "cuh", "md"];
 /// One part in `HELD_OUT` of the tokens, at the end of the text, is never trained on.
 const HELD_OUT: usize = 10;
 
+/// The copy of the default text that a run keeps, for the repository changes while it is worked on.
+pub const KEPT_FILE_NAME: &str = "corpus.txt";
+
+/// How the text of the run in `dir` can be given again, after it was not found where it was.
+pub fn way_to_text(dir: &Path) -> String {
+    let kept = dir.join(KEPT_FILE_NAME);
+    match kept.is_file() {
+        true => format!("name the copy that the run kept, --data {}", kept.display()),
+        false => "name the same text with --data FILE".to_string(),
+    }
+}
+
 pub struct Text {
     pub name: String,
     pub bytes: Vec<u8>,
@@ -48,6 +60,12 @@ impl Text {
 
 /// All sources and documents under `root`, sorted by path, one after the other.
 fn read_repository(root: &Path) -> Result<Vec<u8>> {
+    if !root.join("Cargo.toml").is_file() {
+        bail!(
+            "there is no default text: {} holds no Cargo.toml; start in the repository, or name a text with --data FILE",
+            root.display()
+        );
+    }
     let mut bytes = Vec::new();
     for path in repository_files(root)? {
         let file = fs::read(root.join(&path)).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
@@ -56,7 +74,7 @@ fn read_repository(root: &Path) -> Result<Vec<u8>> {
     }
     if bytes.is_empty() {
         bail!(
-            "no .rs, .cu, .cuh or .md file below {}, so there is no default text; name a text with --data FILE",
+            "there is no default text: no .rs, .cu, .cuh or .md file lies below {}; name a text with --data FILE",
             root.display()
         );
     }

@@ -2,14 +2,14 @@
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{AttentionKind, Precision};
-use crate::data::{window_starts, Corpus, Text};
+use crate::data::{way_to_text, window_starts, Corpus, Text};
 use crate::model::Gpt;
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use crate::train::mean_loss;
 use anyhow::{bail, Result};
 use candle_core::Device;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, Debug)]
 pub struct Sampling {
@@ -58,6 +58,7 @@ fn draw(logits: &[f32], sampling: &Sampling, rng: &mut Rng) -> u32 {
 pub struct Trained {
     pub model: Gpt,
     pub tokenizer: Tokenizer,
+    dir: PathBuf,
     text_name: String,
     text_sha256: String,
 }
@@ -65,7 +66,8 @@ pub struct Trained {
 impl Trained {
     /// The model of the run or checkpoint file `path`; `attention` replaces the one it was trained with.
     pub fn load(path: &Path, attention: Option<AttentionKind>, device: &Device) -> Result<Self> {
-        let Checkpoint { state, parameters, .. } = checkpoint::load(&checkpoint::locate(path)?, device)?;
+        let file = checkpoint::locate(path)?;
+        let Checkpoint { state, parameters, .. } = checkpoint::load(&file, device)?;
         let mut config = state.config;
         config.attention = attention.unwrap_or(config.attention);
         if device.is_cpu() {
@@ -74,6 +76,7 @@ impl Trained {
         Ok(Self {
             tokenizer: Tokenizer::new(config.tokenizer),
             model: Gpt::frozen(&config, &parameters),
+            dir: file.parent().unwrap_or(Path::new("")).to_owned(),
             text_name: state.text_name,
             text_sha256: state.text_sha256,
         })
@@ -96,11 +99,11 @@ impl Trained {
         let same = text.sha256 == self.text_sha256;
         if !same && data.is_none() {
             bail!(
-                "{} is no longer the text that the model was trained on (SHA-256 {} then, {} now), so its held-out part \
-                 is lost; name that text, or any other, with --data FILE",
+                "{} is no longer the text that the model was trained on (SHA-256 {} then, {} now); {}",
                 self.text_name,
                 &self.text_sha256[..12],
                 &text.sha256[..12],
+                way_to_text(&self.dir),
             );
         }
         let (name, tokens) = if same {

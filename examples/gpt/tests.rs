@@ -103,7 +103,7 @@ fn story(len: usize) -> String {
         state = state.wrapping_mul(1664525).wrapping_add(1013904223);
         let word = state as usize >> 24;
         text += WORDS[word % WORDS.len()];
-        text += if word % 11 == 0 { ".\n" } else { " " };
+        text += if word.is_multiple_of(11) { ".\n" } else { " " };
     }
     text.truncate(len);
     text

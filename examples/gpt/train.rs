@@ -2,7 +2,8 @@
 
 use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
-use crate::data::{window_starts, windows, Batches, Corpus, Text};
+use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
+use crate::files::write_atomically;
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt, Parameters};
@@ -67,12 +68,12 @@ impl Run {
         let text = Text::read(data.as_deref().or(config.data.as_deref()))?;
         if text.sha256 != text_sha256 {
             bail!(
-                "the run in {} was trained on {text_name} with SHA-256 {}, but {} has {}; name the same text with \
-                 --data FILE, or start a new run",
+                "the run in {} was trained on {text_name} with SHA-256 {}, but {} has {}; {}, or start a new run",
                 dir.display(),
                 &text_sha256[..12],
                 text.name,
                 &text.sha256[..12],
+                way_to_text(dir),
             );
         }
         config.data = data.or(config.data);
@@ -94,6 +95,10 @@ impl Run {
             step => Metrics::resume(dir, step)?,
         };
         if self.step == 0 {
+            if self.config.data.is_none() {
+                let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
+                write_atomically(&dir.join(KEPT_FILE_NAME), &self.tokenizer.decode(&tokens)?)?;
+            }
             // Room on the disk is known from now on, and a run that dies early can be resumed.
             self.checkpoint(dir, &metrics)?;
         }

@@ -265,12 +265,13 @@ fn metrics_that_do_not_fit_their_checkpoint() -> Result<()> {
     Ok(())
 }
 
-/// The repository changes while it is worked on; its old held-out part is gone then.
+/// The repository changes while it is worked on; a run keeps a copy of the text it was trained on.
 #[test]
 fn the_default_text_may_have_changed() -> Result<()> {
     let room = Room::new();
     let sources = room.path("sources");
     fs::create_dir_all(&sources)?;
+    fs::write(sources.join("Cargo.toml"), "")?;
     fs::write(sources.join("lib.rs"), super::story(3000))?;
     let train = ["--steps", "2", "--context", "16", "--batch", "2"];
     let trained = child_process(&train, &sources, None);
@@ -285,14 +286,19 @@ fn the_default_text_may_have_changed() -> Result<()> {
     let evaluated = said(&["eval"]);
     assert!(
         evaluated.contains("error: this repository is no longer the text that the model was trained on (SHA-256 ")
-            && evaluated.contains("so its held-out part is lost; name that text, or any other, with --data FILE"),
+            && evaluated.contains("); name the copy that the run kept, --data runs/0001/corpus.txt"),
         "{evaluated}"
     );
     let resumed = said(&["--resume", "runs/0001", "--steps", "3"]);
     assert!(
         resumed.contains("error: the run in runs/0001 was trained on this repository with SHA-256 ")
-            && resumed.contains(", but this repository has "),
+            && resumed.contains("; name the copy that the run kept, --data runs/0001/corpus.txt, or start a new run"),
         "{resumed}"
     );
+    let kept = ["--data", "runs/0001/corpus.txt"];
+    let evaluated = child_process(&[&["eval"], &kept[..]].concat(), &sources, None);
+    assert!(String::from_utf8_lossy(&evaluated.stdout).contains("of the held-out part of "));
+    let resumed = child_process(&[&["--resume", "runs/0001", "--steps", "3"], &kept[..]].concat(), &sources, None);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
     Ok(())
 }

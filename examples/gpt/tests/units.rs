@@ -3,7 +3,7 @@
 use super::{child_process, run, short_config, story, Room};
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config, Preset};
-use crate::data::{repository_files, Batches, Corpus, Text};
+use crate::data::{repository_files, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::{check_free, fresh_folder, newest_run, AtomicFile};
 use crate::metrics::{self, Metrics, Row};
 use crate::model::{init_parameters, parameter_shapes, Parameters};
@@ -224,10 +224,15 @@ fn the_repository_is_the_default_text() -> Result<()> {
 
     let empty = room.path("empty");
     fs::create_dir_all(&empty)?;
-    let output = child_process(&[], &empty, None);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let sentence = "no .rs, .cu, .cuh or .md file below ., so there is no default text; name a text with --data FILE";
-    assert!(said.contains(sentence), "{said}");
+    let said = || String::from_utf8_lossy(&child_process(&[], &empty, None).stderr).into_owned();
+    let no_default = "error: there is no default text: ";
+    let elsewhere = said();
+    let sentence = ". holds no Cargo.toml; start in the repository, or name a text with --data FILE";
+    assert!(elsewhere.contains(&format!("{no_default}{sentence}")), "{elsewhere}");
+    fs::write(empty.join("Cargo.toml"), "")?;
+    let nothing = said();
+    let sentence = "no .rs, .cu, .cuh or .md file lies below .; name a text with --data FILE";
+    assert!(nothing.contains(&format!("{no_default}{sentence}")), "{nothing}");
     assert!(!empty.join("runs").exists());
     Ok(())
 }
@@ -321,6 +326,7 @@ fn a_repository_is_all_that_is_needed() -> Result<()> {
     let room = Room::new();
     let root = room.path("repository");
     fs::create_dir_all(root.join("src"))?;
+    fs::write(root.join("Cargo.toml"), "")?;
     fs::write(root.join("src/lib.rs"), story(4000))?;
     let said = |args: &[&str]| -> String {
         let output = child_process(args, &root, None);
@@ -335,7 +341,7 @@ fn a_repository_is_all_that_is_needed() -> Result<()> {
     }
     said(&["train", "--steps", "1", "--batch", "1", "--context", "16"]);
     for run in ["runs/0001", "runs/0002"] {
-        for name in [metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME] {
+        for name in [metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME, KEPT_FILE_NAME] {
             assert!(root.join(run).join(name).is_file(), "{run}/{name}");
         }
     }
