@@ -21,8 +21,9 @@ use crate::Result;
 /// o[b, i, h] = sum over visible j of  exp(s[j] - lse) * v[b, j, g]
 /// ```
 ///
-/// The `seqlen_q x seqlen_k` scores are never stored: extra memory is one float per query and head
-/// (FlashAttention-2, Dao 2023, algorithms 1 and 2).
+/// The `seqlen_q x seqlen_k` scores are never stored (FlashAttention-2, Dao 2023, algorithms 1 and 2). Extra memory of the
+/// forward is lse, two floats per query and head; the backward adds one more, and sums dq in the accumulator's type. With
+/// the lse returned, o of f16 and bf16 is kept in f32 too.
 ///
 /// | tensor | padded | packed | type |
 /// | --- | --- | --- | --- |
@@ -32,7 +33,7 @@ use crate::Result;
 ///
 /// `num_heads` is a multiple of `num_heads_k` (grouped-query and multi-query attention; keys and values are not
 /// copied), `head_dim` is 1 to 512. The last axis must be contiguous; every other stride is free, 0 included. Sums run
-/// in f32 (f64 for f64).
+/// in f32 (f64 for f64); in f32, probabilities below `2^-126` of a row's largest count as 0.
 ///
 /// Gradients flow to `q`, `k` and `v`, and from the lse too. The backward recomputes the scores; it may run several
 /// times over one graph. On the CPU the same inputs give the same bits, forward and backward, on any number of threads.
@@ -82,7 +83,8 @@ impl Attention {
 
     /// Linear biases by distance (ALiBi, Press et al. 2022): f32 of shape `(num_heads)` or `(batch, num_heads)`.
     ///
-    /// No gradient is offered for the slopes, so slopes that are tracked for one are refused.
+    /// No gradient is offered for the slopes, so slopes that are tracked for one are refused. They must be finite, which
+    /// is checked on the CPU alone.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
         self.alibi_slopes = Some(slopes.clone());
         self

@@ -7,7 +7,8 @@ use crate::Mask;
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call was refused. Nothing has been computed, queued or changed when one of these is returned.
+/// Why a call was refused. All but [`Error::Candle`] come from checks of the arguments, before attention computes, queues
+/// or changes anything; the projections of a layer may have run by then.
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +108,34 @@ pub enum Error {
         /// The value that came.
         f64,
     ),
+    /// A factor of the scores that is infinite, or makes others so, in the type that scores are computed in.
+    #[error("{name} {value:e} is out of range for {dtype:?}; leave it out for {default}")]
+    ScaleRange {
+        /// The option.
+        name: &'static str,
+        /// The value that came.
+        value: f64,
+        /// The dtype of q.
+        dtype: DType,
+        /// What holds without the option.
+        default: &'static str,
+    },
+    /// An ALiBi slope that is NaN or infinite; checked for slopes on the CPU alone.
+    #[error("alibi_slopes: value {value} at index {index} is not finite; 0 stands for no bias")]
+    AlibiValue {
+        /// The value.
+        value: f32,
+        /// Its index in the flattened slopes.
+        index: usize,
+    },
+    /// A tensor with more elements than memory can hold.
+    #[error("{tensor}: shape {shape:?} has more elements than can be addressed; split the call")]
+    TooLarge {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
     /// ALiBi slopes of a shape that fits neither the heads nor batch and heads.
     #[error("alibi_slopes: expected shape [{num_heads}] (num_heads) or [{batch}, {num_heads}] (batch, num_heads), got {shape:?}")]
     AlibiShape {
@@ -220,8 +249,8 @@ pub enum Error {
         /// The device of the weights.
         expected: DeviceLocation,
     },
-    /// Rotary embedding turns pairs of values.
-    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are turned")]
+    /// Rotary embedding rotates pairs of values.
+    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are rotated")]
     RotaryDim {
         /// The value that came.
         rotary_dim: usize,
@@ -237,7 +266,7 @@ pub enum Error {
     RotaryFrequencies {
         /// How many came.
         got: usize,
-        /// How many values of a head are turned.
+        /// How many values of a head are rotated.
         rotary_dim: usize,
     },
     /// A frequency of a rotary embedding is NaN or infinite.
@@ -248,12 +277,12 @@ pub enum Error {
         /// The value that came.
         got: f64,
     },
-    /// A rotary embedding turns more values than a head has.
+    /// A rotary embedding rotates more values than a head has.
     #[error(
         "rotary_dim {rotary_dim} is larger than head_dim {head_dim}; build Rotary with rotary_dim {head_dim} or less"
     )]
     RotaryHeadDim {
-        /// How many values of a head are turned.
+        /// How many values of a head are rotated.
         rotary_dim: usize,
         /// Size of each head.
         head_dim: usize,
@@ -268,7 +297,7 @@ pub enum Error {
         /// How many positions the tables have.
         max_seqlen: usize,
     },
-    /// The rotary tables are on another device than the tensors that they turn.
+    /// The rotary tables are on another device than the tensors that they rotate.
     #[error("rotary: tables on device {got:?}, but q and k are on {expected:?}; build Rotary there")]
     RotaryDevice {
         /// The device of the tables.
@@ -322,6 +351,44 @@ pub enum Error {
         /// What the call would add.
         expected: String,
     },
+    /// ALiBi slopes of a layer that are not one per head: a layer meets batches of any size.
+    #[error("alibi_slopes: a layer takes one slope per head, shape [{num_heads}] (num_heads), got {shape:?}; slopes per sequence are for Attention alone")]
+    LayerAlibiShape {
+        /// Heads of q.
+        num_heads: usize,
+        /// The shape that came.
+        shape: Vec<usize>,
+    },
+    /// Sizes of a layer whose weights no machine can address.
+    #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
+    LayerTooLarge {
+        /// Size of the layer's input.
+        embed_dim: usize,
+        /// Heads of q.
+        num_heads: usize,
+        /// Heads of k and v.
+        num_heads_k: usize,
+        /// Size of each head.
+        head_dim: usize,
+    },
+    /// Rotary tables past the limit of their size.
+    #[error("rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than {limit} values each; set max_seqlen to the longest sequence in use")]
+    RotaryTables {
+        /// How many positions the tables were to have.
+        max_seqlen: usize,
+        /// How many values of a head are rotated.
+        rotary_dim: usize,
+        /// The largest number of values.
+        limit: usize,
+    },
+    /// The `VarBuilder` of a layer hands out weights of a type without a kernel.
+    #[error("weights: dtype {got:?} of the VarBuilder is not supported (supported: {supported}); build it with one of these")]
+    WeightDType {
+        /// The dtype of the builder.
+        got: DType,
+        /// The dtypes that would do.
+        supported: &'static str,
+    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -337,13 +404,12 @@ impl From<Error> for candle_core::Error {
     }
 }
 
-/// What to do about a tensor that lacks the axes in a description such as `(batch, seqlen, num_heads, head_dim)`.
+/// What to do about a tensor that has not the axes of a description such as `(batch, seqlen_q, num_heads, head_dim)`.
 fn way_to_rank(axes: &str) -> &'static str {
-    if axes.starts_with("(batch, ") {
-        "add the missing ones, or use the packed call for sequences laid end to end"
-    } else if axes.starts_with("(total") {
-        "use the call for padded batches if this is one"
-    } else {
-        "flatten it"
+    let of_heads = axes.contains("num_heads") || axes.contains("embed_dim");
+    match axes.split(',').next() {
+        Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",
+        Some("(total" | "(total_q" | "(total_k") => "reshape it, or use the padded call for sequences of one length",
+        _ => "reshape it",
     }
 }

@@ -44,7 +44,7 @@ pub enum Mask {
 
 impl Mask {
     /// The mask laid over one pair of sequences.
-    pub fn over(self, seqlen_q: usize, seqlen_k: usize) -> Visibility {
+    pub(crate) fn over(self, seqlen_q: usize, seqlen_k: usize) -> Visibility {
         let (left, right) = match self {
             Mask::None => (None, None),
             Mask::Causal => (None, Some(0)),

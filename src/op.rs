@@ -24,9 +24,9 @@ pub(crate) struct FlashAttention {
     plan: Plan,
     alibi_slopes: Option<Tensor>,
     output: Output,
-    /// Written by the forward, read by every backward. Candle calls `bwd` on the instance that ran forward, and offers
-    /// no other way to keep a tensor; it is never emptied, so that a second backward finds it too.
-    lse: OnceLock<Tensor>,
+    /// The two parts of lse, written by the forward, read by every backward. Candle calls `bwd` on the instance that ran
+    /// forward, and offers no other way to keep a tensor; it is never emptied, so that a second backward finds it too.
+    lse: OnceLock<[Tensor; 2]>,
 }
 
 impl FlashAttention {
@@ -50,15 +50,16 @@ impl CustomOp3 for FlashAttention {
         v: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let (result, lse) = cpu::forward(&call, self.output, [q, k, v])?;
+        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        let (result, lse) = cpu::forward(&execution, self.output, [q, k, v])?;
         let shape = match self.output {
             Output::O => Shape::from(self.problem.shape_q()),
             Output::OAndLse => {
                 Shape::from(self.problem.rows_q() * self.problem.num_heads * (self.problem.head_dim + 1))
             }
         };
-        let lse = Tensor::from_storage(Storage::Cpu(lse), self.problem.shape_lse(), BackpropOp::none(), false);
+        let lse = lse
+            .map(|part| Tensor::from_storage(Storage::Cpu(part), self.problem.shape_lse(), BackpropOp::none(), false));
         // An op runs forward once; a value that is already there belongs to the same inputs.
         let _ = self.lse.set(lse);
         Ok((result, shape))
@@ -72,17 +73,16 @@ impl CustomOp3 for FlashAttention {
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let lse = self.lse.get().ok_or(Error::NoForward)?;
+        let [max, log2_sum] = self.lse.get().ok_or(Error::NoForward)?;
         // Candle hands gradients on as they come: transposed, or broadcast from a sum.
         let grad = match self.output {
             Output::O if Strides::of("do", grad.layout()).is_ok() => grad.clone(),
             _ => grad.contiguous()?,
         };
-        let call = cpu::Call::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let [dq, dk, dv] = cpu::backward(&call, self.output, [q, k, v, result, &grad, lse])?;
-        let tensor = |input: &Tensor, storage| {
-            let grad = || Tensor::from_storage(Storage::Cpu(storage), input.dims(), BackpropOp::none(), false);
-            input.track_op().then(grad)
+        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
+        let [dq, dk, dv] = cpu::backward(&execution, self.output, [q, k, v, result, &grad, max, log2_sum])?;
+        let tensor = |input: &Tensor, grad: Option<CpuStorage>| {
+            grad.map(|grad| Tensor::from_storage(Storage::Cpu(grad), input.dims(), BackpropOp::none(), false))
         };
         Ok((tensor(q, dq), tensor(k, dk), tensor(v, dv)))
     }

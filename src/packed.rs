@@ -23,11 +23,20 @@ use crate::{Error, Result};
 /// assert_eq!(packed.flatten_all()?.to_vec1::<f32>()?, [0.0, 1.0, 2.0, 6.0, 7.0]);
 /// # Ok::<(), candle_fa2::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct CuSeqlens {
     offsets: Arc<[u32]>,
     max_seqlen: usize,
     tensor: Tensor,
+}
+
+/// The sizes alone: there may be thousands of lengths.
+impl std::fmt::Debug for CuSeqlens {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let mut debug = f.debug_struct("CuSeqlens");
+        debug.field("batch", &self.batch()).field("total", &self.total()).field("max_seqlen", &self.max_seqlen);
+        debug.finish_non_exhaustive()
+    }
 }
 
 impl CuSeqlens {
@@ -60,7 +69,7 @@ impl CuSeqlens {
     pub fn from_lengths(lengths: &[usize], device: &Device) -> Result<Self> {
         let total: u128 = lengths.iter().map(|&length| length as u128).sum();
         if total > u128::from(u32::MAX) {
-            let (rule, way_out) = ("must not pass 4294967295 rows", "split the batch");
+            let (rule, way_out) = ("must end below 2^32 rows", "split the batch");
             return Err(Error::CuSeqlens { rule, got: total.to_string(), way_out });
         }
         let mut end = 0;
@@ -119,7 +128,7 @@ impl CuSeqlens {
     pub fn unpad(&self, padded: &Tensor) -> Result<Tensor> {
         let shape = padded.dims().to_vec();
         let &[batch, seqlen, ..] = shape.as_slice() else {
-            return Err(Error::Rank { tensor: "padded", axes: "(batch, seqlen)", shape });
+            return Err(Error::Rank { tensor: "padded", axes: "(batch, seqlen, ..)", shape });
         };
         if batch != self.batch() {
             let (axis, other, expected) = ("batch", "cu_seqlens", self.batch());
@@ -137,13 +146,28 @@ impl CuSeqlens {
     /// # Errors
     /// [`Error::PackedRows`] if the tensor has another number of rows than the lengths add up to.
     pub fn pad(&self, packed: &Tensor) -> Result<Tensor> {
+        self.pad_to(packed, self.max_seqlen)
+    }
+
+    /// As [`Self::pad`], to `(batch, seqlen, ..)`: what [`Self::unpad`] took from a longer batch gets its shape back.
+    ///
+    /// # Errors
+    /// As [`Self::pad`], and [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length.
+    pub fn pad_to(&self, packed: &Tensor, seqlen: usize) -> Result<Tensor> {
         let shape = packed.dims().to_vec();
-        let rows = shape.first().copied().unwrap_or(0);
+        let Some(&rows) = shape.first() else {
+            return Err(Error::Rank { tensor: "packed", axes: "(total, ..)", shape });
+        };
         if rows != self.total() {
             let (cu_seqlens, end, tensor) = ("cu_seqlens", self.total(), "packed");
             return Err(Error::PackedRows { cu_seqlens, end, tensor, rows, shape });
         }
-        let (batch, seqlen) = (self.batch(), self.max_seqlen);
+        let batch = self.batch();
+        if seqlen < self.max_seqlen {
+            let mut shape = shape;
+            shape.splice(0..1, [batch, seqlen]);
+            return Err(Error::PaddedSeqlen { longest: self.max_seqlen, got: seqlen, shape });
+        }
         let mut flat = shape.clone();
         flat[0] = batch * seqlen;
         let index = self.padded_rows(seqlen, packed.device())?;
@@ -153,7 +177,7 @@ impl CuSeqlens {
         Ok(zeros.index_add(&index, &packed.contiguous()?, 0)?.reshape(padded)?)
     }
 
-    /// For each packed row, its row in a batch padded to `seqlen`.
+    /// For each packed row, its row in a batch padded to `seqlen`. Made, and copied to the device, for each call.
     fn padded_rows(&self, seqlen: usize, device: &Device) -> Result<Tensor> {
         let rows = self.offsets.windows(2).enumerate().flat_map(|(b, pair)| {
             let start = (b * seqlen) as i64;

@@ -10,6 +10,14 @@ use crate::{Error, Result};
 /// The largest supported size of a head.
 pub const MAX_HEAD_DIM: usize = 512;
 
+/// The element types that attention is computed on, as an error names them.
+pub(crate) const FLOAT_DTYPES: &str = "F64, F32, F16, BF16";
+
+/// Whether `dtype` is one of [`FLOAT_DTYPES`].
+pub(crate) fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
+}
+
 /// How the rows of one call are shared out over its sequences.
 #[derive(Clone, Debug)]
 pub enum Lengths {
@@ -152,8 +160,8 @@ impl Problem {
     /// The checks that both layouts share: from the second last axis on, their tensors look the same.
     fn checked(options: &Attention, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let (dtype, device) = (q.dtype(), q.device().location());
-        if !matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
-            return Err(Error::DType { tensor: "q", got: dtype, supported: "F64, F32, F16, BF16" });
+        if !is_float(dtype) {
+            return Err(Error::DType { tensor: "q", got: dtype, supported: FLOAT_DTYPES });
         }
         for (tensor, x) in [("k", k), ("v", v)] {
             if x.dtype() != dtype {
@@ -172,16 +180,19 @@ impl Problem {
         if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
             return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
         }
-        if num_heads_k == 0 || num_heads % num_heads_k != 0 {
+        let no_heads = num_heads == 0 && num_heads_k == 0;
+        if !no_heads && (num_heads_k == 0 || num_heads % num_heads_k != 0) {
             return Err(Error::HeadGroups { num_heads, num_heads_k });
         }
+        for (tensor, x) in [("q", q), ("k", k), ("v", v)] {
+            // Broadcast tensors may have any shape; their gradients and o are of that size.
+            let elements = x.dims().iter().try_fold(1usize, |elements, &size| elements.checked_mul(size));
+            if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
+                return Err(Error::TooLarge { tensor, shape: x.dims().to_vec() });
+            }
+        }
         let softmax_scale = options.softmax_scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-        if !softmax_scale.is_finite() {
-            return Err(Error::SoftmaxScale(softmax_scale));
-        }
-        if let Some(softcap) = options.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
-            return Err(Error::Softcap(softcap));
-        }
+        check_scale(softmax_scale, options.softcap, dtype)?;
         let batch = match &lengths {
             Lengths::Padded { batch, .. } => *batch,
             Lengths::Packed { cu_seqlens_q, .. } => cu_seqlens_q.batch(),
@@ -238,7 +249,7 @@ impl Problem {
 
     /// Query heads per key head.
     pub fn group_size(&self) -> usize {
-        self.num_heads / self.num_heads_k
+        self.num_heads / self.num_heads_k.max(1)
     }
 
     /// Rows of q over all sequences.
@@ -371,6 +382,29 @@ fn same_axis(
     }
 }
 
+/// Whether the factors of the scores are numbers of the type that scores are computed in.
+fn check_scale(softmax_scale: f64, softcap: Option<f64>, dtype: DType) -> Result<()> {
+    if !softmax_scale.is_finite() {
+        return Err(Error::SoftmaxScale(softmax_scale));
+    }
+    if let Some(softcap) = softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+        return Err(Error::Softcap(softcap));
+    }
+    let fits = |factor: f64| match dtype {
+        DType::F64 => factor.is_finite(),
+        _ => (factor as f32).is_finite(),
+    };
+    let log2_e = std::f64::consts::LOG2_E;
+    if let Some(value) = softcap.filter(|softcap| !fits(softcap * log2_e) || !fits(softmax_scale / softcap)) {
+        return Err(Error::ScaleRange { name: "softcap", value, dtype, default: "no cap" });
+    }
+    if !fits(softmax_scale * log2_e) {
+        let (name, default) = ("softmax_scale", "1/sqrt(head_dim)");
+        return Err(Error::ScaleRange { name, value: softmax_scale, dtype, default });
+    }
+    Ok(())
+}
+
 fn check_alibi(
     slopes: Option<&Tensor>,
     batch: usize,
@@ -388,9 +422,17 @@ fn check_alibi(
     if slopes.track_op() {
         return Err(Error::Tracked { tensor, operation: "attention" });
     }
-    match slopes.dims() {
-        &[heads] if heads == num_heads => Ok(Some(Alibi::PerHead)),
-        &[sequences, heads] if (sequences, heads) == (batch, num_heads) => Ok(Some(Alibi::PerBatchAndHead)),
-        shape => Err(Error::AlibiShape { num_heads, batch, shape: shape.to_vec() }),
+    let alibi = match slopes.dims() {
+        &[heads] if heads == num_heads => Alibi::PerHead,
+        &[sequences, heads] if (sequences, heads) == (batch, num_heads) => Alibi::PerBatchAndHead,
+        shape => return Err(Error::AlibiShape { num_heads, batch, shape: shape.to_vec() }),
+    };
+    // Elsewhere than on the host a look at the values would stop the device's queue.
+    if slopes.device().is_cpu() {
+        let values: Vec<f32> = slopes.flatten_all()?.to_vec1()?;
+        if let Some(index) = values.iter().position(|slope| !slope.is_finite()) {
+            return Err(Error::AlibiValue { value: values[index], index });
+        }
     }
+    Ok(Some(alibi))
 }

@@ -7,7 +7,7 @@ pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 pub use crate::plan::{DeviceCaps, Plan, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
-use crate::{Attention, CuSeqlens, Result};
+use crate::{Attention, CuSeqlens, Mask, Result};
 
 /// One padded call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
 pub struct Call {
@@ -42,6 +42,11 @@ impl Call {
         let [q, k, v] = &self.inputs;
         Ok(self.op.bwd(q, k, v, o, do_)?)
     }
+}
+
+/// `mask` laid over one pair of sequences.
+pub fn visibility(mask: Mask, seqlen_q: usize, seqlen_k: usize) -> Visibility {
+    mask.over(seqlen_q, seqlen_k)
 }
 
 /// The checked problem of a padded call.

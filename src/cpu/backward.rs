@@ -11,10 +11,10 @@ use std::ops::Range;
 
 use super::element::{Element, Real};
 use super::forward::{tile, transpose};
-use super::matmul::{matmul, matmul_visible, Mat, Out};
+use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared, Turns};
 use super::scores::{Dot, GradientStep, Scoring, TileMask};
-use super::Call;
+use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::{Sequence, Strides};
@@ -31,18 +31,26 @@ pub(super) struct Upstream<'a, G> {
     pub(super) dlse: Option<&'a [G]>,
 }
 
+/// Which gradients are asked for.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    pub(super) dq: bool,
+    pub(super) dk: bool,
+    pub(super) dv: bool,
+}
+
 /// One tile of keys of one key head.
 struct Task {
     sequence: Sequence,
     head_k: usize,
     n_block: usize,
     cols: Range<usize>,
-    /// Index of the sequence among [`Pass::queries`].
-    queries: usize,
+    /// Pairs of a query and a key in the tiles that it walks, for one head: its cost.
+    pairs: usize,
 }
 
 /// The tiles of queries of one sequence.
-struct Queries {
+struct QueryTiles {
     /// Their rows, and the tiles of keys that those see.
     m_blocks: Vec<(Range<usize>, Range<usize>)>,
     /// Where they begin among all sums of dq: head by head, each with one sum per tile.
@@ -66,66 +74,75 @@ struct Scratch<A> {
 
 /// What every task reads and writes.
 struct Pass<'a, T: Element, G> {
-    call: &'a Call<'a>,
+    execution: &'a Execution<'a>,
     q: &'a [T],
     k: &'a [T],
     v: &'a [T],
-    lse: &'a [T::Acc],
+    /// Largest score and log2 of the sum of each row.
+    lse: [&'a [T::Acc]; 2],
     /// rowsum(do * o), less the gradient of lse, in the order of lse.
     delta: Vec<T::Acc>,
     upstream: &'a Upstream<'a, G>,
+    wanted: Wanted,
     dq: Shared<'a, T::Acc>,
-    queries: Vec<Queries>,
+    /// Of each sequence.
+    query_tiles: Vec<QueryTiles>,
     turns: Turns,
 }
 
-/// dq, dk and dv, contiguous in the shapes of q, k and v.
+/// Those of dq, dk and dv that are wanted, contiguous in the shapes of q, k and v.
 pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
-    call: &Call,
+    execution: &Execution,
     [q, k, v]: [&[T]; 3],
-    lse: &[T::Acc],
+    lse: [&[T::Acc]; 2],
     upstream: &Upstream<G>,
-) -> [Vec<T>; 3] {
-    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    wanted: Wanted,
+) -> [Option<Vec<T>>; 3] {
+    let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
-    let mut dq = vec![T::Acc::ZERO; problem.rows_q() * problem.num_heads * head_dim];
-    let (mut dk, mut dv) = (vec![T::default(); k_len], vec![T::default(); k_len]);
+    let q_len = problem.rows_q() * problem.num_heads * head_dim;
+    let len_if = |wanted: bool, len: usize| if wanted { len } else { 0 };
+    let mut dq = vec![T::Acc::ZERO; len_if(wanted.dq, q_len)];
+    let mut dk = vec![T::default(); len_if(wanted.dk, k_len)];
+    let mut dv = vec![T::default(); len_if(wanted.dv, k_len)];
 
-    let delta = delta::<G>(call, upstream);
-    let (tasks, queries) = (tasks(call), queries(call));
-    let turns = turns(&queries, problem.num_heads);
-    let pass = Pass { call, q, k, v, lse, delta, upstream, dq: Shared::new(&mut dq), queries, turns };
+    let delta = delta::<G>(execution, upstream);
+    let (tasks, query_tiles) = (tasks(execution), query_tiles(execution));
+    let turns = turns(&query_tiles, problem.num_heads);
+    let pass = Pass { execution, q, k, v, lse, delta, upstream, wanted, dq: Shared::new(&mut dq), query_tiles, turns };
     {
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
         let strides = problem.contiguous_k();
-        for_each_task(
-            tasks.len(),
-            || pass.scratch(),
-            |scratch, index| {
-                let _guard = pass.turns.guard();
-                let task = &tasks[index];
-                pass.run(task, scratch);
-                for (i, col) in task.cols.clone().enumerate() {
-                    let start = strides.start(task.sequence.batch, task.sequence.first_k + col, task.head_k);
-                    let row = i * head_dim..(i + 1) * head_dim;
+        let pairs: usize = tasks.iter().map(|task| task.pairs).sum();
+        let multiply_adds = pairs.saturating_mul(5 * head_dim * problem.group_size());
+        let work = |scratch: &mut Scratch<T::Acc>, task: &Task| {
+            pass.run(task, scratch);
+            for (i, col) in task.cols.clone().enumerate() {
+                let start = strides.start(task.sequence.batch, task.sequence.first_k + col, task.head_k);
+                let row = i * head_dim..(i + 1) * head_dim;
+                if wanted.dk {
                     // SAFETY: each (batch, key head, key) belongs to one task.
-                    let (dk, dv) = unsafe { (dk.slice(start, head_dim), dv.slice(start, head_dim)) };
-                    T::narrow(&scratch.dk[row.clone()], dk);
-                    T::narrow(&scratch.dv[row], dv);
+                    T::narrow(&scratch.dk[row.clone()], unsafe { dk.slice(start, head_dim) });
                 }
-            },
-        );
+                if wanted.dv {
+                    // SAFETY: as above.
+                    T::narrow(&scratch.dv[row], unsafe { dv.slice(start, head_dim) });
+                }
+            }
+        };
+        let work = |scratch: &mut Scratch<T::Acc>, index: usize| pass.turns.during(|| work(scratch, &tasks[index]));
+        for_each_task(tasks.len(), multiply_adds, || pass.scratch(), work);
     }
-    [T::from_acc(dq), dk, dv]
+    [wanted.dq.then(|| T::from_acc(dq)), wanted.dk.then_some(dk), wanted.dv.then_some(dv)]
 }
 
 /// delta = rowsum(do * o) - dlse, in the order of lse.
 ///
 /// The gradient of a score is `p * (dp - delta)` for o, and `p * dlse` for lse: one subtraction serves both.
-fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
+fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Acc> {
     // Rows per task: enough work to be worth handing out.
     const ROWS: usize = 256;
-    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let o_strides = problem.contiguous_q();
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
@@ -135,9 +152,10 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
         }
     }
     let mut delta = vec![G::Acc::ZERO; problem.rows_q() * problem.num_heads];
+    let multiply_adds = delta.len() * head_dim;
     let shared = Shared::new(&mut delta);
     let scratch = || (vec![G::Acc::ZERO; head_dim], vec![G::Acc::ZERO; head_dim]);
-    for_each_task(tasks.len(), scratch, |(wide_o, wide_do), index| {
+    for_each_task(tasks.len(), multiply_adds, scratch, |(wide_o, wide_do), index| {
         let (sequence, head, rows) = &tasks[index];
         let first = problem.lse_start(sequence, *head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
@@ -147,7 +165,7 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
             let do_start = upstream.do_strides.start(sequence.batch, sequence.first_q + row, *head);
             G::widen(&upstream.o[o_start..][..head_dim], wide_o);
             G::widen(&upstream.do_[do_start..][..head_dim], wide_do);
-            delta[i] = call.arch.dispatch(Dot { a: wide_o, b: wide_do });
+            delta[i] = execution.arch.dispatch(Dot { a: wide_o, b: wide_do });
         }
         if let Some(dlse) = upstream.dlse {
             let mut wide = [G::Acc::ZERO; ROWS];
@@ -160,13 +178,15 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
 
 /// All tasks, earlier keys first in all sequences and heads: under a causal mask those are seen by the most queries, and
 /// tasks that add to the same tile of dq are far apart.
-fn tasks(call: &Call) -> Vec<Task> {
-    let (problem, block_n) = (call.problem, call.backward.block_n);
+fn tasks(execution: &Execution) -> Vec<Task> {
+    let (problem, block_n) = (execution.problem, execution.backward.block_n);
     let mut tasks = Vec::new();
-    for (queries, sequence) in problem.sequences().enumerate() {
+    for sequence in problem.sequences() {
+        let sees = problem.visibility(&sequence);
         for (n_block, start) in (0..sequence.seqlen_k).step_by(block_n).enumerate() {
             let cols = start..(start + block_n).min(sequence.seqlen_k);
-            let task = |head_k| Task { sequence, head_k, n_block, cols: cols.clone(), queries };
+            let pairs = cols.len() * sees.queries_of(&cols).len();
+            let task = |head_k| Task { sequence, head_k, n_block, cols: cols.clone(), pairs };
             tasks.extend((0..problem.num_heads_k).map(task));
         }
     }
@@ -175,10 +195,10 @@ fn tasks(call: &Call) -> Vec<Task> {
 }
 
 /// The tiles of queries of all sequences.
-fn queries(call: &Call) -> Vec<Queries> {
-    let (problem, tile) = (call.problem, call.backward);
+fn query_tiles(execution: &Execution) -> Vec<QueryTiles> {
+    let (problem, tile) = (execution.problem, execution.backward);
     let mut first_sum = 0;
-    let mut queries = Vec::with_capacity(problem.batch());
+    let mut query_tiles = Vec::with_capacity(problem.batch());
     for sequence in problem.sequences() {
         let sees = problem.visibility(&sequence);
         let m_block = |start: usize| {
@@ -189,21 +209,21 @@ fn queries(call: &Call) -> Vec<Queries> {
         };
         let m_blocks: Vec<_> = (0..sequence.seqlen_q).step_by(tile.block_m).map(m_block).collect();
         let sums = m_blocks.len() * problem.num_heads;
-        queries.push(Queries { m_blocks, first_sum });
+        query_tiles.push(QueryTiles { m_blocks, first_sum });
         first_sum += sums;
     }
-    queries
+    query_tiles
 }
 
 /// Each tile of dq receives the shares of the tiles of keys that it sees, in the order of the keys.
-fn turns(queries: &[Queries], num_heads: usize) -> Turns {
-    let firsts = |queries: &Queries| queries.m_blocks.iter().map(|(_, n_blocks)| n_blocks.start).collect::<Vec<_>>();
-    Turns::new(queries.iter().flat_map(|queries| firsts(queries).repeat(num_heads)))
+fn turns(query_tiles: &[QueryTiles], num_heads: usize) -> Turns {
+    let firsts = |tiles: &QueryTiles| tiles.m_blocks.iter().map(|(_, n_blocks)| n_blocks.start).collect::<Vec<_>>();
+    Turns::new(query_tiles.iter().flat_map(|tiles| firsts(tiles).repeat(num_heads)))
 }
 
 impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
     fn scratch(&self) -> Scratch<T::Acc> {
-        let (tile, problem) = (self.call.backward, self.call.problem);
+        let (tile, problem) = (self.execution.backward, self.execution.problem);
         let Tile { block_m, block_n } = tile;
         let zeros = |len: usize| vec![T::Acc::ZERO; len];
         let (m, n, scores) = (block_m * problem.head_dim, block_n * problem.head_dim, block_m * block_n);
@@ -223,7 +243,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
 
     /// Adds the task's share to dq, and leaves dk and dv of its keys in the scratch.
     fn run(&self, task: &Task, scratch: &mut Scratch<T::Acc>) {
-        let problem = self.call.problem;
+        let problem = self.execution.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let n = cols.len();
         scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
@@ -235,12 +255,12 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let mut k_buffer = std::mem::take(&mut scratch.k);
         let k_tile = tile(k, problem.k.row, (n, head_dim), &mut k_buffer);
 
-        let queries = &self.queries[task.queries];
+        let QueryTiles { m_blocks, first_sum } = &self.query_tiles[sequence.batch];
         let group = problem.group_size();
         for head in task.head_k * group..(task.head_k + 1) * group {
-            for (m_block, (rows, n_blocks)) in queries.m_blocks.iter().enumerate() {
+            for (m_block, (rows, n_blocks)) in m_blocks.iter().enumerate() {
                 if n_blocks.contains(&task.n_block) {
-                    let sum = queries.first_sum + head * queries.m_blocks.len() + m_block;
+                    let sum = first_sum + head * m_blocks.len() + m_block;
                     self.step(task, head, rows, sum, k_tile, scratch);
                 }
             }
@@ -258,12 +278,12 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         k: Mat<T::Acc>,
         scratch: &mut Scratch<T::Acc>,
     ) {
-        let problem = self.call.problem;
+        let problem = self.execution.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let (m, n) = (rows.len(), cols.len());
         let sees = problem.visibility(sequence);
         let partial = sees.coverage(rows, cols) != Coverage::Full;
-        let scoring = Scoring::<T::Acc>::new(problem, self.call.slope(sequence.batch, head));
+        let scoring = Scoring::<T::Acc>::new(problem, self.execution.slope(sequence.batch, head));
         let scale = T::Acc::from_f64_lossy(problem.softmax_scale);
         let strides = &self.upstream.do_strides;
 
@@ -272,30 +292,40 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let q = tile(&self.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
         let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim), &mut scratch.do_);
         let first_row = problem.lse_start(sequence, head) + rows.start;
-        let (lse, delta) = (&self.lse[first_row..][..m], &self.delta[first_row..][..m]);
+        let [max, log2_sum, delta] = [self.lse[0], self.lse[1], &self.delta].map(|rows| &rows[first_row..][..m]);
 
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul(Out::rows(p, n), (m, n, head_dim), false, scoring.product_factor, q, k_transposed);
-        matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
+        matmul_scores(self.execution.arch, p, (m, n, head_dim), scoring.product_factor, q, k_transposed);
+        // dv needs P alone.
+        if self.wanted.dq || self.wanted.dk {
+            matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
+        }
         let mask = TileMask { rows, cols, sees, partial };
         let derivative = &mut scratch.derivative;
-        self.call.arch.dispatch(GradientStep { scoring, mask, p, ds, derivative, lse, delta });
+        self.execution.arch.dispatch(GradientStep { scoring, mask, p, ds, derivative, max, log2_sum, delta });
         let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
         let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;
         let (queries, keys): (Visible, Visible) = (partial.then_some(&queries), partial.then_some(&keys));
         let size = (n, head_dim, m);
-        matmul_visible(Out::rows(&mut scratch.dv, head_dim), size, T::Acc::ONE, p.transposed(), do_, queries);
-        matmul_visible(Out::rows(&mut scratch.dk, head_dim), size, scale, ds.transposed(), q, queries);
+        if self.wanted.dv {
+            matmul_visible(Out::rows(&mut scratch.dv, head_dim), size, T::Acc::ONE, p.transposed(), do_, queries);
+        }
+        if self.wanted.dk {
+            matmul_visible(Out::rows(&mut scratch.dk, head_dim), size, scale, ds.transposed(), q, queries);
+        }
+        if !self.wanted.dq {
+            return;
+        }
 
         let dq_strides = problem.contiguous_q();
         let dq_start = dq_strides.start(sequence.batch, sequence.first_q + rows.start, head);
         let dq_span = (m - 1) * dq_strides.row + head_dim;
         self.turns.take(sum, task.n_block, || {
             // SAFETY: these rows of this head belong to the sum whose turn this is.
-            let dq = unsafe { Out::new(self.dq.block(dq_start, dq_span), dq_strides.row) };
+            let dq = unsafe { Out::between(self.dq.block(dq_start, dq_span), dq_span, dq_strides.row) };
             matmul_visible(dq, (m, head_dim, n), scale, ds, k, keys);
         });
     }

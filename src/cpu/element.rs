@@ -12,14 +12,13 @@ pub(super) trait Real:
     const ZERO: Self;
     const ONE: Self;
     const NEG_INFINITY: Self;
-    const LOG2_E: Self;
     const LN_2: Self;
 
     fn from_f64_lossy(value: f64) -> Self;
     fn log2(self) -> Self;
     fn finite(self) -> bool;
 
-    /// `2^self`. NaN stays NaN; results below the smallest normal number are 0.
+    /// `2^self`. NaN stays NaN. In f32, results below the smallest normal number are 0, and from 2^127.999 on infinite.
     fn exp2(self) -> Self;
 
     /// The hyperbolic tangent.
@@ -150,7 +149,6 @@ impl Real for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
-    const LOG2_E: Self = std::f64::consts::LOG2_E;
     const LN_2: Self = std::f64::consts::LN_2;
 
     fn from_f64_lossy(value: f64) -> Self {
@@ -183,7 +181,6 @@ impl Real for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
-    const LOG2_E: Self = std::f32::consts::LOG2_E;
     const LN_2: Self = std::f32::consts::LN_2;
 
     fn from_f64_lossy(value: f64) -> Self {

@@ -9,19 +9,41 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
-use super::matmul::{matmul, matmul_visible, Mat, Out};
+use super::matmul::{matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
 use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
-use super::Call;
+use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::Sequence;
+
+/// The log-sum-exp of each row, kept for the backward: as one number it would be rounded at its own size, and
+/// `exp(score - lse)` of a large score would be off by as much.
+pub(super) struct Lse<A> {
+    /// Largest score, times log2 e; minus infinity for a row that sees nothing.
+    pub(super) max: Vec<A>,
+    /// log2 of the sum of `exp(score - max)`.
+    pub(super) log2_sum: Vec<A>,
+}
+
+impl<A: Real> Lse<A> {
+    pub(super) fn new(rows: usize) -> Self {
+        Self { max: vec![A::ZERO; rows], log2_sum: vec![A::ZERO; rows] }
+    }
+
+    /// As one number per row: the natural logarithm.
+    pub(super) fn natural(&self) -> impl Iterator<Item = A> + '_ {
+        self.max.iter().zip(&self.log2_sum).map(|(&max, &log2_sum)| (max + log2_sum) * A::LN_2)
+    }
+}
 
 /// One tile of queries of one head.
 struct Task {
     sequence: Sequence,
     head: usize,
     rows: Range<usize>,
+    /// Pairs of a query and a key in the tiles that it walks: its cost.
+    pairs: usize,
 }
 
 /// Buffers of one thread, for one task after the other.
@@ -34,18 +56,18 @@ struct Scratch<A> {
     softmax: OnlineSoftmax<A>,
 }
 
-/// Fills `o`, contiguous in the shape of q, and `lse`.
+/// Fills `o`, contiguous in the shape of q, and `lse`, in the order of lse.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
-    call: &Call,
+    execution: &Execution,
     [q, k, v]: [&[T]; 3],
     o: &mut [O],
-    lse: &mut [T::Acc],
+    lse: &mut Lse<T::Acc>,
 ) {
-    let (problem, tile) = (call.problem, call.forward);
+    let (problem, tile) = (execution.problem, execution.forward);
     let head_dim = problem.head_dim;
-    let tasks = tasks(call);
+    let tasks = tasks(execution);
     let o_strides = problem.contiguous_q();
-    let (o, lse) = (Shared::new(o), Shared::new(lse));
+    let (o, max, log2_sum) = (Shared::new(o), Shared::new(&mut lse.max), Shared::new(&mut lse.log2_sum));
     let Tile { block_m, block_n } = tile;
     let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };
     let scratch = || Scratch {
@@ -56,24 +78,26 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
         o: vec![T::Acc::ZERO; block_m * head_dim],
         softmax: OnlineSoftmax::new(block_m),
     };
-    for_each_task(tasks.len(), scratch, |scratch, index| {
+    let multiply_adds = tasks.iter().map(|task| task.pairs).sum::<usize>().saturating_mul(2 * head_dim);
+    for_each_task(tasks.len(), multiply_adds, scratch, |scratch, index| {
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
-        attend(call, [q, k, v], task, scratch);
+        attend(execution, [q, k, v], task, scratch);
         let sees = problem.visibility(sequence);
+        let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
-        let lse = unsafe { lse.slice(problem.lse_start(sequence, task.head) + rows.start, rows.len()) };
+        let (max, log2_sum) = unsafe { (max.slice(first, rows.len()), log2_sum.slice(first, rows.len())) };
         for (i, row) in rows.clone().enumerate() {
             let start = o_strides.start(sequence.batch, sequence.first_q + row, task.head);
             // SAFETY: as above.
             let o = unsafe { o.slice(start, head_dim) };
             let unscaled = &mut scratch.o[i * head_dim..][..head_dim];
             if sees.keys(row).is_empty() {
-                lse[i] = T::Acc::NEG_INFINITY;
+                (max[i], log2_sum[i]) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
                 unscaled.fill(T::Acc::ZERO);
             } else {
-                let (sum, row_lse) = scratch.softmax.finish(i);
-                lse[i] = row_lse;
+                let (row_max, sum) = scratch.softmax.finish(i);
+                (max[i], log2_sum[i]) = (row_max, sum.log2());
                 unscaled.iter_mut().for_each(|x| *x /= sum);
             }
             O::narrow(unscaled, o);
@@ -82,27 +106,27 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
 }
 
 /// All tasks, those with the most visible keys first: a long task started last would leave the other threads idle.
-fn tasks(call: &Call) -> Vec<Task> {
-    let problem = call.problem;
+fn tasks(execution: &Execution) -> Vec<Task> {
+    let problem = execution.problem;
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let sees = problem.visibility(&sequence);
-        for start in (0..sequence.seqlen_q).step_by(call.forward.block_m) {
-            let rows = start..(start + call.forward.block_m).min(sequence.seqlen_q);
-            let work = rows.len() * sees.keys_of(&rows).len();
-            tasks.extend((0..problem.num_heads).map(|head| (work, Task { sequence, head, rows: rows.clone() })));
+        for start in (0..sequence.seqlen_q).step_by(execution.forward.block_m) {
+            let rows = start..(start + execution.forward.block_m).min(sequence.seqlen_q);
+            let pairs = rows.len() * sees.keys_of(&rows).len();
+            tasks.extend((0..problem.num_heads).map(|head| Task { sequence, head, rows: rows.clone(), pairs }));
         }
     }
-    tasks.sort_by_key(|(work, _)| std::cmp::Reverse(*work));
-    tasks.into_iter().map(|(_, task)| task).collect()
+    tasks.sort_by_key(|task| std::cmp::Reverse(task.pairs));
+    tasks
 }
 
 /// Leaves the unnormalised output in `scratch.o`, and maximum and sum in `scratch.softmax`.
-fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
-    let (problem, block_n) = (call.problem, call.forward.block_n);
+fn attend<T: Element>(execution: &Execution, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
+    let (problem, block_n) = (execution.problem, execution.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
-    let scoring = Scoring::new(problem, call.slope(sequence.batch, task.head));
+    let scoring = Scoring::new(problem, execution.slope(sequence.batch, task.head));
     let sees = problem.visibility(sequence);
     let m = rows.len();
 
@@ -116,13 +140,10 @@ fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &
     transpose(&q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q_transposed, m);
     let q_transposed = Mat::rows(&scratch.q_transposed, m);
 
-    // Last first, so that the ragged and diagonal tiles come before the run of full ones, as on the device.
+    // Last first: under a causal mask the diagonal, whose scores are the most recent, then sets the maximum early.
     for n_block in (visible.start / block_n..visible.end.div_ceil(block_n)).rev() {
         let cols = (n_block * block_n).max(visible.start)..((n_block + 1) * block_n).min(visible.end);
         let coverage = sees.coverage(rows, &cols);
-        if coverage == Coverage::Hidden {
-            continue;
-        }
         let n = cols.len();
         let k_start = problem.k.start(sequence.batch, sequence.first_k + cols.start, head_k);
         let v_start = problem.v.start(sequence.batch, sequence.first_k + cols.start, head_k);
@@ -130,11 +151,11 @@ fn attend<T: Element>(call: &Call, [q, k, v]: [&[T]; 3], task: &Task, scratch: &
         let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
-        matmul(Out::rows(scores, m), (n, m, head_dim), false, scoring.product_factor, k_tile, q_transposed);
+        matmul_scores(execution.arch, scores, (n, m, head_dim), scoring.product_factor, k_tile, q_transposed);
         let o = &mut scratch.o[..m * head_dim];
         let mask = TileMask { rows, cols: &cols, sees, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;
-        call.arch.dispatch(SoftmaxStep { scoring, mask, scores, softmax, o, head_dim });
+        execution.arch.dispatch(SoftmaxStep { scoring, mask, scores, softmax, o, head_dim });
         let keys = |row: usize| mask.keys(row);
         let keys: Option<&dyn Fn(usize) -> Range<usize>> = mask.partial.then_some(&keys);
         let p = Mat::rows(scores, m).transposed();

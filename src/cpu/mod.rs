@@ -20,7 +20,7 @@ use crate::plan::{Plan, Tile};
 use crate::problem::{Alibi, Problem, Strides};
 
 /// A [`Problem`] together with what the host needs to compute it.
-pub(crate) struct Call<'a> {
+pub(crate) struct Execution<'a> {
     problem: &'a Problem,
     forward: Tile,
     backward: Tile,
@@ -30,7 +30,7 @@ pub(crate) struct Call<'a> {
     arch: pulp::Arch,
 }
 
-impl<'a> Call<'a> {
+impl<'a> Execution<'a> {
     pub(crate) fn new(problem: &'a Problem, plan: &Plan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
         let &Plan::Cpu { forward, backward } = plan;
         let slopes = match alibi_slopes {
@@ -49,65 +49,78 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and lse.
-pub(crate) fn forward(call: &Call, output: Output, inputs: [&CpuStorage; 3]) -> Result<(CpuStorage, CpuStorage)> {
-    match call.problem.dtype {
-        DType::F64 => typed_forward::<f64>(call, output, inputs),
-        DType::F32 => typed_forward::<f32>(call, output, inputs),
-        DType::F16 => typed_forward::<f16>(call, output, inputs),
-        DType::BF16 => typed_forward::<bf16>(call, output, inputs),
+/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and what the backward needs,
+/// the largest score and the log2 of the sum of each row, one after the other.
+pub(crate) fn forward(
+    execution: &Execution,
+    output: Output,
+    inputs: [&CpuStorage; 3],
+) -> Result<(CpuStorage, [CpuStorage; 2])> {
+    match execution.problem.dtype {
+        DType::F64 => typed_forward::<f64>(execution, output, inputs),
+        DType::F32 => typed_forward::<f32>(execution, output, inputs),
+        DType::F16 => typed_forward::<f16>(execution, output, inputs),
+        DType::BF16 => typed_forward::<bf16>(execution, output, inputs),
         other => unreachable!("Problem admits no {other:?}"),
     }
 }
 
-/// Runs the backward over q, k, v, the result of the forward, its gradient and lse: dq, dk and dv.
-pub(crate) fn backward(call: &Call, output: Output, tensors: [&Tensor; 6]) -> Result<[CpuStorage; 3]> {
-    match call.problem.dtype {
-        DType::F64 => typed_backward::<f64>(call, output, tensors),
-        DType::F32 => typed_backward::<f32>(call, output, tensors),
-        DType::F16 => typed_backward::<f16>(call, output, tensors),
-        DType::BF16 => typed_backward::<bf16>(call, output, tensors),
+/// Runs the backward over q, k, v, the result of the forward, its gradient and the two parts of lse: the gradients of those
+/// of q, k and v that are tracked.
+pub(crate) fn backward(
+    execution: &Execution,
+    output: Output,
+    tensors: [&Tensor; 7],
+) -> Result<[Option<CpuStorage>; 3]> {
+    match execution.problem.dtype {
+        DType::F64 => typed_backward::<f64>(execution, output, tensors),
+        DType::F32 => typed_backward::<f32>(execution, output, tensors),
+        DType::F16 => typed_backward::<f16>(execution, output, tensors),
+        DType::BF16 => typed_backward::<bf16>(execution, output, tensors),
         other => unreachable!("Problem admits no {other:?}"),
     }
 }
 
 fn typed_forward<T: Element>(
-    call: &Call,
+    execution: &Execution,
     output: Output,
     [q, k, v]: [&CpuStorage; 3],
-) -> Result<(CpuStorage, CpuStorage)> {
+) -> Result<(CpuStorage, [CpuStorage; 2])> {
     let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
-    let rows = call.problem.rows_q() * call.problem.num_heads;
-    let o_len = rows * call.problem.head_dim;
-    match output {
+    let rows = execution.problem.rows_q() * execution.problem.num_heads;
+    let o_len = rows * execution.problem.head_dim;
+    let mut lse = forward::Lse::new(rows);
+    let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
-            let mut lse = vec![T::Acc::default(); rows];
-            forward::forward(call, inputs, &mut o, &mut lse);
-            Ok((T::to_cpu_storage_owned(o), T::Acc::to_cpu_storage_owned(lse)))
+            forward::forward(execution, inputs, &mut o, &mut lse);
+            T::to_cpu_storage_owned(o)
         }
         Output::OAndLse => {
             let mut both = vec![T::Acc::default(); o_len + rows];
-            let (o, lse) = both.split_at_mut(o_len);
-            forward::forward(call, inputs, o, lse);
-            let lse = lse.to_vec();
-            Ok((T::Acc::to_cpu_storage_owned(both), T::Acc::to_cpu_storage_owned(lse)))
+            let (o, natural) = both.split_at_mut(o_len);
+            forward::forward(execution, inputs, o, &mut lse);
+            natural.iter_mut().zip(lse.natural()).for_each(|(to, lse)| *to = lse);
+            T::Acc::to_cpu_storage_owned(both)
         }
-    }
+    };
+    Ok((result, [lse.max, lse.log2_sum].map(T::Acc::to_cpu_storage_owned)))
 }
 
 fn typed_backward<T: Element>(
-    call: &Call,
+    execution: &Execution,
     output: Output,
-    [q, k, v, result, grad, lse]: [&Tensor; 6],
-) -> Result<[CpuStorage; 3]> {
-    let guards = [q, k, v, result, grad, lse].map(|tensor| tensor.storage_and_layout().0);
-    let [q, k, v, result, grad_storage, lse] = guards.each_ref().map(|guard| match &**guard {
+    [q, k, v, result, grad, max, log2_sum]: [&Tensor; 7],
+) -> Result<[Option<CpuStorage>; 3]> {
+    // No gradient is computed for an input that autograd does not ask about.
+    let wanted = backward::Wanted { dq: q.track_op(), dk: k.track_op(), dv: v.track_op() };
+    let guards = [q, k, v, result, grad, max, log2_sum].map(|tensor| tensor.storage_and_layout().0);
+    let [q, k, v, result, grad_storage, max, log2_sum] = guards.each_ref().map(|guard| match &**guard {
         Storage::Cpu(storage) => storage,
         _ => unreachable!("Problem admits one device"),
     });
     let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
-    let lse = T::Acc::cpu_storage_as_slice(lse)?;
+    let lse = [T::Acc::cpu_storage_as_slice(max)?, T::Acc::cpu_storage_as_slice(log2_sum)?];
     let grads = match output {
         Output::O => {
             let upstream = backward::Upstream {
@@ -116,20 +129,20 @@ fn typed_backward<T: Element>(
                 do_strides: Strides::of("do", grad.layout())?,
                 dlse: None,
             };
-            backward::backward(call, inputs, lse, &upstream)
+            backward::backward(execution, inputs, lse, &upstream, wanted)
         }
         Output::OAndLse => {
-            let o_len = call.problem.rows_q() * call.problem.num_heads * call.problem.head_dim;
+            let o_len = execution.problem.rows_q() * execution.problem.num_heads * execution.problem.head_dim;
             let grad_start = grad.layout().start_offset();
             let (do_, dlse) = T::Acc::cpu_storage_as_slice(grad_storage)?[grad_start..].split_at(o_len);
             let upstream = backward::Upstream {
                 o: &T::Acc::cpu_storage_as_slice(result)?[..o_len],
                 do_,
-                do_strides: call.problem.contiguous_q(),
+                do_strides: execution.problem.contiguous_q(),
                 dlse: Some(dlse),
             };
-            backward::backward(call, inputs, lse, &upstream)
+            backward::backward(execution, inputs, lse, &upstream, wanted)
         }
     };
-    Ok(grads.map(T::to_cpu_storage_owned))
+    Ok(grads.map(|grad| grad.map(T::to_cpu_storage_owned)))
 }

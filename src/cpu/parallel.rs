@@ -3,29 +3,37 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Calls `work` for each task `0..count` on the threads of the current rayon pool.
+/// Multiply-adds below which a call is over before a second thread has woken up (some 10 us on one core).
+const WORTH_A_THREAD: usize = 1 << 19;
+
+/// Calls `work` for each task `0..count` on the threads of the current rayon pool; together they take about
+/// `multiply_adds`.
 ///
 /// Threads take tasks in ascending order, so the heaviest belong first, and a task may wait for one before it: that one
 /// has been taken by a thread that is running. Each thread makes its `scratch` once.
-pub(super) fn for_each_task<S>(count: usize, scratch: impl Fn() -> S + Sync, work: impl Fn(&mut S, usize) + Sync) {
+pub(super) fn for_each_task<S>(
+    count: usize,
+    multiply_adds: usize,
+    scratch: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize) + Sync,
+) {
     let next = AtomicUsize::new(0);
     let run = || {
-        let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&task| task < count);
-        let Some(mut task) = take() else { return };
+        // Before a task is taken: what unwinds here leaves no task undone that others wait for.
         let mut scratch = scratch();
         loop {
-            work(&mut scratch, task);
-            match take() {
-                Some(next) => task = next,
-                None => return,
+            let task = next.fetch_add(1, Ordering::Relaxed);
+            if task >= count {
+                return;
             }
+            work(&mut scratch, task);
         }
     };
-    let threads = rayon::current_num_threads().min(count);
-    if threads <= 1 {
-        run();
-    } else {
-        rayon::scope(|scope| (0..threads).for_each(|_| scope.spawn(|_| run())));
+    let threads = if multiply_adds < WORTH_A_THREAD { 1 } else { rayon::current_num_threads().min(count) };
+    match threads {
+        0 => {}
+        1 => run(),
+        _ => rayon::scope(|scope| (0..threads).for_each(|_| scope.spawn(|_| run()))),
     }
 }
 
@@ -80,7 +88,8 @@ impl Turns {
     /// # Panics
     /// If a task with an earlier number panicked: its turn would never be passed on.
     pub(super) fn take<R>(&self, sum: usize, number: usize, add: impl FnOnce() -> R) -> R {
-        // Waits are rare and short: the thread ahead is at most a few tiles from the one that is waited for.
+        // Neighbouring tasks of one head walk the same tiles, one step behind each other: at the start a thread waits for
+        // as many steps as there are threads ahead of it, and then hardly ever.
         const SPINS: usize = 1 << 12;
         let mut tries = 0;
         while self.next[sum].load(Ordering::Acquire) != number {
@@ -97,16 +106,17 @@ impl Turns {
         result
     }
 
-    /// While the result lives, a panic of this thread frees those who wait for it.
-    pub(super) fn guard(&self) -> impl Drop + '_ {
-        struct Guard<'a>(&'a AtomicBool);
-        impl Drop for Guard<'_> {
+    /// Runs a task that takes turns; if it panics, those who wait for its turns panic too instead of waiting for ever.
+    pub(super) fn during<R>(&self, task: impl FnOnce() -> R) -> R {
+        struct Abandon<'a>(&'a AtomicBool);
+        impl Drop for Abandon<'_> {
             fn drop(&mut self) {
-                if std::thread::panicking() {
-                    self.0.store(true, Ordering::Relaxed);
-                }
+                self.0.store(true, Ordering::Relaxed);
             }
         }
-        Guard(&self.abandoned)
+        let abandon = Abandon(&self.abandoned);
+        let result = task();
+        std::mem::forget(abandon);
+        result
     }
 }

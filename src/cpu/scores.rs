@@ -1,10 +1,11 @@
 //! What happens to a tile of scores between the matrix products: softcap, ALiBi, online softmax, and P from lse.
 //!
 //! Scores live in the log2 domain (`softmax_scale * log2 e` is folded into the product that makes them), so that every
-//! exponential is an `exp2`. The loops here are plain; run by `pulp::Arch::dispatch` they become the widest vector
-//! instructions that the machine has, which is why each entry point is a struct whose `call` is always inlined: a closure
-//! would be compiled on its own, without those instructions. One vector lane is one query in the forward and one key in the backward, so no sum
-//! or maximum crosses lanes.
+//! exponential is an `exp2`. One vector lane is one query in the forward and one key in the backward, so no sum or maximum
+//! crosses lanes.
+//!
+//! The loops are plain; run by `pulp::Arch::dispatch` they become the widest vector instructions that the machine has.
+//! Each entry point is a struct whose `call` is always inlined: a closure would be compiled without those instructions.
 
 use std::ops::Range;
 
@@ -56,9 +57,9 @@ impl<A: Real> Scoring<A> {
     #[inline(always)]
     fn apply_keeping_derivative(&self, products: &mut [A], derivative: &mut [A], distance: isize) {
         if let Some(softcap) = self.softcap_log2 {
-            for (x, slope) in products.iter_mut().zip(derivative) {
+            for (x, derivative) in products.iter_mut().zip(derivative) {
                 let capped = x.tanh();
-                *slope = (-capped).mul_add(capped, A::ONE);
+                *derivative = (-capped).mul_add(capped, A::ONE);
                 *x = capped * softcap;
             }
         }
@@ -145,9 +146,9 @@ impl<A: Real> OnlineSoftmax<A> {
         }
     }
 
-    /// Sum and lse of query `row`. A row whose scores are all minus infinity has sum 0 and lse minus infinity.
+    /// Maximum and sum of query `row`. Where all its scores are minus infinity, so is the maximum, and the sum is 0.
     pub(super) fn finish(&self, row: usize) -> (A, A) {
-        (self.sum[row], (self.max[row] + self.sum[row].log2()) * A::LN_2)
+        (self.max[row], self.sum[row])
     }
 }
 
@@ -234,8 +235,10 @@ pub(super) struct GradientStep<'a, A> {
     pub(super) ds: &'a mut [A],
     /// Room for one row of derivatives, used under a softcap.
     pub(super) derivative: &'a mut [A],
-    /// Of the tile's queries.
-    pub(super) lse: &'a [A],
+    /// Largest score of each of the tile's queries, log2.
+    pub(super) max: &'a [A],
+    /// log2 of the sum of `exp2(score - max)` of each of the tile's queries.
+    pub(super) log2_sum: &'a [A],
     /// Of the tile's queries.
     pub(super) delta: &'a [A],
 }
@@ -247,8 +250,8 @@ impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
     fn call(self) {
         let cols = self.mask.cols.len();
         let rows = self.p.chunks_exact_mut(cols).zip(self.ds.chunks_exact_mut(cols));
-        let statistics = self.lse.iter().zip(self.delta);
-        for (row, ((p, ds), (&lse, &delta))) in rows.zip(statistics).enumerate() {
+        for (row, (p, ds)) in rows.enumerate() {
+            let statistics = RowStatistics { max: self.max[row], log2_sum: self.log2_sum[row], delta: self.delta[row] };
             let seen = self.mask.keys(row);
             for outside in [0..seen.start, seen.end..cols] {
                 p[outside.clone()].fill(A::ZERO);
@@ -260,22 +263,34 @@ impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
             if self.scoring.softcap_log2.is_some() {
                 let derivative = &mut self.derivative[..seen.len()];
                 self.scoring.apply_keeping_derivative(p, derivative, distance);
-                gradients(p, ds, lse, delta);
+                gradients(p, ds, statistics);
                 ds.iter_mut().zip(derivative).for_each(|(ds, derivative)| *ds *= *derivative);
             } else {
                 self.scoring.apply(p, distance);
-                gradients(p, ds, lse, delta);
+                gradients(p, ds, statistics);
             }
         }
     }
 }
 
-/// Of one query: `p = exp2(score - lse * log2 e)` and `ds = p * (dp - delta)`, in place of score and dp.
+/// What the backward knows of one query.
+#[derive(Clone, Copy)]
+struct RowStatistics<A> {
+    max: A,
+    log2_sum: A,
+    delta: A,
+}
+
+/// Of one query: `p = exp2(score - lse)` and `ds = p * (dp - delta)`, in place of score and dp.
 #[inline(always)]
-fn gradients<A: Real>(p: &mut [A], ds: &mut [A], lse: A, delta: A) {
+fn gradients<A: Real>(p: &mut [A], ds: &mut [A], RowStatistics { max, log2_sum, delta }: RowStatistics<A>) {
     for (p, ds) in p.iter_mut().zip(ds) {
-        // One rounding for the change of base and the difference: lse may be large against the difference.
-        *p = lse.mul_add(-A::LOG2_E, *p).exp2();
+        // The maximum first: it is one of the scores, and the difference exact where p matters. Against their sum, rounded,
+        // p would be off by the rounding of a large number. A product of another shape than the forward's may round a score
+        // above the maximum; NaN passes the comparison.
+        let above_max = *p - max;
+        let above_max = if above_max > A::ZERO { A::ZERO } else { above_max };
+        *p = (above_max - log2_sum).exp2();
         *ds = *p * (*ds - delta);
     }
 }

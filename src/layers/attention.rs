@@ -6,13 +6,14 @@ use candle_nn::{Module, VarBuilder};
 
 use super::projection::Projection;
 use super::rotary::RotaryRows;
-use super::{check_packed_rows, MultiHeadAttentionConfig, Projections};
+use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, Rotary};
+use crate::problem::{is_float, FLOAT_DTYPES};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
 const SEQLEN_AXIS: usize = 1;
 
-/// Multi-head self-attention: projects `xs` to q, k and v, turns q and k by their positions, attends, projects back.
+/// Multi-head self-attention: projects `xs` to q, k and v, rotates q and k by their positions, attends, projects back.
 ///
 /// ```text
 /// xs (batch, seqlen, embed_dim)
@@ -54,12 +55,14 @@ const SEQLEN_AXIS: usize = 1;
 /// ```
 #[derive(Clone, Debug)]
 pub struct MultiHeadAttention {
-    config: MultiHeadAttentionConfig,
+    embed_dim: usize,
+    num_heads: usize,
     num_heads_k: usize,
     head_dim: usize,
     qkv: QkvProjection,
     o: Projection,
     attention: Attention,
+    rotary: Option<Rotary>,
 }
 
 /// Where q, k and v come from.
@@ -73,24 +76,30 @@ impl MultiHeadAttention {
     /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
     ///
     /// # Errors
-    /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::HeadDimUnset`], [`Error::HeadGroups`],
-    /// [`Error::FusedBias`], [`Error::RotaryHeadDim`], [`Error::RotaryDevice`]) or the operator would refuse it (scale,
-    /// softcap, slopes, head_dim, dtype); an error of Candle if a weight is missing or has another shape.
+    /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
+    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::LayerAlibiShape`],
+    /// [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb` ([`Error::WeightDType`],
+    /// [`Error::RotaryDevice`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
+    /// weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
-        let (embed_dim, q_dim, k_dim) = (config.embed_dim, config.num_heads * head_dim, num_heads_k * head_dim);
+        let (embed_dim, num_heads) = (config.embed_dim, config.num_heads);
+        let (q_dim, k_dim) = (num_heads * head_dim, num_heads_k * head_dim);
+        if !is_float(vb.dtype()) {
+            return Err(Error::WeightDType { got: vb.dtype(), supported: FLOAT_DTYPES });
+        }
         if let Some(rotary) = &config.rotary {
             let (got, expected) = (rotary.device().location(), vb.device().location());
             if got != expected {
                 return Err(Error::RotaryDevice { got, expected });
             }
         }
-        let attention = config.attention();
         // One token decides what depends on the configuration alone, so that a bad option is refused here and not in
-        // the first forward.
-        let q = Tensor::zeros((1, 1, config.num_heads, head_dim), vb.dtype(), vb.device())?;
-        let k = Tensor::zeros((1, 1, num_heads_k, head_dim), vb.dtype(), vb.device())?;
-        attention.supports(&q, &k, &k)?;
+        // the first forward. All of its heads are one in memory.
+        let head = Tensor::zeros((1, 1, 1, head_dim), vb.dtype(), vb.device())?;
+        let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
+        let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;
+        config.attention.supports(&q, &k, &k)?;
 
         let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);
         let (qkv, o) = match &config.projections {
@@ -105,7 +114,8 @@ impl MultiHeadAttention {
             }
         };
         let o = load(o, q_dim, embed_dim, config.o_bias)?;
-        Ok(Self { config: config.clone(), num_heads_k, head_dim, qkv, o, attention })
+        let (attention, rotary) = (config.attention.clone(), config.rotary.clone());
+        Ok(Self { embed_dim, num_heads, num_heads_k, head_dim, qkv, o, attention, rotary })
     }
 
     /// Attention over whole sequences: `xs` and the result are `(batch, seqlen, embed_dim)`. Positions begin at 0.
@@ -117,7 +127,7 @@ impl MultiHeadAttention {
     /// [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
-        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
+        let rows = self.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
         self.project_back(&self.attention.forward(&q, &k, &v)?)
     }
@@ -146,7 +156,7 @@ impl MultiHeadAttention {
     pub fn forward_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
         self.check_input(xs, "(total, embed_dim)")?;
         check_packed_rows(xs, cu_seqlens)?;
-        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows_packed(cu_seqlens)).transpose()?;
+        let rows = self.rotary.as_ref().map(|rotary| rotary.rows_packed(cu_seqlens)).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
         self.project_back(&self.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
     }
@@ -178,7 +188,7 @@ impl MultiHeadAttention {
         }
         let seqlen = xs.dims()[SEQLEN_AXIS];
         let offset = cache.current_seq_len();
-        let rows = self.config.rotary.as_ref().map(|rotary| rotary.rows(offset, seqlen)).transpose()?;
+        let rows = self.rotary.as_ref().map(|rotary| rotary.rows(offset, seqlen)).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
         // The copy shares the storage and keeps the lengths: what lies behind a length is never read.
         let before = cache.clone();
@@ -207,25 +217,20 @@ impl MultiHeadAttention {
         Self { qkv, o: self.o.detach(), ..self.clone() }
     }
 
-    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens. It grows by as many again when
-    /// they are used up, which copies all of it.
+    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens, at least 1. It grows by as many again
+    /// when they are used up, which copies all of it; one with room for 0 cannot grow, and `forward_cached` refuses it.
     pub fn new_cache(&self, max_seqlen: usize) -> KvCache {
         KvCache::new(SEQLEN_AXIS, max_seqlen)
     }
 
-    /// The configuration that the layer was built from.
-    pub fn config(&self) -> &MultiHeadAttentionConfig {
-        &self.config
-    }
-
     /// Size of the last axis of input and result.
     pub fn embed_dim(&self) -> usize {
-        self.config.embed_dim
+        self.embed_dim
     }
 
     /// Number of query heads.
     pub fn num_heads(&self) -> usize {
-        self.config.num_heads
+        self.num_heads
     }
 
     /// Number of key and value heads.
@@ -238,9 +243,9 @@ impl MultiHeadAttention {
         self.head_dim
     }
 
-    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k turned.
+    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k rotated.
     fn project(&self, xs: &Tensor, rows: Option<&RotaryRows>) -> Result<(Tensor, Tensor, Tensor)> {
-        let (num_heads, num_heads_k) = (self.config.num_heads, self.num_heads_k);
+        let (num_heads, num_heads_k) = (self.num_heads, self.num_heads_k);
         let (q, k, v) = match &self.qkv {
             QkvProjection::Separate { q, k, v } => (
                 self.split_heads(&q.forward(xs)?, num_heads)?,
@@ -254,8 +259,8 @@ impl MultiHeadAttention {
                 (heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?)
             }
         };
-        match (&self.config.rotary, rows) {
-            (Some(rotary), Some(rows)) => Ok((rotary.turn(&q, rows)?, rotary.turn(&k, rows)?, v)),
+        match (&self.rotary, rows) {
+            (Some(rotary), Some(rows)) => Ok((rotary.rotate(&q, rows)?, rotary.rotate(&k, rows)?, v)),
             _ => Ok((q, k, v)),
         }
     }
@@ -283,11 +288,9 @@ impl MultiHeadAttention {
 
     /// Whether `xs` has these axes, the last one of `embed_dim`, and the dtype and device of the weights.
     fn check_input(&self, xs: &Tensor, axes: &'static str) -> Result<()> {
+        check_rank(xs, axes)?;
         let shape = xs.dims().to_vec();
-        if shape.len() != axes.split(',').count() {
-            return Err(Error::Rank { tensor: "xs", axes, shape });
-        }
-        let (embed_dim, expected) = (shape[shape.len() - 1], self.config.embed_dim);
+        let (embed_dim, expected) = (shape[shape.len() - 1], self.embed_dim);
         if embed_dim != expected {
             let (axis, other) = ("embed_dim", "the layer");
             return Err(Error::Axis { tensor: "xs", axis, got: embed_dim, other, expected, shape });
@@ -311,7 +314,7 @@ impl MultiHeadAttention {
         if xs.track_op() {
             return Err(Error::TrackedDecoding { tensor: "xs".into(), way_out: "call .detach() on it" });
         }
-        match self.config.mask {
+        match self.attention.mask {
             Mask::Causal | Mask::Window { right: Some(0), .. } => Ok(()),
             mask => Err(Error::DecodingMask { mask }),
         }

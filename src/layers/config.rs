@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use candle_nn::{init, Init};
 
 use super::Rotary;
+use crate::problem::MAX_HEAD_DIM;
 use crate::{Attention, Error, Mask, Result};
 
 /// How a checkpoint lays out the weight of a projection.
@@ -103,10 +104,7 @@ pub struct MultiHeadAttentionConfig {
     pub(super) k_bias: bool,
     pub(super) v_bias: bool,
     pub(super) o_bias: bool,
-    pub(super) mask: Mask,
-    softmax_scale: Option<f64>,
-    softcap: Option<f64>,
-    alibi_slopes: Option<Tensor>,
+    pub(super) attention: Attention,
     pub(super) rotary: Option<Rotary>,
 }
 
@@ -126,10 +124,7 @@ impl MultiHeadAttentionConfig {
             k_bias: false,
             v_bias: false,
             o_bias: false,
-            mask: Mask::None,
-            softmax_scale: None,
-            softcap: None,
-            alibi_slopes: None,
+            attention: Attention::new(),
             rotary: None,
         }
     }
@@ -206,31 +201,37 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Which keys each query sees; see [`Mask`].
+    /// All options of the operator at once, in place of those set so far. The next four set one each.
+    pub fn attention(mut self, attention: Attention) -> Self {
+        self.attention = attention;
+        self
+    }
+
+    /// [`Attention::mask`].
     pub fn mask(mut self, mask: Mask) -> Self {
-        self.mask = mask;
+        self.attention = self.attention.mask(mask);
         self
     }
 
-    /// Factor on the scores in place of `1 / sqrt(head_dim)`; see [`Attention::softmax_scale`].
+    /// [`Attention::softmax_scale`].
     pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
-        self.softmax_scale = Some(softmax_scale);
+        self.attention = self.attention.softmax_scale(softmax_scale);
         self
     }
 
-    /// Bound on the scores; see [`Attention::softcap`].
+    /// [`Attention::softcap`].
     pub fn softcap(mut self, softcap: f64) -> Self {
-        self.softcap = Some(softcap);
+        self.attention = self.attention.softcap(softcap);
         self
     }
 
-    /// Slope per head of a penalty on distance; see [`Attention::alibi_slopes`].
+    /// [`Attention::alibi_slopes`], of shape `(num_heads)` alone: a layer meets batches of any size.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
-        self.alibi_slopes = Some(slopes.clone());
+        self.attention = self.attention.alibi_slopes(slopes);
         self
     }
 
-    /// Turns q and k by their positions. The tables of `rotary` are shared, not copied.
+    /// Rotates q and k by their positions. The tables of `rotary` are shared, not copied.
     pub fn rotary(mut self, rotary: &Rotary) -> Self {
         self.rotary = Some(rotary.clone());
         self
@@ -254,30 +255,31 @@ impl MultiHeadAttentionConfig {
             None if !embed_dim.is_multiple_of(num_heads) => return Err(Error::HeadDimUnset { embed_dim, num_heads }),
             None => embed_dim / num_heads,
         };
+        if head_dim > MAX_HEAD_DIM {
+            return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
+        }
+        // The largest weight is that of a fused projection. No allocation exceeds isize::MAX bytes, and f64 is the
+        // widest type.
+        let heads = num_heads_k.checked_mul(2).and_then(|heads_k| heads_k.checked_add(num_heads));
+        let elements = heads.and_then(|heads| heads.checked_mul(head_dim)?.checked_mul(embed_dim));
+        if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
+            return Err(Error::LayerTooLarge { embed_dim, num_heads, num_heads_k, head_dim });
+        }
         let biases = (self.q_bias, self.k_bias, self.v_bias);
         if matches!(self.projections, Projections::Fused { .. })
             && !matches!(biases, (true, true, true) | (false, false, false))
         {
             return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
         }
+        match &self.attention.alibi_slopes {
+            Some(slopes) if slopes.dims() != [num_heads] => {
+                return Err(Error::LayerAlibiShape { num_heads, shape: slopes.dims().to_vec() });
+            }
+            _ => {}
+        }
         match self.rotary.as_ref().map(Rotary::rotary_dim) {
             Some(rotary_dim) if rotary_dim > head_dim => Err(Error::RotaryHeadDim { rotary_dim, head_dim }),
             _ => Ok((num_heads_k, head_dim)),
         }
-    }
-
-    /// The options of the operator.
-    pub(super) fn attention(&self) -> Attention {
-        let mut attention = Attention::new().mask(self.mask);
-        if let Some(softmax_scale) = self.softmax_scale {
-            attention = attention.softmax_scale(softmax_scale);
-        }
-        if let Some(softcap) = self.softcap {
-            attention = attention.softcap(softcap);
-        }
-        if let Some(slopes) = &self.alibi_slopes {
-            attention = attention.alibi_slopes(slopes);
-        }
-        attention
     }
 }

@@ -108,6 +108,14 @@ pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> V
     VarBuilder::from_tensors(tensors, dtype, device)
 }
 
+/// Whether `xs` has as many axes as `axes`, such as `(batch, seqlen, embed_dim)`, names.
+fn check_rank(xs: &Tensor, axes: &'static str) -> Result<()> {
+    if xs.rank() != axes.split(',').count() {
+        return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
+    }
+    Ok(())
+}
+
 /// Whether packed `xs` has as many rows as `cu_seqlens` describes.
 fn check_packed_rows(xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<()> {
     let rows = xs.dims()[0];

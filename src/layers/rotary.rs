@@ -6,9 +6,15 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D};
 use candle_nn::rotary_emb;
 
+use super::{check_packed_rows, check_rank};
+use crate::problem::{is_float, FLOAT_DTYPES};
 use crate::{CuSeqlens, Error, Result};
 
-/// Which two values of a head form the pair that is turned together.
+/// Most values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A `max_seqlen` that stands
+/// for "no limit" is refused instead of filling the memory.
+const MAX_TABLE_VALUES: usize = 1 << 28;
+
+/// Which two values of a head form the pair that is rotated together.
 ///
 /// Weights are trained for one of the two and give nonsense with the other, without any error. For `rotary_dim = 8`:
 ///
@@ -26,7 +32,7 @@ pub enum RotaryLayout {
     Interleaved,
 }
 
-/// What a [`Rotary`] is built from: how many values of each head turn, how fast, in which pairs, up to which position.
+/// What a [`Rotary`] is built from: how many values of each head rotate, how fast, in which pairs, up to which position.
 #[derive(Clone, Debug)]
 pub struct RotaryConfig {
     rotary_dim: usize,
@@ -45,14 +51,17 @@ enum Frequencies {
 }
 
 impl RotaryConfig {
-    /// The original form: all of `rotary_dim` values (usually `head_dim`) turn, `theta` is 10,000, pairs are
-    /// [`RotaryLayout::HalfSplit`]. Positions `0..max_seqlen` can be used.
+    /// The original form: all of `rotary_dim` values (usually `head_dim`) rotate, `theta` is 10,000, pairs are
+    /// [`RotaryLayout::HalfSplit`].
+    ///
+    /// Positions `0..max_seqlen` can be used. [`Rotary::new`] computes tables for all of them, so give the longest
+    /// sequence in use; it refuses more than 2^28 values of `max_seqlen * rotary_dim / 2`.
     pub fn new(rotary_dim: usize, max_seqlen: usize) -> Self {
         let (layout, frequencies) = (RotaryLayout::default(), Frequencies::Theta(10_000.0));
         Self { rotary_dim, max_seqlen, layout, frequencies }
     }
 
-    /// Pair `i` turns by `theta^(-2 i / rotary_dim)` radians per position (Llama 3: 500,000).
+    /// Pair `i` rotates by `theta^(-2 i / rotary_dim)` radians per position (Llama 3: 500,000).
     pub fn theta(mut self, theta: f64) -> Self {
         self.frequencies = Frequencies::Theta(theta);
         self
@@ -71,12 +80,22 @@ impl RotaryConfig {
         self
     }
 
-    /// Radians per position of each pair, checked.
-    fn radians_per_position(&self) -> Result<Vec<f64>> {
-        let rotary_dim = self.rotary_dim;
+    /// Whether there are pairs, and tables for them fit under the limit.
+    fn check_sizes(&self) -> Result<()> {
+        let (rotary_dim, max_seqlen, limit) = (self.rotary_dim, self.max_seqlen, MAX_TABLE_VALUES);
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(Error::RotaryDim { rotary_dim });
         }
+        // Without any position there are still the frequencies.
+        match (rotary_dim / 2).checked_mul(max_seqlen.max(1)) {
+            Some(values) if values <= limit => Ok(()),
+            _ => Err(Error::RotaryTables { max_seqlen, rotary_dim, limit }),
+        }
+    }
+
+    /// Radians per position of each pair, checked.
+    fn radians_per_position(&self) -> Result<Vec<f64>> {
+        let rotary_dim = self.rotary_dim;
         let frequencies = match &self.frequencies {
             Frequencies::Theta(theta) if !theta.is_finite() || *theta <= 0.0 => {
                 return Err(Error::RotaryTheta(*theta));
@@ -96,8 +115,8 @@ impl RotaryConfig {
     }
 }
 
-/// Rotary position embedding: turns each pair of values of q and k by an angle that grows with the position, so that a
-/// score depends on how far apart query and key are.
+/// Rotary position embedding: rotates each pair of values of q and k by an angle that grows with the position, so that
+/// a score depends on how far apart query and key are.
 ///
 /// For a pair `(x, y)` at position `p` with frequency `f`:
 ///
@@ -108,24 +127,24 @@ impl RotaryConfig {
 ///
 /// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) return a result that is cut off from the
 /// graph, without a word: the layers before it never learn. This one runs on the same kernels and adds the backward, a
-/// turn by the opposite angles; gradients flow to `xs`.
+/// rotation by the opposite angles; gradients flow to `xs`.
 ///
 /// The tables of cos and sin are computed in f64, rounded once to f32 and kept on the device,
 /// `(max_seqlen, rotary_dim / 2)` each. Cloning shares them: build one and hand a clone to every layer. f16 and bf16
-/// tensors are turned in f32 and rounded once; f64 tensors are turned in f64 by the same f32 tables.
+/// tensors are rotated in f32 and rounded once; f64 tensors are rotated in f64 by the same f32 tables.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
 /// # use candle_fa2::layers::{Rotary, RotaryConfig};
 /// let rotary = Rotary::new(&RotaryConfig::new(64, 2048), &Device::Cpu)?;
 /// let q = Var::ones((1, 16, 8, 64), DType::F32, &Device::Cpu)?; // (batch, seqlen, num_heads, head_dim)
-/// let turned = rotary.apply(q.as_tensor(), 0)?;
-/// let grads = turned.sum_all()?.backward()?;
+/// let rotated = rotary.apply(q.as_tensor(), 0)?;
+/// let grads = rotated.sum_all()?.backward()?;
 /// assert!(grads.get(q.as_tensor()).is_some());
 ///
 /// // Position 10 alone, as decoding meets it, is what the whole sequence has there.
 /// let one = rotary.apply(&q.narrow(1, 10, 1)?, 10)?;
-/// assert_eq!(one.flatten_all()?.to_vec1::<f32>()?, turned.narrow(1, 10, 1)?.flatten_all()?.to_vec1::<f32>()?);
+/// assert_eq!(one.flatten_all()?.to_vec1::<f32>()?, rotated.narrow(1, 10, 1)?.flatten_all()?.to_vec1::<f32>()?);
 /// # Ok::<(), candle_fa2::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -147,9 +166,10 @@ impl Rotary {
     /// Computes the tables on the host and copies them to `device`.
     ///
     /// # Errors
-    /// [`Error::RotaryDim`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or [`Error::RotaryFrequency`] if the
-    /// configuration holds a value out of range.
+    /// [`Error::RotaryDim`], [`Error::RotaryTables`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or
+    /// [`Error::RotaryFrequency`] if the configuration holds a value out of range.
     pub fn new(config: &RotaryConfig, device: &Device) -> Result<Self> {
+        config.check_sizes()?;
         let frequencies = config.radians_per_position()?;
         let shape = (config.max_seqlen, frequencies.len());
         // f32 angles would be off by 0.004 radians at position 100,000: only the rounded cos and sin are f32.
@@ -160,7 +180,7 @@ impl Rotary {
         Ok(Self { cos, sin, layout: config.layout })
     }
 
-    /// How many values of each head turn; the rest of the head passes through.
+    /// How many values of each head rotate; the rest of the head passes through.
     pub fn rotary_dim(&self) -> usize {
         2 * self.cos.dims()[1]
     }
@@ -180,32 +200,26 @@ impl Rotary {
         self.cos.device()
     }
 
-    /// Turns `xs` of shape `(batch, seqlen, num_heads, head_dim)`, whose first token is at position `offset`: 0 for
-    /// training, the length of the cache for decoding. The result has the shape of `xs`.
+    /// Rotates `xs` of shape `(batch, seqlen, num_heads, head_dim)`, whose first token is at position `offset`: 0
+    /// for training, the length of the cache for decoding. The result has the shape of `xs`.
     ///
     /// # Errors
     /// [`Error::Rank`]; [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`; [`Error::DType`] if it is not
     /// a floating-point type; [`Error::RotaryDevice`] if the tables are elsewhere; [`Error::RotaryPositions`] if the last
     /// position has no row in the tables.
     pub fn apply(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
-        if xs.rank() != 4 {
-            let axes = "(batch, seqlen, num_heads, head_dim)";
-            return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
-        }
-        self.turn(xs, &self.rows(offset, xs.dims()[1])?)
+        check_rank(xs, "(batch, seqlen, num_heads, head_dim)")?;
+        self.rotate(xs, &self.rows(offset, xs.dims()[1])?)
     }
 
-    /// Turns packed `xs` of shape `(total, num_heads, head_dim)`: positions begin at 0 in every sequence.
+    /// Rotates packed `xs` of shape `(total, num_heads, head_dim)`: positions begin at 0 in every sequence.
     ///
     /// # Errors
     /// As [`Self::apply`], and [`Error::PackedRows`] if `cu_seqlens` does not end at `total`.
     pub fn apply_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
-        if xs.rank() != 3 {
-            let axes = "(total, num_heads, head_dim)";
-            return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
-        }
-        super::check_packed_rows(xs, cu_seqlens)?;
-        self.turn(xs, &self.rows_packed(cu_seqlens)?)
+        check_rank(xs, "(total, num_heads, head_dim)")?;
+        check_packed_rows(xs, cu_seqlens)?;
+        self.rotate(xs, &self.rows_packed(cu_seqlens)?)
     }
 
     /// The rows for positions `offset..offset + seqlen`.
@@ -225,15 +239,15 @@ impl Rotary {
         Ok(RotaryRows { cos: self.cos.index_select(&positions, 0)?, sin: self.sin.index_select(&positions, 0)? })
     }
 
-    /// Turns `xs`, `(batch, seqlen, num_heads, head_dim)` or `(seqlen, num_heads, head_dim)`, by one row per token. The
+    /// Rotates `xs`, `(batch, seqlen, num_heads, head_dim)` or `(seqlen, num_heads, head_dim)`, by one row per token. The
     /// result is contiguous.
-    pub(super) fn turn(&self, xs: &Tensor, rows: &RotaryRows) -> Result<Tensor> {
+    pub(super) fn rotate(&self, xs: &Tensor, rows: &RotaryRows) -> Result<Tensor> {
         let (head_dim, rotary_dim) = (xs.dims()[xs.rank() - 1], self.rotary_dim());
         if head_dim < rotary_dim {
             return Err(Error::RotaryHeadDim { rotary_dim, head_dim });
         }
-        if !matches!(xs.dtype(), DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
-            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: "F64, F32, F16, BF16" });
+        if !is_float(xs.dtype()) {
+            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: FLOAT_DTYPES });
         }
         let (got, expected) = (self.device().location(), xs.device().location());
         if got != expected {
@@ -242,12 +256,12 @@ impl Rotary {
         if xs.elem_count() == 0 {
             return Ok(xs.clone());
         }
-        let turned = turned(&xs.detach(), rows, self.layout)?;
+        let rotated = rotated(&xs.detach(), rows, self.layout)?;
         if !xs.track_op() {
-            return Ok(turned);
+            return Ok(rotated);
         }
         let back = RotaryRows { cos: rows.cos.clone(), sin: rows.sin.neg()? };
-        Ok(xs.apply_op1(Turn { back, layout: self.layout, turned: Mutex::new(Some(turned)) })?)
+        Ok(xs.apply_op1(Rotate { back, layout: self.layout, rotated: Mutex::new(Some(rotated)) })?)
     }
 
     /// Whether positions `start..start + seqlen` have rows.
@@ -260,54 +274,54 @@ impl Rotary {
     }
 }
 
-/// Turns `xs` outside the graph. Candle's fast kernels do the work, in f32 for the narrow types.
-fn turned(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core::Result<Tensor> {
+/// Rotates `xs` outside the graph. Candle's fast kernels do the work, in f32 for the narrow types.
+fn rotated(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core::Result<Tensor> {
     let (shape, dtype) = (xs.shape(), xs.dtype());
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let (cos, sin) = (rows.cos.to_dtype(wide)?, rows.sin.to_dtype(wide)?);
     let (head_dim, rotary_dim) = (xs.dim(D::Minus1)?, 2 * cos.dim(D::Minus1)?);
 
     let xs = if xs.rank() == 3 { xs.unsqueeze(0)? } else { xs.clone() };
-    let turning = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
-    let turned = match layout {
-        RotaryLayout::HalfSplit => rotary_emb::rope_thd(&turning.contiguous()?, &cos, &sin)?,
+    let part = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
+    let rotated = match layout {
+        RotaryLayout::HalfSplit => rotary_emb::rope_thd(&part.contiguous()?, &cos, &sin)?,
         // This one takes (batch, num_heads, seqlen, rotary_dim).
         RotaryLayout::Interleaved => {
-            rotary_emb::rope_i(&turning.transpose(1, 2)?.contiguous()?, &cos, &sin)?.transpose(1, 2)?
+            rotary_emb::rope_i(&part.transpose(1, 2)?.contiguous()?, &cos, &sin)?.transpose(1, 2)?
         }
     };
-    let turned = turned.to_dtype(dtype)?;
-    let turned = if head_dim == rotary_dim {
-        turned
+    let rotated = rotated.to_dtype(dtype)?;
+    let rotated = if head_dim == rotary_dim {
+        rotated
     } else {
-        Tensor::cat(&[&turned, &xs.narrow(D::Minus1, rotary_dim, head_dim - rotary_dim)?], D::Minus1)?
+        Tensor::cat(&[&rotated, &xs.narrow(D::Minus1, rotary_dim, head_dim - rotary_dim)?], D::Minus1)?
     };
-    turned.contiguous()?.reshape(shape)
+    rotated.contiguous()?.reshape(shape)
 }
 
-/// The rotation as one node of the graph. It is linear and its inverse turns by the opposite angles, so that the backward
-/// needs neither the input nor the result.
-struct Turn {
-    /// The rows that turn back.
+/// The rotation as one node of the graph. It is linear and its inverse rotates by the opposite angles, so that the
+/// backward needs neither the input nor the result.
+struct Rotate {
+    /// The rows that rotate back.
     back: RotaryRows,
     layout: RotaryLayout,
     /// The result, computed before there was a node. The forward takes it out: the graph shall not hold it twice.
-    turned: Mutex<Option<Tensor>>,
+    rotated: Mutex<Option<Tensor>>,
 }
 
-impl Turn {
+impl Rotate {
     /// The storage of the result, which `of` finds for its device.
     fn take<S: BackendStorage>(&self, of: impl Fn(&Storage) -> Option<&S>) -> candle_core::Result<(S, Shape)> {
-        let turned = self.turned.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let turned =
-            turned.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has run before"))?;
-        let (storage, layout) = turned.storage_and_layout();
+        let rotated = self.rotated.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let rotated =
+            rotated.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has run before"))?;
+        let (storage, layout) = rotated.storage_and_layout();
         let storage = of(&storage).ok_or_else(|| candle_core::Error::msg("rotary: the result changed its device"))?;
         Ok((storage.try_clone(layout)?, layout.shape().clone()))
     }
 }
 
-impl CustomOp1 for Turn {
+impl CustomOp1 for Rotate {
     fn name(&self) -> &'static str {
         "rotary"
     }
@@ -327,6 +341,6 @@ impl CustomOp1 for Turn {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        turned(grad, &self.back, self.layout).map(Some)
+        rotated(grad, &self.back, self.layout).map(Some)
     }
 }

@@ -5,8 +5,8 @@ use crate::common::cases::{targets, window, Alibi, Case, Target};
 use crate::common::compare::round_to;
 use crate::common::reference::{visible, Input};
 use anyhow::{ensure, Result};
-use candle_core::DType;
-use candle_fa2::Mask;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::{Attention, Mask};
 
 /// No query, no key, one of either, no sequence: the result has the right shape, and rows without keys are 0 and -inf.
 #[test]
@@ -89,6 +89,51 @@ fn scores_that_overflow_exp() -> Result<()> {
         let mut input = case.draw();
         scaled(&mut input, 1000.0);
         case.check_on(&input)?;
+    }
+    Ok(())
+}
+
+/// The lse of a large score is rounded at its size, yet P is not: with one key to see, o is v and dv the sum of do, exactly.
+#[test]
+fn one_key_of_any_score() -> Result<()> {
+    let device = Device::Cpu;
+    for (dtype, gains) in [(DType::F32, &[1e4, 1e7, 1e8, 1e20, 1e30][..]), (DType::F64, &[1e7, 1e18, 1e150])] {
+        for &gain in gains {
+            // Shapes whose products take the ways for vectors, small matrices and whole tiles.
+            for (seqlen_q, head_dim) in [(2, 2), (1, 64), (129, 64)] {
+                let var = |seqlen: usize, value: f64| -> Result<Var> {
+                    let x = Tensor::full(value, (1, seqlen, 1, head_dim), &device)?.to_dtype(dtype)?;
+                    Ok(Var::from_tensor(&x)?)
+                };
+                let (q, k, v) = (var(seqlen_q, gain)?, var(1, 0.7)?, var(1, 3.0)?);
+                let o = Attention::new().forward(&q, &k, &v)?;
+                let grads = o.sum_all()?.backward()?;
+                let all = |x: &Tensor| -> Result<Vec<f64>> { Ok(x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?) };
+                let dv = grads.get(&v).ok_or_else(|| anyhow::anyhow!("v has no gradient"))?;
+                ensure!(all(&o)?.iter().all(|&x| x == 3.0), "{dtype:?} gain {gain:e}: o is {:?}", all(&o)?);
+                ensure!(
+                    all(dv)?.iter().all(|&x| x == seqlen_q as f64),
+                    "{dtype:?} gain {gain:e}: dv is {:?}",
+                    all(dv)?
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Wide scores, where most keys count for nothing: the backward errs no more than a plain softmax in the same type.
+#[test]
+fn gradients_at_wide_scores() -> Result<()> {
+    for target in targets().into_iter().filter(|target| matches!(target.dtype, DType::F32 | DType::F64)) {
+        for gain in [300.0, 3e4, 3e6] {
+            for seqlen in [129, 300] {
+                let case = Case::new(&target).batch(1, seqlen, seqlen).head_dim(64).mask(Mask::Causal);
+                let mut input = case.draw();
+                scaled(&mut input, gain);
+                case.check_on(&input)?;
+            }
+        }
     }
     Ok(())
 }

@@ -46,15 +46,15 @@ fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, le
 const PADDED: [([&[usize]; 3], &str); 16] = [
     (
         [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
-        "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+        "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     (
         [&[2, 3, 8, 64], &[4, 2, 64], &[2, 4, 2, 64]],
-        "k: expected (batch, seqlen_k, num_heads_k, head_dim), got 3 axes in shape [4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+        "k: expected (batch, seqlen_k, num_heads_k, head_dim), got 3 axes in shape [4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     (
         [&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 1, 4, 2, 64]],
-        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; add the missing ones, or use the packed call for sequences laid end to end",
+        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]"),
@@ -95,6 +95,18 @@ fn shapes_of_padded_calls() {
     }
 }
 
+/// A broadcast tensor costs nothing, but its gradient would.
+#[test]
+fn more_elements_than_memory() -> Result<()> {
+    let row = zeros(&[1, 1, 2, 8]);
+    let long = row.expand((1, 1 << 57, 2, 8))?;
+    assert_eq!(
+        refused(&Attention::new(), &long, &row, &row),
+        "q: shape [1, 144115188075855872, 2, 8] has more elements than can be addressed; split the call"
+    );
+    Ok(())
+}
+
 #[test]
 fn shapes_and_lengths_of_packed_calls() -> Result<()> {
     let lengths = |lengths: &[usize]| CuSeqlens::from_lengths(lengths, &Device::Cpu);
@@ -107,12 +119,12 @@ fn shapes_and_lengths_of_packed_calls() -> Result<()> {
         (
             [&padded, &k, &k],
             [&lengths_q, &lengths_k],
-            "q: expected (total_q, num_heads, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
+            "q: expected (total_q, num_heads, head_dim), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
         (
             [&q, &k, &padded],
             [&lengths_q, &lengths_k],
-            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; use the call for padded batches if this is one",
+            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
         ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; lengths of 0 count"),
         ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),
@@ -190,6 +202,23 @@ fn options() -> Result<()> {
     ] {
         assert_eq!(refused(&Attention::new().softcap(softcap), &x, &x, &x), message);
     }
+    // Finite as given, and not in the type that scores are computed in.
+    for (attention, message) in [
+        (
+            Attention::new().softmax_scale(1e39),
+            "softmax_scale 1e39 is out of range for F32; leave it out for 1/sqrt(head_dim)",
+        ),
+        (Attention::new().softcap(3e38), "softcap 3e38 is out of range for F32; leave it out for no cap"),
+        (Attention::new().softcap(1e-40), "softcap 1e-40 is out of range for F32; leave it out for no cap"),
+    ] {
+        assert_eq!(refused(&attention, &x, &x, &x), message);
+    }
+    let wide = x.to_dtype(DType::F64)?;
+    assert_eq!(refused(&Attention::new().softmax_scale(1e39), &wide, &wide, &wide), "no error");
+    assert_eq!(
+        refused(&Attention::new().softcap(f64::MAX), &wide, &wide, &wide),
+        "softcap 1.7976931348623157e308 is out of range for F64; leave it out for no cap"
+    );
     // The aligned key alone, and windows of any width, are legal.
     for (left, right) in [(Some(0), Some(0)), (Some(usize::MAX), None)] {
         assert_eq!(refused(&Attention::new().mask(Mask::Window { left, right }), &x, &x, &x), "no error");
@@ -219,6 +248,8 @@ fn alibi_slopes() -> Result<()> {
     assert_eq!(refused(&slopes), tracked);
     assert_eq!(refused(&(slopes.as_tensor() * 2.0)?), tracked);
     assert_eq!(refused(&slopes.detach()), "no error");
+    let infinite = Tensor::new(&[0f32, 1.0, 2.0, f32::INFINITY, 0.0, 0.0, f32::NAN, 0.0], &Device::Cpu)?;
+    assert_eq!(refused(&infinite), "alibi_slopes: value inf at index 3 is not finite; 0 stands for no bias");
     assert_eq!(refused(&zeros(&[2, 8])), "no error");
     Ok(())
 }
@@ -238,11 +269,11 @@ fn cumulative_lengths() -> Result<()> {
     );
     assert_eq!(
         text(CuSeqlens::from_lengths(&[u32::MAX as usize, 1], &Device::Cpu)),
-        "cu_seqlens: must not pass 4294967295 rows, got 4294967296; split the batch"
+        "cu_seqlens: must end below 2^32 rows, got 4294967296; split the batch"
     );
     assert_eq!(
         text(CuSeqlens::from_lengths(&[usize::MAX, usize::MAX], &Device::Cpu)),
-        format!("cu_seqlens: must not pass 4294967295 rows, got {}; split the batch", 2 * (usize::MAX as u128))
+        format!("cu_seqlens: must end below 2^32 rows, got {}; split the batch", 2 * (usize::MAX as u128))
     );
     assert_eq!(from_tensor(&Tensor::new(&[0u32, 5, 3], &Device::Cpu)?), new(&[0, 5, 3]));
     for tensor in [Tensor::new(&[0i64, 3], &Device::Cpu)?, Tensor::new(&[0f32, 3.0], &Device::Cpu)?] {
@@ -253,7 +284,7 @@ fn cumulative_lengths() -> Result<()> {
     }
     assert_eq!(
         from_tensor(&Tensor::new(&[[0u32, 3]], &Device::Cpu)?),
-        "cu_seqlens: expected (batch + 1), got 2 axes in shape [1, 2]; flatten it"
+        "cu_seqlens: expected (batch + 1), got 2 axes in shape [1, 2]; reshape it"
     );
     Ok(())
 }
@@ -264,8 +295,16 @@ fn padding_and_unpadding() -> Result<()> {
     let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape)));
     assert_eq!(unpad(&[3, 4, 8]), "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]");
     assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
-    assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen), got 1 axes in shape [2]; add the missing ones, or use the packed call for sequences laid end to end");
+    assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen, ..), got 1 axes in shape [2]; reshape it");
     assert_eq!(unpad(&[2, 4]), "no error");
+    assert_eq!(
+        text(cu_seqlens.pad(&Tensor::new(1f32, &Device::Cpu)?)),
+        "packed: expected (total, ..), got 0 axes in shape []; reshape it, or use the padded call for sequences of one length"
+    );
+    assert_eq!(
+        text(cu_seqlens.pad_to(&zeros(&[6, 8]), 3)),
+        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]"
+    );
     let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape)));
     assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");
     assert_eq!(pad(&[6, 8]), "no error");

@@ -2,6 +2,7 @@
 
 use crate::common::cases::window;
 use crate::common::reference;
+use candle_fa2::testing;
 use candle_fa2::testing::Coverage;
 use candle_fa2::Mask;
 use std::ops::Range;
@@ -40,7 +41,7 @@ fn ranges(len: usize) -> impl Iterator<Item = Range<usize>> + Clone {
 #[test]
 fn keys_of_a_query_and_queries_of_a_key_are_the_visible_pairs() {
     each(|mask, seqlen_q, seqlen_k| {
-        let over = mask.over(seqlen_q, seqlen_k);
+        let over = testing::visibility(mask, seqlen_q, seqlen_k);
         for row in 0..seqlen_q {
             for col in 0..seqlen_k {
                 let want = visible(mask, (seqlen_q, seqlen_k), row, col);
@@ -63,7 +64,7 @@ fn keys_of_a_query_and_queries_of_a_key_are_the_visible_pairs() {
 #[test]
 fn ranges_of_tiles_are_tight() {
     each(|mask, seqlen_q, seqlen_k| {
-        let over = mask.over(seqlen_q, seqlen_k);
+        let over = testing::visibility(mask, seqlen_q, seqlen_k);
         let lengths = (seqlen_q, seqlen_k);
         for rows in ranges(seqlen_q) {
             let seen: Vec<usize> =
@@ -92,7 +93,7 @@ fn ranges_of_tiles_are_tight() {
 #[test]
 fn coverage_counts_the_pairs() {
     each(|mask, seqlen_q, seqlen_k| {
-        let over = mask.over(seqlen_q, seqlen_k);
+        let over = testing::visibility(mask, seqlen_q, seqlen_k);
         for rows in ranges(seqlen_q) {
             for cols in ranges(seqlen_k) {
                 let pairs = rows.clone().flat_map(|row| cols.clone().map(move |col| (row, col)));
@@ -112,7 +113,7 @@ fn coverage_counts_the_pairs() {
 /// No arithmetic on a window of any size overflows.
 #[test]
 fn windows_wider_than_memory_hide_nothing() {
-    let over = window(usize::MAX, usize::MAX).over(3, 7);
+    let over = testing::visibility(window(usize::MAX, usize::MAX), 3, 7);
     assert_eq!(over.keys(0), 0..7);
     assert_eq!(over.coverage(&(0..3), &(0..7)), Coverage::Full);
 }

@@ -82,6 +82,20 @@ fn unpad_keeps_the_rows_and_pad_brings_them_back() -> Result<()> {
 
 /// Token ids, `(batch, seqlen)`, and any number of axes behind.
 #[test]
+fn pad_to_gives_a_longer_batch_its_shape_back() -> Result<()> {
+    let cu_seqlens = CuSeqlens::from_lengths(&[2, 0, 3], &Device::Cpu)?;
+    let batch = counting(&[3, 5, 2])?;
+    let back = cu_seqlens.pad_to(&cu_seqlens.unpad(&batch)?, 5)?;
+    assert_eq!(back.dims(), batch.dims());
+    let (back, batch) = (back.to_vec3::<f32>()?, batch.to_vec3::<f32>()?);
+    for (b, length) in [2, 0, 3].into_iter().enumerate() {
+        assert_eq!(back[b][..length], batch[b][..length]);
+        assert!(back[b][length..].iter().flatten().all(|&x| x == 0.0));
+    }
+    Ok(())
+}
+
+#[test]
 fn any_axes_behind_the_tokens() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?;
     for rest in [&[][..], &[5], &[2, 3, 4]] {

@@ -242,8 +242,12 @@ impl Case {
 
     /// The score tiles that forward and backward would walk this case in.
     pub fn tiles(&self) -> Result<[Tile; 2]> {
-        let q = Tensor::zeros((1, 1, self.num_heads, self.head_dim), self.dtype, &self.device)?;
-        let k = Tensor::zeros((1, 1, self.num_heads_k, self.head_dim), self.dtype, &self.device)?;
+        // Long enough that no tile is cut to the sequences; the rows are one and the same.
+        let zeros = |num_heads| -> Result<Tensor> {
+            let row = Tensor::zeros((1, 1, num_heads, self.head_dim), self.dtype, &self.device)?;
+            Ok(row.expand((1, LONGEST, num_heads, self.head_dim))?)
+        };
+        let (q, k) = (zeros(self.num_heads)?, zeros(self.num_heads_k)?);
         let problem = testing::problem(&Attention::new(), &q, &k, &k)?;
         let Plan::Cpu { forward, backward } = Plan::choose(&problem, &DeviceCaps::of(&self.device))?;
         Ok([forward, backward])

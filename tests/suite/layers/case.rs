@@ -34,12 +34,14 @@ pub struct Case {
     pub mask: Mask,
     pub softmax_scale: Option<f64>,
     pub softcap: Option<f64>,
-    pub rotary: Option<Turn>,
+    /// One per head.
+    pub alibi_slopes: Option<&'static [f32]>,
+    pub rotary: Option<Rotation>,
 }
 
 /// The rotary embedding of a case.
 #[derive(Clone, Copy, Debug)]
-pub struct Turn {
+pub struct Rotation {
     pub rotary_dim: usize,
     pub theta: f64,
     pub layout: RotaryLayout,
@@ -68,6 +70,7 @@ impl Case {
             mask: Mask::None,
             softmax_scale: None,
             softcap: None,
+            alibi_slopes: None,
             rotary: None,
         }
     }
@@ -91,8 +94,12 @@ impl Case {
         if let Some(softcap) = self.softcap {
             config = config.softcap(softcap);
         }
-        if let Some(turn) = self.rotary {
-            let rotary = RotaryConfig::new(turn.rotary_dim, MAX_SEQLEN).theta(turn.theta).layout(turn.layout);
+        if let Some(slopes) = self.alibi_slopes {
+            config = config.alibi_slopes(&Tensor::new(slopes, &Device::Cpu)?);
+        }
+        if let Some(rotation) = self.rotary {
+            let rotary =
+                RotaryConfig::new(rotation.rotary_dim, MAX_SEQLEN).theta(rotation.theta).layout(rotation.layout);
             config = config.rotary(&Rotary::new(&rotary, &Device::Cpu)?);
         }
         Ok(config)
@@ -157,14 +164,14 @@ pub fn normal(shape: impl Into<candle_core::Shape>, deviation: f64, seed: &str, 
 /// Every option at least once, and the combinations that models use.
 pub fn all() -> Vec<Case> {
     let causal = |name| Case { mask: Mask::Causal, ..Case::new(name) };
-    let turn = Turn { rotary_dim: 16, theta: 10_000.0, layout: RotaryLayout::HalfSplit };
-    let interleaved = Turn { layout: RotaryLayout::Interleaved, ..turn };
+    let rotation = Rotation { rotary_dim: 16, theta: 10_000.0, layout: RotaryLayout::HalfSplit };
+    let interleaved = Rotation { layout: RotaryLayout::Interleaved, ..rotation };
     let window = |left, right| Mask::Window { left, right };
     vec![
         Case::new("plain"),
         causal("causal"),
-        Case { num_heads_k: 2, rotary: Some(turn), ..causal("llama") },
-        Case { num_heads_k: 2, biases: [true, true, true, false], rotary: Some(turn), ..causal("qwen2") },
+        Case { num_heads_k: 2, rotary: Some(rotation), ..causal("llama") },
+        Case { num_heads_k: 2, biases: [true, true, true, false], rotary: Some(rotation), ..causal("qwen2") },
         Case { biases: [true, false, true, true], ..Case::new("whisper") },
         Case {
             num_heads_k: 1,
@@ -176,9 +183,9 @@ pub fn all() -> Vec<Case> {
         Case {
             fused: true,
             num_heads_k: 2,
-            rotary: Some(Turn { rotary_dim: 8, theta: 500.0, ..turn }),
+            rotary: Some(Rotation { rotary_dim: 8, theta: 500.0, ..rotation }),
             mask: window(Some(20), Some(3)),
-            ..Case::new("fused, grouped, part of each head turned")
+            ..Case::new("fused, grouped, part of each head rotated")
         },
         Case {
             head_dim: 24,
@@ -186,10 +193,11 @@ pub fn all() -> Vec<Case> {
             num_heads_k: 3,
             softmax_scale: Some(0.3),
             softcap: Some(2.0),
-            rotary: Some(Turn { rotary_dim: 20, ..interleaved }),
+            rotary: Some(Rotation { rotary_dim: 20, ..interleaved }),
             biases: [true; 4],
             ..causal("gemma2")
         },
+        Case { alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]), ..causal("bloom, without its biases") },
         Case { weight_layout: WeightLayout::InOut, batch: 1, ..causal("separate, weights (in, out)") },
     ]
 }

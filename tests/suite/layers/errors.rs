@@ -54,15 +54,41 @@ fn configurations() -> Result<()> {
         untracked(&config(64, 4).rotary(&rotary)),
         "rotary_dim 32 is larger than head_dim 16; build Rotary with rotary_dim 16 or less",
     );
+    refused(
+        untracked(&config(64, 1 << 62).head_dim(512)),
+        "embed_dim 64, num_heads 4611686018427387904, num_heads_k 4611686018427387904, head_dim 512: the weights would \
+         be larger than any memory; choose smaller sizes",
+    );
+    // 2^30 * 3 * 2^30 * 1 elements fit into usize, their bytes do not.
+    refused(
+        untracked(&config(1 << 30, 1 << 30)),
+        "embed_dim 1073741824, num_heads 1073741824, num_heads_k 1073741824, head_dim 1: the weights would be larger \
+         than any memory; choose smaller sizes",
+    );
     // What the operator refuses whatever the input, the constructor refuses.
     refused(untracked(&config(64, 4).softcap(-1.0)), "softcap -1 must be finite and above 0; leave it out for no cap");
+    refused(
+        untracked(&config(1 << 62, 1)),
+        "head_dim 4611686018427387904 is not supported (supported: 1 to 512); choose num_heads so that it is",
+    );
     refused(
         untracked(&config(64, 4).softmax_scale(f64::NAN)),
         "softmax_scale NaN is not finite; leave it out for 1/sqrt(head_dim)",
     );
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros(3)?)),
-        "alibi_slopes: expected shape [4] (num_heads) or [1, 4] (batch, num_heads), got [3]",
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [3]; slopes per sequence are for \
+         Attention alone",
+    );
+    // A layer that took these would refuse every batch of another size.
+    refused(
+        untracked(&config(64, 4).alibi_slopes(&zeros((1, 4))?)),
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; slopes per sequence are for \
+         Attention alone",
+    );
+    refused(
+        untracked(&config(64, 4).alibi_slopes(&zeros(4)?.to_dtype(DType::F64)?)),
+        "alibi_slopes: dtype F64 is not supported (supported: F32); convert with to_dtype",
     );
     Ok(())
 }
@@ -77,6 +103,10 @@ fn weights() -> Result<()> {
         MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(64, 4).weight_layout(WeightLayout::OutIn), vb),
         "shape mismatch on c_attn.weight: [192, 64] <> [64, 192]",
     );
+    refused(
+        MultiHeadAttention::new(&MultiHeadAttentionConfig::new(64, 4), VarBuilder::zeros(DType::U8, &Device::Cpu)),
+        "weights: dtype U8 of the VarBuilder is not supported (supported: F64, F32, F16, BF16); build it with one of these",
+    );
     let none = VarBuilder::from_tensors(Default::default(), DType::F32, &Device::Cpu);
     let missing = MultiHeadAttention::new(&MultiHeadAttentionConfig::new(64, 4), none.pp("attn"));
     let text = missing.expect_err("there are no weights").to_string();
@@ -87,8 +117,16 @@ fn weights() -> Result<()> {
 #[test]
 fn rotary() -> Result<()> {
     let new = |config: RotaryConfig| Rotary::new(&config, &Device::Cpu);
-    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are turned");
-    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are turned");
+    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are rotated");
+    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are rotated");
+    // "No limit", one position past the limit, and heads of any size without positions.
+    for (rotary_dim, max_seqlen) in [(64, usize::MAX / 2), (64, (1 << 23) + 1), (usize::MAX - 1, 0)] {
+        let text = format!(
+            "rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than 268435456 values \
+             each; set max_seqlen to the longest sequence in use"
+        );
+        refused(new(RotaryConfig::new(rotary_dim, max_seqlen)), &text);
+    }
     refused(
         new(RotaryConfig::new(8, 8).theta(0.0)),
         "theta 0 of the rotary embedding must be finite and above 0; leave it out for 10000",
@@ -108,7 +146,7 @@ fn rotary() -> Result<()> {
     let rotary = new(RotaryConfig::new(8, 16).layout(RotaryLayout::Interleaved))?;
     refused(
         rotary.apply(&zeros((2, 3, 8))?, 0),
-        "xs: expected (batch, seqlen, num_heads, head_dim), got 3 axes in shape [2, 3, 8]; add the missing ones, or use the packed call for sequences laid end to end",
+        "xs: expected (batch, seqlen, num_heads, head_dim), got 3 axes in shape [2, 3, 8]; reshape it, or use the packed call for sequences laid end to end",
     );
     refused(
         rotary.apply(&zeros((1, 3, 2, 6))?, 0),
@@ -133,7 +171,7 @@ fn rotary() -> Result<()> {
     );
     refused(
         rotary.apply_packed(&zeros((19, 8))?, &cu_seqlens),
-        "xs: expected (total, num_heads, head_dim), got 2 axes in shape [19, 8]; use the call for padded batches if this is one",
+        "xs: expected (total, num_heads, head_dim), got 2 axes in shape [19, 8]; reshape it, or use the padded call for sequences of one length",
     );
     Ok(())
 }
@@ -142,7 +180,7 @@ fn rotary() -> Result<()> {
 fn inputs() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
     let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal).rotary(&rotary))?;
-    refused(layer.forward(&zeros((5, 64))?), "xs: expected (batch, seqlen, embed_dim), got 2 axes in shape [5, 64]; add the missing ones, or use the packed call for sequences laid end to end");
+    refused(layer.forward(&zeros((5, 64))?), "xs: expected (batch, seqlen, embed_dim), got 2 axes in shape [5, 64]; reshape it, or use the packed call for sequences laid end to end");
     refused(layer.forward(&zeros((2, 5, 63))?), "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
     refused(
         layer.forward(&zeros((2, 5, 64))?.to_dtype(DType::F16)?),
@@ -158,7 +196,7 @@ fn inputs() -> Result<()> {
     );
     refused(
         layer.forward_packed(&zeros((1, 12, 64))?, &cu_seqlens),
-        "xs: expected (total, embed_dim), got 3 axes in shape [1, 12, 64]; use the call for padded batches if this is one",
+        "xs: expected (total, embed_dim), got 3 axes in shape [1, 12, 64]; reshape it, or use the padded call for sequences of one length",
     );
     // Candle's own trait gives the same text.
     let module: &dyn candle_core::Module = &layer;
@@ -243,17 +281,20 @@ fn decoding_masks() -> Result<()> {
 #[test]
 fn caches() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
-    let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).num_heads_k(2).mask(Mask::Causal).rotary(&rotary))?;
+    let config = MultiHeadAttentionConfig::new(64, 4).num_heads_k(2).mask(Mask::Causal).rotary(&rotary);
+    let layer = untracked(&config)?;
     let xs = zeros((2, 3, 64))?;
     refused(
         layer.forward_cached(&xs, &mut KvCache::new(2, 8)),
         "cache of k grows along axis 2, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it \
          with new_cache",
     );
-    refused(
-        layer.forward_cached(&xs, &mut KvCache::new(1, 0)),
-        "cache of k has max_seq_len 0 and cannot grow; make it with room for 1 token or more",
-    );
+    for mut cache in [layer.new_cache(0), KvCache::new(1, 0)] {
+        refused(
+            layer.forward_cached(&xs, &mut cache),
+            "cache of k has max_seq_len 0 and cannot grow; make it with room for 1 token or more",
+        );
+    }
     let mut cache = layer.new_cache(4);
     layer.forward_cached(&xs, &mut cache)?;
     refused(
@@ -268,7 +309,7 @@ fn caches() -> Result<()> {
          another cache",
     );
     let wide = VarBuilder::zeros(DType::F64, &Device::Cpu);
-    let wide = MultiHeadAttention::new(layer.config(), wide)?;
+    let wide = MultiHeadAttention::new(&config, wide)?;
     refused(
         wide.forward_cached(&xs.to_dtype(DType::F64)?, &mut cache),
         "cache of k holds (2, 3, 2, 16) F32 on Cpu, but this call adds (2, .., 2, 16) F64 on Cpu; call .reset() or use \
@@ -284,10 +325,10 @@ fn caches() -> Result<()> {
         layer.forward_cached(&xs, &mut uneven),
         "cache holds 3 tokens of k, but 4 of v; call .reset() and begin again",
     );
-    let mut turned = layer.new_cache(4);
-    *turned.v_cache_mut() = candle_nn::kv_cache::Cache::new(3, 4);
+    let mut other_axis = layer.new_cache(4);
+    *other_axis.v_cache_mut() = candle_nn::kv_cache::Cache::new(3, 4);
     refused(
-        layer.forward_cached(&xs, &mut turned),
+        layer.forward_cached(&xs, &mut other_axis),
         "cache of v grows along axis 3, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it \
          with new_cache",
     );

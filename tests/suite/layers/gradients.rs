@@ -42,10 +42,13 @@ fn output_and_gradients_equal_plain_autograd() -> Result<()> {
 #[test]
 fn tolerance_rejects_small_faults() -> Result<()> {
     let case = case::all().into_iter().find(|case| case.name == "llama").context("no case named llama")?;
-    let turn = case.rotary.context("llama turns")?;
+    let rotation = case.rotary.context("llama rotates")?;
     let faults = [
         ("lost key", Case { mask: Mask::Window { left: Some(case.seqlen - 2), right: Some(0) }, ..case.clone() }),
-        ("theta", Case { rotary: Some(super::case::Turn { theta: turn.theta * 1.001, ..turn }), ..case.clone() }),
+        (
+            "theta",
+            Case { rotary: Some(super::case::Rotation { theta: rotation.theta * 1.001, ..rotation }), ..case.clone() },
+        ),
         ("scale", Case { softmax_scale: Some(0.25 * 1.0001), ..case.clone() }),
     ];
     let (want, plain) = (plain(&case, DType::F64)?, plain(&case, DType::F32)?);

@@ -12,9 +12,9 @@ const HEAD_DIM: usize = 12;
 const MAX_SEQLEN: usize = 64;
 const LAYOUTS: [RotaryLayout; 2] = [RotaryLayout::HalfSplit, RotaryLayout::Interleaved];
 
-/// Turns one head at one position, in f64, with cos and sin rounded to f32 as the tables are. `sign` -1 turns back.
-fn turn(head: &[f64], position: usize, rotary_dim: usize, theta: f64, layout: RotaryLayout, sign: f64) -> Vec<f64> {
-    let mut turned = head.to_vec();
+/// Rotates one head at one position, in f64, with cos and sin rounded to f32 as the tables are. `sign` -1 rotates back.
+fn rotate(head: &[f64], position: usize, rotary_dim: usize, theta: f64, layout: RotaryLayout, sign: f64) -> Vec<f64> {
+    let mut rotated = head.to_vec();
     for pair in 0..rotary_dim / 2 {
         let (first, second) = match layout {
             RotaryLayout::HalfSplit => (pair, pair + rotary_dim / 2),
@@ -22,14 +22,14 @@ fn turn(head: &[f64], position: usize, rotary_dim: usize, theta: f64, layout: Ro
         };
         let angle = position as f64 * (-(2.0 * pair as f64) / rotary_dim as f64 * theta.ln()).exp();
         let (cos, sin) = (f64::from(angle.cos() as f32), sign * f64::from(angle.sin() as f32));
-        turned[first] = head[first] * cos - head[second] * sin;
-        turned[second] = head[first] * sin + head[second] * cos;
+        rotated[first] = head[first] * cos - head[second] * sin;
+        rotated[second] = head[first] * sin + head[second] * cos;
     }
-    turned
+    rotated
 }
 
-/// `xs (batch, seqlen, num_heads, head_dim)` turned token by token.
-fn turned(
+/// `xs (batch, seqlen, num_heads, head_dim)` rotated token by token.
+fn rotated(
     xs: &Tensor,
     offset: usize,
     rotary_dim: usize,
@@ -42,11 +42,11 @@ fn turned(
     let position = |row: usize| offset + row / num_heads % seqlen;
     let values = heads.iter().enumerate();
     let values: Vec<f64> =
-        values.flat_map(|(row, head)| turn(head, position(row), rotary_dim, theta, layout, sign)).collect();
+        values.flat_map(|(row, head)| rotate(head, position(row), rotary_dim, theta, layout, sign)).collect();
     Ok(Tensor::from_vec(values, xs.shape(), xs.device())?)
 }
 
-/// Values at any offset and dtype, and the gradient: since the embedding is a rotation, the gradient is turned back.
+/// Values at any offset and dtype, and the gradient: since the embedding is a rotation, the gradient is rotated back.
 #[test]
 fn values_and_gradients_equal_the_formula() -> Result<()> {
     for layout in LAYOUTS {
@@ -63,12 +63,12 @@ fn values_and_gradients_equal_the_formula() -> Result<()> {
                     let grads = (&got * &weights)?.sum_all()?.backward()?;
                     let grad = grads.get(xs.as_tensor()).context("xs has no gradient")?;
 
-                    let want = turned(xs.as_tensor(), offset, rotary_dim, theta, layout, 1.0)?;
-                    let want_grad = turned(&weights, offset, rotary_dim, theta, layout, -1.0)?;
+                    let want = rotated(xs.as_tensor(), offset, rotary_dim, theta, layout, 1.0)?;
+                    let want_grad = rotated(&weights, offset, rotary_dim, theta, layout, -1.0)?;
                     // Two products, one sum, one rounding to the type: the two steps that the rule allows by itself.
                     let tolerance = Tolerance::from(&want, &want, dtype)?;
                     assert_eq!(got.dtype(), dtype);
-                    close("turned", &got, &want, tolerance, &what)?;
+                    close("rotated", &got, &want, tolerance, &what)?;
                     close("gradient", grad, &want_grad, tolerance, &what)?;
                 }
             }
@@ -82,9 +82,9 @@ fn values_and_gradients_equal_the_formula() -> Result<()> {
 fn far_positions_keep_their_angle() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(4, 1_000_001), &Device::Cpu)?;
     let xs = normal((1, 1, 1, 4), 1.0, "far", DType::F32)?;
-    let want = turned(&xs, 1_000_000, 4, 10_000.0, RotaryLayout::HalfSplit, 1.0)?;
+    let want = rotated(&xs, 1_000_000, 4, 10_000.0, RotaryLayout::HalfSplit, 1.0)?;
     let tolerance = Tolerance::from(&want, &want, DType::F32)?;
-    close("turned", &rotary.apply(&xs, 1_000_000)?, &want, tolerance, &"position 1,000,000")
+    close("rotated", &rotary.apply(&xs, 1_000_000)?, &want, tolerance, &"position 1,000,000")
 }
 
 /// Frequencies given one by one: `theta`'s own give the same bits, halved ones are positions at half speed.
@@ -127,7 +127,7 @@ fn packed_positions_restart() -> Result<()> {
     Ok(())
 }
 
-/// A transposed view turns like its contiguous copy.
+/// A transposed view rotates like its contiguous copy.
 #[test]
 fn strided_input_equals_contiguous() -> Result<()> {
     for layout in LAYOUTS {

@@ -9,7 +9,7 @@ use candle_fa2::layers::{RotaryLayout, WeightLayout};
 use candle_fa2::Mask;
 use candle_nn::{ops, rotary_emb};
 
-use super::case::{Case, Turn};
+use super::case::{Case, Rotation};
 
 /// `xs (batch, seqlen, embed_dim)` to the same shape.
 pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result<Tensor> {
@@ -34,8 +34,8 @@ pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result
     let heads = |xs: Tensor, heads: usize| -> Result<Tensor> {
         Ok(xs.reshape((batch, seqlen, heads, case.head_dim))?.transpose(1, 2)?.contiguous()?)
     };
-    let q = turn(case.rotary, &heads(q, case.num_heads)?)?;
-    let k = turn(case.rotary, &heads(k, case.num_heads_k)?)?;
+    let q = rotate(case.rotary, &heads(q, case.num_heads)?)?;
+    let k = rotate(case.rotary, &heads(k, case.num_heads_k)?)?;
     let v = heads(v, case.num_heads_k)?;
     let group = case.num_heads / case.num_heads_k;
     let repeat = |xs: &Tensor| -> Result<Tensor> {
@@ -50,10 +50,22 @@ pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result
     if let Some(softcap) = case.softcap {
         scores = ((scores / softcap)?.tanh()? * softcap)?;
     }
+    if let Some(slopes) = case.alibi_slopes {
+        scores = scores.broadcast_add(&alibi(slopes, &scores)?)?;
+    }
     let p = ops::softmax(&scores.broadcast_add(&hidden(case.mask, &scores)?)?, D::Minus1)?;
     // (batch, heads, seqlen, head_dim) -> (batch, seqlen, heads * head_dim)
     let o = p.matmul(&v)?.transpose(1, 2)?.flatten_from(2)?;
     project(if case.fused { "c_proj" } else { "o_proj" }, &o)
+}
+
+/// `(heads, seqlen, seqlen)`: minus the slope of each head times the distance of query and key.
+fn alibi(slopes: &[f32], like: &Tensor) -> Result<Tensor> {
+    let seqlen = like.dim(D::Minus1)?;
+    let distances =
+        move |slope: f64| (0..seqlen * seqlen).map(move |at| -slope * (at / seqlen).abs_diff(at % seqlen) as f64);
+    let values: Vec<f64> = slopes.iter().flat_map(|&slope| distances(slope.into())).collect();
+    Ok(Tensor::from_vec(values, (slopes.len(), seqlen, seqlen), like.device())?.to_dtype(like.dtype())?)
 }
 
 /// `(seqlen, seqlen)`: 0 where a query sees a key, minus infinity elsewhere.
@@ -71,9 +83,9 @@ fn hidden(mask: Mask, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, (seqlen, seqlen), like.device())?.to_dtype(like.dtype())?)
 }
 
-/// `xs (batch, heads, seqlen, head_dim)` turned from position 0 on, with tables of its own, rounded to f32 as ours are.
-fn turn(rotary: Option<Turn>, xs: &Tensor) -> Result<Tensor> {
-    let Some(Turn { rotary_dim, theta, layout }) = rotary else {
+/// `xs (batch, heads, seqlen, head_dim)` rotated from position 0 on, with tables of its own, rounded to f32 as ours are.
+fn rotate(rotary: Option<Rotation>, xs: &Tensor) -> Result<Tensor> {
+    let Some(Rotation { rotary_dim, theta, layout }) = rotary else {
         return Ok(xs.clone());
     };
     let (seqlen, head_dim) = (xs.dim(2)?, xs.dim(3)?);
@@ -84,10 +96,10 @@ fn turn(rotary: Option<Turn>, xs: &Tensor) -> Result<Tensor> {
         Ok(Tensor::from_vec(values, (seqlen, rotary_dim / 2), xs.device())?.to_dtype(xs.dtype())?)
     };
     let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
-    let turning = xs.narrow(3, 0, rotary_dim)?;
-    let turned = match layout {
-        RotaryLayout::HalfSplit => rotary_emb::rope_slow(&turning, &cos, &sin)?,
-        RotaryLayout::Interleaved => rotary_emb::rope_i_slow(&turning, &cos, &sin)?,
+    let part = xs.narrow(3, 0, rotary_dim)?;
+    let rotated = match layout {
+        RotaryLayout::HalfSplit => rotary_emb::rope_slow(&part, &cos, &sin)?,
+        RotaryLayout::Interleaved => rotary_emb::rope_i_slow(&part, &cos, &sin)?,
     };
-    Ok(Tensor::cat(&[&turned, &xs.narrow(3, rotary_dim, head_dim - rotary_dim)?], 3)?)
+    Ok(Tensor::cat(&[&rotated, &xs.narrow(3, rotary_dim, head_dim - rotary_dim)?], 3)?)
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig, Projections, WeightLayout};
-use candle_fa2::Mask;
+use candle_fa2::{Attention, Mask};
 use candle_nn::{Init, VarBuilder, VarMap};
 
 use super::case::{self, normal, vars, Case};
@@ -139,6 +139,25 @@ fn new_weights_are_drawn_by_fan_in() -> Result<()> {
         assert!(near(drawn, 0.02), "{layout:?} {drawn}");
         assert_eq!(deviation(normal, "q_proj.bias")?, 0.0);
     }
+    Ok(())
+}
+
+/// Options given to the layer at once, as an [`Attention`], and one by one are the same options.
+#[test]
+fn options_at_once_equal_options_one_by_one() -> Result<()> {
+    let slopes = Tensor::new(&[0.5f32, 0.25, 0.125, 0.0625], &Device::Cpu)?;
+    let attention = Attention::new().mask(Mask::Causal).softmax_scale(0.5).softcap(3.0).alibi_slopes(&slopes);
+    let at_once = MultiHeadAttentionConfig::new(64, 4).softcap(1.0).attention(attention);
+    let one_by_one = MultiHeadAttentionConfig::new(64, 4);
+    let one_by_one = one_by_one.mask(Mask::Causal).softmax_scale(0.5).softcap(3.0).alibi_slopes(&slopes);
+    let varmap = VarMap::new();
+    let xs = normal((2, 9, 64), 1.0, "options", DType::F32)?;
+    let output = |config: &MultiHeadAttentionConfig| -> Result<Vec<f32>> {
+        let layer = MultiHeadAttention::new(config, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+        Ok(layer.forward(&xs)?.flatten_all()?.to_vec1()?)
+    };
+    assert_eq!(output(&at_once)?, output(&one_by_one)?);
+    assert_ne!(output(&at_once)?, output(&MultiHeadAttentionConfig::new(64, 4).softcap(1.0))?);
     Ok(())
 }
 
