@@ -15,8 +15,8 @@ use std::path::PathBuf;
 
 /// A GPT that learns to write, attention by candle-fa2
 ///
-/// Without a command it trains: a small model on this repository's own sources and documents, three minutes on two
-/// cores, into the next numbered folder of runs/.
+/// Without a command it trains: a small model on this repository's own sources and documents, two to three minutes on
+/// two cores, into the next numbered folder of runs/.
 #[derive(Parser)]
 #[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]
 pub struct Cli {
