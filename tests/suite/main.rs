@@ -8,6 +8,7 @@ mod edges;
 mod errors;
 mod forward;
 mod gradcheck;
+mod house;
 mod layers;
 mod layouts;
 mod mask_units;
