@@ -1,1 +1,62 @@
-fn main() {}
+//! A GPT that trains with candle-fa2, from text to sample, each file to be read in one sitting.
+//!
+//! ```text
+//! cargo run --release --example gpt                               train the tiny model on this repository
+//! cargo run --release --example gpt -- train --data book.txt      ... on a text of yours
+//! cargo run --release --example gpt -- sample --prompt "fn "      let the newest run write
+//! cargo run --release --example gpt -- eval                       its loss on held-out text
+//! cargo run --release --example gpt -- train --resume runs/0001   go on where it stopped
+//! ```
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `config.rs` | a run as a recipe, and the presets |
+//! | `model.rs` | GPT-2, with the attention call in plain sight |
+//! | `train.rs` | the loop |
+//! | `optimizer.rs` | AdamW, schedule, clipping |
+//! | `data.rs`, `tokenizer.rs` | text to batches |
+//! | `sample.rs` | a trained model's text and loss |
+//! | `checkpoint.rs`, `files.rs` | what survives the process |
+//! | `metrics.rs`, `plot.rs`, `progress.rs` | what one sees of it |
+//! | `rng.rs` | all randomness |
+//! | `cli.rs` | options |
+
+mod checkpoint;
+mod cli;
+mod config;
+mod data;
+mod files;
+mod metrics;
+mod model;
+mod optimizer;
+mod plot;
+mod progress;
+mod rng;
+mod sample;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+mod train;
+
+use anyhow::Result;
+use clap::Parser;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match run(std::env::args_os()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => match error.downcast::<clap::Error>() {
+            Ok(usage) => usage.exit(),
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// The whole program, given its command line.
+fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    cli::Cli::try_parse_from(args)?.run()
+}

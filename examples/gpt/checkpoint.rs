@@ -1,0 +1,185 @@
+//! Everything a run needs to go on, in one safetensors file.
+//!
+//! | tensor | what it is |
+//! | --- | --- |
+//! | `NAME` | the parameter NAME, f32 |
+//! | `adam.m.NAME`, `adam.v.NAME` | its moments, f32 |
+//! | `sha256` | 32 bytes, last in the file: the hash of all bytes before them |
+//!
+//! Step, configuration, random state, data cursor and the text's hash are JSON in the file's metadata.
+
+use crate::config::Config;
+use crate::data::Cursor;
+use crate::files::AtomicFile;
+use crate::model::{parameter_shapes, Parameters};
+use crate::optimizer::{AdamW, Named};
+use crate::rng::Rng;
+use anyhow::{anyhow, bail, Result};
+use candle_core::{Device, Tensor, Var};
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+pub const FILE_NAME: &str = "checkpoint.safetensors";
+
+/// The metadata entry that marks a file as ours. The number changes when old files can no longer be read.
+const METADATA_KEY: &str = "candle-fa2-gpt-1";
+
+const SHA256: &str = "sha256";
+const SHA256_BYTES: usize = 32;
+
+/// What a checkpoint knows besides tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub step: usize,
+    pub config: Config,
+    pub vocab_size: usize,
+    pub text_name: String,
+    pub text_sha256: String,
+    pub rng: Rng,
+    pub cursor: Cursor,
+}
+
+pub struct Checkpoint {
+    pub state: State,
+    pub parameters: Parameters,
+    pub optimizer: AdamW,
+}
+
+/// Writes the checkpoint of the run in `dir`; the one before it stays until this one is complete.
+pub fn save(dir: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<()> {
+    let mut tensors: Vec<(String, Tensor)> =
+        parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+    for (kind, moments) in [("adam.m", &optimizer.m), ("adam.v", &optimizer.v)] {
+        tensors.extend(moments.iter().map(|(name, tensor)| (format!("{kind}.{name}"), tensor.clone())));
+    }
+    let path = dir.join(FILE_NAME);
+    write(&path, &header(state, &tensors)?, &tensors).map_err(|error| {
+        anyhow!("cannot write {}: {error}; the checkpoint before it, if there was one, is still there", path.display())
+    })
+}
+
+/// The head of a safetensors file: its length, and as JSON the state and the place of each tensor.
+fn header(state: &State, tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
+    let mut end = 0;
+    let mut info = |dtype: Dtype, shape: &[usize], bytes: usize| {
+        end += bytes;
+        TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (end - bytes, end) }
+    };
+    let mut infos: Vec<(String, TensorInfo)> = tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), info(Dtype::F32, tensor.dims(), 4 * tensor.elem_count())))
+        .collect();
+    infos.push((SHA256.to_string(), info(Dtype::U8, &[SHA256_BYTES], SHA256_BYTES)));
+    let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(state)?)]);
+    let mut json = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
+    json.resize(json.len().next_multiple_of(8), b' '); // the format wants the tensors aligned
+    Ok([&(json.len() as u64).to_le_bytes()[..], &json].concat())
+}
+
+fn write(path: &Path, header: &[u8], tensors: &[(String, Tensor)]) -> Result<()> {
+    let mut file = Hashing { file: AtomicFile::create(path)?, sha256: Sha256::new() };
+    file.write_all(header)?;
+    let (first_half, second_half) = tensors.split_at(tensors.len() / 2);
+    write_values(&mut file, first_half)?;
+    #[cfg(test)]
+    {
+        file.flush()?;
+        crate::tests::abort_at("half-way through", path);
+    }
+    write_values(&mut file, second_half)?;
+    let Hashing { mut file, sha256 } = file;
+    file.write_all(&sha256.finalize())?;
+    Ok(file.commit()?)
+}
+
+/// One tensor after the other, so that no second copy of all of them is in memory.
+fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<()> {
+    for (_, tensor) in tensors {
+        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+        file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+    }
+    Ok(())
+}
+
+/// The checkpoint file that `path` means: a run's folder, or the file itself.
+pub fn locate(path: &Path) -> Result<PathBuf> {
+    if path.is_file() {
+        return Ok(path.to_owned());
+    }
+    if !path.is_dir() {
+        bail!("there is no run in {}: no such folder; give the folder of a run, such as runs/0001", path.display());
+    }
+    let file = path.join(FILE_NAME);
+    if !file.is_file() {
+        bail!(
+            "there is no run in {}: it holds no {FILE_NAME}; give the folder of a run, such as runs/0001",
+            path.display()
+        );
+    }
+    Ok(file)
+}
+
+/// Reads the checkpoint `file`, after checking every byte of it.
+pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
+    let bytes = fs::read(file).map_err(|error| anyhow!("cannot read {}: {error}", file.display()))?;
+    let refuse =
+        |reason: String| anyhow!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display());
+    let damaged = |error| refuse(format!("it is cut short, damaged or no safetensors file ({error})"));
+
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+    let state = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY)).ok_or_else(|| {
+        refuse(format!("it is a safetensors file of something else (no {METADATA_KEY} in its metadata)"))
+    })?;
+    let (body, sha256) = bytes.split_at(bytes.len() - SHA256_BYTES);
+    if Sha256::digest(body).as_slice() != sha256 {
+        return Err(refuse("its bytes are not those that were written (SHA-256 differs)".to_string()));
+    }
+    let state: State = serde_json::from_str(state)
+        .map_err(|error| refuse(format!("another version of this program wrote it ({error})")))?;
+
+    let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
+    let read = |name: &str, shape: &[usize]| -> Result<Tensor> {
+        let view = tensors
+            .tensor(name)
+            .ok()
+            .filter(|view| view.dtype() == Dtype::F32 && view.shape() == shape)
+            .ok_or_else(|| refuse(format!("it has no f32 tensor {name} of shape {shape:?}")))?;
+        let values: Vec<f32> =
+            view.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
+        Ok(Tensor::from_vec(values, shape, device)?)
+    };
+    let shapes = parameter_shapes(&state.config, state.vocab_size);
+    let named = |prefix: &str| -> Result<Named> {
+        shapes.iter().map(|(name, shape)| Ok((name.clone(), read(&format!("{prefix}{name}"), shape)?))).collect()
+    };
+    let parameters = named("")?
+        .into_iter()
+        .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
+        .collect::<Result<BTreeMap<_, _>>>()?;
+    let optimizer = AdamW { m: named("adam.m.")?, v: named("adam.v.")? };
+    Ok(Checkpoint { state, parameters, optimizer })
+}
+
+/// Hashes what it writes.
+struct Hashing {
+    file: AtomicFile,
+    sha256: Sha256,
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.sha256.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}

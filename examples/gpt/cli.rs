@@ -1,0 +1,356 @@
+//! The command line.
+
+use crate::checkpoint;
+use crate::config::{AttentionKind, Config, Precision, Preset};
+use crate::files;
+use crate::rng::Rng;
+use crate::sample::{Sampling, Trained};
+use crate::tokenizer::TokenizerKind;
+use crate::train::Run;
+use anyhow::{anyhow, bail, Result};
+use candle_core::Device;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::fs;
+use std::path::PathBuf;
+
+/// A GPT that learns to write, attention by candle-fa2
+///
+/// Without a command it trains: a small model on this repository's own sources and documents, two to three minutes on
+/// two cores, into the next numbered folder of runs/.
+#[derive(Parser)]
+#[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Cmd>,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Train a model; what you get without a command
+    #[command(after_help = preset_table())]
+    Train(Box<TrainArgs>),
+    /// Let a trained model write
+    Sample(SampleArgs),
+    /// Measure a trained model's loss on held-out text
+    Eval(EvalArgs),
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DeviceKind {
+    /// All cores
+    Cpu,
+    /// The first NVIDIA GPU; needs a build with --features cuda
+    Cuda,
+}
+
+impl DeviceKind {
+    fn open(self) -> Result<Device> {
+        match self {
+            DeviceKind::Cpu => Ok(Device::Cpu),
+            DeviceKind::Cuda if !cfg!(feature = "cuda") => bail!(
+                "--device cuda needs the feature `cuda`, which this build lacks; run cargo with --features cuda, or use \
+                 --device cpu"
+            ),
+            DeviceKind::Cuda => Device::new_cuda(0)
+                .map_err(|error| anyhow!("--device cuda found no usable GPU: {error}; use --device cpu")),
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    /// Where the defaults of the options below come from [default: tiny]
+    #[arg(long)]
+    preset: Option<Preset>,
+    /// Text to learn from [default: this repository's .rs, .cu, .cuh and .md files]
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// Folder of the run: a new one, or an empty one [default: the next of runs/0001, runs/0002, ...]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Continue the run in DIR where its last checkpoint is, as if it had never stopped
+    ///
+    /// All options are those of the run. Only three can be given again: --data (if the text has moved; it must be the
+    /// same text), --device, and --steps (a new end, and with it a new schedule).
+    #[arg(long, value_name = "DIR", conflicts_with_all = OPTIONS_OF_A_RUN)]
+    resume: Option<PathBuf>,
+    /// Device to compute on
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceKind,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+}
+
+/// What `--resume` finds in the checkpoint, and therefore does not take from the command line.
+const OPTIONS_OF_A_RUN: [&str; 18] = [
+    "preset",
+    "out",
+    "tokenizer",
+    "attention",
+    "dtype",
+    "context",
+    "batch",
+    "accumulation",
+    "lr",
+    "min_lr",
+    "warmup",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "clip",
+    "seed",
+    "eval_interval",
+    "eval_windows",
+];
+
+/// Everything that replaces an ingredient of the preset.
+#[derive(Args)]
+#[command(next_help_heading = "Recipe (defaults are the preset's)")]
+struct RecipeArgs {
+    /// How text becomes tokens
+    #[arg(long)]
+    tokenizer: Option<TokenizerKind>,
+    /// Flash, or standard for comparison
+    #[arg(long)]
+    attention: Option<AttentionKind>,
+    /// Type of the activations; weights and optimizer are f32 always
+    #[arg(long)]
+    dtype: Option<Precision>,
+    /// Optimizer steps
+    #[arg(long, value_name = "N", value_parser = positive)]
+    steps: Option<usize>,
+    /// Tokens that the model sees at once
+    #[arg(long, value_name = "N", value_parser = positive)]
+    context: Option<usize>,
+    /// Windows of text per batch
+    #[arg(long, value_name = "N", value_parser = positive)]
+    batch: Option<usize>,
+    /// Batches per step, their gradients added up
+    #[arg(long, value_name = "N", value_parser = positive)]
+    accumulation: Option<usize>,
+    /// Highest learning rate
+    #[arg(long, value_name = "RATE", value_parser = above_zero)]
+    lr: Option<f64>,
+    /// Learning rate at the end of the cosine [default: a tenth of the highest]
+    #[arg(long, value_name = "RATE", value_parser = zero_or_above)]
+    min_lr: Option<f64>,
+    /// Steps until the highest learning rate is reached [default: the preset's, at most a tenth of the steps]
+    #[arg(long, value_name = "N")]
+    warmup: Option<usize>,
+    /// Decoupled weight decay of the matrices
+    #[arg(long, value_name = "RATE", value_parser = zero_or_above)]
+    weight_decay: Option<f64>,
+    /// Decay of the gradient's running mean
+    #[arg(long, value_name = "RATE", value_parser = below_one)]
+    beta1: Option<f64>,
+    /// Decay of the squared gradient's running mean
+    #[arg(long, value_name = "RATE", value_parser = below_one)]
+    beta2: Option<f64>,
+    /// Largest global norm of the gradient; above, it is scaled down
+    #[arg(long, value_name = "NORM", value_parser = above_zero)]
+    clip: Option<f64>,
+    /// Seed of everything random
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Steps between evaluations; a checkpoint and a new loss curve come with each
+    #[arg(long, value_name = "N", value_parser = positive)]
+    eval_interval: Option<usize>,
+    /// Held-out windows per evaluation
+    #[arg(long, value_name = "N", value_parser = positive)]
+    eval_windows: Option<usize>,
+}
+
+impl TrainArgs {
+    fn run(self) -> Result<()> {
+        let device = self.device.open()?;
+        if let Some(dir) = self.resume {
+            return Run::resume(&dir, absolute(self.data)?, self.recipe.steps, device)?.train(&dir);
+        }
+        let config = self.recipe.apply(Config::preset(self.preset.unwrap_or(Preset::Tiny)), absolute(self.data)?)?;
+        if let Some(dir) = &self.out {
+            files::check_free(dir)?;
+        }
+        // The folder is made when nothing of the input can be wrong any more: a refused run leaves none.
+        let mut run = Run::new(config, device)?;
+        let dir = match self.out {
+            Some(dir) => {
+                fs::create_dir_all(&dir).map_err(|error| anyhow!("cannot create --out {}: {error}", dir.display()))?;
+                dir
+            }
+            None => files::fresh_folder(&files::runs_folder())?,
+        };
+        run.train(&dir)
+    }
+}
+
+impl RecipeArgs {
+    fn apply(self, preset: Config, data: Option<PathBuf>) -> Result<Config> {
+        let steps = self.steps.unwrap_or(preset.steps);
+        let lr = self.lr.unwrap_or(preset.lr);
+        let config = Config {
+            data,
+            tokenizer: self.tokenizer.unwrap_or(preset.tokenizer),
+            attention: self.attention.unwrap_or(preset.attention),
+            precision: self.dtype.unwrap_or(preset.precision),
+            steps,
+            context: self.context.unwrap_or(preset.context),
+            batch: self.batch.unwrap_or(preset.batch),
+            accumulation: self.accumulation.unwrap_or(preset.accumulation),
+            lr,
+            min_lr: self.min_lr.unwrap_or(lr / 10.0),
+            warmup: self.warmup.unwrap_or(preset.warmup.min(steps / 10)),
+            weight_decay: self.weight_decay.unwrap_or(preset.weight_decay),
+            beta1: self.beta1.unwrap_or(preset.beta1),
+            beta2: self.beta2.unwrap_or(preset.beta2),
+            clip: self.clip.unwrap_or(preset.clip),
+            seed: self.seed.unwrap_or(preset.seed),
+            eval_interval: self.eval_interval.unwrap_or(preset.eval_interval),
+            eval_windows: self.eval_windows.unwrap_or(preset.eval_windows),
+            ..preset
+        };
+        if config.warmup >= config.steps {
+            bail!(
+                "--warmup {} leaves none of the {} steps for training at full rate; give fewer, or more --steps",
+                config.warmup,
+                config.steps
+            );
+        }
+        if config.min_lr > config.lr {
+            bail!(
+                "--min-lr {} is above --lr {}; the schedule falls from the one to the other",
+                config.min_lr,
+                config.lr
+            );
+        }
+        Ok(config)
+    }
+}
+
+#[derive(Args)]
+struct TrainedArgs {
+    /// Folder of a run, or its checkpoint file [default: the newest of runs/]
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
+    /// Device to compute on
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceKind,
+    /// Flash, or standard for comparison [default: as trained]
+    #[arg(long)]
+    attention: Option<AttentionKind>,
+}
+
+impl TrainedArgs {
+    fn load(&self) -> Result<Trained> {
+        let path = match &self.checkpoint {
+            Some(path) => path.clone(),
+            None => files::newest_run(&files::runs_folder(), checkpoint::FILE_NAME)?,
+        };
+        Trained::load(&path, self.attention, &self.device.open()?)
+    }
+}
+
+#[derive(Args)]
+struct SampleArgs {
+    #[command(flatten)]
+    trained: TrainedArgs,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true)]
+    prompt: String,
+    /// Tokens to write
+    #[arg(long, value_name = "N", default_value_t = Sampling::default().tokens, value_parser = positive)]
+    tokens: usize,
+    /// Below 1 bolder becomes rarer; 0 takes the likeliest token always
+    #[arg(long, value_name = "T", default_value_t = Sampling::default().temperature, value_parser = zero_or_above)]
+    temperature: f64,
+    /// Draw from the K likeliest tokens
+    #[arg(long, value_name = "K", default_value_t = Sampling::default().top_k, value_parser = positive)]
+    top_k: usize,
+    /// Seed of the draws
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    trained: TrainedArgs,
+    /// Another text, all of it [default: the held-out part of the text the model was trained on]
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+}
+
+impl Cli {
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            None => self.train.run(),
+            Some(Cmd::Train(args)) => args.run(),
+            Some(Cmd::Sample(args)) => {
+                let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k };
+                println!("{}", args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?);
+                Ok(())
+            }
+            Some(Cmd::Eval(args)) => {
+                println!("{}", args.trained.load()?.evaluate(args.data.as_deref())?);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The presets side by side, for `--help`.
+fn preset_table() -> String {
+    let mut table = format!(
+        "Presets:\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
+        "", "layers", "heads", "width", "context", "batch", "accumulation", "lr", "steps"
+    );
+    for preset in Preset::value_variants() {
+        let name = preset.to_possible_value().expect("no preset is hidden");
+        let config = Config::preset(*preset);
+        table += &format!(
+            "\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
+            name.get_name(),
+            config.num_layers,
+            config.num_heads,
+            config.embed_dim,
+            config.context,
+            config.batch,
+            config.accumulation,
+            config.lr,
+            config.steps
+        );
+    }
+    table
+}
+
+/// A run may be resumed from another folder, so its text is remembered by its whole path.
+fn absolute(path: Option<PathBuf>) -> Result<Option<PathBuf>> {
+    path.map(|path| {
+        std::path::absolute(&path).map_err(|error| anyhow!("--data {} is not a path: {error}", path.display()))
+    })
+    .transpose()
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("a whole number from 1 is needed".to_string()),
+        Ok(number) => Ok(number),
+    }
+}
+
+fn number(text: &str, rule: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
+    text.parse().ok().filter(|&number: &f64| number.is_finite() && fits(number)).ok_or_else(|| rule.to_string())
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    number(text, "a finite number above 0 is needed", |number| number > 0.0)
+}
+
+fn zero_or_above(text: &str) -> Result<f64, String> {
+    number(text, "a finite number, 0 or above, is needed", |number| number >= 0.0)
+}
+
+fn below_one(text: &str) -> Result<f64, String> {
+    number(text, "a number from 0 to below 1 is needed", |number| (0.0..1.0).contains(&number))
+}

@@ -1,0 +1,184 @@
+//! What a run is: text, model and training in one value, kept whole in every checkpoint.
+//!
+//! A preset is a recipe; each command-line option replaces one ingredient.
+
+use crate::tokenizer::TokenizerKind;
+use anyhow::{bail, Result};
+use candle_core::{DType, Device};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]
+pub enum Preset {
+    /// 0.8 M parameters on bytes: two minutes on a laptop
+    Tiny,
+    /// GPT-2 small
+    #[value(name = "124m")]
+    Gpt124m,
+    /// GPT-2 medium
+    #[value(name = "350m")]
+    Gpt350m,
+    /// GPT-3 XL
+    #[value(name = "1.3b")]
+    Gpt1300m,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]
+pub enum AttentionKind {
+    /// candle-fa2: the scores are never stored
+    Flash,
+    /// matmul, softmax, matmul
+    Standard,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]
+pub enum Precision {
+    /// Everything in f32
+    F32,
+    /// Activations in bf16, master weights and optimizer in f32 (GPU only)
+    Bf16,
+}
+
+impl Precision {
+    pub fn dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    // Text.
+    pub data: Option<PathBuf>, // None: the repository's own sources and documents
+    pub tokenizer: TokenizerKind,
+
+    // Model.
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub embed_dim: usize,
+    pub context: usize,
+    pub attention: AttentionKind,
+    pub precision: Precision,
+
+    // Training: one step sees batch * accumulation windows of `context` tokens.
+    pub steps: usize,
+    pub batch: usize,
+    pub accumulation: usize,
+    pub lr: f64,     // the peak, reached after `warmup` steps
+    pub min_lr: f64, // where the cosine ends
+    pub warmup: usize,
+    pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub clip: f64, // largest global norm of the gradient
+    pub seed: u64,
+
+    // Evaluation and checkpoint: every `eval_interval` steps, on `eval_windows` held-out windows.
+    pub eval_interval: usize,
+    pub eval_windows: usize,
+}
+
+impl Config {
+    pub fn head_dim(&self) -> usize {
+        self.embed_dim / self.num_heads
+    }
+
+    pub fn tokens_per_step(&self) -> usize {
+        self.batch * self.accumulation * self.context
+    }
+
+    /// Refuses what the device cannot compute.
+    pub fn check_device(&self, device: &Device) -> Result<()> {
+        if self.precision == Precision::Bf16 && device.is_cpu() {
+            bail!("--dtype bf16 needs --device cuda: Candle has no bf16 matrix product on the CPU; use --dtype f32");
+        }
+        Ok(())
+    }
+
+    pub fn preset(preset: Preset) -> Self {
+        match preset {
+            Preset::Tiny => Self::tiny(),
+            Preset::Gpt124m => Self::gpt_124m(),
+            Preset::Gpt350m => Self::gpt_350m(),
+            Preset::Gpt1300m => Self::gpt_1300m(),
+        }
+    }
+
+    fn tiny() -> Self {
+        Self {
+            data: None,
+            tokenizer: TokenizerKind::Bytes,
+            num_layers: 4,
+            num_heads: 4,
+            embed_dim: 128,
+            context: 128,
+            attention: AttentionKind::Flash,
+            precision: Precision::F32,
+            steps: 800,
+            batch: 8,
+            accumulation: 1,
+            lr: 2e-3,
+            min_lr: 2e-4,
+            warmup: 80,
+            weight_decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.99,
+            clip: 1.0,
+            seed: 1,
+            eval_interval: 50,
+            eval_windows: 64,
+        }
+    }
+
+    // The GPT-3 paper's table of model sizes: half a million tokens per step (a million for the largest), warm-up over
+    // 375 million tokens, and the learning rate of each size. 20,000 steps are ten billion tokens.
+    fn gpt_124m() -> Self {
+        Self {
+            tokenizer: TokenizerKind::Gpt2,
+            num_layers: 12,
+            num_heads: 12,
+            embed_dim: 768,
+            context: 1024,
+            steps: 20_000,
+            batch: 8,
+            accumulation: 64,
+            lr: 6e-4,
+            min_lr: 6e-5,
+            warmup: 715,
+            beta2: 0.95,
+            eval_interval: 250,
+            ..Self::tiny()
+        }
+    }
+
+    fn gpt_350m() -> Self {
+        Self {
+            num_layers: 24,
+            num_heads: 16,
+            embed_dim: 1024,
+            batch: 4,
+            accumulation: 128,
+            lr: 3e-4,
+            min_lr: 3e-5,
+            ..Self::gpt_124m()
+        }
+    }
+
+    fn gpt_1300m() -> Self {
+        Self {
+            num_layers: 24,
+            num_heads: 16,
+            embed_dim: 2048,
+            context: 2048,
+            batch: 1,
+            accumulation: 512,
+            lr: 2e-4,
+            min_lr: 2e-5,
+            warmup: 358,
+            ..Self::gpt_124m()
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The text: read, hashed, split into a training and a held-out part, and cut into batches.
+
+use crate::config::Config;
+use crate::files::repository;
+use crate::rng::Rng;
+use crate::tokenizer::Tokenizer;
+use anyhow::{anyhow, bail, Result};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The repository's own sources and documents, the text when no other is named.
+const EXTENSIONS: [&str; 4] = ["rs", "cu", "cuh", "md"];
+
+/// One part in `HELD_OUT` of the tokens, at the end of the text, is never trained on.
+const HELD_OUT: usize = 10;
+
+/// The copy of the default text that a run keeps, for the repository changes while it is worked on.
+pub const KEPT_FILE_NAME: &str = "corpus.txt";
+
+/// How the text of the run in `dir` can be given again, after it was not found where it was.
+pub fn way_to_text(dir: &Path) -> String {
+    let kept = dir.join(KEPT_FILE_NAME);
+    match kept.is_file() {
+        true => format!("name the copy that the run kept, --data {}", kept.display()),
+        false => "name the same text with --data FILE".to_string(),
+    }
+}
+
+pub struct Text {
+    pub name: String,
+    pub bytes: Vec<u8>,
+    pub sha256: String,
+}
+
+impl Text {
+    /// The file `data`, or the repository's own text.
+    pub fn read(data: Option<&Path>) -> Result<Self> {
+        let (name, bytes) = match data {
+            Some(path) => {
+                let bytes = fs::read(path).map_err(|error| {
+                    anyhow!("cannot read --data {}: {error}; give the path of a readable text file", path.display())
+                })?;
+                (path.display().to_string(), bytes)
+            }
+            None => ("this repository".to_string(), read_repository(&repository())?),
+        };
+        if bytes.is_empty() {
+            bail!("--data {name} is empty; give a file with text");
+        }
+        let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { name, bytes, sha256 })
+    }
+}
+
+/// All sources and documents under `root`, sorted by path, one after the other.
+fn read_repository(root: &Path) -> Result<Vec<u8>> {
+    if !root.join("Cargo.toml").is_file() {
+        bail!(
+            "there is no default text: {} holds no Cargo.toml; start in the repository, or name a text with --data FILE",
+            root.display()
+        );
+    }
+    let mut bytes = Vec::new();
+    for path in repository_files(root)? {
+        let file = fs::read(root.join(&path)).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
+        bytes.extend(file);
+        bytes.push(b'\n');
+    }
+    if bytes.is_empty() {
+        bail!(
+            "there is no default text: no .rs, .cu, .cuh or .md file lies below {}; name a text with --data FILE",
+            root.display()
+        );
+    }
+    Ok(bytes)
+}
+
+/// What git tracks; without git (a source archive, say) what lies in the folders.
+pub fn repository_files(root: &Path) -> Result<BTreeSet<PathBuf>> {
+    let listed = Command::new("git").arg("-C").arg(root).args(["ls-files", "-z"]).output();
+    let tracked = match listed {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        _ => String::new(),
+    };
+    // A tracked file may have been deleted in the working tree.
+    let is_ours = |path: &PathBuf| {
+        is_text(path) && root.join(path).is_file() && !path.parent().is_some_and(|folder| folder.iter().any(is_ignored))
+    };
+    let files: BTreeSet<PathBuf> = tracked.split('\0').map(PathBuf::from).filter(is_ours).collect();
+    if !files.is_empty() {
+        return Ok(files);
+    }
+    let mut files = BTreeSet::new();
+    walk(root, Path::new(""), &mut files)
+        .map_err(|error| anyhow!("cannot list the sources below {}: {error}", root.display()))?;
+    Ok(files)
+}
+
+fn walk(root: &Path, folder: &Path, files: &mut BTreeSet<PathBuf>) -> std::io::Result<()> {
+    for entry in fs::read_dir(root.join(folder))? {
+        let entry = entry?;
+        let path = folder.join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_dir() && !is_ignored(&entry.file_name()) {
+            walk(root, &path, files)?;
+        } else if kind.is_file() && is_text(&path) {
+            files.insert(path);
+        }
+    }
+    Ok(())
+}
+
+fn is_text(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known))
+}
+
+/// Folders without sources of ours: what cargo builds, what runs write, and hidden ones.
+fn is_ignored(folder: &OsStr) -> bool {
+    folder.as_encoded_bytes().starts_with(b".") || folder == "target" || folder == "runs"
+}
+
+/// A text in tokens, split.
+pub struct Corpus {
+    pub name: String,
+    pub sha256: String,
+    pub train: Vec<u32>,
+    pub held_out: Vec<u32>,
+}
+
+impl Corpus {
+    pub fn new(text: Text, tokenizer: &Tokenizer, context: usize) -> Result<Self> {
+        let mut train = tokenizer.encode(&text.bytes, &text.name)?;
+        let total = train.len();
+        let held_out = train.split_off(total - total / HELD_OUT);
+        // A window is `context` tokens and, one further, their targets.
+        if held_out.len() <= context {
+            let way_out = match (total / HELD_OUT).saturating_sub(1) {
+                0 => "give a longer text".to_string(),
+                longest => format!("give a longer text, or --context {longest} or less"),
+            };
+            bail!(
+                "{} is too short for --context {context}: its held-out tenth has {} of {total} tokens and needs {}; {way_out}",
+                text.name,
+                held_out.len(),
+                context + 1,
+            );
+        }
+        Ok(Self { name: text.name, sha256: text.sha256, train, held_out })
+    }
+}
+
+/// Windows of `tokens` that start at `starts`, and their targets, one token further: u32, both (starts, context).
+pub fn windows(tokens: &[u32], starts: &[usize], context: usize, device: &Device) -> Result<(Tensor, Tensor)> {
+    let gather = |shift: usize| {
+        let values: Vec<u32> =
+            starts.iter().flat_map(|&start| tokens[start + shift..start + shift + context].iter().copied()).collect();
+        Tensor::from_vec(values, (starts.len(), context), device)
+    };
+    Ok((gather(0)?, gather(1)?))
+}
+
+/// Starts of the windows that lie end to end in `tokens`.
+pub fn window_starts(tokens: usize, context: usize, first: usize) -> Vec<usize> {
+    (first..tokens - context).step_by(context).collect()
+}
+
+/// Where the batches are in the training text. Small, so that a checkpoint can hold it: the order of an epoch follows
+/// from its seed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cursor {
+    epoch_seed: u64,
+    /// Windows of this epoch that have been used.
+    used: usize,
+}
+
+/// Endless batches: each epoch cuts the training text into windows from a new random offset and shuffles them.
+pub struct Batches {
+    context: usize,
+    tokens: usize,
+    cursor: Cursor,
+    order: Vec<usize>, // starts of this epoch's windows
+}
+
+impl Batches {
+    pub fn new(config: &Config, corpus: &Corpus, rng: &mut Rng) -> Self {
+        Self::at(config, corpus, Cursor { epoch_seed: rng.seed(), used: 0 })
+    }
+
+    /// Continues where a checkpoint's cursor stands.
+    pub fn at(config: &Config, corpus: &Corpus, cursor: Cursor) -> Self {
+        let mut batches = Self { context: config.context, tokens: corpus.train.len(), order: Vec::new(), cursor };
+        batches.shuffle();
+        batches
+    }
+
+    pub fn cursor(&self) -> &Cursor {
+        &self.cursor
+    }
+
+    /// Starts of the next `batch` windows. A new epoch takes its seed from `rng`.
+    pub fn next(&mut self, batch: usize, rng: &mut Rng) -> Vec<usize> {
+        (0..batch)
+            .map(|_| {
+                if self.cursor.used == self.order.len() {
+                    self.cursor = Cursor { epoch_seed: rng.seed(), used: 0 };
+                    self.shuffle();
+                }
+                self.cursor.used += 1;
+                self.order[self.cursor.used - 1]
+            })
+            .collect()
+    }
+
+    fn shuffle(&mut self) {
+        let mut rng = Rng::new(self.cursor.epoch_seed);
+        let first = rng.below(self.context.min(self.tokens - self.context));
+        self.order = window_starts(self.tokens, self.context, first);
+        rng.shuffle(&mut self.order);
+    }
+}

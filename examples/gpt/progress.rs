@@ -1,0 +1,71 @@
+//! Progress on a terminal as a bar, elsewhere as plain lines.
+
+use crate::metrics::Row;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{stderr, IsTerminal};
+use std::time::{Duration, Instant};
+
+/// Without a terminal, at most one line in this time.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
+pub struct Progress {
+    first: usize, // steps that were done before
+    steps: usize,
+    started: Instant,
+    bar: Option<ProgressBar>,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    pub fn new(done: usize, steps: usize) -> Self {
+        // Tests on a terminal keep their output clean.
+        let bar = (stderr().is_terminal() && !cfg!(test)).then(|| {
+            let style =
+                ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
+            let bar = ProgressBar::new(steps as u64).with_style(style).with_position(done as u64);
+            bar.reset_eta();
+            bar
+        });
+        Self { first: done, steps, started: Instant::now(), bar, last_line: None }
+    }
+
+    /// After each step. A line is left when the step was evaluated, and without a terminal every few seconds.
+    pub fn step(&mut self, row: &Row) {
+        let Row { step, train_loss, lr, tokens_per_s, .. } = *row;
+        if let Some(bar) = &self.bar {
+            bar.set_position(step as u64);
+            bar.set_message(format!("loss {train_loss:.3}  {tokens_per_s} tokens/s"));
+        }
+        let due = self.bar.is_none() && self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES);
+        if row.val_loss.is_none() && !due {
+            return;
+        }
+        let held_out = row.val_loss.map(|loss| format!("  held-out {loss:.3}")).unwrap_or_default();
+        let per_step = self.started.elapsed() / (step - self.first) as u32;
+        let eta = clock(per_step * (self.steps - step) as u32);
+        let line = format!(
+            "step {step:>5}/{}  loss {train_loss:.3}{held_out:16}  lr {lr:.1e}  {tokens_per_s} tokens/s  ETA {eta}",
+            self.steps
+        );
+        match &self.bar {
+            Some(bar) => bar.suspend(|| println!("{line}")),
+            None => println!("{line}"),
+        }
+        self.last_line = Some(Instant::now());
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Minutes and seconds, and hours where there are any.
+pub fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds / 3600 {
+        0 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        hours => format!("{hours}h{:02}m", seconds % 3600 / 60),
+    }
+}

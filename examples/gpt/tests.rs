@@ -1,0 +1,126 @@
+//! Tests of the example, and the door through which they end it at a named point.
+
+mod errors;
+mod losses;
+mod resume;
+mod units;
+
+use crate::config::{AttentionKind, Config, Preset};
+use anyhow::Result;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tempfile::TempDir;
+
+/// Where the process is to end: a point, `#`, and which time it is reached, from 1.
+const ABORT_AT: &str = "GPT_TEST_ABORT_AT";
+/// The command line of a child, in JSON.
+const ARGS: &str = "GPT_TEST_ARGS";
+
+/// Ends the process if this is the point, and the time, that the environment names. The program calls it at its named
+/// points, in tests only.
+pub fn abort_at(point: &str, what: &Path) {
+    static REACHED: AtomicUsize = AtomicUsize::new(0);
+    let Ok(wanted) = std::env::var(ABORT_AT) else { return };
+    let (wanted, time) = wanted.split_once('#').expect("POINT#TIME");
+    let what = what.file_name().expect("a file or a thing").to_string_lossy();
+    if wanted == format!("{point} {what}") && (REACHED.fetch_add(1, Ordering::SeqCst) + 1).to_string() == time {
+        eprintln!("aborted {wanted}");
+        std::process::abort();
+    }
+}
+
+/// The program itself, for tests that need a process of their own: cargo gives them no path to an example's binary,
+/// so they start this very test binary again, and in it this one test.
+#[test]
+#[ignore = "the program as a child process of other tests"]
+fn child() {
+    let args = std::env::var(ARGS).expect("only other tests start this one");
+    let args: Vec<String> = serde_json::from_str(&args).unwrap();
+    if let Err(error) = crate::run(args.into_iter().map(OsString::from)) {
+        eprintln!("error: {error:#}");
+        std::process::exit(1);
+    }
+}
+
+/// Runs the program as a child in `repository`, to its end or to `abort_at`.
+fn child_process(args: &[&str], repository: &Path, abort_at: Option<&str>) -> Output {
+    let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["tests::child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+    command.current_dir(repository).env("CARGO_MANIFEST_DIR", repository);
+    command.env(ARGS, serde_json::to_string(&args).unwrap());
+    match abort_at {
+        Some(point) => command.env(ABORT_AT, point),
+        None => command.env_remove(ABORT_AT),
+    };
+    command.output().unwrap()
+}
+
+/// Runs the program in this process.
+fn run(args: &[&str]) -> Result<()> {
+    crate::run(["gpt"].iter().chain(args).map(OsString::from))
+}
+
+/// The error that these arguments lead to, as the user reads it.
+fn message(args: &[&str]) -> String {
+    match run(args) {
+        Ok(()) => panic!("{args:?} was accepted"),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+/// A folder for one test, with a text in it.
+struct Room {
+    folder: TempDir,
+}
+
+impl Room {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("text.txt"), story(6000)).unwrap();
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn string(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_string()
+    }
+}
+
+/// `len` bytes of text, always the same: simple sentences of words that are chosen by a linear congruential generator.
+fn story(len: usize) -> String {
+    const WORDS: [&str; 12] =
+        ["the", "query", "key", "value", "row", "of", "a", "block", "attends", "to", "softmax", "tile"];
+    let mut state = 1u32;
+    let mut text = String::new();
+    while text.len() < len {
+        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+        let word = state as usize >> 24;
+        text += WORDS[word % WORDS.len()];
+        text += if word.is_multiple_of(11) { ".\n" } else { " " };
+    }
+    text.truncate(len);
+    text
+}
+
+/// The tiny model on `text.txt` of `room`, with short windows.
+fn short_config(room: &Room, attention: AttentionKind) -> Config {
+    Config {
+        data: Some(room.path("text.txt")),
+        attention,
+        context: 32,
+        batch: 4,
+        steps: 40,
+        lr: 2e-3,
+        min_lr: 2e-4,
+        warmup: 4,
+        eval_windows: 4,
+        ..Config::preset(Preset::Tiny)
+    }
+}

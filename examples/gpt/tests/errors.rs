@@ -1,0 +1,304 @@
+//! Bad input: one sentence each, pinned as text, and nothing written.
+
+use super::{child_process, message, run, Room};
+use crate::checkpoint;
+use anyhow::Result;
+use std::fs;
+use std::path::Path;
+
+/// The first line of what clap says.
+fn usage(args: &[&str]) -> String {
+    message(args).lines().next().unwrap().to_string()
+}
+
+/// What `--data` and `--out` can be wrong about. No refusal leaves a folder.
+#[test]
+fn texts_that_cannot_be_used() -> Result<()> {
+    let room = Room::new();
+    fs::write(room.path("empty.txt"), "")?;
+    fs::write(room.path("short.txt"), "a short text")?;
+    fs::write(room.path("latin1.txt"), b"caf\xe9 ".repeat(2000))?;
+    let out = room.string("out");
+    let path = |name: &str| room.string(name);
+    let say = |args: &[&str]| message(&[args, &["--out", &out]].concat());
+
+    assert_eq!(
+        say(&["--data", &path("absent.txt")]),
+        format!(
+            "cannot read --data {}: No such file or directory (os error 2); give the path of a readable text file",
+            path("absent.txt")
+        )
+    );
+    assert_eq!(
+        say(&["--data", &path("")]),
+        format!("cannot read --data {}: Is a directory (os error 21); give the path of a readable text file", path(""))
+    );
+    assert_eq!(
+        say(&["--data", &path("empty.txt")]),
+        format!("--data {} is empty; give a file with text", path("empty.txt"))
+    );
+    assert_eq!(
+        say(&["--data", &path("text.txt"), "--context", "600"]),
+        format!(
+            "{} is too short for --context 600: its held-out tenth has 600 of 6000 tokens and needs 601; give a longer \
+             text, or --context 599 or less",
+            path("text.txt")
+        )
+    );
+    assert_eq!(
+        say(&["--data", &path("short.txt"), "--context", "128"]),
+        format!(
+            "{} is too short for --context 128: its held-out tenth has 1 of 12 tokens and needs 129; give a longer text",
+            path("short.txt")
+        )
+    );
+    assert_eq!(
+        say(&["--data", &path("latin1.txt"), "--tokenizer", "gpt2"]),
+        format!(
+            "{} is not UTF-8 text (byte 3 is the first that is not), which --tokenizer gpt2 needs; use --tokenizer bytes",
+            path("latin1.txt")
+        )
+    );
+    assert!(!room.path("out").exists());
+    Ok(())
+}
+
+#[test]
+fn nothing_is_overwritten() -> Result<()> {
+    let room = Room::new();
+    fs::create_dir(room.path("full"))?;
+    fs::write(room.path("full/notes.md"), "mine")?;
+    let full = room.string("full");
+    let text = room.string("text.txt");
+    assert_eq!(
+        message(&["--data", &text, "--out", &full]),
+        format!(
+            "--out {full} is not empty (it holds notes.md), and nothing is ever overwritten; choose another folder, or \
+             continue that run with --resume {full}"
+        )
+    );
+    assert_eq!(fs::read_to_string(room.path("full/notes.md"))?, "mine");
+    assert_eq!(
+        message(&["--data", &text, "--out", &text]),
+        format!("--out {text} cannot be the folder of a run: Not a directory (os error 20); choose another")
+    );
+    Ok(())
+}
+
+#[test]
+fn options_that_make_no_sense() {
+    let bad = "error: invalid value";
+    assert_eq!(usage(&["--stepz", "3"]), "error: unexpected argument '--stepz' found");
+    assert_eq!(usage(&["trial"]), "error: unrecognized subcommand 'trial'");
+    assert_eq!(usage(&["--steps", "0"]), format!("{bad} '0' for '--steps <N>': a whole number from 1 is needed"));
+    assert_eq!(usage(&["--batch", "-1"]), "error: unexpected argument '-1' found");
+    assert_eq!(usage(&["--lr", "nan"]), format!("{bad} 'nan' for '--lr <RATE>': a finite number above 0 is needed"));
+    assert_eq!(
+        usage(&["--weight-decay", "inf"]),
+        format!("{bad} 'inf' for '--weight-decay <RATE>': a finite number, 0 or above, is needed")
+    );
+    assert_eq!(
+        usage(&["--beta2", "1"]),
+        format!("{bad} '1' for '--beta2 <RATE>': a number from 0 to below 1 is needed")
+    );
+    assert_eq!(usage(&["--preset", "huge"]), format!("{bad} 'huge' for '--preset <PRESET>'"));
+    assert_eq!(usage(&["--dtype", "f16"]), format!("{bad} 'f16' for '--dtype <DTYPE>'"));
+    assert_eq!(
+        usage(&["--resume", "runs/0001", "--lr", "1"]),
+        "error: the argument '--resume <DIR>' cannot be used with '--lr <RATE>'"
+    );
+    assert_eq!(
+        message(&["--steps", "10", "--warmup", "10"]),
+        "--warmup 10 leaves none of the 10 steps for training at full rate; give fewer, or more --steps"
+    );
+    assert_eq!(
+        message(&["--lr", "1e-3", "--min-lr", "1e-2"]),
+        "--min-lr 0.01 is above --lr 0.001; the schedule falls from the one to the other"
+    );
+    assert_eq!(
+        message(&["--dtype", "bf16"]),
+        "--dtype bf16 needs --device cuda: Candle has no bf16 matrix product on the CPU; use --dtype f32"
+    );
+}
+
+/// Every option of a recipe is fixed by the checkpoint, except the number of steps.
+#[test]
+fn resume_takes_no_recipe() {
+    use clap::CommandFactory;
+    let command = crate::cli::Cli::command();
+    for argument in command.get_arguments() {
+        let Some(option) = argument.get_long() else { continue };
+        if ["resume", "data", "device", "steps", "help"].contains(&option) {
+            continue;
+        }
+        let number = if option.starts_with("beta") { "0.5" } else { "1" };
+        let value =
+            argument.get_possible_values().first().map_or(number.to_string(), |value| value.get_name().to_string());
+        let said = usage(&["--resume", "runs/0001", &format!("--{option}"), &value]);
+        assert!(said.starts_with("error: the argument '--resume <DIR>' cannot be used with"), "--{option}: {said}");
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn cuda_needs_its_feature() {
+    let sentence =
+        "--device cuda needs the feature `cuda`, which this build lacks; run cargo with --features cuda, or \
+                    use --device cpu";
+    assert_eq!(message(&["--device", "cuda"]), sentence);
+    let room = Room::new();
+    run(&["--data", &room.string("text.txt"), "--out", &room.string("out"), "--steps", "1", "--context", "8"]).unwrap();
+    assert_eq!(message(&["sample", "--checkpoint", &room.string("out"), "--device", "cuda"]), sentence);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run() {
+    let room = Room::new();
+    let args = ["--data", &room.string("text.txt"), "--out", &room.string("out"), "--context", "8", "--steps", "20"];
+    let said = message(&[&args[..], &["--lr", "1e30"]].concat());
+    assert!(said.starts_with("step 2: the loss is NaN and the norm of its gradient NaN;"), "{said}");
+    assert!(
+        said.ends_with("the last checkpoint is from before; a smaller --lr or a longer --warmup may help"),
+        "{said}"
+    );
+}
+
+/// A run of one step, and its folder.
+fn trained(room: &Room) -> String {
+    let out = room.string("out");
+    run(&["--data", &room.string("text.txt"), "--out", &out, "--steps", "1", "--context", "8", "--batch", "1"])
+        .unwrap();
+    out
+}
+
+#[test]
+fn checkpoints_that_cannot_be_used() -> Result<()> {
+    let room = Room::new();
+    let out = trained(&room);
+    let file = room.path("out").join(checkpoint::FILE_NAME);
+    let name = file.display().to_string();
+    let good = fs::read(&file)?;
+    let say = |bytes: &[u8]| {
+        fs::write(&file, bytes).unwrap();
+        let said = message(&["sample", "--checkpoint", &out]);
+        assert_eq!(message(&["eval", "--checkpoint", &out]), said);
+        assert_eq!(message(&["--resume", &out, "--steps", "2"]), said);
+        said
+    };
+    let refused = |reason: &str| format!("{name} cannot be used: {reason}; restore it from a copy or train afresh");
+
+    assert_eq!(say(b""), refused("it is cut short, damaged or no safetensors file (header too small)"));
+    assert_eq!(
+        say(&good[..good.len() / 2]),
+        refused("it is cut short, damaged or no safetensors file (incomplete metadata, file not fully covered)")
+    );
+    assert_eq!(say(&good[..100]), refused("it is cut short, damaged or no safetensors file (invalid header length)"));
+    assert_eq!(
+        say("not what you think. ".repeat(50).as_bytes()),
+        refused("it is cut short, damaged or no safetensors file (header too large)")
+    );
+    let mut flipped = good.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    assert_eq!(say(&flipped), refused("its bytes are not those that were written (SHA-256 differs)"));
+
+    let foreign = candle_core::Tensor::zeros((2, 3), candle_core::DType::F32, &candle_core::Device::Cpu)?;
+    let foreign = safetensors::serialize([("wte", &foreign)], None)?;
+    assert_eq!(
+        say(&foreign),
+        refused("it is a safetensors file of something else (no candle-fa2-gpt-1 in its metadata)")
+    );
+    Ok(())
+}
+
+#[test]
+fn runs_that_are_not_there() {
+    let room = Room::new();
+    let absent = room.string("absent");
+    assert_eq!(
+        message(&["sample", "--checkpoint", &absent]),
+        format!("there is no run in {absent}: no such folder; give the folder of a run, such as runs/0001")
+    );
+    let room_itself = room.folder.path().display().to_string();
+    assert_eq!(
+        message(&["eval", "--checkpoint", &room_itself]),
+        format!(
+            "there is no run in {room_itself}: it holds no checkpoint.safetensors; give the folder of a run, such as \
+             runs/0001"
+        )
+    );
+    let output = child_process(&["sample"], room.folder.path(), None);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        said.contains("error: no run with a checkpoint in runs; train one first, or name it with --checkpoint"),
+        "{said}"
+    );
+}
+
+#[test]
+fn metrics_that_do_not_fit_their_checkpoint() -> Result<()> {
+    let room = Room::new();
+    let out = trained(&room);
+    let metrics = room.path("out/metrics.csv");
+    let name = metrics.display().to_string();
+    let good = fs::read_to_string(&metrics)?;
+    let say = |text: &str| {
+        fs::write(&metrics, text).unwrap();
+        message(&["--resume", &out, "--steps", "2"])
+    };
+    let header = good.lines().next().unwrap();
+    assert_eq!(
+        say(header),
+        format!("{name} ends at step 0 but the checkpoint is of step 1; restore the file from a copy, or train afresh")
+    );
+    assert_eq!(
+        say(&format!("{header}\n2,1,,1,1,1\n")),
+        format!("{name} is damaged: step 2 follows step 0; restore it from a copy")
+    );
+    let said = say(&format!("{header}\n1,what,,1,1,1\n"));
+    assert!(said.starts_with(&format!("{name} is damaged: CSV deserialize error: record 1 (line: 2")), "{said}");
+    fs::remove_file(Path::new(&name))?;
+    assert_eq!(
+        message(&["--resume", &out, "--steps", "2"]),
+        format!("cannot read {name}: No such file or directory (os error 2)")
+    );
+    Ok(())
+}
+
+/// The repository changes while it is worked on; a run keeps a copy of the text it was trained on.
+#[test]
+fn the_default_text_may_have_changed() -> Result<()> {
+    let room = Room::new();
+    let sources = room.path("sources");
+    fs::create_dir_all(&sources)?;
+    fs::write(sources.join("Cargo.toml"), "")?;
+    fs::write(sources.join("lib.rs"), super::story(3000))?;
+    let train = ["--steps", "2", "--context", "16", "--batch", "2"];
+    let trained = child_process(&train, &sources, None);
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+    assert!(sources.join("runs/0001/checkpoint.safetensors").is_file());
+    let unchanged = child_process(&["eval"], &sources, None);
+    let said = String::from_utf8_lossy(&unchanged.stdout).into_owned();
+    assert!(said.contains("of the held-out part of this repository"), "{said}");
+
+    fs::write(sources.join("README.md"), "New.")?;
+    let said = |args: &[&str]| String::from_utf8_lossy(&child_process(args, &sources, None).stderr).into_owned();
+    let evaluated = said(&["eval"]);
+    assert!(
+        evaluated.contains("error: this repository is no longer the text that the model was trained on (SHA-256 ")
+            && evaluated.contains("); name the copy that the run kept, --data runs/0001/corpus.txt"),
+        "{evaluated}"
+    );
+    let resumed = said(&["--resume", "runs/0001", "--steps", "3"]);
+    assert!(
+        resumed.contains("error: the run in runs/0001 was trained on this repository with SHA-256 ")
+            && resumed.contains("; name the copy that the run kept, --data runs/0001/corpus.txt, or start a new run"),
+        "{resumed}"
+    );
+    let kept = ["--data", "runs/0001/corpus.txt"];
+    let evaluated = child_process(&[&["eval"], &kept[..]].concat(), &sources, None);
+    assert!(String::from_utf8_lossy(&evaluated.stdout).contains("of the held-out part of "));
+    let resumed = child_process(&[&["--resume", "runs/0001", "--steps", "3"], &kept[..]].concat(), &sources, None);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    Ok(())
+}

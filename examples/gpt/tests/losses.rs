@@ -1,0 +1,129 @@
+//! The numbers of training: recorded losses, flash against standard attention, gradients.
+
+use super::{short_config, Room};
+use crate::config::AttentionKind;
+use crate::metrics::Row;
+use crate::model::{check_gradients, init_parameters, Gpt, Parameters};
+use crate::rng::Rng;
+use crate::train::Run;
+use anyhow::Result;
+use candle_core::{Device, Tensor, Var};
+
+/// Of losses that should be equal but were summed in another order.
+const TOLERANCE: f32 = 1e-4;
+
+/// Training losses of the first ten steps of `short_config`. Whatever changes them changes what the example learns.
+const RECORDED: [f32; 10] =
+    [5.5145926, 4.966709, 4.72126, 4.5184355, 4.2890515, 3.9643307, 3.829285, 3.5441751, 3.4638705, 3.159524];
+
+fn first_steps(attention: AttentionKind, steps: usize) -> Result<Vec<Row>> {
+    let mut run = Run::new(short_config(&Room::new(), attention), Device::Cpu)?;
+    (0..steps).map(|_| run.one_step()).collect()
+}
+
+#[test]
+fn ten_steps_match_the_recorded_losses() -> Result<()> {
+    let losses: Vec<f32> = first_steps(AttentionKind::Flash, 10)?.iter().map(|row| row.train_loss).collect();
+    for (step, (loss, recorded)) in losses.iter().zip(RECORDED).enumerate() {
+        assert!((loss - recorded).abs() < TOLERANCE, "step {}: recorded {recorded}, got {losses:?}", step + 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn flash_and_standard_attention_agree_for_forty_steps() -> Result<()> {
+    let flash = first_steps(AttentionKind::Flash, 40)?;
+    let standard = first_steps(AttentionKind::Standard, 40)?;
+    for (flash, standard) in flash.iter().zip(&standard) {
+        let differ = (flash.train_loss - standard.train_loss).abs();
+        assert!(differ < TOLERANCE, "they differ by {differ}: {flash:?} {standard:?}");
+    }
+    // Agreement on losses that stand still would mean little.
+    assert!(flash[39].train_loss < 0.6 * flash[0].train_loss, "{flash:?}");
+    assert!(flash[39].val_loss.unwrap() < 0.6 * flash[0].val_loss.unwrap(), "{flash:?}");
+    Ok(())
+}
+
+/// Tokens of a batch that has nothing special.
+fn tokens(batch: usize, seqlen: usize) -> Result<Tensor> {
+    let tokens: Vec<u32> = (0..batch * seqlen).map(|at| (at * 37 % 251) as u32).collect();
+    Ok(Tensor::from_vec(tokens, (batch, seqlen), &Device::Cpu)?)
+}
+
+#[test]
+fn flash_and_standard_gradients_agree() -> Result<()> {
+    let room = Room::new();
+    let parameters = init_parameters(&short_config(&room, AttentionKind::Flash), 256, &mut Rng::new(1), &Device::Cpu)?;
+    let gradients = |attention| -> Result<_> {
+        let model = Gpt::new(&short_config(&room, attention), &parameters);
+        Ok(model.loss(&tokens(2, 32)?, &tokens(2, 32)?)?.backward()?)
+    };
+    let flash = gradients(AttentionKind::Flash)?;
+    let standard = gradients(AttentionKind::Standard)?;
+    assert_eq!(parameters.len(), 4 + 4 * 12);
+    for (name, var) in &parameters {
+        let (flash, standard) = (flash.get(var).unwrap(), standard.get(var).unwrap());
+        let norm = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f32::sqrt);
+        let (differ, size) = (norm(&(flash - standard)?)?, norm(standard)?);
+        assert!(size > 0.0 && differ < 1e-4 * size, "{name}: gradients differ by {differ}, of {size}");
+    }
+    check_gradients(&parameters, &flash)
+}
+
+#[test]
+fn parameters_without_a_gradient_are_named() -> Result<()> {
+    let var = |values: &[f32]| Var::from_tensor(&Tensor::new(values, &Device::Cpu)?);
+    let parameters = Parameters::from([
+        ("learns".to_string(), var(&[1.0, 2.0])?),
+        ("detached.bias".to_string(), var(&[1.0, 2.0])?),
+        ("detached.weight".to_string(), var(&[3.0, 4.0])?),
+        ("zero".to_string(), var(&[5.0, 6.0])?),
+    ]);
+    // Candle's fused layer norm: its result does not know where it came from.
+    let normed = candle_nn::ops::layer_norm(
+        parameters["learns"].as_tensor(),
+        parameters["detached.weight"].as_tensor(),
+        parameters["detached.bias"].as_tensor(),
+        1e-5,
+    )?;
+    let loss = ((normed + parameters["learns"].sqr()?)? + (parameters["zero"].as_tensor() * 0.0)?)?.sum_all()?;
+    let error = check_gradients(&parameters, &loss.backward()?).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "3 of 4 parameters receive no gradient: detached.bias, detached.weight, zero; an operator on their way to the \
+         loss returns a detached result"
+    );
+    Ok(())
+}
+
+/// A later token must not change what the model says at an earlier position.
+#[test]
+fn the_model_is_causal() -> Result<()> {
+    let room = Room::new();
+    for attention in [AttentionKind::Flash, AttentionKind::Standard] {
+        let config = short_config(&room, attention);
+        let parameters = init_parameters(&config, 256, &mut Rng::new(1), &Device::Cpu)?;
+        let model = Gpt::frozen(&config, &parameters);
+        let whole = model.forward(&tokens(1, 32)?)?; // (32, vocab_size)
+        let part = model.forward(&tokens(1, 20)?)?; // (20, vocab_size)
+        let differ = (whole.narrow(0, 0, 20)? - part)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(differ < 1e-5, "{attention:?}: {differ}");
+    }
+    Ok(())
+}
+
+/// Accumulated gradients are those of one large batch.
+#[test]
+fn accumulation_equals_a_larger_batch() -> Result<()> {
+    let room = Room::new();
+    let steps = |batch, accumulation| -> Result<Vec<Row>> {
+        let config = crate::config::Config { batch, accumulation, ..short_config(&room, AttentionKind::Flash) };
+        let mut run = Run::new(config, Device::Cpu)?;
+        (0..3).map(|_| run.one_step()).collect()
+    };
+    for (whole, parts) in steps(4, 1)?.iter().zip(steps(2, 2)?) {
+        assert!((whole.train_loss - parts.train_loss).abs() < TOLERANCE, "{whole:?} {parts:?}");
+        assert!((whole.grad_norm - parts.grad_norm).abs() < TOLERANCE * whole.grad_norm, "{whole:?} {parts:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! A run that is stopped and resumed is the run that never stopped, whole folders compared.
+
+use super::{child_process, run, Room};
+use crate::checkpoint;
+use crate::metrics::{self, Row};
+use anyhow::Result;
+use candle_core::Device;
+use std::fs;
+use std::path::Path;
+
+const STEPS: usize = 8;
+
+/// Eight steps of two batches each, with checkpoints before the first and after steps 1, 3, 6 and 8.
+fn train_args<'a>(text: &'a str, out: &'a str) -> Vec<&'a str> {
+    let mut args = vec!["train", "--data", text, "--out", out, "--steps", "8", "--eval-interval", "3"];
+    args.extend(["--context", "16", "--batch", "2", "--accumulation", "2", "--eval-windows", "2", "--seed", "7"]);
+    args
+}
+
+/// Rows without the column that a clock decides.
+fn rows(dir: &Path) -> Vec<Row> {
+    let rows = metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap();
+    rows.into_iter().map(|row| Row { tokens_per_s: 0, ..row }).collect()
+}
+
+fn bytes(dir: &Path, name: &str) -> Vec<u8> {
+    fs::read(dir.join(name)).unwrap()
+}
+
+/// Weights, moments, step, random state, cursor and configuration: all bytes of the last checkpoint.
+fn assert_same_run(dir: &Path, uninterrupted: &Path, point: &str) {
+    assert_eq!(rows(dir), rows(uninterrupted), "metrics after {point}");
+    assert!(
+        bytes(dir, checkpoint::FILE_NAME) == bytes(uninterrupted, checkpoint::FILE_NAME),
+        "the checkpoint differs after {point}"
+    );
+    assert!(
+        bytes(dir, crate::plot::FILE_NAME) == bytes(uninterrupted, crate::plot::FILE_NAME),
+        "the loss curve differs after {point}"
+    );
+    let left: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "files after {point}: {left:?}");
+}
+
+#[test]
+fn a_run_aborted_anywhere_resumes_bit_for_bit() -> Result<()> {
+    let room = Room::new();
+    let text = room.string("text.txt");
+    let uninterrupted = room.string("uninterrupted");
+    run(&train_args(&text, &uninterrupted))?;
+    assert_eq!(rows(&room.path("uninterrupted")).len(), STEPS);
+
+    // Point of the abort, and the step that the checkpoint must be of then.
+    let points = [
+        ("inside a step#2", 1),
+        ("inside a step#6", 3),
+        ("half-way through checkpoint.safetensors#3", 1),
+        ("before the rename of checkpoint.safetensors#4", 3),
+        ("after the rename of checkpoint.safetensors#4", 6),
+        ("before the rename of loss.svg#2", 1),
+        ("after the rename of checkpoint.safetensors#1", 0),
+    ];
+    for (number, (point, step)) in points.into_iter().enumerate() {
+        let out = room.string(&number.to_string());
+        let dir = room.path(&number.to_string());
+        let aborted = child_process(&train_args(&text, &out), room.folder.path(), Some(point));
+        let said = String::from_utf8_lossy(&aborted.stderr).into_owned();
+        assert!(!aborted.status.success() && said.contains("aborted"), "{point}: {said}");
+        let reached = checkpoint::load(&dir.join(checkpoint::FILE_NAME), &Device::Cpu)?.state.step;
+        assert_eq!(reached, step, "the checkpoint after {point}");
+
+        run(&["train", "--resume", &out])?;
+        assert_same_run(&dir, &room.path("uninterrupted"), point);
+    }
+    Ok(())
+}
+
+/// Even while it is being resumed a run can die, and be resumed.
+#[test]
+fn a_resumed_run_that_aborts_resumes_bit_for_bit() -> Result<()> {
+    let room = Room::new();
+    let text = room.string("text.txt");
+    run(&train_args(&text, &room.string("uninterrupted")))?;
+    let out = room.string("aborted");
+    child_process(&train_args(&text, &out), room.folder.path(), Some("inside a step#6"));
+    for point in ["before the rename of metrics.csv#1", "after the rename of metrics.csv#1", "inside a step#2"] {
+        let resumed = child_process(&["--resume", &out], room.folder.path(), Some(point));
+        assert!(!resumed.status.success(), "{point}: {}", String::from_utf8_lossy(&resumed.stdout));
+    }
+    let resumed = child_process(&["--resume", &out], room.folder.path(), None);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_same_run(&room.path("aborted"), &room.path("uninterrupted"), "four aborts");
+    Ok(())
+}
+
+/// Before the first checkpoint is complete there is nothing to resume, and the refusal says so.
+#[test]
+fn a_run_without_a_checkpoint_is_not_resumed() {
+    let room = Room::new();
+    let out = room.string("out");
+    let point = "half-way through checkpoint.safetensors#1";
+    child_process(&train_args(&room.string("text.txt"), &out), room.folder.path(), Some(point));
+    assert!(room.path("out/checkpoint.safetensors.tmp").is_file());
+    assert_eq!(
+        super::message(&["--resume", &out]),
+        format!(
+            "there is no run in {out}: it holds no checkpoint.safetensors; give the folder of a run, such as runs/0001"
+        )
+    );
+}
+
+/// After the last checkpoint nothing is left to do but to print.
+#[test]
+fn a_run_aborted_after_its_last_checkpoint_is_whole() -> Result<()> {
+    let room = Room::new();
+    let text = room.string("text.txt");
+    run(&train_args(&text, &room.string("uninterrupted")))?;
+    let point = "after the rename of checkpoint.safetensors#5";
+    child_process(&train_args(&text, &room.string("aborted")), room.folder.path(), Some(point));
+    assert_same_run(&room.path("aborted"), &room.path("uninterrupted"), point);
+    Ok(())
+}
+
+/// A finished run can be trained further; its schedule then ends later.
+#[test]
+fn a_finished_run_goes_on_with_more_steps() -> Result<()> {
+    let room = Room::new();
+    let out = room.string("out");
+    run(&train_args(&room.string("text.txt"), &out))?;
+    assert_eq!(
+        super::message(&["--resume", &out]),
+        format!("the run in {out} has done its 8 steps; add --steps N with N above 8 to train it further")
+    );
+    let before = rows(&room.path("out"));
+    run(&["train", "--resume", &out, "--steps", "10"])?;
+    let after = rows(&room.path("out"));
+    assert_eq!(after.len(), 10);
+    assert_eq!(after[..STEPS], before);
+    Ok(())
+}
+
+/// The text may have moved, but it must be the same text.
+#[test]
+fn a_moved_text_is_found_and_another_is_refused() -> Result<()> {
+    let room = Room::new();
+    let (text, out) = (room.string("text.txt"), room.string("out"));
+    child_process(&train_args(&text, &out), room.folder.path(), Some("inside a step#6"));
+    fs::rename(&text, room.path("moved.txt"))?;
+    fs::write(&text, super::story(5999))?;
+    assert_eq!(
+        super::message(&["--resume", &out]),
+        format!(
+            "the run in {out} was trained on {text} with SHA-256 0cdd693b159c, but {text} has 2d894f9891e9; name the same \
+             text with --data FILE, or start a new run"
+        )
+    );
+    run(&["--resume", &out, "--data", &room.string("moved.txt")])?;
+    assert_eq!(rows(&room.path("out")).len(), STEPS);
+    Ok(())
+}

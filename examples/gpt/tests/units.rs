@@ -1,0 +1,409 @@
+//! Each part alone: schedule, optimizer, text, batches, files, metrics, samples.
+
+use super::{child_process, run, short_config, story, Room};
+use crate::checkpoint;
+use crate::config::{AttentionKind, Config, Preset};
+use crate::data::{repository_files, Batches, Corpus, Text, KEPT_FILE_NAME};
+use crate::files::{check_free, fresh_folder, newest_run, AtomicFile};
+use crate::metrics::{self, Metrics, Row};
+use crate::model::{init_parameters, parameter_shapes, Parameters};
+use crate::optimizer::{clip, learning_rate, AdamW, Named};
+use crate::plot;
+use crate::rng::Rng;
+use crate::sample::{Sampling, Trained};
+use crate::tokenizer::{Tokenizer, TokenizerKind};
+use anyhow::Result;
+use candle_core::{Device, Tensor, Var};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+#[test]
+fn presets_have_the_sizes_they_are_named_after() {
+    let parameters = |preset, vocab_size| -> usize {
+        let shapes = parameter_shapes(&Config::preset(preset), vocab_size);
+        shapes.values().map(|shape| shape.iter().product::<usize>()).sum()
+    };
+    assert_eq!(parameters(Preset::Gpt124m, 50_257), 124_439_808);
+    assert_eq!(parameters(Preset::Gpt350m, 50_257), 354_823_168);
+    assert_eq!(parameters(Preset::Gpt1300m, 50_257), 1_315_723_264);
+    for preset in [Preset::Tiny, Preset::Gpt124m, Preset::Gpt350m, Preset::Gpt1300m] {
+        let config = Config::preset(preset);
+        assert_eq!(config.head_dim() * config.num_heads, config.embed_dim, "{preset:?}");
+    }
+}
+
+#[test]
+fn the_learning_rate_rises_linearly_and_falls_as_a_cosine() {
+    let config = Config { lr: 1.0, min_lr: 0.1, warmup: 4, steps: 12, ..Config::preset(Preset::Tiny) };
+    let rates: Vec<f64> = (1..=12).map(|step| learning_rate(&config, step)).collect();
+    assert_eq!(rates[..4], [0.25, 0.5, 0.75, 1.0]);
+    let close = |a: f64, b: f64| (a - b).abs() < 1e-12;
+    let cos45 = std::f64::consts::FRAC_1_SQRT_2;
+    assert!(close(rates[5], 0.1 + 0.9 * 0.5 * (1.0 + cos45)), "a quarter of the way: {rates:?}");
+    assert!(close(rates[7], 0.55), "half-way: {rates:?}");
+    assert!(close(rates[9], 0.1 + 0.9 * 0.5 * (1.0 - cos45)), "three quarters: {rates:?}");
+    assert!(close(rates[11], 0.1), "the last step: {rates:?}");
+    let no_warmup = Config { warmup: 0, ..config };
+    assert!(learning_rate(&no_warmup, 1) < 1.0 && learning_rate(&no_warmup, 1) > 0.98);
+}
+
+/// Against the formulas of the paper, in f64, one number at a time.
+#[test]
+fn adamw_follows_its_formulas() -> Result<()> {
+    let config = Config { weight_decay: 0.1, beta1: 0.9, beta2: 0.99, ..Config::preset(Preset::Tiny) };
+    let matrix = Var::from_tensor(&Tensor::new(&[[0.5f32, -2.0]], &Device::Cpu)?)?;
+    let bias = Var::from_tensor(&Tensor::new(&[0.5f32, -2.0], &Device::Cpu)?)?;
+    let parameters = Parameters::from([("bias".to_string(), bias.clone()), ("matrix".to_string(), matrix.clone())]);
+    let mut optimizer = AdamW::new(&parameters)?;
+
+    let gradients = [[0.3f32, -0.01], [-0.2, 4.0], [0.0, 1e-3]];
+    for (at, gradient) in gradients.iter().enumerate() {
+        let bias = Tensor::new(gradient, &Device::Cpu)?;
+        let named = Named::from([("matrix".to_string(), bias.unsqueeze(0)?), ("bias".to_string(), bias)]);
+        optimizer.update(&parameters, &named, &config, at + 1, 0.01)?;
+    }
+
+    for (at, start) in [0.5f64, -2.0].into_iter().enumerate() {
+        for (decay, got) in [(0.1, matrix.get(0)?.to_vec1::<f32>()?[at]), (0.0, bias.to_vec1::<f32>()?[at])] {
+            let (mut weight, mut m, mut v) = (start, 0.0, 0.0);
+            for (step, gradient) in (1..).zip(gradients.iter().map(|gradient| f64::from(gradient[at]))) {
+                m = 0.9 * m + 0.1 * gradient;
+                v = 0.99 * v + 0.01 * gradient * gradient;
+                let (m_hat, v_hat) = (m / (1.0 - 0.9f64.powi(step)), v / (1.0 - 0.99f64.powi(step)));
+                weight -= 0.01 * (decay * weight + m_hat / (v_hat.sqrt() + 1e-8));
+            }
+            assert!((f64::from(got) - weight).abs() < 1e-6, "decay {decay}, element {at}: {got}, formula {weight}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn clipping_scales_to_the_limit_and_only_above_it() -> Result<()> {
+    let gradients = || -> Result<Named> {
+        Ok(Named::from([
+            ("a".to_string(), Tensor::new(&[3f32, 0.0], &Device::Cpu)?),
+            ("b".to_string(), Tensor::new(&[[4f32]], &Device::Cpu)?),
+        ]))
+    };
+    let mut above = gradients()?;
+    assert_eq!(clip(&mut above, 1.0)?, 5.0);
+    assert!((above["a"].to_vec1::<f32>()?[0] - 0.6).abs() < 1e-6);
+    assert!((clip(&mut above, 1.0)? - 1.0).abs() < 1e-6);
+    let mut below = gradients()?;
+    assert_eq!(clip(&mut below, 6.0)?, 5.0);
+    assert_eq!(below["a"].to_vec1::<f32>()?, [3.0, 0.0]);
+    Ok(())
+}
+
+#[test]
+fn initial_weights_are_drawn_as_gpt2_draws_them() -> Result<()> {
+    let draw = |seed| init_parameters(&Config::preset(Preset::Tiny), 256, &mut Rng::new(seed), &Device::Cpu);
+    let parameters = draw(1)?;
+    let std = |name: &str| -> Result<f32> {
+        let values = parameters[name].flatten_all()?.to_vec1::<f32>()?;
+        Ok((values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32).sqrt())
+    };
+    let close = |got: f32, wanted: f32| (got / wanted - 1.0).abs() < 0.05;
+    assert!(close(std("wte")?, 0.02), "{}", std("wte")?);
+    assert!(close(std("h.3.mlp.c_fc.weight")?, 0.02));
+    assert!(close(std("h.3.mlp.c_proj.weight")?, 0.02 / 8f32.sqrt()), "scaled by 1 / sqrt(2 layers)");
+    assert_eq!(std("h.0.attn.c_attn.bias")?, 0.0);
+    assert_eq!(std("h.0.ln_1.weight")?, 1.0);
+    let values = |parameters: &Parameters| parameters["wpe"].flatten_all()?.to_vec1::<f32>();
+    assert_eq!(values(&draw(1)?)?, values(&parameters)?);
+    assert_ne!(values(&draw(2)?)?, values(&parameters)?);
+    Ok(())
+}
+
+/// A generator that went through JSON, at any position, goes on where it was.
+#[test]
+fn the_random_state_survives_json() -> Result<()> {
+    let mut rng = Rng::new(42);
+    for _ in 0..100 {
+        let mut copy: Rng = serde_json::from_str(&serde_json::to_string(&rng)?)?;
+        assert_eq!(copy, rng);
+        assert_eq!(copy.uniform(), rng.uniform());
+        assert_eq!(copy.normal(3, 1.0), rng.normal(3, 1.0));
+        assert_eq!(copy.seed(), rng.seed());
+    }
+    Ok(())
+}
+
+#[test]
+fn tokenizers_give_the_text_back() -> Result<()> {
+    let all_bytes: Vec<u8> = (0..=255).collect();
+    let bytes = Tokenizer::new(TokenizerKind::Bytes);
+    assert_eq!(bytes.decode(&bytes.encode(&all_bytes, "text")?)?, all_bytes);
+    assert_eq!(bytes.vocab_size(), 256);
+
+    let gpt2 = Tokenizer::new(TokenizerKind::Gpt2);
+    assert_eq!(gpt2.encode(b"Hello world", "text")?, [15496, 995]);
+    let text = "fn main() {\n    println!(\"naïve Größe 数学 🙂\");\n}\r\n\t<|endoftext|>";
+    let tokens = gpt2.encode(text.as_bytes(), "text")?;
+    assert_eq!(gpt2.decode(&tokens)?, text.as_bytes());
+    assert!(tokens.iter().all(|&token| token != 50_256), "a text cannot hold the end-of-text token: {tokens:?}");
+    assert!(gpt2.decode(&[50_256]).is_ok());
+    Ok(())
+}
+
+fn corpus(config: &Config) -> Result<Corpus> {
+    Corpus::new(Text::read(config.data.as_deref())?, &Tokenizer::new(config.tokenizer), config.context)
+}
+
+#[test]
+fn the_last_tenth_is_held_out() -> Result<()> {
+    let room = Room::new();
+    let corpus = corpus(&short_config(&room, AttentionKind::Flash))?;
+    let bytes = |tokens: &[u32]| tokens.iter().map(|&token| token as u8).collect::<Vec<u8>>();
+    assert_eq!(bytes(&corpus.train), story(6000).as_bytes()[..5400]);
+    assert_eq!(bytes(&corpus.held_out), story(6000).as_bytes()[5400..]);
+    Ok(())
+}
+
+/// Each epoch visits each of its windows once; no two epochs are alike; a cursor finds its place again.
+#[test]
+fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
+    let room = Room::new();
+    let config = short_config(&room, AttentionKind::Flash);
+    let corpus = corpus(&config)?;
+    let mut rng = Rng::new(3);
+    let mut batches = Batches::new(&config, &corpus, &mut rng);
+    let windows = 5400 / config.context - 2; // at least, whatever the offset
+    let mut epochs = Vec::new();
+    for _ in 0..2 {
+        let epoch = batches.next(windows, &mut rng);
+        let starts: BTreeSet<usize> = epoch.iter().copied().collect();
+        assert_eq!(starts.len(), windows, "a window came twice in one epoch");
+        let first = starts.first().unwrap() % config.context;
+        assert!(starts.iter().all(|start| start % config.context == first && start + config.context < 5400));
+        epochs.push(epoch);
+        batches.next(3, &mut rng); // over the end of the epoch
+        let mut again = Batches::at(&config, &corpus, batches.cursor().clone());
+        let mut rng_again = rng.clone();
+        assert_eq!(again.next(400, &mut rng_again), batches.next(400, &mut rng), "after the cursor");
+        batches = Batches::new(&config, &corpus, &mut rng);
+    }
+    assert_ne!(epochs[0], epochs[1]);
+    Ok(())
+}
+
+/// With git, what it tracks; without, what lies there; the same files in the same order.
+#[test]
+fn the_repository_is_the_default_text() -> Result<()> {
+    let room = Room::new();
+    let root = room.path("repository");
+    for name in [
+        "README.md",
+        "src/lib.rs",
+        "cuda/fwd.cu",
+        "cuda/core/mask.cuh",
+        "notes.txt",
+        "target/a.rs",
+        "runs/b.md",
+        ".hidden/c.md",
+    ] {
+        let path = root.join(name);
+        fs::create_dir_all(path.parent().unwrap())?;
+        fs::write(path, name)?;
+    }
+    let expected: BTreeSet<PathBuf> =
+        ["README.md", "src/lib.rs", "cuda/fwd.cu", "cuda/core/mask.cuh"].into_iter().map(PathBuf::from).collect();
+    assert_eq!(repository_files(&root)?, expected);
+
+    let git = |args: &[&str]| std::process::Command::new("git").arg("-C").arg(&root).args(args).output();
+    if git(&["init", "-q"]).is_ok_and(|output| output.status.success()) {
+        git(&["add", "README.md", "src/lib.rs", "cuda", "notes.txt", ".hidden"])?;
+        fs::write(root.join("untracked.rs"), "untracked")?;
+        assert_eq!(repository_files(&root)?, expected);
+        fs::remove_file(root.join("src/lib.rs"))?; // tracked still, but gone
+        assert_eq!(repository_files(&root)?.len(), 3);
+    }
+
+    let empty = room.path("empty");
+    fs::create_dir_all(&empty)?;
+    let said = || String::from_utf8_lossy(&child_process(&[], &empty, None).stderr).into_owned();
+    let no_default = "error: there is no default text: ";
+    let elsewhere = said();
+    let sentence = ". holds no Cargo.toml; start in the repository, or name a text with --data FILE";
+    assert!(elsewhere.contains(&format!("{no_default}{sentence}")), "{elsewhere}");
+    fs::write(empty.join("Cargo.toml"), "")?;
+    let nothing = said();
+    let sentence = "no .rs, .cu, .cuh or .md file lies below .; name a text with --data FILE";
+    assert!(nothing.contains(&format!("{no_default}{sentence}")), "{nothing}");
+    assert!(!empty.join("runs").exists());
+    Ok(())
+}
+
+#[test]
+fn numbered_folders_are_fresh() -> Result<()> {
+    let room = Room::new();
+    let runs = room.path("runs");
+    assert_eq!(fresh_folder(&runs)?, runs.join("0001"));
+    assert_eq!(fresh_folder(&runs)?, runs.join("0002"));
+    fs::create_dir(runs.join("0041"))?;
+    fs::create_dir(runs.join("experiment"))?;
+    fs::remove_dir(runs.join("0001"))?;
+    assert_eq!(fresh_folder(&runs)?, runs.join("0042"));
+    fs::write(runs.join("0041/checkpoint"), "")?;
+    assert_eq!(newest_run(&runs, "checkpoint")?, runs.join("0041"));
+    check_free(&runs.join("0042"))?;
+    check_free(&runs.join("0043"))?;
+    assert!(check_free(&runs.join("0041")).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_file_appears_whole_or_not_at_all() -> Result<()> {
+    let room = Room::new();
+    let path = room.path("file");
+    fs::write(&path, "before")?;
+    let mut file = AtomicFile::create(&path)?;
+    file.write_all(b"after")?;
+    file.flush()?;
+    assert_eq!(fs::read_to_string(&path)?, "before");
+    drop(file); // a write that failed
+    assert_eq!(fs::read_to_string(&path)?, "before");
+    let mut file = AtomicFile::create(&path)?;
+    file.write_all(b"after")?;
+    file.commit()?;
+    assert_eq!(fs::read_to_string(&path)?, "after");
+    assert!(!room.path("file.tmp").exists());
+    Ok(())
+}
+
+fn row(step: usize, val_loss: Option<f32>) -> Row {
+    Row { step, train_loss: 1.0 / 3.0, val_loss, lr: 1e-3, grad_norm: 0.1, tokens_per_s: 1234 }
+}
+
+#[test]
+fn metrics_have_their_columns() -> Result<()> {
+    let room = Room::new();
+    let mut metrics = Metrics::create(room.folder.path())?;
+    metrics.push(row(1, Some(2.5)))?;
+    metrics.push(row(2, None))?;
+    metrics.push(row(3, None))?;
+    let path = room.path(metrics::FILE_NAME);
+    let text = "step,train_loss,val_loss,lr,grad_norm,tokens_per_s\n1,0.33333334,2.5,0.001,0.1,1234\n2,0.33333334,,0.001,0.1,1234\n";
+    assert_eq!(fs::read_to_string(&path)?, format!("{text}3,0.33333334,,0.001,0.1,1234\n"));
+    assert_eq!(metrics::read(&path, usize::MAX)?, [row(1, Some(2.5)), row(2, None), row(3, None)]);
+
+    // Rows after the checkpoint go, the torn one at the end as well.
+    fs::write(&path, format!("{text}3,0.33333334,,0.001,0.1,1234\n4,0.2"))?;
+    let mut metrics = Metrics::resume(room.folder.path(), 2)?;
+    assert_eq!(fs::read_to_string(&path)?, text);
+    metrics.push(row(3, None))?;
+    assert_eq!(fs::read_to_string(&path)?, format!("{text}3,0.33333334,,0.001,0.1,1234\n"));
+    assert_eq!(metrics.rows().len(), 3);
+    Ok(())
+}
+
+#[test]
+fn the_loss_curve_draws_one_row_or_many() -> Result<()> {
+    let room = Room::new();
+    for steps in [1, 2, 1000] {
+        let rows: Vec<Row> = (1..=steps).map(|step| row(step, (step % 10 == 1).then_some(2.0))).collect();
+        plot::save(room.folder.path(), &rows)?;
+        let svg = fs::read_to_string(room.path(plot::FILE_NAME))?;
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
+        for text in ["loss, nats per token", "step", "training", "held-out, 2.000 at the end"] {
+            assert!(svg.contains(text), "{text} is missing after {steps} steps");
+        }
+        for colour in ["#000000", "#FFFFFF"] {
+            assert!(!svg.contains(colour), "{colour} is invisible on a page of that colour");
+        }
+        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    }
+    Ok(())
+}
+
+/// Nothing but a repository: the default command trains, into numbered folders; then the newest run writes and is
+/// measured.
+#[test]
+fn a_repository_is_all_that_is_needed() -> Result<()> {
+    let room = Room::new();
+    let root = room.path("repository");
+    fs::create_dir_all(root.join("src"))?;
+    fs::write(root.join("Cargo.toml"), "")?;
+    fs::write(root.join("src/lib.rs"), story(4000))?;
+    let said = |args: &[&str]| -> String {
+        let output = child_process(args, &root, None);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let trained = said(&["--steps", "2", "--batch", "2"]);
+    for text in
+        ["this repository: 3601 tokens to train on, 400 held out", "steps  1 to 2", "a sample:", "held-out loss"]
+    {
+        assert!(trained.contains(text), "{text}: {trained}");
+    }
+    said(&["train", "--steps", "1", "--batch", "1", "--context", "16"]);
+    for run in ["runs/0001", "runs/0002"] {
+        for name in [metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME, KEPT_FILE_NAME] {
+            assert!(root.join(run).join(name).is_file(), "{run}/{name}");
+        }
+    }
+    assert!(said(&["sample", "--prompt", "the query", "--tokens", "20"]).contains("the query"));
+    assert!(said(&["eval"]).contains("on 384 tokens of the held-out part of this repository"));
+    Ok(())
+}
+
+#[test]
+fn a_trained_model_writes_and_is_measured() -> Result<()> {
+    let room = Room::new();
+    let out = room.string("out");
+    let args = ["--data", &room.string("text.txt"), "--out", &out, "--context", "32", "--batch", "4"];
+    run(&[&args[..], &["--steps", "10", "--eval-windows", "100"]].concat())?;
+    let load = |path: &str, attention| Trained::load(Path::new(path), attention, &Device::Cpu);
+    let trained = load(&out, None)?;
+
+    let sampling = Sampling { tokens: 40, ..Sampling::default() };
+    let sample = |sampling: &Sampling, seed| trained.sample("the ", sampling, &mut Rng::new(seed));
+    let text = sample(&sampling, 1)?;
+    assert!(text.starts_with("the ") && text.chars().count() == 44, "{text}");
+    assert_eq!(sample(&sampling, 1)?, text, "one seed, one text");
+    assert_ne!(sample(&sampling, 2)?, text);
+    let greedy = sample(&Sampling { temperature: 0.0, ..sampling.clone() }, 1)?;
+    assert_eq!(sample(&Sampling { top_k: 1, ..sampling.clone() }, 2)?, greedy, "the likeliest, by either way");
+    assert!(trained.sample("", &sampling, &mut Rng::new(1)).unwrap_err().to_string().starts_with("--prompt is empty"));
+
+    // All 18 held-out windows went into the last evaluation of the training.
+    let recorded = metrics::read(&room.path("out/metrics.csv"), 10)?[9].val_loss.unwrap();
+    let held_out = trained.evaluate(None)?;
+    assert_eq!(held_out.loss as f32, recorded);
+    assert_eq!(held_out.tokens, 18 * 32);
+    assert!((held_out.bits_per_byte - held_out.loss / std::f64::consts::LN_2).abs() < 1e-9, "a token is a byte here");
+    let standard = load(&room.string("out/checkpoint.safetensors"), Some(AttentionKind::Standard))?.evaluate(None)?;
+    assert!((standard.loss - held_out.loss).abs() < 1e-4);
+
+    fs::write(room.path("other.txt"), story(1000).replace("the", "THE"))?;
+    let other = trained.evaluate(Some(&room.path("other.txt")))?;
+    assert_eq!(other.tokens, 31 * 32, "all of another text");
+    assert!(other.loss > held_out.loss);
+    fs::write(room.path("short.txt"), story(32))?;
+    let short = room.path("short.txt");
+    assert_eq!(
+        trained.evaluate(Some(&short)).err().unwrap().to_string(),
+        format!(
+            "{} is too short for the model's context 32: it has 32 tokens and needs 33; give a longer text",
+            short.display()
+        )
+    );
+    Ok(())
+}
+
+/// Byte-pair tokens are longer than a byte, and bits per byte say so.
+#[test]
+fn gpt2_tokens_train_and_evaluate() -> Result<()> {
+    let room = Room::new();
+    let out = room.string("out");
+    let args = ["--data", &room.string("text.txt"), "--out", &out, "--context", "8", "--batch", "1"];
+    run(&[&args[..], &["--steps", "1", "--tokenizer", "gpt2", "--eval-windows", "2"]].concat())?;
+    let trained = Trained::load(Path::new(&out), None, &Device::Cpu)?;
+    let evaluation = trained.evaluate(None)?;
+    assert!((evaluation.loss - 50_257f64.ln()).abs() < 0.5, "{evaluation}");
+    assert!(evaluation.bits_per_byte < evaluation.loss / std::f64::consts::LN_2 / 3.0, "{evaluation}");
+    Ok(())
+}

@@ -1,0 +1,64 @@
+//! Text to tokens and back: raw bytes, or GPT-2's byte-pair encoding.
+
+use anyhow::{anyhow, Result};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use tiktoken_rs::CoreBPE;
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]
+pub enum TokenizerKind {
+    /// One token per byte: 256 tokens, any file
+    Bytes,
+    /// GPT-2's byte-pair encoding: 50,257 tokens, UTF-8 text
+    Gpt2,
+}
+
+pub enum Tokenizer {
+    Bytes,
+    Gpt2(&'static CoreBPE),
+}
+
+impl Tokenizer {
+    pub fn new(kind: TokenizerKind) -> Self {
+        match kind {
+            TokenizerKind::Bytes => Tokenizer::Bytes,
+            // r50k_base is the vocabulary that GPT-2 was trained with; tiktoken-rs carries it.
+            TokenizerKind::Gpt2 => Tokenizer::Gpt2(tiktoken_rs::r50k_base_singleton()),
+        }
+    }
+
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Tokenizer::Bytes => 256,
+            Tokenizer::Gpt2(_) => 50_257,
+        }
+    }
+
+    /// Tokens of `text`; `name` is what an error calls it.
+    pub fn encode(&self, text: &[u8], name: &str) -> Result<Vec<u32>> {
+        match self {
+            Tokenizer::Bytes => Ok(text.iter().map(|&byte| u32::from(byte)).collect()),
+            Tokenizer::Gpt2(bpe) => {
+                let text = std::str::from_utf8(text).map_err(|error| {
+                    anyhow!(
+                        "{name} is not UTF-8 text (byte {} is the first that is not), which --tokenizer gpt2 needs; \
+                         use --tokenizer bytes",
+                        error.valid_up_to()
+                    )
+                })?;
+                // Ordinary: "<|endoftext|>" in a text is these 13 characters, not a control token.
+                Ok(bpe.encode_ordinary(text))
+            }
+        }
+    }
+
+    /// The bytes that `tokens` stand for. A token can be a part of a character, so they need not be UTF-8.
+    pub fn decode(&self, tokens: &[u32]) -> Result<Vec<u8>> {
+        match self {
+            Tokenizer::Bytes => Ok(tokens.iter().map(|&token| token as u8).collect()),
+            Tokenizer::Gpt2(bpe) => {
+                bpe.decode_bytes(tokens).map_err(|error| anyhow!("the model's tokens are not GPT-2's: {error}"))
+            }
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Training, from the first step or from a checkpoint. Both ways lead through the same loop, bit for bit.
+
+use crate::checkpoint::{self, Checkpoint, State};
+use crate::config::Config;
+use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
+use crate::files::write_atomically;
+use crate::metrics;
+use crate::metrics::{Metrics, Row};
+use crate::model::{check_gradients, init_parameters, Gpt, Parameters};
+use crate::optimizer::{clip, learning_rate, AdamW, Named};
+use crate::plot;
+use crate::progress::{clock, Progress};
+use crate::rng::Rng;
+use crate::sample::{generate, Sampling};
+use crate::tokenizer::Tokenizer;
+use anyhow::{bail, Result};
+use candle_core::Device;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Tokens of the sample that is printed when training ends; the tests train dozens of models and read no sample.
+const SAMPLE_TOKENS: usize = if cfg!(test) { 10 } else { 400 };
+
+/// A run in memory: what is needed for the next step.
+pub struct Run {
+    config: Config,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    device: Device,
+    parameters: Parameters,
+    model: Gpt, // over the parameters
+    optimizer: AdamW,
+    rng: Rng,
+    batches: Batches,
+    step: usize, // steps done
+}
+
+impl Run {
+    /// A run at its first step.
+    pub fn new(config: Config, device: Device) -> Result<Self> {
+        config.check_device(&device)?;
+        let tokenizer = Tokenizer::new(config.tokenizer);
+        let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
+        let mut rng = Rng::new(config.seed);
+        let parameters = init_parameters(&config, tokenizer.vocab_size(), &mut rng, &device)?;
+        let model = Gpt::new(&config, &parameters);
+        let optimizer = AdamW::new(&parameters)?;
+        let batches = Batches::new(&config, &corpus, &mut rng);
+        let run = Self { config, tokenizer, corpus, device, parameters, model, optimizer, rng, batches, step: 0 };
+        run.check_gradients()?;
+        Ok(run)
+    }
+
+    /// The run in `dir`, at its checkpoint. `data` says where its text is now, `steps` where it shall end now.
+    pub fn resume(dir: &Path, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
+        let Checkpoint { state, parameters, optimizer } = checkpoint::load(&checkpoint::locate(dir)?, &device)?;
+        let State { step, mut config, rng, cursor, text_name, text_sha256, .. } = state;
+        if let Some(steps) = steps {
+            config.steps = steps;
+        }
+        if step >= config.steps {
+            bail!(
+                "the run in {} has done its {step} steps; add --steps N with N above {step} to train it further",
+                dir.display()
+            );
+        }
+        config.check_device(&device)?;
+        let text = Text::read(data.as_deref().or(config.data.as_deref()))?;
+        if text.sha256 != text_sha256 {
+            bail!(
+                "the run in {} was trained on {text_name} with SHA-256 {}, but {} has {}; {}, or start a new run",
+                dir.display(),
+                &text_sha256[..12],
+                text.name,
+                &text.sha256[..12],
+                way_to_text(dir),
+            );
+        }
+        config.data = data.or(config.data);
+        let tokenizer = Tokenizer::new(config.tokenizer);
+        let corpus = Corpus::new(text, &tokenizer, config.context)?;
+        let model = Gpt::new(&config, &parameters);
+        let batches = Batches::at(&config, &corpus, cursor);
+        let run = Self { config, tokenizer, corpus, device, parameters, model, optimizer, rng, batches, step };
+        run.check_gradients()?;
+        Ok(run)
+    }
+
+    /// Trains to the last step; everything that is to be kept goes into `dir`.
+    pub fn train(&mut self, dir: &Path) -> Result<()> {
+        println!("{}", self.describe());
+        let started = Instant::now();
+        let mut metrics = match self.step {
+            0 => Metrics::create(dir)?,
+            step => Metrics::resume(dir, step)?,
+        };
+        if self.step == 0 {
+            if self.config.data.is_none() {
+                let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
+                write_atomically(&dir.join(KEPT_FILE_NAME), &self.tokenizer.decode(&tokens)?)?;
+            }
+            // Room on the disk is known from now on, and a run that dies early can be resumed.
+            self.checkpoint(dir, &metrics)?;
+        }
+
+        let mut progress = Progress::new(self.step, self.config.steps);
+        while self.step < self.config.steps {
+            let row = self.one_step()?;
+            progress.step(&row);
+            let evaluated = row.val_loss.is_some();
+            metrics.push(row)?;
+            if evaluated {
+                plot::save(dir, metrics.rows())?;
+                self.checkpoint(dir, &metrics)?; // last: what it does not know of will be done again
+            }
+        }
+        progress.finish();
+
+        println!("\na sample:\n{}\n", self.sample()?);
+        let val_loss = metrics.rows().last().and_then(|row| row.val_loss).unwrap_or(f32::NAN);
+        println!("held-out loss {val_loss:.4} after {} steps and {}", self.step, clock(started.elapsed()));
+        println!("{}: {}, {}, {}", dir.display(), metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME);
+        Ok(())
+    }
+
+    /// One optimizer step, and its evaluation where one is due.
+    pub fn one_step(&mut self) -> Result<Row> {
+        let started = Instant::now();
+        let (train_loss, mut gradients) = self.gradients()?;
+        let grad_norm = clip(&mut gradients, self.config.clip)?;
+        let step = self.step + 1;
+        if !train_loss.is_finite() || !grad_norm.is_finite() {
+            bail!(
+                "step {step}: the loss is {train_loss} and the norm of its gradient {grad_norm}; the last checkpoint is \
+                 from before; a smaller --lr or a longer --warmup may help"
+            );
+        }
+        #[cfg(test)]
+        crate::tests::abort_at("inside", Path::new("a step"));
+        let lr = learning_rate(&self.config, step);
+        self.optimizer.update(&self.parameters, &gradients, &self.config, step, lr)?;
+        self.device.synchronize()?;
+        let tokens_per_s = (self.config.tokens_per_step() as f64 / started.elapsed().as_secs_f64()) as u64;
+
+        self.step = step;
+        let due = step == 1 || step == self.config.steps || step.is_multiple_of(self.config.eval_interval);
+        let val_loss = if due { Some(self.held_out_loss()?) } else { None };
+        Ok(Row { step, train_loss, val_loss, lr, grad_norm, tokens_per_s })
+    }
+
+    /// Mean loss over the next `accumulation` batches, and its gradient.
+    fn gradients(&mut self) -> Result<(f32, Named)> {
+        let config = &self.config;
+        let mut train_loss = 0.0;
+        let mut gradients = Named::new();
+        for _ in 0..config.accumulation {
+            let starts = self.batches.next(config.batch, &mut self.rng);
+            let (tokens, targets) = windows(&self.corpus.train, &starts, config.context, &self.device)?;
+            let loss = (self.model.loss(&tokens, &targets)? / config.accumulation as f64)?;
+            let mut store = loss.backward()?;
+            for (name, var) in &self.parameters {
+                let Some(gradient) = store.remove(var) else { bail!("parameter {name} received no gradient") };
+                // Candle's gradients remember what they were computed from, and would keep this whole pass alive.
+                let gradient = gradient.detach();
+                let sum = match gradients.remove(name) {
+                    Some(before) => (before + gradient)?,
+                    None => gradient,
+                };
+                gradients.insert(name.clone(), sum);
+            }
+            train_loss += loss.to_scalar::<f32>()?;
+        }
+        Ok((train_loss, gradients))
+    }
+
+    /// What the model writes now, from a new line on.
+    fn sample(&self) -> Result<String> {
+        let model = Gpt::frozen(&self.config, &self.parameters);
+        let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
+        let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
+        // A clone of the generator: a sample must not change how a resumed run goes on.
+        let tokens = generate(&model, &prompt, &sampling, &mut self.rng.clone())?;
+        Ok(String::from_utf8_lossy(&self.tokenizer.decode(&tokens)?).into_owned())
+    }
+
+    /// Mean loss over `eval_windows` windows that are spread over the held-out text, always the same.
+    fn held_out_loss(&self) -> Result<f32> {
+        let all = window_starts(self.corpus.held_out.len(), self.config.context, 0);
+        let stride = all.len().div_ceil(self.config.eval_windows);
+        let starts: Vec<usize> = all.into_iter().step_by(stride).collect();
+        mean_loss(&Gpt::frozen(&self.config, &self.parameters), &self.corpus.held_out, &starts)
+    }
+
+    /// One backward pass, whose gradients must reach every parameter.
+    fn check_gradients(&self) -> Result<()> {
+        let starts = window_starts(self.corpus.train.len(), self.config.context, 0);
+        let (tokens, targets) = windows(&self.corpus.train, &starts[..1], self.config.context, &self.device)?;
+        check_gradients(&self.parameters, &self.model.loss(&tokens, &targets)?.backward()?)
+    }
+
+    fn checkpoint(&self, dir: &Path, metrics: &Metrics) -> Result<()> {
+        metrics.sync()?;
+        let state = State {
+            step: self.step,
+            config: self.config.clone(),
+            vocab_size: self.tokenizer.vocab_size(),
+            text_name: self.corpus.name.clone(),
+            text_sha256: self.corpus.sha256.clone(),
+            rng: self.rng.clone(),
+            cursor: self.batches.cursor().clone(),
+        };
+        checkpoint::save(dir, &state, &self.parameters, &self.optimizer)
+    }
+
+    fn describe(&self) -> String {
+        let Config { num_layers, num_heads, embed_dim, context, batch, accumulation, .. } = self.config;
+        let weights: usize = self.parameters.values().map(|var| var.elem_count()).sum();
+        let accumulated = if accumulation == 1 { String::new() } else { format!("{accumulation} x ") };
+        format!(
+            "text   {}: {} tokens to train on, {} held out (SHA-256 {})\n\
+             model  {num_layers} layers, {num_heads} heads, {embed_dim} wide, context {context}: {:.2} M parameters\n\
+             steps  {} to {}, each {accumulated}{batch} windows of {context} tokens",
+            self.corpus.name,
+            self.corpus.train.len(),
+            self.corpus.held_out.len(),
+            &self.corpus.sha256[..12],
+            weights as f64 / 1e6,
+            self.step + 1,
+            self.config.steps,
+        )
+    }
+}
+
+/// Mean loss over the windows of `tokens` at `starts`.
+pub fn mean_loss(model: &Gpt, tokens: &[u32], starts: &[usize]) -> Result<f32> {
+    let config = model.config();
+    let mut sum = 0.0;
+    for starts in starts.chunks(config.batch) {
+        let (tokens, targets) = windows(tokens, starts, config.context, model.device())?;
+        sum += f64::from(model.loss(&tokens, &targets)?.to_scalar::<f32>()?) * starts.len() as f64;
+    }
+    Ok((sum / starts.len() as f64) as f32)
+}
