@@ -157,14 +157,11 @@ impl Line {
         match self.pass {
             // q, k and v.
             Pass::Forward => tile_q + 2 * tile_k,
-            // k, v, q, do, P and dS; a second tile of q where an A100 has room for it.
+            // k, v, q, do, P and dS; a second tile of q where an A100 has room for it; lse as often as q, delta once.
             Pass::Backward => {
                 let one_stage = 2 * tile_k + 2 * tile_q + 2 * self.block_m * self.block_n * ELEMENT_BYTES;
-                if one_stage + tile_q <= 160 * 1024 {
-                    one_stage + tile_q
-                } else {
-                    one_stage
-                }
+                let stages = if one_stage + tile_q <= 160 * 1024 { 2 } else { 1 };
+                one_stage + (stages - 1) * tile_q + (stages + 1) * self.block_m * size_of::<f32>()
             }
             Pass::Delta | Pass::Convert => 0,
         }
@@ -385,7 +382,7 @@ const STRUCTS: [(&str, &[(&str, usize)]); 6] = [
             ("softmax_scale", 4),
         ],
     ),
-    ("ConvertParams", &[("from", 8), ("to", 8), ("elements", 8)]),
+    ("ConvertParams", &[("from", 8), ("to", 8), ("elements", 8), ("factor", 4)]),
 ];
 const STRIDES: usize = 24;
 const SHAPE: usize = 88;

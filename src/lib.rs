@@ -65,7 +65,7 @@
 //!
 //! | feature | default | what it does |
 //! | --- | --- | --- |
-//! | `cuda` | off | builds Candle for NVIDIA GPUs. This version has no CUDA kernels yet: tensors on a GPU are refused |
+//! | `cuda` | off | a preview of NVIDIA GPUs (Ampere and newer): f16 and bf16, `head_dim` a multiple of 8 up to 256 |
 //!
 //! Vector instructions (AVX2, AVX-512, NEON) are chosen at run time; no compiler flags are needed.
 #![deny(missing_docs)]

@@ -97,7 +97,7 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
         const int m_count = (queries.end - 1) / Traits::kBlockM + 1 - m_first;
         const int group = shape.num_heads / shape.num_heads_k;
         const int steps = m_count * group;
-        // Of a tile of queries, by its first threads. Zeros past the end do no harm: P is then 1 there, and do, dP, dS are 0.
+        // Of a tile of queries, by its first threads.
         const auto start_statistics = [&](uint32_t shared, const float* statistics, int head, int m_block) {
             const int row = m_block * Traits::kBlockM + thread;
             const float* from = statistics + batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
@@ -152,8 +152,11 @@ __device__ __forceinline__ void backward(const BwdParams& params) {
 #pragma unroll
             for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    lse_log2[i][half] = lse[s_row + 16 * i + fragment_row(lane, half)] * kLog2e;
+                for (int half = 0; half < 2; ++half) {
+                    // Rows past the end: P = exp2(score - inf) = 0, whatever ALiBi makes of their score.
+                    const int row = s_row + 16 * i + fragment_row(lane, half);
+                    lse_log2[i][half] = first_row + row < rows.end ? lse[row] * kLog2e : INFINITY;
+                }
 
             const Range common = sees.common_keys(rows);
             const bool partial = cols.begin < common.begin || cols.begin + Traits::kBlockN > common.end;

@@ -242,7 +242,10 @@ fn typed_backward<T: Element>(
 
         let mut launcher = Launcher::new(&stream);
         let (from, to) = (launcher.read(&sums, 0), launcher.write(&mut dq));
-        launcher.launch(&plan.convert, &ConvertParams { from, to, elements: q_len as i64 })?;
+        launcher.launch(
+            &plan.convert,
+            &ConvertParams { from, to, elements: q_len as i64, factor: problem.softmax_scale as f32 },
+        )?;
     }
     Ok([dq, dk, dv].map(|grad| T::wrap_cuda_slice(grad, device.clone())))
 }

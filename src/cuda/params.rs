@@ -97,6 +97,7 @@ pub(super) struct ConvertParams {
     pub from: CUdeviceptr,
     pub to: CUdeviceptr,
     pub elements: i64,
+    pub factor: f32,
 }
 
 // The same sizes and offsets are asserted by nvcc on cuda/params.h.

@@ -4,6 +4,7 @@
 
 mod backward;
 mod common;
+mod cuda;
 mod cuda_plan;
 mod edges;
 mod errors;

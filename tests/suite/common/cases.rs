@@ -13,6 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use sha2::{Digest, Sha256};
 use std::fmt;
+use std::sync::OnceLock;
 
 /// Where a case runs and in which type.
 #[derive(Clone, Debug)]
@@ -25,6 +26,14 @@ pub struct Target {
 pub fn targets() -> Vec<Target> {
     let dtypes = [DType::F64, DType::F32, DType::F16, DType::BF16];
     dtypes.map(|dtype| Target { device: Device::Cpu, dtype }).to_vec()
+}
+
+/// The first GPU with each type that it has kernels for; nothing without the feature `cuda` or without a driver.
+pub fn gpu_targets() -> Vec<Target> {
+    static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    let gpu = GPU.get_or_init(|| Device::new_cuda(0).ok());
+    let target = |dtype| gpu.clone().map(|device| Target { device, dtype });
+    [DType::F16, DType::BF16].into_iter().filter_map(target).collect()
 }
 
 /// The target of one type on the host, for tests of what the types share.
