@@ -49,8 +49,8 @@
 //!
 //! # Gradients
 //!
-//! The forward keeps one number per row, the log-sum-exp of its scores, inside the operator; the backward recomputes the
-//! scores from it, tile by tile. Calling `backward()` again gives the same gradients again. A tensor that is tracked for
+//! The forward keeps the log-sum-exp of each row of scores inside the operator (on the CPU in two parts, the largest score
+//! and the rest, exact for scores of any size); the backward recomputes the probabilities from it, tile by tile. Calling `backward()` again gives the same gradients again. A tensor that is tracked for
 //! gradients where none is offered (ALiBi slopes, a cache for decoding) is refused instead of being cut off silently.
 //!
 //! # How a call is computed

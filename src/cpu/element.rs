@@ -58,47 +58,34 @@ fn narrow_all<T: Element>(from: &[T::Acc]) -> Vec<T> {
     to
 }
 
-impl Element for f64 {
-    type Acc = f64;
-    const IN_PLACE: bool = true;
+/// Types that are their own accumulator.
+macro_rules! in_place {
+    ($type:ty) => {
+        impl Element for $type {
+            type Acc = $type;
+            const IN_PLACE: bool = true;
 
-    fn widen(from: &[Self], to: &mut [f64]) {
-        to.copy_from_slice(from);
-    }
+            fn widen(from: &[Self], to: &mut [Self]) {
+                to.copy_from_slice(from);
+            }
 
-    fn narrow(from: &[f64], to: &mut [Self]) {
-        to.copy_from_slice(from);
-    }
+            fn narrow(from: &[Self], to: &mut [Self]) {
+                to.copy_from_slice(from);
+            }
 
-    fn as_acc(slice: &[Self]) -> Option<&[f64]> {
-        Some(slice)
-    }
+            fn as_acc(slice: &[Self]) -> Option<&[Self]> {
+                Some(slice)
+            }
 
-    fn from_acc(from: Vec<f64>) -> Vec<Self> {
-        from
-    }
+            fn from_acc(from: Vec<Self>) -> Vec<Self> {
+                from
+            }
+        }
+    };
 }
 
-impl Element for f32 {
-    type Acc = f32;
-    const IN_PLACE: bool = true;
-
-    fn widen(from: &[Self], to: &mut [f32]) {
-        to.copy_from_slice(from);
-    }
-
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.copy_from_slice(from);
-    }
-
-    fn as_acc(slice: &[Self]) -> Option<&[f32]> {
-        Some(slice)
-    }
-
-    fn from_acc(from: Vec<f32>) -> Vec<Self> {
-        from
-    }
-}
+in_place!(f32);
+in_place!(f64);
 
 impl Element for f16 {
     type Acc = f32;
