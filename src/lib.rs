@@ -50,8 +50,9 @@
 //! # Gradients
 //!
 //! The forward keeps the log-sum-exp of each row of scores inside the operator (on the CPU in two parts, the largest score
-//! and the rest, exact for scores of any size); the backward recomputes the probabilities from it, tile by tile. Calling `backward()` again gives the same gradients again. A tensor that is tracked for
-//! gradients where none is offered (ALiBi slopes, a cache for decoding) is refused instead of being cut off silently.
+//! and the rest, exact for scores of any size); the backward recomputes the probabilities from it, tile by tile. Calling
+//! `backward()` again gives the same gradients again. A tensor that is tracked for gradients where none is offered (ALiBi
+//! slopes, a cache for decoding) is refused instead of being cut off silently.
 //!
 //! # How a call is computed
 //!
