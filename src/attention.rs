@@ -148,8 +148,7 @@ impl Attention {
     /// # Errors
     /// The error that `forward` would return.
     pub fn supports(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        let problem = Problem::padded(self, q, k, v)?;
-        Plan::choose(&problem, &DeviceCaps::of(q.device())?).map(drop)
+        plan(&Problem::padded(self, q, k, v)?, q).map(drop)
     }
 
     /// Whether [`Self::forward_packed`] would accept this call. Computes nothing.
@@ -164,8 +163,7 @@ impl Attention {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<()> {
-        let problem = Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?;
-        Plan::choose(&problem, &DeviceCaps::of(q.device())?).map(drop)
+        plan(&Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q).map(drop)
     }
 
     fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -187,8 +185,13 @@ impl Attention {
 
     /// The operator of one checked call.
     pub(crate) fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
-        let plan = Plan::choose(&problem, &DeviceCaps::of(q.device())?)?;
+        let plan = plan(&problem, q)?;
         crate::plan::log(&problem, &plan);
         Ok(FlashAttention::new(problem, plan, self.alibi_slopes.clone(), output))
     }
+}
+
+/// How the device of q computes `problem`.
+fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
+    Plan::choose(problem, &DeviceCaps::of(q.device())?)
 }

@@ -43,19 +43,18 @@ pub(super) trait Element: WithDType + Default {
     fn narrow(from: &[Self::Acc], to: &mut [Self]);
 
     /// The same slice, seen as accumulators, if `IN_PLACE`.
-    fn as_acc(slice: &[Self]) -> Option<&[Self::Acc]>;
+    fn as_acc(_: &[Self]) -> Option<&[Self::Acc]> {
+        None
+    }
 
-    /// Rounds a whole tensor, as [`Self::narrow`] does.
-    fn from_acc(from: Vec<Self::Acc>) -> Vec<Self>;
-}
-
-/// Rounds a whole tensor on all threads.
-fn narrow_all<T: Element>(from: &[T::Acc]) -> Vec<T> {
-    // Elements per task: 64 KB of f32, large against the cost of handing it out.
-    const CHUNK: usize = 1 << 14;
-    let mut to = vec![T::default(); from.len()];
-    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| T::narrow(from, to));
-    to
+    /// Rounds a whole tensor on all threads, as [`Self::narrow`] does.
+    fn from_acc(from: Vec<Self::Acc>) -> Vec<Self> {
+        // Elements per task: 64 KB of f32, large against the cost of handing it out.
+        const CHUNK: usize = 1 << 14;
+        let mut to = vec![Self::default(); from.len()];
+        to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| Self::narrow(from, to));
+        to
+    }
 }
 
 /// Types that are their own accumulator.
@@ -98,14 +97,6 @@ impl Element for f16 {
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.convert_from_f32_slice(from);
     }
-
-    fn as_acc(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-
-    fn from_acc(from: Vec<f32>) -> Vec<Self> {
-        narrow_all(&from)
-    }
 }
 
 impl Element for bf16 {
@@ -121,14 +112,6 @@ impl Element for bf16 {
 
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.convert_from_f32_slice(from);
-    }
-
-    fn as_acc(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-
-    fn from_acc(from: Vec<f32>) -> Vec<Self> {
-        narrow_all(&from)
     }
 }
 
