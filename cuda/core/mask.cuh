@@ -65,11 +65,6 @@ struct Visibility {
     __device__ __forceinline__ Range queries_of(Range cols) const {
         return {max(cols.begin - right, 0), min(cols.end + left, seqlen_q)};
     }
-
-    // Queries that see every key of a tile.
-    __device__ __forceinline__ Range common_queries(Range cols) const {
-        return {max(cols.end - 1 - right, 0), min(cols.begin + left + 1, seqlen_q)};
-    }
 };
 
 }  // namespace fa2
