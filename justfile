@@ -22,9 +22,23 @@ ci:
 bench *filter:
     cargo bench --bench attention -- {{ filter }}
 
-# rewrite the README's table from the recorded benchmark
+# rewrite what is generated: the README's table from the recorded benchmark, docs/kernels.md from a compilation
 tables:
     CANDLE_FA2_UPDATE=1 cargo test --test suite house
+    .ci/kernel-table --update
+
+# lint the feature `cuda` and compile its kernels, without a GPU or a CUDA toolkit
+check-cuda:
+    .ci/cuda-clippy
+    .ci/kernel-table
+
+# the tests on this machine's GPU
+gpu:
+    cargo test --features cuda --test suite
+
+# its kernels under compute-sanitizer; `just sanitize racecheck` for one of its tools
+sanitize *tools:
+    .ci/sanitize {{ tools }}
 
 # train the small GPT
 gpt *args:
