@@ -63,14 +63,19 @@ fn table(record: &str) -> Result<String> {
     Ok(table + &format!("\nMeasured on: {machine}, {date} ([the whole run]({}/attention.txt)).\n", folder.display()))
 }
 
-/// Every relative link of a document names a file or folder of the repository.
+/// Every relative link of a document names a file or folder, from the folder that the document is in.
 #[test]
 fn links_lead_somewhere() -> Result<()> {
-    for document in ["README.md", "CHANGELOG.md"] {
-        let text = fs::read_to_string(root().join(document))?;
+    let in_docs = fs::read_dir(root().join("docs"))?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    let in_docs = in_docs.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    for document in ["README.md", "CHANGELOG.md"].map(|name| root().join(name)).into_iter().chain(in_docs) {
+        let text = fs::read_to_string(&document)?;
+        let folder = document.parent().context("a document lies in a folder")?;
         for target in text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target) {
-            let outside = target.starts_with("http") || target.starts_with('#');
-            ensure!(outside || root().join(target).exists(), "{document} links to {target}, which does not exist");
+            // Without the heading that it may name.
+            let file = target.split('#').next().unwrap_or_default();
+            let leads = target.starts_with("http") || folder.join(file).exists();
+            ensure!(leads, "{} links to {target}, which does not exist", document.display());
         }
     }
     Ok(())
