@@ -30,8 +30,8 @@ const DTYPES: [(&str, &str); 2] = [("f16", "F16"), ("bf16", "BF16")];
 const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "--use_fast_math", "-Xptxas", "-v"];
 const WARP_SIZE: usize = 32;
 
-/// Warps of the kernels that have no tiles.
-const HELPER_WARPS: usize = 8;
+/// Warps of the kernel that has no tiles.
+const DELTA_WARPS: usize = 8;
 
 fn main() {
     let root = PathBuf::from(variable("CARGO_MANIFEST_DIR").expect("cargo sets it"));
@@ -81,7 +81,7 @@ struct Definitions {
     locals: Vec<Local>,
 }
 
-/// `KERNEL(pass, arch, head_dim, block_m, block_n, warps)`.
+/// `KERNEL(pass, arch, head_dim, block_m, block_n, warps)`, for the backward followed by `stages, warps_m, warps_n`.
 struct Line {
     pass: Pass,
     /// 80 for `sm80`: the directory of its templates, and the oldest GPU that runs it.
@@ -90,6 +90,12 @@ struct Line {
     block_m: usize,
     block_n: usize,
     warps: usize,
+    /// Of the backward, 0 otherwise: tiles of q and do in shared memory.
+    stages: usize,
+    /// Of the backward, 0 otherwise: rows of warps of S and dP.
+    warps_m: usize,
+    /// Of the backward, 0 otherwise: rows of warps of dk and dv.
+    warps_n: usize,
 }
 
 /// `LOCAL(kernel, bytes)  // reason`: local memory that is meant to be. `*` in the name stands for any text.
@@ -122,21 +128,26 @@ impl Definitions {
     }
 
     fn add(&mut self, code: &str, comment: &str) -> Result<(), &'static str> {
-        const FORMS: &str = "expected KERNEL(pass, arch, head_dim, block_m, block_n, warps) or LOCAL(kernel, bytes)";
+        const FORMS: &str = "expected KERNEL(fwd, arch, head_dim, block_m, block_n, warps), \
+                             KERNEL(bwd, arch, head_dim, block_m, block_n, warps, stages, warps_m, warps_n) or \
+                             LOCAL(kernel, bytes)";
         let (word, rest) = code.split_once('(').ok_or(FORMS)?;
         let arguments: Vec<&str> = rest.strip_suffix(')').ok_or(FORMS)?.split(',').map(str::trim).collect();
         let number = |text: &str| text.parse().map_err(|_| "expected a number");
         match (word, arguments.as_slice()) {
-            ("KERNEL", &[pass, arch, head_dim, block_m, block_n, warps]) => {
-                let pass = match pass {
-                    "fwd" => Pass::Forward,
-                    "bwd" => Pass::Backward,
-                    _ => return Err("pass is fwd or bwd"),
+            ("KERNEL", &[pass, arch, head_dim, block_m, block_n, warps, ref layout @ ..]) => {
+                let (pass, layout) = match (pass, layout) {
+                    ("fwd", []) => (Pass::Forward, [0; 3]),
+                    ("bwd", &[stages, warps_m, warps_n]) => {
+                        (Pass::Backward, [number(stages)?, number(warps_m)?, number(warps_n)?])
+                    }
+                    _ => return Err(FORMS),
                 };
                 let arch = number(arch.strip_prefix("sm").ok_or("arch is sm and a number")?)?;
                 let [head_dim, block_m, block_n, warps] =
                     [number(head_dim)?, number(block_m)?, number(block_n)?, number(warps)?];
-                self.lines.push(Line { pass, arch, head_dim, block_m, block_n, warps });
+                let [stages, warps_m, warps_n] = layout;
+                self.lines.push(Line { pass, arch, head_dim, block_m, block_n, warps, stages, warps_m, warps_n });
             }
             ("LOCAL", &[kernel, bytes]) if !comment.is_empty() => {
                 self.locals.push(Local { kernel: kernel.to_string(), bytes: number(bytes)? });
@@ -157,11 +168,10 @@ impl Line {
         match self.pass {
             // q, k and v.
             Pass::Forward => tile_q + 2 * tile_k,
-            // k, v, q, do, P and dS; a second tile of q where an A100 has room for it; lse as often as q, delta once.
+            // k and v, P, dS (twice where a group is one warp), and for each stage q, do, lse and delta.
             Pass::Backward => {
-                let one_stage = 2 * tile_k + 2 * tile_q + 2 * self.block_m * self.block_n * ELEMENT_BYTES;
-                let stages = if one_stage + tile_q <= 160 * 1024 { 2 } else { 1 };
-                one_stage + (stages - 1) * tile_q + (stages + 1) * self.block_m * size_of::<f32>()
+                let scores = if self.warps_m == 1 { 3 } else { 2 } * self.block_m * self.block_n * ELEMENT_BYTES;
+                2 * tile_k + scores + self.stages * (2 * tile_q + 2 * self.block_m * size_of::<f32>())
             }
             Pass::Delta | Pass::Convert => 0,
         }
@@ -191,7 +201,7 @@ struct Kernel {
 
 fn units(definitions: &Definitions) -> Vec<Unit> {
     let mut units: Vec<Unit> = definitions.lines.iter().map(attention_unit).collect();
-    units.push(helper_unit());
+    units.push(delta_unit());
     let mut names = BTreeSet::new();
     for kernel in units.iter().flat_map(|unit| &unit.kernels) {
         if !names.insert(&kernel.name) {
@@ -201,46 +211,57 @@ fn units(definitions: &Definitions) -> Vec<Unit> {
     units
 }
 
-/// The kernels of one line: each element type, plain and modified (softcap, ALiBi).
+/// The kernels of one line: each element type, plain and modified (softcap, ALiBi). The sums of dq lie in the order of the
+/// backward's threads, so each backward has a kernel of its own that converts them.
 fn attention_unit(line: &Line) -> Unit {
-    let (pass, function, traits, params) = match line.pass {
-        Pass::Backward => ("bwd", "backward", "BwdTraits", "BwdParams"),
-        _ => ("fwd", "forward", "FwdTraits", "FwdParams"),
+    let &Line { arch, head_dim, block_m, block_n, warps, stages, warps_m, warps_n, .. } = line;
+    let (prefix, traits, header, tile, columns) = match line.pass {
+        Pass::Backward => {
+            let tile = format!("{block_m}x{block_n}_s{stages}");
+            ("bwd", "BwdTraits", "convert", tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
+        }
+        _ => ("fwd", "FwdTraits", "fwd", format!("{block_m}x{block_n}"), warps.to_string()),
     };
-    let &Line { arch, head_dim, block_m, block_n, warps, .. } = line;
-    let (threads, shared_bytes) = (warps * WARP_SIZE, line.shared_bytes());
-    let mut source = format!("#include \"sm{arch}/{pass}.cuh\"\n\n{AGREE}");
+    let folder = if header == "fwd" { format!("sm{arch}/") } else { String::new() };
+    let threads = warps * WARP_SIZE;
+    let mut source = format!("#include \"{folder}{header}.cuh\"\n\n{AGREE}");
     let mut kernels = Vec::new();
     for (dtype, variant) in DTYPES {
-        for modified in [false, true] {
+        let mut add = |pass: Pass, modified: bool, shared_bytes: usize| {
+            let (prefix, function, params) = match pass {
+                Pass::Convert => ("convert", "convert", "ConvertParams"),
+                Pass::Backward => (prefix, "backward", "BwdParams"),
+                _ => (prefix, "forward", "FwdParams"),
+            };
             let suffix = if modified { "_modified" } else { "" };
-            let name = format!("{pass}_sm{arch}_{dtype}_d{head_dim}_{block_m}x{block_n}{suffix}");
-            let arguments = format!("fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {warps}, {modified}");
+            let name = format!("{prefix}_sm{arch}_{dtype}_d{head_dim}_{tile}{suffix}");
             let _ = write!(
                 source,
-                "\nusing {name}_traits = fa2::{traits}<{arguments}>;\n\
-                 static_assert(SharedBytes<{name}_traits::kSharedBytes, {shared_bytes}>::kAgree);\n\
-                 extern \"C\" __global__ void __launch_bounds__({threads})\n\
+                "\nusing {name}_traits = fa2::{traits}<fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {columns}, {modified}>;\n"
+            );
+            if pass != Pass::Convert {
+                let _ = writeln!(
+                    source,
+                    "static_assert(SharedBytes<{name}_traits::kSharedBytes, {shared_bytes}>::kAgree);"
+                );
+            }
+            let _ = write!(
+                source,
+                "extern \"C\" __global__ void __launch_bounds__({threads}, {name}_traits::kMinBlocks)\n\
                  {name}(const __grid_constant__ fa2::{params} params) {{\n    \
                      fa2::{function}<{name}_traits>(params);\n\
                  }}\n"
             );
-            let pass = line.pass;
-            kernels.push(Kernel {
-                name,
-                dtype: variant,
-                modified,
-                pass,
-                arch,
-                head_dim,
-                block_m,
-                block_n,
-                warps,
-                shared_bytes,
-            });
+            let dtype = variant;
+            kernels.push(Kernel { name, dtype, modified, pass, arch, head_dim, block_m, block_n, warps, shared_bytes });
+        };
+        add(line.pass, false, line.shared_bytes());
+        add(line.pass, true, line.shared_bytes());
+        if line.pass == Pass::Backward {
+            add(Pass::Convert, false, 0);
         }
     }
-    Unit { name: format!("{pass}_sm{arch}_d{head_dim}_{block_m}x{block_n}"), source, kernels }
+    Unit { name: format!("{prefix}_sm{arch}_d{head_dim}_{tile}"), source, kernels }
 }
 
 /// Prints both numbers when they differ: the compiler shows the arguments of a template that fails.
@@ -252,37 +273,34 @@ struct SharedBytes {
 };
 ";
 
-/// delta and convert, and what the two compilers must agree on.
-fn helper_unit() -> Unit {
-    let threads = HELPER_WARPS * WARP_SIZE;
-    let mut source = String::from("#include <cstddef>\n\n#include \"convert.cuh\"\n#include \"delta.cuh\"\n");
-    let _ = write!(source, "\nstatic_assert(fa2::kDeltaThreads == {threads} && fa2::kConvertThreads == {threads});\n");
+/// delta, and what the two compilers must agree on.
+fn delta_unit() -> Unit {
+    let threads = DELTA_WARPS * WARP_SIZE;
+    let mut source = String::from("#include <cstddef>\n\n#include \"delta.cuh\"\n");
+    let _ = write!(source, "\nstatic_assert(fa2::kDeltaThreads == {threads});\n");
     source += &layout_cu();
     let mut kernels = Vec::new();
     for (dtype, variant) in DTYPES {
-        let helpers = [(Pass::Delta, "delta", "DeltaParams"), (Pass::Convert, "convert", "ConvertParams")];
-        for (pass, function, params) in helpers {
-            let name = format!("{function}_{dtype}");
-            let _ = write!(
-                source,
-                "\nextern \"C\" __global__ void __launch_bounds__({threads})\n\
-                 {name}(const __grid_constant__ fa2::{params} params) {{\n    fa2::{function}<fa2::{dtype}>(params);\n}}\n"
-            );
-            kernels.push(Kernel {
-                name,
-                dtype: variant,
-                modified: false,
-                pass,
-                arch: 80,
-                head_dim: 0,
-                block_m: 0,
-                block_n: 0,
-                warps: HELPER_WARPS,
-                shared_bytes: 0,
-            });
-        }
+        let name = format!("delta_{dtype}");
+        let _ = write!(
+            source,
+            "\nextern \"C\" __global__ void __launch_bounds__({threads})\n\
+             {name}(const __grid_constant__ fa2::DeltaParams params) {{\n    fa2::delta<fa2::{dtype}>(params);\n}}\n"
+        );
+        kernels.push(Kernel {
+            name,
+            dtype: variant,
+            modified: false,
+            pass: Pass::Delta,
+            arch: 80,
+            head_dim: 0,
+            block_m: 0,
+            block_n: 0,
+            warps: DELTA_WARPS,
+            shared_bytes: 0,
+        });
     }
-    Unit { name: "helpers".to_string(), source, kernels }
+    Unit { name: "delta".to_string(), source, kernels }
 }
 
 /// The table as Rust.
@@ -310,7 +328,7 @@ fn table(units: &[Unit]) -> String {
 }
 
 /// The parameter structs: bytes of each field in order, as cuda/params.h and src/cuda/params.rs must both have them.
-const STRUCTS: [(&str, &[(&str, usize)]); 6] = [
+const STRUCTS: [(&str, &[(&str, usize)]); 7] = [
     ("Strides", &[("batch", 8), ("row", 8), ("head", 8)]),
     (
         "Shape",
@@ -360,6 +378,7 @@ const STRUCTS: [(&str, &[(&str, usize)]); 6] = [
             ("shape", SHAPE),
         ],
     ),
+    ("DqTiles", &[("batch", 8), ("head", 8), ("count", 8)]),
     (
         "BwdParams",
         &[
@@ -369,22 +388,34 @@ const STRUCTS: [(&str, &[(&str, usize)]); 6] = [
             ("do_", 8),
             ("lse", 8),
             ("delta", 8),
-            ("dq", 8),
+            ("dq_sums", 8),
+            ("turns", 8),
             ("dk", 8),
             ("dv", 8),
             ("q_strides", STRIDES),
             ("k_strides", STRIDES),
             ("v_strides", STRIDES),
             ("do_strides", STRIDES),
-            ("dq_strides", STRIDES),
             ("dk_strides", STRIDES),
+            ("dq_tiles", DQ_TILES),
             ("shape", SHAPE),
             ("softmax_scale", 4),
         ],
     ),
-    ("ConvertParams", &[("from", 8), ("to", 8), ("elements", 8), ("factor", 4)]),
+    (
+        "ConvertParams",
+        &[
+            ("dq_sums", 8),
+            ("dq", 8),
+            ("dq_strides", STRIDES),
+            ("dq_tiles", DQ_TILES),
+            ("shape", SHAPE),
+            ("softmax_scale", 4),
+        ],
+    ),
 ];
 const STRIDES: usize = 24;
+const DQ_TILES: usize = 24;
 const SHAPE: usize = 88;
 
 /// Each struct of [`STRUCTS`] with its size, and each field with its offset.

@@ -26,7 +26,7 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     };
     const T* gO = start(params.o, params.o_strides);
     const T* gDo = start(params.do_, params.do_strides);
-    const int64_t statistics = batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
+    const int64_t statistics = sequence.statistics(shape, head);
 
     const int first = blockIdx.x * rows_per_block + threadIdx.x / lanes;
     for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {

@@ -56,6 +56,13 @@ struct DeltaParams {
     Shape shape;
 };
 
+// The f32 sums of dq: tiles of block_m x kHeadDim of the backward's kernel. Strides are in tiles.
+struct DqTiles {
+    int64_t batch;  // 0 for packed tensors
+    int64_t head;
+    int64_t count;  // of all of them
+};
+
 struct BwdParams {
     const void* q;       // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
     const void* k;       // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
@@ -63,25 +70,28 @@ struct BwdParams {
     const void* do_;     // as q
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
-    float* dq;           // as q, contiguous, f32, zeros at the start
+    float* dq_sums;      // tiles of f32, zeros at the start
+    uint32_t* turns;     // (tiles + 1), zeros at the start: blocks add to dq_sums in one order; or null: in any
     void* dk;            // as k, contiguous
     void* dv;            // as k, contiguous
     Strides q_strides;
     Strides k_strides;
     Strides v_strides;
     Strides do_strides;
-    Strides dq_strides;
     Strides dk_strides;  // of dk and dv
+    DqTiles dq_tiles;
     Shape shape;
     float softmax_scale;  // of dk; dq receives it with its conversion
 };
 
-// to = factor * from, rounded: the sums of dq.
+// dq = softmax_scale * its sums, rounded; runs after the main kernel.
 struct ConvertParams {
-    const float* from;
-    void* to;
-    int64_t elements;  // a multiple of 8
-    float factor;
+    const float* dq_sums;
+    void* dq;  // as q, contiguous
+    Strides dq_strides;
+    DqTiles dq_tiles;
+    Shape shape;
+    float softmax_scale;
 };
 
 }  // namespace fa2

@@ -36,7 +36,8 @@ use crate::Result;
 /// in f32 (f64 for f64); in f32, probabilities below `2^-126` of a row's largest count as 0.
 ///
 /// Gradients flow to `q`, `k` and `v`, and from the lse too. The backward recomputes the scores; it may run several
-/// times over one graph. On the CPU the same inputs give the same bits, forward and backward, on any number of threads.
+/// times over one graph. The same inputs give the same bits, on the CPU on any number of threads; on a GPU the gradient of `q`
+/// does so with [`Attention::deterministic`].
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};
@@ -55,6 +56,7 @@ pub struct Attention {
     pub(crate) softmax_scale: Option<f64>,
     pub(crate) softcap: Option<f64>,
     pub(crate) alibi_slopes: Option<Tensor>,
+    pub(crate) deterministic: bool,
 }
 
 impl Attention {
@@ -87,6 +89,15 @@ impl Attention {
     /// is checked on the CPU alone.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
         self.alibi_slopes = Some(slopes.clone());
+        self
+    }
+
+    /// Whether the same inputs give the same bits of the gradient of `q` each time.
+    ///
+    /// Everything else always does, and on the CPU that gradient too. On a GPU, blocks of keys add to it in the order in which
+    /// they come; with this they take turns, which costs time (docs/cuda.md has a table).
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
         self
     }
 

@@ -11,7 +11,7 @@ pub enum Pass {
     Backward,
     /// delta = rowsum(do * o) - dlse.
     Delta,
-    /// The f32 sums of dq, rounded to the type of q.
+    /// dq from its f32 sums, in the order of the backward of the same image.
     Convert,
 }
 
@@ -20,7 +20,7 @@ pub enum Pass {
 pub struct Kernel {
     /// Its symbol.
     pub name: &'static str,
-    /// Index of the image that holds it.
+    /// Index of the image that holds it, one for each line of cuda/instances.def.
     pub image: usize,
     /// What it computes.
     pub pass: Pass,

@@ -7,7 +7,7 @@ use std::sync::{Mutex, OnceLock};
 use candle_core::{DType, Device, DeviceLocation};
 
 use crate::instances::{Kernel, Pass, KERNELS};
-use crate::problem::{Problem, Strides};
+use crate::problem::{Lengths, Problem, Strides};
 use crate::{Error, Result};
 
 /// What a plan needs to know about a device.
@@ -158,6 +158,39 @@ pub struct CudaPlan {
     pub backward: Launch,
     /// dq from its sums.
     pub convert: Launch,
+    /// Where the sums of dq lie.
+    pub dq_tiles: DqTiles,
+}
+
+/// The f32 sums of dq: tiles of `block_m` queries and `head_dim` columns of the backward's kernel, a whole number of them for
+/// each sequence and head. All in tiles, but for `elements`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DqTiles {
+    /// From one sequence to the next; 0 for packed tensors.
+    pub batch: usize,
+    /// From one head to the next.
+    pub head: usize,
+    /// All of them.
+    pub count: usize,
+    /// f32 of one tile.
+    pub elements: usize,
+}
+
+impl DqTiles {
+    fn new(problem: &Problem, backward: &Kernel) -> Self {
+        let (batch, head, count) = match &problem.lengths {
+            &Lengths::Padded { batch, seqlen_q, .. } => {
+                let head = seqlen_q.div_ceil(backward.block_m);
+                (problem.num_heads * head, head, batch * problem.num_heads * head)
+            }
+            // Sequence `b` begins at tile first_q / block_m + b: not before the end of the one in front, however ragged.
+            Lengths::Packed { cu_seqlens_q, .. } => {
+                let head = cu_seqlens_q.total() / backward.block_m + cu_seqlens_q.batch();
+                (0, head, problem.num_heads * head)
+            }
+        };
+        Self { batch, head, count, elements: backward.block_m * backward.head_dim }
+    }
 }
 
 impl CudaPlan {
@@ -178,17 +211,19 @@ impl CudaPlan {
         let launch = |kernel, x, heads| Launch { kernel, grid: (x, heads, batch) };
         let forward = pick(Pass::Forward)?;
         let backward = pick(Pass::Backward)?;
-        let delta = helper(problem.dtype, Pass::Delta);
-        let convert = helper(problem.dtype, Pass::Convert);
+        let delta = companion(Pass::Delta, |kernel| kernel.dtype == problem.dtype);
+        let convert = companion(Pass::Convert, |kernel| {
+            (kernel.dtype, kernel.image) == (problem.dtype, backward.image) // each backward has its own
+        });
         // The threads of a row are a power of two. Any number of blocks is right: they stride over the rows.
         let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
-        let dq_elements = problem.rows_q() * problem.num_heads * problem.head_dim;
         Ok(Self {
             forward: launch(forward, blocks(seqlen_q, forward.block_m), num_heads),
             delta: launch(delta, blocks(seqlen_q, rows_per_block), num_heads),
             // One block takes all query heads of its key head, so that dk and dv are written once.
             backward: launch(backward, blocks(seqlen_k, backward.block_n), problem.num_heads_k as u32),
-            convert: Launch { kernel: convert, grid: (blocks(dq_elements, convert.threads() * CHUNK), 1, 1) },
+            convert: launch(convert, blocks(seqlen_q, backward.block_m), num_heads),
+            dq_tiles: DqTiles::new(problem, backward),
         })
     }
 }
@@ -283,10 +318,10 @@ fn pick(
     })
 }
 
-/// The kernel of a pass that has no tiles.
-fn helper(dtype: DType, pass: Pass) -> &'static Kernel {
-    let found = KERNELS.iter().find(|kernel| (kernel.pass, kernel.dtype) == (pass, dtype));
-    found.expect("build.rs makes delta and convert for every element type")
+/// The kernel of a pass that leaves no choice.
+fn companion(pass: Pass, is_it: impl Fn(&Kernel) -> bool) -> &'static Kernel {
+    let found = KERNELS.iter().find(|kernel| kernel.pass == pass && is_it(kernel));
+    found.expect("build.rs makes delta for every element type, and a conversion with every backward")
 }
 
 /// S, and the tiles of q, k, v and o beside it, stay within 1 MB in f32 up to head_dim 256, half of a server core's L2.

@@ -84,6 +84,8 @@ pub struct Problem {
     pub softcap: Option<f64>,
     /// Whether slopes come along, and in which shape.
     pub alibi: Option<Alibi>,
+    /// Whether the same inputs must give the same bits of dq.
+    pub deterministic: bool,
     /// Strides of q.
     pub q: Strides,
     /// Strides of k.
@@ -207,6 +209,7 @@ impl Problem {
             mask: options.mask,
             softmax_scale,
             softcap: options.softcap,
+            deterministic: options.deterministic,
             alibi: check_alibi(options.alibi_slopes.as_ref(), batch, num_heads, device)?,
             q: Strides::of("q", q.layout())?,
             k: Strides::of("k", k.layout())?,

@@ -20,6 +20,28 @@ struct Accumulator {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) x[i][j][e] = 0.f;
     }
+
+    // Whether none is infinite or NaN.
+    __device__ __forceinline__ bool finite() const {
+        constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u;
+        uint32_t largest = 0;
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) largest = max(largest, __float_as_uint(x[i][j][e]) & kMagnitude);
+        return largest < kInfinity;
+    }
+
+    __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) x[i][j][e] *= factor;
+    }
 };
 
 __device__ __forceinline__ int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }

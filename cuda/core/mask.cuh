@@ -12,10 +12,13 @@ struct Sequence {
     int first_k;  // rows of k and v before its first one, 0 if padded
     int seqlen_q;
     int seqlen_k;
+    int batch;
+    bool packed;
 
     __device__ __forceinline__ Sequence(const Shape& shape, int batch)
-        : first_q(0), first_k(0), seqlen_q(shape.seqlen_q), seqlen_k(shape.seqlen_k) {
-        if (shape.cu_seqlens_q != nullptr) {
+        : first_q(0), first_k(0), seqlen_q(shape.seqlen_q), seqlen_k(shape.seqlen_k), batch(batch),
+          packed(shape.cu_seqlens_q != nullptr) {
+        if (packed) {
             first_q = shape.cu_seqlens_q[batch];
             first_k = shape.cu_seqlens_k[batch];
             seqlen_q = int(shape.cu_seqlens_q[batch + 1]) - first_q;
@@ -24,6 +27,11 @@ struct Sequence {
     }
 
     __device__ __forceinline__ int shift() const { return seqlen_k - seqlen_q; }
+
+    // Index of the first lse, or delta, of one head.
+    __device__ __forceinline__ int64_t statistics(const Shape& shape, int head) const {
+        return batch * shape.lse_batch + head * shape.lse_head + first_q;
+    }
 };
 
 // Half-open range of rows, keys or tiles.

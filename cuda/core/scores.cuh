@@ -1,10 +1,25 @@
 // Softcap and ALiBi: from products of q and k to scores in the log2 domain. The twin of src/cpu/scores.rs.
 #pragma once
 
+#include "fragment.cuh"
 #include "mask.cuh"
 #include "types.cuh"
 
 namespace fa2 {
+
+// Sets what the mask hides to 0, in the block that begins at (first_row, first_col) of the sequence.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ void hide(Accumulator<kMTiles, kNTiles>& block, const Visibility& sees, int first_row,
+                                     int first_col, int lane) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (!sees.visible(first_row + 16 * i + fragment_row(lane, e / 2), first_col + fragment_col(lane, j) + e % 2))
+                    block.x[i][j][e] = 0.f;
+}
 
 // tanh by exp: 1 - 2 / (exp(2x) + 1), its error below a rounding step of a 16-bit input's scores.
 __device__ __forceinline__ float tanh_approx(float x) {

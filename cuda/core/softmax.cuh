@@ -12,7 +12,7 @@ struct OnlineSoftmax {
     float max[kMTiles][2];  // of the scores, before the factor
     float sum[kMTiles][2];  // this thread's columns only, until finish()
 
-    __device__ __forceinline__ OnlineSoftmax() {
+    __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

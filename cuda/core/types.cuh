@@ -48,6 +48,33 @@ __device__ __forceinline__ float2 unpack2<bf16>(uint32_t packed) {
     return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&packed));
 }
 
+// This thread and its block, read anew each time. What is computed from one reading is not kept in registers for code that reads
+// again: a pass that rarely runs then costs the usual one nothing.
+struct Place {
+    int thread, x, y, z;
+
+    __device__ __forceinline__ Place() {
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+        asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+        asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+    }
+};
+
+// Of two packed numbers: bit 15 (31) is set if the low (high) one is infinite or NaN. An exponent of all ones carries over.
+template <typename T>
+__device__ __forceinline__ uint32_t carry_of_special(uint32_t packed);
+
+template <>
+__device__ __forceinline__ uint32_t carry_of_special<f16>(uint32_t packed) {
+    return (packed & 0x7c007c00u) + 0x04000400u;
+}
+
+template <>
+__device__ __forceinline__ uint32_t carry_of_special<bf16>(uint32_t packed) {
+    return (packed & 0x7f807f80u) + 0x00800080u;
+}
+
 // 2^x, one MUFU instruction; subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

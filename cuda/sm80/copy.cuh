@@ -1,6 +1,7 @@
-// cp.async: 16 bytes from global to shared memory, past L1, and the copy of a tile made of them; sums in global memory.
+// cp.async: 16 bytes from global to shared memory, past L1, and the copies of a tile made of them, in and out.
 #pragma once
 
+#include "../core/mask.cuh"
 #include "../core/tile.cuh"
 #include "../core/types.cuh"
 
@@ -24,19 +25,14 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Adds two f32 to global memory if `valid`; a predicate, so that no branch comes of it. `to` is a multiple of 8 bytes.
-__device__ __forceinline__ void red_add_2(float* to, float x, float y, bool valid) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.global.add.v2.f32 [%0], {%1, %2}; }" ::"l"(to), "f"(x),
-                 "f"(y), "r"(int(valid))
-                 : "memory");
-#else
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.global.add.f32 [%0], %1; @p red.global.add.f32 [%0 + 4], %2; }" ::"l"(
-            to),
-        "f"(x), "f"(y), "r"(int(valid))
-        : "memory");
-#endif
+// Puts 0 in the place of every number that is infinite or NaN.
+template <typename T>
+__device__ __forceinline__ void clear_special(uint4& x) {
+    for (uint32_t* pair : {&x.x, &x.y, &x.z, &x.w}) {
+        const uint32_t carry = carry_of_special<T>(*pair);
+        if (carry & 0x8000u) *pair &= 0xffff0000u;
+        if (carry & 0x80000000u) *pair &= 0x0000ffffu;
+    }
 }
 
 // Copies tiles of one tensor into one buffer, all threads together. What a thread needs to know is worked out once: it
@@ -76,6 +72,86 @@ struct TileCopy {
             from += kRowsPerStep * row_stride;
         }
     }
+
+    // The same at once, without what is infinite or NaN.
+    __device__ __forceinline__ void copy_finite(uint8_t* tile, int first_row, int seqlen) const {
+        if (kActive < kThreads && idle) return;
+#pragma unroll 1
+        for (int tile_row = row; tile_row < Tile::kRows; tile_row += kRowsPerStep) {
+            const bool valid = active && first_row + tile_row < seqlen;
+            const T* from = first + int64_t(first_row + tile_row) * row_stride;
+            uint4 x = valid ? *reinterpret_cast<const uint4*>(from) : uint4{};
+            fa2::clear_special<T>(x);
+            *reinterpret_cast<uint4*>(tile + Tile::offset(tile_row, chunk)) = x;
+        }
+    }
+
+    // Calls `visit` with each 16 bytes that this thread has copied. The copies must have arrived.
+    template <typename Visit>
+    __device__ __forceinline__ static void visit(uint8_t* tile, int thread, const Visit& visit) {
+        if (kActive < kThreads && thread >= kActive) return;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const int tile_row = thread / Tile::kChunksPerRow + step * kRowsPerStep;
+            if (Tile::kRows % kRowsPerStep == 0 || tile_row < Tile::kRows)
+                visit(*reinterpret_cast<uint4*>(tile + Tile::offset(tile_row, thread % Tile::kChunksPerRow)));
+        }
+    }
+
+    // Whether any number that this thread has copied is infinite or NaN.
+    __device__ __forceinline__ static bool special(uint8_t* tile, int thread) {
+        uint32_t carry = 0;
+        visit(tile, thread, [&](const uint4& x) {
+            carry |= carry_of_special<T>(x.x) | carry_of_special<T>(x.y) | carry_of_special<T>(x.z) | carry_of_special<T>(x.w);
+        });
+        return (carry & 0x80008000u) != 0;
+    }
+
+    // Puts 0 in the place of every such number.
+    __device__ __forceinline__ static void clear_special(uint8_t* tile, int thread) {
+        visit(tile, thread, [](uint4& x) { fa2::clear_special<T>(x); });
+    }
 };
+
+// Adds to the rows of a tile what is infinite or NaN in the rows `ks` of a tensor, where they see them: what
+// clear_special() took out of a product. Run once, at the end, where no accumulators are alive; each thread has the pieces that
+// store_tile() gives it.
+template <typename Tile, int kThreads, typename T, typename Sees>
+__device__ __forceinline__ void add_special(uint8_t* tile, int rows, const T* from, int64_t row_stride, Range ks, int head_dim,
+                                            int thread, const Sees& sees) {
+    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
+        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
+        if (row >= rows || chunk * Tile::kChunk >= head_dim) continue;
+        uint32_t* to = reinterpret_cast<uint32_t*>(tile + Tile::offset(row, chunk));
+        for (int k = ks.begin; k < ks.end; ++k) {
+            if (!sees(row, k)) continue;
+            const uint32_t* pairs = reinterpret_cast<const uint32_t*>(from + k * row_stride + chunk * Tile::kChunk);
+            for (int i = 0; i < Tile::kChunk / 2; ++i) {
+                const uint32_t carry = carry_of_special<T>(pairs[i]);
+                const float2 x = unpack2<T>(to[i]), y = unpack2<T>(pairs[i]);
+                to[i] = pack2<T>(carry & 0x8000u ? x.x + y.x : x.x, carry & 0x80000000u ? x.y + y.y : x.y);
+            }
+        }
+    }
+}
+
+// Writes the first `rows` rows and head_dim columns of a tile to global memory, 16 bytes at a time, all threads together.
+template <typename Tile, int kThreads, typename T>
+__device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const uint8_t* tile, int rows, int head_dim,
+                                           int thread) {
+    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
+        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
+        if (row < rows && chunk * Tile::kChunk < head_dim) {
+            *reinterpret_cast<uint4*>(to + row * row_stride + chunk * Tile::kChunk) =
+                *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
+        }
+    }
+}
+
+// Waits until kThreads threads have come to named barrier `id`.
+template <int kThreads>
+__device__ __forceinline__ void bar_sync(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
 
 }  // namespace fa2

@@ -7,6 +7,8 @@
 // Shared     sQ kBlockM x kHeadDim, sK and sV kBlockN x kHeadDim each; the epilogue reuses sQ for o.
 // Registers  rO and rS in f32; P is packed from rS as it is used.
 // Numerics   scores, maximum, sum, o in f32; P is rounded to the input type before P v.
+// Numbers    of v that are not finite must not reach a row that they are hidden from, and 0 times NaN is NaN. The first walk over
+//            the keys does not care; where its o is not finite, a careful one takes its place.
 // Expects    head_dim <= kHeadDim, a multiple of 8; rows of 16-byte multiples. The host has checked them.
 #pragma once
 
@@ -37,102 +39,148 @@ struct FwdTraits {
     static constexpr int kDTiles = kHeadDim / 8;
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
+    // Blocks to a multiprocessor that the registers must allow. (bench fwd/full/d32/s4k, H100: 220 TFLOP/s with two.)
+    static constexpr int kMinBlocks = kHeadDim <= 32 ? 3 : 1;
     static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileK::kBytes;
+    static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
     static_assert(kWarpRows % 16 == 0, "a warp owns whole m16 tiles");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
+// What one thread block works on, as each thread knows it.
 template <typename Traits>
-__device__ __forceinline__ void forward(const FwdParams& params) {
+struct FwdContext {
+    using T = typename Traits::T;
+
+    const Shape& shape;
+    uint8_t* shared;
+    uint32_t base;  // of shared memory
+    int thread, lane;
+    int warp_row;   // first row of this warp in the tile
+    int m_block, head, batch;
+    Sequence sequence;
+    Visibility sees;
+    Range rows;  // queries of this block
+    Range keys;  // that any of them sees
+    const T *gQ, *gK, *gV;  // q at the first row, k and v at the first key
+
+    __device__ __forceinline__ FwdContext(const FwdParams& params, uint8_t* shared, const Place& place)
+        : shape(params.shape), shared(shared), base(uint32_t(__cvta_generic_to_shared(shared))), thread(place.thread),
+          lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows),
+          // The last rows see the most keys under a causal mask: they are started first.
+          m_block(gridDim.x - 1 - place.x), head(place.y), batch(place.z), sequence(shape, batch), sees(shape, sequence),
+          rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)}, keys(sees.keys_of(rows)) {
+        const int head_k = head / (shape.num_heads / shape.num_heads_k);
+        const auto start = [&](const void* tensor, const Strides& strides, int first_row, int head) {
+            return static_cast<const T*>(tensor) + batch * strides.batch + first_row * strides.row + head * strides.head;
+        };
+        gQ = start(params.q, params.q_strides, sequence.first_q + rows.begin, head);
+        gK = start(params.k, params.k_strides, sequence.first_k, head_k);
+        gV = start(params.v, params.v_strides, sequence.first_k, head_k);
+    }
+};
+
+// o, unnormalised, and the statistics of its rows, over every tile of keys.
+//
+// careful: what is not finite in v does not reach a row that it is hidden from, where 0 times NaN would be NaN. It is left out of
+// the tiles that are only partly visible.
+template <typename Traits, bool kCareful>
+__device__ __forceinline__ void walk(const FwdParams& params, const FwdContext<Traits>& block,
+                                     const Scoring<Traits::kModified>& scoring,
+                                     Accumulator<Traits::kMTiles, Traits::kDTiles>& o, OnlineSoftmax<Traits::kMTiles>& softmax) {
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
-    extern __shared__ __align__(1024) uint8_t shared[];
-    const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
-    constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;
-
-    const Shape& shape = params.shape;
-    const int thread = threadIdx.x, lane = thread % kWarpSize;
-    const int warp_row = thread / kWarpSize * Traits::kWarpRows;
-    // The last rows see the most keys under a causal mask: they are started first.
-    const int m_block = gridDim.x - 1 - blockIdx.x;
-    const int head = blockIdx.y, batch = blockIdx.z;
-    const int head_k = head / (shape.num_heads / shape.num_heads_k);
-    const Sequence sequence(shape, batch);
-    const Range rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)};
-    if (rows.empty()) return;
-    const Visibility sees(shape, sequence);
-    const Range keys = sees.keys_of(rows), common = sees.common_keys(rows);
-
-    const auto start = [&](const void* tensor, const Strides& strides, int first_row, int head) {
-        return static_cast<const T*>(tensor) + batch * strides.batch + first_row * strides.row + head * strides.head;
-    };
-    const T* gQ = start(params.q, params.q_strides, sequence.first_q + rows.begin, head);
-    const T* gK = start(params.k, params.k_strides, sequence.first_k, head_k);
-    const T* gV = start(params.v, params.v_strides, sequence.first_k, head_k);
-    const TileCopy<TileK, Traits::kThreads, T> k_copy(gK, params.k_strides.row, shape.head_dim, thread);
-    const TileCopy<TileK, Traits::kThreads, T> v_copy(gV, params.v_strides.row, shape.head_dim, thread);
-
-    Accumulator<Traits::kMTiles, Traits::kDTiles> o;
-    o.clear();
-    OnlineSoftmax<Traits::kMTiles> softmax;
-    const Scoring<Traits::kModified> scoring(shape, sequence, batch, head);
-
-    if (!keys.empty()) {
-        const int n_first = keys.begin / Traits::kBlockN;
-        int n_block = (keys.end - 1) / Traits::kBlockN;
-        TileCopy<TileQ, Traits::kThreads, T>(gQ, params.q_strides.row, shape.head_dim, thread)
-            .start(base + sQ, 0, rows.end - rows.begin);
-        k_copy.start(base + sK, n_block * Traits::kBlockN, sequence.seqlen_k);
-        cp_async_commit();
-        for (; n_block >= n_first; --n_block) {
-            cp_async_wait<0>();
-            __syncthreads();  // k has arrived, and every warp is done with the v before
-            const int first_col = n_block * Traits::kBlockN;
-            v_copy.start(base + sV, first_col, sequence.seqlen_k);
-            cp_async_commit();
-            Accumulator<Traits::kMTiles, Traits::kNTiles> s;
-            s.clear();
-            multiply_ahead<T, Traits::kHeadDim / 16>(s, OperandA<TileQ, Order::kContiguousK>(base, sQ, warp_row, lane),
-                                               OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(base, sK, 0, lane));
-
-            const bool partial = first_col < common.begin || first_col + Traits::kBlockN > common.end;
-            if (Traits::kModified || partial) {
-#pragma unroll
-                for (int i = 0; i < Traits::kMTiles; ++i)
-#pragma unroll
-                    for (int j = 0; j < Traits::kNTiles; ++j)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const int row = rows.begin + warp_row + 16 * i + fragment_row(lane, e / 2);
-                            const int col = first_col + fragment_col(lane, j) + e % 2;
-                            float& x = s.x[i][j][e];
-                            x = !partial || sees.visible(row, col) ? scoring.apply(x, row, col) : -INFINITY;
-                        }
-            }
-            cp_async_wait<0>();
-            __syncthreads();  // v has arrived, and every warp is done with k
-            if (n_block > n_first) k_copy.start(base + sK, first_col - Traits::kBlockN, sequence.seqlen_k);
-            cp_async_commit();
-            softmax.step(s, o, scoring.factor);
-            // rS: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
-            multiply_ahead<T, Traits::kBlockN / 16>(o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
-                                              OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(base, sV, 0, lane));
+    using CopyK = TileCopy<TileK, Traits::kThreads, T>;
+    constexpr uint32_t sQ = Traits::sQ, sK = Traits::sK, sV = Traits::sV;
+    const uint32_t base = block.base;
+    const int thread = block.thread, lane = block.lane, seqlen_k = block.sequence.seqlen_k;
+    const Visibility& sees = block.sees;
+    const Range rows = block.rows, common = sees.common_keys(rows);
+    const CopyK k_copy(block.gK, params.k_strides.row, block.shape.head_dim, thread);
+    const CopyK v_copy(block.gV, params.v_strides.row, block.shape.head_dim, thread);
+    const int n_first = block.keys.begin / Traits::kBlockN;
+    int n_block = (block.keys.end - 1) / Traits::kBlockN;
+    TileCopy<TileQ, Traits::kThreads, T>(block.gQ, params.q_strides.row, block.shape.head_dim, thread)
+        .start(base + sQ, 0, rows.end - rows.begin);
+    k_copy.start(base + sK, n_block * Traits::kBlockN, seqlen_k);
+    cp_async_commit();
+    for (; n_block >= n_first; --n_block) {
+        cp_async_wait<0>();
+        __syncthreads();  // k has arrived, and every warp is done with the v before
+        const int first_col = n_block * Traits::kBlockN;
+        const bool partial = first_col < common.begin || first_col + Traits::kBlockN > common.end;
+        if (kCareful && partial) {
+            v_copy.copy_finite(block.shared + sV, first_col, seqlen_k);
+        } else {
+            v_copy.start(base + sV, first_col, seqlen_k);
         }
+        cp_async_commit();
+        Accumulator<Traits::kMTiles, Traits::kNTiles> s;
+        s.clear();
+        multiply_ahead<T, Traits::kHeadDim / 16>(
+            s, OperandA<TileQ, Order::kContiguousK>(base, sQ, block.warp_row, lane),
+            OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(base, sK, 0, lane));
+
+        if (Traits::kModified || partial) {
+#pragma unroll
+            for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+                for (int j = 0; j < Traits::kNTiles; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int row = rows.begin + block.warp_row + 16 * i + fragment_row(lane, e / 2);
+                        const int col = first_col + fragment_col(lane, j) + e % 2;
+                        float& x = s.x[i][j][e];
+                        x = !partial || sees.visible(row, col) ? scoring.apply(x, row, col) : -INFINITY;
+                    }
+        }
+        cp_async_wait<0>();
+        __syncthreads();  // v has arrived, and every warp is done with k
+        if (n_block > n_first) k_copy.start(base + sK, first_col - Traits::kBlockN, seqlen_k);
+        cp_async_commit();
+        softmax.step(s, o, scoring.factor);
+        // rS: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
+        multiply_ahead<T, Traits::kBlockN / 16>(
+            o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
+            OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(base, sV, 0, lane));
     }
+    __syncthreads();  // every warp is done with shared memory
+}
+
+// All of the block's work. Returns false, with nothing written, if a careful pass has to take its place.
+template <typename Traits, bool kCareful>
+__device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* shared) {
+    using T = typename Traits::T;
+    using TileQ = typename Traits::TileQ;
+    Accumulator<Traits::kMTiles, Traits::kDTiles> o;
+    OnlineSoftmax<Traits::kMTiles> softmax;
+    o.clear();
+    softmax.clear();
+    {
+        const FwdContext<Traits> block(params, shared, Place());
+        if (block.rows.empty()) return true;
+        const Scoring<Traits::kModified> scoring(block.shape, block.sequence, block.batch, block.head);
+        if (!block.keys.empty()) walk<Traits, kCareful>(params, block, scoring, o, softmax);
+    }
+    if (!kCareful && __syncthreads_or(!o.finite())) return false;
+
+    const FwdContext<Traits> block(params, shared, Place());
+    const Scoring<Traits::kModified> scoring(block.shape, block.sequence, block.batch, block.head);
+    const Range rows = block.rows;
+    const Visibility& sees = block.sees;
 
     // Epilogue: o / sum through shared memory, so that global memory is written in 16-byte pieces.
     softmax.finish();
-    float* gLse = params.lse + batch * shape.lse_batch + head * shape.lse_head + sequence.first_q;
-    __syncthreads();  // every warp is done with q
+    float* gLse = params.lse + block.sequence.statistics(block.shape, block.head);
 #pragma unroll
     for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = rows.begin + warp_row + 16 * i + fragment_row(lane, half);
+            const int row = rows.begin + block.warp_row + 16 * i + fragment_row(block.lane, half);
             const bool blind = sees.keys(row).empty();
             const float scale = blind ? 0.f : 1.f / softmax.sum[i][half];
-            if (lane % 4 == 0 && row < rows.end)
+            if (block.lane % 4 == 0 && row < rows.end)
                 gLse[row] = blind ? -INFINITY : softmax.lse(i, half, scoring.factor);
 #pragma unroll
             for (int j = 0; j < Traits::kDTiles; ++j) {
@@ -140,17 +188,33 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
                 o.x[i][j][2 * half + 1] *= scale;
             }
         }
-    store_fragment<T, TileQ>(base, sQ, o, warp_row, 0, lane);
+    store_fragment<T, TileQ>(block.base, Traits::sQ, o, block.warp_row, 0, block.lane);
     __syncthreads();
-    T* gO = static_cast<T*>(params.o) + batch * params.o_strides.batch +
-            (sequence.first_q + rows.begin) * params.o_strides.row + head * params.o_strides.head;
-    for (int index = thread; index < TileQ::kRows * TileQ::kChunksPerRow; index += Traits::kThreads) {
-        const int row = index / TileQ::kChunksPerRow, chunk = index % TileQ::kChunksPerRow;
-        if (row < rows.end - rows.begin && chunk * TileQ::kChunk < shape.head_dim) {
-            *reinterpret_cast<uint4*>(gO + row * params.o_strides.row + chunk * TileQ::kChunk) =
-                *reinterpret_cast<const uint4*>(shared + sQ + TileQ::offset(row, chunk));
-        }
+    if (kCareful) {
+        add_special<TileQ, Traits::kThreads>(shared + Traits::sQ, rows.end - rows.begin, block.gV, params.v_strides.row,
+                                             block.keys, block.shape.head_dim, block.thread,
+                                             [&](int row, int key) { return sees.visible(rows.begin + row, key); });
     }
+    T* gO = static_cast<T*>(params.o) + block.batch * params.o_strides.batch +
+            (block.sequence.first_q + rows.begin) * params.o_strides.row + block.head * params.o_strides.head;
+    store_tile<TileQ, Traits::kThreads>(gO, params.o_strides.row, shared + Traits::sQ, rows.end - rows.begin,
+                                        block.shape.head_dim, block.thread);
+    return true;
+}
+
+// A function of its own: the usual pass then has the registers to itself. (bench fwd/full/d128/s4k, H100: 374 TFLOP/s, 349 in one
+// body.)
+template <typename Traits>
+__device__ __noinline__ void careful_forward(const FwdParams& params) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    forward_pass<Traits, true>(params, shared);
+}
+
+template <typename Traits>
+__device__ __forceinline__ void forward(const FwdParams& params) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    // What is hidden has spoilt nothing if there is nothing to be seen of it.
+    if (!forward_pass<Traits, false>(params, shared)) careful_forward<Traits>(params);
 }
 
 }  // namespace fa2

@@ -103,8 +103,7 @@ __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& ac
     }
 }
 
-// The same without loading ahead: for kernels whose accumulators leave no registers for it.
-// (bench bwd/full/d128/s4k, H200: 258 TFLOP/s, with the fragments ahead 247.)
+// The same without loading ahead: for products beside which other accumulators live.
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");

@@ -196,7 +196,10 @@ fn typed_backward<T: Element>(
         }
     };
     let mut delta = uninit::<f32>(device, rows)?;
-    let mut sums = device.alloc_zeros::<f32>(q_len.max(1))?;
+    let tiles = plan.dq_tiles;
+    let mut dq_sums = device.alloc_zeros::<f32>(tiles.count * tiles.elements)?;
+    // One counter for each tile and one for tickets.
+    let mut turns = problem.deterministic.then(|| device.alloc_zeros::<u32>(tiles.count + 1)).transpose()?;
     let mut dq = uninit::<T>(device, q_len)?;
     let mut dk = uninit::<T>(device, k_len)?;
     let mut dv = uninit::<T>(device, k_len)?;
@@ -226,26 +229,31 @@ fn typed_backward<T: Element>(
             do_: do_.read::<T>(&mut launcher)?,
             lse: lse.read::<f32>(&mut launcher)?,
             delta: launcher.read(&delta, 0),
-            dq: launcher.write(&mut sums),
+            dq_sums: launcher.write(&mut dq_sums),
+            turns: turns.as_mut().map_or(NULL, |turns| launcher.write(turns)),
             dk: launcher.write(&mut dk),
             dv: launcher.write(&mut dv),
             q_strides: problem.q.into(),
             k_strides: problem.k.into(),
             v_strides: problem.v.into(),
             do_strides: do_strides.into(),
-            dq_strides: problem.contiguous_q().into(),
             dk_strides: problem.contiguous_k().into(),
+            dq_tiles: tiles.into(),
             shape: side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
         };
         launcher.launch(&plan.backward, &params)?;
 
         let mut launcher = Launcher::new(&stream);
-        let (from, to) = (launcher.read(&sums, 0), launcher.write(&mut dq));
-        launcher.launch(
-            &plan.convert,
-            &ConvertParams { from, to, elements: q_len as i64, factor: problem.softmax_scale as f32 },
-        )?;
+        let params = ConvertParams {
+            dq_sums: launcher.read(&dq_sums, 0),
+            dq: launcher.write(&mut dq),
+            dq_strides: problem.contiguous_q().into(),
+            dq_tiles: tiles.into(),
+            shape: side.shape(&mut launcher)?,
+            softmax_scale: problem.softmax_scale as f32,
+        };
+        launcher.launch(&plan.convert, &params)?;
     }
     Ok([dq, dk, dv].map(|grad| T::wrap_cuda_slice(grad, device.clone())))
 }

@@ -5,7 +5,7 @@ use candle_core::cuda::cudarc::driver::DeviceRepr;
 
 use crate::instances::Pass;
 use crate::mask::Mask;
-use crate::plan::MAX_SEQLEN;
+use crate::plan::{self, MAX_SEQLEN};
 use crate::problem::{self, Alibi, Lengths, Problem};
 
 /// A parameter struct, and the pass whose kernels take it as their one argument.
@@ -71,6 +71,14 @@ pub(super) struct DeltaParams {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
+pub(super) struct DqTiles {
+    pub batch: i64,
+    pub head: i64,
+    pub count: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct BwdParams {
     pub q: CUdeviceptr,
     pub k: CUdeviceptr,
@@ -78,15 +86,16 @@ pub(super) struct BwdParams {
     pub do_: CUdeviceptr,
     pub lse: CUdeviceptr,
     pub delta: CUdeviceptr,
-    pub dq: CUdeviceptr,
+    pub dq_sums: CUdeviceptr,
+    pub turns: CUdeviceptr,
     pub dk: CUdeviceptr,
     pub dv: CUdeviceptr,
     pub q_strides: Strides,
     pub k_strides: Strides,
     pub v_strides: Strides,
     pub do_strides: Strides,
-    pub dq_strides: Strides,
     pub dk_strides: Strides,
+    pub dq_tiles: DqTiles,
     pub shape: Shape,
     pub softmax_scale: f32,
 }
@@ -94,10 +103,12 @@ pub(super) struct BwdParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ConvertParams {
-    pub from: CUdeviceptr,
-    pub to: CUdeviceptr,
-    pub elements: i64,
-    pub factor: f32,
+    pub dq_sums: CUdeviceptr,
+    pub dq: CUdeviceptr,
+    pub dq_strides: Strides,
+    pub dq_tiles: DqTiles,
+    pub shape: Shape,
+    pub softmax_scale: f32,
 }
 
 // The same sizes and offsets are asserted by nvcc on cuda/params.h.
@@ -121,6 +132,12 @@ impl From<problem::Strides> for Strides {
     /// The offset is part of the pointer.
     fn from(strides: problem::Strides) -> Self {
         Self { batch: strides.batch as i64, row: strides.row as i64, head: strides.head as i64 }
+    }
+}
+
+impl From<plan::DqTiles> for DqTiles {
+    fn from(tiles: plan::DqTiles) -> Self {
+        Self { batch: tiles.batch as i64, head: tiles.head as i64, count: tiles.count as i64 }
     }
 }
 
