@@ -39,7 +39,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use rayon::ThreadPool;
@@ -81,7 +81,7 @@ struct Options {
     device: Where,
     #[cfg(feature = "cuda")]
     #[command(flatten)]
-    cuda: cuda::Options,
+    cuda: cuda::CudaOptions,
 }
 
 #[cfg(feature = "cuda")]
@@ -130,8 +130,11 @@ fn run(options: &Options) -> Result<()> {
     println!("{}", machine::describe());
     if !options.bench {
         // Of what times a GPU, the part that needs none.
-        let cases = grid::cases(DType::BF16)?.len();
-        println!("benches/cuda.toml: {cases} cases; their check refuses wrong answers ({})", sample::prove()?);
+        for dtype in [DType::BF16, DType::F16] {
+            let cases = grid::cases(dtype)?.len();
+            let errors = sample::prove(dtype).with_context(|| format!("check of benches/cuda.toml in {dtype:?}"))?;
+            println!("benches/cuda.toml in {dtype:?}: {cases} cases; their check refuses wrong answers ({errors})");
+        }
     }
     let mut report = Report::new(options.csv.as_deref())?;
     let gemm = Gemm::new()?;

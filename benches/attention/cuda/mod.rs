@@ -17,7 +17,7 @@ use crate::sample::{self, Errors};
 
 /// What only the GPU's part takes.
 #[derive(Args)]
-pub struct Options {
+pub struct CudaOptions {
     /// GPU: type of the tensors, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     dtype: DType,
