@@ -42,7 +42,7 @@ pub struct Gauges {
     pub watts: String,
 }
 
-/// Several times the L2 cache of any GPU so far (50 MB on an H100); the peers' figures were taken behind the same.
+/// More than the L2 cache of any GPU so far (50 MB on an H100); the peers' figures were taken behind the same.
 const FLUSH_BYTES: usize = 192 << 20;
 
 /// Lets the GPU cool off between points: its clock depends on the power that it has drawn.
@@ -51,8 +51,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Timed calls of a point, at least and at most, whatever time they take.
 const RUNS: std::ops::RangeInclusive<f64> = 7.0..=100.0;
 
-/// Calls whose queueing is timed. Beyond about a thousand launches the queue is full, and the host waits for the GPU: so
-/// many calls, with all that they launch, stay below.
+/// Calls whose queueing is timed. With about a thousand launches the queue is full, and the host waits for the GPU: so
+/// many calls, with all that they launch, stay far below.
 const HOST_CALLS: usize = 16;
 
 impl Gpu {
@@ -122,7 +122,7 @@ impl Gpu {
         Ok(Cost { timing, host: Timing::new(queued, None).median(), gauges })
     }
 
-    /// Median seconds until `call`, which must be over on the GPU before the next one is queued, has been queued.
+    /// Median seconds until `call` has been queued, in rounds that are too short to fill the queue.
     pub fn host<R>(&self, call: impl Fn() -> Result<R>) -> Result<f64> {
         const ROUNDS: usize = 20;
         let mut queued = Vec::new();
