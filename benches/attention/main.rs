@@ -18,8 +18,8 @@
 //! cargo bench --features cuda -- --device cpu              the CPU's cases
 //! ```
 //!
-//! Each answer is checked against naive attention in f64 before it is timed; a wrong one ends the run with an error. A
-//! missed target is printed and is no error: it depends on the machine.
+//! Each answer is checked against naive attention in f64 before it is timed; a wrong one fails the run. A missed target is
+//! printed and is no error: it depends on the machine.
 
 mod cases;
 mod check;

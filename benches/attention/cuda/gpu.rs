@@ -114,7 +114,7 @@ impl Gpu {
             end.record(&self.stream)?;
             drop(result);
         }
-        let gauges = self.gauges(&call)?;
+        let gauges = self.gauges(f64::from(estimate), &call)?;
         self.stream.synchronize()?;
         let seconds = |[start, end]: &[CudaEvent; 2]| Ok(f64::from(start.elapsed_ms(end)?) / 1e3);
         let timing = Timing::new(events.iter().map(seconds).collect::<Result<_>>()?, None);
@@ -146,16 +146,21 @@ impl Gpu {
         Ok(self.stream.context().new_event(Some(CU_EVENT_DEFAULT))?)
     }
 
-    /// Clock and power. Until nvidia-smi has answered, the GPU goes on with the same work, not timed.
-    fn gauges<R>(&self, call: impl Fn() -> Result<R>) -> Result<Gauges> {
+    /// Clock and power. Until nvidia-smi has answered, the GPU goes on with the same work, not timed: calls of
+    /// `milliseconds` each, several at once, as the first one after a synchronisation waits for its memory.
+    fn gauges<R>(&self, milliseconds: f64, call: impl Fn() -> Result<R>) -> Result<Gauges> {
         const PATIENCE: Duration = Duration::from_secs(2);
+        const AT_ONCE_MS: f64 = 20.0;
+        let at_once = (AT_ONCE_MS / milliseconds).clamp(1.0, HOST_CALLS as f64) as usize;
         let Some(mut question) = self.ask("clocks.sm,power.draw") else { return Ok(Gauges::default()) };
         let begun = Instant::now();
         while question.try_wait()?.is_none() {
             if begun.elapsed() > PATIENCE {
                 question.kill()?;
             }
-            call()?;
+            for _ in 0..at_once {
+                call()?;
+            }
             self.stream.synchronize()?;
         }
         let answer = self.answer(question);
