@@ -22,6 +22,10 @@ ci:
 bench *filter:
     cargo bench --bench attention -- {{ filter }}
 
+# time attention on an NVIDIA GPU over the papers' grid; `just bench-cuda --quick` for a few points
+bench-cuda *args:
+    cargo bench --features cuda --bench attention -- {{ args }}
+
 # rewrite what is generated: the README's table from the recorded benchmark, docs/kernels.md from a compilation
 tables:
     CANDLE_FA2_UPDATE=1 cargo test --test suite house

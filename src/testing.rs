@@ -14,20 +14,34 @@ use crate::{Attention, CuSeqlens, Mask, Result};
 #[cfg(feature = "cuda")]
 pub const KERNEL_REPORT: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.csv"));
 
-/// One padded call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
+/// One call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
 pub struct Call {
     op: FlashAttention,
     inputs: [Tensor; 3],
 }
 
 impl Call {
-    /// Checks and plans the call.
+    /// Checks and plans the call, over a padded batch.
     ///
     /// # Errors
     /// As [`Attention::forward`].
     pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let op = attention.op(Problem::padded(attention, q, k, v)?, Output::O, q)?;
         Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+    }
+
+    /// As [`Self::new`], for a packed batch.
+    ///
+    /// # Errors
+    /// As [`Attention::forward_packed`].
+    pub fn packed(
+        attention: &Attention,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        cu_seqlens_q: &CuSeqlens,
+        cu_seqlens_k: &CuSeqlens,
+    ) -> Result<Self> {
+        let problem = Problem::packed(attention, (q, k, v), cu_seqlens_q, cu_seqlens_k)?;
+        Ok(Self { op: attention.op(problem, Output::O, q)?, inputs: [q.clone(), k.clone(), v.clone()] })
     }
 
     /// Checks the call and runs it as `plan` says, which must be for the same problem.

@@ -26,14 +26,14 @@ pub struct Case {
     #[serde(default = "one")]
     pub batch: usize,
     #[serde(default)]
-    seqlen_q: Option<usize>,
+    pub seqlen_q: Option<usize>,
     #[serde(default)]
-    seqlen_k: Option<usize>,
+    pub seqlen_k: Option<usize>,
     #[serde(default)]
     pub lengths: Vec<usize>,
     pub num_heads: usize,
     #[serde(default)]
-    num_heads_k: Option<usize>,
+    pub num_heads_k: Option<usize>,
     pub head_dim: usize,
     #[serde(default = "f32_type", deserialize_with = "dtype")]
     pub dtype: DType,
@@ -147,7 +147,9 @@ impl Cases {
 }
 
 impl Case {
-    fn validate(&self) -> Result<()> {
+    /// # Errors
+    /// If its fields contradict each other.
+    pub fn validate(&self) -> Result<()> {
         let packed = !self.lengths.is_empty();
         let padded = self.seqlen_q.is_some();
         ensure!(packed != padded, "give either seqlen_q or lengths");
@@ -249,19 +251,31 @@ impl Case {
         (rows * self.head_dim * self.dtype.size_in_bytes()) as f64
     }
 
+    /// What the peers' tables call such a call.
+    pub fn kind(&self) -> String {
+        let shared_heads = self.num_heads != self.num_heads_k();
+        let kind = match (!self.lengths.is_empty(), shared_heads) {
+            _ if self.seqlens().0 == 1 => "decode",
+            (true, false) => "varlen",
+            (true, true) => "varlen_gqa",
+            (false, false) => "mha",
+            (false, true) => "gqa",
+        };
+        // Their columns have no place for a window.
+        let window = if matches!(self.mask, Mask::Window { .. }) { "_window" } else { "" };
+        format!("{kind}{window}")
+    }
+
+    /// Query heads, and key heads if they are fewer.
+    pub fn heads(&self) -> String {
+        slashed(self.num_heads, self.num_heads_k())
+    }
+
     /// Its call in one line, such as `causal f32 d64 b1 h8/2 s2048`.
     pub fn label(&self) -> String {
-        let mask = match self.mask {
-            Mask::None => "full".into(),
-            Mask::Causal => "causal".into(),
-            Mask::Window { left, right } => {
-                let side = |size: Option<usize>| size.map_or("open".into(), |size| size.to_string());
-                format!("window({},{})", side(left), side(right))
-            }
-        };
+        let mask = self.mask;
         let (seqlen_q, seqlen_k) = self.seqlens();
-        let slashed = |a: usize, b: usize| if a == b { a.to_string() } else { format!("{a}/{b}") };
-        let heads = slashed(self.num_heads, self.num_heads_k());
+        let heads = self.heads();
         let (batch, seqlen) = match self.lengths.len() {
             0 => (format!("b{}", self.batch), format!("s{}", slashed(seqlen_q, seqlen_k))),
             count => (format!("packed {count}"), format!("s<={seqlen_q}")),
@@ -278,6 +292,28 @@ impl Case {
             }
         }
         rows
+    }
+}
+
+/// Two sizes as `a/b`, or the one if they are equal.
+fn slashed(a: usize, b: usize) -> String {
+    if a == b {
+        a.to_string()
+    } else {
+        format!("{a}/{b}")
+    }
+}
+
+impl std::fmt::Display for Mask {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Mask::None => f.pad("full"),
+            Mask::Causal => f.pad("causal"),
+            Mask::Window { left, right } => {
+                let side = |size: &Option<usize>| size.map_or("open".into(), |size| size.to_string());
+                f.pad(&format!("window({},{})", side(left), side(right)))
+            }
+        }
     }
 }
 

@@ -298,15 +298,15 @@ impl Head {
     }
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn norm(a: &[f64]) -> f64 {
+pub fn norm(a: &[f64]) -> f64 {
     dot(a, a).sqrt()
 }
 
-fn add_scaled(to: &mut [f64], factor: f64, from: &[f64]) {
+pub fn add_scaled(to: &mut [f64], factor: f64, from: &[f64]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
 }
 

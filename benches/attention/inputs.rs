@@ -2,6 +2,8 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+#[cfg(feature = "cuda")]
+use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -21,23 +23,39 @@ pub struct Inputs {
 impl Inputs {
     /// The same values for the same case, whenever and wherever it runs.
     pub fn draw(case: &Case, device: &Device) -> Result<Self> {
-        let mut seed = [0u8; 32];
-        case.name.bytes().zip((0..seed.len()).cycle()).for_each(|(byte, at)| seed[at] ^= byte);
-        let mut rng = ChaCha8Rng::from_seed(seed);
-        let (seqlen_q, seqlen_k) = case.seqlens();
-        let mut draw = |seqlen: usize, heads: usize| {
-            let shape = match case.lengths.as_slice() {
-                [] => vec![case.batch, seqlen, heads, case.head_dim],
-                lengths => vec![lengths.iter().sum(), heads, case.head_dim],
-            };
+        let mut rng = rng(case);
+        Self::fill(case, |shape| {
             let values = StandardNormal.sample_iter(&mut rng).take(shape.iter().product()).collect::<Vec<f32>>();
             Tensor::from_vec(values, shape, device)?.to_dtype(case.dtype)
-        };
-        let (num_heads, num_heads_k) = (case.num_heads, case.num_heads_k());
-        let q = draw(seqlen_q, num_heads)?;
-        let (k, v) = (draw(seqlen_k, num_heads_k)?, draw(seqlen_k, num_heads_k)?);
-        Ok(Self { q, k, v, do_: draw(seqlen_q, num_heads)? })
+        })
     }
+
+    /// As [`Self::draw`], by the device's own generator: the host would take seconds for what a GPU is given to do. The
+    /// same values for the same case on the same kind of device.
+    #[cfg(feature = "cuda")]
+    pub fn draw_on_device(case: &Case, device: &Device) -> Result<Self> {
+        device.set_seed(rng(case).random())?;
+        Self::fill(case, |shape| Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(case.dtype))
+    }
+
+    fn fill(case: &Case, mut draw: impl FnMut(Vec<usize>) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let shape = |seqlen: usize, heads: usize| match case.lengths.as_slice() {
+            [] => vec![case.batch, seqlen, heads, case.head_dim],
+            lengths => vec![lengths.iter().sum(), heads, case.head_dim],
+        };
+        let (seqlen_q, seqlen_k) = case.seqlens();
+        let (shape_q, shape_k) = (shape(seqlen_q, case.num_heads), shape(seqlen_k, case.num_heads_k()));
+        let q = draw(shape_q.clone())?;
+        let (k, v) = (draw(shape_k.clone())?, draw(shape_k)?);
+        Ok(Self { q, k, v, do_: draw(shape_q)? })
+    }
+}
+
+/// A generator of the case's own.
+pub fn rng(case: &Case) -> ChaCha8Rng {
+    let mut seed = [0u8; 32];
+    case.name.bytes().zip((0..seed.len()).cycle()).for_each(|(byte, at)| seed[at] ^= byte);
+    ChaCha8Rng::from_seed(seed)
 }
 
 /// The elements of a tensor in order, exactly.

@@ -1,4 +1,4 @@
-//! Attention on the CPU, timed beside what Candle has without this crate.
+//! Attention, timed: on the CPU beside what Candle has without this crate, on a GPU over the papers' grid.
 //!
 //! ```text
 //! cargo bench                          every case of benches/cases.toml, in 2 to 3 minutes on 2 cores
@@ -8,24 +8,39 @@
 //! cargo test --bench attention         only checks the answers
 //! ```
 //!
-//! Each answer is checked against naive attention in f64 before it is timed; a wrong one ends the run with an error. A
-//! missed target is printed and is no error: it depends on the machine.
+//! With the feature `cuda` the GPU takes the CPU's place, and the same options choose from the cases of benches/cuda.toml;
+//! the part for the GPU has a few more (`--help`):
+//!
+//! ```text
+//! cargo bench --features cuda                              every case
+//! cargo bench --features cuda -- --quick                   a handful
+//! cargo bench --features cuda -- mha/d128 --dirs fwd       forward only, head_dim 128
+//! cargo bench --features cuda -- --device cpu              the CPU's cases
+//! ```
+//!
+//! Each answer is checked against naive attention in f64 before it is timed; a wrong one fails the run. A missed target is
+//! printed and is no error: it depends on the machine.
 
 mod cases;
 mod check;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod grid;
 mod inputs;
 mod machine;
 mod memory;
 mod peers;
 mod report;
+mod rows;
+mod sample;
 mod timing;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{ensure, Result};
-use candle_core::{Device, Tensor};
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use rayon::ThreadPool;
 
@@ -41,11 +56,14 @@ use crate::timing::{in_turns, seconds, Job};
 static ALLOCATOR: memory::Counting = memory::Counting;
 
 #[derive(Parser)]
-#[command(name = "cargo bench --", about = "Times attention on the CPU; benches/cases.toml says what and why.")]
+#[command(
+    name = "cargo bench --",
+    about = "Times attention; benches/cases.toml and benches/cuda.toml say what and why."
+)]
 struct Options {
     /// Only cases whose name or call contains one of these
     filters: Vec<String>,
-    /// Only the reference case
+    /// Only the reference case; on a GPU a handful
     #[arg(long)]
     quick: bool,
     /// Also write the times as CSV to this file, which is replaced
@@ -57,6 +75,20 @@ struct Options {
     /// `cargo bench` says so; without it only the answers are checked
     #[arg(long, hide = true)]
     bench: bool,
+    /// Where attention is computed
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_name = "DEVICE", default_value = "cuda")]
+    device: Where,
+    #[cfg(feature = "cuda")]
+    #[command(flatten)]
+    cuda: cuda::CudaOptions,
+}
+
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Where {
+    Cpu,
+    Cuda,
 }
 
 impl Options {
@@ -67,7 +99,12 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    #[cfg(feature = "cuda")]
+    let result = if options.device == Where::Cuda { cuda::run(&options) } else { run(&options) };
+    #[cfg(not(feature = "cuda"))]
+    let result = run(&options);
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -76,15 +113,29 @@ fn main() -> ExitCode {
     }
 }
 
+/// Prints the names of `cases`, and why each is there.
+fn list(cases: &[Case]) {
+    cases.iter().for_each(|case| println!("{:<22} {:<34} {}", case.name, case.label(), case.why));
+}
+
+/// Checks and times the chosen cases on the CPU.
 fn run(options: &Options) -> Result<()> {
     let Cases { cases, targets } = Cases::parse(include_str!("../cases.toml"))?;
     let cases: Vec<Case> = cases.into_iter().filter(|case| options.wants(case)).collect();
     ensure!(!cases.is_empty(), "no case of benches/cases.toml contains {:?}; --list prints them", options.filters);
     if options.list {
-        cases.iter().for_each(|case| println!("{:<22} {:<34} {}", case.name, case.label(), case.why));
+        list(&cases);
         return Ok(());
     }
     println!("{}", machine::describe());
+    if !options.bench {
+        // Of what times a GPU, the part that needs none.
+        for dtype in [DType::BF16, DType::F16] {
+            let cases = grid::cases(dtype)?.len();
+            let errors = sample::prove(dtype).with_context(|| format!("check of benches/cuda.toml in {dtype:?}"))?;
+            println!("benches/cuda.toml in {dtype:?}: {cases} cases; their check refuses wrong answers ({errors})");
+        }
+    }
     let mut report = Report::new(options.csv.as_deref())?;
     let gemm = Gemm::new()?;
     if options.bench {

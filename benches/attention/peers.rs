@@ -1,6 +1,6 @@
 //! Who computes attention: this crate, and what a user of Candle has without it.
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, Var, D};
 use candle_fa2::testing::Call;
@@ -144,10 +144,20 @@ impl Contender {
         (self.infer)(&q, &k, &v)
     }
 
-    /// Forward and backward by hand, from the same q, k, v and `upstream`; ours alone, padded.
+    /// Forward and backward by hand, from the same q, k, v and `upstream`; ours alone.
     pub fn operator(&self, case: &Case, upstream: &Tensor) -> Result<Operator> {
-        let call = Call::new(&attention(case), &self.q, &self.k, &self.v)?;
+        let (attention, q, k, v) = (attention(case), &self.q, &self.k, &self.v);
+        let call = match cu_seqlens(case, q)? {
+            None => Call::new(&attention, q, k, v)?,
+            Some(cu_seqlens) => Call::packed(&attention, (q, k, v), &cu_seqlens, &cu_seqlens)?,
+        };
         Ok(Operator { call, upstream: upstream.clone() })
+    }
+
+    /// o, with the graph behind it.
+    #[cfg(feature = "cuda")]
+    pub fn tracked_forward(&self) -> Result<Tensor> {
+        (self.train)(&self.q, &self.k, &self.v)
     }
 
     /// The loss whose gradient for o is `upstream`.
@@ -197,11 +207,38 @@ pub struct Operator {
 }
 
 impl Operator {
-    pub fn run(&self) -> Result<[Option<Tensor>; 4]> {
-        let o = self.call.forward()?;
-        let (dq, dk, dv) = self.call.backward(&o, &self.upstream)?;
-        Ok([Some(o), dq, dk, dv])
+    pub fn run(&self) -> Result<[Tensor; 4]> {
+        let o = self.forward()?;
+        let [dq, dk, dv] = self.backward(&o)?;
+        Ok([o, dq, dk, dv])
     }
+
+    pub fn forward(&self) -> Result<Tensor> {
+        Ok(self.call.forward()?)
+    }
+
+    /// dq, dk and dv, from the o of a forward before.
+    pub fn backward(&self, o: &Tensor) -> Result<[Tensor; 3]> {
+        match self.call.backward(o, &self.upstream)? {
+            (Some(dq), Some(dk), Some(dv)) => Ok([dq, dk, dv]),
+            _ => bail!("q, k and v are variables, and one of them got no gradient"),
+        }
+    }
+}
+
+/// The lse of our forward: `(batch, num_heads, seqlen_q)`, packed `(num_heads, rows)`.
+pub fn lse(case: &Case, Inputs { q, k, v, .. }: &Inputs) -> Result<Tensor> {
+    let (_, lse) = match cu_seqlens(case, q)? {
+        None => attention(case).forward_with_lse(q, k, v)?,
+        Some(cu_seqlens) => attention(case).forward_packed_with_lse(q, k, v, &cu_seqlens, &cu_seqlens)?,
+    };
+    Ok(lse)
+}
+
+/// Where the sequences of a packed case begin and end, on the device of `q`.
+fn cu_seqlens(case: &Case, q: &Tensor) -> Result<Option<CuSeqlens>> {
+    let packed = !case.lengths.is_empty();
+    Ok(if packed { Some(CuSeqlens::from_lengths(&case.lengths, q.device())?) } else { None })
 }
 
 fn attention(case: &Case) -> Attention {
@@ -214,11 +251,10 @@ fn attention(case: &Case) -> Attention {
 
 fn ours(case: &Case, inputs: &Inputs) -> Result<Attend> {
     let attention = attention(case);
-    if case.lengths.is_empty() {
-        return Ok(Box::new(move |q, k, v| Ok(attention.forward(q, k, v)?)));
-    }
-    let cu_seqlens = CuSeqlens::from_lengths(&case.lengths, inputs.q.device())?;
-    Ok(Box::new(move |q, k, v| Ok(attention.forward_packed(q, k, v, &cu_seqlens, &cu_seqlens)?)))
+    Ok(match cu_seqlens(case, &inputs.q)? {
+        None => Box::new(move |q, k, v| Ok(attention.forward(q, k, v)?)),
+        Some(cu_seqlens) => Box::new(move |q, k, v| Ok(attention.forward_packed(q, k, v, &cu_seqlens, &cu_seqlens)?)),
+    })
 }
 
 /// The attention of Candle's models. Where no gradient is asked for, the softmax is the fused one, which has none.

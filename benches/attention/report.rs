@@ -1,15 +1,14 @@
 //! Rows as they are printed, as CSV, and held against the targets.
 
-use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use serde::Serialize;
+use anyhow::Result;
 
-use crate::cases::{row_name, Case, Mask, Pass, Target};
+use crate::cases::{row_name, Case, Pass, Target};
 use crate::check::Checked;
 use crate::machine::Gemm;
 use crate::peers::Peer;
+use crate::rows::{significant, spread, Csv, CsvRow};
 use crate::timing::Timing;
 
 /// One measurement.
@@ -56,39 +55,14 @@ impl Value {
 pub struct Report {
     /// Name, amount, and share of the gemm rate if it is a time.
     results: Vec<(String, f64, Option<f64>)>,
-    csv: Option<csv::Writer<File>>,
-}
-
-/// A row of the peers' tables. FLOP/s are in units of 10^12, bytes per second in units of 10^9.
-#[derive(Default, Serialize)]
-struct CsvRow<'a> {
-    peer: &'a str,
-    kind: &'a str,
-    dir: &'a str,
-    dtype: &'a str,
-    hdim: Option<usize>,
-    causal: u8,
-    batch: Option<usize>,
-    seqlen_q: usize,
-    seqlen_k: usize,
-    hq: Option<usize>,
-    hkv: Option<usize>,
-    ms: String,
-    tflops: String,
-    gbps: String,
-    ms_min: String,
-    reps: usize,
-    sm_mhz: &'a str,
-    watts: &'a str,
-    err: String,
+    csv: Csv,
 }
 
 impl Report {
     /// # Errors
     /// If `csv` cannot be created; a file that is already there is replaced.
     pub fn new(csv: Option<&Path>) -> Result<Self> {
-        let csv = csv.map(|path| csv::Writer::from_path(path).with_context(|| format!("{}", path.display())));
-        Ok(Self { results: Vec::new(), csv: csv.transpose()? })
+        Ok(Self { results: Vec::new(), csv: Csv::create(csv)? })
     }
 
     /// Prints the gemm rate on all threads and on one, and keeps it as CSV.
@@ -98,9 +72,9 @@ impl Report {
             let rate = Gemm::FLOP / timing.median();
             println!("    threads {threads:>3}: {:>6.1} GFLOP/s, {} ms", rate / 1e9, spread(timing));
             let threads = if index == 0 { String::new() } else { format!("_threads{threads}") };
-            self.write(CsvRow {
+            self.csv.write(CsvRow {
                 peer: "ceiling",
-                kind: &format!("matmul{}{threads}", Gemm::SIZE),
+                kind: format!("matmul{}{threads}", Gemm::SIZE),
                 dir: "fwd",
                 dtype: "f32",
                 seqlen_q: Gemm::SIZE,
@@ -108,7 +82,7 @@ impl Report {
                 ms: significant(timing.median() * 1e3),
                 tflops: significant(rate / 1e12),
                 ms_min: significant(timing.min() * 1e3),
-                reps: timing.runs(),
+                reps: Some(timing.runs()),
                 ..CsvRow::default()
             })?;
         }
@@ -209,53 +183,19 @@ impl Report {
     }
 
     fn time_csv(&mut self, case: &Case, row: &Row, timing: &Timing) -> Result<()> {
-        let (seqlen_q, seqlen_k) = case.seqlens();
         let (peer, dir) = (row.peer.to_string(), row.pass.to_string());
-        let packed = !case.lengths.is_empty();
-        // Columns beyond the peers' have no place either: what they cannot say goes into the kind.
-        let mut kind = match (packed, case.num_heads == case.num_heads_k()) {
-            _ if seqlen_q == 1 => "decode",
-            (true, true) => "varlen",
-            (true, false) => "varlen_gqa",
-            (false, true) => "mha",
-            (false, false) => "gqa",
-        }
-        .to_owned();
-        if let Mask::Window { .. } = case.mask {
-            kind = format!("{kind}_window");
-        }
-        if let Some(threads) = row.own_threads {
-            kind = format!("{kind}_threads{threads}");
-        }
-        let bytes = (row.pass == Pass::Forward && seqlen_q == 1).then(|| case.forward_bytes());
-        self.write(CsvRow {
+        // The columns have no place for threads: what they cannot say goes into the kind.
+        let threads = row.own_threads.map_or(String::new(), |threads| format!("_threads{threads}"));
+        let bytes = (row.pass == Pass::Forward && case.seqlens().0 == 1).then(|| case.forward_bytes());
+        self.csv.write(CsvRow {
             peer: &peer,
-            kind: &kind,
+            kind: case.kind() + &threads,
             dir: &dir,
-            dtype: case.dtype.as_str(),
-            hdim: Some(case.head_dim),
-            causal: u8::from(case.mask == Mask::Causal),
-            batch: Some(if packed { case.lengths.len() } else { case.batch }),
-            seqlen_q,
-            seqlen_k,
-            hq: Some(case.num_heads),
-            hkv: Some(case.num_heads_k()),
-            ms: significant(timing.median() * 1e3),
             tflops: significant(case.flop(row.pass) / timing.median() / 1e12),
             gbps: bytes.map_or(String::new(), |bytes| significant(bytes / timing.median() / 1e9)),
-            ms_min: significant(timing.min() * 1e3),
-            reps: timing.runs(),
             err: row.error().map_or(String::new(), significant),
-            ..CsvRow::default()
+            ..CsvRow::timed(case, timing)
         })
-    }
-
-    fn write(&mut self, row: CsvRow) -> Result<()> {
-        if let Some(csv) = &mut self.csv {
-            csv.serialize(row)?;
-            csv.flush()?;
-        }
-        Ok(())
     }
 
     /// Prints each target that the chosen `cases` speak to: reached, by how much it is missed, or what was left out.
@@ -299,29 +239,7 @@ fn verdict(target: &Target, got: f64) -> String {
     format!("{:<70} {:>8}, {bound} {}: {reached}{stretch}", target.what, show(got), show(aim))
 }
 
-/// Median and spread in milliseconds.
-fn spread(timing: &Timing) -> String {
-    let ms = |seconds: f64| {
-        let ms = seconds * 1e3;
-        match ms {
-            0.0..10.0 => format!("{ms:.2}"),
-            10.0..100.0 => format!("{ms:.1}"),
-            _ => format!("{ms:.0}"),
-        }
-    };
-    format!("{} ({} .. {})", ms(timing.median()), ms(timing.min()), ms(timing.max()))
-}
-
 /// Share of the threads' time that other programs had.
 fn waited(timing: &Timing) -> String {
     timing.waited.map_or(String::new(), |waited| format!("{:.0}%", 100.0 * waited))
-}
-
-/// Five significant digits.
-fn significant(value: f64) -> String {
-    if value == 0.0 {
-        return "0".into();
-    }
-    let digits = 4 - value.abs().log10().floor() as i32;
-    format!("{value:.*}", digits.max(0) as usize)
 }

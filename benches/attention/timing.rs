@@ -25,6 +25,13 @@ pub struct Timing {
 }
 
 impl Timing {
+    /// Of `runs` in seconds, at least one.
+    pub fn new(mut runs: Vec<f64>, waited: Option<f64>) -> Self {
+        assert!(!runs.is_empty(), "a time needs a run");
+        runs.sort_by(f64::total_cmp);
+        Self { runs, waited }
+    }
+
     pub fn median(&self) -> f64 {
         let (low, high) = ((self.runs.len() - 1) / 2, self.runs.len() / 2);
         (self.runs[low] + self.runs[high]) / 2.0
@@ -80,10 +87,9 @@ pub fn in_turns(jobs: &[Job]) -> Result<Vec<Timing>> {
             waited[index] = waited[index].zip(here).map(|(sum, here)| sum + here);
         }
     }
-    let timing = |index: usize, mut runs: Vec<f64>| {
-        runs.sort_by(f64::total_cmp);
+    let timing = |index: usize, runs: Vec<f64>| {
         let share = |waited: f64| (waited / (passed[index] * jobs[index].threads as f64)).clamp(0.0, 1.0);
-        Timing { runs, waited: waited[index].map(share) }
+        Timing::new(runs, waited[index].map(share))
     };
     Ok(runs.into_iter().enumerate().map(|(index, runs)| timing(index, runs)).collect())
 }

@@ -1,0 +1,194 @@
+//! The GPU: events around calls, and what nvidia-smi says meanwhile.
+//!
+//! Candle queues on the calling thread's own stream: all of this runs on the thread that made the device.
+
+use std::cell::Cell;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+use candle_core::cuda::cudarc::driver::sys::CUevent_flags_enum::CU_EVENT_DEFAULT;
+use candle_core::cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream};
+use candle_core::Device;
+
+use crate::timing::Timing;
+
+pub struct Gpu {
+    pub device: Device,
+    stream: Arc<CudaStream>,
+    /// Zeroed before each timed call, so that nothing of its inputs is left in the L2 cache.
+    flush: CudaSlice<u8>,
+    /// How nvidia-smi names this GPU, whatever CUDA numbers it.
+    uuid: String,
+    /// Whether nvidia-smi has answered so far. It is not asked again after it has not.
+    answers: Cell<bool>,
+}
+
+/// What one call costs.
+pub struct Cost {
+    /// On the GPU, between events.
+    pub timing: Timing,
+    /// Median seconds until a call has been queued.
+    pub host: f64,
+    pub gauges: Gauges,
+}
+
+/// Read under the load of the timed call; empty without nvidia-smi.
+#[derive(Default)]
+pub struct Gauges {
+    pub sm_mhz: String,
+    pub watts: String,
+}
+
+/// More than the L2 cache of any GPU so far (50 MB on an H100); the peers' figures were taken behind the same.
+const FLUSH_BYTES: usize = 192 << 20;
+
+/// Lets the GPU cool off between points: its clock depends on the power that it has drawn.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Timed calls of a point, at least and at most, whatever time they take.
+const RUNS: std::ops::RangeInclusive<f64> = 7.0..=100.0;
+
+/// Calls whose queueing is timed. With about a thousand launches the queue is full, and the host waits for the GPU: so
+/// many calls, with all that they launch, stay far below.
+const HOST_CALLS: usize = 16;
+
+impl Gpu {
+    /// # Errors
+    /// If there is no GPU, or no driver.
+    pub fn new() -> Result<Self> {
+        let device = Device::new_cuda(0)?;
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let flush = stream.alloc_zeros::<u8>(FLUSH_BYTES)?;
+        // Eight, four, four, four and twelve hexadecimal digits.
+        let digits: String = stream.context().uuid()?.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect();
+        let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
+        let uuid = format!("GPU-{}", parts.join("-"));
+        Ok(Self { device, stream, flush, uuid, answers: Cell::new(true) })
+    }
+
+    /// Its name, size, driver and limits in one line.
+    pub fn describe(&self) -> Result<String> {
+        let context = self.stream.context();
+        let (major, minor) = context.compute_capability()?;
+        let multiprocessors = context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let name = context.name()?;
+        let of_driver = match self.ask("driver_version,clocks.max.sm,power.limit,temperature.gpu") {
+            Some(question) => self.answer(question),
+            None => String::new(),
+        };
+        let of_driver = match of_driver.as_str() {
+            "" => "nvidia-smi does not answer: no clocks, no watts".into(),
+            told => format!("driver, MHz at most, W at most, degrees Celsius: {told}"),
+        };
+        Ok(format!("{name}, sm_{major}{minor}, {multiprocessors} multiprocessors; {of_driver}"))
+    }
+
+    /// Times `call` for `milliseconds` or so: warm, after a pause, with the L2 cache flushed before each run.
+    pub fn time<R>(&mut self, milliseconds: f64, call: impl Fn() -> Result<R>) -> Result<Cost> {
+        call()?;
+        self.stream.synchronize()?;
+        std::thread::sleep(PAUSE);
+
+        // Memory that was freed before a synchronisation has gone back to the driver. The first of the two fetches it.
+        let marks = [self.event()?, self.event()?, self.event()?];
+        marks[0].record(&self.stream)?;
+        for mark in &marks[1..] {
+            call()?;
+            mark.record(&self.stream)?;
+        }
+        let estimate = marks[0].elapsed_ms(&marks[1])?.min(marks[1].elapsed_ms(&marks[2])?);
+        let runs = (milliseconds / f64::from(estimate)).clamp(*RUNS.start(), *RUNS.end()) as usize;
+
+        let events: Vec<[CudaEvent; 2]> =
+            (0..runs).map(|_| Ok([self.event()?, self.event()?])).collect::<Result<_>>()?;
+        let mut queued = Vec::new();
+        for [start, end] in &events {
+            self.stream.memset_zeros(&mut self.flush)?;
+            start.record(&self.stream)?;
+            let begun = Instant::now();
+            let result = call()?;
+            queued.push(begun.elapsed().as_secs_f64());
+            end.record(&self.stream)?;
+            drop(result);
+        }
+        let gauges = self.gauges(f64::from(estimate), &call)?;
+        self.stream.synchronize()?;
+        let seconds = |[start, end]: &[CudaEvent; 2]| Ok(f64::from(start.elapsed_ms(end)?) / 1e3);
+        let timing = Timing::new(events.iter().map(seconds).collect::<Result<_>>()?, None);
+        queued.truncate(HOST_CALLS);
+        Ok(Cost { timing, host: Timing::new(queued, None).median(), gauges })
+    }
+
+    /// Median seconds until `call` has been queued, in rounds that are too short to fill the queue.
+    pub fn host<R>(&self, call: impl Fn() -> Result<R>) -> Result<f64> {
+        const ROUNDS: usize = 20;
+        let mut queued = Vec::new();
+        for round in 0..=ROUNDS {
+            for _ in 0..HOST_CALLS {
+                let begun = Instant::now();
+                let result = call()?;
+                let seconds = begun.elapsed().as_secs_f64();
+                drop(result);
+                // The first round loads the kernels.
+                if round > 0 {
+                    queued.push(seconds);
+                }
+            }
+            self.stream.synchronize()?;
+        }
+        Ok(Timing::new(queued, None).median())
+    }
+
+    fn event(&self) -> Result<CudaEvent> {
+        Ok(self.stream.context().new_event(Some(CU_EVENT_DEFAULT))?)
+    }
+
+    /// Clock and power. Until nvidia-smi has answered, the GPU goes on with the same work, not timed: calls of
+    /// `milliseconds` each, several at once, as the first one after a synchronisation waits for its memory.
+    fn gauges<R>(&self, milliseconds: f64, call: impl Fn() -> Result<R>) -> Result<Gauges> {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        const AT_ONCE_MS: f64 = 20.0;
+        let at_once = (AT_ONCE_MS / milliseconds).clamp(1.0, HOST_CALLS as f64) as usize;
+        let Some(mut question) = self.ask("clocks.sm,power.draw") else { return Ok(Gauges::default()) };
+        let begun = Instant::now();
+        while question.try_wait()?.is_none() {
+            if begun.elapsed() > PATIENCE {
+                question.kill()?;
+            }
+            for _ in 0..at_once {
+                call()?;
+            }
+            self.stream.synchronize()?;
+        }
+        let answer = self.answer(question);
+        let (sm_mhz, watts) = answer.split_once(", ").unwrap_or_default();
+        // What a GPU does not tell comes in brackets.
+        let told = |value: &str| if value.starts_with('[') { String::new() } else { value.to_string() };
+        Ok(Gauges { sm_mhz: told(sm_mhz), watts: told(watts) })
+    }
+
+    /// Asks nvidia-smi; `None` where it is missing or has not answered before.
+    fn ask(&self, fields: &str) -> Option<Child> {
+        let mut command = Command::new("nvidia-smi");
+        command.arg(format!("--id={}", self.uuid)).arg(format!("--query-gpu={fields}"));
+        command.arg("--format=csv,noheader,nounits").stdout(Stdio::piped()).stderr(Stdio::null());
+        let question = if self.answers.get() { command.spawn().ok() } else { None };
+        self.answers.set(question.is_some());
+        question
+    }
+
+    /// The one line that nvidia-smi says; nothing if it fails.
+    fn answer(&self, question: Child) -> String {
+        let line = match question.wait_with_output() {
+            Ok(output) if output.status.success() => {
+                String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().trim().to_string()
+            }
+            _ => String::new(),
+        };
+        self.answers.set(!line.is_empty());
+        line
+    }
+}
