@@ -14,30 +14,38 @@ use crate::{Attention, CuSeqlens, Mask, Result};
 #[cfg(feature = "cuda")]
 pub const KERNEL_REPORT: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.csv"));
 
-/// One padded call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
+/// One call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
 pub struct Call {
     op: FlashAttention,
+    /// The operator of [`Attention::forward_with_lse`], for the same call.
+    op_with_lse: FlashAttention,
+    shape_q: Vec<usize>,
+    shape_lse: Vec<usize>,
     inputs: [Tensor; 3],
 }
 
 impl Call {
-    /// Checks and plans the call.
+    /// Checks and plans a padded call.
     ///
     /// # Errors
     /// As [`Attention::forward`].
     pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        let op = attention.op(Problem::padded(attention, q, k, v)?, Output::O, q)?;
-        Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+        let problem = Problem::padded(attention, q, k, v)?;
+        let plan = Plan::choose(&problem, &DeviceCaps::of(q.device())?)?;
+        Ok(Self::with_plan(attention, problem, (q, k, v), plan))
     }
 
-    /// Checks the call and runs it as `plan` says, which must be for the same problem.
-    ///
-    /// # Errors
-    /// Those of the checks of shapes and strides.
-    pub fn with_plan(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor, plan: Plan) -> Result<Self> {
-        let problem = Problem::padded(attention, q, k, v)?;
-        let op = FlashAttention::new(problem, plan, attention.alibi_slopes.clone(), Output::O);
-        Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+    /// The call that `problem` and `plan` were made from, run as `plan` says.
+    pub fn with_plan(
+        attention: &Attention,
+        problem: Problem,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        plan: Plan,
+    ) -> Self {
+        let (shape_q, shape_lse) = (problem.shape_q(), problem.shape_lse());
+        let op = |output| FlashAttention::new(problem.clone(), plan.clone(), attention.alibi_slopes.clone(), output);
+        let inputs = [q.clone(), k.clone(), v.clone()];
+        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), shape_q, shape_lse, inputs }
     }
 
     /// o.
@@ -49,7 +57,20 @@ impl Call {
         Ok(q.apply_op3_no_bwd(k, v, &self.op)?)
     }
 
-    /// The gradients of those of q, k and v that are tracked, from o and its gradient. The forward must have run.
+    /// o in the accumulator's type, and lse.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn forward_with_lse(&self) -> Result<(Tensor, Tensor)> {
+        let [q, k, v] = &self.inputs;
+        let both = q.apply_op3_no_bwd(k, v, &self.op_with_lse)?;
+        let o_len = self.shape_q.iter().product();
+        let o = both.narrow(0, 0, o_len)?.reshape(self.shape_q.as_slice())?;
+        let lse = both.narrow(0, o_len, both.elem_count() - o_len)?.reshape(self.shape_lse.as_slice())?;
+        Ok((o, lse))
+    }
+
+    /// The gradients of those of q, k and v that are tracked, from o and its gradient. [`Self::forward`] must have run.
     ///
     /// # Errors
     /// Those of the operator.

@@ -5,6 +5,8 @@
 mod backward;
 mod common;
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_graph;
 mod cuda_plan;
 mod edges;
 mod errors;

@@ -8,6 +8,17 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::Attention;
 
+/// Stands in for `Attention::deterministic` until it is there: an inherent method goes before this one.
+pub trait Deterministic {
+    fn deterministic(self, deterministic: bool) -> Self;
+}
+
+impl Deterministic for Attention {
+    fn deterministic(self, _: bool) -> Self {
+        self
+    }
+}
+
 /// q, k and v as variables, and the options.
 pub struct Call {
     pub attention: Attention,
