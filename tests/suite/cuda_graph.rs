@@ -5,7 +5,7 @@
 //! asked of it next; the other tests share another one. Candle's stream is the thread's own, so that no other test queues
 //! anything into the capture.
 
-use crate::common::cases::{window, Alibi, Case, Lengths, Target};
+use crate::common::cases::{own_gpu, window, Alibi, Case, Lengths, Target};
 use crate::common::reference::{Input, Output};
 use crate::common::run::Call;
 use anyhow::{ensure, Context, Result};
@@ -17,7 +17,7 @@ use candle_fa2::{Attention, Mask};
 
 /// A device of this test's own, in each type.
 fn own_targets() -> Vec<Target> {
-    let Ok(device) = Device::new_cuda(0) else {
+    let Some(device) = own_gpu() else {
         println!("SKIPPED: no CUDA device");
         return Vec::new();
     };

@@ -43,6 +43,12 @@ pub fn gpu_targets() -> Vec<Target> {
     [DType::F16, DType::BF16].into_iter().filter_map(target).collect()
 }
 
+/// The first GPU once more, as a device of the caller's own: with a cuBLAS handle, whose workspace the threads of one device
+/// would share, and with errors that no other test meets.
+pub fn own_gpu() -> Option<Device> {
+    Device::new_cuda(0).ok()
+}
+
 /// The target of one type on the host, for tests of what the types share.
 pub fn cpu(dtype: DType) -> Target {
     Target { device: Device::Cpu, dtype }
