@@ -32,6 +32,7 @@ impl Call {
     pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let problem = Problem::padded(attention, q, k, v)?;
         let plan = Plan::choose(&problem, &DeviceCaps::of(q.device())?)?;
+        crate::plan::log(&problem, &plan);
         Ok(Self::with_plan(attention, problem, (q, k, v), plan))
     }
 
@@ -77,6 +78,23 @@ impl Call {
     pub fn backward(&self, o: &Tensor, do_: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [q, k, v] = &self.inputs;
         Ok(self.op.bwd(q, k, v, o, do_)?)
+    }
+
+    /// As [`Self::backward`], from what [`Self::forward_with_lse`] returned and the gradients of both.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn backward_with_lse(
+        &self,
+        (o, lse): (&Tensor, &Tensor),
+        (do_, dlse): (&Tensor, &Tensor),
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [q, k, v] = &self.inputs;
+        // The one flat tensor that the operator returns, and its gradient.
+        let both = |o: &Tensor, lse: &Tensor| -> candle_core::Result<Tensor> {
+            Tensor::cat(&[o.to_dtype(lse.dtype())?.flatten_all()?, lse.flatten_all()?], 0)
+        };
+        Ok(self.op_with_lse.bwd(q, k, v, &both(o, lse)?, &both(do_, dlse)?)?)
     }
 }
 
