@@ -41,7 +41,7 @@ struct Tiled {
     target: Target,
 }
 
-/// The kernels with tiles that this GPU runs, those of one line of cuda/instances.def together. The others are named.
+/// The kernels with tiles that this GPU runs. The others are counted and named.
 fn tiled_kernels() -> Result<Vec<Tiled>> {
     let mut runnable = Vec::new();
     let mut too_large = Vec::new();
@@ -113,7 +113,7 @@ impl Tiled {
         cases
     }
 
-    /// The plan of `call` in which this kernel computes its pass.
+    /// The plan of `problem` in which this kernel computes its pass.
     fn plan(&self, problem: &testing::Problem) -> Result<CudaPlan> {
         let allow = |other: &Kernel| other.pass != self.kernel.pass || other.name == self.kernel.name;
         let plan = CudaPlan::choose(problem, &DeviceCaps::of(&self.target.device)?, allow)?;
