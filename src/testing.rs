@@ -17,17 +17,20 @@ pub const KERNEL_REPORT: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.
 /// One call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
 pub struct Call {
     op: FlashAttention,
+    /// The operator of [`Attention::forward_with_lse`], for the same call.
+    op_with_lse: FlashAttention,
+    shape_q: Vec<usize>,
+    shape_lse: Vec<usize>,
     inputs: [Tensor; 3],
 }
 
 impl Call {
-    /// Checks and plans the call, over a padded batch.
+    /// Checks and plans a padded call.
     ///
     /// # Errors
     /// As [`Attention::forward`].
     pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        let op = attention.op(Problem::padded(attention, q, k, v)?, Output::O, q)?;
-        Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+        Self::planned(attention, Problem::padded(attention, q, k, v)?, (q, k, v))
     }
 
     /// As [`Self::new`], for a packed batch.
@@ -40,18 +43,26 @@ impl Call {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<Self> {
-        let problem = Problem::packed(attention, (q, k, v), cu_seqlens_q, cu_seqlens_k)?;
-        Ok(Self { op: attention.op(problem, Output::O, q)?, inputs: [q.clone(), k.clone(), v.clone()] })
+        Self::planned(attention, Problem::packed(attention, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, (q, k, v))
     }
 
-    /// Checks the call and runs it as `plan` says, which must be for the same problem.
-    ///
-    /// # Errors
-    /// Those of the checks of shapes and strides.
-    pub fn with_plan(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor, plan: Plan) -> Result<Self> {
-        let problem = Problem::padded(attention, q, k, v)?;
-        let op = FlashAttention::new(problem, plan, attention.alibi_slopes.clone(), Output::O);
-        Ok(Self { op, inputs: [q.clone(), k.clone(), v.clone()] })
+    fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
+        let plan = Plan::choose(&problem, &DeviceCaps::of(inputs.0.device())?)?;
+        crate::plan::log(&problem, &plan);
+        Ok(Self::with_plan(attention, problem, inputs, plan))
+    }
+
+    /// The call that `problem` and `plan` were made from, run as `plan` says.
+    pub fn with_plan(
+        attention: &Attention,
+        problem: Problem,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        plan: Plan,
+    ) -> Self {
+        let (shape_q, shape_lse) = (problem.shape_q(), problem.shape_lse());
+        let op = |output| FlashAttention::new(problem.clone(), plan.clone(), attention.alibi_slopes.clone(), output);
+        let inputs = [q.clone(), k.clone(), v.clone()];
+        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), shape_q, shape_lse, inputs }
     }
 
     /// o.
@@ -63,13 +74,43 @@ impl Call {
         Ok(q.apply_op3_no_bwd(k, v, &self.op)?)
     }
 
-    /// The gradients of those of q, k and v that are tracked, from o and its gradient. The forward must have run.
+    /// o in the accumulator's type, and lse.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn forward_with_lse(&self) -> Result<(Tensor, Tensor)> {
+        let [q, k, v] = &self.inputs;
+        let both = q.apply_op3_no_bwd(k, v, &self.op_with_lse)?;
+        let o_len = self.shape_q.iter().product();
+        let o = both.narrow(0, 0, o_len)?.reshape(self.shape_q.as_slice())?;
+        let lse = both.narrow(0, o_len, both.elem_count() - o_len)?.reshape(self.shape_lse.as_slice())?;
+        Ok((o, lse))
+    }
+
+    /// The gradients of those of q, k and v that are tracked, from o and its gradient. [`Self::forward`] must have run.
     ///
     /// # Errors
     /// Those of the operator.
     pub fn backward(&self, o: &Tensor, do_: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [q, k, v] = &self.inputs;
         Ok(self.op.bwd(q, k, v, o, do_)?)
+    }
+
+    /// As [`Self::backward`], from what [`Self::forward_with_lse`] returned and the gradients of both.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn backward_with_lse(
+        &self,
+        (o, lse): (&Tensor, &Tensor),
+        (do_, dlse): (&Tensor, &Tensor),
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [q, k, v] = &self.inputs;
+        // The one flat tensor that the operator returns, and its gradient.
+        let both = |o: &Tensor, lse: &Tensor| -> candle_core::Result<Tensor> {
+            Tensor::cat(&[o.to_dtype(lse.dtype())?.flatten_all()?, lse.flatten_all()?], 0)
+        };
+        Ok(self.op_with_lse.bwd(q, k, v, &both(o, lse)?, &both(do_, dlse)?)?)
     }
 }
 

@@ -71,7 +71,7 @@ impl Trained {
         let mut config = state.config;
         config.attention = attention.unwrap_or(config.attention);
         if device.is_cpu() {
-            config.precision = Precision::F32; // Candle's CPU has no bf16 matrix product; the weights are f32 anyway
+            config.precision = Precision::F32; // faster there; the weights are f32 anyway
         }
         Ok(Self {
             tokenizer: Tokenizer::new(config.tokenizer),

@@ -38,7 +38,6 @@ pub struct Run {
 impl Run {
     /// A run at its first step.
     pub fn new(config: Config, device: Device) -> Result<Self> {
-        config.check_device(&device)?;
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
         let mut rng = Rng::new(config.seed);
@@ -64,7 +63,6 @@ impl Run {
                 dir.display()
             );
         }
-        config.check_device(&device)?;
         let text = Text::read(data.as_deref().or(config.data.as_deref()))?;
         if text.sha256 != text_sha256 {
             bail!(

@@ -9,7 +9,7 @@ use candle_fa2::Mask;
 
 fn check(list: impl Fn(&Target) -> Vec<Case>) -> Result<()> {
     for target in targets() {
-        for case in list(&target) {
+        for case in list(&target).into_iter().filter(Case::fits) {
             case.check()?;
         }
     }
@@ -95,7 +95,7 @@ fn lse_alone_carries_a_gradient() -> Result<()> {
 #[test]
 fn a_second_backward_gives_the_same_bits() -> Result<()> {
     for target in targets() {
-        for case in cases::smoke(&target) {
+        for case in cases::smoke(&target).into_iter().map(Case::deterministic) {
             let input = case.draw();
             let Call { attention, q, k, v } = case.call(&input)?;
             let (o, lse) = case.forward_with_lse(&attention, &q, &k, &v)?;
@@ -115,7 +115,7 @@ fn a_second_backward_gives_the_same_bits() -> Result<()> {
 #[test]
 fn self_attention_on_one_tensor_sums_the_gradients() -> Result<()> {
     for target in targets() {
-        let case = Case::new(&target).mask(Mask::Causal);
+        let case = Case::new(&target).mask(Mask::Causal).deterministic();
         let mut input = case.draw();
         (input.k, input.v) = (input.q.clone(), input.q.clone());
         let Call { attention, q, .. } = case.call(&input)?;
@@ -136,7 +136,7 @@ fn self_attention_on_one_tensor_sums_the_gradients() -> Result<()> {
 #[test]
 fn constants_get_no_gradient() -> Result<()> {
     for target in targets() {
-        let case = Case::new(&target).mask(Mask::Causal);
+        let case = Case::new(&target).mask(Mask::Causal).deterministic();
         let input = case.draw();
         let Call { attention, q, k, v } = case.call(&input)?;
         let all = case.loss(&input, &attention.forward(&q, &k, &v)?, &v)?.backward()?;

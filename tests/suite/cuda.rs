@@ -1,71 +1,345 @@
-//! The CUDA kernels against the reference that judges the CPU path: masks with every option, every head_dim that has a
-//! kernel, packed batches, long sequences, the edges of the kernels' own tiles; values and gradients.
+//! What is CUDA's own: each kernel of the table at the edges of its own tiles, a small sweep for the sanitizers, bits that
+//! repeat, and what is refused. Every other module runs for the GPU too: `cases::targets` names it.
 //!
-//! Needs the feature `cuda` and a GPU: without the feature the tests are ignored, without a GPU each says so and passes.
+//! Needs the feature `cuda` and a GPU: without the feature these tests are ignored, without a GPU each says SKIPPED and
+//! passes. The suite is one binary; `--skip house` leaves out what reads the repository, so that it can be carried.
+//!
+//! ```sh
+//! cargo test --features cuda --test suite --no-run         # prints where the binary is, $SUITE below
+//! $SUITE --skip house --nocapture                          # everything, and how much of it ran on the GPU
+//! CANDLE_FA2_SHARED_LIMIT=101376 $SUITE --skip house       # on the kernels of GPUs with 99 KB of shared memory
+//! for tool in memcheck racecheck initcheck synccheck; do
+//!     compute-sanitizer --tool $tool --error-exitcode 1 $SUITE sanitizer_sweep --nocapture
+//! done
+//! ```
 
-use crate::common::cases::{self, gpu_targets, Case, Target};
-use anyhow::Result;
+use std::collections::BTreeSet;
 
-/// Runs those cases that the kernels accept, forward alone and both passes.
-fn check(list: impl Fn(&Target) -> Result<Vec<Case>>) -> Result<()> {
+use crate::common::cases::{self, chunk, gpu_targets, window, Alibi, Case, Lengths, Target};
+use crate::common::compare;
+use crate::common::reference::{Input, Output, Rows};
+use crate::common::run::Call;
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Tensor, Var};
+use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, KERNELS};
+use candle_fa2::{Attention, Mask};
+use rayon::prelude::*;
+
+/// The GPU in each type, or nothing and a word about it.
+fn gpu_or_skip() -> Vec<Target> {
     let targets = gpu_targets();
     if targets.is_empty() {
-        eprintln!("SKIPPED: no CUDA device");
+        println!("SKIPPED: no CUDA device");
     }
-    let mut checked = 0;
-    for target in &targets {
-        for case in list(target)? {
-            if case.head_dim % 8 == 0 && case.head_dim <= 256 {
-                case.check_forward()?;
-                case.check()?;
-                checked += 1;
+    targets
+}
+
+/// A kernel with tiles, on the GPU.
+#[derive(Clone)]
+struct Tiled {
+    kernel: &'static Kernel,
+    target: Target,
+}
+
+/// The kernels with tiles that this GPU runs. The others are counted and named.
+fn tiled_kernels() -> Result<Vec<Tiled>> {
+    let mut runnable = Vec::new();
+    let mut too_large = Vec::new();
+    let targets = gpu_or_skip();
+    for kernel in KERNELS.iter().filter(|kernel| matches!(kernel.pass, Pass::Forward | Pass::Backward)) {
+        for target in targets.iter().filter(|target| target.dtype == kernel.dtype) {
+            let DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = DeviceCaps::of(&target.device)? else {
+                anyhow::bail!("{:?} is no GPU", target.device);
+            };
+            if kernel.compute_cap <= compute_cap && kernel.shared_bytes <= shared_bytes_per_block {
+                runnable.push(Tiled { kernel, target: target.clone() });
+            } else {
+                too_large.push(kernel.name);
             }
         }
     }
-    println!("{checked} cases on the GPU");
+    if !too_large.is_empty() {
+        println!("{} kernels need more than this GPU has: {}", too_large.len(), too_large.join(", "));
+    }
+    ensure!(targets.is_empty() || !runnable.is_empty(), "this GPU runs no kernel");
+    Ok(runnable)
+}
+
+impl Tiled {
+    /// A case that this kernel takes; `turn` chooses among its head_dims, the ways to share key heads, to sum dq and to
+    /// give lse a gradient, and, for a modified kernel, among what makes a call a modified one.
+    fn case(&self, turn: usize) -> Case {
+        let Kernel { head_dim, modified, .. } = *self.kernel;
+        // The kernel's own, and one that it pads in shared memory.
+        let padded = head_dim - chunk(&self.target.device);
+        let (num_heads, num_heads_k) = [(1, 1), (2, 1), (3, 3), (4, 2)][turn % 4];
+        let case = Case::new(&self.target).heads(num_heads, num_heads_k).head_dim([head_dim, padded][turn / 4 % 2]);
+        let case = Case { deterministic: turn / 3 % 2 == 1, dlse: turn % 7 > 3, ..case };
+        match (modified, turn % 5) {
+            (false, _) => case,
+            (true, 0) => case.softcap(1.5),
+            (true, 1) => case.alibi(Alibi::PerHead),
+            (true, 2) => case.softmax_scale(-0.6),
+            (true, 3) => case.alibi(Alibi::PerBatchAndHead).softcap(2.0),
+            (true, _) => case.softmax_scale(0.0),
+        }
+    }
+
+    /// One row or column short of, at, and past the edges of the kernel's tiles for every kind of mask; several tiles both
+    /// ways, with windows that skip whole tiles; packed sequences that end inside tiles, at their edges, and before them.
+    fn around_tiles(&self) -> Vec<Case> {
+        let Kernel { block_m, block_n, .. } = *self.kernel;
+        let mut cases = Vec::new();
+        for seqlen_q in [block_m - 1, block_m, block_m + 1] {
+            for seqlen_k in [block_n - 1, block_n, block_n + 1] {
+                for mask in [Mask::None, Mask::Causal, window(block_n / 2, 9)] {
+                    cases.push(self.case(cases.len()).batch(1, seqlen_q, seqlen_k).mask(mask));
+                }
+            }
+        }
+        let (longer_q, longer_k) = (3 * block_m + 1, 3 * block_n + 1);
+        for (seqlen_q, seqlen_k, mask) in [
+            (longer_q, longer_k, Mask::Causal),
+            (block_m / 2, 4 * block_n - 1, Mask::None),
+            (4 * block_m - 1, block_n / 2, Mask::Causal),
+            (longer_q, longer_k, window(block_n / 3, 5)),
+        ] {
+            cases.push(self.case(cases.len()).batch(1, seqlen_q, seqlen_k).heads(2, 1).mask(mask));
+        }
+        let lengths = [(block_m + 1, block_n - 1), (3, 2 * block_n + 5), (0, 4), (block_m, block_n), (7, 0), (1, 1)];
+        for mask in [Mask::None, Mask::Causal] {
+            cases.push(self.case(cases.len()).packed(&lengths).mask(mask));
+        }
+        cases
+    }
+
+    /// The plan of `problem` in which this kernel computes its pass.
+    fn plan(&self, problem: &testing::Problem) -> Result<CudaPlan> {
+        let allow = |other: &Kernel| other.pass != self.kernel.pass || other.name == self.kernel.name;
+        let plan = CudaPlan::choose(problem, &DeviceCaps::of(&self.target.device)?, allow)?;
+        let Launch { kernel, .. } = if self.kernel.pass == Pass::Forward { plan.forward } else { plan.backward };
+        ensure!(kernel == self.kernel, "{} was asked for, {} came", self.kernel.name, kernel.name);
+        Ok(plan)
+    }
+
+    /// o, lse and the gradients of `case` with this kernel against the reference. Returns the plan.
+    fn check(&self, case: &Case) -> Result<CudaPlan> {
+        self.check_on(case, &case.draw())
+    }
+
+    /// The same on numbers of one's own.
+    fn check_on(&self, case: &Case, input: &Input) -> Result<CudaPlan> {
+        let Call { attention, q, k, v } = case.call(input)?;
+        let problem = match case.lengths {
+            Lengths::Padded { .. } => testing::problem(&attention, &q, &k, &v)?,
+            Lengths::Packed(_) => {
+                let (cu_seqlens_q, cu_seqlens_k) = case.cu_seqlens()?;
+                testing::problem_packed(&attention, (&q, &k, &v), &cu_seqlens_q, &cu_seqlens_k)?
+            }
+        };
+        let plan = self.plan(&problem)?;
+        let call = testing::Call::with_plan(&attention, problem, (&q, &k, &v), Plan::Cuda(plan.clone()));
+        let got = by_hand(case, input, &call)?;
+        case.check_output(input, &got).with_context(|| format!("kernel {}", self.kernel.name))?;
+        Ok(plan)
+    }
+}
+
+/// The outcome of forward and backward without autograd around them.
+fn by_hand(case: &Case, input: &Input, call: &testing::Call) -> Result<Output> {
+    let o = call.forward()?;
+    let (o_with_lse, lse) = call.forward_with_lse()?;
+    compare::same_bits("o with and without lse", &o_with_lse.to_dtype(o.dtype())?, &o, case)?;
+    let do_ = case.tensor(&input.do_, &case.shape_q())?;
+    let (dq, dk, dv) = if case.dlse {
+        call.backward_with_lse((&o_with_lse, &lse), (&do_, &case.dlse_tensor(input)?))?
+    } else {
+        call.backward(&o, &do_)?
+    };
+    let grad = |name: &str, grad: Option<Tensor>| -> Result<Rows> {
+        case.rows(&grad.with_context(|| format!("no {name}"))?, name == "dq")
+    };
+    Ok(Output {
+        o: case.rows(&o, true)?,
+        lse: case.lse_rows(&lse)?,
+        dq: grad("dq", dq)?,
+        dk: grad("dk", dk)?,
+        dv: grad("dv", dv)?,
+    })
+}
+
+/// Each kernel, whichever a plan would have chosen.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn every_kernel_at_the_edges_of_its_tiles() -> Result<()> {
+    let kernels = tiled_kernels()?;
+    let cases: Vec<(&Tiled, Case)> =
+        kernels.iter().flat_map(|kernel| kernel.around_tiles().into_iter().map(move |case| (kernel, case))).collect();
+    // The reference is what takes the time.
+    cases.par_iter().try_for_each(|(kernel, case)| kernel.check(case).map(drop))?;
+    println!("{} cases on {} kernels match the reference", cases.len(), kernels.len());
     Ok(())
 }
 
+/// One tile and a part of another both ways, on every kernel, padded and packed, with and without `deterministic` and a
+/// gradient of lse, each also with a NaN in a key, a value and a gradient: small enough for a sanitizer, and complete, which is
+/// asserted. Of Candle's kernels only casts run.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
-fn every_mask_with_every_option() -> Result<()> {
-    check(|target| Ok(cases::options(target).into_iter().map(|case| case.head_dim(40)).collect()))
+fn sanitizer_sweep() -> Result<()> {
+    let kernels = tiled_kernels()?;
+    let mut launched = BTreeSet::new();
+    let mut cases = 0;
+    for (at, tiled) in kernels.iter().enumerate() {
+        let Kernel { block_m, block_n, .. } = *tiled.kernel;
+        let (seqlen_q, seqlen_k) = (block_m + 9, block_n + 17);
+        let small = |turn| tiled.case(turn).heads(2, 1).batch(1, seqlen_q, seqlen_k).mask(Mask::Causal);
+        for case in [
+            Case { deterministic: false, dlse: false, ..small(at) },
+            Case { deterministic: true, dlse: true, ..small(at + 1) },
+            small(at + 2).packed(&[(seqlen_q, 5), (3, seqlen_k)]).mask(window(block_n / 2, 20)),
+        ] {
+            // Numbers that are not finite take the careful ways through a kernel.
+            let mut input = case.draw();
+            for values in [&mut input.k, &mut input.v, &mut input.do_] {
+                let last = values.len() - 1;
+                values[last] = f64::NAN;
+            }
+            tiled.check_on(&case, &input)?;
+            let CudaPlan { forward, delta, backward, convert, .. } = tiled.check(&case)?;
+            launched.extend([forward, delta, backward, convert].map(|launch| launch.kernel.name));
+            cases += 2;
+        }
+    }
+    for Tiled { kernel, .. } in &kernels {
+        ensure!(launched.contains(kernel.name), "{} was not launched", kernel.name);
+    }
+    if !kernels.is_empty() {
+        let helpers = KERNELS.iter().filter(|kernel| kernel.head_dim == 0);
+        let missing: Vec<&str> = helpers.map(|kernel| kernel.name).filter(|name| !launched.contains(name)).collect();
+        ensure!(missing.is_empty(), "not launched: {missing:?}");
+    }
+    println!("{cases} cases, {} kernels launched", launched.len());
+    Ok(())
 }
 
+/// The plain call at every head_dim that the front page promises.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn every_head_dim() -> Result<()> {
-    check(|target| {
-        let of = |head_dim| {
-            let case = || Case::new(target).heads(4, 2).head_dim(head_dim);
-            let masks = [candle_fa2::Mask::None, candle_fa2::Mask::Causal, cases::window(40, 3)];
-            masks.map(|mask| case().batch(2, 150, 190).mask(mask))
+    let mut cases = Vec::new();
+    for target in &gpu_or_skip() {
+        let chunk = chunk(&target.device);
+        for head_dim in (chunk..=cases::max_head_dim(&target.device)).step_by(chunk) {
+            let case = Case::new(target).heads(4, 2).head_dim(head_dim).batch(2, 70, 150);
+            cases.extend([Mask::None, Mask::Causal, window(40, 3)].map(|mask| case.clone().mask(mask)));
+        }
+    }
+    cases.par_iter().try_for_each(Case::check)?;
+    println!("{} cases on the GPU", cases.len());
+    Ok(())
+}
+
+/// `deterministic` repeats every bit, where many tiles of keys add into one tile of dq, and stays right.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
+    const RUNS: usize = 10;
+    let mut cases = Vec::new();
+    for target in &gpu_or_skip() {
+        let widths: BTreeSet<usize> = KERNELS.iter().map(|kernel| kernel.head_dim).filter(|&width| width > 0).collect();
+        for head_dim in widths {
+            let case = || Case::new(target).head_dim(head_dim).deterministic();
+            cases.extend([
+                case().batch(1, 150, 1500).heads(2, 2),
+                case().batch(2, 700, 700).heads(2, 1).mask(Mask::Causal),
+                case().batch(1, 300, 900).heads(4, 2).mask(window(500, 30)).softcap(20.0),
+                case().packed(&[(400, 700), (1, 300), (0, 3), (129, 129)]).heads(2, 1).mask(Mask::Causal).dlse(),
+            ]);
+        }
+    }
+    cases.par_iter().try_for_each(|case| -> Result<()> {
+        let input = case.draw();
+        let first = case.run(&input)?;
+        case.check_output(&input, &first)?;
+        for run in 1..RUNS {
+            let again = case.run(&input)?;
+            for ((name, got), (_, want)) in again.named().into_iter().zip(first.named()) {
+                let differ = got.values.iter().zip(&want.values).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                ensure!(
+                    differ == 0,
+                    "run {run}: {differ} of {} elements of {name} differ\ncase {case}",
+                    got.values.len()
+                );
+            }
+        }
+        Ok(())
+    })?;
+    println!("{} cases repeat their bits {RUNS} times", cases.len());
+    Ok(())
+}
+
+/// What no CUDA kernel takes is said with the way out, before anything is queued: by [`Attention::supports`] too, which
+/// computes nothing. Rows at odd places are refused in `layouts`.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn refusals_on_the_device() -> Result<()> {
+    for Target { device, dtype } in gpu_or_skip() {
+        let text = |dtype: DType, head_dim: usize| -> Result<String> {
+            let x = Tensor::zeros((1, 5, 2, head_dim), dtype, &device)?;
+            let error = Attention::new().forward(&x, &x, &x).expect_err("has no kernel").to_string();
+            let asked = Attention::new().supports(&x, &x, &x).expect_err("has no kernel").to_string();
+            ensure!(error == asked, "forward says {error}, supports {asked}");
+            Ok(error)
         };
-        Ok((1..=32).flat_map(|eighth| of(8 * eighth)).collect())
-    })
+        for other in [DType::F32, DType::F64] {
+            assert_eq!(
+                text(other, 64)?,
+                format!("q: dtype {other:?} is not supported (supported: F16, BF16 on CUDA); convert with to_dtype")
+            );
+        }
+        for head_dim in [1, 12, 100, 264] {
+            assert_eq!(
+                text(dtype, head_dim)?,
+                format!(
+                    "head_dim {head_dim} is not supported on CUDA (supported: multiples of 8 up to 256); pad or split \
+                     the heads"
+                )
+            );
+        }
+    }
+    Ok(())
 }
 
+/// Views without elements of tensors that have some: rows without keys are 0 and -inf, nothing flows back, and no
+/// kernel is launched over nothing.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
-fn packed_batches() -> Result<()> {
-    check(|target| {
-        let cases = cases::packed(target).into_iter().map(|case| case.head_dim(64));
-        // Candle itself fails to allocate a tensor without elements on a GPU.
-        Ok(cases.filter(|case| case.sequences().iter().any(|&(q, k)| q > 0 && k > 0)).collect())
-    })
-}
-
-#[test]
-#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
-fn long_sequences() -> Result<()> {
-    check(|target| Ok(cases::long(target)))
-}
-
-#[test]
-#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
-fn edges_of_each_kernels_tiles() -> Result<()> {
-    check(|target| {
-        let of = |head_dim| cases::around_tiles(target, head_dim);
-        Ok([32, 64, 96, 128, 192, 256].into_iter().map(of).collect::<Result<Vec<_>>>()?.concat())
-    })
+fn views_without_tokens() -> Result<()> {
+    for Target { device, dtype } in gpu_or_skip() {
+        let full = Var::from_tensor(&Tensor::ones((2, 5, 4, 64), dtype, &device)?)?;
+        let none = full.narrow(1, 0, 0)?;
+        let numbers = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?) };
+        for mask in [Mask::None, Mask::Causal, window(2, 1)] {
+            let attention = Attention::new().mask(mask);
+            let (o, lse) = attention.forward_with_lse(&full, &none, &none)?;
+            ensure!(numbers(&o)?.iter().all(|&x| x == 0.0), "o is {:?}", numbers(&o)?);
+            ensure!(numbers(&lse)?.iter().all(|&x| x == f32::NEG_INFINITY), "lse is {:?}", numbers(&lse)?);
+            let call = testing::Call::new(&attention, &full, &none, &none)?;
+            let (dq, dk, dv) = call.backward(&call.forward()?, &full)?;
+            ensure!(numbers(&dq.context("no dq")?)?.iter().all(|&x| x == 0.0), "dq is not 0");
+            for (name, grad) in [("dk", dk), ("dv", dv)] {
+                ensure!(grad.with_context(|| format!("no {name}"))?.dims() == [2, 0, 4, 64], "{name}");
+            }
+            let call = testing::Call::new(&attention, &none, &full, &full)?;
+            let o = call.forward()?;
+            ensure!(o.dims() == [2, 0, 4, 64], "o is {o:?}");
+            let (_, dk, dv) = call.backward(&o, &none)?;
+            for (name, grad) in [("dk", dk), ("dv", dv)] {
+                let grad = numbers(&grad.with_context(|| format!("no {name}"))?)?;
+                ensure!(grad.len() == 2 * 5 * 4 * 64 && grad.iter().all(|&x| x == 0.0), "{name} is not 0");
+            }
+        }
+    }
+    Ok(())
 }

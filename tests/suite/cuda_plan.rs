@@ -11,6 +11,8 @@ const fn caps(compute_cap: (u32, u32), multiprocessors: usize, shared_bytes_per_
 
 const A100: DeviceCaps = caps((8, 0), 108, 163 * 1024);
 const H100: DeviceCaps = caps((9, 0), 132, 227 * 1024);
+/// The least that a GPU from Ampere on has.
+const RTX_3090: DeviceCaps = caps((8, 6), 82, 99 * 1024);
 
 fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
     Ok(Tensor::zeros(shape, dtype, &Device::Cpu)?)
@@ -40,7 +42,7 @@ fn launches(plan: &CudaPlan) -> [(Pass, Launch); 4] {
 /// Every head_dim that the front page promises, in both types, plain and modified: the tightest kernel of each pass.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
-    for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024)] {
+    for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (RTX_3090, 99 * 1024)] {
         for head_dim in (8..=256).step_by(8) {
             for dtype in [DType::F16, DType::BF16] {
                 for attention in [Attention::new(), Attention::new().softcap(30.0)] {
@@ -77,11 +79,37 @@ fn grids_cover_the_call() -> Result<()> {
         assert_eq!(plan.forward.grid, (tiles(seqlen_q, plan.forward.kernel.block_m), 12, batch));
         assert_eq!(plan.backward.grid, (tiles(seqlen_k, plan.backward.kernel.block_n), 4, batch));
         assert_eq!((plan.delta.grid.1, plan.delta.grid.2), (12, batch));
-        let (blocks, _, _) = plan.convert.grid;
-        let (elements, per_block) = (3 * 1000 * 12 * 72, plan.convert.kernel.threads() * 8);
-        assert!((blocks as usize - 1) * per_block < elements && elements <= blocks as usize * per_block);
-        assert_eq!((plan.convert.grid.1, plan.convert.grid.2), (1, 1));
+        // The conversion reads what the backward's threads have summed, tile by tile.
+        assert_eq!(plan.convert.kernel.image, plan.backward.kernel.image);
+        assert_eq!(plan.convert.kernel.threads(), plan.backward.kernel.threads());
+        assert_eq!(plan.convert.grid, (tiles(seqlen_q, plan.backward.kernel.block_m), 12, batch));
     }
+    Ok(())
+}
+
+/// Every sequence and head has whole tiles of its own for the sums of dq, however its rows lie.
+#[test]
+fn sums_of_dq_do_not_overlap() -> Result<()> {
+    for lengths_q in [&[1000usize, 0, 900, 1100][..], &[1, 1, 1], &[63, 65, 64, 1, 0, 0, 127], &[0], &[5000]] {
+        let q = zeros(&[lengths_q.iter().sum(), 2, 64], DType::F16)?;
+        let cu_seqlens = CuSeqlens::from_lengths(lengths_q, &Device::Cpu)?;
+        let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &cu_seqlens, &cu_seqlens)?;
+        let CudaPlan { backward, dq_tiles, .. } = plan(&problem, &H100)?;
+        let block_m = backward.kernel.block_m;
+        // As the kernels count: a packed sequence begins at its first row's tile, plus one for each sequence before.
+        let first = |batch: usize| cu_seqlens.offsets()[batch] as usize / block_m + batch;
+        for (batch, seqlen_q) in lengths_q.iter().enumerate() {
+            let end = first(batch) + seqlen_q.div_ceil(block_m);
+            let limit = if batch + 1 < lengths_q.len() { first(batch + 1) } else { dq_tiles.head };
+            assert!(end <= limit, "sequence {batch} of {lengths_q:?} ends at tile {end}, the next begins at {limit}");
+        }
+        assert_eq!((dq_tiles.batch, dq_tiles.count), (0, 2 * dq_tiles.head));
+        assert_eq!(dq_tiles.elements, block_m * backward.kernel.head_dim);
+    }
+    let q = zeros(&[3, 1000, 12, 72], DType::BF16)?;
+    let CudaPlan { backward, dq_tiles, .. } = plan(&testing::problem(&Attention::new(), &q, &q, &q)?, &H100)?;
+    let tiles = 1000usize.div_ceil(backward.kernel.block_m);
+    assert_eq!((dq_tiles.head, dq_tiles.batch, dq_tiles.count), (tiles, 12 * tiles, 3 * 12 * tiles));
     Ok(())
 }
 
@@ -230,13 +258,13 @@ fn the_table_has_every_variant_once() {
     let variant = |kernel: &Kernel| (kernel.dtype, kernel.modified);
     for kernel in &KERNELS {
         assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
-        if kernel.head_dim == 0 {
-            continue;
-        }
-        let line = |k: &Kernel| (k.pass, k.compute_cap, k.head_dim, k.block_m, k.block_n);
-        let variants: Vec<_> = KERNELS.iter().filter(|other| line(other) == line(kernel)).map(variant).collect();
+        let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);
+        let variants: Vec<_> = KERNELS.iter().filter(of_line).map(variant).collect();
         let want = [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)];
-        assert_eq!(variants, want, "{}", kernel.name);
+        match kernel.pass {
+            Pass::Forward | Pass::Backward => assert_eq!(variants, want, "{}", kernel.name),
+            Pass::Delta | Pass::Convert => assert_eq!(variants, [want[0], want[2]], "{}", kernel.name),
+        }
     }
 }
 

@@ -1,87 +1,100 @@
 //! Views in any strides give the bits of their contiguous copies: values, and gradients pulled back through the view.
+//!
+//! On the CPU offsets and strides are odd. On a GPU, whose kernels read rows in chunks, they are as odd in chunks.
 
-use crate::common::cases::{targets, window, Case};
+use crate::common::cases::{self, gpu_targets, targets, window, Case};
 use crate::common::compare;
 use crate::common::run::Call;
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use candle_core::{Tensor, Var};
 use candle_fa2::{testing, Attention, Mask};
 
 /// A way to see a tensor of shape `dims` in a larger or differently ordered one.
 struct View {
     name: &'static str,
-    /// Shape of what is stored.
-    base: fn(&[usize]) -> Vec<usize>,
+    /// Shape of what is stored, for a view of shape `dims` whose rows begin at multiples of `chunk` elements.
+    base: fn(&[usize], usize) -> Vec<usize>,
     /// The view of it.
-    view: fn(&Tensor, &[usize]) -> candle_core::Result<Tensor>,
+    view: fn(&Tensor, &[usize], usize) -> candle_core::Result<Tensor>,
 }
 
 /// Views of `(batch, seqlen, heads, head_dim)`.
 const PADDED: [View; 9] = [
-    View { name: "contiguous", base: |d| d.to_vec(), view: |t, _| Ok(t.clone()) },
-    View { name: "heads first", base: |d| vec![d[0], d[2], d[1], d[3]], view: |t, _| t.transpose(1, 2) },
-    View { name: "sequence first", base: |d| vec![d[1], d[0], d[2], d[3]], view: |t, _| t.transpose(0, 1) },
+    View { name: "contiguous", base: |d, _| d.to_vec(), view: |t, _, _| Ok(t.clone()) },
+    View { name: "heads first", base: |d, _| vec![d[0], d[2], d[1], d[3]], view: |t, _, _| t.transpose(1, 2) },
+    View { name: "sequence first", base: |d, _| vec![d[1], d[0], d[2], d[3]], view: |t, _, _| t.transpose(0, 1) },
     View {
         name: "slice of every axis",
-        base: |d| vec![d[0] + 2, d[1] + 3, d[2] + 1, d[3] + 5],
-        view: |t, d| t.narrow(0, 1, d[0])?.narrow(1, 2, d[1])?.narrow(2, 1, d[2])?.narrow(3, 3, d[3]),
+        base: |d, chunk| vec![d[0] + 2, d[1] + 3, d[2] + 1, d[3] + 5 * chunk],
+        view: |t, d, chunk| t.narrow(0, 1, d[0])?.narrow(1, 2, d[1])?.narrow(2, 1, d[2])?.narrow(3, 3 * chunk, d[3]),
     },
     View {
         name: "slice of heads first",
-        base: |d| vec![d[0], d[2] + 2, d[1] + 1, d[3] + 1],
-        view: |t, d| t.narrow(1, 2, d[2])?.narrow(2, 1, d[1])?.narrow(3, 1, d[3])?.transpose(1, 2),
+        base: |d, chunk| vec![d[0], d[2] + 2, d[1] + 1, d[3] + chunk],
+        view: |t, d, chunk| t.narrow(1, 2, d[2])?.narrow(2, 1, d[1])?.narrow(3, chunk, d[3])?.transpose(1, 2),
     },
     View {
         name: "one of q, k, v in one tensor",
-        base: |d| vec![d[0], d[1], 3, d[2], d[3]],
-        view: |t, _| t.narrow(2, 1, 1)?.squeeze(2),
+        base: |d, _| vec![d[0], d[1], 3, d[2], d[3]],
+        view: |t, _, _| t.narrow(2, 1, 1)?.squeeze(2),
     },
     View {
         name: "one sequence for the whole batch",
-        base: |d| vec![1, d[1], d[2], d[3]],
-        view: |t, d| t.broadcast_as(d),
+        base: |d, _| vec![1, d[1], d[2], d[3]],
+        view: |t, d, _| t.broadcast_as(d),
     },
-    View { name: "one head for all", base: |d| vec![d[0], d[1], 1, d[3]], view: |t, d| t.broadcast_as(d) },
-    View { name: "one token for all", base: |d| vec![d[0], 1, d[2], d[3]], view: |t, d| t.broadcast_as(d) },
+    View { name: "one head for all", base: |d, _| vec![d[0], d[1], 1, d[3]], view: |t, d, _| t.broadcast_as(d) },
+    View { name: "one token for all", base: |d, _| vec![d[0], 1, d[2], d[3]], view: |t, d, _| t.broadcast_as(d) },
 ];
 
 /// Views of `(total, heads, head_dim)`.
 const PACKED: [View; 5] = [
-    View { name: "contiguous", base: |d| d.to_vec(), view: |t, _| Ok(t.clone()) },
-    View { name: "heads first", base: |d| vec![d[1], d[0], d[2]], view: |t, _| t.transpose(0, 1) },
+    View { name: "contiguous", base: |d, _| d.to_vec(), view: |t, _, _| Ok(t.clone()) },
+    View { name: "heads first", base: |d, _| vec![d[1], d[0], d[2]], view: |t, _, _| t.transpose(0, 1) },
     View {
         name: "slice of every axis",
-        base: |d| vec![d[0] + 3, d[1] + 1, d[2] + 5],
-        view: |t, d| t.narrow(0, 2, d[0])?.narrow(1, 1, d[1])?.narrow(2, 3, d[2]),
+        base: |d, chunk| vec![d[0] + 3, d[1] + 1, d[2] + 5 * chunk],
+        view: |t, d, chunk| t.narrow(0, 2, d[0])?.narrow(1, 1, d[1])?.narrow(2, 3 * chunk, d[2]),
     },
     View {
         name: "one of q, k, v in one tensor",
-        base: |d| vec![d[0], 3, d[1], d[2]],
-        view: |t, _| t.narrow(1, 1, 1)?.squeeze(1),
+        base: |d, _| vec![d[0], 3, d[1], d[2]],
+        view: |t, _, _| t.narrow(1, 1, 1)?.squeeze(1),
     },
-    View { name: "one head for all", base: |d| vec![d[0], 1, d[2]], view: |t, d| t.broadcast_as(d) },
+    View { name: "one head for all", base: |d, _| vec![d[0], 1, d[2]], view: |t, d, _| t.broadcast_as(d) },
 ];
 
 /// The variables behind q, k and v.
 struct Bases {
     vars: [Var; 3],
     dims: [Vec<usize>; 3],
+    chunk: usize,
 }
 
 impl Bases {
-    /// Values for the views `views` of the case's q, k and v.
+    /// Values for the views `views` of the case's q, k and v, as the case's device takes them.
     fn draw(case: &Case, views: [&View; 3]) -> Result<Self> {
+        Self::draw_in_chunks(case, views, cases::chunk(&case.device))
+    }
+
+    fn draw_in_chunks(case: &Case, views: [&View; 3], chunk: usize) -> Result<Self> {
         let dims = [case.shape_q(), case.shape_k(), case.shape_k()];
         let mut vars = Vec::new();
         for (n, (view, dims)) in views.into_iter().zip(&dims).enumerate() {
-            let shape = (view.base)(dims);
+            let shape = (view.base)(dims, chunk);
             let count = shape.iter().product();
             // Any case draws normal numbers; its q is a list of as many as wanted.
             let mut source = Case { num_heads: 1, num_heads_k: 1, head_dim: 1, ..case.clone() }.batch(1, count, 1);
             source.softmax_scale = Some(n as f64);
             vars.push(Var::from_tensor(&case.tensor(&source.draw().q, &shape)?)?);
         }
-        Ok(Self { vars: vars.try_into().expect("three views"), dims })
+        Ok(Self { vars: vars.try_into().expect("three views"), dims, chunk })
+    }
+
+    /// q, k and v.
+    fn views(&self, views: [&View; 3]) -> Result<Vec<Tensor>> {
+        let all = views.iter().zip(&self.vars).zip(&self.dims);
+        all.map(|((view, var), dims)| Ok((view.view)(var, dims, self.chunk)?)).collect()
     }
 
     /// o, lse and the gradients of the three variables, through the views or through contiguous copies of them.
@@ -89,8 +102,7 @@ impl Bases {
         let input = case.draw();
         let attention = case.attention(&input)?;
         let mut seen = Vec::new();
-        for ((view, var), dims) in views.iter().zip(&self.vars).zip(&self.dims) {
-            let view = (view.view)(var, dims)?;
+        for view in self.views(views)? {
             seen.push(if copied { view.contiguous()? } else { view });
         }
         let (o, lse) = case.forward_with_lse(&attention, &seen[0], &seen[1], &seen[2])?;
@@ -109,6 +121,8 @@ impl Bases {
 }
 
 fn check(case: &Case, views: [&View; 3]) -> Result<()> {
+    // Bits are compared: on a GPU the backward must be asked to repeat them.
+    let case = &case.clone().deterministic();
     let bases = Bases::draw(case, views)?;
     let viewed = bases.results(case, views, false)?;
     let copied = bases.results(case, views, true)?;
@@ -151,6 +165,25 @@ fn views_of_packed_tensors_equal_their_copies() -> Result<()> {
     Ok(())
 }
 
+/// What the CPU takes in odd strides, a GPU refuses with the way out. Nothing is computed then.
+#[test]
+fn rows_between_chunks_are_refused_on_a_gpu() -> Result<()> {
+    for target in gpu_targets() {
+        let case = Case::new(&target).batch(2, 19, 23).heads(4, 2).head_dim(8);
+        let (plain, odd) = (&PADDED[0], &PADDED[3]);
+        for (name, views) in [("q", [odd, plain, plain]), ("k", [plain, odd, plain]), ("v", [plain, plain, odd])] {
+            let seen = Bases::draw_in_chunks(&case, views, 1)?.views(views)?;
+            let error = Attention::new().forward(&seen[0], &seen[1], &seen[2]).expect_err("odd rows are not read");
+            let start = format!("{name}: rows must begin at multiples of 8 elements on CUDA, got offset ");
+            let text = error.to_string();
+            ensure!(text.starts_with(&start) && text.ends_with("; call .force_contiguous()"), "{text}");
+            let copies = seen.iter().map(Tensor::force_contiguous).collect::<candle_core::Result<Vec<_>>>()?;
+            Attention::new().forward(&copies[0], &copies[1], &copies[2])?;
+        }
+    }
+    Ok(())
+}
+
 /// Slopes are read through their strides too.
 #[test]
 fn slopes_that_are_views_equal_their_copies() -> Result<()> {
@@ -176,7 +209,7 @@ fn slopes_that_are_views_equal_their_copies() -> Result<()> {
 #[test]
 fn gradients_through_transposed_and_expanded_results() -> Result<()> {
     for target in targets() {
-        let case = Case::new(&target).batch(2, 9, 11).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        let case = Case::new(&target).batch(2, 9, 11).heads(4, 2).head_dim(8).mask(Mask::Causal).deterministic();
         let input = case.draw();
         let Call { attention, q, k, v } = case.call(&input)?;
         let do_ = case.tensor(&input.do_, &case.shape_q())?;
@@ -209,20 +242,24 @@ fn gradients_through_transposed_and_expanded_results() -> Result<()> {
 #[test]
 fn gradients_that_are_views_equal_their_copies() -> Result<()> {
     for target in targets() {
-        let case = Case::new(&target).batch(2, 140, 60).heads(4, 2).head_dim(8).mask(Mask::Causal);
+        let case = Case::new(&target).batch(2, 140, 60).heads(4, 2).head_dim(8).mask(Mask::Causal).deterministic();
         let input = case.draw();
         let call = case.call(&input)?;
         let call = testing::Call::new(&call.attention, &call.q, &call.k, &call.v)?;
         let o = call.forward()?;
         let dims = case.shape_q();
         let last_axis = [
-            View { name: "one dim for all", base: |d| vec![d[0], d[1], d[2], 1], view: |t, d| t.broadcast_as(d) },
-            View { name: "one number for all", base: |_| vec![1], view: |t, d| t.broadcast_as(d) },
-            View { name: "head_dim first", base: |d| vec![d[3], d[1], d[2], d[0]], view: |t, _| t.transpose(0, 3) },
+            View { name: "one dim for all", base: |d, _| vec![d[0], d[1], d[2], 1], view: |t, d, _| t.broadcast_as(d) },
+            View { name: "one number for all", base: |_, _| vec![1], view: |t, d, _| t.broadcast_as(d) },
+            View {
+                name: "head_dim first",
+                base: |d, _| vec![d[3], d[1], d[2], d[0]],
+                view: |t, _, _| t.transpose(0, 3),
+            },
         ];
         for view in PADDED.iter().chain(&last_axis) {
             let base = Bases::draw(&case, [view, &PADDED[0], &PADDED[0]])?;
-            let do_ = (view.view)(&base.vars[0], &dims)?;
+            let do_ = (view.view)(&base.vars[0], &dims, base.chunk)?;
             let (dq, dk, dv) = call.backward(&o, &do_)?;
             let (dq_copied, dk_copied, dv_copied) = call.backward(&o, &do_.contiguous()?)?;
             for (name, got, want) in [("dq", dq, dq_copied), ("dk", dk, dk_copied), ("dv", dv, dv_copied)] {

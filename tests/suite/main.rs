@@ -1,10 +1,13 @@
 //! The suite of the operator: every option, shape, type and device against an independent f64 reference.
 //!
-//! `cargo test --test suite smoke` runs one small case of each kind in about a second.
+//! `cargo test --test suite smoke` runs one small case of each kind in about a second. With the feature `cuda` and a GPU
+//! the same tests run there as well; `cuda.rs` says how to carry the suite to one.
 
 mod backward;
 mod common;
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_graph;
 mod cuda_plan;
 mod edges;
 mod errors;

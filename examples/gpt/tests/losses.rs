@@ -1,7 +1,7 @@
 //! The numbers of training: recorded losses, flash against standard attention, gradients.
 
 use super::{short_config, Room};
-use crate::config::AttentionKind;
+use crate::config::{AttentionKind, Config, Precision};
 use crate::metrics::Row;
 use crate::model::{check_gradients, init_parameters, Gpt, Parameters};
 use crate::rng::Rng;
@@ -21,12 +21,54 @@ fn first_steps(attention: AttentionKind, steps: usize) -> Result<Vec<Row>> {
     (0..steps).map(|_| run.one_step()).collect()
 }
 
+/// Training losses of the first ten steps in bf16, from the weights and on the windows of [`RECORDED`].
+fn losses_in_bf16(device: Device) -> Result<Vec<f32>> {
+    let room = Room::new();
+    let config = Config { precision: Precision::Bf16, ..short_config(&room, AttentionKind::Flash) };
+    let mut run = Run::new(config, device)?;
+    (0..RECORDED.len()).map(|_| Ok(run.one_step()?.train_loss)).collect()
+}
+
 #[test]
 fn ten_steps_match_the_recorded_losses() -> Result<()> {
     let losses: Vec<f32> = first_steps(AttentionKind::Flash, 10)?.iter().map(|row| row.train_loss).collect();
     for (step, (loss, recorded)) in losses.iter().zip(RECORDED).enumerate() {
         assert!((loss - recorded).abs() < TOLERANCE, "step {}: recorded {recorded}, got {losses:?}", step + 1);
     }
+    Ok(())
+}
+
+/// Of a loss in bf16, relative: activations are rounded to 8 bits, and each device rounds others. On the CPU, bf16 and f32
+/// come within 0.15%.
+const BF16_TOLERANCE: f32 = 0.01;
+
+/// Two lists of ten losses in bf16 are the same training.
+fn assert_close_in_bf16(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!((got.len(), want.len()), (RECORDED.len(), RECORDED.len()), "{what}");
+    for (step, (got, want)) in got.iter().zip(want).enumerate() {
+        let differ = (got - want).abs();
+        assert!(differ < BF16_TOLERANCE * want, "{what}, step {}: {got} against {want}", step + 1);
+    }
+}
+
+/// Rounding the activations does not change what is learnt.
+#[test]
+fn ten_steps_in_bf16_follow_those_in_f32() -> Result<()> {
+    assert_close_in_bf16("bf16 against f32", &losses_in_bf16(Device::Cpu)?, &RECORDED);
+    Ok(())
+}
+
+/// The same weights, windows and precision: a GPU learns what the CPU learns.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn ten_steps_in_bf16_agree_on_gpu_and_cpu() -> Result<()> {
+    let Ok(gpu) = Device::new_cuda(0) else {
+        println!("SKIPPED: no CUDA device");
+        return Ok(());
+    };
+    let (gpu, cpu) = (losses_in_bf16(gpu)?, losses_in_bf16(Device::Cpu)?);
+    println!("losses on the GPU {gpu:?}\nlosses on the CPU {cpu:?}");
+    assert_close_in_bf16("GPU against CPU", &gpu, &cpu);
     Ok(())
 }
 
@@ -117,7 +159,7 @@ fn the_model_is_causal() -> Result<()> {
 fn accumulation_equals_a_larger_batch() -> Result<()> {
     let room = Room::new();
     let steps = |batch, accumulation| -> Result<Vec<Row>> {
-        let config = crate::config::Config { batch, accumulation, ..short_config(&room, AttentionKind::Flash) };
+        let config = Config { batch, accumulation, ..short_config(&room, AttentionKind::Flash) };
         let mut run = Run::new(config, Device::Cpu)?;
         (0..3).map(|_| run.one_step()).collect()
     };

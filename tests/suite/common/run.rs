@@ -61,9 +61,13 @@ impl Case {
 
     /// The scalar whose gradient with respect to lse is `dlse`.
     pub fn lse_loss(&self, input: &Input, lse: &Tensor) -> Result<Tensor> {
+        Ok((lse * self.dlse_tensor(input)?)?.sum_all()?)
+    }
+
+    /// The gradient of lse, in its layout and type.
+    pub fn dlse_tensor(&self, input: &Input) -> Result<Tensor> {
         let dlse = Tensor::from_slice(&input.dlse, self.token_major_lse(), &Device::Cpu)?;
-        let dlse = self.head_major(&dlse)?.to_dtype(lse.dtype())?.to_device(&self.device)?;
-        Ok((lse * dlse)?.sum_all()?)
+        Ok(self.head_major(&dlse)?.to_dtype(accumulator(self.dtype))?.to_device(&self.device)?)
     }
 
     /// o and lse of untracked inputs; the gradients are left empty. `forward` and `forward_with_lse` must agree on o to

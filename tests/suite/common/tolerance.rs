@@ -101,7 +101,7 @@ fn largest(values: impl Iterator<Item = f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::cases::{self, targets, Case, Target};
+    use crate::common::cases::{self, cpu_targets, Case, Target};
     use crate::common::compare;
     use crate::common::reference::{self, Variant, PLAIN};
     use anyhow::{ensure, Result};
@@ -127,7 +127,7 @@ mod tests {
     /// One key tile dropped from the last query tile, at the longest length that the suite compares.
     #[test]
     fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
-        for target in targets() {
+        for target in cpu_targets() {
             for case in cases::long(&target) {
                 let (seqlen_q, seqlen_k) = case.sequences()[0];
                 let first = (seqlen_k / 2).next_multiple_of(TILE);
@@ -144,7 +144,7 @@ mod tests {
     /// The same at 8k keys, for the tensors whose rows sum over the keys.
     #[test]
     fn rejects_one_lost_key_tile_at_8k_keys() -> Result<()> {
-        for target in targets() {
+        for target in cpu_targets() {
             let case = Case::new(&target).heads(1, 1).batch(1, 2, 8192).mask(Mask::Causal);
             rejects(&case, &["o", "lse", "dq"], &|_, col| (4096..4096 + TILE).contains(&col))?;
         }
@@ -154,7 +154,7 @@ mod tests {
     /// One key dropped, wherever it lies, from the last eighth of the queries: from a single one up to 15.
     #[test]
     fn rejects_one_lost_key_at_short_seqlens() -> Result<()> {
-        for target in targets() {
+        for target in cpu_targets() {
             for seqlen in [2, 5, 16, 48] {
                 // Weights near 1 / seqlen: a key that hardly counts is below the rounding of bf16, and no rule could
                 // miss it.
@@ -172,7 +172,7 @@ mod tests {
     /// honest.
     #[test]
     fn accepts_honest_implementations() -> Result<()> {
-        for target in targets() {
+        for target in cpu_targets() {
             for case in honest_cases(&target) {
                 let input = case.draw();
                 let want = reference::attention(&input);

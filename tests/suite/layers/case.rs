@@ -21,6 +21,7 @@ pub const MAX_SEQLEN: usize = 160;
 #[derive(Clone, Debug)]
 pub struct Case {
     pub name: &'static str,
+    pub device: Device,
     pub batch: usize,
     pub seqlen: usize,
     pub embed_dim: usize,
@@ -58,6 +59,7 @@ impl Case {
     pub fn new(name: &'static str) -> Self {
         Self {
             name,
+            device: Device::Cpu,
             batch: 2,
             seqlen: 70,
             embed_dim: 64,
@@ -95,12 +97,12 @@ impl Case {
             config = config.softcap(softcap);
         }
         if let Some(slopes) = self.alibi_slopes {
-            config = config.alibi_slopes(&Tensor::new(slopes, &Device::Cpu)?);
+            config = config.alibi_slopes(&Tensor::new(slopes, &self.device)?);
         }
         if let Some(rotation) = self.rotary {
             let rotary =
                 RotaryConfig::new(rotation.rotary_dim, MAX_SEQLEN).theta(rotation.theta).layout(rotation.layout);
-            config = config.rotary(&Rotary::new(&rotary, &Device::Cpu)?);
+            config = config.rotary(&Rotary::new(&rotary, &self.device)?);
         }
         Ok(config)
     }
@@ -108,14 +110,20 @@ impl Case {
     /// The layer with this case's weights as variables of `dtype`. The values are the same numbers for every dtype.
     pub fn build(&self, dtype: DType) -> Result<Built> {
         let varmap = VarMap::new();
-        let layer = MultiHeadAttention::new(&self.config()?, VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu))?;
+        let layer = MultiHeadAttention::new(&self.config()?, VarBuilder::from_varmap(&varmap, dtype, &self.device))?;
         fill(&varmap, self.name)?;
         Ok(Built { varmap, layer })
     }
 
     /// `(batch, seqlen, embed_dim)`.
     pub fn xs(&self, dtype: DType) -> Result<Tensor> {
-        normal((self.batch, self.seqlen, self.embed_dim), 1.0, &format!("{} xs", self.name), dtype)
+        let xs = normal((self.batch, self.seqlen, self.embed_dim), 1.0, &format!("{} xs", self.name), dtype)?;
+        Ok(xs.to_device(&self.device)?)
+    }
+
+    /// The same layer on `device`.
+    pub fn on(&self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self.clone() }
     }
 }
 
@@ -132,6 +140,11 @@ impl Built {
     }
 }
 
+/// Whether attention in `dtype` has kernels on a GPU.
+pub fn has_gpu_kernel(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}
+
 /// The variables of a map by name, in an order that does not change from run to run.
 pub fn vars(varmap: &VarMap) -> BTreeMap<String, Var> {
     varmap.data().lock().expect("no test panics while it holds the map").clone().into_iter().collect()
@@ -141,7 +154,8 @@ pub fn vars(varmap: &VarMap) -> BTreeMap<String, Var> {
 pub fn fill(varmap: &VarMap, seed: &str) -> Result<()> {
     for (name, var) in vars(varmap) {
         let deviation = if var.rank() == 2 { (var.elem_count() as f64).powf(-0.25) } else { 0.5 };
-        var.set(&normal(var.shape(), deviation, &format!("{seed} {name}"), var.dtype())?)?;
+        let values = normal(var.shape(), deviation, &format!("{seed} {name}"), var.dtype())?;
+        var.set(&values.to_device(var.device())?)?;
     }
     Ok(())
 }

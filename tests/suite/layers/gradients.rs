@@ -8,10 +8,11 @@ use candle_fa2::layers::{
 use candle_fa2::Mask;
 use candle_nn::{embedding, VarBuilder, VarMap};
 
-use super::case::{self, normal, Case};
+use super::case::{self, has_gpu_kernel, normal, Case};
 use super::close::close;
 use super::outcome::{self, Outcome};
 use super::unfused;
+use crate::common::cases::own_gpu;
 
 /// What this crate makes of the case.
 fn ours(case: &Case, dtype: DType) -> Result<Outcome> {
@@ -27,12 +28,18 @@ fn plain(case: &Case, dtype: DType) -> Result<Outcome> {
 
 #[test]
 fn output_and_gradients_equal_plain_autograd() -> Result<()> {
+    let gpu = own_gpu();
     for case in case::all() {
         let want = plain(&case, DType::F64)?;
         for (dtype, plain_dtype) in
             [(DType::F64, DType::F32), (DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F16)]
         {
-            outcome::equal(dtype, &ours(&case, dtype)?, &want, &plain(&case, plain_dtype)?, &case)?;
+            let plain = plain(&case, plain_dtype)?;
+            outcome::equal(dtype, &ours(&case, dtype)?, &want, &plain, &case)?;
+            if let Some(gpu) = gpu.as_ref().filter(|_| has_gpu_kernel(dtype)) {
+                let case = case.on(gpu);
+                outcome::equal(dtype, &ours(&case, dtype)?, &want, &plain, &case)?;
+            }
         }
     }
     Ok(())

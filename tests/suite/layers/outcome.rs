@@ -17,7 +17,7 @@ pub type Outcome = BTreeMap<String, Tensor>;
 pub fn run(vars: BTreeMap<String, Var>, xs: &Tensor, forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Outcome> {
     let xs = Var::from_tensor(xs)?;
     let ys = forward(xs.as_tensor())?;
-    let weights = normal(ys.shape(), 1.0, "loss", ys.dtype())?;
+    let weights = normal(ys.shape(), 1.0, "loss", ys.dtype())?.to_device(ys.device())?;
     let grads = (&ys * weights)?.sum_all()?.backward()?;
     let mut outcome = Outcome::from([("output".to_string(), ys.detach())]);
     for (name, var) in vars.into_iter().chain([("xs".to_string(), xs)]) {

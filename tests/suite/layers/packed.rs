@@ -7,6 +7,7 @@ use candle_fa2::CuSeqlens;
 use super::case::{self, normal, Case};
 use super::outcome::{self, Outcome};
 use super::unfused;
+use crate::common::cases::own_gpu;
 
 /// Long, empty, single, and past one tile.
 const LENGTHS: [usize; 5] = [33, 0, 1, 70, 8];
@@ -15,8 +16,16 @@ const LENGTHS: [usize; 5] = [33, 0, 1, 70, 8];
 #[test]
 fn packed_equals_separate() -> Result<()> {
     let total: usize = LENGTHS.iter().sum();
-    let xs = |case: &Case, dtype| normal((total, case.embed_dim), 1.0, "packed", dtype);
+    let xs = |case: &Case, dtype| -> Result<Tensor> {
+        Ok(normal((total, case.embed_dim), 1.0, "packed", dtype)?.to_device(&case.device)?)
+    };
     let cu_seqlens = CuSeqlens::from_lengths(&LENGTHS, &Device::Cpu)?;
+    let ours = |case: &Case, dtype| -> Result<Outcome> {
+        let built = case.build(dtype)?;
+        let cu_seqlens = CuSeqlens::from_lengths(&LENGTHS, &case.device)?;
+        outcome::run(built.vars(), &xs(case, dtype)?, |xs| Ok(built.layer.forward_packed(xs, &cu_seqlens)?))
+    };
+    let gpu = own_gpu();
     for case in case::all() {
         let separate = |dtype| -> Result<Outcome> {
             let vars = case.build(dtype)?.vars();
@@ -30,11 +39,13 @@ fn packed_equals_separate() -> Result<()> {
         };
         let (want, plain) = (separate(DType::F64)?, separate(DType::F32)?);
         for dtype in [DType::F64, DType::F32] {
-            let built = case.build(dtype)?;
-            let got = outcome::run(built.vars(), &xs(&case, dtype)?, |xs| {
-                Ok(built.layer.forward_packed(xs, &cu_seqlens)?)
-            })?;
-            outcome::equal(dtype, &got, &want, &plain, &case)?;
+            outcome::equal(dtype, &ours(&case, dtype)?, &want, &plain, &case)?;
+        }
+        if let Some(gpu) = &gpu {
+            let on_gpu = case.on(gpu);
+            for dtype in [DType::F16, DType::BF16] {
+                outcome::equal(dtype, &ours(&on_gpu, dtype)?, &want, &separate(dtype)?, &on_gpu)?;
+            }
         }
     }
     Ok(())

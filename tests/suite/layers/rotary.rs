@@ -7,6 +7,7 @@ use candle_fa2::CuSeqlens;
 
 use super::case::normal;
 use super::close::{close, Tolerance};
+use crate::common::cases::own_gpu;
 
 const HEAD_DIM: usize = 12;
 const MAX_SEQLEN: usize = 64;
@@ -49,16 +50,18 @@ fn rotated(
 /// Values at any offset and dtype, and the gradient: since the embedding is a rotation, the gradient is rotated back.
 #[test]
 fn values_and_gradients_equal_the_formula() -> Result<()> {
-    for layout in LAYOUTS {
+    let devices: Vec<Device> = [Some(Device::Cpu), own_gpu()].into_iter().flatten().collect();
+    for (device, layout) in devices.iter().flat_map(|device| LAYOUTS.map(|layout| (device, layout))) {
         for (rotary_dim, theta) in [(HEAD_DIM, 10_000.0), (8, 500.0), (2, 10.0)] {
             let config = RotaryConfig::new(rotary_dim, MAX_SEQLEN).theta(theta).layout(layout);
-            let rotary = Rotary::new(&config, &Device::Cpu)?;
+            let rotary = Rotary::new(&config, device)?;
             assert_eq!((rotary.rotary_dim(), rotary.max_seqlen(), rotary.layout()), (rotary_dim, MAX_SEQLEN, layout));
             for (offset, seqlen) in [(0, 7), (57, 7), (63, 1), (0, 64)] {
                 for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
                     let what = format!("{layout:?} rotary_dim {rotary_dim} offset {offset} seqlen {seqlen} {dtype:?}");
-                    let xs = Var::from_tensor(&normal((2, seqlen, 3, HEAD_DIM), 1.0, &what, dtype)?)?;
-                    let weights = normal(xs.shape(), 1.0, "loss", dtype)?;
+                    let xs = normal((2, seqlen, 3, HEAD_DIM), 1.0, &what, dtype)?;
+                    let xs = Var::from_tensor(&xs.to_device(device)?)?;
+                    let weights = normal(xs.shape(), 1.0, "loss", dtype)?.to_device(device)?;
                     let got = rotary.apply(xs.as_tensor(), offset)?;
                     let grads = (&got * &weights)?.sum_all()?.backward()?;
                     let grad = grads.get(xs.as_tensor()).context("xs has no gradient")?;

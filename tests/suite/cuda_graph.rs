@@ -1,0 +1,192 @@
+//! A forward and a backward captured in a CUDA graph and replayed on other numbers. This also proves that nothing on the
+//! path waits for the device or copies from it: a stream that is being captured refuses both, and the capture fails.
+//!
+//! Each test has a device of its own. An error inside a capture stays with cudarc's context, which then fails whatever is
+//! asked of it next; the other tests share another one. Candle's stream is the thread's own, so that no other test queues
+//! anything into the capture.
+
+use crate::common::cases::{own_gpu, window, Alibi, Case, Lengths, Target};
+use crate::common::reference::{Input, Output};
+use crate::common::run::Call;
+use anyhow::{ensure, Context, Result};
+use candle_core::cuda::cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda::cudarc::driver::CudaGraph;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::testing::{self, DeviceCaps, Plan};
+use candle_fa2::{Attention, Mask};
+
+/// A device of this test's own, in each type.
+fn own_targets() -> Vec<Target> {
+    let Some(device) = own_gpu() else {
+        println!("SKIPPED: no CUDA device");
+        return Vec::new();
+    };
+    [DType::F16, DType::BF16].map(|dtype| Target { device: device.clone(), dtype }).to_vec()
+}
+
+/// What `work` queues, as a graph. What it allocates belongs to the graph: to be read after a launch, and again after the
+/// next, which frees and allocates it at the same addresses.
+fn capture<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<(T, CudaGraph)> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+    let done = work();
+    // Whatever came of it, the stream must not stay in its capture.
+    let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+    Ok((done?, graph?.context("nothing was captured")?))
+}
+
+/// Kernels, copies, allocations and frees of a graph.
+fn nodes(graph: &CudaGraph) -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: the graph is alive; without an array for the nodes the driver writes their number alone.
+    unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }.result()?;
+    Ok(count)
+}
+
+fn cases(target: &Target) -> Vec<Case> {
+    let case = || Case::new(target).heads(4, 2).head_dim(64).mask(Mask::Causal);
+    vec![
+        case().batch(2, 200, 300),
+        case().batch(1, 300, 270).head_dim(128).mask(window(100, 20)).softcap(20.0),
+        case().batch(2, 150, 150).head_dim(40).alibi(Alibi::PerHead),
+        case().packed(&[(130, 140), (0, 4), (33, 200)]),
+    ]
+}
+
+/// q, k, v and do of a case in memory that stays where it is.
+struct Inputs {
+    attention: Attention,
+    q: Var,
+    k: Var,
+    v: Var,
+    do_: Var,
+}
+
+impl Inputs {
+    fn new(case: &Case, input: &Input) -> Result<Self> {
+        let Call { attention, q, k, v } = case.call(input)?;
+        Ok(Self { attention, q, k, v, do_: Var::from_tensor(&case.tensor(&input.do_, &case.shape_q())?)? })
+    }
+
+    /// Other numbers in the same places.
+    fn set(&self, case: &Case, input: &Input) -> Result<()> {
+        for (var, values) in [(&self.q, &input.q), (&self.k, &input.k), (&self.v, &input.v), (&self.do_, &input.do_)] {
+            var.set(&case.tensor(values, var.dims())?)?;
+        }
+        Ok(())
+    }
+}
+
+/// o, lse, dq, dk and dv as they are on the device.
+type Results = [Tensor; 5];
+
+/// The numbers of `results`, which waits for them.
+fn read(case: &Case, [o, lse, dq, dk, dv]: &Results) -> Result<Output> {
+    Ok(Output {
+        o: case.rows(o, true)?,
+        lse: case.lse_rows(lse)?,
+        dq: case.rows(dq, true)?,
+        dk: case.rows(dk, false)?,
+        dv: case.rows(dv, false)?,
+    })
+}
+
+/// Captures `pass`, replays it on the numbers it was captured with and on others, and compares.
+fn replay(case: &Case, pass: impl Fn(&Inputs) -> Result<Results>) -> Result<()> {
+    let first = case.draw();
+    // Another draw of the same shapes; the name of a case seeds it, and lse has no gradient here.
+    let second = Input { dlse: first.dlse.clone(), ..case.clone().dlse().draw() };
+    let inputs = Inputs::new(case, &first)?;
+    // Loads the kernels, ours and Candle's: a module cannot be loaded while its stream is being captured.
+    drop(pass(&inputs)?);
+    let (results, graph) = capture(&case.device, || pass(&inputs))?;
+    for input in [&first, &second] {
+        inputs.set(case, input)?;
+        graph.launch()?;
+        let replayed = read(case, &results)?;
+        case.check_output(input, &replayed).context("replayed")?;
+        let direct = read(case, &pass(&inputs)?)?;
+        for ((name, got), (_, want)) in replayed.named().into_iter().zip(direct.named()) {
+            // Without `deterministic` the sums of dq come in another order each time.
+            let same = got.values.iter().zip(&want.values).all(|(a, b)| a.to_bits() == b.to_bits());
+            ensure!(same || name == "dq" && !case.deterministic, "{name} differs from a direct call\ncase {case}");
+        }
+    }
+    // What the last launch allocated is freed before the graph that it belongs to.
+    drop(results);
+    case.device.synchronize()?;
+    drop(graph);
+    Ok(())
+}
+
+// Lengths are copied to the device before the capture: that copy waits for the host's memory.
+
+/// The operator alone.
+#[test]
+fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
+    for target in own_targets() {
+        for case in cases(&target).into_iter().flat_map(|case| [case.clone(), case.deterministic()]) {
+            let cu_seqlens = case.cu_seqlens()?;
+            replay(&case, |Inputs { attention, q, k, v, do_ }| {
+                let problem = match case.lengths {
+                    Lengths::Padded { .. } => testing::problem(attention, q, k, v)?,
+                    Lengths::Packed(_) => testing::problem_packed(attention, (q, k, v), &cu_seqlens.0, &cu_seqlens.1)?,
+                };
+                let plan = Plan::choose(&problem, &DeviceCaps::of(&case.device)?)?;
+                let call = testing::Call::with_plan(attention, problem, (q, k, v), plan);
+                let o = call.forward()?;
+                let (_, lse) = call.forward_with_lse()?;
+                let (dq, dk, dv) = call.backward(&o, do_)?;
+                Ok([o, lse, dq.context("dq")?, dk.context("dk")?, dv.context("dv")?])
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The public call with Candle's autograd around it: a training step's attention.
+#[test]
+fn a_graph_of_forward_and_autograd_replays_on_new_numbers() -> Result<()> {
+    for target in own_targets() {
+        for case in cases(&target).into_iter().flat_map(|case| [case.clone(), case.deterministic()]) {
+            let cu_seqlens = case.cu_seqlens()?;
+            replay(&case, |Inputs { attention, q, k, v, do_ }| {
+                let (o, lse) = match case.lengths {
+                    Lengths::Padded { .. } => attention.forward_with_lse(q, k, v)?,
+                    Lengths::Packed(_) => attention.forward_packed_with_lse(q, k, v, &cu_seqlens.0, &cu_seqlens.1)?,
+                };
+                // The gradient of sum(o * do) with respect to o is do.
+                let grads = (&o * do_.as_tensor())?.backward()?;
+                let grad = |var: &Var| grads.get(var).cloned().context("no gradient");
+                // Detached: the graph behind o would keep what the capture is to free.
+                Ok([o.detach(), lse.detach(), grad(q)?, grad(k)?, grad(v)?])
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// A call that is refused has queued nothing: its graph is empty. One that is not has queued something.
+#[test]
+fn a_refused_call_queues_nothing() -> Result<()> {
+    for Target { device, dtype } in own_targets() {
+        let zeros = |dtype: DType, head_dim: usize| Tensor::zeros((1, 5, 2, head_dim), dtype, &device);
+        let fine = zeros(dtype, 64)?;
+        Attention::new().forward(&fine, &fine, &fine)?;
+        let odd = zeros(dtype, 72)?.narrow(3, 4, 64)?;
+        for x in [zeros(DType::F32, 64)?, zeros(dtype, 12)?, zeros(dtype, 264)?, odd] {
+            let refused = || {
+                Attention::new().forward(&x, &x, &x).expect_err("has no kernel");
+                Ok(())
+            };
+            let ((), graph) = capture(&device, refused)?;
+            ensure!(nodes(&graph)? == 0, "{x:?} was refused, yet {} nodes are queued", nodes(&graph)?);
+        }
+        let (o, graph) = capture(&device, || Ok(Attention::new().forward(&fine, &fine, &fine)?))?;
+        ensure!(nodes(&graph)? > 0, "the graph of a forward is empty");
+        graph.launch()?;
+        drop(o);
+        device.synchronize()?;
+    }
+    Ok(())
+}
