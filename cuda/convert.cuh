@@ -25,18 +25,7 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     DqTile<Traits>::load(dq, params.dq_sums + tile * DqTile<Traits>::kElements, thread);
     dq.scale(params.softmax_scale);
     const BwdWarp<Traits> warp(thread / kWarpSize);
-    const int lane = thread % kWarpSize;
-    const Visibility sees(params.shape, sequence);
-#pragma unroll
-    for (int i = 0; i < Traits::kQMTiles; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            // A query that sees no key has a dq of 0, whatever NaN its do or q has put into the sums.
-            if (!sees.keys(first_row + warp.q_row + 16 * i + fragment_row(lane, half)).empty()) continue;
-#pragma unroll
-            for (int j = 0; j < Traits::kQDTiles; ++j) dq.x[i][j][2 * half] = dq.x[i][j][2 * half + 1] = 0.f;
-        }
-    store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(shared)), 0, dq, warp.q_row, warp.q_col, lane);
+    store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(shared)), 0, dq, warp.q_row, warp.q_col, thread % kWarpSize);
     __syncthreads();
     T* to = static_cast<T*>(params.dq) + batch * params.dq_strides.batch +
             (sequence.first_q + first_row) * params.dq_strides.row + head * params.dq_strides.head;

@@ -152,7 +152,7 @@ struct QueryTile {
     int head;
     int m_block;
     Range rows;    // of the sequence
-    bool special;  // has, or meets, a number that is not finite; known to a careful walk alone
+    bool special;  // has, or meets, a number of q, k, v or do that is not finite; known to a careful walk alone
 };
 
 // Waits for the warps of a group.
@@ -277,7 +277,10 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
         const int first_row = m_block * Traits::kBlockM;
         QueryTile tile{head, m_block, {first_row, min(first_row + Traits::kBlockM, block.sequence.seqlen_q)}, false};
         const Range common = sees.common_keys(tile.rows);
-        const bool partial = cols.begin < common.begin || cols.begin + Traits::kBlockN > common.end;
+        // Rows past the end have a P of 0, unless a key makes NaN of it.
+        const bool partial = cols.begin < common.begin || cols.begin + Traits::kBlockN > common.end ||
+                             (kCareful && first_row + Traits::kBlockM > tile.rows.end);
+        const int end_row = kCareful ? tile.rows.end : INT_MAX;
         const bool next_head = m_block == block.m_last;
         head += next_head;
         m_block = next_head ? block.m_first : m_block + 1;
@@ -303,7 +306,7 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
         const Scoring<Traits::kModified> scoring(block.shape, block.sequence, block.batch, tile.head);
         recompute_p<Traits>(p, derivative, scoring, reinterpret_cast<const float*>(block.shared + Traits::sLse + stage),
                             tile.rows, cols.begin, warp, lane);
-        if (partial) hide(p, sees, tile.rows.begin + warp.s_row, cols.begin + warp.s_col, lane);
+        if (partial) hide(p, sees, tile.rows.begin + warp.s_row, cols.begin + warp.s_col, lane, end_row);
         store_fragment<T, TileP>(base, Traits::sP, p, warp.s_row, warp.s_col, lane);
 
         ds.clear();
@@ -311,12 +314,12 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
             ds, OperandA<TileQ, Order::kContiguousK>(base + stage, Traits::sDo, warp.s_row, lane),
             OperandB<TileK, Order::kContiguousK, Traits::kGroupKeys>(base, Traits::sV, warp.s_col, lane));
         to_ds<Traits>(ds, p, derivative, reinterpret_cast<const float*>(block.shared + Traits::sDelta + stage), warp, lane);
-        if (kCareful && tile.special) hide(ds, sees, tile.rows.begin + warp.s_row, cols.begin + warp.s_col, lane);
+        // A P of 0 makes no 0 of a dP or delta that is not finite.
+        if (partial) hide(ds, sees, tile.rows.begin + warp.s_row, cols.begin + warp.s_col, lane, end_row);
         store_fragment<T, TileP>(base + ds_buffer, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
         group_sync<Traits::kGroupThreads>(warp.group);  // the group's P and dS are there
 
         if (kCareful && tile.special) {
-            // dk needs no more: a query that is not finite has made NaN of its dS.
             __syncthreads();
             CopyQ::clear_special(block.shared + Traits::sQ + stage, block.thread);
             CopyQ::clear_special(block.shared + Traits::sDo + stage, block.thread);
@@ -393,7 +396,7 @@ __device__ __forceinline__ Rest backward_pass(const BwdParams& params, uint8_t* 
                                                    CopyK::special(shared + Traits::sV, thread));
         if (!kCareful && special_keys) return Rest::kAll;
         walk<Traits, kCareful>(block, dk, dv, special_keys, todo == Rest::kAll, special);
-        // With keys and values that are finite, dq is right: only a query's own numbers can have made NaN of it.
+        // With keys and values that are finite, dq is right.
         if (!kCareful && __syncthreads_or(!dk.finite() || !dv.finite())) return Rest::kKv;
         if (kCareful && special_keys && todo == Rest::kAll) {
             spoil_dq(block);
@@ -411,11 +414,16 @@ __device__ __forceinline__ Rest backward_pass(const BwdParams& params, uint8_t* 
     const int rows = block.cols.end - block.cols.begin;
     if (kCareful && special) {
         const int first_head = block.head_k * block.group_size;
-        for (int head = first_head; head < first_head + block.group_size; ++head)
-            add_special<TileK, Traits::kThreads>(
+        const auto sees = [&](int key, int row) { return block.sees.visible(row, block.cols.begin + key); };
+        for (int head = first_head; head < first_head + block.group_size; ++head) {
+            add_special<TileK, Traits::kThreads, false>(
                 shared + Traits::sV, rows, block.head_of(params.do_, params.do_strides, block.sequence.first_q, head),
-                params.do_strides.row, block.queries, block.shape.head_dim, thread,
-                [&](int key, int row) { return block.sees.visible(row, block.cols.begin + key); });
+                params.do_strides.row, block.queries, block.shape.head_dim, thread, sees);
+            // The dS of a query that is not finite is NaN, or 0 where a softcap bounds its score.
+            add_special<TileK, Traits::kThreads, true>(
+                shared + Traits::sK, rows, block.head_of(params.q, params.q_strides, block.sequence.first_q, head),
+                params.q_strides.row, block.queries, block.shape.head_dim, thread, sees);
+        }
     }
     const int64_t first = block.batch * params.dk_strides.batch +
                           (block.sequence.first_k + block.cols.begin) * params.dk_strides.row +

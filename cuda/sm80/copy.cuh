@@ -114,9 +114,9 @@ struct TileCopy {
 };
 
 // Adds to the rows of a tile what is infinite or NaN in the rows `ks` of a tensor, where they see them: what
-// clear_special() took out of a product. Run once, at the end, where no accumulators are alive; each thread has the pieces that
-// store_tile() gives it.
-template <typename Tile, int kThreads, typename T, typename Sees>
+// clear_special() took out of a product; kSpoil: NaN in its place. Run once, at the end, where no accumulators are alive; each
+// thread has the pieces that store_tile() gives it.
+template <typename Tile, int kThreads, bool kSpoil, typename T, typename Sees>
 __device__ __forceinline__ void add_special(uint8_t* tile, int rows, const T* from, int64_t row_stride, Range ks, int head_dim,
                                             int thread, const Sees& sees) {
     for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void add_special(uint8_t* tile, int rows, const T* fr
             const uint32_t* pairs = reinterpret_cast<const uint32_t*>(from + k * row_stride + chunk * Tile::kChunk);
             for (int i = 0; i < Tile::kChunk / 2; ++i) {
                 const uint32_t carry = carry_of_special<T>(pairs[i]);
-                const float2 x = unpack2<T>(to[i]), y = unpack2<T>(pairs[i]);
+                const float2 x = unpack2<T>(to[i]), y = kSpoil ? float2{NAN, NAN} : unpack2<T>(pairs[i]);
                 to[i] = pack2<T>(carry & 0x8000u ? x.x + y.x : x.x, carry & 0x80000000u ? x.y + y.y : x.y);
             }
         }

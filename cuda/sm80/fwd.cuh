@@ -191,7 +191,7 @@ __device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* s
     store_fragment<T, TileQ>(block.base, Traits::sQ, o, block.warp_row, 0, block.lane);
     __syncthreads();
     if (kCareful) {
-        add_special<TileQ, Traits::kThreads>(shared + Traits::sQ, rows.end - rows.begin, block.gV, params.v_strides.row,
+        add_special<TileQ, Traits::kThreads, false>(shared + Traits::sQ, rows.end - rows.begin, block.gV, params.v_strides.row,
                                              block.keys, block.shape.head_dim, block.thread,
                                              [&](int row, int key) { return sees.visible(rows.begin + row, key); });
     }

@@ -183,11 +183,10 @@ fn every_kernel_at_the_edges_of_its_tiles() -> Result<()> {
 
 /// One tile and a part of another both ways, on every kernel, padded and packed, with and without `deterministic` and a
 /// gradient of lse, each also with a NaN in a key, a value and a gradient: small enough for a sanitizer, and complete, which is
-/// asserted. Of Candle's kernels only casts run.
-#[test]
-#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
-fn sanitizer_sweep() -> Result<()> {
-    let kernels = tiled_kernels()?;
+/// asserted. Of Candle's kernels only casts run. Each kernel is named when it is done: some tools take their time.
+fn sweep(dtype: DType) -> Result<()> {
+    let mut kernels = tiled_kernels()?;
+    kernels.retain(|tiled| tiled.kernel.dtype == dtype);
     let mut launched = BTreeSet::new();
     let mut cases = 0;
     for (at, tiled) in kernels.iter().enumerate() {
@@ -210,17 +209,30 @@ fn sanitizer_sweep() -> Result<()> {
             launched.extend([forward, delta, backward, convert].map(|launch| launch.kernel.name));
             cases += 2;
         }
+        println!("{} done", tiled.kernel.name);
     }
     for Tiled { kernel, .. } in &kernels {
         ensure!(launched.contains(kernel.name), "{} was not launched", kernel.name);
     }
     if !kernels.is_empty() {
-        let helpers = KERNELS.iter().filter(|kernel| kernel.head_dim == 0);
+        let helpers = KERNELS.iter().filter(|kernel| kernel.head_dim == 0 && kernel.dtype == dtype);
         let missing: Vec<&str> = helpers.map(|kernel| kernel.name).filter(|name| !launched.contains(name)).collect();
         ensure!(missing.is_empty(), "not launched: {missing:?}");
     }
     println!("{cases} cases, {} kernels launched", launched.len());
     Ok(())
+}
+
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn sanitizer_sweep_in_f16() -> Result<()> {
+    sweep(DType::F16)
+}
+
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn sanitizer_sweep_in_bf16() -> Result<()> {
+    sweep(DType::BF16)
 }
 
 /// The plain call at every head_dim that the front page promises.

@@ -94,8 +94,9 @@ fn read(case: &Case, [o, lse, dq, dk, dv]: &Results) -> Result<Output> {
 /// Captures `pass`, replays it on the numbers it was captured with and on others, and compares.
 fn replay(case: &Case, pass: impl Fn(&Inputs) -> Result<Results>) -> Result<()> {
     let first = case.draw();
-    // Another draw of the same shapes; the name of a case seeds it, and lse has no gradient here.
-    let second = Input { dlse: first.dlse.clone(), ..case.clone().dlse().draw() };
+    // Another draw of the same shapes: the name of a case seeds it. Slopes are options and stay, and lse has no gradient here.
+    let (dlse, alibi_slopes) = (first.dlse.clone(), first.alibi_slopes.clone());
+    let second = Input { dlse, alibi_slopes, ..case.clone().dlse().draw() };
     let inputs = Inputs::new(case, &first)?;
     // Loads the kernels, ours and Candle's: a module cannot be loaded while its stream is being captured.
     drop(pass(&inputs)?);
