@@ -60,13 +60,14 @@
 //! checked problem, the only place that refuses a shape; problem and device become a plan, the only place that refuses a
 //! device; the plan is run. On the CPU a forward task owns a tile of queries and a backward task a tile of keys; threads
 //! take tasks of any sequence and head, so that one long sequence keeps all cores busy. The order of every sum is fixed,
-//! and the same inputs give the same bits on any number of threads.
+//! and the same inputs give the same bits on any number of threads. On a GPU the tasks are thread blocks, and only the
+//! gradient of q is summed in the order in which they come, unless [`Attention::deterministic`] has them take turns.
 //!
 //! # Features
 //!
 //! | feature | default | what it does |
 //! | --- | --- | --- |
-//! | `cuda` | off | a preview of NVIDIA GPUs (Ampere and newer): f16 and bf16, `head_dim` a multiple of 8 up to 256 |
+//! | `cuda` | off | NVIDIA GPUs (Ampere and newer): f16 and bf16, `head_dim` a multiple of 8 up to 256 |
 //!
 //! Vector instructions (AVX2, AVX-512, NEON) are chosen at run time; no compiler flags are needed.
 #![deny(missing_docs)]

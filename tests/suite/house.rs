@@ -5,34 +5,143 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The run whose numbers the README shows.
-const RECORD: &str = "benches/record/xeon-sapphire-rapids-2-cores/2026-11-22/attention.csv";
+/// The runs whose numbers the documents show.
+const CPU_RECORD: &str = "benches/record/xeon-sapphire-rapids-2-cores/2026-11-22";
+const CUDA_RECORD: &str = "benches/record/h100-80gb-hbm3/2026-11-24";
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// `CANDLE_FA2_UPDATE=1` writes the table instead of comparing it.
+/// Each document with a table that is made from a record, and how it is made.
+type Table = fn() -> Result<String>;
+const TABLES: [(&str, &str, Table); 4] = [
+    ("README.md", "cpu", cpu_table),
+    ("README.md", "cuda", || Ok(cuda_table(&[1024, 4096, 16384])? + &cuda_origin("")?)),
+    ("docs/cuda.md", "cuda", || Ok(cuda_table(&[512, 1024, 2048, 4096, 8192, 16384])? + &cuda_origin("../")?)),
+    ("docs/cuda.md", "summary", cuda_summary),
+];
+
+/// `CANDLE_FA2_UPDATE=1` writes the tables instead of comparing them.
 #[test]
-fn the_readme_shows_the_record() -> Result<()> {
-    let (begin, end) = ("<!-- table: cpu -->\n", "<!-- end -->");
-    let path = root().join("README.md");
-    let readme = fs::read_to_string(&path)?;
-    let (before, rest) = readme.split_once(begin).context("README.md has no place for the table")?;
-    let (shown, after) = rest.split_once(end).context("the table in README.md has no end")?;
-    let table = table(&fs::read_to_string(root().join(RECORD))?)?;
-    if std::env::var_os("CANDLE_FA2_UPDATE").is_some() {
-        fs::write(&path, [before, begin, &table, end, after].concat())?;
-    } else {
-        ensure!(shown == table, "README.md is older than {RECORD}; `just tables` rewrites its table:\n{table}");
+fn the_documents_show_the_records() -> Result<()> {
+    for (document, name, table) in TABLES {
+        let (begin, end) = (format!("<!-- table: {name} -->\n"), "<!-- end -->");
+        let path = root().join(document);
+        let text = fs::read_to_string(&path)?;
+        let missing = || format!("{document} has no place for the table {name}");
+        let (before, rest) = text.split_once(&begin).with_context(missing)?;
+        let (shown, after) = rest.split_once(end).with_context(missing)?;
+        let table = table().with_context(|| format!("the table {name} of {document}"))?;
+        if std::env::var_os("CANDLE_FA2_UPDATE").is_some() {
+            fs::write(&path, [before, &begin, &table, end, after].concat())?;
+        } else {
+            ensure!(shown == table, "{document} is older than its record; `just tables` rewrites the table:\n{table}");
+        }
     }
     Ok(())
 }
 
+/// The rows of one CSV file of a record.
+fn rows(file: &str) -> Result<Vec<HashMap<String, String>>> {
+    let text = fs::read_to_string(root().join(file)).with_context(|| file.to_string())?;
+    Ok(csv::Reader::from_reader(text.as_bytes()).deserialize().collect::<Result<_, _>>()?)
+}
+
+/// Where and when a record was made: the names of its folders.
+fn origin(folder: &str) -> Result<String> {
+    let folder = Path::new(folder);
+    let machine = folder.parent().and_then(Path::file_name).context("the folder is named by machine")?;
+    let date = folder.file_name().context("and by date")?;
+    Ok(format!("{}, {}", machine.to_string_lossy().replace('-', " "), date.to_string_lossy()))
+}
+
+/// One cell of the GPU benchmark: everything but who computed it.
+type Cell = [String; 8];
+
+/// TFLOP/s of one run, by cell.
+fn tflops(file: &str, peer: &str) -> Result<HashMap<Cell, f64>> {
+    let columns = ["kind", "dir", "hdim", "causal", "batch", "seqlen_q", "hq", "hkv"];
+    let timed = rows(file)?.into_iter().filter(|row| row["peer"] == peer && !row["tflops"].is_empty());
+    timed.map(|row| Ok((columns.map(|column| row[column].clone()), row["tflops"].parse()?))).collect()
+}
+
+/// Ours, FlashAttention-2's, and the ratio of the two: of each the median of three runs in turns.
+fn compared() -> Result<HashMap<Cell, [f64; 3]>> {
+    let runs = |name: &str, peer: &str| -> Result<Vec<_>> {
+        (1..=3).map(|run| tflops(&format!("{CUDA_RECORD}/{name}-{run}.csv"), peer)).collect()
+    };
+    let (ours, flash) = (runs("ours", "ours")?, runs("flash", "flash")?);
+    let median = |mut values: Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let cells = flash[0].keys().filter(|cell| ours[0].contains_key(*cell));
+    let compare = |cell: &Cell| -> Result<(Cell, [f64; 3])> {
+        let of = |runs: &[HashMap<Cell, f64>]| -> Result<Vec<f64>> {
+            runs.iter().map(|run| run.get(cell).copied().with_context(|| format!("a run lacks {cell:?}"))).collect()
+        };
+        let (ours, flash) = (of(&ours)?, of(&flash)?);
+        let ratios = ours.iter().zip(&flash).map(|(ours, flash)| ours / flash).collect();
+        Ok((cell.clone(), [median(ours), median(flash), median(ratios)]))
+    };
+    cells.map(compare).collect()
+}
+
+/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid.
+fn cuda_table(seqlens: &[usize]) -> Result<String> {
+    let compared = compared()?;
+    let heads = seqlens.iter().map(|seqlen| format!(" {seqlen} |")).collect::<String>();
+    let rule = " --- |".repeat(seqlens.len());
+    let mut table = format!("| head_dim | mask | pass |{heads}\n| --- | --- | --- |{rule}\n");
+    for (dir, pass) in [("fwd", "forward"), ("bwd", "backward")] {
+        for hdim in [64, 128, 256] {
+            for (causal, mask) in [("0", "full"), ("1", "causal")] {
+                table += &format!("| {hdim} | {mask} | {pass} |");
+                for seqlen in seqlens {
+                    let heads = (2048 / hdim).to_string();
+                    let (batch, seqlen) = ((16384 / seqlen).to_string(), seqlen.to_string());
+                    let cell = ["mha", dir, &hdim.to_string(), causal, &batch, &seqlen, &heads, &heads];
+                    let [ours, _, ratio] =
+                        compared.get(&cell.map(String::from)).with_context(|| format!("no run has {cell:?}"))?;
+                    table += &format!(" {ours:.0}, {ratio:.2}x |");
+                }
+                table += "\n";
+            }
+        }
+    }
+    Ok(table)
+}
+
+/// Where the runs are, from the folder of a document.
+fn cuda_origin(to_root: &str) -> Result<String> {
+    Ok(format!("\nMeasured on: {} ([the runs]({to_root}{CUDA_RECORD})).\n", origin(CUDA_RECORD)?))
+}
+
+/// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
+fn cuda_summary() -> Result<String> {
+    let compared = compared()?;
+    let mut table =
+        String::from("| calls | pass | cells | geometric mean | smallest |\n| --- | --- | --- | --- | --- |\n");
+    for (kinds, name) in [
+        (&["mha"][..], "the papers' grid"),
+        (&["gqa"], "GQA 32/8"),
+        (&["varlen", "varlen_gqa"], "packed, 29 sequences"),
+    ] {
+        for (dir, pass) in [("fwd", "forward"), ("bwd", "backward")] {
+            let of_row = |(cell, _): &(&Cell, _)| kinds.contains(&cell[0].as_str()) && cell[1] == dir;
+            let ratios: Vec<f64> = compared.iter().filter(of_row).map(|(_, &[_, _, ratio])| ratio).collect();
+            let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp();
+            let smallest = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+            table += &format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", ratios.len());
+        }
+    }
+    Ok(table)
+}
+
 /// Forward, and forward + backward, of each way to compute one call, as the record has them.
-fn table(record: &str) -> Result<String> {
-    let mut reader = csv::Reader::from_reader(record.as_bytes());
-    let rows: Vec<HashMap<String, String>> = reader.deserialize().collect::<Result<_, _>>()?;
+fn cpu_table() -> Result<String> {
+    let rows = rows(&format!("{CPU_RECORD}/attention.csv"))?;
     let time_ms = |peer: &str, dir: &str| -> Option<f64> {
         let reference =
             [("kind", "mha"), ("dtype", "f32"), ("hdim", "64"), ("causal", "1"), ("seqlen_q", "2048"), ("hq", "8")];
@@ -56,11 +165,7 @@ fn table(record: &str) -> Result<String> {
     ] {
         table += &format!("| {name} | {} | {} |\n", cell(peer, "fwd", fwd), cell(peer, "fwd+bwd", both));
     }
-    let folder = Path::new(RECORD).parent().context("the record lies in a folder")?;
-    let machine = folder.parent().and_then(Path::file_name).context("the folder is named by machine")?;
-    let date = folder.file_name().context("and by date")?;
-    let (machine, date) = (machine.to_string_lossy().replace('-', " "), date.to_string_lossy());
-    Ok(table + &format!("\nMeasured on: {machine}, {date} ([the whole run]({}/attention.txt)).\n", folder.display()))
+    Ok(table + &format!("\nMeasured on: {} ([the whole run]({CPU_RECORD}/attention.txt)).\n", origin(CPU_RECORD)?))
 }
 
 /// Every relative link of a document names a file or folder, from the folder that the document is in.
