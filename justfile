@@ -26,7 +26,7 @@ bench *filter:
 bench-cuda *args:
     cargo bench --features cuda --bench attention -- {{ args }}
 
-# rewrite what is generated: the README's table from the recorded benchmark, docs/kernels.md from a compilation
+# rewrite what is generated: the tables of README and docs/cuda.md from the records, docs/kernels.md from a compilation
 tables:
     CANDLE_FA2_UPDATE=1 cargo test --test suite house
     .ci/kernel-table --update
@@ -38,7 +38,7 @@ check-cuda:
 
 # the tests on this machine's GPU
 gpu:
-    cargo test --features cuda --test suite
+    CANDLE_FA2_REQUIRE_GPU=1 cargo test --features cuda --test suite --example gpt
 
 # its kernels under compute-sanitizer; `just sanitize racecheck` for one of its tools
 sanitize *tools:

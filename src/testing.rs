@@ -10,10 +10,6 @@ pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
 
-/// Registers, local and shared memory of each CUDA kernel as ptxas reported them: CSV with a header.
-#[cfg(feature = "cuda")]
-pub const KERNEL_REPORT: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.csv"));
-
 /// One call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
 pub struct Call {
     op: FlashAttention,

@@ -251,7 +251,7 @@ impl Case {
         (rows * self.head_dim * self.dtype.size_in_bytes()) as f64
     }
 
-    /// What the peers' tables call such a call.
+    /// What a record calls such a call.
     pub fn kind(&self) -> String {
         let shared_heads = self.num_heads != self.num_heads_k();
         let kind = match (!self.lengths.is_empty(), shared_heads) {

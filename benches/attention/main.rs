@@ -4,7 +4,7 @@
 //! cargo bench                          every case of benches/cases.toml, in 2 to 3 minutes on 2 cores
 //! cargo bench -- --quick               the reference case alone
 //! cargo bench -- causal decode         the cases whose name or call contains one of these words
-//! cargo bench -- --csv FILE            rows in the columns of the peers' tables, too
+//! cargo bench -- --csv FILE            rows in the columns of benches/record, too
 //! cargo test --bench attention         only checks the answers
 //! ```
 //!

@@ -1,4 +1,4 @@
-//! Rows of the peers' tables, and how numbers are written.
+//! Rows of a record, and how numbers are written.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::timing::Timing;
 /// A file of rows, if one was asked for.
 pub struct Csv(Option<csv::Writer<File>>);
 
-/// A row in the columns of the peers' tables, with two of our own at the end. FLOP/s are in units of 10^12, bytes per
+/// A row in the columns of benches/record, with two of our own at the end. FLOP/s are in units of 10^12, bytes per
 /// second in units of 10^9.
 #[derive(Default, Serialize)]
 pub struct CsvRow<'a> {

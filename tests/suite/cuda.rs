@@ -15,7 +15,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::common::cases::{self, chunk, gpu_targets, window, Alibi, Case, Lengths, Target};
+use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Lengths, Target};
 use crate::common::compare;
 use crate::common::reference::{Input, Output, Rows};
 use crate::common::run::Call;
@@ -24,15 +24,6 @@ use candle_core::{DType, Tensor, Var};
 use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, KERNELS};
 use candle_fa2::{Attention, Mask};
 use rayon::prelude::*;
-
-/// The GPU in each type, or nothing and a word about it.
-fn gpu_or_skip() -> Vec<Target> {
-    let targets = gpu_targets();
-    if targets.is_empty() {
-        println!("SKIPPED: no CUDA device");
-    }
-    targets
-}
 
 /// A kernel with tiles, on the GPU.
 #[derive(Clone)]
@@ -45,7 +36,7 @@ struct Tiled {
 fn tiled_kernels() -> Result<Vec<Tiled>> {
     let mut runnable = Vec::new();
     let mut too_large = Vec::new();
-    let targets = gpu_or_skip();
+    let targets = gpu_targets_or_skip();
     for kernel in KERNELS.iter().filter(|kernel| matches!(kernel.pass, Pass::Forward | Pass::Backward)) {
         for target in targets.iter().filter(|target| target.dtype == kernel.dtype) {
             let DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = DeviceCaps::of(&target.device)? else {
@@ -215,8 +206,15 @@ fn sweep(dtype: DType) -> Result<()> {
         ensure!(launched.contains(kernel.name), "{} was not launched", kernel.name);
     }
     if !kernels.is_empty() {
-        let helpers = KERNELS.iter().filter(|kernel| kernel.head_dim == 0 && kernel.dtype == dtype);
-        let missing: Vec<&str> = helpers.map(|kernel| kernel.name).filter(|name| !launched.contains(name)).collect();
+        // delta, and the conversion of each backward.
+        let swept = |image| kernels.iter().any(|tiled| tiled.kernel.image == image);
+        let helper = |kernel: &&Kernel| match kernel.pass {
+            Pass::Delta => kernel.dtype == dtype,
+            Pass::Convert => kernel.dtype == dtype && swept(kernel.image),
+            Pass::Forward | Pass::Backward => false,
+        };
+        let names = KERNELS.iter().filter(helper).map(|kernel| kernel.name);
+        let missing: Vec<&str> = names.filter(|name| !launched.contains(name)).collect();
         ensure!(missing.is_empty(), "not launched: {missing:?}");
     }
     println!("{cases} cases, {} kernels launched", launched.len());
@@ -240,7 +238,7 @@ fn sanitizer_sweep_in_bf16() -> Result<()> {
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn every_head_dim() -> Result<()> {
     let mut cases = Vec::new();
-    for target in &gpu_or_skip() {
+    for target in &gpu_targets_or_skip() {
         let chunk = chunk(&target.device);
         for head_dim in (chunk..=cases::max_head_dim(&target.device)).step_by(chunk) {
             let case = Case::new(target).heads(4, 2).head_dim(head_dim).batch(2, 70, 150);
@@ -258,7 +256,7 @@ fn every_head_dim() -> Result<()> {
 fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
     const RUNS: usize = 10;
     let mut cases = Vec::new();
-    for target in &gpu_or_skip() {
+    for target in &gpu_targets_or_skip() {
         let widths: BTreeSet<usize> = KERNELS.iter().map(|kernel| kernel.head_dim).filter(|&width| width > 0).collect();
         for head_dim in widths {
             let case = || Case::new(target).head_dim(head_dim).deterministic();
@@ -296,7 +294,7 @@ fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn refusals_on_the_device() -> Result<()> {
-    for Target { device, dtype } in gpu_or_skip() {
+    for Target { device, dtype } in gpu_targets_or_skip() {
         let text = |dtype: DType, head_dim: usize| -> Result<String> {
             let x = Tensor::zeros((1, 5, 2, head_dim), dtype, &device)?;
             let error = Attention::new().forward(&x, &x, &x).expect_err("has no kernel").to_string();
@@ -328,7 +326,7 @@ fn refusals_on_the_device() -> Result<()> {
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn views_without_tokens() -> Result<()> {
-    for Target { device, dtype } in gpu_or_skip() {
+    for Target { device, dtype } in gpu_targets_or_skip() {
         let full = Var::from_tensor(&Tensor::ones((2, 5, 4, 64), dtype, &device)?)?;
         let none = full.narrow(1, 0, 0)?;
         let numbers = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?) };

@@ -5,7 +5,7 @@
 //! asked of it next; the other tests share another one. Candle's stream is the thread's own, so that no other test queues
 //! anything into the capture.
 
-use crate::common::cases::{own_gpu, window, Alibi, Case, Lengths, Target};
+use crate::common::cases::{own_gpu, window, Alibi, Case, Lengths, Target, GPU_DTYPES};
 use crate::common::reference::{Input, Output};
 use crate::common::run::Call;
 use anyhow::{ensure, Context, Result};
@@ -17,11 +17,8 @@ use candle_fa2::{Attention, Mask};
 
 /// A device of this test's own, in each type.
 fn own_targets() -> Vec<Target> {
-    let Some(device) = own_gpu() else {
-        println!("SKIPPED: no CUDA device");
-        return Vec::new();
-    };
-    [DType::F16, DType::BF16].map(|dtype| Target { device: device.clone(), dtype }).to_vec()
+    let Some(device) = own_gpu() else { return Vec::new() };
+    GPU_DTYPES.map(|dtype| Target { device: device.clone(), dtype }).to_vec()
 }
 
 /// What `work` queues, as a graph. What it allocates belongs to the graph: to be read after a launch, and again after the

@@ -63,8 +63,21 @@ fn every_head_dim_has_kernels() -> Result<()> {
     Ok(())
 }
 
+/// Of several kernels of one head_dim, a GPU gets the first that it has the shared memory for.
+#[test]
+fn more_shared_memory_brings_larger_kernels() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        let bytes = |caps| -> Result<usize> {
+            Ok(plan(&problem(&Attention::new(), 256, dtype)?, caps)?.backward.kernel.shared_bytes)
+        };
+        let (h100, a100, rtx_3090) = (bytes(&H100)?, bytes(&A100)?, bytes(&RTX_3090)?);
+        assert!(h100 > a100 && a100 > rtx_3090, "{h100}, {a100} and {rtx_3090} bytes");
+    }
+    Ok(())
+}
+
 /// A block for every tile of the longest sequence, every head and every sequence; one block for every key head of the
-/// backward; a thread for every 8 elements of dq.
+/// backward; one for every tile of queries that the conversion takes.
 #[test]
 fn grids_cover_the_call() -> Result<()> {
     let (q, k) = (zeros(&[3, 1000, 12, 72], DType::BF16)?, zeros(&[3, 700, 4, 72], DType::BF16)?);

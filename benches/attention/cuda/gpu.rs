@@ -42,7 +42,7 @@ pub struct Gauges {
     pub watts: String,
 }
 
-/// More than the L2 cache of any GPU so far (50 MB on an H100); the peers' figures were taken behind the same.
+/// More than the L2 cache of any GPU so far (50 MB on an H100).
 const FLUSH_BYTES: usize = 192 << 20;
 
 /// Lets the GPU cool off between points: its clock depends on the power that it has drawn.

@@ -84,7 +84,7 @@ pub fn run(options: &crate::Options) -> Result<()> {
     }
     let mut failed = Vec::new();
     for case in &cases {
-        // GPU time is dear: the other cases are measured all the same.
+        // One wrong case must not cost the others' numbers.
         if let Err(error) = measure(case, &mut gpu, options, &mut report) {
             println!("{} FAILED: {error:#}", case.name);
             failed.push(case.name.as_str());

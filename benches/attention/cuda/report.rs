@@ -38,7 +38,7 @@ struct Rate {
     tflops: f64,
 }
 
-/// Floating-point operations as the papers and the peers' tables count them: all pairs of query and key of a sequence, or
+/// Floating-point operations as the papers count them: all pairs of query and key of a sequence, or
 /// half of them under a causal mask, which is less than are visible by half of the diagonal.
 fn flop(case: &Case, pass: Pass) -> f64 {
     let pairs: f64 = match case.mask {
@@ -60,7 +60,7 @@ fn flop(case: &Case, pass: Pass) -> f64 {
     }
 }
 
-/// The peers' tables call f16 fp16.
+/// A record calls f16 fp16, as PyTorch's users do.
 fn dtype_of_peers(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "fp16",

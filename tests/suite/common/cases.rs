@@ -3,7 +3,6 @@
 
 use super::compare::round_to;
 use super::reference::Input;
-#[allow(unused_imports)]
 use super::tolerance::accumulator;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -34,18 +33,36 @@ pub fn cpu_targets() -> Vec<Target> {
     [DType::F64, DType::F32, DType::F16, DType::BF16].map(cpu).to_vec()
 }
 
-/// The first GPU with each type that it has kernels for; nothing without the feature `cuda` or without a driver.
+/// The types that a GPU has kernels for.
+pub const GPU_DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+
+/// The first GPU with each of its types; nothing without the feature `cuda` or without a GPU. With
+/// `CANDLE_FA2_REQUIRE_GPU` in the environment that ends the run: a machine that has one must not skip its tests.
 pub fn gpu_targets() -> Vec<Target> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
-    let gpu = GPU.get_or_init(|| Device::new_cuda(0).ok());
-    let target = |dtype| gpu.clone().map(|device| Target { device, dtype });
-    [DType::F16, DType::BF16].into_iter().filter_map(target).collect()
+    let find = || match Device::new_cuda(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error) if std::env::var_os("CANDLE_FA2_REQUIRE_GPU").is_some() => panic!("no CUDA device: {error}"),
+        Err(_) => None,
+    };
+    let target = |dtype| GPU.get_or_init(find).clone().map(|device| Target { device, dtype });
+    GPU_DTYPES.into_iter().filter_map(target).collect()
+}
+
+/// [`gpu_targets`], or nothing and a word about it.
+pub fn gpu_targets_or_skip() -> Vec<Target> {
+    let targets = gpu_targets();
+    if targets.is_empty() {
+        println!("SKIPPED: no CUDA device");
+    }
+    targets
 }
 
 /// The first GPU once more, as a device of the caller's own: with a cuBLAS handle, whose workspace the threads of one device
 /// would share, and with errors that no other test meets.
 pub fn own_gpu() -> Option<Device> {
-    Device::new_cuda(0).ok()
+    let found = !gpu_targets_or_skip().is_empty();
+    found.then(|| Device::new_cuda(0).expect("the GPU that was found before"))
 }
 
 /// The target of one type on the host, for tests of what the types share.

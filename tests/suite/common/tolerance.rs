@@ -108,7 +108,7 @@ mod tests {
     use candle_fa2::Mask;
 
     /// The smallest key tile that any kernel has.
-    const TILE: usize = 64;
+    const TILE: usize = 32;
     const ALL: [&str; 5] = ["o", "lse", "dq", "dk", "dv"];
 
     /// A same-precision implementation with the fault `drops` fails on every tensor named.
