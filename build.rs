@@ -3,8 +3,8 @@
 //! | written to OUT_DIR | what it is |
 //! | --- | --- |
 //! | instances.rs | one `Kernel` per line, element type and variant; the only file written without the feature |
-//! | UNIT.cu | one per line: `extern "C"` kernels around the templates in cuda/ |
-//! | UNIT.fatbin | its machine code for each GPU asked for, and PTX that later GPUs compile when they load it |
+//! | UNIT.cu | one per line and one for delta: `extern "C"` kernels around the templates in cuda/ |
+//! | UNIT.fatbin | its machine code for each GPU asked for, and PTX that every other GPU from 8.0 on compiles when it loads it |
 //! | images.rs | the fatbins, in the order that `Kernel::image` counts |
 //! | layout.rs | size and offsets of the parameter structs, asserted by both compilers |
 //! | kernels.csv | registers, local and shared memory of each kernel, as ptxas reports them |
@@ -144,6 +144,9 @@ impl Definitions {
                     _ => return Err(FORMS),
                 };
                 let arch = number(arch.strip_prefix("sm").ok_or("arch is sm and a number")?)?;
+                if arch != 80 {
+                    return Err("the templates are in cuda/sm80");
+                }
                 let [head_dim, block_m, block_n, warps] =
                     [number(head_dim)?, number(block_m)?, number(block_n)?, number(warps)?];
                 let [stages, warps_m, warps_n] = layout;

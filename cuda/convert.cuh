@@ -1,7 +1,6 @@
 // dq from its f32 sums: times softmax_scale, rounded, out of the order of the backward's threads and into that of q.
 //
 // Grid       (m_block, num_heads, batch) of the backward's tiles, with the backward's threads: each has its own sums back.
-// Expects    the tile in shared memory to be at most 48 KB.
 #pragma once
 
 #include "core/dq.cuh"
@@ -15,6 +14,7 @@ template <typename Traits>
 __device__ __forceinline__ void convert(const ConvertParams& params) {
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
+    static_assert(TileQ::kBytes <= 48 * 1024, "more must be asked for");
     __shared__ __align__(1024) uint8_t shared[TileQ::kBytes];
     const int thread = threadIdx.x, m_block = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
     const Sequence sequence(params.shape, batch);

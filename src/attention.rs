@@ -22,8 +22,9 @@ use crate::Result;
 /// ```
 ///
 /// The `seqlen_q x seqlen_k` scores are never stored (FlashAttention-2, Dao 2023, algorithms 1 and 2). Extra memory of the
-/// forward is lse, two floats per query and head; the backward adds one more, and sums dq in the accumulator's type. With
-/// the lse returned, o of f16 and bf16 is kept in f32 too.
+/// forward is lse, two floats per query and head, one on a GPU; the backward adds one more, and sums dq in the accumulator's
+/// type, on a GPU in whole tiles of up to 64 queries for each sequence and head. With the lse returned, o of f16 and bf16 is
+/// kept in f32 too.
 ///
 /// | tensor | padded | packed | type |
 /// | --- | --- | --- | --- |
@@ -96,7 +97,7 @@ impl Attention {
     /// Whether the same inputs give the same bits of the gradient of `q` each time.
     ///
     /// Everything else always does, and on the CPU that gradient too. On a GPU, blocks of keys add to it in the order in which
-    /// they come; with this they take turns, which costs a fifth to a quarter of the backward's speed (docs/cuda.md).
+    /// they come; with this they take turns, which costs 16 to 28% of the backward's speed (docs/cuda.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.deterministic = deterministic;
         self

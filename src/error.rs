@@ -239,6 +239,18 @@ pub enum Error {
         /// Its strides from one sequence, row and head to the next.
         strides: [usize; 3],
     },
+    /// Rows too far apart for the CUDA kernels.
+    #[error(
+        "{tensor}: rows are {got} elements apart, but a CUDA kernel takes at most {max}; call .force_contiguous()"
+    )]
+    CudaRowStride {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its stride from one row to the next.
+        got: usize,
+        /// The largest that is supported.
+        max: usize,
+    },
     /// A size that the CUDA kernels cannot count.
     #[error("{name} is {got}, but a CUDA kernel takes at most {max}; split the call")]
     CudaSize {

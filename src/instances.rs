@@ -20,7 +20,7 @@ pub enum Pass {
 pub struct Kernel {
     /// Its symbol.
     pub name: &'static str,
-    /// Index of the image that holds it, one for each line of cuda/instances.def.
+    /// Index of the image that holds it: one for each line of cuda/instances.def, and one for delta.
     pub image: usize,
     /// What it computes.
     pub pass: Pass,

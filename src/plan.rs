@@ -228,7 +228,7 @@ impl CudaPlan {
     }
 }
 
-/// Elements of 16 bytes, the size of every access to global memory.
+/// Elements of 16 bytes, the size of every access to q, k, v, o and their gradients.
 const CHUNK: usize = 8;
 
 /// Thread blocks along y and z of a grid.
@@ -236,6 +236,9 @@ const MAX_GRID_YZ: usize = 65_535;
 
 /// Rows and bounds of the mask add up in 32 bits on the device: three of these stay below 2^31.
 pub(crate) const MAX_SEQLEN: usize = 1 << 29;
+
+/// Elements from one row to the next: a copy steps over at most 32 rows at once, in 32 bits.
+pub(crate) const MAX_ROW_STRIDE: usize = i32::MAX as usize / 32;
 
 /// What no CUDA kernel takes.
 fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
@@ -269,6 +272,9 @@ fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
             let Strides { offset, batch, row, head } = strides;
             return Err(Error::Alignment { tensor, offset, strides: [batch, row, head] });
         }
+        if !in_reach(&strides, shape) {
+            return Err(Error::CudaRowStride { tensor, got: strides.row, max: MAX_ROW_STRIDE });
+        }
     }
     Ok(())
 }
@@ -283,6 +289,11 @@ pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
     shape.contains(&0) || (steps && strides.offset.is_multiple_of(CHUNK))
 }
 
+/// Whether the kernels can step from row to row of a tensor.
+pub(crate) fn in_reach(strides: &Strides, shape: &[usize]) -> bool {
+    shape[shape.len() - 3] <= 1 || strides.row <= MAX_ROW_STRIDE
+}
+
 /// The kernel of a tiled pass: of those that this GPU runs, the one with the smallest head_dim that fits, then the one
 /// for the newest GPUs, then the first in cuda/instances.def.
 fn pick(
@@ -292,8 +303,10 @@ fn pick(
     shared_bytes_per_block: usize,
     allow: impl Fn(&Kernel) -> bool,
 ) -> Result<&'static Kernel> {
-    // A softmax with a factor of 0 or below has its maximum where q k is smallest: not what the plain kernels track.
-    let modified = problem.softcap.is_some() || problem.alibi.is_some() || problem.softmax_scale <= 0.0;
+    // With a factor below 0 the maximum is where q k is smallest, which the plain kernels do not track; with one of 0, or
+    // flushed to it, their first reference is -inf * 0.
+    let factor = (problem.softmax_scale * std::f64::consts::LOG2_E) as f32;
+    let modified = problem.softcap.is_some() || problem.alibi.is_some() || factor < f32::MIN_POSITIVE;
     let takes = |kernel: &&Kernel| {
         (kernel.pass, kernel.dtype, kernel.modified) == (pass, problem.dtype, modified)
             && kernel.head_dim >= problem.head_dim

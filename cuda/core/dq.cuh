@@ -1,9 +1,9 @@
 // The f32 sums of dq: where they lie, and in which order blocks of keys add to them.
 //
 // They lie tile by tile, and within a tile in the order in which the threads of the backward hold them. A warp then adds to 512
-// bytes in a row, and rows and columns past the end need no test: they are part of the tile, and their sums are 0.
-// (bench bwd/full/s4k, H100: this, with the barriers of a group in place of the block's, took head_dim 256 from 184 to 248
-// TFLOP/s and 128 from 265 to 306.)
+// bytes in a row (128 before compute capability 9.0), and rows and columns past the end need no test: they are part of the
+// tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, with the barriers of a group in place of the
+// block's, took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
 #pragma once
 
 #include "../params.h"
@@ -19,7 +19,7 @@ struct DqTile {
     static constexpr int kElements = Traits::kBlockM * Traits::kHeadDim;
     using Block = Accumulator<Traits::kQMTiles, Traits::kQDTiles>;
 
-    // Of element e of accumulator (i, j) of a thread. GPUs from 9.0 on add and read four at once.
+    // Of element e of accumulator (i, j) of a thread. Code for 9.0 and later adds and reads four at once.
     __device__ __forceinline__ static int offset(int i, int j, int e, int thread) {
 #if __CUDA_ARCH__ >= 900
         return ((i * Traits::kQDTiles + j) * Traits::kThreads + thread) * 4 + e;
@@ -83,7 +83,7 @@ __device__ __forceinline__ int64_t dq_tile(const DqTiles& tiles, const Sequence&
 //
 // A block waits only for blocks with later keys of its own head. Work is therefore handed out by ticket, later keys first:
 // whoever is waited for has started before, on any GPU and however it schedules. Under a causal mask no block has to wait for
-// its first tile either, since each begins on its own diagonal.
+// its first tile either, since each begins on its own diagonal (kBlockM <= kBlockN).
 struct Turns {
     uint32_t* counters;  // one for each tile, then one of tickets; or null: any order
 

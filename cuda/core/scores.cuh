@@ -55,7 +55,7 @@ struct Scoring {
         }
     }
 
-    // The score in the log2 domain, less `factor`; `derivative` is that of the softcap.
+    // The score in the log2 domain, still to be multiplied by `factor`; `derivative` is that of the softcap.
     __device__ __forceinline__ float apply(float x, int row, int col, float* derivative = nullptr) const {
         if constexpr (kModified) {
             x *= product;

@@ -1,4 +1,5 @@
-// Online softmax over the accumulators of S: the rescale is deferred, and only lse is kept (FlashAttention-2, 3.1).
+// Online softmax over the accumulators of S: the division by the sum is left to the end, and only lse is kept
+// (FlashAttention-2, 3.1).
 #pragma once
 
 #include "fragment.cuh"

@@ -4,14 +4,15 @@
 // Warps      form groups, each with keys of its own: S, dP, dk and dv of those keys are the group's, which shares S and dP by
 //            queries, dk and dv by keys and columns. Only dq sums over all keys and needs every warp.
 // Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | group barrier | dv += P^T do | dk += dS^T q |
-//            barrier | dq = dS k. With kDefer, where a group is one warp, dq waits until the barrier of the next step: it is
+//            barrier | dq = dS k. With one stage the next q and do start behind the last barrier. With kDefer, where a group is one warp, dq waits until the barrier of the next step: it is
 //            then the only one.
 // Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefer), kStages times sQ, sDo, lse and
 //            delta; the epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     the sums of dq in f32 are added to by all blocks of keys: in any order, or, with params.turns, one after the other.
 // Numbers    that are not finite must not reach a row or key that they are hidden from, and 0 times NaN is NaN. The first walk does
-//            not care; where keys, values or its results are not finite, a careful one takes its place.
+//            not care; where keys, values or its results are not finite, a careful one takes its place. With params.turns the
+//            careful one is the only one.
 // Expects    as fwd.cuh; lse and delta of the same inputs; sums of dq that are zero.
 #pragma once
 
@@ -44,7 +45,7 @@ struct BwdTraits {
     static constexpr int kGroupKeys = kBlockN / kGroups;
     static constexpr int kGroupRows = kWarpsN / kGroups;  // rows of warps of dk and dv in a group
     // Rows of warps of dq. One m16 tile each, as wide as may be: at head_dim 256, 16 x 128 a warp runs at 278 TFLOP/s, 32 x 64
-    // at 255 (bench bwd/full/d256/s4k, H100).
+    // at 255 (bench mha/d256/full/s4096 bwd, H100).
     static constexpr int kWarpsQ = kBlockM / 16 < kWarps ? kBlockM / 16 : kWarps;
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
     static constexpr int kNTiles = kGroupKeys / 8;                        // S, dP: n8 tiles of a warp
@@ -53,7 +54,7 @@ struct BwdTraits {
     static constexpr int kQMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
     static constexpr int kQDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
     static constexpr bool kDefer = kWarpsM == 1;
-    static constexpr int kMinBlocks = 1;
+    static constexpr int kMinBlocks = 1;  // to a multiprocessor: shared memory allows two at most, and registers as many
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
     using TileP = Tile<kBlockM, kBlockN>;
@@ -67,6 +68,13 @@ struct BwdTraits {
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kStatisticsBytes;
     static_assert(kWarpsN % kGroups == 0, "dk and dv of a warp lie within its group's keys");
     static_assert(kStages == 2 || (kStages == 1 && !kDefer), "q and do of one stage are free only behind the second barrier");
+    static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kGroups * 8 == kBlockN, "warps share S without a rest");
+    static_assert(kKvMTiles * kWarpsN * 16 == kBlockN, "and the rows of dk and dv");
+    static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kHeadDim, "and their columns");
+    static_assert(kQMTiles * kWarpsQ * 16 == kBlockM, "and the rows of dq");
+    static_assert(kQDTiles * (kWarps / kWarpsQ) * 8 == kHeadDim, "and its columns");
+    static_assert((kKvMTiles & (kKvMTiles - 1)) == 0, "OperandA's rows of a warp do not cross a panel");
+    static_assert(kStageBytes % 128 == 0, "the swizzle begins anew with every buffer");
     static_assert(kBlockM <= kThreads, "a thread copies lse and delta of one query");
 };
 
@@ -152,7 +160,7 @@ struct QueryTile {
     int head;
     int m_block;
     Range rows;    // of the sequence
-    bool special;  // has, or meets, a number of q, k, v or do that is not finite; known to a careful walk alone
+    bool special;  // partly hidden, and has or meets a number of q, k, v or do that is not finite; known to a careful walk alone
 };
 
 // Waits for the warps of a group.
@@ -247,7 +255,7 @@ __device__ __forceinline__ void add_dq(const BwdContext<Traits>& block, const Qu
     }
 }
 
-// Every tile of queries, for dk and dv, and for dq unless they are all that is wanted.
+// Every tile of queries, for dk and dv, and for dq, which a careful walk may leave out.
 //
 // kCareful: nothing that is not finite reaches a row or key that it is hidden from, where 0 times NaN would be NaN: it is taken
 // out of the products, and `special` remembers to add it where it is seen. Blocks also take turns at dq.
@@ -297,7 +305,7 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
             add_dq<Traits, kCareful>(block, last, TileP::kBytes - ds_buffer);
 
         Accumulator<Traits::kMTiles, Traits::kNTiles> p, ds;
-        // Lives as long as P does; nothing without a softcap.
+        // Of the softcap; lives as long as P does. Not used by the plain kernels.
         Accumulator<Traits::kModified ? Traits::kMTiles : 1, Traits::kModified ? Traits::kNTiles : 1> derivative;
         p.clear();
         multiply_ahead<T, Traits::kHeadDim / 16>(
@@ -446,7 +454,7 @@ template <typename Traits>
 __device__ __forceinline__ void backward(const BwdParams& params) {
     extern __shared__ __align__(1024) uint8_t shared[];
     Rest todo = Rest::kAll;
-    // What is hidden has spoilt nothing if there is nothing to be seen of it.
+    // A hidden NaN or infinity shows in dk or dv: where they are finite, none has reached them.
     if (!Turns{params.turns}.wanted()) todo = backward_pass<Traits, false>(params, shared, Place(), todo);
     if (todo != Rest::kNothing) careful_backward<Traits>(params, todo);
 }

@@ -1,4 +1,5 @@
-// cp.async: 16 bytes from global to shared memory, past L1, and the copies of a tile made of them, in and out.
+// cp.async (PTX ISA, "Data movement and conversion instructions"): 16 bytes from global to shared memory past L1, or 4 through
+// it; the copies of a tile made of them, in and out; named barriers.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -114,7 +115,7 @@ struct TileCopy {
 };
 
 // Adds to the rows of a tile what is infinite or NaN in the rows `ks` of a tensor, where they see them: what
-// clear_special() took out of a product; kSpoil: NaN in its place. Run once, at the end, where no accumulators are alive; each
+// clear_special() or copy_finite() left out of a product; kSpoil: NaN in its place. Run once, at the end, where no accumulators are alive; each
 // thread has the pieces that store_tile() gives it.
 template <typename Tile, int kThreads, bool kSpoil, typename T, typename Sees>
 __device__ __forceinline__ void add_special(uint8_t* tile, int rows, const T* from, int64_t row_stride, Range ks, int head_dim,

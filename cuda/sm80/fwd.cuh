@@ -5,11 +5,11 @@
 // Warps      each owns kBlockM / kWarps rows and all keys (split Q): no sum crosses warps.
 // Pipeline   wait k | start v | S = q k^T | mask | wait v | start next k | softmax | o += P v
 // Shared     sQ kBlockM x kHeadDim, sK and sV kBlockN x kHeadDim each; the epilogue reuses sQ for o.
-// Registers  rO and rS in f32; P is packed from rS as it is used.
+// Registers  o and S in f32; P is packed from S as it is used.
 // Numerics   scores, maximum, sum, o in f32; P is rounded to the input type before P v.
 // Numbers    of v that are not finite must not reach a row that they are hidden from, and 0 times NaN is NaN. The first walk over
 //            the keys does not care; where its o is not finite, a careful one takes its place.
-// Expects    head_dim <= kHeadDim, a multiple of 8; rows of 16-byte multiples. The host has checked them.
+// Expects    head_dim <= kHeadDim, a multiple of 8; rows that begin at multiples of 16 bytes. The host has checked them.
 #pragma once
 
 #include "../core/fragment.cuh"
@@ -39,11 +39,11 @@ struct FwdTraits {
     static constexpr int kDTiles = kHeadDim / 8;
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
-    // Blocks to a multiprocessor that the registers must allow. (bench fwd/full/d32/s4k, H100: 220 TFLOP/s with two.)
+    // Blocks to a multiprocessor that the registers must allow. (full mask, 4k tokens, H100: 220 TFLOP/s with two.)
     static constexpr int kMinBlocks = kHeadDim <= 32 ? 3 : 1;
     static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileK::kBytes;
     static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
-    static_assert(kWarpRows % 16 == 0, "a warp owns whole m16 tiles");
+    static_assert(kBlockM % kWarps == 0 && kWarpRows % 16 == 0, "a warp owns whole m16 tiles");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
@@ -62,7 +62,7 @@ struct FwdContext {
     Visibility sees;
     Range rows;  // queries of this block
     Range keys;  // that any of them sees
-    const T *gQ, *gK, *gV;  // q at the first row, k and v at the first key
+    const T *gQ, *gK, *gV;  // q at the block's first row, k and v at the sequence's first key
 
     __device__ __forceinline__ FwdContext(const FwdParams& params, uint8_t* shared, const Place& place)
         : shape(params.shape), shared(shared), base(uint32_t(__cvta_generic_to_shared(shared))), thread(place.thread),
@@ -82,7 +82,7 @@ struct FwdContext {
 
 // o, unnormalised, and the statistics of its rows, over every tile of keys.
 //
-// careful: what is not finite in v does not reach a row that it is hidden from, where 0 times NaN would be NaN. It is left out of
+// kCareful: what is not finite in v does not reach a row that it is hidden from, where 0 times NaN would be NaN. It is left out of
 // the tiles that are only partly visible.
 template <typename Traits, bool kCareful>
 __device__ __forceinline__ void walk(const FwdParams& params, const FwdContext<Traits>& block,
@@ -140,7 +140,7 @@ __device__ __forceinline__ void walk(const FwdParams& params, const FwdContext<T
         if (n_block > n_first) k_copy.start(base + sK, first_col - Traits::kBlockN, seqlen_k);
         cp_async_commit();
         softmax.step(s, o, scoring.factor);
-        // rS: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
+        // S: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
         multiply_ahead<T, Traits::kBlockN / 16>(
             o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
             OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(base, sV, 0, lane));
@@ -202,7 +202,7 @@ __device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* s
     return true;
 }
 
-// A function of its own: the usual pass then has the registers to itself. (bench fwd/full/d128/s4k, H100: 374 TFLOP/s, 349 in one
+// A function of its own: the usual pass then has the registers to itself. (bench mha/d128/full/s4096 fwd, H100: 374 TFLOP/s, 349 in one
 // body.)
 template <typename Traits>
 __device__ __noinline__ void careful_forward(const FwdParams& params) {
@@ -213,7 +213,7 @@ __device__ __noinline__ void careful_forward(const FwdParams& params) {
 template <typename Traits>
 __device__ __forceinline__ void forward(const FwdParams& params) {
     extern __shared__ __align__(1024) uint8_t shared[];
-    // What is hidden has spoilt nothing if there is nothing to be seen of it.
+    // A hidden NaN or infinity shows in o: where o is finite, none has reached it.
     if (!forward_pass<Traits, false>(params, shared)) careful_forward<Traits>(params);
 }
 

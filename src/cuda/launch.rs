@@ -55,7 +55,8 @@ impl<'a> Launcher<'a> {
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(params);
         // SAFETY: kernels of this pass take one argument, this struct (asserted above; its layout is asserted in params.rs).
-        // Its addresses are of memory that `self` borrows, in the shapes and strides that `Problem` and `Plan` checked, and
+        // Its addresses are of memory that `self` borrows, in the shapes and strides that `Problem` and `Plan` checked (of do
+        // that `readable` did), and
         // only what came from `write` is written. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
         let queued = unsafe { builder.launch(config) };
         queued.map(drop).map_err(|error| Error::Driver {

@@ -17,7 +17,7 @@ use half::{bf16, f16};
 use self::launch::Launcher;
 use self::params::{BwdParams, ConvertParams, DeltaParams, FwdParams, Shape, NULL};
 use crate::op::Output;
-use crate::plan::{aligned, CudaPlan, DeviceCaps};
+use crate::plan::{aligned, in_reach, CudaPlan, DeviceCaps};
 use crate::problem::{Lengths, Problem, Strides};
 
 /// What the driver says of `device`.
@@ -268,7 +268,7 @@ fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>
 /// A gradient as the kernels can read it. Candle hands them on as they come: transposed, or broadcast from a sum.
 fn readable(grad: &Tensor) -> Result<Tensor> {
     match Strides::of("do", grad.layout()) {
-        Ok(strides) if aligned(&strides, grad.dims()) => Ok(grad.clone()),
+        Ok(strides) if aligned(&strides, grad.dims()) && in_reach(&strides, grad.dims()) => Ok(grad.clone()),
         _ => grad.force_contiguous(),
     }
 }

@@ -161,7 +161,12 @@ impl Shape {
         // An open side reaches past every sequence, and so does a longer window.
         let side = |side: Option<usize>| side.unwrap_or(MAX_SEQLEN).min(MAX_SEQLEN) as i32;
         let log2_e = std::f64::consts::LOG2_E;
-        let product_factor = problem.softmax_scale * problem.softcap.map_or(log2_e, f64::recip);
+        let product_factor = match problem.softcap {
+            None => problem.softmax_scale * log2_e,
+            Some(softcap) => problem.softmax_scale / softcap,
+        };
+        // 0 stands for none, and the device takes what is below the normal range for it.
+        let softcap_log2 = problem.softcap.map_or(0.0, |softcap| (softcap * log2_e).max(f64::from(f32::MIN_POSITIVE)));
         Self {
             cu_seqlens_q: cu_seqlens[0],
             cu_seqlens_k: cu_seqlens[1],
@@ -178,7 +183,7 @@ impl Shape {
             window_left: side(left),
             window_right: side(right),
             product_factor: product_factor as f32,
-            softcap_log2: problem.softcap.map_or(0.0, |softcap| softcap * log2_e) as f32,
+            softcap_log2: softcap_log2 as f32,
         }
     }
 }

@@ -133,6 +133,8 @@ fn modified_kernels_where_needed() -> Result<()> {
     for (attention, modified) in [
         (Attention::new(), false),
         (Attention::new().softmax_scale(1e-9), false),
+        (Attention::new().softmax_scale(5e-39), true), // flushed to 0
+        (Attention::new().softmax_scale(1e-50), true),
         (Attention::new().softmax_scale(0.0), true),
         (Attention::new().softmax_scale(-0.5), true),
         (Attention::new().softcap(20.0), true),
@@ -246,6 +248,26 @@ fn refusals_by_alignment() -> Result<()> {
     let query = zeros(&[2, 1, 1, 16], DType::BF16)?;
     assert_eq!(odd.stride(), [400, 80, 20, 1]);
     assert_eq!(text([&query, &odd, &odd])?, "no error");
+    Ok(())
+}
+
+/// Rows are stepped over in 32 bits.
+#[test]
+fn refusals_by_row_stride() -> Result<()> {
+    let x = zeros(&[1, 33, 1, 64], DType::BF16)?;
+    let mut problem = testing::problem(&Attention::new(), &x, &x, &x)?;
+    problem.v.row = i32::MAX as usize / 32 / 8 * 8;
+    plan(&problem, &H100)?;
+    problem.v.row += 8;
+    assert_eq!(
+        plan(&problem, &H100).expect_err("must be refused").to_string(),
+        "v: rows are 67108864 elements apart, but a CUDA kernel takes at most 67108863; call .force_contiguous()"
+    );
+    // One row needs no stride.
+    let x = zeros(&[2, 1, 1, 64], DType::BF16)?;
+    let mut problem = testing::problem(&Attention::new(), &x, &x, &x)?;
+    problem.q.row = 1 << 40;
+    plan(&problem, &H100)?;
     Ok(())
 }
 
