@@ -68,8 +68,10 @@ pub fn check(case: &Case, inputs: &Inputs, answer: &Answer, lse: &Tensor) -> Res
         // NaN fails every comparison, and is refused.
         ensure!(
             distance.of_noise <= STEPS * step,
-            "{name} differs from the reference: a row is off by {:.2e} of its length and noise, limit {:.2e}; ||got - want|| \
-             / ||want|| = {:.2e} over the sampled rows",
+            "{name} differs from the reference: [row {}, head {}] is off by {:.2e} of its length and noise, limit {:.2e}; \
+             ||got - want|| / ||want|| = {:.2e} over the sampled rows",
+            distance.place.row,
+            distance.place.head,
             distance.of_noise,
             STEPS * step,
             distance.relative()
@@ -166,8 +168,16 @@ struct Distance {
     /// Sums of squares over all rows: of the error, and of what is right.
     error: f64,
     want: f64,
-    /// The largest error of a row, as a share of its length and noise.
+    /// The largest error of a row, as a share of its length and noise, and where that row is.
     of_noise: f64,
+    place: Place,
+}
+
+/// A row: its token among those of all sequences, and its head.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    row: usize,
+    head: usize,
 }
 
 impl std::fmt::Display for Errors {
@@ -179,11 +189,11 @@ impl std::fmt::Display for Errors {
 
 impl Distance {
     /// Of one row; `noise` is the square that the head of this file has.
-    fn between(got: &[f64], want: &[f64], noise: f64) -> Self {
+    fn between(place: Place, got: &[f64], want: &[f64], noise: f64) -> Self {
         let error: f64 = got.iter().zip(want).map(|(got, want)| (got - want) * (got - want)).sum();
         // A row that nothing adds to must be 0 exactly.
         let of_noise = if error == 0.0 { 0.0 } else { error.sqrt() / (norm(want) + noise.sqrt()) };
-        Self { error, want: dot(want, want), of_noise }
+        Self { error, want: dot(want, want), of_noise, place }
     }
 
     fn relative(self) -> f64 {
@@ -195,11 +205,9 @@ impl std::ops::Add for Distance {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self {
-            error: self.error + other.error,
-            want: self.want + other.want,
-            of_noise: worse(self.of_noise, other.of_noise),
-        }
+        let of_noise = worse(self.of_noise, other.of_noise);
+        let place = if of_noise.to_bits() == self.of_noise.to_bits() { self.place } else { other.place };
+        Self { error: self.error + other.error, want: self.want + other.want, of_noise, place }
     }
 }
 
@@ -231,6 +239,7 @@ fn spread_over(len: usize, count: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
 struct Head<'a> {
     case: &'a Case,
     sequence: Sequence,
+    head_k: usize,
     group: usize,
     /// `(seqlen_q, group, head_dim)`.
     q: Vec<f64>,
@@ -279,6 +288,7 @@ impl<'a> Head<'a> {
         Ok(Self {
             case,
             sequence,
+            head_k,
             group,
             q: of_q(&inputs.q)?,
             do_: of_q(&inputs.do_)?,
@@ -319,7 +329,8 @@ impl<'a> Head<'a> {
             add_scaled(&mut o, p, v);
             o_noise += p * p * dot(v, v);
         }
-        let o_distance = Distance::between(self.row_q(&self.o, row, member), &o, o_noise);
+        let place = Place { row: self.sequence.first_q + row, head: self.head_k * self.group + member };
+        let o_distance = Distance::between(place, self.row_q(&self.o, row, member), &o, o_noise);
         let lse_error = (self.lse[member * self.sequence.seqlen_q + row] - lse).abs();
         if self.dq.is_empty() {
             return (lse_error, [o_distance, Distance::default()]);
@@ -333,7 +344,7 @@ impl<'a> Head<'a> {
             add_scaled(&mut dq, factor * (dp - delta), k);
             dq_noise += (factor * (dp.abs() + delta_noise)).powi(2) * dot(k, k);
         }
-        (lse_error, [o_distance, Distance::between(self.row_q(&self.dq, row, member), &dq, dq_noise)])
+        (lse_error, [o_distance, Distance::between(place, self.row_q(&self.dq, row, member), &dq, dq_noise)])
     }
 
     /// The distances of dk and dv at key `col`.
@@ -355,9 +366,10 @@ impl<'a> Head<'a> {
                 dk_noise += (factor * (dp.abs() + delta_noise)).powi(2) * dot(q, q);
             }
         }
+        let place = Place { row: self.sequence.first_k + col, head: self.head_k };
         [
-            Distance::between(self.row_k(&self.dk, col), &dk, dk_noise),
-            Distance::between(self.row_k(&self.dv, col), &dv, dv_noise),
+            Distance::between(place, self.row_k(&self.dk, col), &dk, dk_noise),
+            Distance::between(place, self.row_k(&self.dv, col), &dv, dv_noise),
         ]
     }
 }
