@@ -4,8 +4,8 @@
 // Warps      form groups, each with keys of its own: S, dP, dk and dv of those keys are the group's, which shares S and dP by
 //            queries, dk and dv by keys and columns. Only dq sums over all keys and needs every warp.
 // Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | group barrier | dv += P^T do | dk += dS^T q |
-//            barrier | dq = dS k. With one stage the next q and do start behind the last barrier. With kDefer, where a group is one warp, dq waits until the barrier of the next step: it is
-//            then the only one.
+//            barrier | dq = dS k. With one stage the next q and do start behind the last barrier. With kDefer, where a group is
+//            one warp, dq waits until the barrier of the next step: it is then the only one.
 // Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefer), kStages times sQ, sDo, lse and
 //            delta; the epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
