@@ -27,8 +27,7 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     const BwdWarp<Traits> warp(thread / kWarpSize);
     store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(shared)), 0, dq, warp.q_row, warp.q_col, thread % kWarpSize);
     __syncthreads();
-    T* to = static_cast<T*>(params.dq) + batch * params.dq_strides.batch +
-            (sequence.first_q + first_row) * params.dq_strides.row + head * params.dq_strides.head;
+    T* to = row_of<T>(params.dq, params.dq_strides, batch, sequence.first_q + first_row, head);
     store_tile<TileQ, Traits::kThreads>(to, params.dq_strides.row, shared, rows, params.shape.head_dim, thread);
 }
 

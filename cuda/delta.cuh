@@ -21,11 +21,8 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     while (lanes * 8 < shape.head_dim) lanes *= 2;
     const int rows_per_block = kDeltaThreads / lanes;
     const int chunk = threadIdx.x % lanes;
-    const auto start = [&](const void* tensor, const Strides& strides) {
-        return static_cast<const T*>(tensor) + batch * strides.batch + sequence.first_q * strides.row + head * strides.head;
-    };
-    const T* gO = start(params.o, params.o_strides);
-    const T* gDo = start(params.do_, params.do_strides);
+    const T* gO = row_of<const T>(params.o, params.o_strides, batch, sequence.first_q, head);
+    const T* gDo = row_of<const T>(params.do_, params.do_strides, batch, sequence.first_q, head);
     const int64_t statistics = sequence.statistics(shape, head);
 
     const int first = blockIdx.x * rows_per_block + threadIdx.x / lanes;

@@ -34,6 +34,12 @@ struct Sequence {
     }
 };
 
+// Row `row` of one head of one sequence of a tensor.
+template <typename T, typename Pointer>
+__device__ __forceinline__ T* row_of(Pointer* tensor, const Strides& strides, int batch, int row, int head) {
+    return static_cast<T*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
+}
+
 // Half-open range of rows, keys or tiles.
 struct Range {
     int begin;

@@ -128,7 +128,7 @@ struct BwdContext {
           m_last((queries.end - 1) / Traits::kBlockM), group_size(shape.num_heads / shape.num_heads_k) {}
 
     __device__ __forceinline__ const T* head_of(const void* tensor, const Strides& strides, int first_row, int head) const {
-        return static_cast<const T*>(tensor) + batch * strides.batch + first_row * strides.row + head * strides.head;
+        return row_of<const T>(tensor, strides, batch, first_row, head);
     }
     __device__ __forceinline__ void start_k() const {
         CopyK(head_of(params.k, params.k_strides, sequence.first_k, head_k), params.k_strides.row, shape.head_dim, thread)
@@ -274,6 +274,7 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
     const Range cols = block.cols;
     const int steps = (block.m_last - block.m_first + 1) * block.group_size;
     int head = block.head_k * block.group_size, m_block = block.m_first;
+    const bool adds_dq = !kCareful || wants_dq;
     QueryTile last;
     dk.clear();
     dv.clear();
@@ -301,8 +302,7 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
             special |= tile.special;
         }
         if (Traits::kStages == 2 && step + 1 < steps) block.start_tile(Traits::kStageBytes - stage, head, m_block);
-        if (Traits::kDefer && step > 0 && (!kCareful || wants_dq))
-            add_dq<Traits, kCareful>(block, last, TileP::kBytes - ds_buffer);
+        if (Traits::kDefer && step > 0 && adds_dq) add_dq<Traits, kCareful>(block, last, TileP::kBytes - ds_buffer);
 
         Accumulator<Traits::kMTiles, Traits::kNTiles> p, ds;
         // Of the softcap; lives as long as P does. Not used by the plain kernels.
@@ -344,12 +344,12 @@ __device__ __forceinline__ void walk(const BwdContext<Traits>& block, BlockKv& d
         } else {
             __syncthreads();  // all of dS is there, and every warp is done with q and do
             if (Traits::kStages == 1 && step + 1 < steps) block.start_tile(0, head, m_block);
-            if (!kCareful || wants_dq) add_dq<Traits, kCareful>(block, tile, 0);
+            if (adds_dq) add_dq<Traits, kCareful>(block, tile, 0);
         }
     }
     if constexpr (Traits::kDefer) {
         __syncthreads();  // all of the last dS is there
-        if (!kCareful || wants_dq) add_dq<Traits, kCareful>(block, last, (steps - 1) % Traits::kDsBuffers * TileP::kBytes);
+        if (adds_dq) add_dq<Traits, kCareful>(block, last, (steps - 1) % Traits::kDsBuffers * TileP::kBytes);
     }
     __syncthreads();  // every warp is done with shared memory
 }

@@ -114,15 +114,22 @@ struct TileCopy {
     }
 };
 
+// Calls `visit` with row and chunk of each of this thread's 16 bytes of a tile, within `rows` rows and head_dim columns.
+template <typename Tile, int kThreads, typename Visit>
+__device__ __forceinline__ void visit_tile(int rows, int head_dim, int thread, const Visit& visit) {
+    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
+        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
+        if (row < rows && chunk * Tile::kChunk < head_dim) visit(row, chunk);
+    }
+}
+
 // Adds to the rows of a tile what is infinite or NaN in the rows `ks` of a tensor, where they see them: what
-// clear_special() or copy_finite() left out of a product; kSpoil: NaN in its place. Run once, at the end, where no accumulators are alive; each
-// thread has the pieces that store_tile() gives it.
+// clear_special() or copy_finite() left out of a product; kSpoil: NaN in its place. Run once, at the end, where no
+// accumulators are alive; each thread has the pieces that store_tile() gives it.
 template <typename Tile, int kThreads, bool kSpoil, typename T, typename Sees>
 __device__ __forceinline__ void add_special(uint8_t* tile, int rows, const T* from, int64_t row_stride, Range ks, int head_dim,
                                             int thread, const Sees& sees) {
-    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
-        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
-        if (row >= rows || chunk * Tile::kChunk >= head_dim) continue;
+    visit_tile<Tile, kThreads>(rows, head_dim, thread, [&](int row, int chunk) {
         uint32_t* to = reinterpret_cast<uint32_t*>(tile + Tile::offset(row, chunk));
         for (int k = ks.begin; k < ks.end; ++k) {
             if (!sees(row, k)) continue;
@@ -133,20 +140,17 @@ __device__ __forceinline__ void add_special(uint8_t* tile, int rows, const T* fr
                 to[i] = pack2<T>(carry & 0x8000u ? x.x + y.x : x.x, carry & 0x80000000u ? x.y + y.y : x.y);
             }
         }
-    }
+    });
 }
 
 // Writes the first `rows` rows and head_dim columns of a tile to global memory, 16 bytes at a time, all threads together.
 template <typename Tile, int kThreads, typename T>
 __device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const uint8_t* tile, int rows, int head_dim,
                                            int thread) {
-    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
-        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
-        if (row < rows && chunk * Tile::kChunk < head_dim) {
-            *reinterpret_cast<uint4*>(to + row * row_stride + chunk * Tile::kChunk) =
-                *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
-        }
-    }
+    visit_tile<Tile, kThreads>(rows, head_dim, thread, [&](int row, int chunk) {
+        *reinterpret_cast<uint4*>(to + row * row_stride + chunk * Tile::kChunk) =
+            *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
+    });
 }
 
 // Waits until kThreads threads have come to named barrier `id`.

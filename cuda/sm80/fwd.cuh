@@ -71,12 +71,9 @@ struct FwdContext {
           m_block(gridDim.x - 1 - place.x), head(place.y), batch(place.z), sequence(shape, batch), sees(shape, sequence),
           rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)}, keys(sees.keys_of(rows)) {
         const int head_k = head / (shape.num_heads / shape.num_heads_k);
-        const auto start = [&](const void* tensor, const Strides& strides, int first_row, int head) {
-            return static_cast<const T*>(tensor) + batch * strides.batch + first_row * strides.row + head * strides.head;
-        };
-        gQ = start(params.q, params.q_strides, sequence.first_q + rows.begin, head);
-        gK = start(params.k, params.k_strides, sequence.first_k, head_k);
-        gV = start(params.v, params.v_strides, sequence.first_k, head_k);
+        gQ = row_of<const T>(params.q, params.q_strides, batch, sequence.first_q + rows.begin, head);
+        gK = row_of<const T>(params.k, params.k_strides, batch, sequence.first_k, head_k);
+        gV = row_of<const T>(params.v, params.v_strides, batch, sequence.first_k, head_k);
     }
 };
 
@@ -195,15 +192,14 @@ __device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* s
                                              block.keys, block.shape.head_dim, block.thread,
                                              [&](int row, int key) { return sees.visible(rows.begin + row, key); });
     }
-    T* gO = static_cast<T*>(params.o) + block.batch * params.o_strides.batch +
-            (block.sequence.first_q + rows.begin) * params.o_strides.row + block.head * params.o_strides.head;
+    T* gO = row_of<T>(params.o, params.o_strides, block.batch, block.sequence.first_q + rows.begin, block.head);
     store_tile<TileQ, Traits::kThreads>(gO, params.o_strides.row, shared + Traits::sQ, rows.end - rows.begin,
                                         block.shape.head_dim, block.thread);
     return true;
 }
 
-// A function of its own: the usual pass then has the registers to itself. (bench mha/d128/full/s4096 fwd, H100: 374 TFLOP/s, 349 in one
-// body.)
+// A function of its own: the usual pass then has the registers to itself. (bench mha/d128/full/s4096 fwd, H100: 374 TFLOP/s,
+// 349 in one body.)
 template <typename Traits>
 __device__ __noinline__ void careful_forward(const FwdParams& params) {
     extern __shared__ __align__(1024) uint8_t shared[];
