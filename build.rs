@@ -221,13 +221,13 @@ fn attention_unit(line: &Line) -> Unit {
     let (prefix, traits, header, tile, columns) = match line.pass {
         Pass::Backward => {
             let tile = format!("{block_m}x{block_n}_s{stages}");
-            ("bwd", "BwdTraits", "convert", tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
+            // Includes the backward, for the order of its threads.
+            ("bwd", "BwdTraits", "convert.cuh", tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
         }
-        _ => ("fwd", "FwdTraits", "fwd", format!("{block_m}x{block_n}"), warps.to_string()),
+        _ => ("fwd", "FwdTraits", "sm80/fwd.cuh", format!("{block_m}x{block_n}"), warps.to_string()),
     };
-    let folder = if header == "fwd" { format!("sm{arch}/") } else { String::new() };
     let threads = warps * WARP_SIZE;
-    let mut source = format!("#include \"{folder}{header}.cuh\"\n\n{AGREE}");
+    let mut source = format!("#include \"{header}\"\n\n{AGREE}");
     let mut kernels = Vec::new();
     for (dtype, variant) in DTYPES {
         let mut add = |pass: Pass, modified: bool, shared_bytes: usize| {

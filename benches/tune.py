@@ -34,7 +34,7 @@ REPEAT_MS, PAUSE_S = 60, 0.05
 WORST_ERROR = 6e-3  # relative; bf16 rounding leaves 2.7e-3
 
 
-# The structs of cuda/params.h.
+# The structs of cuda/params.h; nvcc asserts their sizes.
 def struct(name, fields):
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
@@ -99,6 +99,8 @@ class Line:
         header = "sm80/fwd.cuh" if self.direction == "fwd" else "convert.cuh"
         text = f'#include "{header}"\n#include "delta.cuh"\nusing Traits = fa2::{traits}<fa2::bf16, {arguments}, false>;\n'
         text += f"static_assert(Traits::kSharedBytes == {self.shared_bytes});\n"
+        for params_struct in (FwdParams, DeltaParams, BwdParams, ConvertParams):
+            text += f"static_assert(sizeof(fa2::{params_struct.__name__}) == {ctypes.sizeof(params_struct)});\n"
 
         def kernel(bounds, name, params, call):
             return (

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use crate::mask::Mask;
-use crate::op::{FlashAttention, Output};
+use crate::op::{self, FlashAttention, Output};
 use crate::packed::CuSeqlens;
 use crate::plan::{DeviceCaps, Plan};
 use crate::problem::Problem;
@@ -187,19 +187,15 @@ impl Attention {
     /// A custom op has one result, so o and lse come as one flat tensor of the accumulator's type. The two views cut
     /// from it keep both in the graph, and their gradients meet again in one backward of the op.
     fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (shape_q, shape_lse) = (problem.shape_q(), problem.shape_lse());
-        let (o_len, lse_len) = (shape_q.iter().product(), shape_lse.iter().product());
+        let shapes = [problem.shape_q(), problem.shape_lse()];
         let op = self.op(problem, Output::OAndLse, q)?;
-        let both = q.apply_op3(k, v, op)?;
-        let o = both.narrow(0, 0, o_len)?.reshape(shape_q)?.to_dtype(q.dtype())?;
-        let lse = both.narrow(0, o_len, lse_len)?.reshape(shape_lse)?;
-        Ok((o, lse))
+        let (o, lse) = op::o_and_lse(&q.apply_op3(k, v, op)?, shapes)?;
+        Ok((o.to_dtype(q.dtype())?, lse))
     }
 
     /// The operator of one checked call.
     pub(crate) fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
-        let plan = plan(&problem, q)?;
-        crate::plan::log(&problem, &plan);
+        let plan = logged_plan(&problem, q)?;
         Ok(FlashAttention::new(problem, plan, self.alibi_slopes.clone(), output))
     }
 }
@@ -207,4 +203,11 @@ impl Attention {
 /// How the device of q computes `problem`.
 fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     Plan::choose(problem, &DeviceCaps::of(q.device())?)
+}
+
+/// The same for a call that will run.
+pub(crate) fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
+    let plan = plan(problem, q)?;
+    crate::plan::log(problem, &plan);
+    Ok(plan)
 }

@@ -22,6 +22,14 @@ pub(crate) enum Output {
     OAndLse,
 }
 
+/// o in the accumulator's type, and lse, cut from the flat result of [`Output::OAndLse`]: views that stay in its graph.
+pub(crate) fn o_and_lse(both: &Tensor, [shape_q, shape_lse]: [Vec<usize>; 2]) -> Result<(Tensor, Tensor)> {
+    let (o_len, lse_len) = (shape_q.iter().product(), shape_lse.iter().product());
+    let o = both.narrow(0, 0, o_len)?.reshape(shape_q)?;
+    let lse = both.narrow(0, o_len, lse_len)?.reshape(shape_lse)?;
+    Ok((o, lse))
+}
+
 /// One attention call as a node of Candle's graph.
 pub(crate) struct FlashAttention {
     problem: Problem,

@@ -3,9 +3,10 @@
 
 use candle_core::{CustomOp3, Tensor};
 
+use crate::attention::logged_plan;
 pub use crate::instances::{Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
-use crate::op::{FlashAttention, Output};
+use crate::op::{self, FlashAttention, Output};
 pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
@@ -15,8 +16,7 @@ pub struct Call {
     op: FlashAttention,
     /// The operator of [`Attention::forward_with_lse`], for the same call.
     op_with_lse: FlashAttention,
-    shape_q: Vec<usize>,
-    shape_lse: Vec<usize>,
+    problem: Problem,
     inputs: [Tensor; 3],
 }
 
@@ -43,8 +43,7 @@ impl Call {
     }
 
     fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
-        let plan = Plan::choose(&problem, &DeviceCaps::of(inputs.0.device())?)?;
-        crate::plan::log(&problem, &plan);
+        let plan = logged_plan(&problem, inputs.0)?;
         Ok(Self::with_plan(attention, problem, inputs, plan))
     }
 
@@ -55,10 +54,9 @@ impl Call {
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         plan: Plan,
     ) -> Self {
-        let (shape_q, shape_lse) = (problem.shape_q(), problem.shape_lse());
         let op = |output| FlashAttention::new(problem.clone(), plan.clone(), attention.alibi_slopes.clone(), output);
         let inputs = [q.clone(), k.clone(), v.clone()];
-        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), shape_q, shape_lse, inputs }
+        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), problem, inputs }
     }
 
     /// o.
@@ -77,10 +75,7 @@ impl Call {
     pub fn forward_with_lse(&self) -> Result<(Tensor, Tensor)> {
         let [q, k, v] = &self.inputs;
         let both = q.apply_op3_no_bwd(k, v, &self.op_with_lse)?;
-        let o_len = self.shape_q.iter().product();
-        let o = both.narrow(0, 0, o_len)?.reshape(self.shape_q.as_slice())?;
-        let lse = both.narrow(0, o_len, both.elem_count() - o_len)?.reshape(self.shape_lse.as_slice())?;
-        Ok((o, lse))
+        Ok(op::o_and_lse(&both, [self.problem.shape_q(), self.problem.shape_lse()])?)
     }
 
     /// The gradients of those of q, k and v that are tracked, from o and its gradient. [`Self::forward`] must have run.

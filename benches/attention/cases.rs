@@ -147,6 +147,28 @@ impl Cases {
 }
 
 impl Case {
+    /// One of ours alone, a forward and a backward over a batch of one; its lengths are left to say.
+    pub fn new(name: String, why: &str, (num_heads, head_dim): (usize, usize), dtype: DType) -> Self {
+        Self {
+            name,
+            why: why.to_string(),
+            batch: one(),
+            seqlen_q: None,
+            seqlen_k: None,
+            lengths: Vec::new(),
+            num_heads,
+            num_heads_k: None,
+            head_dim,
+            dtype,
+            mask: Mask::default(),
+            peers: ours(),
+            passes: vec![Pass::Forward, Pass::Backward],
+            threads: Vec::new(),
+            checked_rows: some_rows(),
+            quick: false,
+        }
+    }
+
     /// # Errors
     /// If its fields contradict each other.
     pub fn validate(&self) -> Result<()> {

@@ -4,8 +4,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
 use serde::Deserialize;
 
-use crate::cases::{Case, Mask, Pass};
-use crate::peers::Peer;
+use crate::cases::{Case, Mask};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -80,22 +79,13 @@ impl Grid {
     /// One case; packed without a `seqlen`.
     fn case(&self, heads: &Heads, mask: Mask, seqlen: Option<usize>, dtype: DType) -> Case {
         let mut case = Case {
-            name: String::new(),
-            why: self.why.clone(),
             batch: seqlen.map_or(1, |seqlen| self.tokens / seqlen),
             seqlen_q: seqlen,
-            seqlen_k: None,
             lengths: self.lengths.clone(),
-            num_heads: heads.num_heads,
             num_heads_k: heads.num_heads_k,
-            head_dim: heads.head_dim,
-            dtype,
             mask,
-            peers: vec![Peer::Ours],
-            passes: vec![Pass::Forward, Pass::Backward],
-            threads: Vec::new(),
             checked_rows: CHECKED_ROWS,
-            quick: false,
+            ..Case::new(String::new(), &self.why, (heads.num_heads, heads.head_dim), dtype)
         };
         let seqlen = seqlen.map_or(String::new(), |seqlen| format!("/s{seqlen}"));
         case.name = format!("{}/d{}/{mask}{seqlen}", case.kind(), case.head_dim);

@@ -22,7 +22,7 @@ pub struct CsvRow<'a> {
     pub dtype: &'a str,
     pub hdim: Option<usize>,
     pub causal: u8,
-    /// Of a packed case: how many sequences, and below the longest of them.
+    /// Sequences; the seqlens of a packed case are its longest.
     pub batch: Option<usize>,
     pub seqlen_q: usize,
     pub seqlen_k: usize,
@@ -61,7 +61,7 @@ impl Csv {
 }
 
 impl CsvRow<'_> {
-    /// The call of `case`, as the tables' columns have it.
+    /// The call of `case`.
     pub fn of(case: &Case) -> Self {
         let (seqlen_q, seqlen_k) = case.seqlens();
         let packed = !case.lengths.is_empty();

@@ -88,22 +88,12 @@ pub fn check(case: &Case, inputs: &Inputs, answer: &Answer, lse: &Tensor) -> Res
 pub fn prove(dtype: DType) -> Result<Errors> {
     const TILE: usize = 64;
     let case = Case {
-        name: "sample".into(),
-        why: "packed, shared heads, causal: everything that finds a row".into(),
-        batch: 1,
-        seqlen_q: None,
-        seqlen_k: None,
         lengths: vec![3 * TILE, 1, 17 * TILE + 5],
-        num_heads: 4,
         num_heads_k: Some(2),
-        head_dim: 32,
-        dtype,
         mask: Mask::Causal,
-        peers: vec![Peer::Ours],
         passes: vec![Pass::Backward],
-        threads: Vec::new(),
         checked_rows: 16,
-        quick: false,
+        ..Case::new("sample".into(), "packed, shared heads, causal: everything that finds a row", (4, 32), dtype)
     };
     let right = Inputs::draw(&case, &Device::Cpu)?;
     let answer = |inputs: &Inputs| -> Result<[Tensor; 4]> {

@@ -40,14 +40,16 @@ fn nodes(graph: &CudaGraph) -> Result<usize> {
     Ok(count)
 }
 
+/// Each kind of call, with and without `deterministic`.
 fn cases(target: &Target) -> Vec<Case> {
     let case = || Case::new(target).heads(4, 2).head_dim(64).mask(Mask::Causal);
-    vec![
+    let kinds = [
         case().batch(2, 200, 300),
         case().batch(1, 300, 270).head_dim(128).mask(window(100, 20)).softcap(20.0),
         case().batch(2, 150, 150).head_dim(40).alibi(Alibi::PerHead),
         case().packed(&[(130, 140), (0, 4), (33, 200)]),
-    ]
+    ];
+    kinds.into_iter().flat_map(|case| [case.clone(), case.deterministic()]).collect()
 }
 
 /// q, k, v and do of a case in memory that stays where it is.
@@ -123,7 +125,7 @@ fn replay(case: &Case, pass: impl Fn(&Inputs) -> Result<Results>) -> Result<()> 
 #[test]
 fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
     for target in own_targets() {
-        for case in cases(&target).into_iter().flat_map(|case| [case.clone(), case.deterministic()]) {
+        for case in cases(&target) {
             let cu_seqlens = case.cu_seqlens()?;
             replay(&case, |Inputs { attention, q, k, v, do_ }| {
                 let problem = match case.lengths {
@@ -146,7 +148,7 @@ fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
 #[test]
 fn a_graph_of_forward_and_autograd_replays_on_new_numbers() -> Result<()> {
     for target in own_targets() {
-        for case in cases(&target).into_iter().flat_map(|case| [case.clone(), case.deterministic()]) {
+        for case in cases(&target) {
             let cu_seqlens = case.cu_seqlens()?;
             replay(&case, |Inputs { attention, q, k, v, do_ }| {
                 let (o, lse) = match case.lengths {

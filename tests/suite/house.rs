@@ -18,8 +18,8 @@ type Table = fn() -> Result<String>;
 /// Each document with a table that is made from a record, and how it is made.
 const TABLES: [(&str, &str, Table); 4] = [
     ("README.md", "cpu", cpu_table),
-    ("README.md", "cuda", || Ok(cuda_table(&[1024, 4096, 16384])? + &cuda_origin("")?)),
-    ("docs/cuda.md", "cuda", || Ok(cuda_table(&[512, 1024, 2048, 4096, 8192, 16384])? + &cuda_origin("../")?)),
+    ("README.md", "cuda", || cuda_table(&[1024, 4096, 16384], "")),
+    ("docs/cuda.md", "cuda", || cuda_table(&[512, 1024, 2048, 4096, 8192, 16384], "../")),
     ("docs/cuda.md", "summary", cuda_summary),
 ];
 
@@ -67,8 +67,11 @@ fn tflops(file: &str, peer: &str) -> Result<HashMap<Cell, f64>> {
     timed.map(|row| Ok((columns.map(|column| row[column].clone()), row["tflops"].parse()?))).collect()
 }
 
-/// Ours, FlashAttention-2's, and the ratio of the two: of each the median of three runs in turns.
-fn compared() -> Result<HashMap<Cell, [f64; 3]>> {
+/// TFLOP/s of ours and their ratio to FlashAttention-2, by cell.
+type Compared = HashMap<Cell, [f64; 2]>;
+
+/// Of each the median of three runs in turns.
+fn compared() -> Result<Compared> {
     let runs = |name: &str, peer: &str| -> Result<Vec<_>> {
         (1..=3).map(|run| tflops(&format!("{CUDA_RECORD}/{name}-{run}.csv"), peer)).collect()
     };
@@ -78,19 +81,20 @@ fn compared() -> Result<HashMap<Cell, [f64; 3]>> {
         values[values.len() / 2]
     };
     let cells = flash[0].keys().filter(|cell| cell[1] == "fwd" || cell[1] == "bwd");
-    let compare = |cell: &Cell| -> Result<(Cell, [f64; 3])> {
+    let compare = |cell: &Cell| -> Result<(Cell, [f64; 2])> {
         let of = |runs: &[HashMap<Cell, f64>]| -> Result<Vec<f64>> {
             runs.iter().map(|run| run.get(cell).copied().with_context(|| format!("a run lacks {cell:?}"))).collect()
         };
         let (ours, flash) = (of(&ours)?, of(&flash)?);
         let ratios = ours.iter().zip(&flash).map(|(ours, flash)| ours / flash).collect();
-        Ok((cell.clone(), [median(ours), median(flash), median(ratios)]))
+        Ok((cell.clone(), [median(ours), median(ratios)]))
     };
     cells.map(compare).collect()
 }
 
-/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid.
-fn cuda_table(seqlens: &[usize]) -> Result<String> {
+/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid. `to_root` leads from the
+/// folder of the document to the repository.
+fn cuda_table(seqlens: &[usize], to_root: &str) -> Result<String> {
     let compared = compared()?;
     let heads = seqlens.iter().map(|seqlen| format!(" {seqlen} |")).collect::<String>();
     let rule = " --- |".repeat(seqlens.len());
@@ -103,7 +107,7 @@ fn cuda_table(seqlens: &[usize]) -> Result<String> {
                     let heads = (2048 / hdim).to_string();
                     let (batch, seqlen) = ((16384 / seqlen).to_string(), seqlen.to_string());
                     let cell = ["mha", dir, &hdim.to_string(), causal, &batch, &seqlen, &heads, &heads];
-                    let [ours, _, ratio] =
+                    let [ours, ratio] =
                         compared.get(&cell.map(String::from)).with_context(|| format!("no run has {cell:?}"))?;
                     table += &format!(" {ours:.0}, {ratio:.2}x |");
                 }
@@ -111,25 +115,19 @@ fn cuda_table(seqlens: &[usize]) -> Result<String> {
             }
         }
     }
+    let [forward, backward] = ["fwd", "bwd"].map(|dir| geometric_mean(&ratios(&compared, &["mha"], dir)));
+    let machine_and_date = origin(CUDA_RECORD)?;
+    table += &format!(
+        "\nGeometric mean of the ratios over the papers' grid, 36 shapes: {forward:.2} forward, {backward:.2} backward.\n\
+         Measured on: {machine_and_date} ([the runs]({to_root}{CUDA_RECORD})).\n"
+    );
     Ok(table)
 }
 
-/// Where the runs are, from the folder of a document.
-fn cuda_origin(to_root: &str) -> Result<String> {
-    let [forward, backward] = ["fwd", "bwd"].map(|dir| ratios(&["mha"], dir).map(|ratios| geometric_mean(&ratios)));
-    Ok(format!(
-        "\nGeometric mean of the ratios over the papers' grid, 36 shapes: {:.2} forward, {:.2} backward.\n\
-         Measured on: {} ([the runs]({to_root}{CUDA_RECORD})).\n",
-        forward?,
-        backward?,
-        origin(CUDA_RECORD)?
-    ))
-}
-
 /// The ratios of one direction over all cells of some kinds.
-fn ratios(kinds: &[&str], dir: &str) -> Result<Vec<f64>> {
-    let of_them = |(cell, _): &(Cell, _)| kinds.contains(&cell[0].as_str()) && cell[1] == dir;
-    Ok(compared()?.into_iter().filter(of_them).map(|(_, [_, _, ratio])| ratio).collect())
+fn ratios(compared: &Compared, kinds: &[&str], dir: &str) -> Vec<f64> {
+    let of_them = |(cell, _): &(&Cell, _)| kinds.contains(&cell[0].as_str()) && cell[1] == dir;
+    compared.iter().filter(of_them).map(|(_, &[_, ratio])| ratio).collect()
 }
 
 fn geometric_mean(ratios: &[f64]) -> f64 {
@@ -138,6 +136,7 @@ fn geometric_mean(ratios: &[f64]) -> f64 {
 
 /// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
 fn cuda_summary() -> Result<String> {
+    let compared = compared()?;
     let mut table =
         String::from("| calls | pass | cells | geometric mean | smallest |\n| --- | --- | --- | --- | --- |\n");
     for (kinds, name) in [
@@ -146,7 +145,7 @@ fn cuda_summary() -> Result<String> {
         (&["varlen", "varlen_gqa"], "packed, 29 sequences"),
     ] {
         for (dir, pass) in [("fwd", "forward"), ("bwd", "backward")] {
-            let ratios = ratios(kinds, dir)?;
+            let ratios = ratios(&compared, kinds, dir);
             let mean = geometric_mean(&ratios);
             let smallest = ratios.iter().copied().fold(f64::INFINITY, f64::min);
             table += &format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", ratios.len());

@@ -9,7 +9,7 @@ use clap::Args;
 
 use self::gpu::Gpu;
 use self::report::{Report, Row};
-use crate::cases::{Case, Mask, Pass};
+use crate::cases::{Case, Pass};
 use crate::grid;
 use crate::inputs::Inputs;
 use crate::peers::{self, Answer, Peer};
@@ -136,24 +136,8 @@ fn measure(case: &Case, gpu: &mut Gpu, options: &crate::Options, report: &mut Re
 
 /// What a call costs the host, where the GPU has next to nothing to do.
 fn host_time(gpu: &Gpu, dtype: DType, report: &mut Report) -> Result<()> {
-    let case = Case {
-        name: "host".into(),
-        why: "one tile of one head: the GPU is done before the next call is queued".into(),
-        batch: 1,
-        seqlen_q: Some(64),
-        seqlen_k: None,
-        lengths: Vec::new(),
-        num_heads: 1,
-        num_heads_k: None,
-        head_dim: 64,
-        dtype,
-        mask: Mask::None,
-        peers: vec![Peer::Ours],
-        passes: vec![Pass::Forward, Pass::Backward],
-        threads: Vec::new(),
-        checked_rows: 64,
-        quick: true,
-    };
+    let why = "one tile of one head: the GPU is done before the next call is queued";
+    let case = Case { seqlen_q: Some(64), ..Case::new("host".into(), why, (1, 64), dtype) };
     let inputs = Inputs::draw_on_device(&case, &gpu.device)?;
     let contender = Peer::Ours.prepare(&case, &inputs)?;
     let operator = contender.operator(&case, &inputs.do_)?;

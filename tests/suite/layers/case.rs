@@ -140,11 +140,6 @@ impl Built {
     }
 }
 
-/// Whether attention in `dtype` has kernels on a GPU.
-pub fn has_gpu_kernel(dtype: DType) -> bool {
-    matches!(dtype, DType::F16 | DType::BF16)
-}
-
 /// The variables of a map by name, in an order that does not change from run to run.
 pub fn vars(varmap: &VarMap) -> BTreeMap<String, Var> {
     varmap.data().lock().expect("no test panics while it holds the map").clone().into_iter().collect()

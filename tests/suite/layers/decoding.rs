@@ -6,10 +6,10 @@ use candle_fa2::layers::{detached_var_builder, MultiHeadAttention};
 use candle_fa2::Mask;
 use candle_nn::kv_cache::KvCache;
 
-use super::case::{self, has_gpu_kernel, normal, Case};
+use super::case::{self, normal, Case};
 use super::close::{close, Tolerance};
 use super::unfused;
-use crate::common::cases::own_gpu;
+use crate::common::cases::{own_gpu, GPU_DTYPES};
 
 /// The cases whose mask hides later keys, and a window over each kind of projection.
 fn cases() -> Vec<Case> {
@@ -47,7 +47,7 @@ fn any_split_equals_the_whole() -> Result<()> {
         let want = reference(DType::F64)?;
         for (dtype, plain) in [(DType::F64, DType::F32), (DType::F32, DType::F32), (DType::BF16, DType::BF16)] {
             let tolerance = Tolerance::from(&reference(plain)?, &want, dtype)?;
-            let on_gpu = gpu.as_ref().filter(|_| has_gpu_kernel(dtype)).map(|gpu| case.on(gpu));
+            let on_gpu = gpu.as_ref().filter(|_| GPU_DTYPES.contains(&dtype)).map(|gpu| case.on(gpu));
             for case in [Some(case.clone()), on_gpu].into_iter().flatten() {
                 let layer = case.build(dtype)?.layer.detach();
                 // Candle multiplies no empty matrices on a GPU.

@@ -8,11 +8,11 @@ use candle_fa2::layers::{
 use candle_fa2::Mask;
 use candle_nn::{embedding, VarBuilder, VarMap};
 
-use super::case::{self, has_gpu_kernel, normal, Case};
+use super::case::{self, normal, Case};
 use super::close::close;
 use super::outcome::{self, Outcome};
 use super::unfused;
-use crate::common::cases::own_gpu;
+use crate::common::cases::{own_gpu, GPU_DTYPES};
 
 /// What this crate makes of the case.
 fn ours(case: &Case, dtype: DType) -> Result<Outcome> {
@@ -36,7 +36,7 @@ fn output_and_gradients_equal_plain_autograd() -> Result<()> {
         {
             let plain = plain(&case, plain_dtype)?;
             outcome::equal(dtype, &ours(&case, dtype)?, &want, &plain, &case)?;
-            if let Some(gpu) = gpu.as_ref().filter(|_| has_gpu_kernel(dtype)) {
+            if let Some(gpu) = gpu.as_ref().filter(|_| GPU_DTYPES.contains(&dtype)) {
                 let case = case.on(gpu);
                 outcome::equal(dtype, &ours(&case, dtype)?, &want, &plain, &case)?;
             }

@@ -7,7 +7,7 @@ use candle_fa2::CuSeqlens;
 use super::case::{self, normal, Case};
 use super::outcome::{self, Outcome};
 use super::unfused;
-use crate::common::cases::own_gpu;
+use crate::common::cases::{own_gpu, GPU_DTYPES};
 
 /// Long, empty, single, and past one tile.
 const LENGTHS: [usize; 5] = [33, 0, 1, 70, 8];
@@ -43,7 +43,7 @@ fn packed_equals_separate() -> Result<()> {
         }
         if let Some(gpu) = &gpu {
             let on_gpu = case.on(gpu);
-            for dtype in [DType::F16, DType::BF16] {
+            for dtype in GPU_DTYPES {
                 outcome::equal(dtype, &ours(&on_gpu, dtype)?, &want, &separate(dtype)?, &on_gpu)?;
             }
         }
