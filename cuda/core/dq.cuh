@@ -119,9 +119,9 @@ struct Turns {
     // Lets the next block add.
     __device__ __forceinline__ void pass(int64_t tile) const {
         if (!wanted()) return;
-        __threadfence();  // this thread's sums are there before the counter says so
         __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(counters + tile, 1u);
+        // The release carries what the other threads added before the barrier, too.
+        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
     }
 };
 
