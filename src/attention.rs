@@ -1,9 +1,9 @@
-//! The public call: options, and the four ways to run them.
+//! The public call: options, and the ways to run them.
 
 use candle_core::Tensor;
 
 use crate::mask::Mask;
-use crate::op::{self, FlashAttention, Output};
+use crate::op::{self, FlashAttention, FusedFlashAttention, Output};
 use crate::packed::CuSeqlens;
 use crate::plan::{DeviceCaps, Plan};
 use crate::problem::Problem;
@@ -110,6 +110,32 @@ impl Attention {
     /// Nothing is computed then.
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         self.run(Problem::padded(self, q, k, v)?, q, k, v)
+    }
+
+    /// [`Self::forward`] over q, k and v in one tensor, as a fused projection gives them; the result is contiguous, of shape
+    /// `(batch, seqlen, num_heads, head_dim)`.
+    ///
+    /// `qkv` is `(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)`: the heads of q, then those of k, then those of v.
+    /// (A `(batch, seqlen, 3, num_heads, head_dim)` tensor is one after `reshape`.) Three views of it give the same
+    /// values, but the gradient of each view is a tensor as large as `qkv`, padded with zeros and added up by Candle; here it
+    /// comes in one piece.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Var};
+    /// # use candle_fa2::{Attention, Mask};
+    /// let qkv = Var::randn(0f32, 1f32, (1, 5, 8 + 2 * 2, 64), &Device::Cpu)?; // 8 query heads, 2 key heads
+    /// let o = Attention::new().mask(Mask::Causal).forward_qkv(&qkv, 2)?;
+    /// assert_eq!(o.dims(), [1, 5, 8, 64]);
+    /// assert_eq!(o.sum_all()?.backward()?.get(&qkv).unwrap().dims(), qkv.dims());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and if `qkv` has no head besides those of k and v.
+    pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
+        let (problem, q) = Problem::fused(self, qkv, num_heads_k)?;
+        let op = self.op(problem, Output::O, &q)?;
+        Ok(qkv.apply_op1(FusedFlashAttention(op))?)
     }
 
     /// As [`Self::forward`], with the log-sum-exp of each row of scores (natural logarithm).

@@ -78,6 +78,16 @@ pub enum Error {
         /// Heads of k and v.
         num_heads_k: usize,
     },
+    /// A tensor of q, k and v in one has no head left for q.
+    #[error("qkv: {heads} heads in shape {shape:?} are not num_heads + 2 * num_heads_k with num_heads_k {num_heads_k}; q's come first, then k's, then v's")]
+    FusedHeads {
+        /// Heads of the tensor.
+        heads: usize,
+        /// Heads of k, and of v.
+        num_heads_k: usize,
+        /// The shape that came.
+        shape: Vec<usize>,
+    },
     /// The head dimension is outside the supported range.
     #[error("head_dim {head_dim} is not supported (supported: 1 to {max}); choose num_heads so that it is")]
     HeadDim {
@@ -504,6 +514,7 @@ impl From<Error> for candle_core::Error {
 fn way_to_rank(axes: &str) -> &'static str {
     let of_heads = axes.contains("num_heads") || axes.contains("embed_dim");
     match axes.split(',').next() {
+        Some("(batch") if axes.contains('+') => "reshape it",
         Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",
         Some("(total" | "(total_q" | "(total_k") => "reshape it, or use the padded call for sequences of one length",
         _ => "reshape it",

@@ -5,12 +5,12 @@ use std::sync::OnceLock;
 use candle_core::op::BackpropOp;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, D};
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::plan::Plan;
-use crate::problem::{Problem, Strides};
+use crate::problem::{split_qkv, Problem, Strides};
 use crate::{cpu, Error};
 
 /// What the operator returns.
@@ -133,16 +133,55 @@ impl CustomOp3 for FlashAttention {
             }
             #[cfg(feature = "cuda")]
             Plan::Cuda(_) => {
-                let grads = cuda::backward(&self.cuda_call()?, self.output, [q, k, v, result, grad, &lse[0]])?;
-                grads.map(|grad| Some(Storage::Cuda(grad)))
+                let tensors = [q, k, v, result, grad, &lse[0]];
+                let grads = cuda::backward(&self.cuda_call()?, self.output, cuda::Places::Separate, tensors)?;
+                let mut grads = grads.into_iter().map(Storage::Cuda);
+                std::array::from_fn(|_| grads.next())
             }
             #[cfg(not(feature = "cuda"))]
             Plan::Cuda(_) => unreachable!("without the feature no device has these capabilities"),
         };
         let tensor = |input: &Tensor, grad: Option<Storage>| {
-            let grad = grad.filter(|_| input.track_op());
-            grad.map(|grad| Tensor::from_storage(grad, input.dims(), BackpropOp::none(), false))
+            grad.filter(|_| input.track_op()).map(|grad| untracked(grad, input.dims()))
         };
         Ok((tensor(q, dq), tensor(k, dk), tensor(v, dv)))
     }
+}
+
+/// The same call with q, k and v in one tensor: its gradient comes in one piece.
+pub(crate) struct FusedFlashAttention(pub(crate) FlashAttention);
+
+impl CustomOp1 for FusedFlashAttention {
+    fn name(&self) -> &'static str {
+        "flash_attention_qkv"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu_fwd(qkv, layout, qkv, layout, qkv, layout)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, qkv: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda_fwd(qkv, layout, qkv, layout, qkv, layout)
+    }
+
+    fn bwd(&self, qkv: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [q, k, v] = split_qkv(qkv, self.0.problem.num_heads_k)?;
+        #[cfg(feature = "cuda")]
+        if let Plan::Cuda(_) = self.0.plan {
+            let lse = self.0.lse.get().ok_or(Error::NoForward)?;
+            let tensors = [&q, &k, &v, result, grad, &lse[0]];
+            let grads = cuda::backward(&self.0.cuda_call()?, self.0.output, cuda::Places::Fused, tensors)?;
+            return Ok(grads.into_iter().next().map(|grads| untracked(Storage::Cuda(grads), qkv.dims())));
+        }
+        // Views of a tracked tensor are tracked, so that all three come back.
+        let (dq, dk, dv) = self.0.bwd(&q, &k, &v, result, grad)?;
+        let grads: Vec<Tensor> = [dq, dk, dv].into_iter().flatten().collect();
+        Ok(Some(Tensor::cat(&grads, D::Minus2)?))
+    }
+}
+
+/// A gradient; none flows through it.
+fn untracked(grad: Storage, shape: &[usize]) -> Tensor {
+    Tensor::from_storage(grad, shape, BackpropOp::none(), false)
 }

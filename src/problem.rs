@@ -1,6 +1,6 @@
 //! Every check of shapes, strides, dtypes and devices. What comes after a [`Problem`] checks nothing again.
 
-use candle_core::{DType, DeviceLocation, Layout, Tensor};
+use candle_core::{DType, DeviceLocation, Layout, Tensor, D};
 
 use crate::attention::Attention;
 use crate::mask::{Mask, Visibility};
@@ -94,6 +94,13 @@ pub struct Problem {
     pub v: Strides,
 }
 
+/// q, k and v, views of `(.., num_heads + 2 * num_heads_k, head_dim)`.
+pub(crate) fn split_qkv(qkv: &Tensor, num_heads_k: usize) -> Result<[Tensor; 3]> {
+    let num_heads = qkv.dim(D::Minus2)? - 2 * num_heads_k;
+    let heads = |start, len| qkv.narrow(D::Minus2, start, len);
+    Ok([heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?])
+}
+
 /// One sequence of a [`Problem`]: its lengths, and where its rows begin.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence {
@@ -123,6 +130,17 @@ impl Problem {
         same_axis(("v", v_dims), "seqlen_k", 1, "k", k_dims[1])?;
         let lengths = Lengths::Padded { batch: q_dims[0], seqlen_q: q_dims[1], seqlen_k: k_dims[1] };
         Self::checked(options, lengths, q, k, v)
+    }
+
+    /// Checks one call in the padded layout with q, k and v in one tensor. Returns q beside it, a view.
+    pub fn fused(options: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
+        check_rank("qkv", qkv, 4, "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)")?;
+        let heads = qkv.dims()[2];
+        if heads.div_ceil(2) <= num_heads_k {
+            return Err(Error::FusedHeads { heads, num_heads_k, shape: qkv.dims().to_vec() });
+        }
+        let [q, k, v] = split_qkv(qkv, num_heads_k)?;
+        Ok((Self::padded(options, &q, &k, &v)?, q))
     }
 
     /// Checks one call in the packed layout.
@@ -319,6 +337,13 @@ impl Problem {
     /// Strides of a contiguous tensor of shape [`Self::shape_k`]: dk and dv.
     pub fn contiguous_k(&self) -> Strides {
         self.contiguous(self.num_heads_k, |sequence| sequence.seqlen_k)
+    }
+
+    /// Strides of q, k and v, or of their gradients, in one contiguous tensor, side by side along its axis of heads.
+    pub fn contiguous_qkv(&self) -> [Strides; 3] {
+        let all = self.contiguous(self.num_heads + 2 * self.num_heads_k, |sequence| sequence.seqlen_q);
+        [0, self.num_heads, self.num_heads + self.num_heads_k]
+            .map(|heads| Strides { offset: heads * self.head_dim, ..all })
     }
 
     /// Index of the first lse of `sequence` and `head`; its rows follow one after the other.

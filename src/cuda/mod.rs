@@ -9,6 +9,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
+use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType};
@@ -117,12 +118,51 @@ pub(crate) fn forward(call: &Call, output: Output, inputs: [&CudaStorage; 3]) ->
     }
 }
 
-/// Queues the backward over q, k, v, the result of the forward, its gradient and lse: dq, dk and dv.
-pub(crate) fn backward(call: &Call, output: Output, tensors: [&Tensor; 6]) -> Result<[CudaStorage; 3]> {
+/// Queues the backward over q, k, v, the result of the forward, its gradient and lse: dq, dk and dv, which `places` says
+/// where to put; one storage for each tensor there.
+pub(crate) fn backward(call: &Call, output: Output, places: Places, tensors: [&Tensor; 6]) -> Result<Vec<CudaStorage>> {
     match call.problem.dtype {
-        DType::F16 => typed_backward::<f16>(call, output, tensors),
-        DType::BF16 => typed_backward::<bf16>(call, output, tensors),
+        DType::F16 => typed_backward::<f16>(call, output, places, tensors),
+        DType::BF16 => typed_backward::<bf16>(call, output, places, tensors),
         other => unreachable!("Plan admits no {other:?} on CUDA"),
+    }
+}
+
+/// Where dq, dk and dv go.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Places {
+    /// Each into a contiguous tensor of its own.
+    Separate,
+    /// Into one, side by side along its axis of heads.
+    Fused,
+}
+
+impl Places {
+    /// Elements of each tensor, and of dq, dk and dv where they lie in theirs.
+    fn of(self, problem: &Problem) -> (Vec<usize>, [Strides; 3]) {
+        let lens = [problem.shape_q(), problem.shape_k(), problem.shape_k()].map(|shape| shape.iter().product());
+        match self {
+            Places::Separate => {
+                (lens.to_vec(), [problem.contiguous_q(), problem.contiguous_k(), problem.contiguous_k()])
+            }
+            Places::Fused => (vec![lens.iter().sum()], problem.contiguous_qkv()),
+        }
+    }
+}
+
+/// Device memory of dq, dk and dv: three slices or one.
+struct Gradients<T> {
+    slices: Vec<CudaSlice<T>>,
+    strides: [Strides; 3],
+}
+
+impl<T: DeviceRepr> Gradients<T> {
+    /// Addresses of dq, dk and dv, for a kernel that writes some of them.
+    fn write<'a>(&'a mut self, launcher: &mut Launcher<'a>) -> [CUdeviceptr; 3] {
+        let bases: Vec<CUdeviceptr> = self.slices.iter_mut().map(|slice| launcher.write(slice)).collect();
+        let last = bases.len() - 1;
+        let address = |at: usize| bases[at.min(last)] + (self.strides[at].offset * size_of::<T>()) as CUdeviceptr;
+        [address(0), address(1), address(2)]
     }
 }
 
@@ -173,19 +213,18 @@ fn typed_forward<T: Element>(
 fn typed_backward<T: Element>(
     call: &Call,
     output: Output,
+    places: Places,
     [q, k, v, result, grad, lse]: [&Tensor; 6],
-) -> Result<[CudaStorage; 3]> {
+) -> Result<Vec<CudaStorage>> {
     let (problem, plan) = (call.problem, call.plan);
     let device = q.device().as_cuda_device()?;
     let rows = problem.rows_q() * problem.num_heads;
     let q_len = rows * problem.head_dim;
-    let k_len = problem.rows_k() * problem.num_heads_k * problem.head_dim;
+    let (lens, strides) = places.of(problem);
     if q_len == 0 {
         // Candle's own kernels, which the rest needs, cannot be launched over nothing.
-        let zeros = |len: usize| -> Result<CudaStorage> {
-            Ok(T::wrap_cuda_slice(device.alloc_zeros::<T>(len.max(1))?, device.clone()))
-        };
-        return Ok([zeros(q_len)?, zeros(k_len)?, zeros(k_len)?]);
+        let zeros = |len: usize| Ok(T::wrap_cuda_slice(device.alloc_zeros::<T>(len.max(1))?, device.clone()));
+        return lens.into_iter().map(zeros).collect();
     }
     let (o, do_, dlse) = match output {
         Output::O => (result.clone(), readable(grad)?, None),
@@ -200,9 +239,8 @@ fn typed_backward<T: Element>(
     let mut dq_sums = device.alloc_zeros::<f32>(tiles.count * tiles.elements)?;
     // One counter for each tile and one for tickets.
     let mut turns = problem.deterministic.then(|| device.alloc_zeros::<u32>(tiles.count + 1)).transpose()?;
-    let mut dq = uninit::<T>(device, q_len)?;
-    let mut dk = uninit::<T>(device, k_len)?;
-    let mut dv = uninit::<T>(device, k_len)?;
+    let slices = lens.into_iter().map(|len| uninit::<T>(device, len)).collect::<Result<_>>()?;
+    let mut grads = Gradients { slices, strides };
     {
         let (stream, side) = (device.cuda_stream(), call.side());
         let [q, k, v, o, do_, lse] = [q, k, v, &o, &do_, lse].map(Locked::of);
@@ -222,6 +260,7 @@ fn typed_backward<T: Element>(
         launcher.launch(&plan.delta, &params)?;
 
         let mut launcher = Launcher::new(&stream);
+        let [_, dk, dv] = grads.write(&mut launcher);
         let params = BwdParams {
             q: q.read::<T>(&mut launcher)?,
             k: k.read::<T>(&mut launcher)?,
@@ -231,13 +270,13 @@ fn typed_backward<T: Element>(
             delta: launcher.read(&delta, 0),
             dq_sums: launcher.write(&mut dq_sums),
             turns: turns.as_mut().map_or(NULL, |turns| launcher.write(turns)),
-            dk: launcher.write(&mut dk),
-            dv: launcher.write(&mut dv),
+            dk,
+            dv,
             q_strides: problem.q.into(),
             k_strides: problem.k.into(),
             v_strides: problem.v.into(),
             do_strides: do_strides.into(),
-            dk_strides: problem.contiguous_k().into(),
+            dk_strides: strides[1].into(), // dv's too
             dq_tiles: tiles.into(),
             shape: side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
@@ -245,17 +284,18 @@ fn typed_backward<T: Element>(
         launcher.launch(&plan.backward, &params)?;
 
         let mut launcher = Launcher::new(&stream);
+        let [dq, ..] = grads.write(&mut launcher);
         let params = ConvertParams {
             dq_sums: launcher.read(&dq_sums, 0),
-            dq: launcher.write(&mut dq),
-            dq_strides: problem.contiguous_q().into(),
+            dq,
+            dq_strides: strides[0].into(),
             dq_tiles: tiles.into(),
             shape: side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
         };
         launcher.launch(&plan.convert, &params)?;
     }
-    Ok([dq, dk, dv].map(|grad| T::wrap_cuda_slice(grad, device.clone())))
+    Ok(grads.slices.into_iter().map(|grad| T::wrap_cuda_slice(grad, device.clone())).collect())
 }
 
 /// Device memory that a kernel fills. The driver refuses to allocate nothing.

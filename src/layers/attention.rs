@@ -7,7 +7,7 @@ use candle_nn::{Module, VarBuilder};
 use super::projection::Projection;
 use super::rotary::RotaryRows;
 use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, Rotary};
-use crate::problem::{is_float, FLOAT_DTYPES};
+use crate::problem::{is_float, split_qkv, FLOAT_DTYPES};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
@@ -127,6 +127,10 @@ impl MultiHeadAttention {
     /// [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
+        if let (QkvProjection::Fused(projection), None) = (&self.qkv, &self.rotary) {
+            let qkv = self.fused_heads(projection, xs)?;
+            return self.project_back(&self.attention.forward_qkv(&qkv, self.num_heads_k)?);
+        }
         let rows = self.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
         self.project_back(&self.attention.forward(&q, &k, &v)?)
@@ -252,17 +256,17 @@ impl MultiHeadAttention {
                 self.split_heads(&k.forward(xs)?, num_heads_k)?,
                 self.split_heads(&v.forward(xs)?, num_heads_k)?,
             ),
-            QkvProjection::Fused(qkv) => {
-                // Heads before slices: each slice is then a view whose last axis is contiguous.
-                let qkv = self.split_heads(&qkv.forward(xs)?, num_heads + 2 * num_heads_k)?;
-                let heads = |start, len| qkv.narrow(D::Minus2, start, len);
-                (heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?)
-            }
+            QkvProjection::Fused(projection) => split_qkv(&self.fused_heads(projection, xs)?, num_heads_k)?.into(),
         };
         match (&self.rotary, rows) {
             (Some(rotary), Some(rows)) => Ok((rotary.rotate(&q, rows)?, rotary.rotate(&k, rows)?, v)),
             _ => Ok((q, k, v)),
         }
+    }
+
+    /// `(.., embed_dim)` to `(.., num_heads + 2 * num_heads_k, head_dim)`.
+    fn fused_heads(&self, projection: &Projection, xs: &Tensor) -> Result<Tensor> {
+        self.split_heads(&projection.forward(xs)?, self.num_heads + 2 * self.num_heads_k)
     }
 
     /// `(.., heads * head_dim)` to `(.., heads, head_dim)`, a view.

@@ -95,6 +95,39 @@ fn shapes_of_padded_calls() {
     }
 }
 
+#[test]
+fn shapes_of_one_tensor_of_q_k_and_v() {
+    for (shape, num_heads_k, message) in [
+        (
+            &[2, 3, 3, 8, 64][..],
+            8,
+            "qkv: expected (batch, seqlen, num_heads + 2 * num_heads_k, head_dim), got 5 axes in shape [2, 3, 3, 8, 64]; reshape it",
+        ),
+        (
+            &[2, 3, 4, 64],
+            2,
+            "qkv: 4 heads in shape [2, 3, 4, 64] are not num_heads + 2 * num_heads_k with num_heads_k 2; q's come first, then k's, then v's",
+        ),
+        (
+            &[2, 3, 4, 64],
+            usize::MAX,
+            "qkv: 4 heads in shape [2, 3, 4, 64] are not num_heads + 2 * num_heads_k with num_heads_k 18446744073709551615; q's come first, then k's, then v's",
+        ),
+        (
+            &[2, 3, 7, 64],
+            2,
+            "num_heads 3 of q is not a multiple of num_heads_k 2 of k and v; each key head serves equally many query heads",
+        ),
+        (
+            &[2, 3, 7, 64],
+            0,
+            "num_heads 7 of q is not a multiple of num_heads_k 0 of k and v; each key head serves equally many query heads",
+        ),
+    ] {
+        assert_eq!(text(Attention::new().forward_qkv(&zeros(shape), num_heads_k)), message);
+    }
+}
+
 /// A broadcast tensor costs nothing, but its gradient would.
 #[test]
 fn more_elements_than_memory() -> Result<()> {

@@ -165,6 +165,45 @@ fn views_of_packed_tensors_equal_their_copies() -> Result<()> {
     Ok(())
 }
 
+/// q, k and v in one tensor: the values of three copies, and their gradients side by side.
+#[test]
+fn one_tensor_of_q_k_and_v_equals_three() -> Result<()> {
+    for target in targets() {
+        let case = |heads: usize, heads_k, seqlen, head_dim| {
+            Case::new(&target).batch(2, seqlen, seqlen).heads(heads, heads_k).head_dim(head_dim).deterministic()
+        };
+        for case in [
+            case(3, 3, 70, 64).mask(Mask::Causal),
+            case(4, 2, 150, 8),
+            case(8, 1, 33, 32).mask(window(9, 2)).softcap(5.0),
+            case(2, 2, 1, 16),
+            case(2, 1, 0, 16),
+        ] {
+            let input = case.draw();
+            let Call { attention, q, k, v } = case.call(&input)?;
+            let (heads_k, what) = (k.dim(2)?, format!("case {case}"));
+            let parts = [&q, &k, &v].map(|var| var.detach());
+            let contiguous = Var::from_tensor(&Tensor::cat(&parts, 2)?)?;
+            let heads_first = Var::from_tensor(&contiguous.transpose(1, 2)?.contiguous()?)?;
+            let do_ = case.tensor(&input.do_, &case.shape_q())?;
+            let o = attention.forward(&q, &k, &v)?;
+            let grads = (&o * &do_)?.sum_all()?.backward()?;
+            let grad = |var: &Var| grads.get(var).context("no gradient").cloned();
+            let want = Tensor::cat(&[grad(&q)?, grad(&k)?, grad(&v)?], 2)?;
+            for (var, axis) in [(&contiguous, 1), (&heads_first, 2)] {
+                let fused = attention.forward_qkv(&var.transpose(1, axis)?, heads_k)?;
+                compare::same_bits("o", &fused, &o, &what)?;
+                let loss = (&fused * &do_)?.sum_all()?;
+                for _ in 0..2 {
+                    let got = loss.backward()?.get(var).context("no gradient")?.transpose(1, axis)?.contiguous()?;
+                    compare::same_bits("dqkv", &got, &want, &what)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What the CPU takes in odd strides, a GPU refuses with the way out. Nothing is computed then.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
