@@ -109,11 +109,11 @@ fn f32_type() -> DType {
     DType::F32
 }
 
-fn dtype<'de, D: Deserializer<'de>>(from: D) -> Result<DType, D::Error> {
+pub fn dtype<'de, D: Deserializer<'de>>(from: D) -> Result<DType, D::Error> {
     String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
 }
 
-fn ours() -> Vec<Peer> {
+pub fn ours() -> Vec<Peer> {
     vec![Peer::Ours]
 }
 
@@ -264,6 +264,12 @@ impl Case {
             Pass::Backward => 2.5 * forward,
             Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
         }
+    }
+
+    /// Pairs of query and key of all heads of a padded case, visible or not.
+    pub fn scores(&self) -> usize {
+        let (seqlen_q, seqlen_k) = self.seqlens();
+        self.batch * self.num_heads * seqlen_q * seqlen_k
     }
 
     /// Bytes of q, k, v and o: what a forward reads and writes at the least.

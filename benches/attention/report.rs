@@ -8,7 +8,7 @@ use crate::cases::{row_name, Case, Pass, Target};
 use crate::check::Checked;
 use crate::machine::Gemm;
 use crate::peers::Peer;
-use crate::rows::{significant, spread, Csv, CsvRow};
+use crate::rows::{mib, significant, spread, Csv, CsvRow};
 use crate::timing::Timing;
 
 /// One measurement.
@@ -172,12 +172,17 @@ impl Report {
             }
             Value::Bytes(bytes) => {
                 let tokens = case.sequences().iter().map(|sequence| sequence.seqlen_q).sum::<usize>();
-                let (mib, per_token) = (*bytes as f64 / f64::from(1 << 20), *bytes as f64 / tokens as f64);
+                let (peak, per_token) = (*bytes as f64 / f64::from(1 << 20), *bytes as f64 / tokens as f64);
                 let line =
-                    format!("{name:<20} {mib:>9.2} MiB at the peak, {per_token:>7.0} bytes per token {ratio:>8}");
+                    format!("{name:<20} {peak:>9.2} MiB at the peak, {per_token:>7.0} bytes per token {ratio:>8}");
                 println!("    {}", line.trim_end());
-                // The columns have no place for bytes.
-                Ok(())
+                self.csv.write(CsvRow {
+                    peer: &row.peer.to_string(),
+                    kind: "memory".into(),
+                    dir: &Pass::Both.to_string(),
+                    peak_mib: mib(*bytes),
+                    ..CsvRow::of(case)
+                })
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::timing::Timing;
 /// A file of rows, if one was asked for.
 pub struct Csv(Option<csv::Writer<File>>);
 
-/// A row in the columns of benches/record, with two of our own at the end. FLOP/s are in units of 10^12, bytes per
+/// A row in the columns of benches/record, with three of our own at the end. FLOP/s are in units of 10^12, bytes per
 /// second in units of 10^9.
 #[derive(Default, Serialize)]
 pub struct CsvRow<'a> {
@@ -40,7 +40,18 @@ pub struct CsvRow<'a> {
     pub autograd_ms: String,
     /// Time that the host takes to queue the call.
     pub host_us: String,
+    /// Bytes allocated at the peak beyond those before the pass, in MiB; or why there is none: [`OUT_OF_MEMORY`],
+    /// [`UNCOUNTABLE`].
+    pub peak_mib: String,
 }
+
+/// In the last column: the pass needs more memory than there is.
+#[cfg(feature = "cuda")]
+pub const OUT_OF_MEMORY: &str = "oom";
+
+/// In the last column: Candle's kernels cannot count the scores.
+#[cfg(feature = "cuda")]
+pub const UNCOUNTABLE: &str = "uncountable";
 
 impl Csv {
     /// # Errors
@@ -104,6 +115,11 @@ pub fn ms(seconds: f64) -> String {
         10.0..100.0 => format!("{ms:.1}"),
         _ => format!("{ms:.0}"),
     }
+}
+
+/// Bytes as MiB.
+pub fn mib(bytes: usize) -> String {
+    significant(bytes as f64 / f64::from(1 << 20))
 }
 
 /// Five significant digits.
