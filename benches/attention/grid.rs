@@ -2,9 +2,10 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
-use crate::cases::{Case, Mask};
+use crate::cases::{self, Case, Mask, Pass};
+use crate::peers::Peer;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -14,20 +15,90 @@ struct Grids {
     grids: Vec<Grid>,
 }
 
+/// What of the GPU's bench can be asked for by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Part {
+    Grid,
+    Gqa,
+    Packed,
+    F16,
+    Decode,
+    Standard,
+    Memory,
+    /// What a call costs the host; no case of the file.
+    #[cfg(feature = "cuda")]
+    #[serde(skip)]
+    Host,
+    /// What the GPU is able to; no case of the file.
+    #[cfg(feature = "cuda")]
+    #[serde(skip)]
+    Ceiling,
+}
+
+#[cfg(feature = "cuda")]
+impl Part {
+    /// In the order that they run in: the first calls of the process before anything else, what fills the memory last.
+    pub const ALL: [Part; 9] = [
+        Part::Host,
+        Part::Ceiling,
+        Part::Grid,
+        Part::Gqa,
+        Part::Packed,
+        Part::F16,
+        Part::Decode,
+        Part::Standard,
+        Part::Memory,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Host => "host",
+            Part::Ceiling => "ceiling",
+            Part::Grid => "grid",
+            Part::Gqa => "gqa",
+            Part::Packed => "packed",
+            Part::F16 => "f16",
+            Part::Decode => "decode",
+            Part::Standard => "standard",
+            Part::Memory => "memory",
+        }
+    }
+
+    /// What it measures, beyond the cases of the file.
+    pub fn what(self) -> Option<&'static str> {
+        match self {
+            Part::Host => Some("the first calls of the process, and what queueing a small call takes"),
+            Part::Ceiling => Some("a large matrix product, and a copy in the GPU's memory"),
+            _ => None,
+        }
+    }
+}
+
 /// Many cases in one.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Grid {
+    part: Part,
     why: String,
     heads: Vec<Heads>,
     #[serde(default = "none_and_causal")]
     masks: Vec<Mask>,
+    tokens: Option<usize>,
     #[serde(default)]
-    tokens: usize,
+    batches: Vec<usize>,
     #[serde(default)]
     seqlens: Vec<usize>,
     #[serde(default)]
     lengths: Vec<usize>,
+    seqlen_q: Option<usize>,
+    most_keys: Option<usize>,
+    #[serde(default, deserialize_with = "dtype")]
+    dtype: Option<DType>,
+    #[serde(default = "cases::ours")]
+    peers: Vec<Peer>,
+    #[serde(default = "forward_and_backward")]
+    passes: Vec<Pass>,
 }
 
 #[derive(Deserialize)]
@@ -42,53 +113,88 @@ fn none_and_causal() -> Vec<Mask> {
     vec![Mask::None, Mask::Causal]
 }
 
-/// All cases, in tensors of `dtype`.
+fn forward_and_backward() -> Vec<Pass> {
+    vec![Pass::Forward, Pass::Backward]
+}
+
+fn dtype<'de, D: Deserializer<'de>>(from: D) -> Result<Option<DType>, D::Error> {
+    cases::dtype(from).map(Some)
+}
+
+/// All cases and their parts, in tensors of `dtype` where a grid asks for no other.
 ///
 /// # Errors
 /// If the file is not TOML of that form, or a case makes no sense.
-pub fn cases(dtype: DType) -> Result<Vec<Case>> {
+pub fn cases(dtype: DType) -> Result<Vec<(Part, Case)>> {
     let Grids { quick, grids } = toml::from_str(include_str!("../cuda.toml"))?;
-    let mut cases: Vec<Case> = Vec::new();
+    let mut cases: Vec<(Part, Case)> = Vec::new();
     for grid in &grids {
-        let padded = !grid.seqlens.is_empty() && grid.tokens > 0;
-        ensure!(padded == grid.lengths.is_empty(), "grid {:?}: give either tokens and seqlens, or lengths", grid.why);
-        if let Some(seqlen) = grid.seqlens.iter().find(|&&seqlen| seqlen == 0 || !grid.tokens.is_multiple_of(seqlen)) {
-            bail!("grid {:?}: {} tokens are no whole number of sequences of {seqlen}", grid.why, grid.tokens);
-        }
-        let seqlens: Vec<Option<usize>> =
-            if padded { grid.seqlens.iter().copied().map(Some).collect() } else { vec![None] };
+        let batches = grid.batches().with_context(|| format!("grid {:?}", grid.why))?;
         for heads in &grid.heads {
             for &mask in &grid.masks {
-                cases.extend(seqlens.iter().map(|&seqlen| grid.case(heads, mask, seqlen, dtype)));
+                let case = |&(batch, seqlen): &_| grid.case(heads, mask, (batch, seqlen), dtype);
+                let fits = |case: &Case| {
+                    grid.most_keys.is_none_or(|most| case.batch * case.seqlens().1 * case.num_heads_k() <= most)
+                };
+                cases.extend(batches.iter().map(case).filter(fits).map(|case| (grid.part, case)));
             }
         }
     }
     for index in 0..cases.len() {
-        let (before, case) = (&cases[..index], &cases[index]);
+        let (before, (_, case)) = (&cases[..index], &cases[index]);
         case.validate().with_context(|| format!("case {}", case.name))?;
-        ensure!(before.iter().all(|other| other.name != case.name), "two cases are named {}", case.name);
+        ensure!(before.iter().all(|(_, other)| other.name != case.name), "two cases are named {}", case.name);
     }
     for name in &quick {
-        let case = cases.iter_mut().find(|case| case.name == *name);
-        case.with_context(|| format!("quick names {name}, which no grid gives"))?.quick = true;
+        let case = cases.iter_mut().find(|(_, case)| case.name == *name);
+        case.with_context(|| format!("quick names {name}, which no grid gives"))?.1.quick = true;
     }
     Ok(cases)
 }
 
 impl Grid {
+    /// Batch and seqlen of each case; no seqlen of a packed one.
+    fn batches(&self) -> Result<Vec<(usize, Option<usize>)>> {
+        let ways = [self.tokens.is_some(), !self.batches.is_empty(), !self.lengths.is_empty()];
+        ensure!(ways.iter().filter(|&&way| way).count() == 1, "give one of tokens, batches and lengths");
+        ensure!(self.seqlens.is_empty() != self.lengths.is_empty(), "seqlens go with tokens and batches");
+        if let Some(tokens) = self.tokens {
+            if let Some(seqlen) = self.seqlens.iter().find(|&&seqlen| seqlen == 0 || !tokens.is_multiple_of(seqlen)) {
+                bail!("{tokens} tokens are no whole number of sequences of {seqlen}");
+            }
+            return Ok(self.seqlens.iter().map(|&seqlen| (tokens / seqlen, Some(seqlen))).collect());
+        }
+        if self.batches.is_empty() {
+            return Ok(vec![(1, None)]);
+        }
+        let of_batch = |&batch: &usize| self.seqlens.iter().map(move |&seqlen| (batch, Some(seqlen)));
+        Ok(self.batches.iter().flat_map(of_batch).collect())
+    }
+
     /// One case; packed without a `seqlen`.
-    fn case(&self, heads: &Heads, mask: Mask, seqlen: Option<usize>, dtype: DType) -> Case {
+    fn case(&self, heads: &Heads, mask: Mask, (batch, seqlen): (usize, Option<usize>), dtype: DType) -> Case {
         let mut case = Case {
-            batch: seqlen.map_or(1, |seqlen| self.tokens / seqlen),
-            seqlen_q: seqlen,
+            batch,
+            seqlen_q: self.seqlen_q.or(seqlen),
+            seqlen_k: self.seqlen_q.and(seqlen),
             lengths: self.lengths.clone(),
             num_heads_k: heads.num_heads_k,
             mask,
+            peers: self.peers.clone(),
+            passes: self.passes.clone(),
             checked_rows: CHECKED_ROWS,
-            ..Case::new(String::new(), &self.why, (heads.num_heads, heads.head_dim), dtype)
+            ..Case::new(String::new(), &self.why, (heads.num_heads, heads.head_dim), self.dtype.unwrap_or(dtype))
         };
+        let dtype = self.dtype.map_or(String::new(), |dtype| format!("{}/", dtype.as_str()));
+        let kind = match self.part {
+            Part::Standard => "standard".to_string(),
+            Part::Memory => "memory".to_string(),
+            _ => case.kind(),
+        };
+        let heads = self.seqlen_q.map_or(String::new(), |_| format!("/h{}-{}", case.num_heads, case.num_heads_k()));
+        let batch = if self.batches.is_empty() { String::new() } else { format!("/b{batch}") };
         let seqlen = seqlen.map_or(String::new(), |seqlen| format!("/s{seqlen}"));
-        case.name = format!("{}/d{}/{mask}{seqlen}", case.kind(), case.head_dim);
+        case.name = format!("{dtype}{kind}/d{}/{mask}{heads}{batch}{seqlen}", case.head_dim);
         case
     }
 }

@@ -8,15 +8,32 @@
 //! cargo test --bench attention         only checks the answers
 //! ```
 //!
-//! With the feature `cuda` the GPU takes the CPU's place, and the same options choose from the cases of benches/cuda.toml;
-//! the part for the GPU has a few more (`--help`):
+//! With the feature `cuda` the GPU takes the CPU's place, and the same options choose from the cases of benches/cuda.toml.
+//! They come in parts. A word that is the name of a part runs that part, any other word chooses among the cases of the
+//! parts that run; there are a few more options (`--help`):
 //!
 //! ```text
-//! cargo bench --features cuda                              every case
-//! cargo bench --features cuda -- --quick                   a handful
-//! cargo bench --features cuda -- mha/d128 --dirs fwd       forward only, head_dim 128
+//! cargo bench --features cuda                              every part, in about five minutes on an H100
+//! cargo bench --features cuda -- --list                    the parts, their cases, and why each is there
+//! cargo bench --features cuda -- --quick                   a handful of cases
+//! cargo bench --features cuda -- standard memory           these two parts
+//! cargo bench --features cuda -- grid d128 --dirs fwd      of the papers' grid, forward only, head_dim 128
 //! cargo bench --features cuda -- --device cpu              the CPU's cases
 //! ```
+//!
+//! ```text
+//! host       time to the first call, and what a call costs the host
+//! ceiling    the rate of a large matrix product, and of a copy in memory
+//! grid       the grid of the papers, and head sizes between
+//! gqa        query heads that share key heads
+//! packed     sequences of uneven lengths end to end
+//! f16        some of the grid in f16
+//! decode     one query against a cache of keys, in GB/s
+//! standard   beside Candle's matmul, softmax, matmul: time and peak memory
+//! memory     the peak of forward and backward against the length of the sequence
+//! ```
+//!
+//! At the end the claims of the papers are held against what was measured.
 //!
 //! Each answer is checked against naive attention in f64 before it is timed; a wrong one fails the run. A missed target is
 //! printed and is no error: it depends on the machine.
@@ -61,7 +78,7 @@ static ALLOCATOR: memory::Counting = memory::Counting;
     about = "Times attention; benches/cases.toml and benches/cuda.toml say what and why."
 )]
 struct Options {
-    /// Only cases whose name or call contains one of these
+    /// Only cases whose name or call contains one of these; on a GPU also names of parts, which --list prints
     filters: Vec<String>,
     /// Only the reference case; on a GPU a handful
     #[arg(long)]
@@ -92,9 +109,10 @@ enum Where {
 }
 
 impl Options {
-    fn wants(&self, case: &Case) -> bool {
+    /// Whether `case` is to run, if `filters` are the words that choose among cases.
+    fn wants(&self, case: &Case, filters: &[String]) -> bool {
         let named = |filter: &String| case.name.contains(filter) || case.label().contains(filter);
-        (!self.quick || case.quick) && (self.filters.is_empty() || self.filters.iter().any(named))
+        (!self.quick || case.quick) && (filters.is_empty() || filters.iter().any(named))
     }
 }
 
@@ -114,14 +132,14 @@ fn main() -> ExitCode {
 }
 
 /// Prints the names of `cases`, and why each is there.
-fn list(cases: &[Case]) {
-    cases.iter().for_each(|case| println!("{:<22} {:<34} {}", case.name, case.label(), case.why));
+fn list<'a>(cases: impl IntoIterator<Item = &'a Case>) {
+    cases.into_iter().for_each(|case| println!("{:<22} {:<34} {}", case.name, case.label(), case.why));
 }
 
 /// Checks and times the chosen cases on the CPU.
 fn run(options: &Options) -> Result<()> {
     let Cases { cases, targets } = Cases::parse(include_str!("../cases.toml"))?;
-    let cases: Vec<Case> = cases.into_iter().filter(|case| options.wants(case)).collect();
+    let cases: Vec<Case> = cases.into_iter().filter(|case| options.wants(case, &options.filters)).collect();
     ensure!(!cases.is_empty(), "no case of benches/cases.toml contains {:?}; --list prints them", options.filters);
     if options.list {
         list(&cases);

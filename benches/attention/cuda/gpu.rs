@@ -7,17 +7,20 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use candle_core::cuda::cudarc::driver::sys::CUevent_flags_enum::CU_EVENT_DEFAULT;
 use candle_core::cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream};
 use candle_core::Device;
 
+use super::pool::Pool;
 use crate::timing::Timing;
 
 pub struct Gpu {
     pub device: Device,
     stream: Arc<CudaStream>,
+    /// Where Candle's tensors come from; `None` on a GPU that has no such pools.
+    pool: Option<Pool>,
     /// Zeroed before each timed call, so that nothing of its inputs is left in the L2 cache.
     flush: CudaSlice<u8>,
     /// How nvidia-smi names this GPU, whatever CUDA numbers it.
@@ -51,6 +54,10 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Timed calls of a point, at least and at most, whatever time they take.
 const RUNS: std::ops::RangeInclusive<f64> = 7.0..=100.0;
 
+/// A call that takes longer is timed [`SLOW_RUNS`] times at least: standard attention has some of half a second.
+const SLOW_MS: f64 = 50.0;
+const SLOW_RUNS: f64 = 3.0;
+
 /// Calls whose queueing is timed. With about a thousand launches the queue is full, and the host waits for the GPU: so
 /// many calls, with all that they launch, stay far below.
 const HOST_CALLS: usize = 16;
@@ -61,12 +68,13 @@ impl Gpu {
     pub fn new() -> Result<Self> {
         let device = Device::new_cuda(0)?;
         let stream = device.as_cuda_device()?.cuda_stream();
+        let pool = Pool::of(stream.context())?;
         let flush = stream.alloc_zeros::<u8>(FLUSH_BYTES)?;
         // Eight, four, four, four and twelve hexadecimal digits.
         let digits: String = stream.context().uuid()?.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect();
         let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
         let uuid = format!("GPU-{}", parts.join("-"));
-        Ok(Self { device, stream, flush, uuid, answers: Cell::new(true) })
+        Ok(Self { device, stream, pool, flush, uuid, answers: Cell::new(true) })
     }
 
     /// Its name, size, driver and limits in one line.
@@ -86,6 +94,42 @@ impl Gpu {
         Ok(format!("{name}, sm_{major}{minor}, {multiprocessors} multiprocessors; {of_driver}"))
     }
 
+    pub fn name(&self) -> Result<String> {
+        Ok(self.stream.context().name()?)
+    }
+
+    /// All of its memory, free or not.
+    pub fn memory_bytes(&self) -> Result<usize> {
+        Ok(self.stream.context().total_mem()?)
+    }
+
+    /// The result of `run`, and by how many bytes the memory of all tensors rose at most on the way.
+    pub fn peak_bytes<R>(&self, run: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {
+        let pool =
+            self.pool.as_ref().context("this GPU has no memory pools, which are what tells the peak of a pass")?;
+        self.stream.synchronize()?;
+        let before = pool.watch()?;
+        let result = run()?;
+        let peak = pool.highest()?;
+        self.stream.synchronize()?;
+        Ok((result, peak.saturating_sub(before)))
+    }
+
+    /// After a call that memory did not suffice for, and when all that it made has been dropped: gives back what is free.
+    pub fn recover(&self) -> Result<()> {
+        self.stream.synchronize()?;
+        self.pool.as_ref().map_or(Ok(()), Pool::trim)
+    }
+
+    /// The result of one `call`, and the seconds until the GPU was done with it.
+    pub fn once<R>(&self, call: impl FnOnce() -> Result<R>) -> Result<(R, f64)> {
+        self.stream.synchronize()?;
+        let begun = Instant::now();
+        let result = call()?;
+        self.stream.synchronize()?;
+        Ok((result, begun.elapsed().as_secs_f64()))
+    }
+
     /// Times `call` for `milliseconds` or so: warm, after a pause, with the L2 cache flushed before each run.
     pub fn time<R>(&mut self, milliseconds: f64, call: impl Fn() -> Result<R>) -> Result<Cost> {
         call()?;
@@ -99,8 +143,9 @@ impl Gpu {
             call()?;
             mark.record(&self.stream)?;
         }
-        let estimate = marks[0].elapsed_ms(&marks[1])?.min(marks[1].elapsed_ms(&marks[2])?);
-        let runs = (milliseconds / f64::from(estimate)).clamp(*RUNS.start(), *RUNS.end()) as usize;
+        let estimate = f64::from(marks[0].elapsed_ms(&marks[1])?.min(marks[1].elapsed_ms(&marks[2])?));
+        let least = if estimate > SLOW_MS { SLOW_RUNS } else { *RUNS.start() };
+        let runs = (milliseconds / estimate).clamp(least, *RUNS.end()) as usize;
 
         let events: Vec<[CudaEvent; 2]> =
             (0..runs).map(|_| Ok([self.event()?, self.event()?])).collect::<Result<_>>()?;
@@ -114,7 +159,7 @@ impl Gpu {
             end.record(&self.stream)?;
             drop(result);
         }
-        let gauges = self.gauges(f64::from(estimate), &call)?;
+        let gauges = self.gauges(estimate, &call)?;
         self.stream.synchronize()?;
         let seconds = |[start, end]: &[CudaEvent; 2]| Ok(f64::from(start.elapsed_ms(end)?) / 1e3);
         let timing = Timing::new(events.iter().map(seconds).collect::<Result<_>>()?, None);

@@ -1,7 +1,11 @@
-//! Attention on an NVIDIA GPU: the papers' grid, each case checked, then timed by CUDA events.
+//! Attention on an NVIDIA GPU, each case checked, then timed by CUDA events.
 
+mod ceiling;
+mod claims;
 mod gpu;
+mod pool;
 mod report;
+mod standard;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
@@ -10,7 +14,7 @@ use clap::Args;
 use self::gpu::Gpu;
 use self::report::{Report, Row};
 use crate::cases::{Case, Pass};
-use crate::grid;
+use crate::grid::{self, Part};
 use crate::inputs::Inputs;
 use crate::peers::{self, Answer, Peer};
 use crate::sample::{self, Errors};
@@ -18,11 +22,17 @@ use crate::sample::{self, Errors};
 /// What only the GPU's part takes.
 #[derive(Args)]
 pub struct CudaOptions {
-    /// GPU: type of the tensors, bf16 or f16
+    /// GPU: type of the tensors, bf16 or f16; the part f16 has its own
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     dtype: DType,
-    /// GPU: passes to time, fwd and bwd
-    #[arg(long, value_name = "PASSES", value_delimiter = ',', default_values = ["fwd", "bwd"], value_parser = pass)]
+    /// GPU: passes to time, of fwd, bwd and fwd+bwd
+    #[arg(
+        long,
+        value_name = "PASSES",
+        value_delimiter = ',',
+        default_values = ["fwd", "bwd", "fwd+bwd"],
+        value_parser = pass
+    )]
     dirs: Vec<Pass>,
     /// GPU: milliseconds to time each pass of each case for
     #[arg(long, value_name = "MS", default_value_t = 100.0)]
@@ -41,19 +51,58 @@ fn pass(text: &str) -> Result<Pass, String> {
     match text {
         "fwd" => Ok(Pass::Forward),
         "bwd" => Ok(Pass::Backward),
-        other => Err(format!("{other} is not timed by itself on a GPU; fwd and bwd are")),
+        "fwd+bwd" => Ok(Pass::Both),
+        other => Err(format!("{other} is not timed by itself on a GPU; fwd, bwd and fwd+bwd are")),
     }
 }
 
-/// The chosen cases, in the order of `benches/cuda.toml`.
-fn cases(options: &crate::Options) -> Result<Vec<Case>> {
-    let mut cases = grid::cases(options.cuda.dtype)?;
-    cases.retain(|case| options.wants(case));
-    ensure!(!cases.is_empty(), "no case of benches/cuda.toml contains {:?}; --list prints them", options.filters);
-    for case in &mut cases {
-        case.passes.retain(|pass| options.cuda.dirs.contains(pass));
+/// The chosen parts in their order, each with its chosen cases: none of a part that has none in the file.
+fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
+    let part = |word: &String| Part::ALL.into_iter().find(|part| part.name() == *word);
+    let named: Vec<Part> = options.filters.iter().filter_map(part).collect();
+    let words: Vec<String> = options.filters.iter().filter(|word| part(word).is_none()).cloned().collect();
+    let cases = grid::cases(options.cuda.dtype)?;
+    let mut chosen = Vec::new();
+    for part in Part::ALL.into_iter().filter(|part| named.is_empty() || named.contains(part)) {
+        let of_part = cases.iter().filter(|(of, case)| *of == part && options.wants(case, &words));
+        let mut cases: Vec<Case> = of_part.map(|(_, case)| case.clone()).collect();
+        for case in &mut cases {
+            case.passes.retain(|pass| *pass == Pass::Memory || options.cuda.dirs.contains(pass));
+        }
+        cases.retain(|case| !case.passes.is_empty());
+        let by_itself = part.what().is_some() && (words.is_empty() || named.contains(&part));
+        if by_itself || !cases.is_empty() {
+            chosen.push((part, cases));
+        }
     }
-    Ok(cases)
+    if chosen.is_empty() {
+        let of = named.iter().map(|part| part.name()).collect::<Vec<_>>().join(" and ");
+        let of = if of.is_empty() { "benches/cuda.toml".into() } else { format!("the part {of}") };
+        let mut rules = vec![format!("has a pass of --dirs {}", passes(&options.cuda.dirs))];
+        if options.quick {
+            rules.push("is named by `quick`".into());
+        }
+        if !words.is_empty() {
+            rules.push(format!("contains one of {words:?}"));
+        }
+        bail!("no case of {of} {}; --list prints parts and cases", rules.join(" and "));
+    }
+    Ok(chosen)
+}
+
+/// As the option is written.
+fn passes(passes: &[Pass]) -> String {
+    passes.iter().map(Pass::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// Prints the chosen parts and cases, and why each is there.
+fn list(parts: &[(Part, Vec<Case>)]) {
+    for (part, cases) in parts {
+        println!("{}{}", part.name(), part.what().map_or(String::new(), |what| format!(": {what}")));
+        for case in cases {
+            println!("    {:<36} {:<36} {}", case.name, case.label(), case.why);
+        }
+    }
 }
 
 /// Checks and times the chosen cases.
@@ -61,9 +110,10 @@ fn cases(options: &crate::Options) -> Result<Vec<Case>> {
 /// # Errors
 /// After the last case, if any of them gave a wrong answer or none at all.
 pub fn run(options: &crate::Options) -> Result<()> {
-    let cases = cases(options)?;
+    ensure!(options.cuda.rep_ms > 0.0, "--rep-ms {} leaves no time to measure", options.cuda.rep_ms);
+    let parts = choose(options)?;
     if options.list {
-        crate::list(&cases);
+        list(&parts);
         return Ok(());
     }
     let mut gpu = match Gpu::new() {
@@ -76,25 +126,66 @@ pub fn run(options: &crate::Options) -> Result<()> {
         Err(error) => return Err(error.context("no CUDA device; --device cpu times the CPU's cases")),
     };
     println!("{}", gpu.describe()?);
-    let mut report = Report::new(options.csv.as_deref())?;
+    let mut report = Report::new(options.csv.as_deref(), ceiling::datasheet(&gpu.name()?))?;
     if options.bench {
         report.rules();
-        host_time(&gpu, options.cuda.dtype, &mut report)?;
-        report.head();
     }
     let mut failed = Vec::new();
-    for case in &cases {
-        // One wrong case must not cost the others' numbers.
-        if let Err(error) = measure(case, &mut gpu, options, &mut report) {
-            println!("{} FAILED: {error:#}", case.name);
-            failed.push(case.name.as_str());
-        }
+    for (part, cases) in &parts {
+        run_part(*part, cases, &mut gpu, options, &mut report, &mut failed);
     }
     report.summary();
     if !failed.is_empty() {
-        bail!("{} of {} cases failed: {}", failed.len(), cases.len(), failed.join(" "));
+        bail!("{} failed: {}", failed.len(), failed.join(" "));
     }
     Ok(())
+}
+
+/// Runs one part, and adds to `failed` what gave a wrong answer or none: that must not cost the others' numbers.
+fn run_part(
+    part: Part,
+    cases: &[Case],
+    gpu: &mut Gpu,
+    options: &crate::Options,
+    report: &mut Report,
+    failed: &mut Vec<String>,
+) {
+    let (bench, dtype, rep_ms) = (options.bench, options.cuda.dtype, options.cuda.rep_ms);
+    let mut judge = |name: &str, result: Result<()>| {
+        if let Err(error) = result {
+            println!("{name} FAILED: {error:#}");
+            failed.push(name.to_string());
+        }
+    };
+    if bench {
+        println!("\n{}", part.name());
+    }
+    match part {
+        // Times alone: the same calls are checked in other parts.
+        Part::Host if !bench => {}
+        Part::Host => judge(part.name(), host(gpu, dtype, report)),
+        Part::Ceiling => judge(part.name(), ceiling::measure(gpu, dtype, (bench, rep_ms), report)),
+        Part::Standard => {
+            for case in cases {
+                judge(&case.name, standard::beside(case, gpu, bench.then_some(rep_ms), report));
+            }
+        }
+        Part::Memory if !bench => {}
+        Part::Memory => {
+            let mut exhausted = Vec::new();
+            for case in cases {
+                judge(&case.name, standard::peak(case, gpu, &mut exhausted, report));
+            }
+        }
+        Part::Grid | Part::Gqa | Part::Packed | Part::F16 | Part::Decode => {
+            if bench {
+                report.head();
+            }
+            for case in cases {
+                judge(&case.name, measure(case, gpu, options, report));
+            }
+        }
+    }
 }
 
 /// Checks a case, then times its passes.
@@ -106,7 +197,7 @@ fn measure(case: &Case, gpu: &mut Gpu, options: &crate::Options, report: &mut Re
     let backward = case.passes.contains(&Pass::Backward);
     let grads = backward.then(|| operator.backward(&o)).transpose()?;
     let answer = Answer { o, grads };
-    let errors = sample::check(case, &inputs, &answer, &peers::lse(case, &inputs)?)?;
+    let errors = sample::check(case, Peer::Ours, &inputs, &answer, &peers::lse(case, &inputs)?)?;
     if !options.bench {
         report.checked(case, &errors);
         return Ok(());
@@ -134,14 +225,19 @@ fn measure(case: &Case, gpu: &mut Gpu, options: &crate::Options, report: &mut Re
     Ok(())
 }
 
-/// What a call costs the host, where the GPU has next to nothing to do.
-fn host_time(gpu: &Gpu, dtype: DType, report: &mut Report) -> Result<()> {
+/// What a call costs the host, where the GPU has next to nothing to do: the first of each pass, which loads the kernels,
+/// and any later one.
+fn host(gpu: &Gpu, dtype: DType, report: &mut Report) -> Result<()> {
     let why = "one tile of one head: the GPU is done before the next call is queued";
     let case = Case { seqlen_q: Some(64), ..Case::new("host".into(), why, (1, 64), dtype) };
     let inputs = Inputs::draw_on_device(&case, &gpu.device)?;
     let contender = Peer::Ours.prepare(&case, &inputs)?;
+    let (_, first_forward) = gpu.once(|| contender.forward())?;
     let operator = contender.operator(&case, &inputs.do_)?;
     let o = operator.forward()?;
+    let (_, first_backward) = gpu.once(|| operator.backward(&o))?;
+    report.first_calls(&case, [first_forward, first_backward])?;
+
     let forward = gpu.host(|| contender.forward())?;
     let backward = gpu.host(|| operator.backward(&o))?;
     let tracked = contender.tracked_forward()?;

@@ -5,9 +5,13 @@ use std::path::Path;
 use anyhow::Result;
 use candle_core::DType;
 
+use super::ceiling::SIZE;
+use super::claims::{self, Fact};
 use super::gpu::Cost;
+use super::standard::{Done, Outcome};
 use crate::cases::{Case, Mask, Pass};
-use crate::rows::{ms, significant, spread, Csv, CsvRow};
+use crate::peers::Peer;
+use crate::rows::{mib, ms, significant, spread, Csv, CsvRow, OUT_OF_MEMORY, UNCOUNTABLE};
 use crate::sample::Errors;
 use crate::timing::Timing;
 
@@ -24,23 +28,32 @@ pub struct Row {
 /// Everything measured so far.
 pub struct Report {
     csv: Csv,
-    rates: Vec<Rate>,
+    cells: Vec<Cell>,
+    facts: Vec<Fact>,
+    /// FLOP/s that the datasheet promises, in units of 10^12.
+    datasheet: Option<f64>,
 }
 
 /// Stands for no seqlen, in the last column.
 const PACKED: usize = usize::MAX;
 
-/// A cell of the table at the end.
-struct Rate {
-    /// Its line.
+/// A cell of a table at the end.
+struct Cell {
+    table: &'static str,
     line: String,
     seqlen: usize,
-    tflops: f64,
+    text: String,
 }
+
+const RATES: &str = "TFLOP/s at seqlen";
+const BANDWIDTHS: &str = "GB/s at seqlen of the keys";
+const TIMES: &str = "standard's time over ours at seqlen";
+const PEAKS: &str = "MiB at the peak, at seqlen";
+const SWEEP: &str = "MiB at the peak of one sequence of";
 
 /// Floating-point operations as the papers count them: all pairs of query and key of a sequence, or
 /// half of them under a causal mask, which is less than are visible by half of the diagonal.
-fn flop(case: &Case, pass: Pass) -> f64 {
+pub fn flop(case: &Case, pass: Pass) -> f64 {
     let pairs: f64 = match case.mask {
         Mask::None | Mask::Causal => {
             let all = case.sequences().iter().map(|sequence| (sequence.seqlen_q * sequence.seqlen_k) as f64).sum();
@@ -53,26 +66,37 @@ fn flop(case: &Case, pass: Pass) -> f64 {
         Mask::Window { .. } => case.visible_pairs() as f64,
     };
     let forward = 4.0 * case.head_dim as f64 * case.num_heads as f64 * pairs;
-    if pass == Pass::Forward {
-        forward
-    } else {
-        2.5 * forward
+    match pass {
+        Pass::Forward => forward,
+        Pass::Backward => 2.5 * forward,
+        Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
     }
 }
 
 /// A record calls f16 fp16, as PyTorch's users do.
-fn dtype_of_peers(dtype: DType) -> &'static str {
+pub fn dtype_of_peers(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "fp16",
         other => other.as_str(),
     }
 }
 
+/// What is printed of a call in the tables, before its pass.
+fn line(name: &str, case: &Case) -> String {
+    format!("{name:<10} {:<4} d{:<3} h{:<5} {:<6}", case.dtype.as_str(), case.head_dim, case.heads(), case.mask)
+}
+
 impl Report {
     /// # Errors
     /// If `csv` cannot be created; a file that is already there is replaced.
-    pub fn new(csv: Option<&Path>) -> Result<Self> {
-        Ok(Self { csv: Csv::create(csv)?, rates: Vec::new() })
+    pub fn new(csv: Option<&Path>, datasheet: Option<f64>) -> Result<Self> {
+        Ok(Self { csv: Csv::create(csv)?, cells: Vec::new(), facts: Vec::new(), datasheet })
+    }
+
+    /// Keeps a row for the claims, and as CSV. Whatever is measured goes through here.
+    pub fn keep(&mut self, row: CsvRow) -> Result<()> {
+        self.facts.push(Fact::from(&row));
+        self.csv.write(row)
     }
 
     /// Prints what the columns mean.
@@ -80,6 +104,10 @@ impl Report {
         println!(
             "FLOP: forward 4 * head_dim * heads * pairs of query and key, half if causal; backward 2.5 times that."
         );
+        match self.datasheet {
+            Some(tflops) => println!("peak: {tflops:.0} TFLOP/s by the datasheet, dense, sums in f32."),
+            None => println!("peak: no datasheet of this GPU is known here (benches/attention/cuda/ceiling.rs)."),
+        }
         println!("ms: median of CUDA events around one call, warm, L2 flushed before each; bwd is the operator's own");
         println!("    backward with its allocations. MHz, W: under that load, which may be below the GPU's best.");
         println!(
@@ -90,42 +118,60 @@ impl Report {
             "host: time until the call is queued, in us. error: ||got - want|| / ||want|| against f64, over a sample"
         );
         println!("    of rows of o (fwd), or the largest of dq, dk and dv (bwd); a wrong answer is not timed.");
+        println!(
+            "MiB: the most that was allocated at once beyond what was before the pass. standard: Candle's matmul,"
+        );
+        println!(
+            "    softmax, matmul; fwd+bwd goes through Candle's autograd for both. GB/s: q, k, v and o, each once."
+        );
     }
 
     /// Prints the names of the columns of [`Self::row`].
     pub fn head(&self) {
         println!(
-            "{:<28} {:<4} {:>24} {:>5} {:>8} {:>6} {:>6} {:>9} {:>7} {:>8}",
-            "", "", "ms (min .. max)", "runs", "TFLOP/s", "MHz", "W", "autograd", "host", "error"
+            "\n{:<34} {:<4} {:>24} {:>5} {:>8} {:>5} {:>6} {:>6} {:>6} {:>9} {:>7} {:>8}",
+            "", "", "ms (min .. max)", "runs", "TFLOP/s", "peak", "GB/s", "MHz", "W", "autograd", "host", "error"
         );
     }
 
-    /// Prints a row, and keeps it for the table.
+    /// Prints a row, and keeps it for the tables.
     pub fn row(&mut self, case: &Case, row: &Row) -> Result<()> {
         let Cost { timing, host, gauges } = &row.cost;
         let tflops = flop(case, row.pass) / timing.median() / 1e12;
+        let decodes = row.pass == Pass::Forward && case.seqlens().0 == 1;
+        let gbps = decodes.then(|| case.forward_bytes() / timing.median() / 1e9);
         let autograd = row.autograd.as_ref().map(Timing::median);
         println!(
-            "{:<28} {:<4} {:>24} {:>5} {tflops:>8.1} {:>6} {:>6} {:>9} {:>7.1} {:>8.1e}",
+            "{:<34} {:<4} {:>24} {:>5} {tflops:>8.1} {:>5} {:>6} {:>6} {:>6} {:>9} {:>7.1} {:>8.1e}",
             case.name,
             row.pass,
             spread(timing),
             timing.runs(),
+            self.of_peak(tflops),
+            gbps.map_or(String::new(), |gbps| format!("{gbps:.0}")),
             gauges.sm_mhz,
             gauges.watts,
             autograd.map_or(String::new(), ms),
             host * 1e6,
             row.error,
         );
-        let seqlen = if case.lengths.is_empty() { case.seqlens().0 } else { PACKED };
-        let heads = case.heads();
-        let line = format!("{:<10} d{:<3} h{heads:<5} {:<6} {}", case.kind(), case.head_dim, case.mask, row.pass);
-        self.rates.push(Rate { line, seqlen, tflops });
-        self.csv.write(CsvRow {
+        match gbps {
+            Some(gbps) => {
+                let line = format!("{} b{}", line(&case.kind(), case), case.batch);
+                self.cell(BANDWIDTHS, line, case.seqlens().1, format!("{gbps:.0}"));
+            }
+            None => {
+                let seqlen = if case.lengths.is_empty() { case.seqlens().0 } else { PACKED };
+                let line = format!("{} {}", line(&case.kind(), case), row.pass);
+                self.cell(RATES, line, seqlen, format!("{tflops:.0}"));
+            }
+        }
+        self.keep(CsvRow {
             peer: "ours",
             dir: &row.pass.to_string(),
             dtype: dtype_of_peers(case.dtype),
             tflops: significant(tflops),
+            gbps: gbps.map_or(String::new(), significant),
             sm_mhz: gauges.sm_mhz.clone(),
             watts: gauges.watts.clone(),
             err: significant(row.error),
@@ -135,17 +181,165 @@ impl Report {
         })
     }
 
+    /// Prints how a pass of each peer ended, and keeps it for the tables.
+    pub fn beside(&mut self, case: &Case, pass: Pass, outcomes: &[(Peer, &Outcome)]) -> Result<()> {
+        let ours = outcomes.iter().find_map(|(peer, outcome)| match outcome {
+            Outcome::Done(done) if *peer == Peer::Ours => Some(done),
+            _ => None,
+        });
+        for &(peer, outcome) in outcomes {
+            let (shown, peak_mib) = match outcome {
+                Outcome::Done(done) => (self.done(case, pass, done, ours), mib(done.peak_bytes)),
+                Outcome::OutOfMemory(needed) => {
+                    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+                    let needed = needed.map_or(String::new(), |bytes| format!(": needs about {:.0} GiB", gib(bytes)));
+                    (format!("out of memory{needed}"), OUT_OF_MEMORY.to_string())
+                }
+                Outcome::Uncountable => {
+                    let scores = case.scores() as f64;
+                    (format!("cannot: {scores:.1e} scores are more than Candle's kernels count"), UNCOUNTABLE.into())
+                }
+            };
+            println!("{:<30} {pass:<7} {peer:<8} {shown}", case.name);
+            let kind = if pass == Pass::Memory { "memory" } else { "standard" };
+            let row = CsvRow {
+                peer: &peer.to_string(),
+                kind: kind.to_string(),
+                dir: &(if pass == Pass::Forward { pass } else { Pass::Both }).to_string(),
+                dtype: dtype_of_peers(case.dtype),
+                peak_mib: peak_mib.clone(),
+                ..CsvRow::of(case)
+            };
+            let (seqlen, peer) = (case.seqlens().0, peer.to_string());
+            match outcome {
+                Outcome::Done(Done { cost: Some(cost), error, .. }) => {
+                    let timed = CsvRow::timed(case, &cost.timing);
+                    self.keep(CsvRow {
+                        ms: timed.ms,
+                        tflops: significant(flop(case, pass) / cost.timing.median() / 1e12),
+                        ms_min: timed.ms_min,
+                        reps: timed.reps,
+                        sm_mhz: cost.gauges.sm_mhz.clone(),
+                        watts: cost.gauges.watts.clone(),
+                        err: error.map_or(String::new(), significant),
+                        host_us: significant(cost.host * 1e6),
+                        ..row
+                    })?;
+                }
+                _ => self.keep(row)?,
+            }
+            let peak = peak_mib.parse().map_or(peak_mib, |mib: f64| format!("{mib:.0}"));
+            let passes = if pass == Pass::Memory { Pass::Both } else { pass };
+            let table = if pass == Pass::Memory { SWEEP } else { PEAKS };
+            self.cell(table, format!("{} {passes:<7} {peer}", line(kind, case)), seqlen, peak);
+        }
+        if let Some((ours, theirs)) = ours.zip(outcomes.iter().find(|(peer, _)| *peer == Peer::Standard)) {
+            let ratio = match theirs.1 {
+                Outcome::Done(theirs) => theirs.seconds().zip(ours.seconds()).map(|(a, b)| format!("{:.1}x", a / b)),
+                Outcome::OutOfMemory(_) if pass != Pass::Memory => Some(OUT_OF_MEMORY.to_string()),
+                _ => None,
+            };
+            if let Some(ratio) = ratio {
+                self.cell(TIMES, format!("{} {pass}", line("standard", case)), case.seqlens().0, ratio);
+            }
+        }
+        Ok(())
+    }
+
+    /// What there is to say of one pass beside `ours`.
+    fn done(&self, case: &Case, pass: Pass, done: &Done, ours: Option<&Done>) -> String {
+        let theirs = ours.filter(|ours| !std::ptr::eq(*ours, done));
+        let mut text = String::new();
+        if let Some(cost) = &done.cost {
+            let tflops = flop(case, pass) / cost.timing.median() / 1e12;
+            text += &format!("{:>24} ms, {:>3} runs, {tflops:>6.1} TFLOP/s", spread(&cost.timing), cost.timing.runs());
+            text += &format!(" {:>4}, ", self.of_peak(tflops));
+        }
+        let tokens = (case.batch * case.seqlens().0) as f64;
+        let peak = done.peak_bytes as f64;
+        text += &format!("{:>9.1} MiB, {:>6.0} bytes per token", peak / f64::from(1 << 20), peak / tokens);
+        if let Some(error) = done.error {
+            text += &format!(", error {error:.1e}");
+        }
+        if let Some(ours) = theirs {
+            let time = done.seconds().zip(ours.seconds());
+            text += &time.map_or(String::new(), |(theirs, ours)| format!("; {:.1}x the time", theirs / ours));
+            text += &format!("; {:.1}x the memory of ours", peak / ours.peak_bytes as f64);
+        }
+        text
+    }
+
+    /// A rate as a share of the datasheet's.
+    fn of_peak(&self, tflops: f64) -> String {
+        self.datasheet.map_or(String::new(), |peak| format!("{:.0}%", 100.0 * tflops / peak))
+    }
+
+    fn cell(&mut self, table: &'static str, line: String, seqlen: usize, text: String) {
+        self.cells.push(Cell { table, line, seqlen, text });
+    }
+
     /// Prints the errors of a case that is not timed.
     pub fn checked(&self, case: &Case, errors: &Errors) {
         println!("checked {}: {errors}", case.name);
     }
 
+    /// Prints the rates of a product of two square matrices of `size` rows, and of a copy of `bytes`.
+    pub fn ceiling(
+        &mut self,
+        dtype: DType,
+        (size, product): (usize, &Cost),
+        (bytes, copy): (usize, &Cost),
+    ) -> Result<()> {
+        let tflops = 2.0 * (size as f64).powi(3) / product.timing.median() / 1e12;
+        // Read and written.
+        let gbps = 2.0 * bytes as f64 / copy.timing.median() / 1e9;
+        let dtype = dtype_of_peers(dtype);
+        println!(
+            "matmul, {dtype}, {size} x {size} x {size}: {} ms, {tflops:.0} TFLOP/s {}; copy: {gbps:.0} GB/s",
+            spread(&product.timing),
+            self.of_peak(tflops),
+        );
+        let row = |cost: &Cost| CsvRow {
+            peer: "ceiling",
+            dir: "fwd",
+            dtype,
+            ms: significant(cost.timing.median() * 1e3),
+            ms_min: significant(cost.timing.min() * 1e3),
+            reps: Some(cost.timing.runs()),
+            sm_mhz: cost.gauges.sm_mhz.clone(),
+            watts: cost.gauges.watts.clone(),
+            ..CsvRow::default()
+        };
+        let (seqlen_q, seqlen_k) = (size, size);
+        let kind = format!("matmul{SIZE}");
+        self.keep(CsvRow { kind, seqlen_q, seqlen_k, tflops: significant(tflops), ..row(product) })?;
+        self.keep(CsvRow { kind: "memcpy".into(), gbps: significant(gbps), ..row(copy) })
+    }
+
+    /// Prints what the first forward and the first backward of the process take, in seconds.
+    pub fn first_calls(&mut self, case: &Case, seconds: [f64; 2]) -> Result<()> {
+        let [forward, backward] = seconds.map(|seconds| seconds * 1e3);
+        println!("first call, {}: forward {forward:.1} ms, backward {backward:.1} ms", case.label());
+        for (pass, ms) in [(Pass::Forward, forward), (Pass::Backward, backward)] {
+            self.keep(CsvRow {
+                peer: "ours",
+                kind: "first_call".into(),
+                dir: &pass.to_string(),
+                dtype: dtype_of_peers(case.dtype),
+                ms: significant(ms),
+                reps: Some(1),
+                ..CsvRow::of(case)
+            })?;
+        }
+        Ok(())
+    }
+
     /// Prints what queueing `case` takes: forward, backward, and the backward through autograd, in seconds.
-    pub fn host(&mut self, case: &Case, [forward, backward, autograd]: [f64; 3]) -> Result<()> {
-        let [fwd, bwd, autograd] = [forward, backward, autograd].map(|seconds| seconds * 1e6);
-        println!("host, {}: forward {fwd:.1} us, backward {bwd:.1} us, by autograd {autograd:.1} us\n", case.label());
+    pub fn host(&mut self, case: &Case, seconds: [f64; 3]) -> Result<()> {
+        let [fwd, bwd, autograd] = seconds.map(|seconds| seconds * 1e6);
+        println!("host, {}: forward {fwd:.1} us, backward {bwd:.1} us, by autograd {autograd:.1} us", case.label());
         for (pass, host_us) in [(Pass::Forward, fwd), (Pass::Backward, bwd)] {
-            self.csv.write(CsvRow {
+            self.keep(CsvRow {
                 peer: "ours",
                 kind: case.name.clone(),
                 dir: &pass.to_string(),
@@ -157,29 +351,37 @@ impl Report {
         Ok(())
     }
 
-    /// Prints the rates as a table, a line for each call and pass and a column for each seqlen.
+    /// Prints the tables, a line for each call and pass and a column for each seqlen, and the claims.
     pub fn summary(&self) {
-        let (mut lines, mut seqlens): (Vec<&str>, Vec<usize>) = (Vec::new(), Vec::new());
-        for rate in &self.rates {
-            if !lines.contains(&rate.line.as_str()) {
-                lines.push(&rate.line);
-            }
-            seqlens.push(rate.seqlen);
+        for table in [RATES, BANDWIDTHS, TIMES, PEAKS, SWEEP] {
+            let cells: Vec<&Cell> = self.cells.iter().filter(|cell| cell.table == table).collect();
+            print_table(table, &cells);
         }
-        seqlens.sort_unstable();
-        seqlens.dedup();
-        if lines.is_empty() {
-            return;
+        claims::print(&self.facts, self.datasheet);
+    }
+}
+
+fn print_table(title: &str, cells: &[&Cell]) {
+    let (mut lines, mut seqlens): (Vec<&str>, Vec<usize>) = (Vec::new(), Vec::new());
+    for cell in cells {
+        if !lines.contains(&cell.line.as_str()) {
+            lines.push(&cell.line);
         }
-        let name =
-            |&seqlen: &usize| format!("{:>8}", if seqlen == PACKED { "packed".into() } else { seqlen.to_string() });
-        println!("\n{:<34}{}", "TFLOP/s at seqlen", seqlens.iter().map(name).collect::<String>());
-        for line in lines {
-            let cell = |&seqlen: &usize| {
-                let rate = self.rates.iter().find(|rate| rate.line == line && rate.seqlen == seqlen);
-                rate.map_or(format!("{:>8}", "-"), |rate| format!("{:>8.0}", rate.tflops))
-            };
-            println!("{line:<34}{}", seqlens.iter().map(cell).collect::<String>());
-        }
+        seqlens.push(cell.seqlen);
+    }
+    seqlens.sort_unstable();
+    seqlens.dedup();
+    if lines.is_empty() {
+        return;
+    }
+    let name =
+        |&seqlen: &usize| format!(" {:>11}", if seqlen == PACKED { "packed".into() } else { seqlen.to_string() });
+    println!("\n{title:<52}{}", seqlens.iter().map(name).collect::<String>());
+    for line in lines {
+        let text = |&seqlen: &usize| {
+            let cell = cells.iter().find(|cell| cell.line == line && cell.seqlen == seqlen);
+            format!(" {:>11}", cell.map_or("-", |cell| &cell.text))
+        };
+        println!("{line:<52}{}", seqlens.iter().map(text).collect::<String>());
     }
 }

@@ -1,0 +1,175 @@
+//! What the papers claim, and what this crate aims at, held against the rows of this run.
+
+use super::ceiling::SIZE;
+use crate::rows::{CsvRow, OUT_OF_MEMORY};
+
+/// What a claim needs of a row.
+pub struct Fact {
+    peer: String,
+    kind: String,
+    cell: Cell,
+    ms: Option<f64>,
+    tflops: Option<f64>,
+    peak_mib: Option<f64>,
+    out_of_memory: bool,
+}
+
+/// A pass of a call, whoever runs it.
+#[derive(Clone, PartialEq)]
+struct Cell {
+    dir: String,
+    dtype: String,
+    hdim: Option<usize>,
+    causal: bool,
+    batch: Option<usize>,
+    seqlens: (usize, usize),
+    heads: (Option<usize>, Option<usize>),
+}
+
+impl From<&CsvRow<'_>> for Fact {
+    fn from(row: &CsvRow) -> Self {
+        Self {
+            peer: row.peer.to_string(),
+            kind: row.kind.clone(),
+            cell: Cell {
+                dir: row.dir.to_string(),
+                dtype: row.dtype.to_string(),
+                hdim: row.hdim,
+                causal: row.causal == 1,
+                batch: row.batch,
+                seqlens: (row.seqlen_q, row.seqlen_k),
+                heads: (row.hq, row.hkv),
+            },
+            ms: row.ms.parse().ok(),
+            tflops: row.tflops.parse().ok(),
+            peak_mib: row.peak_mib.parse().ok(),
+            out_of_memory: row.peak_mib == OUT_OF_MEMORY,
+        }
+    }
+}
+
+impl std::fmt::Display for Cell {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let mask = if self.causal { "causal" } else { "full" };
+        let head_dim = self.hdim.unwrap_or_default();
+        write!(f, "{} {} d{head_dim} {mask} s{}", self.dir, self.dtype, self.seqlens.0)?;
+        self.heads.0.map_or(Ok(()), |heads| write!(f, " h{heads}"))
+    }
+}
+
+/// A line of the table.
+struct Claim {
+    what: String,
+    got: String,
+    place: String,
+    /// `None` where there is nothing to hold it against.
+    holds: Option<bool>,
+}
+
+/// Prints the claims that the rows of this run speak to.
+pub fn print(facts: &[Fact], datasheet: Option<f64>) {
+    let claims = [speed(facts), standard_from_2k(facts), rates(facts, datasheet), flash1(facts), memory(facts)];
+    let claims: Vec<Claim> = claims.into_iter().flatten().collect();
+    if claims.is_empty() {
+        return;
+    }
+    println!("\n{:<70} {:>9}  {:<6} where", "claims", "here", "holds");
+    for Claim { what, got, place, holds } in claims {
+        let holds = holds.map_or("-", |holds| if holds { "yes" } else { "no" });
+        println!("{what:<70} {got:>9}  {holds:<6} {place}");
+    }
+}
+
+/// How many times as long as ours `peer` takes in each cell of `kind`; ours is of the same kind, or of the grid.
+fn ratios<'a>(facts: &'a [Fact], peer: &'a str, kind: &'a str) -> impl Iterator<Item = (f64, &'a Cell)> {
+    let theirs = facts.iter().filter(move |fact| fact.peer == peer && fact.kind == kind);
+    theirs.filter_map(move |fact| {
+        let ours = |kind: &str| {
+            let same = |ours: &&Fact| ours.peer == "ours" && ours.kind == kind && ours.cell == fact.cell;
+            facts.iter().find(same).and_then(|ours| ours.ms)
+        };
+        Some((fact.ms? / ours(kind).or_else(|| ours("mha"))?, &fact.cell))
+    })
+}
+
+fn largest<'a>(values: impl Iterator<Item = (f64, &'a Cell)>) -> Option<(f64, &'a Cell)> {
+    values.max_by(|a, b| a.0.total_cmp(&b.0))
+}
+
+fn times(what: &str, (ratio, cell): (f64, &Cell), at_least: f64) -> Claim {
+    let what = what.to_string();
+    Claim { what, got: format!("{ratio:.1}x"), place: cell.to_string(), holds: Some(ratio >= at_least) }
+}
+
+fn speed(facts: &[Fact]) -> Vec<Claim> {
+    let both = ratios(facts, "standard", "standard").filter(|(_, cell)| cell.dir == "fwd+bwd");
+    let claim = |best| times("paper: up to 10x standard attention, forward + backward", best, 10.0);
+    largest(both).map(claim).into_iter().collect()
+}
+
+fn standard_from_2k(facts: &[Fact]) -> Vec<Claim> {
+    let long = |(_, cell): &(f64, &Cell)| cell.dir == "fwd+bwd" && cell.seqlens.0 >= 2048;
+    let smallest = ratios(facts, "standard", "standard").filter(long).min_by(|a, b| a.0.total_cmp(&b.0));
+    let claim = |worst| times("aim: at least 10x Candle's, forward + backward, from 2k tokens on", worst, 10.0);
+    smallest.map(claim).into_iter().collect()
+}
+
+/// The paper's shares are of an A100's datasheet.
+fn rates(facts: &[Fact], datasheet: Option<f64>) -> Vec<Claim> {
+    let product = facts.iter().find(|fact| fact.kind == format!("matmul{SIZE}")).and_then(|fact| fact.tflops);
+    let mut claims = Vec::new();
+    for (dir, name, share) in [("fwd", "forward", 0.73), ("bwd", "backward", 0.63)] {
+        let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.dir == dir);
+        let Some((tflops, cell)) = largest(ours.filter_map(|fact| Some((fact.tflops?, &fact.cell)))) else { continue };
+        for (whole, of_what) in [(datasheet, "of the datasheet's rate"), (product, "of the matrix product's rate")] {
+            let Some(whole) = whole else { continue };
+            claims.push(Claim {
+                what: format!("paper: {name} at {:.0}% of an A100's peak; {of_what}", 100.0 * share),
+                got: format!("{:.0}%", 100.0 * tflops / whole),
+                place: format!("{cell}: {tflops:.0} of {whole:.0} TFLOP/s"),
+                holds: Some(tflops >= share * whole),
+            });
+        }
+    }
+    claims
+}
+
+fn flash1(facts: &[Fact]) -> Vec<Claim> {
+    let claim = |best| times("paper: up to 2x FlashAttention, whose order of work is an ablation", best, 2.0);
+    largest(ratios(facts, "ablation_flash1", "ablation")).map(claim).into_iter().collect()
+}
+
+fn memory(facts: &[Fact]) -> Vec<Claim> {
+    /// How far off the line the longest may be: tiles that are not full weigh more at the shortest.
+    const SLACK: f64 = 1.05;
+    let of = |peer: &str| -> Vec<(usize, f64)> {
+        let sweep = facts.iter().filter(|fact| fact.peer == peer && fact.kind == "memory");
+        sweep.filter_map(|fact| Some((fact.cell.seqlens.0, fact.peak_mib?))).collect()
+    };
+    let mut claims = Vec::new();
+    if let [(short, few), .., (long, many)] = of("ours")[..] {
+        let growth = (many / few) / (long as f64 / short as f64);
+        claims.push(Claim {
+            what: "paper: memory is linear in the sequence, forward + backward".into(),
+            got: format!("{growth:.2}x"),
+            place: format!("bytes per token at {long} tokens over those at {short}"),
+            holds: Some(growth <= SLACK),
+        });
+    }
+    let (ours, theirs) = (of("ours"), of("standard"));
+    let last = theirs.last().and_then(|&(seqlen, mib)| {
+        let ours = ours.iter().find(|(other, _)| *other == seqlen)?.1;
+        let stops = facts.iter().find(|fact| fact.peer == "standard" && fact.kind == "memory" && fact.out_of_memory);
+        let stops = stops.map_or(String::new(), |fact| format!("; none left at {}", fact.cell.seqlens.0));
+        Some((seqlen, mib / ours, stops))
+    });
+    if let Some((seqlen, ratio, stops)) = last {
+        claims.push(Claim {
+            what: "memory of Candle's standard attention over ours, forward + backward".into(),
+            got: format!("{ratio:.0}x"),
+            place: format!("{seqlen} tokens{stops}"),
+            holds: None,
+        });
+    }
+    claims
+}

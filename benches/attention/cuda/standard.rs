@@ -1,0 +1,147 @@
+//! Ours beside Candle's standard attention: time and the peak of memory.
+//!
+//! Both go through the same calls: forward, and forward with Candle's autograd behind it. Running out of memory is a
+//! result.
+
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+
+use super::gpu::{Cost, Gpu};
+use super::report::Report;
+use crate::cases::{Case, Pass};
+use crate::inputs::Inputs;
+use crate::peers::{self, Peer};
+use crate::sample;
+
+/// How a pass of a peer ended.
+pub enum Outcome {
+    Done(Done),
+    /// With the bytes that it needs about, where it was not even tried.
+    OutOfMemory(Option<usize>),
+    /// Candle's kernels cannot count the scores.
+    Uncountable,
+}
+
+pub struct Done {
+    /// Where it was timed.
+    pub cost: Option<Cost>,
+    /// The largest relative error of what the pass computes, where it was checked.
+    pub error: Option<f64>,
+    pub peak_bytes: usize,
+}
+
+impl Done {
+    /// Of one run, where it was timed.
+    pub fn seconds(&self) -> Option<f64> {
+        self.cost.as_ref().map(|cost| cost.timing.median())
+    }
+}
+
+/// Candle's element-wise kernels step through elements by an `unsigned int` as wide as all threads, which are as many as
+/// elements, and its fused softmax finds them by an `int`: with more, the ones may never end and the other leaves its tensor.
+const MOST_SCORES: usize = 1 << 31;
+
+/// Runs each pass of `case` by each of its peers: checked, then timed if `rep_ms` says how long.
+///
+/// # Errors
+/// If an answer is wrong, or for any reason but memory there is none.
+pub fn beside(case: &Case, gpu: &mut Gpu, rep_ms: Option<f64>, report: &mut Report) -> Result<()> {
+    let inputs = Inputs::draw_on_device(case, &gpu.device)?;
+    let lse = peers::lse(case, &inputs)?;
+    let mut columns = Vec::new();
+    for &peer in &case.peers {
+        columns.push(passes(case, peer, (&inputs, &lse), gpu, rep_ms)?);
+    }
+    for (index, &pass) in case.passes.iter().enumerate() {
+        let outcomes: Vec<(Peer, &Outcome)> =
+            case.peers.iter().zip(&columns).map(|(&peer, column)| (peer, &column[index])).collect();
+        report.beside(case, pass, &outcomes)?;
+    }
+    Ok(())
+}
+
+/// The outcome of each pass of `case` by one peer.
+fn passes(
+    case: &Case,
+    peer: Peer,
+    (inputs, lse): (&Inputs, &Tensor),
+    gpu: &mut Gpu,
+    rep_ms: Option<f64>,
+) -> Result<Vec<Outcome>> {
+    let mut outcomes = Vec::new();
+    for &pass in &case.passes {
+        let outcome = attempt(case, (peer, pass), gpu, |gpu| {
+            let contender = peer.prepare(case, inputs)?;
+            let upstream = if pass == Pass::Both { Some(contender.upstream(&inputs.do_)?) } else { None };
+            let upstream = upstream.as_ref();
+            let (result, peak_bytes) = gpu.peak_bytes(|| contender.run(upstream))?;
+            let errors = sample::check(case, peer, inputs, &contender.answer(result)?, lse)
+                .with_context(|| format!("{peer} {pass}"))?;
+            let cost = match rep_ms {
+                Some(rep_ms) => Some(gpu.time(rep_ms, || contender.run(upstream))?),
+                None => None,
+            };
+            let error = if pass == Pass::Both { errors.grads } else { Some(errors.o) };
+            Ok(Done { cost, error, peak_bytes })
+        });
+        outcomes.push(outcome?);
+    }
+    Ok(outcomes)
+}
+
+/// The peak of one forward and backward by each peer; those that a shorter sequence was too much for are not tried again.
+///
+/// # Errors
+/// If a pass fails for any other reason.
+pub fn peak(case: &Case, gpu: &mut Gpu, exhausted: &mut Vec<Peer>, report: &mut Report) -> Result<()> {
+    let mut outcomes = Vec::new();
+    for &peer in &case.peers {
+        if exhausted.contains(&peer) {
+            outcomes.push((peer, Outcome::OutOfMemory(None)));
+            continue;
+        }
+        let outcome = attempt(case, (peer, Pass::Memory), gpu, |gpu| {
+            let inputs = Inputs::draw_on_device(case, &gpu.device)?;
+            let contender = peer.prepare(case, &inputs)?;
+            let upstream = contender.upstream(&inputs.do_)?;
+            drop(inputs);
+            let (_, peak_bytes) = gpu.peak_bytes(|| contender.run(Some(&upstream)))?;
+            Ok(Done { cost: None, error: None, peak_bytes })
+        })?;
+        if matches!(outcome, Outcome::OutOfMemory(_)) {
+            exhausted.push(peer);
+        }
+        outcomes.push((peer, outcome));
+    }
+    let outcomes: Vec<(Peer, &Outcome)> = outcomes.iter().map(|(peer, outcome)| (*peer, outcome)).collect();
+    report.beside(case, Pass::Memory, &outcomes)
+}
+
+/// What becomes of `run`, which is not even tried where it would bring the GPU down.
+fn attempt(
+    case: &Case,
+    (peer, pass): (Peer, Pass),
+    gpu: &mut Gpu,
+    run: impl FnOnce(&mut Gpu) -> Result<Done>,
+) -> Result<Outcome> {
+    if peer == Peer::Standard && case.scores() > MOST_SCORES {
+        let needed = peer.needed_bytes(&Case { passes: vec![pass], ..case.clone() });
+        let fits = needed <= gpu.memory_bytes()?;
+        return Ok(if fits { Outcome::Uncountable } else { Outcome::OutOfMemory(Some(needed)) });
+    }
+    match run(gpu) {
+        Ok(done) => Ok(Outcome::Done(done)),
+        Err(error) if is_out_of_memory(&error) => {
+            drop(error);
+            gpu.recover()?;
+            Ok(Outcome::OutOfMemory(None))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Candle passes errors of the driver and of cuBLAS on as boxes of several kinds, with their names in the text.
+fn is_out_of_memory(error: &anyhow::Error) -> bool {
+    let text = format!("{error:#}");
+    ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|name| text.contains(name))
+}
