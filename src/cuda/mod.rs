@@ -2,8 +2,8 @@
 //! for the device.
 
 mod launch;
-mod module;
-mod params;
+pub(crate) mod module;
+pub(crate) mod params;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{

@@ -24,7 +24,10 @@ struct Loaded {
 static LOADED: LazyLock<RwLock<Loaded>> = LazyLock::new(RwLock::default);
 
 /// The function of `kernel` in `context`, ready to be launched with its shared memory.
-pub(super) fn function(context: &Arc<CudaContext>, kernel: &'static Kernel) -> Result<CudaFunction> {
+///
+/// # Errors
+/// [`Error::Driver`] if its image cannot be loaded.
+pub fn function(context: &Arc<CudaContext>, kernel: &'static Kernel) -> Result<CudaFunction> {
     let address = context.cu_ctx() as usize;
     let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(function) = loaded.functions.get(&(address, kernel.name)) {

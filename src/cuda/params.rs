@@ -1,4 +1,5 @@
 //! What a kernel is handed: the twins of the structs in cuda/params.h, which has the shapes. Strides are in elements.
+#![allow(missing_docs)] // cuda/params.h has them; only `testing` hands the structs on
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
@@ -15,7 +16,7 @@ pub(super) trait Params: DeviceRepr {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Strides {
+pub struct Strides {
     pub batch: i64,
     pub row: i64,
     pub head: i64,
@@ -23,7 +24,7 @@ pub(super) struct Strides {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
+pub struct Shape {
     pub cu_seqlens_q: CUdeviceptr,
     pub cu_seqlens_k: CUdeviceptr,
     pub alibi_slopes: CUdeviceptr,
@@ -44,7 +45,7 @@ pub(super) struct Shape {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct FwdParams {
+pub struct FwdParams {
     pub q: CUdeviceptr,
     pub k: CUdeviceptr,
     pub v: CUdeviceptr,
@@ -59,7 +60,7 @@ pub(super) struct FwdParams {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct DeltaParams {
+pub struct DeltaParams {
     pub o: CUdeviceptr,
     pub do_: CUdeviceptr,
     pub dlse: CUdeviceptr,
@@ -71,7 +72,7 @@ pub(super) struct DeltaParams {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct DqTiles {
+pub struct DqTiles {
     pub batch: i64,
     pub head: i64,
     pub count: i64,
@@ -79,7 +80,7 @@ pub(super) struct DqTiles {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct BwdParams {
+pub struct BwdParams {
     pub q: CUdeviceptr,
     pub k: CUdeviceptr,
     pub v: CUdeviceptr,
@@ -102,7 +103,7 @@ pub(super) struct BwdParams {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ConvertParams {
+pub struct ConvertParams {
     pub dq_sums: CUdeviceptr,
     pub dq: CUdeviceptr,
     pub dq_strides: Strides,
@@ -126,7 +127,7 @@ macro_rules! params {
 params!(FwdParams: Forward, DeltaParams: Delta, BwdParams: Backward, ConvertParams: Convert);
 
 /// Stands for no pointer.
-pub(super) const NULL: CUdeviceptr = 0;
+pub const NULL: CUdeviceptr = 0;
 
 impl From<problem::Strides> for Strides {
     /// The offset is part of the pointer.
