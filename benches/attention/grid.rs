@@ -26,6 +26,10 @@ pub enum Part {
     Decode,
     Standard,
     Memory,
+    /// Ours beside kernels that lack one of FlashAttention-2's contributions; no case of the file.
+    #[cfg(feature = "cuda")]
+    #[serde(skip)]
+    Ablations,
     /// What a call costs the host; no case of the file.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
@@ -39,7 +43,7 @@ pub enum Part {
 #[cfg(feature = "cuda")]
 impl Part {
     /// In the order that they run in: the first calls of the process before anything else, what fills the memory last.
-    pub const ALL: [Part; 9] = [
+    pub const ALL: [Part; 10] = [
         Part::Host,
         Part::Ceiling,
         Part::Grid,
@@ -47,6 +51,7 @@ impl Part {
         Part::Packed,
         Part::F16,
         Part::Decode,
+        Part::Ablations,
         Part::Standard,
         Part::Memory,
     ];
@@ -60,6 +65,7 @@ impl Part {
             Part::Packed => "packed",
             Part::F16 => "f16",
             Part::Decode => "decode",
+            Part::Ablations => "ablations",
             Part::Standard => "standard",
             Part::Memory => "memory",
         }
@@ -70,8 +76,14 @@ impl Part {
         match self {
             Part::Host => Some("the first calls of the process, and what queueing a small call takes"),
             Part::Ceiling => Some("a large matrix product, and a copy in the GPU's memory"),
+            Part::Ablations => Some("ours beside kernels without FlashAttention-2's contributions; needs nvcc"),
             _ => None,
         }
+    }
+
+    /// Whether it is one measurement, and not many cases.
+    pub fn has_no_cases(self) -> bool {
+        matches!(self, Part::Host | Part::Ceiling)
     }
 }
 

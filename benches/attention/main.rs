@@ -19,6 +19,7 @@
 //! cargo bench --features cuda -- standard memory           these two parts
 //! cargo bench --features cuda -- grid d128 --dirs fwd      of the papers' grid, forward only, head_dim 128
 //! cargo bench --features cuda -- --device cpu              the CPU's cases
+//! cargo bench --features cuda -- ablations                 ours beside kernels without FlashAttention-2's contributions
 //! ```
 //!
 //! ```text

@@ -1,5 +1,6 @@
 //! Attention on an NVIDIA GPU, each case checked, then timed by CUDA events.
 
+mod ablations;
 mod ceiling;
 mod claims;
 mod gpu;
@@ -61,7 +62,8 @@ fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
     let part = |word: &String| Part::ALL.into_iter().find(|part| part.name() == *word);
     let named: Vec<Part> = options.filters.iter().filter_map(part).collect();
     let words: Vec<String> = options.filters.iter().filter(|word| part(word).is_none()).cloned().collect();
-    let cases = grid::cases(options.cuda.dtype)?;
+    let mut cases = grid::cases(options.cuda.dtype)?;
+    cases.extend(ablations::cases(options.cuda.dtype).into_iter().map(|case| (Part::Ablations, case)));
     let mut chosen = Vec::new();
     for part in Part::ALL.into_iter().filter(|part| named.is_empty() || named.contains(part)) {
         let of_part = cases.iter().filter(|(of, case)| *of == part && options.wants(case, &words));
@@ -70,7 +72,7 @@ fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
             case.passes.retain(|pass| *pass == Pass::Memory || options.cuda.dirs.contains(pass));
         }
         cases.retain(|case| !case.passes.is_empty());
-        let by_itself = part.what().is_some() && (words.is_empty() || named.contains(&part));
+        let by_itself = part.has_no_cases() && (words.is_empty() || named.contains(&part));
         if by_itself || !cases.is_empty() {
             chosen.push((part, cases));
         }
@@ -170,6 +172,7 @@ fn run_part(
                 judge(&case.name, standard::beside(case, gpu, bench.then_some(rep_ms), report));
             }
         }
+        Part::Ablations => judge(part.name(), ablations::run(cases, gpu, options, report)),
         Part::Memory if !bench => {}
         Part::Memory => {
             let mut exhausted = Vec::new();

@@ -1,0 +1,236 @@
+//! The kernels of benches/ablations, compiled for the GPU at hand, and those of the crate beside them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::{env, fs, thread};
+
+use anyhow::{ensure, Context, Result};
+use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream};
+use candle_core::cuda::cudarc::nvrtc::Ptx;
+use candle_core::DType;
+use candle_fa2::testing::{self, CudaPlan};
+
+use super::super::gpu::Gpu;
+use crate::cases::{Case, Pass};
+
+/// A kernel of ablations.cu, which says what each is without.
+pub struct Variant {
+    pub name: &'static str,
+    pub pass: Pass,
+    /// A thread block takes all tiles of its head.
+    pub heads_only: bool,
+    /// The forward leaves maximum and sum in the place of lse, and the backward takes them.
+    pub max_and_sum: bool,
+}
+
+const fn variant(name: &'static str, pass: Pass, heads_only: bool, max_and_sum: bool) -> Variant {
+    Variant { name, pass, heads_only, max_and_sum }
+}
+
+/// The forward whose maximum and sum the backwards take.
+pub static RESCALE: Variant = variant("rescale", Pass::Forward, false, true);
+
+static VARIANTS: [&Variant; 9] = [
+    &variant("none", Pass::Forward, false, false),
+    &RESCALE,
+    &variant("heads_only", Pass::Forward, true, false),
+    &variant("split_k", Pass::Forward, false, false),
+    &variant("flash1", Pass::Forward, true, true),
+    &variant("none", Pass::Backward, false, false),
+    &variant("max_and_sum", Pass::Backward, false, true),
+    &variant("heads_only", Pass::Backward, true, false),
+    &variant("flash1", Pass::Backward, true, true),
+];
+
+impl Variant {
+    pub fn of(pass: Pass) -> impl Iterator<Item = &'static Self> {
+        VARIANTS.into_iter().filter(move |variant| variant.pass == pass)
+    }
+
+    /// Its name in ablations.cu.
+    pub fn symbol(&self) -> String {
+        format!("{}_{}", self.pass, self.name)
+    }
+}
+
+/// A kernel, and what its launch takes.
+pub struct Kernel {
+    pub function: CudaFunction,
+    pub pass: Pass,
+    /// `None`: the crate's own, which takes parameters alone. The others take [`super::call::Statistics`] as well.
+    pub variant: Option<&'static Variant>,
+    pub block_m: usize,
+    pub block_n: usize,
+    pub threads: usize,
+    pub shared_bytes: usize,
+}
+
+impl Kernel {
+    /// The crate's own for a pass.
+    pub fn ours(plan: &CudaPlan, pass: Pass, context: &Arc<CudaContext>) -> Result<Self> {
+        let launch = if pass == Pass::Forward { plan.forward } else { plan.backward };
+        Self::of_crate(launch.kernel, pass, context)
+    }
+
+    /// Any of the crate's own.
+    pub fn of_crate(kernel: &'static testing::Kernel, pass: Pass, context: &Arc<CudaContext>) -> Result<Self> {
+        Ok(Self {
+            function: testing::cuda::function(context, kernel)?,
+            pass,
+            variant: None,
+            block_m: kernel.block_m,
+            block_n: kernel.block_n,
+            threads: kernel.threads(),
+            shared_bytes: kernel.shared_bytes,
+        })
+    }
+
+    pub fn max_and_sum(&self) -> bool {
+        self.variant.is_some_and(|variant| variant.max_and_sum)
+    }
+
+    /// Thread blocks for `case`.
+    pub fn grid(&self, case: &Case) -> (u32, u32, u32) {
+        let rows = if self.pass == Pass::Forward { self.block_m } else { self.block_n };
+        let heads_only = self.variant.is_some_and(|variant| variant.heads_only);
+        let tiles = if heads_only { 1 } else { case.seqlens().0.div_ceil(rows) };
+        (tiles as u32, case.num_heads as u32, case.batch as u32)
+    }
+}
+
+/// The kernels of ablations.cu for some head sizes and one element type.
+pub struct Images {
+    modules: Vec<(usize, Arc<CudaModule>)>,
+    stream: Arc<CudaStream>,
+    /// Shared memory that a thread block may ask for.
+    shared_limit: usize,
+}
+
+/// The sources as they lie in the repository, so that the benchmark runs without it.
+macro_rules! sources {
+    ($($path:literal,)*) => {
+        [$(($path, include_str!(concat!("../../../../", $path)))),*]
+    };
+}
+
+const SOURCES: [(&str, &str); 20] = sources![
+    "benches/ablations/ablations.cu",
+    "benches/ablations/backward.cuh",
+    "benches/ablations/forward.cuh",
+    "benches/ablations/softmax.cuh",
+    "benches/ablations/split_k.cuh",
+    "cuda/convert.cuh",
+    "cuda/core/dq.cuh",
+    "cuda/core/fragment.cuh",
+    "cuda/core/mask.cuh",
+    "cuda/core/scores.cuh",
+    "cuda/core/softmax.cuh",
+    "cuda/core/tile.cuh",
+    "cuda/core/types.cuh",
+    "cuda/delta.cuh",
+    "cuda/params.h",
+    "cuda/sm80/bwd.cuh",
+    "cuda/sm80/copy.cuh",
+    "cuda/sm80/fwd.cuh",
+    "cuda/sm80/matmul.cuh",
+    "cuda/sm80/mma.cuh",
+];
+
+/// Those of build.rs, as .ci/ablations has them too.
+const FLAGS: [&str; 3] = ["-std=c++17", "-O3", "--use_fast_math"];
+
+impl Images {
+    /// Compiles, for all head sizes at once, and loads.
+    ///
+    /// # Errors
+    /// What nvcc says, if it fails.
+    pub fn compile(nvcc: &Path, dtype: DType, cases: &[Case], gpu: &Gpu) -> Result<Self> {
+        let stream = gpu.device.as_cuda_device()?.cuda_stream();
+        let context = stream.context();
+        let (major, minor) = context.compute_capability()?;
+        let folder = tempfile::tempdir()?;
+        for (path, text) in SOURCES {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().context("every source lies in a folder")?)?;
+            fs::write(path, text)?;
+        }
+        let mut head_dims: Vec<usize> = cases.iter().map(|case| case.head_dim).collect();
+        head_dims.sort_unstable();
+        head_dims.dedup();
+        let compile = |head_dim: usize| -> Result<Vec<u8>> {
+            let cubin = folder.path().join(format!("d{head_dim}.cubin"));
+            let mut command = Command::new(nvcc);
+            command.args(FLAGS).args(["-cubin", &format!("-arch=sm_{major}{minor}"), "-I", "cuda"]);
+            command.args([format!("-DABLATION_TYPE={}", dtype.as_str()), format!("-DABLATION_HEAD_DIM={head_dim}")]);
+            command.arg("-o").arg(&cubin).arg(SOURCES[0].0).current_dir(folder.path());
+            let output = command.output().with_context(|| format!("cannot run {}", nvcc.display()))?;
+            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "{command:?} failed:\n{said}");
+            Ok(fs::read(cubin)?)
+        };
+        let compiled: Vec<Result<Vec<u8>>> = thread::scope(|scope| {
+            let jobs: Vec<_> = head_dims.iter().map(|&head_dim| scope.spawn(move || compile(head_dim))).collect();
+            jobs.into_iter().map(|job| job.join().expect("compiling does not panic")).collect()
+        });
+        let mut modules = Vec::new();
+        for (head_dim, image) in head_dims.into_iter().zip(compiled) {
+            modules.push((head_dim, context.load_module(Ptx::from_binary(image?))?));
+        }
+        let shared_limit = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        Ok(Self { modules, stream, shared_limit })
+    }
+
+    /// A variant for the head size of `case`.
+    ///
+    /// # Errors
+    /// If the GPU has not the shared memory for it.
+    pub fn kernel(&self, case: &Case, variant: &'static Variant) -> Result<Kernel> {
+        let module = self.module(case)?;
+        let symbol = variant.symbol();
+        let launch = module.get_global(&format!("{symbol}_launch"), &self.stream)?;
+        let launch: Vec<i32> = {
+            let bytes = self.stream.clone_dtoh(&launch)?;
+            bytes.chunks_exact(4).map(|word| i32::from_ne_bytes([word[0], word[1], word[2], word[3]])).collect()
+        };
+        let [block_m, block_n, threads, shared_bytes] = launch[..] else {
+            anyhow::bail!("{symbol}_launch has {} numbers", launch.len());
+        };
+        let shared_limit = self.shared_limit;
+        ensure!(
+            shared_bytes as usize <= shared_limit,
+            "{symbol} needs {shared_bytes} bytes of shared memory, this GPU gives a thread block {shared_limit}"
+        );
+        let function = module.load_function(&symbol)?;
+        // Above 48 KB the driver wants to be asked for it.
+        function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)?;
+        let [block_m, block_n, threads, shared_bytes] =
+            [block_m, block_n, threads, shared_bytes].map(|number| number as usize);
+        Ok(Kernel { function, pass: variant.pass, variant: Some(variant), block_m, block_n, threads, shared_bytes })
+    }
+
+    /// The conversion of the sums of dq of `backward`, one of ours: it has the threads of the backward, and takes parameters
+    /// alone.
+    pub fn convert(&self, case: &Case, backward: &Kernel) -> Result<Kernel> {
+        let function = self.module(case)?.load_function("bwd_convert")?;
+        Ok(Kernel { function, variant: None, shared_bytes: 0, ..*backward })
+    }
+
+    fn module(&self, case: &Case) -> Result<&Arc<CudaModule>> {
+        let found = self.modules.iter().find(|(head_dim, _)| *head_dim == case.head_dim);
+        Ok(&found.context("every case's head_dim is compiled")?.1)
+    }
+}
+
+/// Where build.rs looks for it, too.
+pub fn find_nvcc() -> Option<PathBuf> {
+    let program = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty()).map(PathBuf::from);
+    let path = env::var_os("PATH").unwrap_or_default();
+    let on_path = env::split_paths(&path).map(|folder| folder.join(&program));
+    let roots = [variable("CUDA_HOME"), variable("CUDA_PATH"), Some("/usr/local/cuda".into())];
+    let in_roots = roots.into_iter().flatten().map(|root| root.join("bin").join(&program));
+    variable("NVCC").into_iter().chain(on_path).chain(in_roots).find(|candidate| candidate.is_file())
+}
