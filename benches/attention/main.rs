@@ -5,6 +5,7 @@
 //! cargo bench -- --quick               the reference case alone
 //! cargo bench -- causal decode         the cases whose name or call contains one of these words
 //! cargo bench -- --csv FILE            rows in the columns of benches/record, too
+//! cargo bench -- --plots DIR --from A.csv B.csv    draws such rows, ours and others', and measures nothing
 //! cargo test --bench attention         only checks the answers
 //! ```
 //!
@@ -48,6 +49,7 @@ mod inputs;
 mod machine;
 mod memory;
 mod peers;
+mod plot;
 mod report;
 mod rows;
 mod sample;
@@ -87,6 +89,12 @@ struct Options {
     /// Also write the times as CSV to this file, which is replaced
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
+    /// Draw the rows of this run as figures into this folder; without --csv they are kept there as rows.csv
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+    /// Draw the rows of these files instead, and measure nothing: runs on a GPU, benches/peers.py
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "plots")]
+    from: Vec<PathBuf>,
     /// Print the names of the cases, and why each is there
     #[arg(long)]
     list: bool,
@@ -118,18 +126,48 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    #[cfg(feature = "cuda")]
-    let result = if options.device == Where::Cuda { cuda::run(&options) } else { run(&options) };
-    #[cfg(not(feature = "cuda"))]
-    let result = run(&options);
-    match result {
+    let mut options = Options::parse();
+    if let (Some(plots), None) = (&options.plots, &options.csv) {
+        options.csv = Some(plots.join("rows.csv"));
+    }
+    let result = if options.from.is_empty() { measured(&options) } else { Ok(()) };
+    match result.and_then(|()| draw(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs what the options ask for, on the device that they name.
+fn measured(options: &Options) -> Result<()> {
+    if let Some(plots) = &options.plots {
+        std::fs::create_dir_all(plots).with_context(|| plots.display().to_string())?;
+    }
+    #[cfg(feature = "cuda")]
+    if options.device == Where::Cuda {
+        return cuda::run(options);
+    }
+    run(options)
+}
+
+/// Draws the rows that were asked for, if any were.
+fn draw(options: &Options) -> Result<()> {
+    let Some(plots) = options.plots.as_deref().filter(|_| options.bench && !options.list) else { return Ok(()) };
+    let files = if options.from.is_empty() { options.csv.as_slice() } else { &options.from };
+    let read = |file: &PathBuf| std::fs::read_to_string(file).with_context(|| file.display().to_string());
+    let texts = files.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let record = plot::record::Record::read(texts.iter().map(String::as_str))?;
+    let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let names: Vec<String> = files.iter().map(name).collect();
+    let figures = plot::figures(&record, &format!("From {}", names.join(", ")))?;
+    ensure!(!figures.is_empty(), "{} has no rows of the papers' grid, of memory or of ablations", names.join(", "));
+    plot::save(plots, &figures)?;
+    for (name, _) in &figures {
+        println!("{}", plots.join(name).with_extension("svg").display());
+    }
+    Ok(())
 }
 
 /// Prints the names of `cases`, and why each is there.

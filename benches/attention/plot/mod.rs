@@ -1,0 +1,265 @@
+//! Figures of a record, as SVG: speed by seqlen as the papers draw it, memory, what each idea brings.
+//!
+//! Nothing of this measures: rows come from CSV files in the columns of benches/record, ours and others'. The bench draws with
+//! it (`--plots`), and tests/suite/house.rs draws docs/plots from the record.
+
+pub mod chart;
+pub mod record;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use self::chart::{Chart, Marks, Panel, Series, Value};
+use self::record::{Call, Cost, Record};
+
+/// Its name without an extension, and its SVG.
+pub type Figure = (&'static str, String);
+
+/// Who is compared, in the order of the bars. A colour means the same in every figure; all are of middle lightness.
+const OURS: Series = Series { name: "candle-fa2", colour: (232, 113, 26) };
+const STANDARD: Series = Series { name: "standard attention (Candle)", colour: (150, 150, 150) };
+const ONE_BLOCK_A_HEAD: Series = Series { name: "parallel over batch and heads alone", colour: (176, 128, 76) };
+const PEERS: [(&str, &str, Series); 6] = [
+    ("standard", "standard", STANDARD),
+    ("ablation_flash1", "ablation", Series { name: "FlashAttention-1 style", colour: (176, 128, 76) }),
+    ("flash", "mha", Series { name: "FlashAttention-2", colour: (62, 137, 214) }),
+    ("cudnn", "mha", Series { name: "cuDNN", colour: (70, 160, 100) }),
+    ("fa3", "mha", Series { name: "FlashAttention-3", colour: (150, 105, 205) }),
+    ("ours", "mha", OURS),
+];
+
+pub const HEAD_DIMS: [usize; 3] = [64, 128, 256];
+pub const SEQLENS: [usize; 6] = [512, 1024, 2048, 4096, 8192, 16384];
+
+/// Every figure that `record` has rows for. `source` says where they are from.
+///
+/// # Errors
+/// If a figure cannot be drawn.
+pub fn figures(record: &Record, source: &str) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    for (name, dir, pass) in [
+        ("forward", "fwd", "Forward"),
+        ("backward", "bwd", "Backward"),
+        ("forward-backward", "fwd+bwd", "Forward + backward"),
+    ] {
+        figures.extend(speed(record, dir, pass, source).map(|chart| (name, chart)));
+    }
+    figures.extend(memory(record, source).map(|chart| ("memory", chart)));
+    figures.extend(ablations(record, source).map(|chart| ("ablations", chart)));
+    figures.extend(heads(record, source).map(|chart| ("heads", chart)));
+    let draw = |(name, chart): (&'static str, Chart)| {
+        let svg = chart.svg().with_context(|| format!("the figure {name}"))?;
+        Ok((name, svg))
+    };
+    figures.into_iter().map(draw).collect()
+}
+
+/// Writes each figure into `folder`, which is made if it is missing, under its name.
+///
+/// # Errors
+/// If one cannot be written.
+pub fn save(folder: &Path, figures: &[Figure]) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    for (name, svg) in figures {
+        let path = folder.join(name).with_extension("svg");
+        fs::write(&path, svg).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// What a chart shows of a cost.
+fn value(cost: Option<Cost>, of: fn(&Cost) -> Option<f64>) -> Value {
+    let Some(cost) = cost else { return Value::Missing };
+    of(&cost).map(Value::Of).or(cost.failure.map(Value::Failed)).unwrap_or(Value::Missing)
+}
+
+/// TFLOP/s by seqlen of everyone who has run one pass of the papers' grid, a panel for each head_dim and mask.
+fn speed(record: &Record, dir: &str, pass: &str, source: &str) -> Option<Chart> {
+    let value = |peer: &str, kind: &str, head_dim: usize, causal: bool, seqlen: usize| {
+        let call = Call::of_the_grid(dir, head_dim, causal, seqlen);
+        // PyTorch's standard attention, if someone brings it, is of the grid.
+        let cost = record.get(peer, &call.with_kind(kind)).or_else(|| record.get(peer, &call));
+        value(cost, |cost| cost.tflops)
+    };
+    let mut panels = Vec::new();
+    for head_dim in HEAD_DIMS {
+        for (causal, mask) in [(false, "full"), (true, "causal")] {
+            let of = |(peer, kind, _): &(&str, &str, Series)| {
+                SEQLENS.map(|seqlen| value(peer, kind, head_dim, causal, seqlen)).to_vec()
+            };
+            let title = format!("head_dim {head_dim}, {mask} mask");
+            panels.push(Panel {
+                title,
+                groups: SEQLENS.map(seqlen_name).to_vec(),
+                rows: PEERS.iter().map(of).collect(),
+            });
+        }
+    }
+    let about = format!("{}, 16,384 tokens, heads x head_dim = 2048", record.dtype);
+    let title = format!("{pass}: TFLOP/s by sequence length");
+    let chart = Chart::new(title, [&about, source], PEERS.map(|(.., series)| series), panels)?;
+    Some(Chart { units: ["TFLOP/s", "seqlen"], ..chart })
+}
+
+/// Peak memory of one forward and backward by seqlen, a panel for each kind of call.
+fn memory(record: &Record, source: &str) -> Option<Chart> {
+    let peers = [("standard", STANDARD), ("ours", OURS)];
+    let calls = || peers.iter().flat_map(|(peer, _)| record.calls(peer)).filter(|call| call.kind == "memory");
+    let mut panels: Vec<Panel> = Vec::new();
+    for one in once(calls().map(|call| Call { seqlen: 0, batch: 0, ..call.clone() })) {
+        let here = once(calls().filter(|call| Call { seqlen: 0, batch: 0, ..(*call).clone() } == one).cloned());
+        let mut here: Vec<Call> = here.into_iter().filter(|call| call.dir == "fwd+bwd").collect();
+        here.sort_by_key(|call| (call.seqlen, call.batch));
+        let value = |peer: &str, call: &Call| value(record.get(peer, call), |cost| cost.peak_mib);
+        panels.push(Panel {
+            title: format!("{} heads of {}, {} mask{}", one.num_heads, one.head_dim, one.mask(), batches(&here)),
+            groups: here.iter().map(|call| seqlen_name(call.seqlen)).collect(),
+            rows: peers.iter().map(|(peer, _)| here.iter().map(|call| value(peer, call)).collect()).collect(),
+        });
+    }
+    let about = format!("{}, results and gradients included, inputs not", record.dtype);
+    let title = "Forward + backward: memory at its peak by sequence length".to_string();
+    let chart = Chart::new(title, [&about, source], peers.map(|(_, series)| series), panels)?;
+    let columns = chart.panels.len().min(2);
+    Some(Chart { marks: Marks::Lines, columns, units: ["", "seqlen"], ..chart })
+}
+
+/// How many sequences the calls hold, in words that follow others.
+pub fn batches(calls: &[Call]) -> String {
+    let all = |value: &dyn Fn(&Call) -> usize| {
+        let first = calls.first().map(value)?;
+        calls.iter().all(|call| value(call) == first).then_some(first)
+    };
+    match (all(&|call| call.batch), all(&|call| call.batch * call.seqlen)) {
+        (Some(batch), _) => format!(", batch {batch}"),
+        (None, Some(tokens)) => format!(", {tokens} tokens"),
+        (None, None) => String::new(),
+    }
+}
+
+/// What each idea of the paper brings: ours over ours without it, a panel for each pass.
+fn ablations(record: &Record, source: &str) -> Option<Chart> {
+    let variants = variants(record);
+    let series: Vec<(usize, bool, Series)> = [
+        (64, false, "head_dim 64, full", (32, 155, 160)),
+        (64, true, "64, causal", (125, 185, 190)),
+        (128, false, "128, full", (200, 85, 135)),
+        (128, true, "128, causal", (205, 150, 175)),
+        (256, false, "256, full", (145, 145, 45)),
+        (256, true, "256, causal", (180, 180, 120)),
+    ]
+    .map(|(head_dim, causal, name, colour)| (head_dim, causal, Series { name, colour }))
+    .to_vec();
+    let panel = |(dir, title): (&str, &str)| {
+        let value = |variant: &str, head_dim: usize, causal: bool| {
+            let calls = ratios(record, variant).filter(|(call, _)| call.dir == dir && call.is_of_the_grid());
+            let of_it = calls.filter(|(call, _)| call.head_dim == head_dim && call.causal == causal);
+            geometric_mean(of_it.map(|(_, ratio)| ratio)).map_or(Value::Missing, Value::Of)
+        };
+        let row = |(head_dim, causal, _): &(usize, bool, Series)| {
+            variants.iter().map(|variant| value(variant, *head_dim, *causal)).collect()
+        };
+        Panel {
+            title: title.to_string(),
+            groups: variants.iter().map(|variant| variant_name(variant)).collect(),
+            rows: series.iter().map(row).collect(),
+        }
+    };
+    let panels = [("fwd", "forward"), ("bwd", "backward")].map(panel).to_vec();
+    let about = format!("{}, papers' grid, geometric mean over the sequence lengths", record.dtype);
+    let title = "What each idea brings: speed over the same kernels that do this instead".to_string();
+    let chart = Chart::new(title, [&about, source], series.into_iter().map(|(.., series)| series), panels)?;
+    Some(Chart { marks: Marks::Bars { digits: 2 }, columns: 1, level: Some(1.0), units: ["ratio", ""], ..chart })
+}
+
+/// Few heads: thread blocks for every tile of queries against one for each head, a panel for each pass, mask and head_dim.
+fn heads(record: &Record, source: &str) -> Option<Chart> {
+    let calls: Vec<&Call> = record.calls(HEADS_ONLY).filter(|call| call.dir != "fwd+bwd").collect();
+    let blocks = |call: &Call| call.batch * call.num_heads;
+    let one_panel = |call: &Call| (call.dir == "bwd", call.head_dim, call.causal, call.seqlen);
+    let mut panels = Vec::new();
+    for key in once(calls.iter().map(|call| one_panel(call))) {
+        let mut here: Vec<&Call> = calls.iter().copied().filter(|call| one_panel(call) == key).collect();
+        here.sort_by_key(|call| blocks(call));
+        here.dedup_by_key(|call| blocks(call));
+        // The papers' grid has one number of heads for each seqlen.
+        if here.len() < 3 {
+            continue;
+        }
+        let values = |cost: &dyn Fn(&Call) -> Option<f64>| {
+            here.iter().map(|call| cost(call).map_or(Value::Missing, Value::Of)).collect()
+        };
+        let pass = if key.0 { "backward" } else { "forward" };
+        panels.push(Panel {
+            title: format!("{pass}, head_dim {}, {} mask, {} tokens", key.1, here[0].mask(), key.3),
+            groups: here.iter().map(|call| blocks(call).to_string()).collect(),
+            rows: vec![
+                values(&|call| record.tflops(HEADS_ONLY, call)),
+                values(&|call| record.ours_beside(call)?.tflops),
+            ],
+        });
+    }
+    let title = "Few heads: TFLOP/s by batch x heads".to_string();
+    let chart = Chart::new(title, [&record.dtype, source], [ONE_BLOCK_A_HEAD, OURS], panels)?;
+    Some(Chart { units: ["TFLOP/s", "heads"], ..chart })
+}
+
+/// Ours with one thread block for each head: it has a figure of its own, by the number of heads.
+pub const HEADS_ONLY: &str = "ablation_heads_only";
+
+/// Variants of our kernels that lack one idea of the paper each, in the order of the paper, and what they do instead.
+const VARIANTS: [(&str, &str); 6] = [
+    ("ablation_none", "nothing: ours anew"),
+    ("ablation_rescale", "rescale at every step"),
+    ("ablation_max_and_sum", "maximum and sum for lse"),
+    (HEADS_ONLY, "a thread block a head"),
+    ("ablation_split_k", "warps split the keys"),
+    ("ablation_flash1", "all of it: FlashAttention-1"),
+];
+
+/// The variants that the record has timed.
+pub fn variants(record: &Record) -> Vec<&str> {
+    let place = |peer: &str| VARIANTS.iter().position(|(variant, _)| *variant == peer).unwrap_or(VARIANTS.len());
+    let mut variants = record.peers();
+    variants.retain(|peer| peer.starts_with("ablation_"));
+    variants.sort_by_key(|peer| place(peer));
+    variants
+}
+
+/// A variant as a reader calls it.
+pub fn variant_name(variant: &str) -> String {
+    let known = VARIANTS.iter().find(|(name, _)| *name == variant).map(|(_, what)| what.to_string());
+    known.unwrap_or_else(|| variant.trim_start_matches("ablation_").replace('_', " "))
+}
+
+/// Ours over a variant, call by call of one pass.
+pub fn ratios<'a>(record: &'a Record, variant: &'a str) -> impl Iterator<Item = (&'a Call, f64)> {
+    record
+        .calls(variant)
+        .filter(|call| call.dir != "fwd+bwd")
+        .filter_map(move |call| Some((call, record.ours_beside(call)?.tflops? / record.tflops(variant, call)?)))
+}
+
+pub fn geometric_mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let logs: Vec<f64> = values.into_iter().map(f64::ln).collect();
+    (!logs.is_empty()).then(|| (logs.iter().sum::<f64>() / logs.len() as f64).exp())
+}
+
+/// The values in order, each once.
+fn once<T: Ord>(values: impl Iterator<Item = T>) -> Vec<T> {
+    let mut values: Vec<T> = values.collect();
+    values.sort();
+    values.dedup();
+    values
+}
+
+/// As the papers write it: 512, 1k, 16k.
+fn seqlen_name(seqlen: usize) -> String {
+    if seqlen.is_multiple_of(1024) {
+        format!("{}k", seqlen / 1024)
+    } else {
+        seqlen.to_string()
+    }
+}
