@@ -1,0 +1,383 @@
+#!/usr/bin/env python3
+"""Times what others have for attention on this GPU, over the cases of benches/cuda.toml: PyTorch and an NVIDIA GPU are all it needs.
+
+    peers.py --csv peers.csv                      every case; rows in the columns of benches/record
+    peers.py --csv peers.csv --quick              a handful
+    peers.py --csv peers.csv mha/d128 gqa         the cases whose name contains one of these words
+    peers.py --list                               prints the names; needs no GPU
+
+flash      FlashAttention-2: PyTorch's FLASH_ATTENTION; packed batches by torch.nn.attention.varlen where PyTorch has it
+cudnn      cuDNN: PyTorch's CUDNN_ATTENTION
+fa3        FlashAttention-3, if there is flash_attn_3 on PYTHONPATH: the package of its own, or xformers with it
+standard   matmul, softmax, matmul in PyTorch's operators; only if --peers names it
+ceiling    a product of two matrices of 8192 x 8192
+
+As `cargo bench --features cuda` does, it takes the median of CUDA events around one call: warm, after a pause, with the L2 cache
+flushed before each. FLOP: 4 * head_dim * heads * pairs of query and key, half if causal; backward 2.5 times that. The
+backward is torch.autograd.grad of o with a gradient at hand; fwd+bwd is the sum of the two. benches/compare.py puts ours beside.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+
+CASES = pathlib.Path(__file__).resolve().parent / "cuda.toml"
+COLUMNS = (
+    *("peer", "kind", "dir", "dtype", "hdim", "causal", "batch", "seqlen_q", "seqlen_k", "hq", "hkv"),
+    *("ms", "tflops", "gbps", "ms_min", "reps", "sm_mhz", "watts", "err", "peak_mib"),
+)
+NAMES = {"flash": "FlashAttention-2", "cudnn": "cuDNN", "fa3": "FlashAttention-3", "standard": "standard attention"}
+FLUSH_BYTES = 192 << 20  # more than the L2 cache of any GPU so far
+PAUSE_S = 0.1  # the clock depends on the power that was drawn
+RUNS = 7, 100  # at least and at most, whatever time they take
+WORST_ERROR = 2e-2  # relative; bf16 rounding leaves 3e-3
+OUT_OF_MEMORY = {"peak_mib": "oom"}  # as our bench says it
+
+
+@dataclass
+class Case:
+    """One call; the seqlen of a packed one is its longest."""
+
+    kind: str
+    head_dim: int
+    num_heads: int
+    num_heads_k: int
+    causal: bool
+    batch: int
+    seqlen: int
+    lengths: list
+
+    def name(self):
+        seqlen = "" if self.lengths else f"/s{self.seqlen}"
+        return f"{self.kind}/d{self.head_dim}/{'causal' if self.causal else 'full'}{seqlen}"
+
+    def flop(self, direction):
+        pairs = sum(length**2 for length in self.lengths) if self.lengths else self.batch * self.seqlen**2
+        forward = 4.0 * self.head_dim * self.num_heads * pairs * (0.5 if self.causal else 1.0)
+        return forward * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[direction]
+
+    def row(self, peer, direction, dtype):
+        seqlens = {"seqlen_q": self.seqlen, "seqlen_k": self.seqlen}
+        shape = {"hdim": self.head_dim, "causal": int(self.causal), "hq": self.num_heads, "hkv": self.num_heads_k}
+        return {
+            "peer": peer,
+            "kind": self.kind,
+            "dir": direction,
+            "dtype": dtype,
+            "batch": self.batch,
+            **shape,
+            **seqlens,
+        }
+
+
+def cases(options):
+    """The chosen cases, as benches/attention/grid.rs makes them, but for what only ours has: decoding, memory."""
+    file = tomllib.loads(CASES.read_text())
+    found = []
+    for grid in file["grid"]:
+        if grid.get("part", "grid") not in ("grid", "gqa", "packed"):
+            continue
+        lengths = grid.get("lengths", [])
+        for heads in grid["heads"]:
+            num_heads, num_heads_k = heads["num_heads"], heads.get("num_heads_k", heads["num_heads"])
+            kind = ("mha", "gqa", "varlen", "varlen_gqa")[2 * bool(lengths) + (num_heads_k != num_heads)]
+            for mask in grid.get("masks", ["none", "causal"]):
+                for seqlen in grid.get("seqlens") or [max(lengths)]:
+                    batch = len(lengths) or grid["tokens"] // seqlen
+                    shape = heads["head_dim"], num_heads, num_heads_k, mask == "causal", batch, seqlen
+                    found.append(Case(kind, *shape, lengths))
+    words = options.filters
+    found = [case for case in found if not options.quick or case.name() in file["quick"]]
+    found = [case for case in found if not words or any(word in case.name() for word in words)]
+    return found or sys.exit(f"no case of {CASES.name} contains {' or '.join(words)}; --list prints them")
+
+
+class Unsupported(Exception):
+    """A peer that has no such call."""
+
+
+class Sdpa:
+    """One backend of PyTorch's scaled_dot_product_attention."""
+
+    def __init__(self, torch, backend):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        self.torch, self.backend, self.only = torch, getattr(SDPBackend, backend), sdpa_kernel
+
+    def attend(self, q, k, v, case):
+        """(batch, seqlen, heads, head_dim), and o alike."""
+        with self.only([self.backend]):
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            grouped = case.num_heads_k != case.num_heads
+            attention = self.torch.nn.functional.scaled_dot_product_attention
+            return attention(q, k, v, is_causal=case.causal, enable_gqa=grouped).transpose(1, 2)
+
+    def attend_packed(self, q, k, v, starts, case):
+        raise Unsupported("no packed batches")
+
+
+class Flash(Sdpa):
+    def __init__(self, torch):
+        super().__init__(torch, "FLASH_ATTENTION")
+
+    def attend_packed(self, q, k, v, starts, case):
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            raise Unsupported("no packed batches in this PyTorch") from None
+        arguments = q, k, v, starts, starts, case.seqlen, case.seqlen
+        try:
+            return varlen_attn(*arguments, window_size=(-1, 0) if case.causal else (-1, -1))
+        except TypeError:  # before 2.11
+            return varlen_attn(*arguments, is_causal=case.causal)
+
+
+class Fa3:
+    """The operators of FlashAttention-3's library, which leave autograd to whoever calls them."""
+
+    def __init__(self, torch):
+        folders, places = (
+            [pathlib.Path(folder or ".") for folder in sys.path],
+            ("flash_attn_3", "xformers/flash_attn_3"),
+        )
+        paths = [path for folder in folders for place in places for path in folder.glob(f"{place}/_C*.so")]
+        if not paths:
+            raise Unsupported("no flash_attn_3 on PYTHONPATH")
+        with contextlib.suppress(OSError):  # of xformers' wheel for CUDA 12, beside a PyTorch for CUDA 13
+            ctypes.CDLL(str(paths[0].parent / "libcudart.so.12"), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(paths[0]))
+        operators = torch.ops.flash_attn_3
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, q, k, v, options):
+                o, lse, *_ = operators.fwd(q, k, v, num_splits=1, **options)
+                ctx.save_for_backward(q, k, v, o, lse)
+                ctx.options = options
+                return o
+
+            @staticmethod
+            def backward(ctx, do):
+                inputs = ctx.saved_tensors
+                grads = [torch.empty_like(tensor) for tensor in inputs[:3]]
+                operators.bwd(do, *inputs, *grads, **ctx.options)
+                return *grads, None
+
+        self.function = Function
+
+    def attend(self, q, k, v, case, **packed):
+        options = {"softmax_scale": case.head_dim**-0.5, "is_causal": case.causal, **packed}
+        return self.function.apply(q, k, v, options)
+
+    def attend_packed(self, q, k, v, starts, case):
+        starts_of, longest = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}, case.seqlen
+        return self.attend(q, k, v, case, **starts_of, max_seqlen_q=longest, max_seqlen_k=longest)
+
+
+class Standard(Sdpa):
+    """Each step an operator of its own, every score in memory."""
+
+    def __init__(self, torch):
+        self.torch = torch
+
+    def attend(self, q, k, v, case):
+        group = case.num_heads // case.num_heads_k
+        q, k, v = (
+            tensor.transpose(1, 2) for tensor in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
+        )
+        scores = q @ k.transpose(2, 3) * case.head_dim**-0.5
+        if case.causal:
+            hidden = self.torch.ones(scores.shape[2:], dtype=self.torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(hidden, -math.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+PEERS = {"flash": Flash, "cudnn": lambda torch: Sdpa(torch, "CUDNN_ATTENTION"), "fa3": Fa3, "standard": Standard}
+
+
+class Bench:
+    def __init__(self, options):
+        try:
+            import torch
+        except ImportError:
+            sys.exit("no PyTorch here: pip install torch, in the Python that runs this")
+        if not torch.cuda.is_available():
+            sys.exit("PyTorch finds no NVIDIA GPU; --list needs none")
+        self.torch, self.options = torch, options
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        file = sys.stdout if options.csv is None else options.csv.open("w", newline="")
+        self.file, self.csv = file, csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        self.csv.writeheader()
+        versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        print(f"{torch.cuda.get_device_name()}; {versions}", file=sys.stderr)
+
+    def draw(self, *shape, grad=True):
+        tensor = self.torch.randn(shape, dtype=self.dtype, device="cuda")
+        return tensor.requires_grad_(grad)
+
+    def gauges(self, call):
+        """Clock and power under the load of `call`, by nvidia-smi, which may be missing."""
+        uuid = str(getattr(self.torch.cuda.get_device_properties(0), "uuid", "0"))
+        gpu = uuid if uuid == "0" or uuid.startswith("GPU-") else f"GPU-{uuid}"
+        query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+        try:
+            with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as question:
+                begun = time.monotonic()
+                while question.poll() is None and time.monotonic() - begun < 2:
+                    call()
+                    self.torch.cuda.synchronize()
+                question.kill()
+                mhz, watts = question.stdout.read().strip().split(", ")
+        except (OSError, ValueError):
+            return {}
+        return {name: value for name, value in (("sm_mhz", mhz), ("watts", watts)) if value[:1].isdigit()}
+
+    def time(self, call):
+        """Milliseconds of each run, ascending."""
+        event, cuda = (lambda: self.torch.cuda.Event(enable_timing=True)), self.torch.cuda
+        call()
+        cuda.synchronize()
+        time.sleep(PAUSE_S)
+        marks = [event() for _ in range(3)]
+        marks[0].record()
+        for mark in marks[1:]:
+            call()
+            mark.record()
+        cuda.synchronize()
+        estimate = min(marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2]))
+        pairs = [(event(), event()) for _ in range(int(min(max(self.options.rep_ms / estimate, RUNS[0]), RUNS[1])))]
+        for start, end in pairs:
+            self.flush.zero_()
+            start.record()
+            call()
+            end.record()
+        cuda.synchronize()
+        return sorted(start.elapsed_time(end) for start, end in pairs)
+
+    def timed(self, call, flop):
+        """The columns of one call, and its median, in milliseconds."""
+        runs = self.time(call)
+        ms = statistics.median(runs)
+        told = {"ms": f"{ms:.5g}", "tflops": f"{flop / ms * 1e-9:.5g}", "ms_min": f"{runs[0]:.5g}", "reps": len(runs)}
+        return told | self.gauges(call), ms
+
+    def write(self, row):
+        self.csv.writerow(row)
+        self.file.flush()
+        if self.options.csv is not None:
+            shape = f"d{row.get('hdim', '')} {'causal' if row['causal'] else 'full'} s{row['seqlen_q']}"
+            rate = f"{float(row['tflops']):.0f} TFLOP/s, {row['ms']} ms" if "tflops" in row else "out of memory"
+            print(f"{row['peer']:<9} {row['kind']:<11} {shape:<18} {row['dir']:<8} {rate}", file=sys.stderr)
+
+    def ceiling(self):
+        size = 8192
+        a, b = self.draw(size, size, grad=False), self.draw(size, size, grad=False)
+        told, _ = self.timed(lambda: a @ b, 2.0 * size**3)
+        row = {"peer": "ceiling", "kind": f"matmul{size}", "dir": "fwd", "dtype": self.options.dtype, "causal": 0}
+        self.write(row | {"seqlen_q": size, "seqlen_k": size} | told)
+
+    def calls(self, peer, case):
+        """Forward and backward of one case."""
+        if case.lengths:
+            starts = self.torch.tensor([0, *case.lengths], device="cuda").cumsum(0, dtype=self.torch.int32)
+            outer, extra, attend = (sum(case.lengths),), (starts, case), peer.attend_packed
+        else:
+            outer, extra, attend = (case.batch, case.seqlen), (case,), peer.attend
+        q = self.draw(*outer, case.num_heads, case.head_dim)
+        k, v = (self.draw(*outer, case.num_heads_k, case.head_dim) for _ in range(2))
+
+        def forward():
+            with self.torch.no_grad():
+                return attend(q, k, v, *extra)
+
+        o = attend(q, k, v, *extra)
+        do = self.torch.randn_like(o)
+        return {"fwd": forward, "bwd": lambda: self.torch.autograd.grad(o, (q, k, v), do, retain_graph=True)}
+
+    def check(self, peer):
+        """Against f64: a peer that is fast and wrong is no peer."""
+        case = Case("gqa", 64, 4, 2, True, 2, 256, [])
+        q = self.draw(case.batch, case.seqlen, case.num_heads, case.head_dim)
+        k, v = (self.draw(case.batch, case.seqlen, case.num_heads_k, case.head_dim) for _ in range(2))
+        o = peer.attend(q, k, v, case)
+        do = self.torch.randn_like(o)
+        exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+        want = Standard(self.torch).attend(*exact, case)
+        got = [o, *self.torch.autograd.grad(o, (q, k, v), do)]
+        want = [want, *self.torch.autograd.grad(want, exact, do.double())]
+        worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want))
+        if not worst < WORST_ERROR:
+            raise Unsupported(f"wrong: relative error {worst:.1e} over o, dq, dk and dv")
+
+    def peer(self, name, chosen):
+        try:
+            peer = PEERS[name](self.torch)
+            self.check(peer)
+        except (Unsupported, RuntimeError) as why:
+            print(f"{NAMES[name]}: left out, {first_line(why)}", file=sys.stderr)
+            return
+        for case in chosen:
+            try:
+                self.case(name, peer, case)
+            except Unsupported as why:
+                print(f"{NAMES[name]}: {case.name()} left out, {why}", file=sys.stderr)
+            except self.torch.cuda.OutOfMemoryError:
+                for direction in ("fwd", "bwd", "fwd+bwd"):
+                    self.write(case.row(name, direction, self.options.dtype) | OUT_OF_MEMORY)
+            except RuntimeError as why:
+                print(f"{NAMES[name]}: {case.name()} failed, {first_line(why)}", file=sys.stderr)
+            self.torch.cuda.empty_cache()
+
+    def case(self, name, peer, case):
+        sums = 0.0
+        for direction, call in self.calls(peer, case).items():
+            told, ms = self.timed(call, case.flop(direction))
+            sums += ms
+            self.write(case.row(name, direction, self.options.dtype) | told)
+        told = {"ms": f"{sums:.5g}", "tflops": f"{case.flop('fwd+bwd') / sums * 1e-9:.5g}"}
+        self.write(case.row(name, "fwd+bwd", self.options.dtype) | told)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("filters", nargs="*", help="only cases whose name contains one of these")
+    parser.add_argument("--csv", type=pathlib.Path, metavar="FILE", help="write the rows there; else they are printed")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: text.split(","),
+        default=["flash", "cudnn", "fa3"],
+        help="flash,cudnn,fa3 unless given",
+    )
+    parser.add_argument("--quick", action="store_true", help="a handful of cases")
+    parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
+    parser.add_argument("--rep-ms", type=float, default=100.0, metavar="MS", help="time each pass for so long (100)")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    options = parser.parse_args()
+    unknown = set(options.peers) - set(PEERS)
+    if unknown:
+        parser.error(f"no peer is called {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    chosen = cases(options)
+    if options.list:
+        return print("\n".join(case.name() for case in chosen))
+    bench = Bench(options)
+    bench.ceiling()
+    for name in options.peers:
+        bench.peer(name, chosen)
+
+
+if __name__ == "__main__":
+    main()
