@@ -26,7 +26,7 @@ bench *filter:
 bench-cuda *args:
     cargo bench --features cuda --bench attention -- {{ args }}
 
-# rewrite what is generated: the tables of README and docs/cuda.md from the records, docs/kernels.md from a compilation
+# rewrite what is generated: tables and docs/plots from the records, docs/kernels.md from a compilation
 tables:
     CANDLE_FA2_UPDATE=1 cargo test --test suite house
     .ci/kernel-table --update

@@ -1,31 +1,59 @@
-//! The documents agree with what they speak of: links lead to files, and tables of measurements are the records'.
+//! The documents agree with what they speak of: links lead to files, and figures and tables of measurements are the records'.
+
+mod claims;
+mod gpu;
+mod loss;
+mod tables;
+
+// The figures are drawn by what draws those of a run of the bench.
+#[path = "../../benches/attention/plot/mod.rs"]
+mod plot;
 
 use anyhow::{ensure, Context, Result};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The runs whose numbers the documents show.
+use self::gpu::Gpu;
+
+/// The run on a CPU whose numbers the documents show; of those on a GPU it is the newest.
 const CPU_RECORD: &str = "benches/record/xeon-sapphire-rapids-2-cores/2026-11-22";
-const CUDA_RECORD: &str = "benches/record/h100-80gb-hbm3/2026-11-24";
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-type Table = fn() -> Result<String>;
+type Table = fn(&Gpu) -> Result<String>;
 
-/// Each document with a table that is made from a record, and how it is made.
-const TABLES: [(&str, &str, Table); 4] = [
-    ("README.md", "cpu", cpu_table),
-    ("README.md", "cuda", || cuda_table(&[1024, 4096, 16384], "")),
-    ("docs/cuda.md", "cuda", || cuda_table(&[512, 1024, 2048, 4096, 8192, 16384], "../")),
-    ("docs/cuda.md", "summary", cuda_summary),
+/// Each part of a document that is made from a record, and how it is made.
+const TABLES: [(&str, &str, Table); 14] = [
+    ("README.md", "cpu", |_| cpu_table()),
+    ("README.md", "plot", |gpu| Ok(gpu.figure("forward-backward", "docs/"))),
+    ("README.md", "cuda", |gpu| tables::speed(gpu, &[1024, 4096, 16384], "")),
+    ("docs/cuda.md", "cuda", |gpu| tables::speed(gpu, &[512, 1024, 2048, 4096, 8192, 16384], "../")),
+    ("docs/cuda.md", "summary", tables::summary),
+    ("docs/benchmarks.md", "claims", claims::table),
+    ("docs/benchmarks.md", "speed", tables::peers),
+    ("docs/benchmarks.md", "standard", tables::standard),
+    ("docs/benchmarks.md", "memory", tables::memory),
+    ("docs/benchmarks.md", "ablations", tables::ablations),
+    ("docs/benchmarks.md", "heads", tables::heads),
+    ("docs/benchmarks.md", "gpt", tables::gpt),
+    ("docs/benchmarks.md", "gpt-steps", tables::gpt_steps),
+    ("docs/benchmarks.md", "loss", |gpu| Ok(gpu.figure("loss", ""))),
 ];
 
-/// `CANDLE_FA2_UPDATE=1` writes the tables instead of comparing them.
+/// What stands in place of a table or figure that the record has no rows for.
+const NOTHING_YET: &str = "The newest record has no rows of this.\n";
+
+/// `CANDLE_FA2_UPDATE=1` writes what is generated instead of comparing it.
+fn update() -> bool {
+    std::env::var_os("CANDLE_FA2_UPDATE").is_some()
+}
+
 #[test]
 fn the_documents_show_the_records() -> Result<()> {
+    let gpu = Gpu::newest()?;
     for (document, name, table) in TABLES {
         let (begin, end) = (format!("<!-- table: {name} -->\n"), "<!-- end -->");
         let path = root().join(document);
@@ -33,13 +61,64 @@ fn the_documents_show_the_records() -> Result<()> {
         let missing = || format!("{document} has no place for the table {name}");
         let (before, rest) = text.split_once(&begin).with_context(missing)?;
         let (shown, after) = rest.split_once(end).with_context(missing)?;
-        let table = table().with_context(|| format!("the table {name} of {document}"))?;
-        if std::env::var_os("CANDLE_FA2_UPDATE").is_some() {
+        let table = table(&gpu).with_context(|| format!("the table {name} of {document}"))?;
+        let table = if table.is_empty() { NOTHING_YET.to_string() } else { table };
+        if update() {
             fs::write(&path, [before, &begin, &table, end, after].concat())?;
         } else {
             ensure!(shown == table, "{document} is older than its record; `just tables` rewrites the table:\n{table}");
         }
     }
+    Ok(())
+}
+
+/// docs/plots holds the figures of the newest record on a GPU, and nothing else.
+#[test]
+fn the_plots_show_the_record() -> Result<()> {
+    let gpu = Gpu::newest()?;
+    let folder = root().join("docs/plots");
+    let file = |name: &str| format!("{name}.svg");
+    if update() {
+        plot::save(&folder, &gpu.figures)?;
+    }
+    for (name, svg) in &gpu.figures {
+        let shown = fs::read_to_string(folder.join(file(name))).unwrap_or_default();
+        ensure!(shown == *svg, "docs/plots/{name}.svg is older than its record; `just tables` draws it anew");
+    }
+    for entry in fs::read_dir(&folder)? {
+        let entry = entry?;
+        let drawn = gpu.figures.iter().any(|(name, _)| *file(name) == *entry.file_name());
+        if !drawn && update() {
+            fs::remove_file(entry.path())?;
+        }
+        ensure!(drawn || update(), "{} is no figure of the record; `just tables` removes it", entry.path().display());
+    }
+    Ok(())
+}
+
+/// Files of any age and author: columns by name, medians over runs, forward + backward as their sum, failures, one type.
+#[test]
+fn rows_are_read_by_their_columns() -> Result<()> {
+    let grid = "mha,bf16,128,0,4,4096,4096,16,16";
+    let head = "peer,dir,kind,dtype,hdim,causal,batch,seqlen_q,seqlen_k,hq,hkv,ms,tflops";
+    let run = |ms: u32| format!("{head}\nours,fwd,{grid},{ms},{}\nours,bwd,{grid},6,250\n", 600 / ms);
+    let others = format!(
+        "# a remark\n{head},peak_mib\nours,fwd,{},1,900,\nceiling,fwd,matmul8192,bf16,,0,,8192,8192,,,1,700,\n\
+         standard,fwd+bwd,{},,,oom\n",
+        grid.replace("bf16", "fp16"),
+        grid.replace("mha", "standard"),
+    );
+    let texts = [run(1), run(3), run(2), others, "head_dim,error\n128,0.1\n".to_string()];
+    let record = plot::record::Record::read(texts.iter().map(String::as_str))?;
+    let call = plot::record::Call::of_the_grid("fwd", 128, false, 4096);
+    ensure!(record.dtype == "bf16" && record.tflops("ours", &call) == Some(300.0), "the median of three runs is 300");
+    let both = call.with_dir("fwd+bwd");
+    ensure!(record.tflops("ours", &both) == Some((300.0 * 2.0 + 250.0 * 6.0) / 8.0), "the sum of 2 ms and 6 ms");
+    let standard = record.get("standard", &both.with_kind("standard")).context("a row that failed is a row")?;
+    ensure!(standard.failure == Some("out of memory") && standard.ms.is_none());
+    let figures = plot::figures(&record, "here")?;
+    ensure!(figures.iter().map(|(name, _)| *name).eq(["forward", "backward", "forward-backward"]));
+    ensure!(figures[2].1.contains("out of memory") && figures[2].1.contains("here") && !figures[0].1.contains("cuDNN"));
     Ok(())
 }
 
@@ -55,103 +134,6 @@ fn origin(folder: &str) -> Result<String> {
     let machine = folder.parent().and_then(Path::file_name).context("the folder is named by machine")?;
     let date = folder.file_name().context("and by date")?;
     Ok(format!("{}, {}", machine.to_string_lossy().replace('-', " "), date.to_string_lossy()))
-}
-
-/// One cell of the GPU benchmark: everything but who computed it.
-type Cell = [String; 8];
-
-/// TFLOP/s of one run, by cell.
-fn tflops(file: &str, peer: &str) -> Result<HashMap<Cell, f64>> {
-    let columns = ["kind", "dir", "hdim", "causal", "batch", "seqlen_q", "hq", "hkv"];
-    let timed = rows(file)?.into_iter().filter(|row| row["peer"] == peer && !row["tflops"].is_empty());
-    timed.map(|row| Ok((columns.map(|column| row[column].clone()), row["tflops"].parse()?))).collect()
-}
-
-/// TFLOP/s of ours and their ratio to FlashAttention-2, by cell.
-type Compared = HashMap<Cell, [f64; 2]>;
-
-/// Of each the median of three runs in turns.
-fn compared() -> Result<Compared> {
-    let runs = |name: &str, peer: &str| -> Result<Vec<_>> {
-        (1..=3).map(|run| tflops(&format!("{CUDA_RECORD}/{name}-{run}.csv"), peer)).collect()
-    };
-    let (ours, flash) = (runs("ours", "ours")?, runs("flash", "flash")?);
-    let median = |mut values: Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    let cells = flash[0].keys().filter(|cell| cell[1] == "fwd" || cell[1] == "bwd");
-    let compare = |cell: &Cell| -> Result<(Cell, [f64; 2])> {
-        let of = |runs: &[HashMap<Cell, f64>]| -> Result<Vec<f64>> {
-            runs.iter().map(|run| run.get(cell).copied().with_context(|| format!("a run lacks {cell:?}"))).collect()
-        };
-        let (ours, flash) = (of(&ours)?, of(&flash)?);
-        let ratios = ours.iter().zip(&flash).map(|(ours, flash)| ours / flash).collect();
-        Ok((cell.clone(), [median(ours), median(ratios)]))
-    };
-    cells.map(compare).collect()
-}
-
-/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid. `to_root` leads from the
-/// folder of the document to the repository.
-fn cuda_table(seqlens: &[usize], to_root: &str) -> Result<String> {
-    let compared = compared()?;
-    let heads = seqlens.iter().map(|seqlen| format!(" {seqlen} |")).collect::<String>();
-    let rule = " --- |".repeat(seqlens.len());
-    let mut table = format!("| head_dim | mask | pass |{heads}\n| --- | --- | --- |{rule}\n");
-    for (dir, pass) in [("fwd", "forward"), ("bwd", "backward")] {
-        for hdim in [64, 128, 256] {
-            for (causal, mask) in [("0", "full"), ("1", "causal")] {
-                table += &format!("| {hdim} | {mask} | {pass} |");
-                for seqlen in seqlens {
-                    let heads = (2048 / hdim).to_string();
-                    let (batch, seqlen) = ((16384 / seqlen).to_string(), seqlen.to_string());
-                    let cell = ["mha", dir, &hdim.to_string(), causal, &batch, &seqlen, &heads, &heads];
-                    let [ours, ratio] =
-                        compared.get(&cell.map(String::from)).with_context(|| format!("no run has {cell:?}"))?;
-                    table += &format!(" {ours:.0}, {ratio:.2}x |");
-                }
-                table += "\n";
-            }
-        }
-    }
-    let [forward, backward] = ["fwd", "bwd"].map(|dir| geometric_mean(&ratios(&compared, &["mha"], dir)));
-    let machine_and_date = origin(CUDA_RECORD)?;
-    table += &format!(
-        "\nGeometric mean of the ratios over the papers' grid, 36 shapes: {forward:.2} forward, {backward:.2} backward.\n\
-         Measured on: {machine_and_date} ([the runs]({to_root}{CUDA_RECORD})).\n"
-    );
-    Ok(table)
-}
-
-/// The ratios of one direction over all cells of some kinds.
-fn ratios(compared: &Compared, kinds: &[&str], dir: &str) -> Vec<f64> {
-    let of_them = |(cell, _): &(&Cell, _)| kinds.contains(&cell[0].as_str()) && cell[1] == dir;
-    compared.iter().filter(of_them).map(|(_, &[_, ratio])| ratio).collect()
-}
-
-fn geometric_mean(ratios: &[f64]) -> f64 {
-    (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp()
-}
-
-/// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
-fn cuda_summary() -> Result<String> {
-    let compared = compared()?;
-    let mut table =
-        String::from("| calls | pass | cells | geometric mean | smallest |\n| --- | --- | --- | --- | --- |\n");
-    for (kinds, name) in [
-        (&["mha"][..], "the papers' grid"),
-        (&["gqa"], "GQA 32/8"),
-        (&["varlen", "varlen_gqa"], "packed, 29 sequences"),
-    ] {
-        for (dir, pass) in [("fwd", "forward"), ("bwd", "backward")] {
-            let ratios = ratios(&compared, kinds, dir);
-            let mean = geometric_mean(&ratios);
-            let smallest = ratios.iter().copied().fold(f64::INFINITY, f64::min);
-            table += &format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", ratios.len());
-        }
-    }
-    Ok(table)
 }
 
 /// Forward, and forward + backward, of each way to compute one call, as the record has them.
@@ -170,12 +152,14 @@ fn cpu_table() -> Result<String> {
         Some(ms) => format!("{ms:.0} ms, {:.1}x as long", ms / ours),
         None => "has no backward".to_string(),
     };
+    // What older records call it.
+    let standard = if time_ms("standard", "fwd").is_some() { "standard" } else { "unfused" };
     let mut table = String::from(
         "| causal, 2048 tokens, 8 heads of 64, f32 | forward | forward + backward |\n| --- | --- | --- |\n",
     );
     for (peer, name) in [
         ("ours", "candle-fa2"),
-        ("unfused", "Candle: matmul, softmax, matmul"),
+        (standard, "Candle: matmul, softmax, matmul"),
         ("candle_flash", "`candle_nn::attention::flash_attn`"),
     ] {
         table += &format!("| {name} | {} | {} |\n", cell(peer, "fwd", fwd), cell(peer, "fwd+bwd", both));
@@ -186,6 +170,9 @@ fn cpu_table() -> Result<String> {
 /// Every relative link of a document names a file or folder, from the folder that the document is in.
 #[test]
 fn links_lead_somewhere() -> Result<()> {
+    if update() {
+        return Ok(()); // documents and figures are being written meanwhile
+    }
     let in_docs = fs::read_dir(root().join("docs"))?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
     let in_docs = in_docs.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "md"));
     for document in ["README.md", "CHANGELOG.md"].map(|name| root().join(name)).into_iter().chain(in_docs) {
@@ -204,7 +191,7 @@ fn links_lead_somewhere() -> Result<()> {
 /// A file that a document names in code exists.
 #[test]
 fn named_files_exist() -> Result<()> {
-    for document in ["README.md", "CHANGELOG.md", "docs/cuda.md"] {
+    for document in ["README.md", "CHANGELOG.md", "docs/cuda.md", "docs/benchmarks.md"] {
         let text = fs::read_to_string(root().join(document))?;
         let folders = ["examples/", "benches/", "tests/", "cuda/", "docs/", "src/", ".ci/"];
         let names = text.split('`').filter(|code| folders.iter().any(|folder| code.starts_with(folder)));

@@ -1,0 +1,229 @@
+//! Tables of the newest record on a GPU. Each is empty if that has no rows for it.
+
+use super::gpu::Gpu;
+use super::plot::chart::mib;
+use super::plot::record::{Call, Cost};
+use super::plot::{batches, geometric_mean, ratios, variant_name, variants, HEADS_ONLY, HEAD_DIMS, SEQLENS};
+use anyhow::{Context, Result};
+use std::collections::{BTreeSet, HashMap};
+
+const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
+const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
+
+/// Everyone's name, by what rows call them.
+pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
+
+/// Head and rule of a table.
+fn head(columns: &[&str]) -> String {
+    format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
+}
+
+/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid. `to_root` leads from the
+/// folder of the document to the repository.
+pub fn speed(gpu: &Gpu, seqlens: &[usize], to_root: &str) -> Result<String> {
+    let seqlen_names: Vec<String> = seqlens.iter().map(usize::to_string).collect();
+    let columns = ["head_dim", "mask", "pass"].into_iter().chain(seqlen_names.iter().map(String::as_str));
+    let mut table = head(&columns.collect::<Vec<_>>());
+    for (dir, pass) in PASSES {
+        for hdim in HEAD_DIMS {
+            for (causal, mask) in MASKS {
+                table += &format!("| {hdim} | {mask} | {pass} |");
+                for &seqlen in seqlens {
+                    let call = Call::of_the_grid(dir, hdim, causal, seqlen);
+                    let cell = gpu.record.tflops("ours", &call).zip(gpu.ratio("flash", &call));
+                    let (ours, ratio) = cell.with_context(|| format!("no run has {call:?}"))?;
+                    table += &format!(" {ours:.0}, {ratio:.2}x |");
+                }
+                table += "\n";
+            }
+        }
+    }
+    let means = PASSES.map(|(dir, _)| mean(&gpu.compared("flash", &["mha"], dir)).unwrap_or(f64::NAN));
+    let shapes = gpu.compared("flash", &["mha"], "fwd").len();
+    let Gpu { folder, origin, .. } = gpu;
+    table += &format!(
+        "\nGeometric mean of the ratios over the papers' grid, {shapes} shapes: {:.2} forward, {:.2} backward.\n\
+         Measured on: {origin} ([the runs]({to_root}{folder})).\n",
+        means[0], means[1]
+    );
+    Ok(table)
+}
+
+fn mean(compared: &[(Call, f64)]) -> Option<f64> {
+    geometric_mean(compared.iter().map(|&(_, ratio)| ratio))
+}
+
+/// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
+pub fn summary(gpu: &Gpu) -> Result<String> {
+    let mut table = head(&["calls", "pass", "cells", "geometric mean", "smallest"]);
+    for (kinds, name) in [
+        (&["mha"][..], "the papers' grid"),
+        (&["gqa"], "GQA 32/8"),
+        (&["varlen", "varlen_gqa"], "packed, 29 sequences"),
+    ] {
+        table += &ratios_to(gpu, "flash", kinds, name);
+    }
+    Ok(table)
+}
+
+/// A line for each direction.
+fn ratios_to(gpu: &Gpu, peer: &str, kinds: &[&str], name: &str) -> String {
+    let line = |(dir, pass): (&str, &str)| {
+        let compared = gpu.compared(peer, kinds, dir);
+        let smallest = compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min);
+        let line = |mean: f64| format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", compared.len());
+        mean(&compared).map(line)
+    };
+    PASSES.into_iter().filter_map(line).collect()
+}
+
+/// The figures of the papers' grid, and ours over each peer.
+pub fn peers(gpu: &Gpu) -> Result<String> {
+    let figures = ["forward", "backward", "forward-backward"].map(|name| gpu.figure(name, ""));
+    let lines: String = PEERS.iter().map(|(peer, name)| ratios_to(gpu, peer, &["mha"], name)).collect();
+    let table = head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines;
+    Ok(format!("{}\n{table}", figures.join("\n")))
+}
+
+/// Time of a forward and backward, ours and standard attention's.
+pub fn standard(gpu: &Gpu) -> Result<String> {
+    let seqlens = SEQLENS.map(|seqlen| seqlen.to_string());
+    let mut columns = vec!["head_dim", "mask"];
+    columns.extend(seqlens.iter().map(String::as_str));
+    let mut table = String::new();
+    for hdim in HEAD_DIMS {
+        for (causal, mask) in MASKS {
+            let cells = SEQLENS.map(|seqlen| {
+                let call = Call::of_the_grid("fwd+bwd", hdim, causal, seqlen).with_kind("standard");
+                let (ours, standard) = (gpu.record.ours_beside(&call)?.ms?, gpu.record.get("standard", &call)?);
+                Some(match (standard.ms, standard.failure) {
+                    (Some(ms), _) => format!("{ours:.2}, {ms:.2}: {:.1}x", ms / ours),
+                    (None, why) => format!("{ours:.2}, {}", why?),
+                })
+            });
+            if cells.iter().any(Option::is_some) {
+                let cells = cells.map(|cell| cell.unwrap_or_else(|| "-".to_string()));
+                table += &format!("| {hdim} | {mask} | {} |\n", cells.join(" | "));
+            }
+        }
+    }
+    Ok(if table.is_empty() { table } else { head(&columns) + &table })
+}
+
+/// Memory of a forward and backward at its peak, ours and standard attention's.
+pub fn memory(gpu: &Gpu) -> Result<String> {
+    let alike = |call: &Call| (call.head_dim, call.causal, call.num_heads);
+    let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
+    let seqlens: BTreeSet<usize> = calls().map(|call| call.seqlen).collect();
+    let mut table = String::new();
+    for one in calls().map(alike).collect::<BTreeSet<_>>() {
+        let here: Vec<Call> = calls().filter(|call| alike(call) == one).cloned().collect();
+        let cell = |seqlen: &usize| {
+            let call = here.iter().find(|call| call.seqlen == *seqlen)?;
+            let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call)?);
+            Some(match (standard.peak_mib, standard.failure) {
+                (Some(peak), _) => format!("{}, {}: {:.1}x", mib(ours), mib(peak), peak / ours),
+                (None, why) => format!("{}, {}", mib(ours), why?),
+            })
+        };
+        let cells: Vec<String> = seqlens.iter().map(|seqlen| cell(seqlen).unwrap_or_default()).collect();
+        let (head_dim, _, num_heads) = one;
+        let (mask, batches) = (here[0].mask(), batches(&here));
+        table += &format!("| {num_heads} heads of {head_dim}, {mask}{batches} | {} |\n", cells.join(" | "));
+    }
+    let seqlens: Vec<String> = seqlens.iter().map(usize::to_string).collect();
+    let columns: Vec<&str> = ["call"].into_iter().chain(seqlens.iter().map(String::as_str)).collect();
+    Ok(if table.is_empty() { table } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &table })
+}
+
+/// Ours and ours without one idea of the paper at the longest sequence, and their ratio over all.
+pub fn ablations(gpu: &Gpu) -> Result<String> {
+    let record = &gpu.record;
+    let shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
+    let mut table = String::new();
+    for variant in variants(record) {
+        for (dir, pass) in PASSES {
+            let cell = |&(head_dim, (causal, _)): &(usize, (bool, &str))| {
+                let of_it = |call: &Call| {
+                    call.is_of_the_grid() && call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal)
+                };
+                let ratios: Vec<_> = ratios(record, variant).filter(|(call, _)| of_it(call)).collect();
+                let longest = ratios.iter().map(|&(call, _)| call).max_by_key(|call| call.seqlen)?;
+                let ours = record.ours_beside(longest)?.tflops?;
+                let theirs = record.tflops(variant, longest)?;
+                let mean = geometric_mean(ratios.iter().map(|&(_, ratio)| ratio))?;
+                Some(format!("{ours:.0}, {theirs:.0}: {mean:.2}x"))
+            };
+            let cells: Vec<Option<String>> = shapes.iter().map(cell).collect();
+            if cells.iter().any(Option::is_some) {
+                let cells: Vec<String> = cells.into_iter().map(Option::unwrap_or_default).collect();
+                table += &format!("| {} | {pass} | {} |\n", variant_name(variant), cells.join(" | "));
+            }
+        }
+    }
+    let shapes: Vec<String> = shapes.iter().map(|(head_dim, (_, mask))| format!("{head_dim}, {mask}")).collect();
+    let columns: Vec<&str> = ["without", "pass"].into_iter().chain(shapes.iter().map(String::as_str)).collect();
+    Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
+}
+
+/// Thread blocks for every tile of queries, against one for each head.
+pub fn heads(gpu: &Gpu) -> Result<String> {
+    let mut ratios: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY).collect();
+    ratios.sort_by_key(|(call, _)| {
+        (call.dir == "bwd", call.head_dim, call.causal, call.seqlen, call.batch * call.num_heads)
+    });
+    let mut table = String::new();
+    for (call, ratio) in ratios {
+        let pass = if call.dir == "bwd" { "backward" } else { "forward" };
+        let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);
+        let ours = tflops(gpu.record.ours_beside(call));
+        let theirs = tflops(gpu.record.get(HEADS_ONLY, call));
+        let (hdim, mask, seqlen, blocks) = (call.head_dim, call.mask(), call.seqlen, call.batch * call.num_heads);
+        table +=
+            &format!("| {pass} | {hdim} | {mask} | {seqlen} | {blocks} | {ours:.0} | {theirs:.0} | {ratio:.1}x |\n");
+    }
+    let columns =
+        ["pass", "head_dim", "mask", "seqlen", "batch x heads", "ours, TFLOP/s", "heads only, TFLOP/s", "ours over it"];
+    Ok(if table.is_empty() { table } else { gpu.figure("heads", "") + "\n" + &head(&columns) + &table })
+}
+
+/// Training of the GPT example.
+pub fn gpt(gpu: &Gpu) -> Result<String> {
+    const COLUMNS: [(&str, &str); 9] = [
+        ("preset", "preset"),
+        ("attention", "attention"),
+        ("context", "context"),
+        ("batch", "batch"),
+        ("ms_per_step", "ms a step"),
+        ("tokens_per_s", "tokens/s"),
+        ("model_tflops", "model TFLOP/s"),
+        ("mfu", "of the peak"),
+        ("peak_gib", "GiB at the peak"),
+    ];
+    let rows = gpu.rows("gpt", &COLUMNS.map(|(column, _)| column))?;
+    let line = |row: &HashMap<String, String>| {
+        let cell = |(column, _): (&str, &str)| match row[column].as_str() {
+            "" if column == "ms_per_step" => row.get("err").cloned().unwrap_or_default(),
+            share if column == "mfu" => {
+                share.parse().map_or(String::new(), |share: f64| format!("{:.0}%", 100.0 * share))
+            }
+            text => text.to_string(),
+        };
+        format!("| {} |\n", COLUMNS.map(cell).join(" | "))
+    };
+    let lines: String = rows.iter().map(line).collect();
+    Ok(if lines.is_empty() { lines } else { head(&COLUMNS.map(|(_, name)| name)) + &lines })
+}
+
+/// What each change brought to the training.
+pub fn gpt_steps(gpu: &Gpu) -> Result<String> {
+    let rows = gpu.rows("gpt-steps", &["change", "tokens_per_s"])?;
+    let (mut table, mut before) = (String::new(), None);
+    for row in &rows {
+        let rate: f64 = row["tokens_per_s"].parse().with_context(|| format!("tokens_per_s of {:?}", row["change"]))?;
+        let ratio = before.map_or(String::new(), |before: f64| format!("{:.2}x", rate / before));
+        table += &format!("| {} | {rate:.0} | {ratio} |\n", row["change"]);
+        before = Some(rate);
+    }
+    Ok(if table.is_empty() { table } else { head(&["change", "tokens/s", "over the line above"]) + &table })
+}
