@@ -79,6 +79,9 @@ fn value(cost: Option<Cost>, of: fn(&Cost) -> Option<f64>) -> Value {
 fn speed(record: &Record, dir: &str, pass: &str, source: &str) -> Option<Chart> {
     let value = |peer: &str, kind: &str, head_dim: usize, causal: bool, seqlen: usize| {
         let call = Call::of_the_grid(dir, head_dim, causal, seqlen);
+        if kind == "ablation" && dir != "fwd" {
+            return Value::Missing; // that was timed without what surrounds its main kernel
+        }
         // PyTorch's standard attention, if someone brings it, is of the grid.
         let cost = record.get(peer, &call.with_kind(kind)).or_else(|| record.get(peer, &call));
         value(cost, |cost| cost.tflops)

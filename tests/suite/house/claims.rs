@@ -18,7 +18,7 @@ struct Claim {
 /// A line for each claim that the record can speak to.
 pub fn table(gpu: &Gpu) -> Result<String> {
     let mut claims = Vec::new();
-    for (dir, pass) in [("fwd", "forward"), ("bwd", "backward")] {
+    for (dir, pass) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
         let over = spread(ratios(&gpu.record, "ablation_flash1").filter(|(call, _)| call.dir == dir).map(|(_, r)| r));
         claims.extend(over.map(|(mean, spread)| Claim {
             paper: "1.7 to 3.0 times as fast as FlashAttention",
@@ -137,14 +137,14 @@ fn memory(gpu: &Gpu) -> Option<Claim> {
 }
 
 fn training(gpu: &Gpu) -> Result<Vec<Claim>> {
-    let rows = gpu.rows("gpt", &["preset", "attention", "context", "batch", "tokens_per_s", "model_tflops", "mfu"])?;
+    let rows = gpu.rows("gpt", &["parameters", "attention", "context", "tokens_per_s", "model_tflops"])?;
     let mut claims = Vec::new();
     let number = |row: &std::collections::HashMap<String, String>, column: &str| row[column].parse::<f64>().ok();
     let flash = rows.iter().filter(|row| row["attention"] == "flash");
     let ratios = flash.clone().filter_map(|row| {
         let alike = |other: &&std::collections::HashMap<String, String>| {
             other["attention"] == "standard"
-                && ["preset", "context"].iter().all(|column| other[*column] == row[*column])
+                && ["parameters", "context"].iter().all(|column| other[*column] == row[*column])
         };
         let standard = rows.iter().filter(alike).filter_map(|row| number(row, "tokens_per_s")).reduce(f64::max)?;
         Some(number(row, "tokens_per_s")? / standard)

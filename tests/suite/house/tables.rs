@@ -115,31 +115,41 @@ pub fn memory(gpu: &Gpu) -> Result<String> {
     let alike = |call: &Call| (call.head_dim, call.causal, call.num_heads);
     let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
     let seqlens: BTreeSet<usize> = calls().map(|call| call.seqlen).collect();
-    let mut table = String::new();
-    for one in calls().map(alike).collect::<BTreeSet<_>>() {
-        let here: Vec<Call> = calls().filter(|call| alike(call) == one).cloned().collect();
-        let cell = |seqlen: &usize| {
-            let call = here.iter().find(|call| call.seqlen == *seqlen)?;
-            let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call)?);
-            Some(match (standard.peak_mib, standard.failure) {
-                (Some(peak), _) => format!("{}, {}: {:.1}x", mib(ours), mib(peak), peak / ours),
-                (None, why) => format!("{}, {}", mib(ours), why?),
-            })
+    let shapes: Vec<_> = calls().map(alike).collect::<BTreeSet<_>>().into_iter().collect();
+    let here = |shape| calls().filter(|call| alike(call) == shape).cloned().collect::<Vec<Call>>();
+    let cell = |seqlen: usize, shape| {
+        let here = here(shape);
+        let call = here.iter().find(|call| call.seqlen == seqlen)?;
+        let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call));
+        // Once it has run out of memory, longer sequences are not tried.
+        let standard = match standard.map(|cost| (cost.peak_mib, cost.failure)) {
+            Some((Some(peak), _)) => format!("{}: {:.1}x", mib(peak), peak / ours),
+            Some((None, why)) => why?.to_string(),
+            None => "-".to_string(),
         };
-        let cells: Vec<String> = seqlens.iter().map(|seqlen| cell(seqlen).unwrap_or_default()).collect();
-        let (head_dim, _, num_heads) = one;
-        let (mask, batches) = (here[0].mask(), batches(&here));
-        table += &format!("| {num_heads} heads of {head_dim}, {mask}{batches} | {} |\n", cells.join(" | "));
-    }
-    let seqlens: Vec<String> = seqlens.iter().map(usize::to_string).collect();
-    let columns: Vec<&str> = ["call"].into_iter().chain(seqlens.iter().map(String::as_str)).collect();
-    Ok(if table.is_empty() { table } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &table })
+        Some(format!("{}, {standard}", mib(ours)))
+    };
+    let line = |&seqlen: &usize| {
+        let cells: Vec<String> = shapes.iter().map(|&shape| cell(seqlen, shape).unwrap_or_default()).collect();
+        format!("| {seqlen} | {} |\n", cells.join(" | "))
+    };
+    let lines: String = seqlens.iter().map(line).collect();
+    let name = |&shape: &(usize, bool, usize)| {
+        let here = here(shape);
+        format!("{} heads of {}, {}{}", shape.2, shape.0, here[0].mask(), batches(&here))
+    };
+    let names: Vec<String> = shapes.iter().map(name).collect();
+    let columns: Vec<&str> = ["seqlen"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    Ok(if lines.is_empty() { lines } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &lines })
 }
 
 /// Ours and ours without one idea of the paper at the longest sequence, and their ratio over all.
 pub fn ablations(gpu: &Gpu) -> Result<String> {
     let record = &gpu.record;
-    let shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
+    let mut shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
+    shapes.retain(|&(head_dim, _)| {
+        variants(record).iter().any(|name| record.calls(name).any(|call| call.head_dim == head_dim))
+    });
     let mut table = String::new();
     for variant in variants(record) {
         for (dir, pass) in PASSES {
@@ -162,7 +172,7 @@ pub fn ablations(gpu: &Gpu) -> Result<String> {
         }
     }
     let shapes: Vec<String> = shapes.iter().map(|(head_dim, (_, mask))| format!("{head_dim}, {mask}")).collect();
-    let columns: Vec<&str> = ["without", "pass"].into_iter().chain(shapes.iter().map(String::as_str)).collect();
+    let columns: Vec<&str> = ["variant", "pass"].into_iter().chain(shapes.iter().map(String::as_str)).collect();
     Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
 }
 
@@ -189,30 +199,46 @@ pub fn heads(gpu: &Gpu) -> Result<String> {
 
 /// Training of the GPT example.
 pub fn gpt(gpu: &Gpu) -> Result<String> {
-    const COLUMNS: [(&str, &str); 9] = [
-        ("preset", "preset"),
-        ("attention", "attention"),
-        ("context", "context"),
-        ("batch", "batch"),
-        ("ms_per_step", "ms a step"),
-        ("tokens_per_s", "tokens/s"),
-        ("model_tflops", "model TFLOP/s"),
-        ("mfu", "of the peak"),
-        ("peak_gib", "GiB at the peak"),
+    const COLUMNS: [&str; 9] = [
+        "parameters",
+        "attention",
+        "context",
+        "batch",
+        "ms_per_step",
+        "tokens_per_s",
+        "model_tflops",
+        "mfu_percent",
+        "peak_gib",
     ];
-    let rows = gpu.rows("gpt", &COLUMNS.map(|(column, _)| column))?;
     let line = |row: &HashMap<String, String>| {
-        let cell = |(column, _): (&str, &str)| match row[column].as_str() {
-            "" if column == "ms_per_step" => row.get("err").cloned().unwrap_or_default(),
-            share if column == "mfu" => {
-                share.parse().map_or(String::new(), |share: f64| format!("{:.0}%", 100.0 * share))
-            }
-            text => text.to_string(),
-        };
-        format!("| {} |\n", COLUMNS.map(cell).join(" | "))
+        let number = |column: &str| row[column].parse::<f64>().ok();
+        let measured =
+            |column: &str, digits: usize| number(column).map_or(String::new(), |value| format!("{value:.digits$}"));
+        let millions = number("parameters").unwrap_or_default() / 1e6;
+        let ms = if number("ms_per_step").is_some() { measured("ms_per_step", 1) } else { "out of memory".into() };
+        format!(
+            "| {millions:.0} M | {} | {} x {} | {ms} | {} | {} | {} | {} |\n",
+            row["attention"],
+            row["batch"],
+            row["context"],
+            measured("tokens_per_s", 0),
+            measured("model_tflops", 0),
+            number("mfu_percent").map_or(String::new(), |percent| format!("{percent:.0}%")),
+            measured("peak_gib", 1),
+        )
     };
-    let lines: String = rows.iter().map(line).collect();
-    Ok(if lines.is_empty() { lines } else { head(&COLUMNS.map(|(_, name)| name)) + &lines })
+    let lines: String = gpu.rows("gpt", &COLUMNS)?.iter().map(line).collect();
+    let columns = [
+        "parameters",
+        "attention",
+        "batch x context",
+        "ms a step",
+        "tokens/s",
+        "model TFLOP/s",
+        "of the peak",
+        "GiB at the peak",
+    ];
+    Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
 }
 
 /// What each change brought to the training.
