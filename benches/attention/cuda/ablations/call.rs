@@ -17,9 +17,9 @@ use crate::inputs::{values, Inputs};
 use crate::peers::{self, Answer};
 use crate::sample::rounding_step;
 
-/// Steps of rounding that a row may be apart from that of ours, of its length and of the usual one. In each of the two, every
-/// p or ds is rounded once, by half a step at most, and so is the result: 1.4 steps if all of them are as far off as may
-/// be. A tile of 64 keys lost among 16k makes 8, and more among fewer.
+/// Steps of rounding that a row may be apart from that of ours, as a share of its length and the usual one together. In each
+/// of the two, every p or ds is rounded once, by half a step at most, and so is the result: a step each, if all of them
+/// are as far off as may be. A tile of 64 keys lost among 16k makes 8, and more among fewer.
 const STEPS: f64 = 3.0;
 
 /// The second argument of every kernel of ablations.cu: `Statistics` of benches/ablations/softmax.cuh.
@@ -101,7 +101,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Holds the kernel's answer against ours: the worst row, in the units of [`STEPS`] but as a share.
+    /// Holds the kernel's answer against ours: the worst row of [`Self::compare`].
     ///
     /// # Errors
     /// If a row is farther off than rounding can bring it.
@@ -241,7 +241,7 @@ impl<'a> Call<'a> {
 
     /// What the forward that keeps them makes of this call.
     fn max_and_sum(&self, images: &Images) -> Result<(Tensor, Tensor)> {
-        let kernel = images.kernel(self.case, &RESCALE)?;
+        let kernel = images.kernel(self.case, &RESCALE)?.context("the forward with maximum and sum does not fit")?;
         let work = self.forward()?;
         self.launch(&kernel, &work)?;
         Ok((work.max, work.sum))

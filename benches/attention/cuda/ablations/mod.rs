@@ -155,7 +155,7 @@ impl Bench<'_> {
     /// Checks and times a variant beside the rate of ours.
     fn compare(&mut self, call: &Call, variant: &'static Variant, ours: Option<f64>) -> Result<()> {
         let case = call.case;
-        let kernel = self.images.kernel(case, variant)?;
+        let Some(kernel) = self.images.kernel(case, variant)? else { return Ok(()) };
         let (error, cost) = self.run(call, &kernel)?;
         let (Some(ours), Some(cost)) = (ours, cost) else {
             println!("checked {} {}: the worst row is off by {error:.1e}", case.name, variant.symbol());
