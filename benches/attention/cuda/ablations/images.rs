@@ -116,7 +116,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 20] = sources![
+const SOURCES: [(&str, &str); 19] = sources![
     "benches/ablations/ablations.cu",
     "benches/ablations/backward.cuh",
     "benches/ablations/forward.cuh",
@@ -130,7 +130,6 @@ const SOURCES: [(&str, &str); 20] = sources![
     "cuda/core/softmax.cuh",
     "cuda/core/tile.cuh",
     "cuda/core/types.cuh",
-    "cuda/delta.cuh",
     "cuda/params.h",
     "cuda/sm80/bwd.cuh",
     "cuda/sm80/copy.cuh",
