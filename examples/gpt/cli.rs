@@ -5,6 +5,7 @@ use crate::config::{AttentionKind, Config, Precision, Preset};
 use crate::files;
 use crate::rng::Rng;
 use crate::sample::{Sampling, Trained};
+use crate::time::{self, Plan};
 use crate::tokenizer::TokenizerKind;
 use crate::train::Run;
 use anyhow::{anyhow, bail, Result};
@@ -35,6 +36,9 @@ enum Cmd {
     Sample(SampleArgs),
     /// Measure a trained model's loss on held-out text
     Eval(EvalArgs),
+    /// Measure how fast a model trains here: whole steps on random tokens
+    #[command(after_help = preset_table())]
+    Time(Box<TimeArgs>),
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -112,7 +116,7 @@ struct RecipeArgs {
     /// How text becomes tokens
     #[arg(long)]
     tokenizer: Option<TokenizerKind>,
-    /// Flash, or standard for comparison
+    /// Flash, or standard for comparison; none leaves it out
     #[arg(long)]
     attention: Option<AttentionKind>,
     /// Type of the activations; weights and optimizer are f32 always
@@ -281,11 +285,73 @@ struct EvalArgs {
     data: Option<PathBuf>,
 }
 
+#[derive(Args)]
+struct TimeArgs {
+    /// Where the defaults of the recipe come from; one batch per step unless --accumulation says otherwise
+    #[arg(long, default_value = "tiny")]
+    preset: Preset,
+    /// Device to compute on
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceKind,
+    /// Flash, standard for comparison, or none: what the rest costs
+    #[arg(long)]
+    attention: Option<AttentionKind>,
+    /// Type of the activations; weights and optimizer are f32 always
+    #[arg(long)]
+    dtype: Option<Precision>,
+    /// Tokens that the model sees at once
+    #[arg(long, value_name = "N", value_parser = positive)]
+    context: Option<usize>,
+    /// Windows per batch
+    #[arg(long, value_name = "N", value_parser = positive)]
+    batch: Option<usize>,
+    /// Batches per step
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 1)]
+    accumulation: usize,
+    /// Steps to time
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 10)]
+    steps: usize,
+    /// Steps before them that warm up
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    warmup: usize,
+    /// The device's peak that MFU is a share of [default: the data sheet's for bf16, for GPUs that are known]
+    #[arg(long, value_name = "TFLOPS", value_parser = above_zero)]
+    peak: Option<f64>,
+    /// Say where the time of a step goes
+    #[arg(long)]
+    profile: bool,
+    /// Add a row to this file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+}
+
+impl TimeArgs {
+    fn run(self) -> Result<()> {
+        let preset = Config::preset(self.preset);
+        let config = Config {
+            attention: self.attention.unwrap_or(preset.attention),
+            precision: self.dtype.unwrap_or(preset.precision),
+            context: self.context.unwrap_or(preset.context),
+            batch: self.batch.unwrap_or(preset.batch),
+            accumulation: self.accumulation,
+            ..preset
+        };
+        let plan = Plan { steps: self.steps, warmup: self.warmup, peak_tflops: self.peak, profile: self.profile };
+        let timing = time::measure(&config, &plan, &self.device.open()?)?;
+        println!("{timing}");
+        match &self.csv {
+            Some(path) => timing.append(path),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Cli {
     pub fn run(self) -> Result<()> {
         match self.command {
             None => self.train.run(),
             Some(Cmd::Train(args)) => args.run(),
+            Some(Cmd::Time(args)) => args.run(),
             Some(Cmd::Sample(args)) => {
                 let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k };
                 println!("{}", args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?);

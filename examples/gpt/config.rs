@@ -29,6 +29,8 @@ pub enum AttentionKind {
     Flash,
     /// matmul, softmax, matmul
     Standard,
+    /// Left out, y = q + k + v: what the rest costs
+    None,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]

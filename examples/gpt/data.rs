@@ -156,7 +156,12 @@ impl Corpus {
 }
 
 /// Windows of `tokens` that start at `starts`, and their targets, one token further: u32, both (starts, context).
-pub fn windows(tokens: &[u32], starts: &[usize], context: usize, device: &Device) -> Result<(Tensor, Tensor)> {
+pub fn windows(
+    tokens: &[u32],
+    starts: &[usize],
+    context: usize,
+    device: &Device,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let gather = |shift: usize| {
         let values: Vec<u32> =
             starts.iter().flat_map(|&start| tokens[start + shift..start + shift + context].iter().copied()).collect();

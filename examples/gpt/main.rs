@@ -6,18 +6,21 @@
 //! cargo run --release --example gpt -- sample --prompt "fn "      let the newest run write
 //! cargo run --release --example gpt -- eval                       its loss on held-out text
 //! cargo run --release --example gpt -- train --resume runs/0001   go on where it stopped
+//! cargo run --release --example gpt -- time --preset 124m         how fast a preset trains here, without a text
 //! ```
 //!
 //! | file | what it holds |
 //! | --- | --- |
 //! | `config.rs` | a run as a recipe, and the presets |
 //! | `model.rs` | GPT-2, with the attention call in plain sight |
-//! | `train.rs` | the loop |
+//! | `train.rs`, `learner.rs` | the loop, and one step of it |
 //! | `optimizer.rs` | AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | a trained model's text and loss |
 //! | `checkpoint.rs`, `files.rs` | what survives the process |
 //! | `metrics.rs`, `plot.rs`, `progress.rs` | what one sees of it |
+//! | `time.rs`, `profile.rs` | speed, and where the time goes |
+//! | `gpu.rs` | what is asked of a GPU beyond Candle's operators |
 //! | `rng.rs` | all randomness |
 //! | `cli.rs` | options |
 
@@ -26,15 +29,20 @@ mod cli;
 mod config;
 mod data;
 mod files;
+#[cfg(feature = "cuda")]
+mod gpu;
+mod learner;
 mod metrics;
 mod model;
 mod optimizer;
 mod plot;
+mod profile;
 mod progress;
 mod rng;
 mod sample;
 #[cfg(test)]
 mod tests;
+mod time;
 mod tokenizer;
 mod train;
 

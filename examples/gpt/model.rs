@@ -7,6 +7,7 @@
 //! and `LayerNorm::forward` with a bias. This file uses their differentiable forms, and `check_gradients` sees to it.
 
 use crate::config::{AttentionKind, Config};
+use crate::profile;
 use crate::rng::Rng;
 use anyhow::{bail, Result};
 use candle_core::backprop::GradStore;
@@ -163,7 +164,10 @@ impl Gpt {
 
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        Ok(candle_nn::loss::cross_entropy(&self.forward(tokens)?, &targets.flatten_all()?)?)
+        profile::phase("forward")?;
+        let logits = self.forward(tokens)?;
+        profile::phase("loss")?;
+        Ok(candle_nn::loss::cross_entropy(&logits, &targets.flatten_all()?)?)
     }
 
     /// Logits of the token that follows `tokens`, as many as the vocabulary has.
@@ -213,6 +217,7 @@ impl Gpt {
         let o = match self.config.attention {
             AttentionKind::Flash => Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?,
             AttentionKind::Standard => standard_attention(&q, &k, &v)?,
+            AttentionKind::None => ((q + k)? + v)?,
         };
         Ok(block.attn_proj.forward(&o.reshape((batch * seqlen, embed_dim))?)?)
     }

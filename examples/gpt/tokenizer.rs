@@ -34,6 +34,11 @@ impl Tokenizer {
         }
     }
 
+    /// The vocabulary that the GPU's matrix products want: tensor cores take rows of whole 128 bytes.
+    pub fn padded_vocab_size(&self) -> usize {
+        self.vocab_size().next_multiple_of(64)
+    }
+
     /// Tokens of `text`; `name` is what an error calls it.
     pub fn encode(&self, text: &[u8], name: &str) -> Result<Vec<u32>> {
         match self {

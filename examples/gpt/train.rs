@@ -4,10 +4,11 @@ use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
 use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::write_atomically;
+use crate::learner::{Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
-use crate::model::{check_gradients, init_parameters, Gpt, Parameters};
-use crate::optimizer::{clip, learning_rate, AdamW, Named};
+use crate::model::{check_gradients, init_parameters, Gpt};
+use crate::optimizer::AdamW;
 use crate::plot;
 use crate::progress::{clock, Progress};
 use crate::rng::Rng;
@@ -27,9 +28,7 @@ pub struct Run {
     tokenizer: Tokenizer,
     corpus: Corpus,
     device: Device,
-    parameters: Parameters,
-    model: Gpt, // over the parameters
-    optimizer: AdamW,
+    learner: Learner,
     rng: Rng,
     batches: Batches,
     step: usize, // steps done
@@ -42,10 +41,10 @@ impl Run {
         let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
         let mut rng = Rng::new(config.seed);
         let parameters = init_parameters(&config, tokenizer.vocab_size(), &mut rng, &device)?;
-        let model = Gpt::new(&config, &parameters);
         let optimizer = AdamW::new(&parameters)?;
+        let learner = Learner::new(&config, parameters, optimizer);
         let batches = Batches::new(&config, &corpus, &mut rng);
-        let run = Self { config, tokenizer, corpus, device, parameters, model, optimizer, rng, batches, step: 0 };
+        let run = Self { config, tokenizer, corpus, device, learner, rng, batches, step: 0 };
         run.check_gradients()?;
         Ok(run)
     }
@@ -77,9 +76,9 @@ impl Run {
         config.data = data.or(config.data);
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
-        let model = Gpt::new(&config, &parameters);
+        let learner = Learner::new(&config, parameters, optimizer);
         let batches = Batches::at(&config, &corpus, cursor);
-        let run = Self { config, tokenizer, corpus, device, parameters, model, optimizer, rng, batches, step };
+        let run = Self { config, tokenizer, corpus, device, learner, rng, batches, step };
         run.check_gradients()?;
         Ok(run)
     }
@@ -124,19 +123,15 @@ impl Run {
     /// One optimizer step, and its evaluation where one is due.
     pub fn one_step(&mut self) -> Result<Row> {
         let started = Instant::now();
-        let (train_loss, mut gradients) = self.gradients()?;
-        let grad_norm = clip(&mut gradients, self.config.clip)?;
+        let config = &self.config;
+        let batches = (0..config.accumulation)
+            .map(|_| {
+                let starts = self.batches.next(config.batch, &mut self.rng);
+                windows(&self.corpus.train, &starts, config.context, &self.device)
+            })
+            .collect::<candle_core::Result<Vec<_>>>()?;
         let step = self.step + 1;
-        if !train_loss.is_finite() || !grad_norm.is_finite() {
-            bail!(
-                "step {step}: the loss is {train_loss} and the norm of its gradient {grad_norm}; the last checkpoint is \
-                 from before; a smaller --lr or a longer --warmup may help"
-            );
-        }
-        #[cfg(test)]
-        crate::tests::abort_at("inside", Path::new("a step"));
-        let lr = learning_rate(&self.config, step);
-        self.optimizer.update(&self.parameters, &gradients, &self.config, step, lr)?;
+        let Outcome { train_loss, grad_norm, lr } = self.learner.step(config, step, &batches)?;
         self.device.synchronize()?;
         let tokens_per_s = (self.config.tokens_per_step() as f64 / started.elapsed().as_secs_f64()) as u64;
 
@@ -146,34 +141,9 @@ impl Run {
         Ok(Row { step, train_loss, val_loss, lr, grad_norm, tokens_per_s })
     }
 
-    /// Mean loss over the next `accumulation` batches, and its gradient.
-    fn gradients(&mut self) -> Result<(f32, Named)> {
-        let config = &self.config;
-        let mut train_loss = 0.0;
-        let mut gradients = Named::new();
-        for _ in 0..config.accumulation {
-            let starts = self.batches.next(config.batch, &mut self.rng);
-            let (tokens, targets) = windows(&self.corpus.train, &starts, config.context, &self.device)?;
-            let loss = (self.model.loss(&tokens, &targets)? / config.accumulation as f64)?;
-            let mut store = loss.backward()?;
-            for (name, var) in &self.parameters {
-                let Some(gradient) = store.remove(var) else { bail!("parameter {name} received no gradient") };
-                // Candle's gradients remember what they were computed from, and would keep this whole pass alive.
-                let gradient = gradient.detach();
-                let sum = match gradients.remove(name) {
-                    Some(before) => (before + gradient)?,
-                    None => gradient,
-                };
-                gradients.insert(name.clone(), sum);
-            }
-            train_loss += loss.to_scalar::<f32>()?;
-        }
-        Ok((train_loss, gradients))
-    }
-
     /// What the model writes now, from a new line on.
     fn sample(&self) -> Result<String> {
-        let model = Gpt::frozen(&self.config, &self.parameters);
+        let model = Gpt::frozen(&self.config, &self.learner.parameters);
         let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
         let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
         // A clone of the generator: a sample must not change how a resumed run goes on.
@@ -186,14 +156,14 @@ impl Run {
         let all = window_starts(self.corpus.held_out.len(), self.config.context, 0);
         let stride = all.len().div_ceil(self.config.eval_windows);
         let starts: Vec<usize> = all.into_iter().step_by(stride).collect();
-        mean_loss(&Gpt::frozen(&self.config, &self.parameters), &self.corpus.held_out, &starts)
+        mean_loss(&Gpt::frozen(&self.config, &self.learner.parameters), &self.corpus.held_out, &starts)
     }
 
     /// One backward pass, whose gradients must reach every parameter.
     fn check_gradients(&self) -> Result<()> {
         let starts = window_starts(self.corpus.train.len(), self.config.context, 0);
         let (tokens, targets) = windows(&self.corpus.train, &starts[..1], self.config.context, &self.device)?;
-        check_gradients(&self.parameters, &self.model.loss(&tokens, &targets)?.backward()?)
+        check_gradients(&self.learner.parameters, &self.learner.model.loss(&tokens, &targets)?.backward()?)
     }
 
     fn checkpoint(&self, dir: &Path, metrics: &Metrics) -> Result<()> {
@@ -207,12 +177,12 @@ impl Run {
             rng: self.rng.clone(),
             cursor: self.batches.cursor().clone(),
         };
-        checkpoint::save(dir, &state, &self.parameters, &self.optimizer)
+        checkpoint::save(dir, &state, &self.learner.parameters, &self.learner.optimizer)
     }
 
     fn describe(&self) -> String {
         let Config { num_layers, num_heads, embed_dim, context, batch, accumulation, .. } = self.config;
-        let weights: usize = self.parameters.values().map(|var| var.elem_count()).sum();
+        let weights: usize = self.learner.parameters.values().map(|var| var.elem_count()).sum();
         let accumulated = if accumulation == 1 { String::new() } else { format!("{accumulation} x ") };
         format!(
             "text   {}: {} tokens to train on, {} held out (SHA-256 {})\n\

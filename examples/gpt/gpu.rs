@@ -1,0 +1,59 @@
+//! What the example asks of a GPU beyond Candle's operators, through the cudarc that Candle exports: its name, events and
+//! the memory pool that Candle allocates from.
+
+use anyhow::Result;
+use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute::{
+    self as Attribute, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+};
+use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUmemoryPool};
+use candle_core::cuda::cudarc::driver::{result, CudaEvent};
+use candle_core::CudaDevice;
+
+pub fn name(device: &CudaDevice) -> Result<String> {
+    Ok(device.cuda_stream().context().name()?)
+}
+
+/// An event, with a time, behind all work that is queued.
+pub fn event(device: &CudaDevice) -> Result<CudaEvent> {
+    Ok(device.cuda_stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
+}
+
+/// The pool that Candle's allocations come from.
+pub struct MemoryPool(CUmemoryPool);
+
+impl MemoryPool {
+    pub fn of(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        context.bind_to_thread()?;
+        // SAFETY: the device is the one that `context` was opened on.
+        Ok(Self(unsafe { result::device::get_mem_pool(context.cu_device())? }))
+    }
+
+    /// The most bytes that were in use at once since the last [`Self::reset_peak`].
+    pub fn peak_bytes(&self) -> Result<u64> {
+        let mut bytes = 0u64;
+        // SAFETY: the pool is the device's own, which outlives the process's use of it, and this attribute is a u64.
+        unsafe { result::mem_pool::get_attribute(self.0, CU_MEMPOOL_ATTR_USED_MEM_HIGH, (&raw mut bytes).cast())? };
+        Ok(bytes)
+    }
+
+    /// From here on, a new peak.
+    pub fn reset_peak(&self) -> Result<()> {
+        self.set(CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0) // the driver takes no other number: the peak becomes what is in use
+    }
+
+    /// Bytes in use.
+    pub fn used_bytes(&self) -> Result<u64> {
+        let mut bytes = 0u64;
+        // SAFETY: as in `peak_bytes`.
+        unsafe { result::mem_pool::get_attribute(self.0, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, (&raw mut bytes).cast())? };
+        Ok(bytes)
+    }
+
+    fn set(&self, attribute: Attribute, mut value: u64) -> Result<()> {
+        // SAFETY: the pool is the device's own, and the attributes that are set here are u64.
+        unsafe { result::mem_pool::set_attribute(self.0, attribute, (&raw mut value).cast())? };
+        Ok(())
+    }
+}

@@ -1,0 +1,238 @@
+//! How fast a model trains: whole optimizer steps on random tokens, without a text.
+//!
+//! The steps are queued one after the other and the clock is read around all of them, after some that warm up. FLOPs are
+//! the model's, 6 N + 6 L d T per token: N parameters, L layers of width d, T tokens of context, of which causal attention
+//! sees half. MFU is their share of the device's peak.
+
+use crate::config::Config;
+use crate::learner::{Batch, Learner};
+use crate::model::init_parameters;
+use crate::optimizer::AdamW;
+use crate::profile;
+use crate::rng::Rng;
+use crate::tokenizer::Tokenizer;
+use anyhow::{anyhow, Result};
+use candle_core::{Device, Tensor};
+use serde::Serialize;
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::time::Instant;
+
+/// Dense bf16 peaks of the data sheets in TFLOP/s, by a word of the GPU's name; the first that fits counts.
+const PEAKS: [(&str, f64); 6] =
+    [("H100 PCIe", 756.0), ("H100", 989.0), ("H200", 989.0), ("A100", 312.0), ("L40S", 362.0), ("RTX 4090", 165.0)];
+
+/// What to measure besides the recipe.
+pub struct Plan {
+    pub steps: usize,
+    pub warmup: usize,
+    pub peak_tflops: Option<f64>,
+    pub profile: bool,
+}
+
+/// One measurement, a row of `--csv`.
+#[derive(Serialize)]
+pub struct Timing {
+    device: String,
+    parameters: usize,
+    layers: usize,
+    width: usize,
+    attention: String,
+    precision: String,
+    context: usize,
+    batch: usize,
+    accumulation: usize,
+    steps: usize,
+    /// What follows is empty where the memory of the device did not suffice.
+    ms_per_step: Option<f64>,
+    tokens_per_s: Option<f64>,
+    model_tflops: Option<f64>,
+    mfu_percent: Option<f64>,
+    /// The most memory in use during the timed steps.
+    peak_gib: Option<f64>,
+    /// What is in use between steps: parameters, moments, batches.
+    resident_gib: Option<f64>,
+    last_loss: Option<f32>,
+    #[serde(skip)]
+    phases: Vec<(&'static str, f64)>, // ms per step
+}
+
+/// Times `plan.steps` steps of the recipe `config`.
+pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
+    let vocab_size = Tokenizer::new(config.tokenizer).padded_vocab_size();
+    let mut rng = Rng::new(config.seed);
+    let parameters = init_parameters(config, vocab_size, &mut rng, device)?;
+    let mut timing = Timing {
+        device: device_name(device)?,
+        parameters: parameters.values().map(|var| var.elem_count()).sum(),
+        layers: config.num_layers,
+        width: config.embed_dim,
+        attention: format!("{:?}", config.attention).to_lowercase(),
+        precision: format!("{:?}", config.precision).to_lowercase(),
+        context: config.context,
+        batch: config.batch,
+        accumulation: config.accumulation,
+        steps: plan.steps,
+        ms_per_step: None,
+        tokens_per_s: None,
+        model_tflops: None,
+        mfu_percent: None,
+        peak_gib: None,
+        resident_gib: None,
+        last_loss: None,
+        phases: Vec::new(),
+    };
+    let optimizer = AdamW::new(&parameters)?;
+    let mut learner = Learner::new(config, parameters, optimizer);
+    match run(&mut learner, config, plan, vocab_size, &mut rng, device, &mut timing) {
+        Err(error) if is_out_of_memory(&error) => Ok(timing),
+        result => result.map(|()| timing),
+    }
+}
+
+fn run(
+    learner: &mut Learner,
+    config: &Config,
+    plan: &Plan,
+    vocab_size: usize,
+    rng: &mut Rng,
+    device: &Device,
+    timing: &mut Timing,
+) -> Result<()> {
+    let mut batches = || -> Result<Vec<Batch>> {
+        (0..config.accumulation)
+            .map(|_| {
+                let mut draw = || {
+                    let tokens = (0..config.batch * config.context).map(|_| rng.below(vocab_size) as u32).collect();
+                    Tensor::from_vec(tokens, (config.batch, config.context), device)
+                };
+                Ok((draw()?, draw()?))
+            })
+            .collect()
+    };
+    // Drawn beforehand: a run's batches cost next to nothing, random numbers on the host do not.
+    let steps = (0..plan.warmup + plan.steps).map(|_| batches()).collect::<Result<Vec<_>>>()?;
+    let (warmup, timed) = steps.split_at(plan.warmup);
+
+    for (step, batches) in (1..).zip(warmup) {
+        learner.step(config, step, batches)?;
+    }
+    device.synchronize()?;
+    let resident = memory::start(device)?;
+    if plan.profile {
+        profile::start(device);
+    }
+    let started = Instant::now();
+    let mut last_loss = f32::NAN;
+    for (step, batches) in (plan.warmup + 1..).zip(timed) {
+        last_loss = learner.step(config, step, batches)?.train_loss;
+    }
+    profile::phase("end")?;
+    device.synchronize()?;
+    let per_step = started.elapsed().as_secs_f64() / plan.steps as f64;
+
+    let tokens_per_s = config.tokens_per_step() as f64 / per_step;
+    let flops_per_token = (6 * timing.parameters + 6 * config.num_layers * config.embed_dim * config.context) as f64;
+    let model_tflops = flops_per_token * tokens_per_s / 1e12;
+    let peak = plan
+        .peak_tflops
+        .or_else(|| PEAKS.iter().find(|(name, _)| timing.device.contains(name)).map(|(_, tflops)| *tflops));
+    timing.ms_per_step = Some(per_step * 1e3);
+    timing.tokens_per_s = Some(tokens_per_s);
+    timing.model_tflops = Some(model_tflops);
+    timing.mfu_percent = peak.map(|peak| 100.0 * model_tflops / peak);
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    timing.peak_gib = memory::peak(device)?.map(gib);
+    timing.resident_gib = resident.map(gib);
+    timing.last_loss = Some(last_loss);
+    timing.phases =
+        profile::finish()?.into_iter().map(|(name, seconds)| (name, seconds * 1e3 / plan.steps as f64)).collect();
+    Ok(())
+}
+
+impl Timing {
+    /// Adds the row to the file `path`, which gets its heading if it is new.
+    pub fn append(&self, path: &Path) -> Result<()> {
+        let fail = |error: std::io::Error| anyhow!("cannot write --csv {}: {error}", path.display());
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(fail)?;
+        let is_new = file.metadata().map_err(fail)?.len() == 0;
+        let mut table = csv::WriterBuilder::new().has_headers(is_new).from_writer(file);
+        table.serialize(self)?;
+        table.flush().map_err(fail)
+    }
+}
+
+impl std::fmt::Display for Timing {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let accumulated = if self.accumulation == 1 { String::new() } else { format!("{} x ", self.accumulation) };
+        write!(
+            f,
+            "{:.1} M parameters, {} attention, {}, {accumulated}{} x {} tokens on {}: ",
+            self.parameters as f64 / 1e6,
+            self.attention,
+            self.precision,
+            self.batch,
+            self.context,
+            self.device
+        )?;
+        let (Some(ms), Some(tokens_per_s), Some(tflops)) = (self.ms_per_step, self.tokens_per_s, self.model_tflops)
+        else {
+            return write!(f, "out of memory");
+        };
+        write!(f, "{ms:.1} ms per step, {tokens_per_s:.0} tokens/s, {tflops:.2} model TFLOP/s")?;
+        if let Some(mfu) = self.mfu_percent {
+            write!(f, ", MFU {mfu:.1}%")?;
+        }
+        if let (Some(peak), Some(resident)) = (self.peak_gib, self.resident_gib) {
+            write!(f, ", peak memory {peak:.2} GiB ({resident:.2} between steps)")?;
+        }
+        write!(f, ", loss {:.3}", self.last_loss.unwrap_or(f32::NAN))?;
+        let whole: f64 = self.phases.iter().map(|(_, ms)| ms).sum();
+        for (name, ms) in &self.phases {
+            write!(f, "\n  {name:24} {ms:9.2} ms {:5.1}%", 100.0 * ms / whole)?;
+        }
+        Ok(())
+    }
+}
+
+fn device_name(device: &Device) -> Result<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::gpu::name(device),
+        _ => Ok("CPU".to_string()),
+    }
+}
+
+/// Candle has no variant for it: the driver's and cuBLAS's own words.
+fn is_out_of_memory(error: &anyhow::Error) -> bool {
+    let text = format!("{error:?}");
+    ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|words| text.contains(words))
+}
+
+/// Memory of a GPU; of a CPU nothing is known.
+mod memory {
+    use anyhow::Result;
+    use candle_core::Device;
+
+    /// Bytes in use now, from where on a new peak is looked for.
+    pub fn start(device: &Device) -> Result<Option<u64>> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let pool = crate::gpu::MemoryPool::of(device)?;
+                pool.reset_peak()?;
+                pool.used_bytes().map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The most bytes in use since [`start`].
+    pub fn peak(device: &Device) -> Result<Option<u64>> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => crate::gpu::MemoryPool::of(device)?.peak_bytes().map(Some),
+            _ => Ok(None),
+        }
+    }
+}
