@@ -86,6 +86,12 @@ struct Linear {
 }
 
 impl Linear {
+    /// The layer that gives `len` of the outputs, from `start` on.
+    fn columns(&self, start: usize, len: usize) -> candle_core::Result<Self> {
+        let weight = self.weight.narrow(1, start, len)?.contiguous()?; // (inputs, len)
+        Ok(Self { weight, bias: self.bias.narrow(0, start, len)? })
+    }
+
     /// (n, inputs) -> (n, outputs)
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         x.matmul(&self.weight.to_dtype(x.dtype())?)?.broadcast_add(&self.bias.to_dtype(x.dtype())?)
@@ -208,12 +214,13 @@ impl Gpt {
     /// Causal self-attention: (batch * seqlen, embed_dim) -> (batch * seqlen, embed_dim).
     fn attention(&self, block: &Block, x: &Tensor, batch: usize, seqlen: usize) -> Result<Tensor> {
         let Config { num_heads, embed_dim, .. } = self.config;
-        let qkv = block.c_attn.forward(x)?; // (batch * seqlen, 3 * embed_dim)
-        let qkv = qkv.reshape((batch, seqlen, 3, num_heads, self.config.head_dim()))?;
-        // q, k, v are views into qkv: (batch, seqlen, num_heads, head_dim)
-        let q = qkv.narrow(2, 0, 1)?.squeeze(2)?;
-        let k = qkv.narrow(2, 1, 1)?.squeeze(2)?;
-        let v = qkv.narrow(2, 2, 1)?.squeeze(2)?;
+        // q, k and v from a third of c_attn's columns each. Views into one product would be cut as easily, but the gradient
+        // of a view is padded to the whole with zeros and added: three times three activations.
+        let heads = |third: usize| -> candle_core::Result<Tensor> {
+            let projected = block.c_attn.columns(third * embed_dim, embed_dim)?.forward(x)?; // (batch * seqlen, embed_dim)
+            projected.reshape((batch, seqlen, num_heads, self.config.head_dim()))
+        };
+        let (q, k, v) = (heads(0)?, heads(1)?, heads(2)?);
         let o = match self.config.attention {
             AttentionKind::Flash => Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?,
             AttentionKind::Standard => standard_attention(&q, &k, &v)?,
