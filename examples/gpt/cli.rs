@@ -53,11 +53,14 @@ impl DeviceKind {
     fn open(self) -> Result<Device> {
         match self {
             DeviceKind::Cpu => Ok(Device::Cpu),
-            DeviceKind::Cuda if !cfg!(feature = "cuda") => bail!(
+            #[cfg(not(feature = "cuda"))]
+            DeviceKind::Cuda => bail!(
                 "--device cuda needs the feature `cuda`, which this build lacks; run cargo with --features cuda, or use \
                  --device cpu"
             ),
-            DeviceKind::Cuda => Device::new_cuda(0)
+            #[cfg(feature = "cuda")]
+            DeviceKind::Cuda => crate::gpu::open()
+                .map(Device::Cuda)
                 .map_err(|error| anyhow!("--device cuda found no usable GPU: {error}; use --device cpu")),
         }
     }

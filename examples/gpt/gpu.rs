@@ -1,13 +1,29 @@
-//! What the example asks of a GPU beyond Candle's operators, through the cudarc that Candle exports: its name, events and
+//! What the example asks of a GPU beyond Candle's operators, through the cudarc that Candle exports: its name, events, and
 //! the memory pool that Candle allocates from.
 
 use anyhow::Result;
+use candle_core::backend::BackendDevice;
 use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute::{
-    self as Attribute, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    self as Attribute, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+    CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
 use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUmemoryPool};
 use candle_core::cuda::cudarc::driver::{result, CudaEvent};
 use candle_core::CudaDevice;
+
+/// The first GPU, set up for one thread that trains on it.
+pub fn open() -> candle_core::Result<CudaDevice> {
+    let device = CudaDevice::new(0)?;
+    // SAFETY: events order the uses of a tensor by several streams, and its freeing behind them. All tensors of this
+    // program are made, used and freed by one thread on the one stream of `device`, which is in order by itself.
+    unsafe { device.disable_event_tracking() };
+    // What is freed stays with the pool. Otherwise it goes back to the driver at each synchronisation, and the next step
+    // maps all of its memory anew.
+    MemoryPool::of(&device)
+        .and_then(|pool| pool.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX))
+        .map_err(|error| candle_core::Error::Msg(format!("its memory pool: {error}")))?;
+    Ok(device)
+}
 
 pub fn name(device: &CudaDevice) -> Result<String> {
     Ok(device.cuda_stream().context().name()?)
