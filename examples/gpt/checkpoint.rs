@@ -11,16 +11,18 @@
 use crate::config::Config;
 use crate::data::Cursor;
 use crate::files::AtomicFile;
-use crate::model::{parameter_shapes, Parameters};
-use crate::optimizer::{AdamW, Named};
+use crate::learner::Learner;
+use crate::model::parameter_shapes;
+use crate::optimizer::AdamW;
+use crate::parameters::{Flat, Named};
 use crate::rng::Rng;
 use anyhow::{anyhow, bail, Result};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -47,16 +49,15 @@ pub struct State {
 
 pub struct Checkpoint {
     pub state: State,
-    pub parameters: Parameters,
-    pub optimizer: AdamW,
+    pub learner: Learner,
 }
 
 /// Writes the checkpoint of the run in `dir`; the one before it stays until this one is complete.
-pub fn save(dir: &Path, state: &State, parameters: &Parameters, optimizer: &AdamW) -> Result<()> {
-    let mut tensors: Vec<(String, Tensor)> =
-        parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-    for (kind, moments) in [("adam.m", &optimizer.m), ("adam.v", &optimizer.v)] {
-        tensors.extend(moments.iter().map(|(name, tensor)| (format!("{kind}.{name}"), tensor.clone())));
+pub fn save(dir: &Path, state: &State, learner: &Learner) -> Result<()> {
+    let Learner { parameters, optimizer } = learner;
+    let mut tensors = Vec::new();
+    for (prefix, flat) in [("", parameters), ("adam.m.", &optimizer.m), ("adam.v.", &optimizer.v)] {
+        tensors.extend(flat.named()?.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
     }
     let path = dir.join(FILE_NAME);
     write(&path, &header(state, &tensors)?, &tensors).map_err(|error| {
@@ -155,15 +156,13 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
         Ok(Tensor::from_vec(values, shape, device)?)
     };
     let shapes = parameter_shapes(&state.config, state.vocab_size);
-    let named = |prefix: &str| -> Result<Named> {
-        shapes.iter().map(|(name, shape)| Ok((name.clone(), read(&format!("{prefix}{name}"), shape)?))).collect()
+    let flat = |prefix: &str| -> Result<Flat> {
+        let named = shapes.iter().map(|(name, shape)| Ok((name.clone(), read(&format!("{prefix}{name}"), shape)?)));
+        Flat::new(&named.collect::<Result<Named>>()?)
     };
-    let parameters = named("")?
-        .into_iter()
-        .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
-        .collect::<Result<BTreeMap<_, _>>>()?;
-    let optimizer = AdamW { m: named("adam.m.")?, v: named("adam.v.")? };
-    Ok(Checkpoint { state, parameters, optimizer })
+    let optimizer = AdamW { m: flat("adam.m.")?, v: flat("adam.v.")? };
+    let learner = Learner { parameters: flat("")?, optimizer };
+    Ok(Checkpoint { state, learner })
 }
 
 /// Hashes what it writes.

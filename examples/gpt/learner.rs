@@ -1,8 +1,9 @@
 //! What learns, and one step of it: the same for a run and for a measurement.
 
 use crate::config::Config;
-use crate::model::{Gpt, Parameters};
-use crate::optimizer::{clip, learning_rate, AdamW, Named};
+use crate::model::Gpt;
+use crate::optimizer::{clip, learning_rate, AdamW};
+use crate::parameters::{Flat, Named};
 use crate::profile;
 use anyhow::{bail, Result};
 use candle_core::Tensor;
@@ -11,62 +12,86 @@ use candle_core::Tensor;
 pub type Batch = (Tensor, Tensor);
 
 pub struct Learner {
-    pub parameters: Parameters,
-    pub model: Gpt, // over the parameters
+    pub parameters: Flat, // f32
     pub optimizer: AdamW,
 }
 
-/// What a step says of itself.
+/// What a step will have to say of itself. A GPU may still be at it: whoever reads the numbers waits.
 pub struct Outcome {
-    pub train_loss: f32, // of the step's batches, before its update
-    pub grad_norm: f32,  // before clipping
+    pub step: usize,
     pub lr: f64,
+    train_loss: Tensor, // f32 (), of the step's batches, before its update
+    grad_norm: Tensor,  // f32 (), before clipping
+}
+
+impl Outcome {
+    /// (train_loss, grad_norm) of each of `outcomes`, waited for at once.
+    ///
+    /// # Errors
+    /// If one is not finite: training has come apart there.
+    pub fn read(outcomes: &[Self]) -> Result<Vec<(f32, f32)>> {
+        if outcomes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let scalars: Vec<&Tensor> =
+            outcomes.iter().flat_map(|outcome| [&outcome.train_loss, &outcome.grad_norm]).collect();
+        let numbers = Tensor::stack(&scalars, 0)?.to_vec1::<f32>()?;
+        let pairs: Vec<(f32, f32)> = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        for (outcome, (train_loss, grad_norm)) in outcomes.iter().zip(&pairs) {
+            if !train_loss.is_finite() || !grad_norm.is_finite() {
+                bail!(
+                    "step {}: the loss is {train_loss} and the norm of its gradient {grad_norm}; the last checkpoint is \
+                     from before; a smaller --lr or a longer --warmup may help",
+                    outcome.step
+                );
+            }
+        }
+        Ok(pairs)
+    }
 }
 
 impl Learner {
-    pub fn new(config: &Config, parameters: Parameters, optimizer: AdamW) -> Self {
-        let model = Gpt::new(config, &parameters);
-        Self { parameters, model, optimizer }
+    pub fn new(parameters: Flat) -> Result<Self> {
+        let optimizer = AdamW::new(&parameters)?;
+        Ok(Self { parameters, optimizer })
+    }
+
+    /// The parameters as they are now, in the type that the model computes in.
+    pub fn weights(&self, config: &Config) -> Result<Named> {
+        self.parameters.to_dtype(config.precision.dtype())?.named()
     }
 
     /// One optimizer step on the mean loss over `batches`; `step` counts from 1.
     pub fn step(&mut self, config: &Config, step: usize, batches: &[Batch]) -> Result<Outcome> {
-        let (train_loss, mut gradients) = self.gradients(batches)?;
+        profile::phase("weights")?;
+        let model = Gpt::new(config, &self.weights(config)?)?;
+        let (train_loss, gradients) = mean_gradients(&model, batches)?;
         profile::phase("optimizer")?;
-        let grad_norm = clip(&mut gradients, config.clip)?;
-        if !train_loss.is_finite() || !grad_norm.is_finite() {
-            bail!(
-                "step {step}: the loss is {train_loss} and the norm of its gradient {grad_norm}; the last checkpoint is \
-                 from before; a smaller --lr or a longer --warmup may help"
-            );
-        }
+        let gradient = self.parameters.gradient(gradients)?;
         #[cfg(test)]
         crate::tests::abort_at("inside", std::path::Path::new("a step"));
+        let (grad_norm, factor) = clip(&gradient, config.clip)?;
         let lr = learning_rate(config, step);
-        self.optimizer.update(&self.parameters, &gradients, config, step, lr)?;
-        Ok(Outcome { train_loss, grad_norm, lr })
+        self.optimizer.update(&mut self.parameters, &gradient, &factor, config, step, lr)?;
+        Ok(Outcome { step, lr, train_loss, grad_norm })
     }
+}
 
-    /// Mean loss over `batches`, and its gradient.
-    fn gradients(&self, batches: &[Batch]) -> Result<(f32, Named)> {
-        let mut train_loss = 0.0;
-        let mut gradients = Named::new();
-        for (tokens, targets) in batches {
-            let loss = (self.model.loss(tokens, targets)? / batches.len() as f64)?;
-            profile::phase("backward")?;
-            let mut store = loss.backward()?;
-            for (name, var) in &self.parameters {
-                let Some(gradient) = store.remove(var) else { bail!("parameter {name} received no gradient") };
-                // Candle's gradients remember what they were computed from, and would keep this whole pass alive.
-                let gradient = gradient.detach();
-                let sum = match gradients.remove(name) {
-                    Some(before) => (before + gradient)?,
-                    None => gradient,
-                };
-                gradients.insert(name.clone(), sum);
-            }
-            train_loss += loss.to_scalar::<f32>()?;
+/// Mean loss over `batches`, and its gradient by parameter: f32.
+pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, Named)> {
+    let mut losses = Vec::new();
+    let mut sums = Named::new();
+    for (tokens, targets) in batches {
+        let loss = (model.loss(tokens, targets)? / batches.len() as f64)?;
+        profile::phase("backward")?;
+        for (name, gradient) in model.gradients(loss.backward()?)? {
+            let sum = match sums.remove(&name) {
+                Some(before) => (before + gradient)?,
+                None => gradient,
+            };
+            sums.insert(name, sum);
         }
-        Ok((train_loss, gradients))
+        losses.push(loss.detach());
     }
+    Ok((Tensor::stack(&losses, 0)?.sum_all()?, sums))
 }

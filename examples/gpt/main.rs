@@ -14,7 +14,7 @@
 //! | `config.rs` | a run as a recipe, and the presets |
 //! | `model.rs` | GPT-2, with the attention call in plain sight |
 //! | `train.rs`, `learner.rs` | the loop, and one step of it |
-//! | `optimizer.rs` | AdamW, schedule, clipping |
+//! | `parameters.rs`, `optimizer.rs` | all parameters at once; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | a trained model's text and loss |
 //! | `checkpoint.rs`, `files.rs` | what survives the process |
@@ -35,6 +35,7 @@ mod learner;
 mod metrics;
 mod model;
 mod optimizer;
+mod parameters;
 mod plot;
 mod profile;
 mod progress;

@@ -1,12 +1,13 @@
 //! GPT-2: learned positions, pre-norm blocks, GELU, and a head that shares the token embedding.
 //!
-//! Parameters have GPT-2's names and layout (weights of linear layers are (inputs, outputs)). They are f32 always;
-//! the forward pass casts them to the type it computes in, and the gradient of a cast is a cast back.
+//! Parameters have GPT-2's names and layout (weights of linear layers are (inputs, outputs)). They are f32 always; a model
+//! is made over a copy of them in the type it computes in.
 //!
 //! Several of Candle's fused operators return a detached result, through which no gradient flows: `softmax_last_dim`,
 //! and `LayerNorm::forward` with a bias. This file uses their differentiable forms, and `check_gradients` sees to it.
 
 use crate::config::{AttentionKind, Config};
+use crate::parameters::Named;
 use crate::profile;
 use crate::rng::Rng;
 use anyhow::{bail, Result};
@@ -20,9 +21,6 @@ use std::f64::consts::PI;
 const NORM_EPSILON: f32 = 1e-5;
 /// Standard deviation of GPT-2's initial weights.
 const INIT_STD: f32 = 0.02;
-
-/// Trainable tensors by name, sorted.
-pub type Parameters = BTreeMap<String, Var>;
 
 enum Init {
     Zeros,
@@ -66,8 +64,8 @@ pub fn parameter_shapes(config: &Config, vocab_size: usize) -> BTreeMap<String, 
 }
 
 /// Fresh parameters, drawn from `rng`.
-pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device: &Device) -> Result<Parameters> {
-    let mut parameters = Parameters::new();
+pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device: &Device) -> Result<Named> {
+    let mut parameters = Named::new();
     for (name, shape, init) in parameter_table(config, vocab_size) {
         let count = shape.iter().product();
         let values = match init {
@@ -75,7 +73,7 @@ pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device
             Init::Ones => vec![1.0; count],
             Init::Normal(std) => rng.normal(count, std),
         };
-        parameters.insert(name, Var::from_tensor(&Tensor::from_vec(values, shape, device)?)?);
+        parameters.insert(name, Tensor::from_vec(values, shape, device)?);
     }
     Ok(parameters)
 }
@@ -94,7 +92,7 @@ impl Linear {
 
     /// (n, inputs) -> (n, outputs)
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.matmul(&self.weight.to_dtype(x.dtype())?)?.broadcast_add(&self.bias.to_dtype(x.dtype())?)
+        x.matmul(&self.weight)?.broadcast_add(&self.bias)
     }
 }
 
@@ -106,7 +104,7 @@ struct LayerNorm {
 impl LayerNorm {
     /// (n, embed_dim) -> (n, embed_dim)
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        layer_norm_slow(x, &self.weight.to_dtype(x.dtype())?, &self.bias.to_dtype(x.dtype())?, NORM_EPSILON)
+        layer_norm_slow(x, &self.weight, &self.bias, NORM_EPSILON)
     }
 }
 
@@ -120,44 +118,51 @@ struct Block {
 }
 
 pub struct Gpt {
-    wte: Tensor, // (vocab_size, embed_dim)
-    wpe: Tensor, // (context, embed_dim)
+    leaves: BTreeMap<String, Var>, // the parameters that learn; their gradients come under these
+    wte: Tensor,                   // (vocab_size, embed_dim)
+    wpe: Tensor,                   // (context, embed_dim)
     blocks: Vec<Block>,
     ln_f: LayerNorm,
     config: Config,
 }
 
 impl Gpt {
-    /// A model over `parameters`. It shares their storage: an optimizer's update is seen at once.
-    pub fn new(config: &Config, parameters: &Parameters) -> Self {
-        Self::over(config, |name| parameters[name].as_tensor().clone())
+    /// A model that learns, over `parameters` as they are now.
+    pub fn new(config: &Config, parameters: &Named) -> Result<Self> {
+        let dtype = config.precision.dtype();
+        let leaf = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), Var::from_tensor(&tensor.to_dtype(dtype)?)?));
+        let leaves = parameters.iter().map(leaf).collect::<Result<BTreeMap<String, Var>>>()?;
+        let model = Self::over(config, |name| Ok(leaves[name].as_tensor().clone()))?;
+        Ok(Self { leaves, ..model })
     }
 
     /// The same model without gradients: nothing of a forward pass is kept.
-    pub fn frozen(config: &Config, parameters: &Parameters) -> Self {
-        Self::over(config, |name| parameters[name].as_tensor().detach())
+    pub fn frozen(config: &Config, parameters: &Named) -> Result<Self> {
+        Self::over(config, |name| Ok(parameters[name].to_dtype(config.precision.dtype())?))
     }
 
-    fn over(config: &Config, tensor: impl Fn(&str) -> Tensor) -> Self {
-        let linear =
-            |name: &str| Linear { weight: tensor(&format!("{name}.weight")), bias: tensor(&format!("{name}.bias")) };
-        let norm =
-            |name: &str| LayerNorm { weight: tensor(&format!("{name}.weight")), bias: tensor(&format!("{name}.bias")) };
-        let block = |layer: usize| Block {
-            ln_1: norm(&format!("h.{layer}.ln_1")),
-            c_attn: linear(&format!("h.{layer}.attn.c_attn")),
-            attn_proj: linear(&format!("h.{layer}.attn.c_proj")),
-            ln_2: norm(&format!("h.{layer}.ln_2")),
-            c_fc: linear(&format!("h.{layer}.mlp.c_fc")),
-            mlp_proj: linear(&format!("h.{layer}.mlp.c_proj")),
+    fn over(config: &Config, tensor: impl Fn(&str) -> Result<Tensor>) -> Result<Self> {
+        let pair = |name: &str| Ok((tensor(&format!("{name}.weight"))?, tensor(&format!("{name}.bias"))?));
+        let linear = |name: &str| -> Result<_> { pair(name).map(|(weight, bias)| Linear { weight, bias }) };
+        let norm = |name: &str| -> Result<_> { pair(name).map(|(weight, bias)| LayerNorm { weight, bias }) };
+        let block = |layer: usize| -> Result<_> {
+            Ok(Block {
+                ln_1: norm(&format!("h.{layer}.ln_1"))?,
+                c_attn: linear(&format!("h.{layer}.attn.c_attn"))?,
+                attn_proj: linear(&format!("h.{layer}.attn.c_proj"))?,
+                ln_2: norm(&format!("h.{layer}.ln_2"))?,
+                c_fc: linear(&format!("h.{layer}.mlp.c_fc"))?,
+                mlp_proj: linear(&format!("h.{layer}.mlp.c_proj"))?,
+            })
         };
-        Self {
-            wte: tensor("wte"),
-            wpe: tensor("wpe"),
-            blocks: (0..config.num_layers).map(block).collect(),
-            ln_f: norm("ln_f"),
+        Ok(Self {
+            leaves: BTreeMap::new(),
+            wte: tensor("wte")?,
+            wpe: tensor("wpe")?,
+            blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            ln_f: norm("ln_f")?,
             config: config.clone(),
-        }
+        })
     }
 
     pub fn config(&self) -> &Config {
@@ -166,6 +171,18 @@ impl Gpt {
 
     pub fn device(&self) -> &Device {
         self.wte.device()
+    }
+
+    /// What `backward` found for each parameter: f32. A parameter that it did not reach is missing.
+    pub fn gradients(&self, mut store: GradStore) -> Result<Named> {
+        let mut gradients = Named::new();
+        for (name, leaf) in &self.leaves {
+            if let Some(gradient) = store.remove(leaf) {
+                // Candle's gradients remember what they were computed from, and would keep this whole pass alive.
+                gradients.insert(name.clone(), gradient.detach().to_dtype(DType::F32)?);
+            }
+        }
+        Ok(gradients)
     }
 
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
@@ -191,12 +208,10 @@ impl Gpt {
     /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch * seqlen, embed_dim).
     fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
-        let dtype = self.config.precision.dtype();
-
         let embedded = self.wte.index_select(&tokens.flatten_all()?, 0)?; // (batch * seqlen, embed_dim)
         let positions = self.wpe.narrow(0, 0, seqlen)?; // (seqlen, embed_dim)
         let x = embedded.reshape((batch, seqlen, self.config.embed_dim))?.broadcast_add(&positions)?;
-        let mut x = x.reshape((batch * seqlen, self.config.embed_dim))?.to_dtype(dtype)?;
+        let mut x = x.reshape((batch * seqlen, self.config.embed_dim))?;
 
         for block in &self.blocks {
             x = (&x + self.attention(block, &block.ln_1.forward(&x)?, batch, seqlen)?)?;
@@ -207,7 +222,7 @@ impl Gpt {
 
     /// (n, embed_dim) -> f32 (n, vocab_size)
     fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let head = self.wte.to_dtype(x.dtype())?.t()?; // (embed_dim, vocab_size)
+        let head = self.wte.t()?; // (embed_dim, vocab_size)
         self.ln_f.forward(x)?.matmul(&head)?.to_dtype(DType::F32)
     }
 
@@ -263,22 +278,23 @@ fn standard_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
 }
 
 /// Fails with the names of all parameters that `gradients` has nothing for, or nothing but zeros.
-pub fn check_gradients(parameters: &Parameters, gradients: &GradStore) -> Result<()> {
+pub fn check_gradients<'a>(names: impl IntoIterator<Item = &'a String>, gradients: &Named) -> Result<()> {
     let mut without = Vec::new();
-    for (name, var) in parameters {
-        let largest = match gradients.get(var) {
-            Some(gradient) => gradient.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F32)?.to_scalar::<f32>()?,
+    let mut all = 0;
+    for name in names {
+        let largest = match gradients.get(name) {
+            Some(gradient) => gradient.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?,
             None => 0.0,
         };
         if largest == 0.0 {
             without.push(name.as_str());
         }
+        all += 1;
     }
     if !without.is_empty() {
         bail!(
-            "{} of {} parameters receive no gradient: {}; an operator on their way to the loss returns a detached result",
+            "{} of {all} parameters receive no gradient: {}; an operator on their way to the loss returns a detached result",
             without.len(),
-            parameters.len(),
             without.join(", ")
         );
     }

@@ -1,57 +1,66 @@
 //! AdamW, the learning-rate schedule and gradient clipping.
 //!
 //! candle_nn's AdamW keeps its moments private, and a run that cannot save them cannot be resumed; hence this one.
-//! Weights and moments are f32, whatever type the model computes in.
+//! Weights and moments are f32, whatever type the model computes in. Nothing here waits for a GPU.
 
 use crate::config::Config;
-use crate::model::Parameters;
+use crate::parameters::Flat;
 use anyhow::Result;
-use candle_core::{DType, Tensor};
-use std::collections::BTreeMap;
+use candle_core::Tensor;
 use std::f64::consts::PI;
 
 /// Keeps the division finite where a gradient has always been zero.
 const EPSILON: f64 = 1e-8;
 
-/// Tensors by the name of their parameter. Sorted, so that sums over parameters always run in one order.
-pub type Named = BTreeMap<String, Tensor>;
+/// Partial sums of a sum over a whole tensor. Candle gives each sum one block of threads, and one block alone leaves most
+/// of a GPU idle.
+const PARTIAL_SUMS: usize = 1024;
 
 pub struct AdamW {
-    pub m: Named, // running mean of the gradient
-    pub v: Named, // running mean of its square
+    pub m: Flat, // running mean of the gradient
+    pub v: Flat, // running mean of its square
 }
 
 impl AdamW {
-    pub fn new(parameters: &Parameters) -> Result<Self> {
-        let zeros =
-            || parameters.iter().map(|(name, var)| Ok((name.clone(), var.zeros_like()?))).collect::<Result<_>>();
-        Ok(Self { m: zeros()?, v: zeros()? })
+    pub fn new(parameters: &Flat) -> Result<Self> {
+        Ok(Self { m: parameters.zeros_like()?, v: parameters.zeros_like()? })
     }
 
-    /// One update of all `parameters`; `step` counts from 1.
+    /// One update of all `parameters` by `gradient`, whose numbers count `factor` times; `step` counts from 1.
+    ///
+    /// ```text
+    /// m = beta1 m + (1 - beta1) g                 v = beta2 v + (1 - beta2) g^2
+    /// w = (1 - lr decay) w - lr (m / c1) / (sqrt(v / c2) + epsilon)         c = 1 - beta^step, the moments start at zero
+    /// ```
     pub fn update(
         &mut self,
-        parameters: &Parameters,
-        gradients: &Named,
+        parameters: &mut Flat,
+        gradient: &Flat,
+        factor: &Tensor, // f32 ()
         config: &Config,
         step: usize,
         lr: f64,
     ) -> Result<()> {
         let Config { beta1, beta2, .. } = *config;
-        // The moments start at zero; dividing by these makes them unbiased.
-        let correction1 = 1.0 - beta1.powf(step as f64);
-        let correction2 = 1.0 - beta2.powf(step as f64);
-        for (name, var) in parameters {
-            let gradient = &gradients[name];
-            let m = ((&self.m[name] * beta1)? + (gradient * (1.0 - beta1))?)?;
-            let v = ((&self.v[name] * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-            let direction = ((&m / correction1)? / ((&v / correction2)?.sqrt()? + EPSILON)?)?;
-            // Decoupled decay, on matrices only: norms and biases have one axis.
-            let decay = if var.rank() >= 2 { lr * config.weight_decay } else { 0.0 };
-            var.set(&((var.as_tensor() * (1.0 - decay))? - (direction * lr)?)?)?;
-            self.m.insert(name.clone(), m);
-            self.v.insert(name.clone(), v);
-        }
+        let c1 = 1.0 - beta1.powf(step as f64);
+        let c2 = 1.0 - beta2.powf(step as f64);
+        let factor = (factor * (1.0 - beta1))?; // () and with it the one factor that only the device knows
+        let update = |group: usize, weight_decay: f64| -> candle_core::Result<[Tensor; 3]> {
+            let [g, w, m, v] = [gradient, parameters, &self.m, &self.v].map(|flat| flat.groups()[group]);
+            let g = g.broadcast_mul(&factor)?; // (1 - beta1) times the gradient
+            let m = ((m * beta1)? + &g)?;
+            let v = ((v * beta2)? + (g.sqr()? * ((1.0 - beta2) / (1.0 - beta1).powi(2)))?)?;
+            // -lr (m / c1) / (sqrt(v / c2) + epsilon), its constants in one pass with epsilon
+            let change = (&m / v.sqrt()?.affine(-c1 / (lr * c2.sqrt()), -c1 * EPSILON / lr)?)?;
+            let w = ((w * (1.0 - lr * weight_decay))? + change)?;
+            Ok([w, m, v])
+        };
+        // Decoupled decay, on matrices only: norms and biases have one axis.
+        let [matrices, vectors] = [update(0, config.weight_decay)?, update(1, 0.0)?];
+        let [[w0, m0, v0], [w1, m1, v1]] = [matrices, vectors];
+        parameters.set_groups([w0, w1]);
+        self.m.set_groups([m0, m1]);
+        self.v.set_groups([v0, v1]);
         Ok(())
     }
 }
@@ -65,14 +74,23 @@ pub fn learning_rate(config: &Config, step: usize) -> f64 {
     config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + (PI * progress.min(1.0)).cos())
 }
 
-/// Scales `gradients` so that their global norm is at most `limit`, and returns the norm they had.
-pub fn clip(gradients: &mut Named, limit: f64) -> Result<f32> {
-    let squares = gradients.values().map(|g| g.sqr()?.sum_all()).collect::<candle_core::Result<Vec<_>>>()?;
-    let norm = Tensor::stack(&squares, 0)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?.sqrt();
-    if norm > limit {
-        for gradient in gradients.values_mut() {
-            *gradient = (&*gradient * (limit / norm))?;
-        }
+/// The global norm of `gradient`, and the factor that brings it to at most `limit`: both f32 ().
+pub fn clip(gradient: &Flat, limit: f64) -> Result<(Tensor, Tensor)> {
+    let [matrices, vectors] = gradient.groups();
+    let norm = (sum_of_squares(matrices)? + sum_of_squares(vectors)?)?.sqrt()?;
+    let factor = (norm.recip()? * limit)?.minimum(1.0)?;
+    Ok((norm, factor))
+}
+
+/// f32 (n) -> f32 ()
+fn sum_of_squares(x: &Tensor) -> candle_core::Result<Tensor> {
+    let rows = gcd(x.elem_count(), PARTIAL_SUMS);
+    x.sqr()?.reshape((rows, x.elem_count() / rows))?.sum(1)?.sum_all()
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    match b {
+        0 => a,
+        b => gcd(b, a % b),
     }
-    Ok(norm as f32)
 }

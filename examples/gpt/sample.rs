@@ -67,7 +67,7 @@ impl Trained {
     /// The model of the run or checkpoint file `path`; `attention` replaces the one it was trained with.
     pub fn load(path: &Path, attention: Option<AttentionKind>, device: &Device) -> Result<Self> {
         let file = checkpoint::locate(path)?;
-        let Checkpoint { state, parameters, .. } = checkpoint::load(&file, device)?;
+        let Checkpoint { state, learner } = checkpoint::load(&file, device)?;
         let mut config = state.config;
         config.attention = attention.unwrap_or(config.attention);
         if device.is_cpu() {
@@ -75,7 +75,7 @@ impl Trained {
         }
         Ok(Self {
             tokenizer: Tokenizer::new(config.tokenizer),
-            model: Gpt::frozen(&config, &parameters),
+            model: Gpt::frozen(&config, &learner.parameters.named()?)?,
             dir: file.parent().unwrap_or(Path::new("")).to_owned(),
             text_name: state.text_name,
             text_sha256: state.text_sha256,

@@ -5,9 +5,9 @@
 //! sees half. MFU is their share of the device's peak.
 
 use crate::config::Config;
-use crate::learner::{Batch, Learner};
+use crate::learner::{Batch, Learner, Outcome};
 use crate::model::init_parameters;
-use crate::optimizer::AdamW;
+use crate::parameters::Flat;
 use crate::profile;
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
@@ -61,10 +61,10 @@ pub struct Timing {
 pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
     let vocab_size = Tokenizer::new(config.tokenizer).padded_vocab_size();
     let mut rng = Rng::new(config.seed);
-    let parameters = init_parameters(config, vocab_size, &mut rng, device)?;
+    let parameters = Flat::new(&init_parameters(config, vocab_size, &mut rng, device)?)?;
     let mut timing = Timing {
         device: device_name(device)?,
-        parameters: parameters.values().map(|var| var.elem_count()).sum(),
+        parameters: parameters.count(),
         layers: config.num_layers,
         width: config.embed_dim,
         attention: format!("{:?}", config.attention).to_lowercase(),
@@ -82,8 +82,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
         last_loss: None,
         phases: Vec::new(),
     };
-    let optimizer = AdamW::new(&parameters)?;
-    let mut learner = Learner::new(config, parameters, optimizer);
+    let mut learner = Learner::new(parameters)?;
     match run(&mut learner, config, plan, vocab_size, &mut rng, device, &mut timing) {
         Err(error) if is_out_of_memory(&error) => Ok(timing),
         result => result.map(|()| timing),
@@ -123,9 +122,9 @@ fn run(
         profile::start(device);
     }
     let started = Instant::now();
-    let mut last_loss = f32::NAN;
+    let mut outcomes = Vec::new();
     for (step, batches) in (plan.warmup + 1..).zip(timed) {
-        last_loss = learner.step(config, step, batches)?.train_loss;
+        outcomes.push(learner.step(config, step, batches)?);
     }
     profile::phase("end")?;
     device.synchronize()?;
@@ -144,7 +143,7 @@ fn run(
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     timing.peak_gib = memory::peak(device)?.map(gib);
     timing.resident_gib = resident.map(gib);
-    timing.last_loss = Some(last_loss);
+    timing.last_loss = Outcome::read(&outcomes)?.last().map(|(train_loss, _)| *train_loss);
     timing.phases =
         profile::finish()?.into_iter().map(|(name, seconds)| (name, seconds * 1e3 / plan.steps as f64)).collect();
     Ok(())

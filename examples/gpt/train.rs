@@ -4,11 +4,11 @@ use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
 use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::write_atomically;
-use crate::learner::{Learner, Outcome};
+use crate::learner::{mean_gradients, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt};
-use crate::optimizer::AdamW;
+use crate::parameters::Flat;
 use crate::plot;
 use crate::progress::{clock, Progress};
 use crate::rng::Rng;
@@ -22,6 +22,9 @@ use std::time::Instant;
 /// Tokens of the sample that is printed when training ends; the tests train dozens of models and read no sample.
 const SAMPLE_TOKENS: usize = if cfg!(test) { 10 } else { 400 };
 
+/// Steps that a GPU may be given before anybody waits for one: while it computes, the next are queued.
+const STEPS_AHEAD: usize = 10;
+
 /// A run in memory: what is needed for the next step.
 pub struct Run {
     config: Config,
@@ -31,7 +34,9 @@ pub struct Run {
     learner: Learner,
     rng: Rng,
     batches: Batches,
-    step: usize, // steps done
+    step: usize,          // steps done, or queued
+    queued: Vec<Outcome>, // of steps that have not been heard of
+    clock: Instant,       // since the last that was heard
 }
 
 impl Run {
@@ -41,17 +46,27 @@ impl Run {
         let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
         let mut rng = Rng::new(config.seed);
         let parameters = init_parameters(&config, tokenizer.vocab_size(), &mut rng, &device)?;
-        let optimizer = AdamW::new(&parameters)?;
-        let learner = Learner::new(&config, parameters, optimizer);
+        let learner = Learner::new(Flat::new(&parameters)?)?;
         let batches = Batches::new(&config, &corpus, &mut rng);
-        let run = Self { config, tokenizer, corpus, device, learner, rng, batches, step: 0 };
+        let run = Self {
+            config,
+            tokenizer,
+            corpus,
+            device,
+            learner,
+            rng,
+            batches,
+            step: 0,
+            queued: Vec::new(),
+            clock: Instant::now(),
+        };
         run.check_gradients()?;
         Ok(run)
     }
 
     /// The run in `dir`, at its checkpoint. `data` says where its text is now, `steps` where it shall end now.
     pub fn resume(dir: &Path, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
-        let Checkpoint { state, parameters, optimizer } = checkpoint::load(&checkpoint::locate(dir)?, &device)?;
+        let Checkpoint { state, learner } = checkpoint::load(&checkpoint::locate(dir)?, &device)?;
         let State { step, mut config, rng, cursor, text_name, text_sha256, .. } = state;
         if let Some(steps) = steps {
             config.steps = steps;
@@ -76,9 +91,19 @@ impl Run {
         config.data = data.or(config.data);
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
-        let learner = Learner::new(&config, parameters, optimizer);
         let batches = Batches::at(&config, &corpus, cursor);
-        let run = Self { config, tokenizer, corpus, device, learner, rng, batches, step };
+        let run = Self {
+            config,
+            tokenizer,
+            corpus,
+            device,
+            learner,
+            rng,
+            batches,
+            step,
+            queued: Vec::new(),
+            clock: Instant::now(),
+        };
         run.check_gradients()?;
         Ok(run)
     }
@@ -100,15 +125,22 @@ impl Run {
             self.checkpoint(dir, &metrics)?;
         }
 
+        self.clock = Instant::now();
         let mut progress = Progress::new(self.step, self.config.steps);
         while self.step < self.config.steps {
-            let row = self.one_step()?;
-            progress.step(&row);
-            let evaluated = row.val_loss.is_some();
-            metrics.push(row)?;
-            if evaluated {
+            self.queue_step()?;
+            let evaluate = self.evaluation_is_due();
+            if !evaluate && self.queued.len() < self.steps_ahead() {
+                continue;
+            }
+            for row in self.rows()? {
+                progress.step(&row);
+                metrics.push(row)?;
+            }
+            if evaluate {
                 plot::save(dir, metrics.rows())?;
                 self.checkpoint(dir, &metrics)?; // last: what it does not know of will be done again
+                self.clock = Instant::now();
             }
         }
         progress.finish();
@@ -120,9 +152,8 @@ impl Run {
         Ok(())
     }
 
-    /// One optimizer step, and its evaluation where one is due.
-    pub fn one_step(&mut self) -> Result<Row> {
-        let started = Instant::now();
+    /// One optimizer step; what it says of itself is read by [`Self::rows`].
+    fn queue_step(&mut self) -> Result<()> {
         let config = &self.config;
         let batches = (0..config.accumulation)
             .map(|_| {
@@ -130,20 +161,53 @@ impl Run {
                 windows(&self.corpus.train, &starts, config.context, &self.device)
             })
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let step = self.step + 1;
-        let Outcome { train_loss, grad_norm, lr } = self.learner.step(config, step, &batches)?;
-        self.device.synchronize()?;
-        let tokens_per_s = (self.config.tokens_per_step() as f64 / started.elapsed().as_secs_f64()) as u64;
+        self.queued.push(self.learner.step(config, self.step + 1, &batches)?);
+        self.step += 1;
+        Ok(())
+    }
 
-        self.step = step;
-        let due = step == 1 || step == self.config.steps || step.is_multiple_of(self.config.eval_interval);
-        let val_loss = if due { Some(self.held_out_loss()?) } else { None };
-        Ok(Row { step, train_loss, val_loss, lr, grad_norm, tokens_per_s })
+    /// A CPU's operators are done when they return: there its rows come one by one.
+    fn steps_ahead(&self) -> usize {
+        match self.device.is_cpu() {
+            true => 1,
+            false => STEPS_AHEAD,
+        }
+    }
+
+    /// Whether the last step is evaluated.
+    fn evaluation_is_due(&self) -> bool {
+        self.step == 1 || self.step == self.config.steps || self.step.is_multiple_of(self.config.eval_interval)
+    }
+
+    /// The rows of the steps since the last call, the last one evaluated where that is due.
+    fn rows(&mut self) -> Result<Vec<Row>> {
+        let queued = std::mem::take(&mut self.queued);
+        let numbers = Outcome::read(&queued)?;
+        self.device.synchronize()?;
+        let tokens = (self.config.tokens_per_step() * queued.len()) as f64;
+        let tokens_per_s = (tokens / self.clock.elapsed().as_secs_f64()) as u64;
+        let row = |(outcome, (train_loss, grad_norm)): (&Outcome, (f32, f32))| {
+            let Outcome { step, lr, .. } = *outcome;
+            Row { step, train_loss, val_loss: None, lr, grad_norm, tokens_per_s }
+        };
+        let mut rows: Vec<Row> = queued.iter().zip(numbers).map(row).collect();
+        if let Some(last) = rows.last_mut().filter(|_| self.evaluation_is_due()) {
+            last.val_loss = Some(self.held_out_loss()?);
+        }
+        self.clock = Instant::now();
+        Ok(rows)
+    }
+
+    /// One optimizer step, waited for.
+    #[cfg(test)]
+    pub fn one_step(&mut self) -> Result<Row> {
+        self.queue_step()?;
+        Ok(self.rows()?.remove(0))
     }
 
     /// What the model writes now, from a new line on.
     fn sample(&self) -> Result<String> {
-        let model = Gpt::frozen(&self.config, &self.learner.parameters);
+        let model = Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?;
         let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
         let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
         // A clone of the generator: a sample must not change how a resumed run goes on.
@@ -156,14 +220,16 @@ impl Run {
         let all = window_starts(self.corpus.held_out.len(), self.config.context, 0);
         let stride = all.len().div_ceil(self.config.eval_windows);
         let starts: Vec<usize> = all.into_iter().step_by(stride).collect();
-        mean_loss(&Gpt::frozen(&self.config, &self.learner.parameters), &self.corpus.held_out, &starts)
+        mean_loss(&Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?, &self.corpus.held_out, &starts)
     }
 
     /// One backward pass, whose gradients must reach every parameter.
     fn check_gradients(&self) -> Result<()> {
         let starts = window_starts(self.corpus.train.len(), self.config.context, 0);
         let (tokens, targets) = windows(&self.corpus.train, &starts[..1], self.config.context, &self.device)?;
-        check_gradients(&self.learner.parameters, &self.learner.model.loss(&tokens, &targets)?.backward()?)
+        let weights = self.learner.weights(&self.config)?;
+        let (_, gradients) = mean_gradients(&Gpt::new(&self.config, &weights)?, &[(tokens, targets)])?;
+        check_gradients(weights.keys(), &gradients)
     }
 
     fn checkpoint(&self, dir: &Path, metrics: &Metrics) -> Result<()> {
@@ -177,12 +243,12 @@ impl Run {
             rng: self.rng.clone(),
             cursor: self.batches.cursor().clone(),
         };
-        checkpoint::save(dir, &state, &self.learner.parameters, &self.learner.optimizer)
+        checkpoint::save(dir, &state, &self.learner)
     }
 
     fn describe(&self) -> String {
         let Config { num_layers, num_heads, embed_dim, context, batch, accumulation, .. } = self.config;
-        let weights: usize = self.learner.parameters.values().map(|var| var.elem_count()).sum();
+        let weights = self.learner.parameters.count();
         let accumulated = if accumulation == 1 { String::new() } else { format!("{accumulation} x ") };
         format!(
             "text   {}: {} tokens to train on, {} held out (SHA-256 {})\n\

@@ -6,14 +6,15 @@ use crate::config::{AttentionKind, Config, Preset};
 use crate::data::{repository_files, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::{check_free, fresh_folder, newest_run, AtomicFile};
 use crate::metrics::{self, Metrics, Row};
-use crate::model::{init_parameters, parameter_shapes, Parameters};
-use crate::optimizer::{clip, learning_rate, AdamW, Named};
+use crate::model::{init_parameters, parameter_shapes};
+use crate::optimizer::{clip, learning_rate, AdamW};
+use crate::parameters::{Flat, Named};
 use crate::plot;
 use crate::rng::Rng;
 use crate::sample::{Sampling, Trained};
 use crate::tokenizer::{Tokenizer, TokenizerKind};
 use anyhow::Result;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
@@ -53,17 +54,21 @@ fn the_learning_rate_rises_linearly_and_falls_as_a_cosine() {
 #[test]
 fn adamw_follows_its_formulas() -> Result<()> {
     let config = Config { weight_decay: 0.1, beta1: 0.9, beta2: 0.99, ..Config::preset(Preset::Tiny) };
-    let matrix = Var::from_tensor(&Tensor::new(&[[0.5f32, -2.0]], &Device::Cpu)?)?;
-    let bias = Var::from_tensor(&Tensor::new(&[0.5f32, -2.0], &Device::Cpu)?)?;
-    let parameters = Parameters::from([("bias".to_string(), bias.clone()), ("matrix".to_string(), matrix.clone())]);
+    let matrix_and_bias = |values: &[f32; 2]| -> Result<Named> {
+        let bias = Tensor::new(values, &Device::Cpu)?;
+        Ok(Named::from([("matrix".to_string(), bias.unsqueeze(0)?), ("bias".to_string(), bias)]))
+    };
+    let mut parameters = Flat::new(&matrix_and_bias(&[0.5, -2.0])?)?;
     let mut optimizer = AdamW::new(&parameters)?;
 
     let gradients = [[0.3f32, -0.01], [-0.2, 4.0], [0.0, 1e-3]];
     for (at, gradient) in gradients.iter().enumerate() {
-        let bias = Tensor::new(gradient, &Device::Cpu)?;
-        let named = Named::from([("matrix".to_string(), bias.unsqueeze(0)?), ("bias".to_string(), bias)]);
-        optimizer.update(&parameters, &named, &config, at + 1, 0.01)?;
+        // The gradient at half its size, and a factor that makes it whole.
+        let gradient = parameters.gradient(matrix_and_bias(&gradient.map(|number| number / 2.0))?)?;
+        let factor = Tensor::new(2f32, &Device::Cpu)?;
+        optimizer.update(&mut parameters, &gradient, &factor, &config, at + 1, 0.01)?;
     }
+    let (matrix, bias) = (&parameters.named()?["matrix"], &parameters.named()?["bias"]);
 
     for (at, start) in [0.5f64, -2.0].into_iter().enumerate() {
         for (decay, got) in [(0.1, matrix.get(0)?.to_vec1::<f32>()?[at]), (0.0, bias.to_vec1::<f32>()?[at])] {
@@ -82,19 +87,36 @@ fn adamw_follows_its_formulas() -> Result<()> {
 
 #[test]
 fn clipping_scales_to_the_limit_and_only_above_it() -> Result<()> {
-    let gradients = || -> Result<Named> {
-        Ok(Named::from([
-            ("a".to_string(), Tensor::new(&[3f32, 0.0], &Device::Cpu)?),
-            ("b".to_string(), Tensor::new(&[[4f32]], &Device::Cpu)?),
-        ]))
+    let gradient = Flat::new(&Named::from([
+        ("a".to_string(), Tensor::new(&[3f32, 0.0], &Device::Cpu)?),
+        ("b".to_string(), Tensor::new(&[[4f32]], &Device::Cpu)?),
+    ]))?;
+    let clip = |limit| -> Result<(f32, f32)> {
+        let (norm, factor) = clip(&gradient, limit)?;
+        Ok((norm.to_scalar()?, factor.to_scalar()?))
     };
-    let mut above = gradients()?;
-    assert_eq!(clip(&mut above, 1.0)?, 5.0);
-    assert!((above["a"].to_vec1::<f32>()?[0] - 0.6).abs() < 1e-6);
-    assert!((clip(&mut above, 1.0)? - 1.0).abs() < 1e-6);
-    let mut below = gradients()?;
-    assert_eq!(clip(&mut below, 6.0)?, 5.0);
-    assert_eq!(below["a"].to_vec1::<f32>()?, [3.0, 0.0]);
+    assert_eq!(clip(1.0)?, (5.0, 0.2));
+    assert_eq!(clip(6.0)?, (5.0, 1.0));
+    Ok(())
+}
+
+/// Each parameter comes back in its shape, from a tensor that holds them all.
+#[test]
+fn flat_parameters_keep_names_and_shapes() -> Result<()> {
+    let drawn = init_parameters(&Config::preset(Preset::Tiny), 256, &mut Rng::new(1), &Device::Cpu)?;
+    let flat = Flat::new(&drawn)?;
+    assert_eq!(flat.count(), 842_496);
+    let back = flat.named()?;
+    assert_eq!(back.len(), drawn.len());
+    for (name, tensor) in &drawn {
+        assert_eq!(back[name].dims(), tensor.dims(), "{name}");
+        let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+        assert_eq!(values(&back[name])?, values(tensor)?, "{name}");
+    }
+    let mut gradients = drawn;
+    gradients.remove("wpe");
+    let missing = flat.gradient(gradients).err().unwrap().to_string();
+    assert_eq!(missing, "parameter wpe received no gradient");
     Ok(())
 }
 
@@ -112,7 +134,7 @@ fn initial_weights_are_drawn_as_gpt2_draws_them() -> Result<()> {
     assert!(close(std("h.3.mlp.c_proj.weight")?, 0.02 / 8f32.sqrt()), "scaled by 1 / sqrt(2 layers)");
     assert_eq!(std("h.0.attn.c_attn.bias")?, 0.0);
     assert_eq!(std("h.0.ln_1.weight")?, 1.0);
-    let values = |parameters: &Parameters| parameters["wpe"].flatten_all()?.to_vec1::<f32>();
+    let values = |parameters: &Named| parameters["wpe"].flatten_all()?.to_vec1::<f32>();
     assert_eq!(values(&draw(1)?)?, values(&parameters)?);
     assert_ne!(values(&draw(2)?)?, values(&parameters)?);
     Ok(())

@@ -1,0 +1,108 @@
+//! All parameters in two tensors, so that the optimizer needs a few large kernels instead of thousands of small ones.
+
+use anyhow::{anyhow, Result};
+use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Tensors by the name of their parameter.
+pub type Named = BTreeMap<String, Tensor>;
+
+/// Where a parameter lies.
+#[derive(Debug)]
+struct Place {
+    group: usize,
+    start: usize,
+    shape: Vec<usize>,
+}
+
+/// A number for every number of every parameter: the parameters themselves, their gradient, or a moment of it.
+/// Matrices lie one after the other in the one tensor and vectors in the other, both sorted by name; AdamW treats them
+/// differently.
+#[derive(Clone)]
+pub struct Flat {
+    places: Arc<BTreeMap<String, Place>>,
+    groups: [Tensor; 2], // (numbers of all matrices), (numbers of all vectors)
+}
+
+/// Tensors with one axis are vectors: biases, and the weights of norms.
+fn group_of(shape: &[usize]) -> usize {
+    usize::from(shape.len() < 2)
+}
+
+impl Flat {
+    /// Copies `tensors`, which are of one type on one device.
+    pub fn new(tensors: &Named) -> Result<Self> {
+        let mut places = BTreeMap::new();
+        let mut parts = [Vec::new(), Vec::new()];
+        let mut ends = [0, 0];
+        for (name, tensor) in tensors {
+            let group = group_of(tensor.dims());
+            places.insert(name.clone(), Place { group, start: ends[group], shape: tensor.dims().to_vec() });
+            ends[group] += tensor.elem_count();
+            parts[group].push(tensor.flatten_all()?);
+        }
+        let [matrices, vectors] = &parts;
+        Ok(Self { places: Arc::new(places), groups: [concatenated(matrices)?, concatenated(vectors)?] })
+    }
+
+    /// As many numbers, made from the tensors by `f`.
+    pub fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let [matrices, vectors] = &self.groups;
+        Ok(Self { places: self.places.clone(), groups: [f(matrices)?, f(vectors)?] })
+    }
+
+    pub fn zeros_like(&self) -> Result<Self> {
+        self.map(Tensor::zeros_like)
+    }
+
+    /// In the type `dtype`; itself, if it is of that type.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        self.map(|group| group.to_dtype(dtype))
+    }
+
+    /// Views, each in the shape of its parameter.
+    pub fn named(&self) -> Result<Named> {
+        self.places
+            .iter()
+            .map(|(name, Place { group, start, shape })| {
+                let view = self.groups[*group].narrow(0, *start, shape.iter().product())?;
+                Ok((name.clone(), view.reshape(shape.as_slice())?))
+            })
+            .collect()
+    }
+
+    /// The matrices' numbers, then the vectors'.
+    pub fn groups(&self) -> [&Tensor; 2] {
+        self.groups.each_ref()
+    }
+
+    pub fn set_groups(&mut self, groups: [Tensor; 2]) {
+        self.groups = groups;
+    }
+
+    /// How many numbers.
+    pub fn count(&self) -> usize {
+        self.groups.iter().map(Tensor::elem_count).sum()
+    }
+
+    /// The gradients `tensors` in the places of `self`, one for each parameter.
+    pub fn gradient(&self, mut tensors: Named) -> Result<Self> {
+        let mut parts = [Vec::new(), Vec::new()];
+        for (name, place) in self.places.iter() {
+            let gradient = tensors.remove(name).ok_or_else(|| anyhow!("parameter {name} received no gradient"))?;
+            parts[place.group].push(gradient.flatten_all()?);
+        }
+        let [matrices, vectors] = &parts;
+        Ok(Self { places: self.places.clone(), groups: [concatenated(matrices)?, concatenated(vectors)?] })
+    }
+}
+
+/// `parts` one after the other, in memory of their own.
+fn concatenated(parts: &[Tensor]) -> Result<Tensor> {
+    match parts {
+        [] => Ok(Tensor::zeros(0, DType::F32, &Device::Cpu)?),
+        [one] => Ok(one.copy()?),
+        parts => Ok(Tensor::cat(parts, 0)?),
+    }
+}
