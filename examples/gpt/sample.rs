@@ -24,13 +24,20 @@ impl Default for Sampling {
     }
 }
 
-/// Continues `prompt` by `sampling.tokens` tokens, which are returned without it.
-pub fn generate(model: &Gpt, prompt: &[u32], sampling: &Sampling, rng: &mut Rng) -> Result<Vec<u32>> {
+/// Continues `prompt` by `sampling.tokens` tokens, which are returned without it. The model may know more tokens than
+/// the tokenizer's `vocab_size`, which mean nothing.
+pub fn generate(
+    model: &Gpt,
+    vocab_size: usize,
+    prompt: &[u32],
+    sampling: &Sampling,
+    rng: &mut Rng,
+) -> Result<Vec<u32>> {
     let mut tokens = prompt.to_vec();
     for _ in 0..sampling.tokens {
         // Positions are learned up to `context`: older tokens are out of sight.
         let seen = &tokens[tokens.len().saturating_sub(model.config().context)..];
-        tokens.push(draw(&model.next_token(seen)?, sampling, rng));
+        tokens.push(draw(&model.next_token(seen)?[..vocab_size], sampling, rng));
     }
     Ok(tokens.split_off(prompt.len()))
 }
@@ -88,7 +95,7 @@ impl Trained {
         if prompt.is_empty() {
             bail!("--prompt is empty; give at least one character to continue");
         }
-        let continuation = generate(&self.model, &prompt, sampling, rng)?;
+        let continuation = generate(&self.model, self.tokenizer.vocab_size(), &prompt, sampling, rng)?;
         Ok(String::from_utf8_lossy(&self.tokenizer.decode(&[prompt, continuation].concat())?).into_owned())
     }
 

@@ -34,7 +34,8 @@ impl Tokenizer {
         }
     }
 
-    /// The vocabulary that the GPU's matrix products want: tensor cores take rows of whole 128 bytes.
+    /// The vocabulary of a model: padded to rows of whole 128 bytes in bf16, without which a GPU's tensor cores are slow or
+    /// idle. A checkpoint says which it has.
     pub fn padded_vocab_size(&self) -> usize {
         self.vocab_size().next_multiple_of(64)
     }

@@ -45,7 +45,7 @@ impl Run {
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
         let mut rng = Rng::new(config.seed);
-        let parameters = init_parameters(&config, tokenizer.vocab_size(), &mut rng, &device)?;
+        let parameters = init_parameters(&config, tokenizer.padded_vocab_size(), &mut rng, &device)?;
         let learner = Learner::new(Flat::new(&parameters)?)?;
         let batches = Batches::new(&config, &corpus, &mut rng);
         let run = Self {
@@ -211,7 +211,7 @@ impl Run {
         let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
         let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
         // A clone of the generator: a sample must not change how a resumed run goes on.
-        let tokens = generate(&model, &prompt, &sampling, &mut self.rng.clone())?;
+        let tokens = generate(&model, self.tokenizer.vocab_size(), &prompt, &sampling, &mut self.rng.clone())?;
         Ok(String::from_utf8_lossy(&self.tokenizer.decode(&tokens)?).into_owned())
     }
 
@@ -237,7 +237,7 @@ impl Run {
         let state = State {
             step: self.step,
             config: self.config.clone(),
-            vocab_size: self.tokenizer.vocab_size(),
+            vocab_size: self.learner.parameters.named()?["wte"].dim(0)?,
             text_name: self.corpus.name.clone(),
             text_sha256: self.corpus.sha256.clone(),
             rng: self.rng.clone(),
