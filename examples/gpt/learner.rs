@@ -80,18 +80,11 @@ impl Learner {
 /// Mean loss over `batches`, and its gradient by parameter: f32.
 pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, Named)> {
     let mut losses = Vec::new();
-    let mut sums = Named::new();
     for (tokens, targets) in batches {
         let loss = (model.loss(tokens, targets)? / batches.len() as f64)?;
         profile::phase("backward")?;
-        for (name, gradient) in model.gradients(loss.backward()?)? {
-            let sum = match sums.remove(&name) {
-                Some(before) => (before + gradient)?,
-                None => gradient,
-            };
-            sums.insert(name, sum);
-        }
+        loss.backward()?;
         losses.push(loss.detach());
     }
-    Ok((Tensor::stack(&losses, 0)?.sum_all()?, sums))
+    Ok((Tensor::stack(&losses, 0)?.sum_all()?, model.take_gradients()?))
 }

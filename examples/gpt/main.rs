@@ -13,6 +13,7 @@
 //! | --- | --- |
 //! | `config.rs` | a run as a recipe, and the presets |
 //! | `model.rs` | GPT-2, with the attention call in plain sight |
+//! | `ops.rs` | what the model is made of besides attention, with gradients by hand |
 //! | `train.rs`, `learner.rs` | the loop, and one step of it |
 //! | `parameters.rs`, `optimizer.rs` | all parameters at once; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
@@ -34,6 +35,7 @@ mod gpu;
 mod learner;
 mod metrics;
 mod model;
+mod ops;
 mod optimizer;
 mod parameters;
 mod plot;

@@ -4,19 +4,18 @@
 //! is made over a copy of them in the type it computes in.
 //!
 //! Several of Candle's fused operators return a detached result, through which no gradient flows: `softmax_last_dim`,
-//! and `LayerNorm::forward` with a bias. This file uses their differentiable forms, and `check_gradients` sees to it.
+//! `layer_norm`. What `ops.rs` makes of them has its gradient by hand, and `check_gradients` sees to it.
 
 use crate::config::{AttentionKind, Config};
+use crate::ops::{self, LayerNorm, Linear, Weight};
 use crate::parameters::Named;
-use crate::profile;
+use crate::profile::{self, Part};
 use crate::rng::Rng;
 use anyhow::{bail, Result};
-use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_fa2::{Attention, Mask};
-use candle_nn::ops::{layer_norm_slow, softmax};
+use candle_nn::ops::softmax;
 use std::collections::BTreeMap;
-use std::f64::consts::PI;
 
 const NORM_EPSILON: f32 = 1e-5;
 /// Standard deviation of GPT-2's initial weights.
@@ -78,91 +77,90 @@ pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device
     Ok(parameters)
 }
 
-struct Linear {
-    weight: Tensor, // (inputs, outputs)
-    bias: Tensor,   // (outputs)
-}
-
-impl Linear {
-    /// The layer that gives `len` of the outputs, from `start` on.
-    fn columns(&self, start: usize, len: usize) -> candle_core::Result<Self> {
-        let weight = self.weight.narrow(1, start, len)?.contiguous()?; // (inputs, len)
-        Ok(Self { weight, bias: self.bias.narrow(0, start, len)? })
-    }
-
-    /// (n, inputs) -> (n, outputs)
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.matmul(&self.weight)?.broadcast_add(&self.bias)
-    }
-}
-
-struct LayerNorm {
-    weight: Tensor, // (embed_dim)
-    bias: Tensor,   // (embed_dim)
-}
-
-impl LayerNorm {
-    /// (n, embed_dim) -> (n, embed_dim)
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        layer_norm_slow(x, &self.weight, &self.bias, NORM_EPSILON)
-    }
-}
-
 struct Block {
     ln_1: LayerNorm,
-    c_attn: Linear,
+    c_attn: [Linear; 3], // the thirds of its columns that give q, k and v
     attn_proj: Linear,
     ln_2: LayerNorm,
     c_fc: Linear,
     mlp_proj: Linear,
 }
 
+/// Makes layers of parameters, and remembers which weights are whose.
+struct Builder<'a> {
+    parameters: &'a Named,
+    dtype: DType,
+    weights: BTreeMap<String, Vec<Weight>>,
+}
+
+impl Builder<'_> {
+    /// The parameter `name`, its last axis cut into `N` equal parts.
+    fn cut<const N: usize>(&mut self, name: &str) -> Result<[Weight; N]> {
+        let parameter = self.parameters[name].to_dtype(self.dtype)?;
+        let parts = parameter.chunk(N, D::Minus1)?.iter().map(Weight::new).collect::<candle_core::Result<Vec<_>>>()?;
+        self.weights.insert(name.to_string(), parts.clone());
+        Ok(parts.try_into().unwrap_or_else(|_| unreachable!("as many parts as were asked for")))
+    }
+
+    fn norm(&mut self, name: &str) -> Result<LayerNorm> {
+        let ([weight], [bias]) = (self.cut(&format!("{name}.weight"))?, self.cut(&format!("{name}.bias"))?);
+        Ok(LayerNorm { weight, bias, epsilon: NORM_EPSILON })
+    }
+
+    /// `N` layers that give equal shares of the outputs.
+    fn linears<const N: usize>(&mut self, name: &str, before: Part) -> Result<[Linear; N]> {
+        let (weights, biases) = (self.cut::<N>(&format!("{name}.weight"))?, self.cut::<N>(&format!("{name}.bias"))?);
+        Ok(std::array::from_fn(|at| Linear { weight: weights[at].clone(), bias: biases[at].clone(), before }))
+    }
+
+    fn linear(&mut self, name: &str, before: Part) -> Result<Linear> {
+        let [layer] = self.linears(name, before)?;
+        Ok(layer)
+    }
+}
+
 pub struct Gpt {
-    leaves: BTreeMap<String, Var>, // the parameters that learn; their gradients come under these
-    wte: Tensor,                   // (vocab_size, embed_dim)
-    wpe: Tensor,                   // (context, embed_dim)
+    wte: Weight, // (vocab_size, embed_dim)
+    wpe: Weight, // (context, embed_dim)
     blocks: Vec<Block>,
     ln_f: LayerNorm,
+    /// What Candle's graph begins at: a variable where the model learns.
+    anchor: Tensor,
+    /// Each parameter's weights: one, or several that its last axis was cut into.
+    weights: BTreeMap<String, Vec<Weight>>,
     config: Config,
 }
 
 impl Gpt {
     /// A model that learns, over `parameters` as they are now.
     pub fn new(config: &Config, parameters: &Named) -> Result<Self> {
-        let dtype = config.precision.dtype();
-        let leaf = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), Var::from_tensor(&tensor.to_dtype(dtype)?)?));
-        let leaves = parameters.iter().map(leaf).collect::<Result<BTreeMap<String, Var>>>()?;
-        let model = Self::over(config, |name| Ok(leaves[name].as_tensor().clone()))?;
-        Ok(Self { leaves, ..model })
+        let anchor = Var::zeros(1, DType::F32, parameters["wte"].device())?;
+        Self::over(config, parameters, anchor.into_inner())
     }
 
     /// The same model without gradients: nothing of a forward pass is kept.
     pub fn frozen(config: &Config, parameters: &Named) -> Result<Self> {
-        Self::over(config, |name| Ok(parameters[name].to_dtype(config.precision.dtype())?))
+        let anchor = Tensor::zeros(1, DType::F32, parameters["wte"].device())?;
+        Self::over(config, parameters, anchor)
     }
 
-    fn over(config: &Config, tensor: impl Fn(&str) -> Result<Tensor>) -> Result<Self> {
-        let pair = |name: &str| Ok((tensor(&format!("{name}.weight"))?, tensor(&format!("{name}.bias"))?));
-        let linear = |name: &str| -> Result<_> { pair(name).map(|(weight, bias)| Linear { weight, bias }) };
-        let norm = |name: &str| -> Result<_> { pair(name).map(|(weight, bias)| LayerNorm { weight, bias }) };
-        let block = |layer: usize| -> Result<_> {
-            Ok(Block {
-                ln_1: norm(&format!("h.{layer}.ln_1"))?,
-                c_attn: linear(&format!("h.{layer}.attn.c_attn"))?,
-                attn_proj: linear(&format!("h.{layer}.attn.c_proj"))?,
-                ln_2: norm(&format!("h.{layer}.ln_2"))?,
-                c_fc: linear(&format!("h.{layer}.mlp.c_fc"))?,
-                mlp_proj: linear(&format!("h.{layer}.mlp.c_proj"))?,
-            })
-        };
-        Ok(Self {
-            leaves: BTreeMap::new(),
-            wte: tensor("wte")?,
-            wpe: tensor("wpe")?,
-            blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
-            ln_f: norm("ln_f")?,
-            config: config.clone(),
-        })
+    fn over(config: &Config, parameters: &Named, anchor: Tensor) -> Result<Self> {
+        let mut builder = Builder { parameters, dtype: config.precision.dtype(), weights: BTreeMap::new() };
+        let mut blocks = Vec::new();
+        for layer in 0..config.num_layers {
+            let name = |part: &str| format!("h.{layer}.{part}");
+            blocks.push(Block {
+                ln_1: builder.norm(&name("ln_1"))?,
+                c_attn: builder.linears(&name("attn.c_attn"), Part::Rest)?,
+                attn_proj: builder.linear(&name("attn.c_proj"), Part::Attention)?,
+                ln_2: builder.norm(&name("ln_2"))?,
+                c_fc: builder.linear(&name("mlp.c_fc"), Part::Rest)?,
+                mlp_proj: builder.linear(&name("mlp.c_proj"), Part::Rest)?,
+            });
+        }
+        let ln_f = builder.norm("ln_f")?;
+        let ([wte], [wpe]) = (builder.cut("wte")?, builder.cut("wpe")?);
+        Ok(Self { wte, wpe, blocks, ln_f, anchor, weights: builder.weights, config: config.clone() })
     }
 
     pub fn config(&self) -> &Config {
@@ -170,16 +168,16 @@ impl Gpt {
     }
 
     pub fn device(&self) -> &Device {
-        self.wte.device()
+        self.anchor.device()
     }
 
-    /// What `backward` found for each parameter: f32. A parameter that it did not reach is missing.
-    pub fn gradients(&self, mut store: GradStore) -> Result<Named> {
+    /// What the backwards since the last call gathered for each parameter: f32. One that none of them reached is missing.
+    pub fn take_gradients(&self) -> Result<Named> {
         let mut gradients = Named::new();
-        for (name, leaf) in &self.leaves {
-            if let Some(gradient) = store.remove(leaf) {
-                // Candle's gradients remember what they were computed from, and would keep this whole pass alive.
-                gradients.insert(name.clone(), gradient.detach().to_dtype(DType::F32)?);
+        for (name, weights) in &self.weights {
+            let parts: Option<Vec<Tensor>> = weights.iter().map(Weight::take_gradient).collect();
+            if let Some(parts) = parts {
+                gradients.insert(name.clone(), Tensor::cat(&parts, D::Minus1)?);
             }
         }
         Ok(gradients)
@@ -188,9 +186,9 @@ impl Gpt {
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
         profile::phase("forward")?;
-        let logits = self.forward(tokens)?;
+        let x = ops::layer_norm(&self.hidden(tokens)?, &self.ln_f)?; // (batch * seqlen, embed_dim)
         profile::phase("loss")?;
-        Ok(candle_nn::loss::cross_entropy(&logits, &targets.flatten_all()?)?)
+        Ok(ops::cross_entropy(&x, &self.wte, &targets.flatten_all()?)?)
     }
 
     /// Logits of the token that follows `tokens`, as many as the vocabulary has.
@@ -201,6 +199,7 @@ impl Gpt {
     }
 
     /// Logits of the next token at every position: u32 tokens (batch, seqlen) -> f32 (batch * seqlen, vocab_size).
+    #[cfg(test)]
     pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         Ok(self.logits(&self.hidden(tokens)?)?)
     }
@@ -208,56 +207,34 @@ impl Gpt {
     /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch * seqlen, embed_dim).
     fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
-        let embedded = self.wte.index_select(&tokens.flatten_all()?, 0)?; // (batch * seqlen, embed_dim)
-        let positions = self.wpe.narrow(0, 0, seqlen)?; // (seqlen, embed_dim)
-        let x = embedded.reshape((batch, seqlen, self.config.embed_dim))?.broadcast_add(&positions)?;
-        let mut x = x.reshape((batch * seqlen, self.config.embed_dim))?;
-
+        let mut x = ops::embedding(&self.anchor, tokens, &self.wte, &self.wpe)?; // (batch * seqlen, embed_dim)
         for block in &self.blocks {
-            x = (&x + self.attention(block, &block.ln_1.forward(&x)?, batch, seqlen)?)?;
-            x = (&x + Self::mlp(block, &block.ln_2.forward(&x)?)?)?;
+            let o = self.attention(block, &ops::layer_norm(&x, &block.ln_1)?, batch, seqlen)?;
+            x = ops::linear_onto(&x, &o, &block.attn_proj)?;
+            x = ops::mlp_onto(&x, &ops::layer_norm(&x, &block.ln_2)?, &block.c_fc, &block.mlp_proj)?;
         }
         Ok(x)
     }
 
     /// (n, embed_dim) -> f32 (n, vocab_size)
     fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let head = self.wte.t()?; // (embed_dim, vocab_size)
-        self.ln_f.forward(x)?.matmul(&head)?.to_dtype(DType::F32)
+        ops::layer_norm(x, &self.ln_f)?.matmul(&self.wte.value().t()?)?.to_dtype(DType::F32)
     }
 
-    /// Causal self-attention: (batch * seqlen, embed_dim) -> (batch * seqlen, embed_dim).
+    /// Causal self-attention: (batch * seqlen, embed_dim) -> (batch, seqlen, num_heads, head_dim).
     fn attention(&self, block: &Block, x: &Tensor, batch: usize, seqlen: usize) -> Result<Tensor> {
-        let Config { num_heads, embed_dim, .. } = self.config;
-        // q, k and v from a third of c_attn's columns each. Views into one product would be cut as easily, but the gradient
-        // of a view is padded to the whole with zeros and added: three times three activations.
-        let heads = |third: usize| -> candle_core::Result<Tensor> {
-            let projected = block.c_attn.columns(third * embed_dim, embed_dim)?.forward(x)?; // (batch * seqlen, embed_dim)
-            projected.reshape((batch, seqlen, num_heads, self.config.head_dim()))
-        };
-        let (q, k, v) = (heads(0)?, heads(1)?, heads(2)?);
-        let o = match self.config.attention {
-            AttentionKind::Flash => Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?,
-            AttentionKind::Standard => standard_attention(&q, &k, &v)?,
-            AttentionKind::None => ((q + k)? + v)?,
-        };
-        Ok(block.attn_proj.forward(&o.reshape((batch * seqlen, embed_dim))?)?)
+        let shape = (batch, seqlen, self.config.num_heads, self.config.head_dim());
+        // A product for each of q, k and v. Views into one would be cut as easily, but the gradient of a view is padded to
+        // the whole with zeros and added: three times three activations.
+        let [q, k, v] = &block.c_attn;
+        let (q, k, v) = (ops::linear(x, q, shape)?, ops::linear(x, k, shape)?, ops::linear(x, v, shape)?);
+        let _part = profile::part(Part::Attention);
+        match self.config.attention {
+            AttentionKind::Flash => Ok(Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?),
+            AttentionKind::Standard => standard_attention(&q, &k, &v),
+            AttentionKind::None => Ok(((q + k)? + v)?),
+        }
     }
-
-    /// (n, embed_dim) -> (n, 4 * embed_dim) -> (n, embed_dim)
-    fn mlp(block: &Block, x: &Tensor) -> Result<Tensor> {
-        Ok(block.mlp_proj.forward(&gelu(&block.c_fc.forward(x)?)?)?)
-    }
-}
-
-/// GPT-2's GELU, x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), of any shape.
-///
-/// Candle's `gelu` is the same function, but its gradient computes tanh and two powers anew; here the gradient takes the
-/// tanh that is there. A step of the tiny model needs 98 ms instead of 147 (one core, 512 tokens).
-fn gelu(x: &Tensor) -> candle_core::Result<Tensor> {
-    let slope = (2.0 / PI).sqrt();
-    let inner = (x * x.sqr()?.affine(0.044715 * slope, slope)?)?;
-    x * inner.tanh()?.affine(0.5, 0.5)?
 }
 
 /// Causal attention as the formula says it, for comparison: the scores of all queries and keys are stored.

@@ -2,6 +2,7 @@
 
 mod errors;
 mod losses;
+mod ops;
 mod resume;
 mod units;
 

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::init_parameters;
 use crate::parameters::Flat;
-use crate::profile;
+use crate::profile::{self, Seconds};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, Result};
@@ -54,7 +54,7 @@ pub struct Timing {
     resident_gib: Option<f64>,
     last_loss: Option<f32>,
     #[serde(skip)]
-    phases: Vec<(&'static str, f64)>, // ms per step
+    profile: [Seconds; 2], // phases and parts, of all steps
 }
 
 /// Times `plan.steps` steps of the recipe `config`.
@@ -80,7 +80,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
         peak_gib: None,
         resident_gib: None,
         last_loss: None,
-        phases: Vec::new(),
+        profile: Default::default(),
     };
     let mut learner = Learner::new(parameters)?;
     match run(&mut learner, config, plan, vocab_size, &mut rng, device, &mut timing) {
@@ -144,8 +144,8 @@ fn run(
     timing.peak_gib = memory::peak(device)?.map(gib);
     timing.resident_gib = resident.map(gib);
     timing.last_loss = Outcome::read(&outcomes)?.last().map(|(train_loss, _)| *train_loss);
-    timing.phases =
-        profile::finish()?.into_iter().map(|(name, seconds)| (name, seconds * 1e3 / plan.steps as f64)).collect();
+    let (phases, parts) = profile::finish()?;
+    timing.profile = [phases, parts];
     Ok(())
 }
 
@@ -186,9 +186,15 @@ impl std::fmt::Display for Timing {
             write!(f, ", peak memory {peak:.2} GiB ({resident:.2} between steps)")?;
         }
         write!(f, ", loss {:.3}", self.last_loss.unwrap_or(f32::NAN))?;
-        let whole: f64 = self.phases.iter().map(|(_, ms)| ms).sum();
-        for (name, ms) in &self.phases {
-            write!(f, "\n  {name:24} {ms:9.2} ms {:5.1}%", 100.0 * ms / whole)?;
+        for seconds in &self.profile {
+            let whole: f64 = seconds.iter().map(|(_, seconds)| seconds).sum();
+            for (name, seconds) in seconds {
+                let (ms, share) = (1e3 * seconds / self.steps as f64, 100.0 * seconds / whole);
+                write!(f, "\n  {name:24} {ms:9.2} ms {share:5.1}%")?;
+            }
+            if whole > 0.0 {
+                writeln!(f)?;
+            }
         }
         Ok(())
     }

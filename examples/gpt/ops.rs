@@ -1,0 +1,464 @@
+//! Operators of the model with a gradient by hand: few passes over memory, and these over whole, contiguous tensors.
+//!
+//! On a GPU, time is bytes. Candle's autograd takes a layer norm or a GELU apart into a dozen operators, each with a gradient
+//! of its own, several of them over broadcast operands, whose index is computed by division for each number: 5 to 10
+//! times as slow as a plain pass. Every tensor with a gradient costs two more passes, since Candle adds what comes back to
+//! zeros. So each operator here is one node of the graph. Its value comes from Candle's own operators on detached tensors,
+//! fused ones where Candle has them, and a closure computes the gradient of its input.
+//!
+//! Weights are no part of the graph. A [`Weight`] gathers its gradient itself, in f32.
+
+use crate::profile::{self, Part};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{
+    bail, CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, InplaceOp1, Layout, Result, Shape, Tensor,
+};
+use std::sync::{Arc, Mutex};
+
+/// A parameter in the type that the model computes in, and its gradient, gathered by every backward that reaches it.
+#[derive(Clone)]
+pub struct Weight {
+    value: Tensor,
+    gradient: Arc<Mutex<Option<Tensor>>>,
+}
+
+impl Weight {
+    /// Over `value`, which is contiguous.
+    pub fn new(value: &Tensor) -> Result<Self> {
+        Ok(Self { value: value.detach().contiguous()?, gradient: Arc::default() })
+    }
+
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// Adds `gradient`, of any type and in the shape of the weight.
+    fn learn(&self, gradient: &Tensor) -> Result<()> {
+        let gradient = gradient.to_dtype(DType::F32)?;
+        let mut sum = self.gradient.lock().expect("no backward panics");
+        *sum = Some(match sum.take() {
+            Some(before) => (before + gradient)?,
+            None => gradient,
+        });
+        Ok(())
+    }
+
+    /// What was gathered: f32. Nothing, if no backward came here.
+    pub fn take_gradient(&self) -> Option<Tensor> {
+        self.gradient.lock().expect("no backward panics").take()
+    }
+}
+
+/// y = x W + b
+#[derive(Clone)]
+pub struct Linear {
+    pub weight: Weight, // (inputs, outputs)
+    pub bias: Weight,   // (outputs)
+    /// What stands before it in the model, and therefore comes next in a backward: where a profile counts that time.
+    pub before: Part,
+}
+
+/// y = weight (x - mean) / sqrt(variance + epsilon) + bias, mean and variance over the last axis
+#[derive(Clone)]
+pub struct LayerNorm {
+    pub weight: Weight, // (width)
+    pub bias: Weight,   // (width)
+    pub epsilon: f32,
+}
+
+/// `Linear`, with the result in `shape`: (.., inputs), any shape with n * inputs numbers -> n * outputs numbers.
+///
+/// ```text
+/// dx = dy W^T          dW = x^T dy          db = 1^T dy
+/// ```
+pub fn linear(x: &Tensor, layer: &Linear, shape: impl Into<Shape>) -> Result<Tensor> {
+    let _part = profile::part(Part::Linear);
+    let (rows, layer) = (as_rows(x, &layer.weight)?, layer.clone());
+    let y = layer.product(&rows)?.reshape(shape.into())?;
+    let dims = x.dims().to_vec();
+    node("linear", x, y, move |_, dy| {
+        let _part = profile::part_before(Part::Linear, layer.before);
+        layer.backward(&rows, &dy.reshape(((), layer.outputs()))?)?.reshape(dims.as_slice())
+    })
+}
+
+/// `residual + linear(x)`: both (n, outputs), x any shape with n * inputs numbers.
+pub fn linear_onto(residual: &Tensor, x: &Tensor, layer: &Linear) -> Result<Tensor> {
+    let _part = profile::part(Part::Linear);
+    let (rows, layer) = (as_rows(x, &layer.weight)?, layer.clone());
+    let y = (layer.product(&rows)? + residual.detach())?;
+    let dims = x.dims().to_vec();
+    node2("linear_onto", residual, x, y, move |_, dy| {
+        let _part = profile::part_before(Part::Linear, layer.before);
+        Ok((dy.clone(), layer.backward(&rows, dy)?.reshape(dims.as_slice())?))
+    })
+}
+
+/// The feed-forward half of a block, `residual + proj(gelu(fc(x)))`: (n, width), (n, width) -> (n, width).
+///
+/// ```text
+/// h = fc(x), g = gelu(h)          dg = dy Wp^T          dh = dg gelu'(h)          dx = dh Wf^T
+/// ```
+pub fn mlp_onto(residual: &Tensor, x: &Tensor, fc: &Linear, proj: &Linear) -> Result<Tensor> {
+    let (x_, fc, proj) = (x.detach(), fc.clone(), proj.clone());
+    let h = {
+        let _part = profile::part(Part::Linear);
+        fc.product(&x_)? // (n, 4 * width)
+    };
+    let g = {
+        let _part = profile::part(Part::Gelu);
+        h.gelu()?
+    };
+    let _part = profile::part(Part::Linear);
+    let y = (proj.product(&g)? + residual.detach())?;
+    node2("mlp_onto", residual, x, y, move |_, dy| {
+        let dg = {
+            let _part = profile::part(Part::Linear);
+            proj.backward(&g, dy)? // (n, 4 * width)
+        };
+        let dh = {
+            let _part = profile::part(Part::Gelu);
+            gelu_backward(&h, &g, &dg)?
+        };
+        drop(dg);
+        let _part = profile::part(Part::Linear);
+        Ok((dy.clone(), fc.backward(&x_, &dh)?))
+    })
+}
+
+impl Linear {
+    fn outputs(&self) -> usize {
+        self.bias.value.elem_count()
+    }
+
+    /// x W + b: (n, inputs) -> (n, outputs)
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let y = x.matmul(&self.weight.value)?;
+        match on_gpu(x) {
+            false => y.broadcast_add(&self.bias.value),
+            // The bias in every row first, as a product: that and a plain sum are faster than a broadcast one.
+            true => outer(&Tensor::ones(x.dim(0)?, x.dtype(), x.device())?, &self.bias.value)? + y,
+        }
+    }
+
+    /// dx; the layer learns.
+    fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.bias.learn(&column_sums(dy)?)?;
+        self.weight.learn(&x.t()?.matmul(dy)?)?;
+        dy.matmul(&self.weight.value.t()?)
+    }
+}
+
+/// dy gelu'(h), where g = gelu(h) and all are of one shape.
+///
+/// GELU in its tanh form is `h s` with `s = sigmoid(2 sqrt(2/pi) (h + 0.044715 h^3))`, which gives
+///
+/// ```text
+/// gelu'(h) = s + g (1 - s) q          q = 2 sqrt(2/pi) (1 + 3 * 0.044715 h^2)
+/// ```
+fn gelu_backward(h: &Tensor, g: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    const CUBIC: f64 = 0.044715;
+    let slope = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
+    let square = (h * h)?;
+    let s = candle_nn::ops::sigmoid(&(square.affine(slope * CUBIC, slope)? * h)?)?.detach();
+    let bend = (s.affine(-1.0, 1.0)? * g)?;
+    dy * (s + (square.affine(3.0 * slope * CUBIC, slope)? * bend)?)?
+}
+
+/// `LayerNorm`: (n, width) -> (n, width). The sums run in f32; what a bf16 backward keeps of a row is rounded to bf16.
+///
+/// ```text
+/// xhat = (x - mean) rstd          dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),  dxhat = weight dy
+/// dweight = sum of rows of dy xhat          dbias = sum of rows of dy
+/// ```
+pub fn layer_norm(x: &Tensor, layer: &LayerNorm) -> Result<Tensor> {
+    let _part = profile::part(Part::Norm);
+    let (x_, layer) = (x.detach(), layer.clone());
+    let y = candle_nn::ops::layer_norm(&x_, &layer.weight.value, &layer.bias.value, layer.epsilon)?;
+    node("layer_norm", x, y, move |_, dy| {
+        let _part = profile::part(Part::Norm);
+        layer.backward(&x_, dy)
+    })
+}
+
+impl LayerNorm {
+    fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let weight = &self.weight.value;
+        let ones = weight.ones_like()?;
+        let mean = |sums: Tensor| sums.affine(1.0 / ones.elem_count() as f64, 0.0); // f32 (n)
+        let xhat = candle_nn::ops::layer_norm(x, &ones, &weight.zeros_like()?, self.epsilon)?;
+        // mean(xhat x) = variance rstd, as xhat has no mean: what the fused kernel knew and did not tell.
+        let spread = mean(row_sums(&(&xhat * x)?, &ones)?)?;
+        let square = spread.sqr()?;
+        let epsilon = f64::from(self.epsilon);
+        let variance = ((&square * (&square + 4.0 * epsilon)?)?.sqrt()? + square)?.affine(0.5, 0.0)?;
+        let rstd = (variance + epsilon)?.sqrt()?.recip()?;
+
+        let dy_xhat = (dy * &xhat)?;
+        self.weight.learn(&column_sums(&dy_xhat)?)?;
+        self.bias.learn(&column_sums(dy)?)?;
+        let shift = (mean(row_sums(dy, weight)?)? * &rstd)?.neg()?; // (n), for each row one number
+        let tilt = (mean(row_sums(&dy_xhat, weight)?)? * &rstd)?.neg()?;
+        drop(dy_xhat);
+        let rows = |numbers: &Tensor| numbers.to_dtype(x.dtype());
+        (product(dy, &rows(&rstd)?, weight)? + product(&xhat, &rows(&tilt)?, &ones)?)? + outer(&rows(&shift)?, &ones)?
+    }
+}
+
+/// Token and position: `wte[token] + wpe[position]`, tokens u32 (batch, seqlen) -> (batch * seqlen, width).
+///
+/// It has no input to send a gradient to. `anchor` is the leaf that makes Candle keep the graph above it: one number.
+pub fn embedding(anchor: &Tensor, tokens: &Tensor, wte: &Weight, wpe: &Weight) -> Result<Tensor> {
+    let _part = profile::part(Part::Embedding);
+    let ((batch, seqlen), width) = (tokens.dims2()?, wte.value.dim(1)?);
+    let (ids, wte, wpe) = (tokens.flatten_all()?, wte.clone(), wpe.clone());
+    let positions = wpe.value.narrow(0, 0, seqlen)?; // (seqlen, width)
+    let embedded = wte.value.index_select(&ids, 0)?.reshape((batch, seqlen, width))?;
+    let x = embedded.broadcast_add(&positions)?.reshape((batch * seqlen, width))?;
+    node_without_gradient("embedding", anchor, x, move |_, dx| {
+        let _part = profile::part(Part::Embedding);
+        let dx = dx.to_dtype(DType::F32)?; // sums over many tokens
+        let table = Tensor::zeros(wte.value.shape(), DType::F32, dx.device())?;
+        wte.learn(&table.index_add(&ids, &dx, 0)?)?;
+        let seen = dx.reshape((batch, seqlen, width))?.sum(0)?;
+        wpe.learn(&seen.pad_with_zeros(0, 0, wpe.value.dim(0)? - seqlen)?)
+    })
+}
+
+/// Numbers in the largest piece of logits that is looked at at once: in f32, 2 GiB.
+const LOGITS_AT_ONCE: usize = 1 << 29;
+
+/// Keeps the logarithm of a probability that f32 rounds to 0 finite.
+const TINY: f64 = 1e-37;
+
+/// Mean cross-entropy of logits `x wte^T` against `targets`, in nats: x (n, width), targets u32 (n) -> f32 ().
+///
+/// The logits of all rows are never there at once. For each piece of rows, the forward computes the logits, their
+/// softmax p in f32, and from p both the loss and the gradient, which the backward only has to scale:
+///
+/// ```text
+/// loss = -1/n sum of ln p[target]          d = p - onehot(target)          dx = d wte / n          dwte = d^T x / n
+/// ```
+pub fn cross_entropy(x: &Tensor, wte: &Weight, targets: &Tensor) -> Result<Tensor> {
+    cross_entropy_in_pieces(x, wte, targets, LOGITS_AT_ONCE)
+}
+
+/// [`cross_entropy`], of pieces with about `logits_at_once` numbers.
+pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logits_at_once: usize) -> Result<Tensor> {
+    let _part = profile::part(Part::Loss);
+    let (n, vocab_size) = (x.dim(0)?, wte.value.dim(0)?);
+    let pieces = (n * vocab_size).div_ceil(logits_at_once).min(n);
+    let learns = x.track_op();
+    let (mut losses, mut dx, mut dwte) = (Vec::new(), Vec::new(), None);
+    let mut start = 0;
+    while start < n {
+        let len = n.div_ceil(pieces).min(n - start);
+        let x = x.detach().narrow(0, start, len)?;
+        let targets = targets.narrow(0, start, len)?.reshape((len, 1))?.contiguous()?;
+        let p = candle_nn::ops::softmax_last_dim(&x.matmul(&wte.value.t()?)?.to_dtype(DType::F32)?)?; // (len, vocab_size)
+        losses.push((p.gather(&targets, 1)? + TINY)?.log()?.sum_all()?);
+        if learns {
+            p.scatter_add_set(&targets, &Tensor::full(-1f32, (len, 1), p.device())?, 1)?;
+            let d = p.to_dtype(x.dtype())?;
+            drop(p);
+            dx.push(d.matmul(&wte.value)?);
+            let part = d.t()?.matmul(&x)?.to_dtype(DType::F32)?; // (vocab_size, width)
+            dwte = Some(match dwte {
+                Some(sum) => (sum + part)?,
+                None => part,
+            });
+        }
+        start += len;
+    }
+    let loss = Tensor::stack(&losses, 0)?.sum_all()?.affine(-1.0 / n as f64, 0.0)?; // f32 ()
+    let Some(dwte) = dwte else { return Ok(loss) };
+    let (dx, wte, dtype) = (Tensor::cat(&dx, 0)?, wte.clone(), x.dtype());
+    node("cross_entropy", x, loss, move |_, dloss| {
+        let _part = profile::part(Part::Loss);
+        let scale = dloss.affine(1.0 / n as f64, 0.0)?; // f32 ()
+        wte.learn(&dwte.broadcast_mul(&scale)?)?;
+        dx.to_dtype(DType::F32)?.broadcast_mul(&scale)?.to_dtype(dtype)
+    })
+}
+
+// Sums and products with a row or a column.
+
+fn on_gpu(x: &Tensor) -> bool {
+    x.device().is_cuda()
+}
+
+/// What a vector is repeated to, where a matrix product stands in for a pass over memory: tensor cores take operands
+/// whose rows are multiples of 16 bytes.
+const LANES: usize = 8;
+
+/// column[i] row[j]: (n), (m) -> (n, m)
+///
+/// On a GPU a product of (n, 8) and (8, m) that adds up eight equal eighths, exactly.
+fn outer(column: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let (n, m) = (column.elem_count(), row.elem_count());
+    let (column, row) = (column.reshape((n, 1))?, row.reshape((1, m))?);
+    match on_gpu(&column) {
+        false => column.matmul(&row),
+        true => {
+            let column = column.affine(1.0 / LANES as f64, 0.0)?.broadcast_as((n, LANES))?.contiguous()?;
+            column.matmul(&row.broadcast_as((LANES, m))?.contiguous()?)
+        }
+    }
+}
+
+/// x[i, j] column[i] row[j]
+fn product(x: &Tensor, column: &Tensor, row: &Tensor) -> Result<Tensor> {
+    x * outer(column, row)?
+}
+
+/// sum over j of x[i, j] row[j], in f32: (n, m), (m) -> (n)
+fn row_sums(x: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let m = row.elem_count();
+    let lanes = if on_gpu(x) { LANES } else { 1 };
+    let row = row.reshape((m, 1))?.broadcast_as((m, lanes))?.contiguous()?;
+    x.matmul(&row)?.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?.to_dtype(DType::F32)
+}
+
+/// sum over i of x[i, j]: (n, m) -> (m)
+fn column_sums(x: &Tensor) -> Result<Tensor> {
+    let lanes = if on_gpu(x) { LANES } else { 1 };
+    Tensor::ones((lanes, x.dim(0)?), x.dtype(), x.device())?.matmul(x)?.narrow(0, 0, 1)?.squeeze(0)
+}
+
+/// `x` without its graph, as rows that `weight` multiplies.
+fn as_rows(x: &Tensor, weight: &Weight) -> Result<Tensor> {
+    x.detach().reshape(((), weight.value.dim(0)?))
+}
+
+// Nodes of Candle's graph.
+
+/// Gradients of the inputs from the result and its gradient.
+type Backward = Box<dyn Fn(&Tensor, &Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync>;
+
+struct Node {
+    name: &'static str,
+    value: Mutex<Option<Tensor>>,
+    backward: Backward,
+}
+
+/// `value`, which was computed from `x` without a graph, as a result of `x` with the gradient `backward`. Nobody else
+/// may hold the memory of `value`.
+fn node<B>(name: &'static str, x: &Tensor, value: Tensor, backward: B) -> Result<Tensor>
+where
+    B: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    x.apply_op1(Node::new(name, value, move |y, dy| Ok([Some(backward(y, dy)?), None])))
+}
+
+/// As [`node`], of two inputs.
+fn node2<B>(name: &'static str, x1: &Tensor, x2: &Tensor, value: Tensor, backward: B) -> Result<Tensor>
+where
+    B: Fn(&Tensor, &Tensor) -> Result<(Tensor, Tensor)> + Send + Sync + 'static,
+{
+    let both = move |y: &Tensor, dy: &Tensor| backward(y, dy).map(|(dx1, dx2)| [Some(dx1), Some(dx2)]);
+    x1.apply_op2(x2, Node::new(name, value, both))
+}
+
+/// As [`node`], where weights learn and `x` does not.
+fn node_without_gradient<B>(name: &'static str, x: &Tensor, value: Tensor, backward: B) -> Result<Tensor>
+where
+    B: Fn(&Tensor, &Tensor) -> Result<()> + Send + Sync + 'static,
+{
+    x.apply_op1(Node::new(name, value, move |y, dy| backward(y, dy).map(|()| [None, None])))
+}
+
+impl Node {
+    fn new<B>(name: &'static str, value: Tensor, backward: B) -> Self
+    where
+        B: Fn(&Tensor, &Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync + 'static,
+    {
+        Self { name, value: Mutex::new(Some(value)), backward: Box::new(backward) }
+    }
+
+    /// The memory of the value, and its shape: Candle wants the one from an operator, and gives the other away to none.
+    fn take<S>(&self, memory: impl Fn(&Taken) -> Option<S>) -> Result<(S, Shape)> {
+        let value = self.value.lock().expect("a forward does not panic").take();
+        let Some(value) = value else { bail!("{} runs forward once", self.name) };
+        if !value.is_contiguous() || value.layout().start_offset() != 0 {
+            bail!("{}: its value is a view", self.name);
+        }
+        let taken = Taken::default();
+        value.inplace_op1(&taken)?;
+        let Some(memory) = memory(&taken) else {
+            bail!("{}: its value is on another device than its input", self.name)
+        };
+        Ok((memory, value.shape().clone()))
+    }
+
+    fn take_cpu(&self) -> Result<(CpuStorage, Shape)> {
+        self.take(|taken| taken.cpu.lock().expect("nothing panics").take())
+    }
+
+    fn take_cuda(&self) -> Result<(CudaStorage, Shape)> {
+        self.take(|taken| taken.cuda.lock().expect("nothing panics").take())
+    }
+}
+
+impl CustomOp1 for Node {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.take_cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take_cuda()
+    }
+
+    fn bwd(&self, _: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [dx, _] = (self.backward)(&result.detach(), &grad.contiguous()?)?;
+        Ok(dx)
+    }
+}
+
+impl CustomOp2 for Node {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.take_cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take_cuda()
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, result: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [dx1, dx2] = (self.backward)(&result.detach(), &grad.contiguous()?)?;
+        Ok((dx1, dx2))
+    }
+}
+
+/// Moves the memory of a tensor out and leaves one number in its place.
+#[derive(Default)]
+struct Taken {
+    cpu: Mutex<Option<CpuStorage>>,
+    cuda: Mutex<Option<CudaStorage>>,
+}
+
+impl InplaceOp1 for Taken {
+    fn name(&self) -> &'static str {
+        "take"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        let memory = std::mem::replace(storage, CpuStorage::F32(Vec::new()));
+        *self.cpu.lock().expect("nothing panics") = Some(memory);
+        Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        let one = storage.device().zeros_impl(&Shape::from(1), storage.dtype())?;
+        let memory = std::mem::replace(storage, one);
+        *self.cuda.lock().expect("nothing panics") = Some(memory);
+        Ok(())
+    }
+}

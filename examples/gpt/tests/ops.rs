@@ -1,0 +1,210 @@
+//! Each operator with a gradient by hand, against Candle's autograd through straight operators.
+
+use crate::ops::{self, LayerNorm, Linear, Weight};
+use crate::profile::Part;
+use crate::rng::Rng;
+use anyhow::Result;
+use candle_core::{Device, Tensor, Var};
+
+/// Of sums that run in another order, in f32, relative to the largest number.
+const TOLERANCE: f32 = 2e-5;
+
+/// A leaf of autograd, and the same numbers as a weight.
+struct Twin {
+    var: Var,
+    weight: Weight,
+}
+
+impl Twin {
+    fn new(rng: &mut Rng, shape: &[usize], std: f32) -> Result<Self> {
+        let var = Var::from_tensor(&normal(rng, shape, std)?)?;
+        let weight = Weight::new(&var)?;
+        Ok(Self { var, weight })
+    }
+}
+
+fn normal(rng: &mut Rng, shape: &[usize], std: f32) -> Result<Tensor> {
+    Ok(Tensor::from_vec(rng.normal(shape.iter().product(), std), shape, &Device::Cpu)?)
+}
+
+fn assert_close(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let size = want.abs()?.max_all()?.to_scalar::<f32>()?;
+    let differ = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(size > 0.0 && differ <= TOLERANCE * size, "{what}: they differ by {differ}, of {size}");
+    Ok(())
+}
+
+/// `by_hand` and `straight` of the same inputs are one function: in value, in the gradient of each input, and in that of each
+/// weight. The upstream gradient is random. A second backward over the graph adds the same again to what the weights know.
+fn assert_same_function(
+    inputs: &[Var],
+    weights: &[(&str, &Twin)],
+    by_hand: impl Fn() -> candle_core::Result<Tensor>,
+    straight: impl Fn() -> candle_core::Result<Tensor>,
+) -> Result<()> {
+    let (got, want) = (by_hand()?, straight()?);
+    assert_close("value", &got, &want)?;
+    let upstream = normal(&mut Rng::new(7), want.dims(), 1.0)?;
+    let loss = (&got * &upstream)?.sum_all()?;
+    let got = loss.backward()?;
+    let want = (want * upstream)?.sum_all()?.backward()?;
+    for (at, input) in inputs.iter().enumerate() {
+        assert_close(&format!("gradient of input {at}"), got.get(input).unwrap(), want.get(input).unwrap())?;
+    }
+    // One backward has run, what it gave is taken; then two.
+    for times in [1.0, 2.0] {
+        if times == 2.0 {
+            loss.backward()?;
+            loss.backward()?;
+        }
+        for (name, twin) in weights {
+            let (got, want) = (twin.weight.take_gradient().unwrap(), want.get(&twin.var).unwrap());
+            assert_close(&format!("gradient of {name}"), &got, &(want * times)?)?;
+            assert!(twin.weight.take_gradient().is_none(), "{name}: what was taken is gone");
+        }
+    }
+    Ok(())
+}
+
+/// A layer, and the twins of its weight and bias.
+fn linear_layer(rng: &mut Rng, inputs: usize, outputs: usize) -> Result<(Linear, Twin, Twin)> {
+    let (weight, bias) = (Twin::new(rng, &[inputs, outputs], 0.3)?, Twin::new(rng, &[outputs], 0.3)?);
+    let layer = Linear { weight: weight.weight.clone(), bias: bias.weight.clone(), before: Part::Rest };
+    Ok((layer, weight, bias))
+}
+
+fn straight_linear(x: &Tensor, weight: &Twin, bias: &Twin) -> candle_core::Result<Tensor> {
+    x.matmul(&weight.var)?.broadcast_add(&bias.var)
+}
+
+#[test]
+fn linear_is_a_product_and_a_sum() -> Result<()> {
+    let mut rng = Rng::new(1);
+    let (layer, weight, bias) = linear_layer(&mut rng, 24, 16)?;
+    let x = Var::from_tensor(&normal(&mut rng, &[2, 5, 3, 8], 1.0)?)?; // heads on the way in
+    let residual = Var::from_tensor(&normal(&mut rng, &[10, 16], 1.0)?)?;
+    let weights = [("weight", &weight), ("bias", &bias)];
+    let straight = || straight_linear(&x.reshape((10, 24))?, &weight, &bias);
+    assert_same_function(
+        std::slice::from_ref(&x),
+        &weights,
+        || ops::linear(&x, &layer, (2, 5, 4, 4)),
+        || straight()?.reshape((2, 5, 4, 4)),
+    )?;
+    assert_same_function(
+        &[residual.clone(), x.clone()],
+        &weights,
+        || ops::linear_onto(&residual, &x, &layer),
+        || residual.as_tensor() + straight()?,
+    )
+}
+
+#[test]
+fn mlp_is_two_layers_and_a_gelu() -> Result<()> {
+    let mut rng = Rng::new(2);
+    let (fc, fc_weight, fc_bias) = linear_layer(&mut rng, 8, 32)?;
+    let (proj, proj_weight, proj_bias) = linear_layer(&mut rng, 32, 8)?;
+    let x = Var::from_tensor(&normal(&mut rng, &[20, 8], 3.0)?)?; // far enough out for both ends of GELU
+    let residual = Var::from_tensor(&normal(&mut rng, &[20, 8], 1.0)?)?;
+    let gelu = |x: &Tensor| -> candle_core::Result<Tensor> {
+        let slope = (2.0 / std::f64::consts::PI).sqrt();
+        let inner = (x * x.sqr()?.affine(0.044715 * slope, slope)?)?;
+        x * inner.tanh()?.affine(0.5, 0.5)?
+    };
+    assert_same_function(
+        &[residual.clone(), x.clone()],
+        &[("fc weight", &fc_weight), ("fc bias", &fc_bias), ("proj weight", &proj_weight), ("proj bias", &proj_bias)],
+        || ops::mlp_onto(&residual, &x, &fc, &proj),
+        || {
+            let g = gelu(&straight_linear(&x, &fc_weight, &fc_bias)?)?;
+            residual.as_tensor() + straight_linear(&g, &proj_weight, &proj_bias)?
+        },
+    )
+}
+
+#[test]
+fn layer_norm_is_its_formula() -> Result<()> {
+    let mut rng = Rng::new(3);
+    let (weight, bias) = (Twin::new(&mut rng, &[48], 1.0)?, Twin::new(&mut rng, &[48], 1.0)?);
+    for epsilon in [1e-5, 0.3] {
+        let layer = LayerNorm { weight: weight.weight.clone(), bias: bias.weight.clone(), epsilon };
+        // Each row with a mean and a spread of its own.
+        let (mean, spread) =
+            (normal(&mut rng, &[30, 1], 2.0)?, normal(&mut rng, &[30, 1], 1.0)?.abs()?.affine(1.0, 0.2)?);
+        let x = normal(&mut rng, &[30, 48], 1.0)?.broadcast_mul(&spread)?.broadcast_add(&mean)?;
+        let x = Var::from_tensor(&x)?;
+        assert_same_function(
+            std::slice::from_ref(&x),
+            &[("weight", &weight), ("bias", &bias)],
+            || ops::layer_norm(&x, &layer),
+            || candle_nn::ops::layer_norm_slow(&x, &weight.var, &bias.var, epsilon),
+        )?;
+    }
+    Ok(())
+}
+
+/// A row of equal numbers has no spread to divide by.
+#[test]
+fn layer_norm_of_a_constant_row_has_a_gradient() -> Result<()> {
+    let ones = Weight::new(&Tensor::ones(4, candle_core::DType::F32, &Device::Cpu)?)?;
+    let layer = LayerNorm { weight: ones.clone(), bias: ones, epsilon: 1e-4 };
+    let x = Var::from_tensor(&Tensor::new(&[[2f32, 2.0, 2.0, 2.0]], &Device::Cpu)?)?;
+    let y = ops::layer_norm(&x, &layer)?;
+    let first = y.narrow(1, 0, 1)?.sum_all()?;
+    let dx = first.backward()?.get(&x).unwrap().to_vec2::<f32>()?;
+    // 1 / sqrt(epsilon), without the mean of four
+    for (got, want) in dx[0].iter().zip([75.0, -25.0, -25.0, -25.0]) {
+        assert!((got - want).abs() < 0.01, "{dx:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn embedding_adds_up_what_repeated_tokens_get() -> Result<()> {
+    let mut rng = Rng::new(4);
+    let (wte, wpe) = (Twin::new(&mut rng, &[11, 6], 1.0)?, Twin::new(&mut rng, &[7, 6], 1.0)?);
+    let tokens = Tensor::new(&[[3u32, 0, 3, 10], [3, 5, 5, 0]], &Device::Cpu)?; // of 7 positions, 4
+    let anchor = Var::zeros(1, candle_core::DType::F32, &Device::Cpu)?;
+    assert_same_function(
+        &[],
+        &[("wte", &wte), ("wpe", &wpe)],
+        || ops::embedding(&anchor, &tokens, &wte.weight, &wpe.weight),
+        || {
+            let embedded = wte.var.index_select(&tokens.flatten_all()?, 0)?.reshape((2, 4, 6))?;
+            embedded.broadcast_add(&wpe.var.narrow(0, 0, 4)?)?.reshape((8, 6))
+        },
+    )
+}
+
+#[test]
+fn cross_entropy_is_candles() -> Result<()> {
+    let mut rng = Rng::new(5);
+    let wte = Twin::new(&mut rng, &[13, 6], 1.0)?;
+    let x = Var::from_tensor(&normal(&mut rng, &[10, 6], 2.0)?)?;
+    let targets = Tensor::new(&[3u32, 0, 12, 7, 7, 1, 2, 3, 12, 9], &Device::Cpu)?;
+    for logits_at_once in [usize::MAX, 4 * 13, 13] {
+        assert_same_function(
+            std::slice::from_ref(&x),
+            &[("wte", &wte)],
+            || ops::cross_entropy_in_pieces(&x, &wte.weight, &targets, logits_at_once),
+            || candle_nn::loss::cross_entropy(&x.matmul(&wte.var.t()?)?, &targets),
+        )?;
+    }
+    let frozen = ops::cross_entropy(&x.detach(), &wte.weight, &targets)?.to_scalar::<f32>()?;
+    assert_eq!(frozen, ops::cross_entropy(&x, &wte.weight, &targets)?.to_scalar::<f32>()?);
+    Ok(())
+}
+
+/// A target that the model thinks impossible is a large loss, not an infinite one; what is no number stays none.
+#[test]
+fn cross_entropy_of_the_impossible_is_finite() -> Result<()> {
+    let wte = Weight::new(&Tensor::new(&[[200f32], [-200.0]], &Device::Cpu)?)?;
+    let loss = |x: f32| -> Result<f32> {
+        let x = Tensor::new(&[[x]], &Device::Cpu)?;
+        Ok(ops::cross_entropy(&x, &wte, &Tensor::new(&[1u32], &Device::Cpu)?)?.to_scalar()?)
+    };
+    assert!((85.0..86.0).contains(&loss(1.0)?), "{}", loss(1.0)?);
+    assert!(loss(f32::NAN)?.is_nan());
+    Ok(())
+}
