@@ -14,7 +14,6 @@ use crate::rng::Rng;
 use anyhow::{bail, Result};
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_fa2::{Attention, Mask};
-use candle_nn::ops::softmax;
 use std::collections::BTreeMap;
 
 const NORM_EPSILON: f32 = 1e-5;
@@ -207,9 +206,13 @@ impl Gpt {
     /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch * seqlen, embed_dim).
     fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
+        let mask = match self.config.attention {
+            AttentionKind::Standard => Some(causal_mask(seqlen, self.config.precision.dtype(), self.device())?),
+            AttentionKind::Flash | AttentionKind::None => None,
+        };
         let mut x = ops::embedding(&self.anchor, tokens, &self.wte, &self.wpe)?; // (batch * seqlen, embed_dim)
         for block in &self.blocks {
-            let o = self.attention(block, &ops::layer_norm(&x, &block.ln_1)?, batch, seqlen)?;
+            let o = self.attention(block, &ops::layer_norm(&x, &block.ln_1)?, (batch, seqlen), mask.as_ref())?;
             x = ops::linear_onto(&x, &o, &block.attn_proj)?;
             x = ops::mlp_onto(&x, &ops::layer_norm(&x, &block.ln_2)?, &block.c_fc, &block.mlp_proj)?;
         }
@@ -222,36 +225,46 @@ impl Gpt {
     }
 
     /// Causal self-attention: (batch * seqlen, embed_dim) -> (batch, seqlen, num_heads, head_dim).
-    fn attention(&self, block: &Block, x: &Tensor, batch: usize, seqlen: usize) -> Result<Tensor> {
+    fn attention(
+        &self,
+        block: &Block,
+        x: &Tensor,
+        (batch, seqlen): (usize, usize),
+        mask: Option<&Tensor>, // for standard attention
+    ) -> Result<Tensor> {
         let shape = (batch, seqlen, self.config.num_heads, self.config.head_dim());
         // A product for each of q, k and v. Views into one would be cut as easily, but the gradient of a view is padded to
         // the whole with zeros and added: three times three activations.
         let [q, k, v] = &block.c_attn;
         let (q, k, v) = (ops::linear(x, q, shape)?, ops::linear(x, k, shape)?, ops::linear(x, v, shape)?);
         let _part = profile::part(Part::Attention);
-        match self.config.attention {
-            AttentionKind::Flash => Ok(Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?),
-            AttentionKind::Standard => standard_attention(&q, &k, &v),
-            AttentionKind::None => Ok(((q + k)? + v)?),
+        match mask {
+            Some(mask) => standard_attention(&q, &k, &v, mask),
+            None if self.config.attention == AttentionKind::None => Ok(((q + k)? + v)?),
+            None => Ok(Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?),
         }
     }
 }
 
 /// Causal attention as the formula says it, for comparison: the scores of all queries and keys are stored.
-/// q, k, v and the result are (batch, seqlen, num_heads, head_dim).
-fn standard_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    let (_, seqlen, _, head_dim) = q.dims4()?;
-    let softmax_scale = 1.0 / (head_dim as f64).sqrt();
+/// q, k, v and the result are (batch, seqlen, num_heads, head_dim), `mask` is that of [`causal_mask`].
+fn standard_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let softmax_scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
     let heads_first = |t: &Tensor| t.transpose(1, 2)?.contiguous(); // (batch, num_heads, seqlen, head_dim)
     let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
 
-    let scores = (q.matmul(&k.t()?)? * softmax_scale)?; // (batch, num_heads, seqlen, seqlen)
-    let hidden: Vec<f32> = (0..seqlen * seqlen)
-        .map(|at| if at % seqlen > at / seqlen { f32::NEG_INFINITY } else { 0.0 }) // key > query
-        .collect();
-    let mask = Tensor::from_vec(hidden, (seqlen, seqlen), q.device())?.to_dtype(q.dtype())?;
-    let weights = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
+    let scores = (q * softmax_scale)?.matmul(&k.t()?)?; // (batch, num_heads, seqlen, seqlen)
+    let weights = ops::softmax(&scores, mask)?;
     Ok(weights.matmul(&v)?.transpose(1, 2)?.contiguous()?)
+}
+
+/// What is added to scores: minus infinity where the key comes after the query, else 0. (seqlen, seqlen)
+fn causal_mask(seqlen: usize, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    let position = Tensor::arange(0u32, seqlen as u32, device)?;
+    let (query, key) = (position.reshape((seqlen, 1))?, position.reshape((1, seqlen))?);
+    let hidden = key.broadcast_gt(&query)?;
+    let value = |number: f32| Tensor::full(number, (seqlen, seqlen), device)?.to_dtype(dtype);
+    hidden.where_cond(&value(f32::NEG_INFINITY)?, &value(0.0)?)
 }
 
 /// Fails with the names of all parameters that `gradients` has nothing for, or nothing but zeros.

@@ -11,7 +11,7 @@
 use crate::profile::{self, Part};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
-    bail, CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, InplaceOp1, Layout, Result, Shape, Tensor,
+    bail, CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, InplaceOp1, Layout, Result, Shape, Tensor, D,
 };
 use std::sync::{Arc, Mutex};
 
@@ -278,6 +278,22 @@ pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logit
         let scale = dloss.affine(1.0 / n as f64, 0.0)?; // f32 ()
         wte.learn(&dwte.broadcast_mul(&scale)?)?;
         dx.to_dtype(DType::F32)?.broadcast_mul(&scale)?.to_dtype(dtype)
+    })
+}
+
+/// `softmax(scores + mask)` over the last axis, for standard attention: (.., n, m) and (n, m) -> (.., n, m).
+///
+/// ```text
+/// dscores = p (dp - sum of dp p)
+/// ```
+pub fn softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let p = candle_nn::ops::softmax_last_dim(&scores.detach().broadcast_add(mask)?)?;
+    node("softmax", scores, p, |p, dp| {
+        let m = p.dim(D::Minus1)?;
+        let (p, dp, shape) = (p.reshape(((), m))?, dp.reshape(((), m))?, p.shape().clone());
+        let (ones, product_p) = (Tensor::ones(m, p.dtype(), p.device())?, (&dp * &p)?);
+        let sums = row_sums(&product_p, &ones)?.to_dtype(p.dtype())?;
+        (product_p - product(&p, &sums, &ones)?)?.reshape(shape)
     })
 }
 

@@ -144,6 +144,21 @@ fn layer_norm_is_its_formula() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn softmax_is_candles() -> Result<()> {
+    let mut rng = Rng::new(6);
+    let scores = Var::from_tensor(&normal(&mut rng, &[2, 3, 4, 5], 3.0)?)?;
+    let (hidden, seen) = (f32::NEG_INFINITY, 0.0);
+    let mask: Vec<f32> = (0..20).map(|at| if at % 5 > at / 5 { hidden } else { seen }).collect();
+    let mask = Tensor::from_vec(mask, (4, 5), &Device::Cpu)?;
+    assert_same_function(
+        std::slice::from_ref(&scores),
+        &[],
+        || ops::softmax(&scores, &mask),
+        || candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, candle_core::D::Minus1),
+    )
+}
+
 /// A row of equal numbers has no spread to divide by.
 #[test]
 fn layer_norm_of_a_constant_row_has_a_gradient() -> Result<()> {
