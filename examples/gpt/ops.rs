@@ -218,11 +218,27 @@ pub fn embedding(anchor: &Tensor, tokens: &Tensor, wte: &Weight, wpe: &Weight) -
     node_without_gradient("embedding", anchor, x, move |_, dx| {
         let _part = profile::part(Part::Embedding);
         let dx = dx.to_dtype(DType::F32)?; // sums over many tokens
-        let table = Tensor::zeros(wte.value.shape(), DType::F32, dx.device())?;
-        wte.learn(&table.index_add(&ids, &dx, 0)?)?;
+        wte.learn(&rows_added_up(&dx, &ids, wte.value.dim(0)?)?)?;
         let seen = dx.reshape((batch, seqlen, width))?.sum(0)?;
         wpe.learn(&seen.pad_with_zeros(0, 0, wpe.value.dim(0)? - seqlen)?)
     })
+}
+
+/// Row i of `x` added to row `ids[i]` of `count` rows of zeros: f32 (n, width), u32 (n) -> f32 (count, width).
+///
+/// On a GPU, Candle gives each column one thread, which takes row after row. Parts of the rows in tables of their own are
+/// as many threads more; the tables are added at the end.
+fn rows_added_up(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
+    const PARTS: usize = 4;
+    let (n, width) = x.dims2()?;
+    if !on_gpu(x) || !n.is_multiple_of(PARTS) {
+        return Tensor::zeros((count, width), x.dtype(), x.device())?.index_add(ids, x, 0);
+    }
+    let tables = Tensor::zeros((PARTS, count, width), x.dtype(), x.device())?;
+    let ids = ids.reshape((PARTS, n / PARTS, 1))?.broadcast_as((PARTS, n / PARTS, width))?.contiguous()?;
+    tables.scatter_add_set(&ids, &x.reshape((PARTS, n / PARTS, width))?, 1)?;
+    let halves = (tables.narrow(0, 0, PARTS / 2)? + tables.narrow(0, PARTS / 2, PARTS / 2)?)?;
+    halves.get(0)? + halves.get(1)?
 }
 
 /// Numbers in the largest piece of logits that is looked at at once: in f32, 2 GiB.
