@@ -21,10 +21,12 @@
 //! | `checkpoint.rs`, `files.rs` | what survives the process |
 //! | `metrics.rs`, `plot.rs`, `progress.rs` | what one sees of it |
 //! | `time.rs`, `profile.rs` | speed, and where the time goes |
-//! | `gpu.rs` | what is asked of a GPU beyond Candle's operators |
+//! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
 //! | `rng.rs` | all randomness |
 //! | `cli.rs` | options |
 
+#[cfg(feature = "cuda")]
+mod blas;
 mod checkpoint;
 mod cli;
 mod config;

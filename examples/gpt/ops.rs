@@ -8,6 +8,8 @@
 //!
 //! Weights are no part of the graph. A [`Weight`] gathers its gradient itself, in f32.
 
+#[cfg(feature = "cuda")]
+use crate::blas;
 use crate::profile::{self, Part};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
@@ -74,7 +76,7 @@ pub struct LayerNorm {
 pub fn linear(x: &Tensor, layer: &Linear, shape: impl Into<Shape>) -> Result<Tensor> {
     let _part = profile::part(Part::Linear);
     let (rows, layer) = (as_rows(x, &layer.weight)?, layer.clone());
-    let y = layer.product(&rows)?.reshape(shape.into())?;
+    let y = layer.product(&rows, None)?.reshape(shape.into())?;
     let dims = x.dims().to_vec();
     node("linear", x, y, move |_, dy| {
         let _part = profile::part_before(Part::Linear, layer.before);
@@ -86,7 +88,7 @@ pub fn linear(x: &Tensor, layer: &Linear, shape: impl Into<Shape>) -> Result<Ten
 pub fn linear_onto(residual: &Tensor, x: &Tensor, layer: &Linear) -> Result<Tensor> {
     let _part = profile::part(Part::Linear);
     let (rows, layer) = (as_rows(x, &layer.weight)?, layer.clone());
-    let y = (layer.product(&rows)? + residual.detach())?;
+    let y = layer.product(&rows, Some(residual))?;
     let dims = x.dims().to_vec();
     node2("linear_onto", residual, x, y, move |_, dy| {
         let _part = profile::part_before(Part::Linear, layer.before);
@@ -101,26 +103,11 @@ pub fn linear_onto(residual: &Tensor, x: &Tensor, layer: &Linear) -> Result<Tens
 /// ```
 pub fn mlp_onto(residual: &Tensor, x: &Tensor, fc: &Linear, proj: &Linear) -> Result<Tensor> {
     let (x_, fc, proj) = (x.detach(), fc.clone(), proj.clone());
-    let h = {
-        let _part = profile::part(Part::Linear);
-        fc.product(&x_)? // (n, 4 * width)
-    };
-    let g = {
-        let _part = profile::part(Part::Gelu);
-        h.gelu()?
-    };
+    let (h, g) = fc.product_and_gelu(&x_)?; // (n, 4 * width)
     let _part = profile::part(Part::Linear);
-    let y = (proj.product(&g)? + residual.detach())?;
+    let y = proj.product(&g, Some(residual))?;
     node2("mlp_onto", residual, x, y, move |_, dy| {
-        let dg = {
-            let _part = profile::part(Part::Linear);
-            proj.backward(&g, dy)? // (n, 4 * width)
-        };
-        let dh = {
-            let _part = profile::part(Part::Gelu);
-            gelu_backward(&h, &g, &dg)?
-        };
-        drop(dg);
+        let dh = proj.backward_of_gelu(&h, &g, dy)?; // (n, 4 * width)
         let _part = profile::part(Part::Linear);
         Ok((dy.clone(), fc.backward(&x_, &dh)?))
     })
@@ -131,21 +118,58 @@ impl Linear {
         self.bias.value.elem_count()
     }
 
-    /// x W + b: (n, inputs) -> (n, outputs)
-    fn product(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.value)?;
-        match on_gpu(x) {
-            false => y.broadcast_add(&self.bias.value),
-            // The bias in every row first, as a product: that and a plain sum are faster than a broadcast one.
-            true => outer(&Tensor::ones(x.dim(0)?, x.dtype(), x.device())?, &self.bias.value)? + y,
+    /// x W + b, and + `onto` if there is one: (n, inputs), (n, outputs) -> (n, outputs)
+    fn product(&self, x: &Tensor, onto: Option<&Tensor>) -> Result<Tensor> {
+        let (w, b, onto) = (&self.weight.value, &self.bias.value, onto.map(Tensor::detach));
+        #[cfg(feature = "cuda")]
+        if blas::takes(x) {
+            return blas::affine(x, w, b, onto.as_ref());
         }
+        let y = x.matmul(w)?.broadcast_add(b)?;
+        match onto {
+            Some(onto) => y + onto,
+            None => Ok(y),
+        }
+    }
+
+    /// h = x W + b, and gelu(h): (n, inputs) -> two of (n, outputs)
+    fn product_and_gelu(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        if blas::takes(x) {
+            let _part = profile::part(Part::Linear);
+            return blas::affine_gelu(x, &self.weight.value, &self.bias.value);
+        }
+        let h = {
+            let _part = profile::part(Part::Linear);
+            self.product(x, None)?
+        };
+        let _part = profile::part(Part::Gelu);
+        let g = h.gelu()?;
+        Ok((h, g))
     }
 
     /// dx; the layer learns.
     fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        self.bias.learn(&column_sums(dy)?)?;
-        self.weight.learn(&x.t()?.matmul(dy)?)?;
+        self.learn(x, dy)?;
         dy.matmul(&self.weight.value.t()?)
+    }
+
+    /// dh of a layer that saw g = gelu(h); the layer learns.
+    fn backward_of_gelu(&self, h: &Tensor, g: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let _part = profile::part(Part::Linear);
+        #[cfg(feature = "cuda")]
+        if blas::takes(dy) {
+            self.learn(g, dy)?;
+            return blas::product_gelu_backward(dy, &self.weight.value.t()?, h);
+        }
+        let dg = self.backward(g, dy)?;
+        let _part = profile::part(Part::Gelu);
+        gelu_backward(h, g, &dg)
+    }
+
+    fn learn(&self, x: &Tensor, dy: &Tensor) -> Result<()> {
+        self.bias.learn(&column_sums(dy)?)?;
+        self.weight.learn(&x.t()?.matmul(dy)?)
     }
 }
 
