@@ -114,6 +114,35 @@ fn flash_and_standard_gradients_agree() -> Result<()> {
     check_gradients(parameters.keys(), &flash)
 }
 
+/// Of a gradient in bf16, its norm: each activation is rounded to 8 bits, dozens of times on the way.
+const BF16_GRADIENT_TOLERANCE: f32 = 0.05;
+
+/// The gradient of every parameter in bf16, on the CPU and on a GPU if there is one, is that in f32.
+#[test]
+fn gradients_in_bf16_are_those_in_f32() -> Result<()> {
+    let room = Room::new();
+    let gradients = |precision, device: &Device| -> Result<Named> {
+        let config = Config { precision, ..short_config(&room, AttentionKind::Flash) };
+        let parameters = init_parameters(&config, 256, &mut Rng::new(1), device)?;
+        let tokens = tokens(4, 32)?.to_device(device)?;
+        let (_, gradients) = mean_gradients(&Gpt::new(&config, &parameters)?, &[(tokens.clone(), tokens)])?;
+        gradients.into_iter().map(|(name, gradient)| Ok((name, gradient.to_device(&Device::Cpu)?))).collect()
+    };
+    let want = gradients(Precision::F32, &Device::Cpu)?;
+    let mut devices = vec![Device::Cpu];
+    devices.extend(Device::new_cuda(0));
+    for device in devices {
+        let got = gradients(Precision::Bf16, &device)?;
+        for (name, want) in &want {
+            let norm = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f32::sqrt);
+            let (differ, size) = (norm(&(&got[name] - want)?)?, norm(want)?);
+            let limit = BF16_GRADIENT_TOLERANCE * size;
+            assert!(differ < limit, "{name} on {device:?}: gradients differ by {differ}, of {size}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn parameters_without_a_gradient_are_named() -> Result<()> {
     let gradient = |values: &[f32]| Tensor::new(values, &Device::Cpu);

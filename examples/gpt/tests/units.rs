@@ -15,7 +15,7 @@ use crate::sample::{Sampling, Trained};
 use crate::tokenizer::{Tokenizer, TokenizerKind};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -369,6 +369,32 @@ fn a_repository_is_all_that_is_needed() -> Result<()> {
     }
     assert!(said(&["sample", "--prompt", "the query", "--tokens", "20"]).contains("the query"));
     assert!(said(&["eval"]).contains("on 384 tokens of the held-out part of this repository"));
+    Ok(())
+}
+
+/// Two measurements are two rows under one heading, and what they say fits together.
+#[test]
+fn a_measurement_is_a_row() -> Result<()> {
+    let room = Room::new();
+    let csv = room.string("speed.csv");
+    let args = ["time", "--steps", "2", "--warmup", "1", "--context", "16", "--batch", "2", "--csv", &csv];
+    run(&[&args[..], &["--peak", "2", "--profile"]].concat())?;
+    run(&[&args[..], &["--attention", "none", "--accumulation", "2"]].concat())?;
+    let rows: Vec<BTreeMap<String, String>> =
+        csv::Reader::from_path(&csv)?.deserialize().collect::<std::result::Result<_, _>>()?;
+    let number = |row: usize, column: &str| rows[row][column].parse::<f64>();
+    assert_eq!(rows.len(), 2);
+    assert_eq!((rows[0]["attention"].as_str(), rows[1]["attention"].as_str()), ("flash", "none"));
+    for (row, batches) in [(0, 1.0), (1, 2.0)] {
+        let tokens_per_s = number(row, "tokens_per_s")?;
+        let close = |got: f64, want: f64| (got / want - 1.0).abs() < 1e-9;
+        assert!(close(number(row, "ms_per_step")?, batches * 32e3 / tokens_per_s));
+        let flops_per_token = 6.0 * number(row, "parameters")? + 6.0 * 4.0 * 128.0 * 16.0;
+        assert!(close(number(row, "model_tflops")?, flops_per_token * tokens_per_s / 1e12));
+    }
+    assert!((number(0, "mfu_percent")? / number(0, "model_tflops")? - 50.0).abs() < 1e-9);
+    assert_eq!(rows[1]["mfu_percent"], "", "no peak of a CPU is known");
+    assert!((number(0, "last_loss")? - 256f64.ln()).abs() < 0.5);
     Ok(())
 }
 
