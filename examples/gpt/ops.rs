@@ -249,19 +249,25 @@ pub fn embedding(anchor: &Tensor, tokens: &Tensor, wte: &Weight, wpe: &Weight) -
 }
 
 /// Row i of `x` added to row `ids[i]` of `count` rows of zeros: f32 (n, width), u32 (n) -> f32 (count, width).
-///
+fn rows_added_up(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
+    match on_gpu(x) && x.dim(0)?.is_multiple_of(TABLES) {
+        true => rows_added_up_in_tables(x, ids, count),
+        false => Tensor::zeros((count, x.dim(1)?), x.dtype(), x.device())?.index_add(ids, x, 0),
+    }
+}
+
+/// Even, and few: each is as large as the embedding.
+const TABLES: usize = 4;
+
 /// On a GPU, Candle gives each column one thread, which takes row after row. Parts of the rows in tables of their own are
 /// as many threads more; the tables are added at the end.
-fn rows_added_up(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
-    const PARTS: usize = 4;
+pub fn rows_added_up_in_tables(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
     let (n, width) = x.dims2()?;
-    if !on_gpu(x) || !n.is_multiple_of(PARTS) {
-        return Tensor::zeros((count, width), x.dtype(), x.device())?.index_add(ids, x, 0);
-    }
-    let tables = Tensor::zeros((PARTS, count, width), x.dtype(), x.device())?;
-    let ids = ids.reshape((PARTS, n / PARTS, 1))?.broadcast_as((PARTS, n / PARTS, width))?.contiguous()?;
-    tables.scatter_add_set(&ids, &x.reshape((PARTS, n / PARTS, width))?, 1)?;
-    let halves = (tables.narrow(0, 0, PARTS / 2)? + tables.narrow(0, PARTS / 2, PARTS / 2)?)?;
+    let part = (TABLES, n / TABLES, width);
+    let tables = Tensor::zeros((TABLES, count, width), x.dtype(), x.device())?;
+    let ids = ids.reshape((TABLES, n / TABLES, 1))?.broadcast_as(part)?.contiguous()?;
+    tables.scatter_add_set(&ids, &x.reshape(part)?, 1)?;
+    let halves = (tables.narrow(0, 0, TABLES / 2)? + tables.narrow(0, TABLES / 2, TABLES / 2)?)?;
     halves.get(0)? + halves.get(1)?
 }
 
@@ -347,19 +353,25 @@ fn on_gpu(x: &Tensor) -> bool {
 /// whose rows are multiples of 16 bytes.
 const LANES: usize = 8;
 
-/// column[i] row[j]: (n), (m) -> (n, m)
-///
-/// On a GPU a product of (n, 8) and (8, m) that adds up eight equal eighths, exactly.
-fn outer(column: &Tensor, row: &Tensor) -> Result<Tensor> {
-    let (n, m) = (column.elem_count(), row.elem_count());
-    let (column, row) = (column.reshape((n, 1))?, row.reshape((1, m))?);
-    match on_gpu(&column) {
-        false => column.matmul(&row),
-        true => {
-            let column = column.affine(1.0 / LANES as f64, 0.0)?.broadcast_as((n, LANES))?.contiguous()?;
-            column.matmul(&row.broadcast_as((LANES, m))?.contiguous()?)
-        }
+/// As many as are worth their while on the device of `x`.
+fn lanes(x: &Tensor) -> usize {
+    if on_gpu(x) {
+        LANES
+    } else {
+        1
     }
+}
+
+/// column[i] row[j]: (n), (m) -> (n, m)
+fn outer(column: &Tensor, row: &Tensor) -> Result<Tensor> {
+    outer_in(lanes(column), column, row)
+}
+
+/// [`outer`] as a product of (n, lanes) and (lanes, m), which adds up as many equal shares, exactly.
+pub fn outer_in(lanes: usize, column: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let (n, m) = (column.elem_count(), row.elem_count());
+    let column = column.reshape((n, 1))?.affine(1.0 / lanes as f64, 0.0)?.broadcast_as((n, lanes))?.contiguous()?;
+    column.matmul(&row.reshape((1, m))?.broadcast_as((lanes, m))?.contiguous()?)
 }
 
 /// x[i, j] column[i] row[j]
@@ -369,15 +381,23 @@ fn product(x: &Tensor, column: &Tensor, row: &Tensor) -> Result<Tensor> {
 
 /// sum over j of x[i, j] row[j], in f32: (n, m), (m) -> (n)
 fn row_sums(x: &Tensor, row: &Tensor) -> Result<Tensor> {
+    row_sums_in(lanes(x), x, row)
+}
+
+/// [`row_sums`] as a product of (n, m) and (m, lanes).
+pub fn row_sums_in(lanes: usize, x: &Tensor, row: &Tensor) -> Result<Tensor> {
     let m = row.elem_count();
-    let lanes = if on_gpu(x) { LANES } else { 1 };
     let row = row.reshape((m, 1))?.broadcast_as((m, lanes))?.contiguous()?;
     x.matmul(&row)?.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?.to_dtype(DType::F32)
 }
 
 /// sum over i of x[i, j]: (n, m) -> (m)
 fn column_sums(x: &Tensor) -> Result<Tensor> {
-    let lanes = if on_gpu(x) { LANES } else { 1 };
+    column_sums_in(lanes(x), x)
+}
+
+/// [`column_sums`] as a product of (lanes, n) and (n, m).
+pub fn column_sums_in(lanes: usize, x: &Tensor) -> Result<Tensor> {
     Tensor::ones((lanes, x.dim(0)?), x.dtype(), x.device())?.matmul(x)?.narrow(0, 0, 1)?.squeeze(0)
 }
 

@@ -223,3 +223,27 @@ fn cross_entropy_of_the_impossible_is_finite() -> Result<()> {
     assert!(loss(f32::NAN)?.is_nan());
     Ok(())
 }
+
+/// What a GPU is given instead of passes and sums is the same, here on the CPU: in f32, and to the bit in bf16 where each
+/// result is one product.
+#[test]
+fn products_stand_in_for_sums() -> Result<()> {
+    let mut rng = Rng::new(8);
+    let (x, column, row) =
+        (normal(&mut rng, &[24, 16], 1.0)?, normal(&mut rng, &[24], 1.0)?, normal(&mut rng, &[16], 1.0)?);
+    let plain = column.reshape((24, 1))?.broadcast_mul(&row)?;
+    assert_close("outer", &ops::outer_in(8, &column, &row)?, &plain)?;
+    assert_close("row sums", &ops::row_sums_in(8, &x, &row)?, &x.broadcast_mul(&row)?.sum(1)?)?;
+    assert_close("column sums", &ops::column_sums_in(8, &x)?, &x.sum(0)?)?;
+
+    let in_bf16 = |x: &Tensor| x.to_dtype(candle_core::DType::BF16);
+    let (column, row) = (in_bf16(&column)?, in_bf16(&row)?);
+    let values = |x: &Tensor| x.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>();
+    let plain = column.reshape((24, 1))?.broadcast_mul(&row)?;
+    assert_eq!(values(&ops::outer_in(8, &column, &row)?)?, values(&plain)?);
+
+    let ids: Vec<u32> = (0..24).map(|at| at * at % 7).collect(); // some several times, in one part and across
+    let ids = Tensor::new(ids, &Device::Cpu)?;
+    let plain = Tensor::zeros((9, 16), candle_core::DType::F32, &Device::Cpu)?.index_add(&ids, &x, 0)?;
+    assert_close("rows added up", &ops::rows_added_up_in_tables(&x, &ids, 9)?, &plain)
+}
