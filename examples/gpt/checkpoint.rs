@@ -103,7 +103,11 @@ fn write(path: &Path, header: &[u8], tensors: &[(String, Tensor)]) -> Result<()>
 fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<()> {
     for (_, tensor) in tensors {
         let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-        file.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+        let mut bytes = vec![0; size_of_val(values.as_slice())];
+        for (bytes, value) in bytes.chunks_exact_mut(4).zip(&values) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+        file.write_all(&bytes)?;
     }
     Ok(())
 }

@@ -7,6 +7,9 @@
 //! cargo run --release --example gpt -- eval                       its loss on held-out text
 //! cargo run --release --example gpt -- train --resume runs/0001   go on where it stopped
 //! cargo run --release --example gpt -- time --preset 124m         how fast a preset trains here, without a text
+//!
+//! cargo run --release --features cuda --example gpt -- train --preset 124m --device cuda --dtype bf16 --batch 16 \
+//!     --accumulation 1 --steps 300 --eval-interval 50 --data book.txt         GPT-2 small on an NVIDIA GPU
 //! ```
 //!
 //! | file | what it holds |
