@@ -27,8 +27,10 @@ pub enum Preset {
 pub enum AttentionKind {
     /// candle-fa2: the scores are never stored
     Flash,
-    /// matmul, softmax, matmul
+    /// matmul, softmax, matmul: Candle's operators with Candle's gradients
     Standard,
+    /// The same with the fused softmax, and its gradient by hand
+    StandardFused,
     /// Left out, y = q + k + v: what the rest costs
     None,
 }

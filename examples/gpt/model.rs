@@ -78,43 +78,35 @@ pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device
 
 struct Block {
     ln_1: LayerNorm,
-    c_attn: [Linear; 3], // the thirds of its columns that give q, k and v
+    c_attn: Linear, // q, k and v side by side
     attn_proj: Linear,
     ln_2: LayerNorm,
     c_fc: Linear,
     mlp_proj: Linear,
 }
 
-/// Makes layers of parameters, and remembers which weights are whose.
+/// Makes layers of parameters, and remembers which weight is whose.
 struct Builder<'a> {
     parameters: &'a Named,
     dtype: DType,
-    weights: BTreeMap<String, Vec<Weight>>,
+    weights: BTreeMap<String, Weight>,
 }
 
 impl Builder<'_> {
-    /// The parameter `name`, its last axis cut into `N` equal parts.
-    fn cut<const N: usize>(&mut self, name: &str) -> Result<[Weight; N]> {
-        let parameter = self.parameters[name].to_dtype(self.dtype)?;
-        let parts = parameter.chunk(N, D::Minus1)?.iter().map(Weight::new).collect::<candle_core::Result<Vec<_>>>()?;
-        self.weights.insert(name.to_string(), parts.clone());
-        Ok(parts.try_into().unwrap_or_else(|_| unreachable!("as many parts as were asked for")))
+    fn weight(&mut self, name: String) -> Result<Weight> {
+        let weight = Weight::new(&self.parameters[&name].to_dtype(self.dtype)?)?;
+        self.weights.insert(name, weight.clone());
+        Ok(weight)
     }
 
     fn norm(&mut self, name: &str) -> Result<LayerNorm> {
-        let ([weight], [bias]) = (self.cut(&format!("{name}.weight"))?, self.cut(&format!("{name}.bias"))?);
+        let (weight, bias) = (self.weight(format!("{name}.weight"))?, self.weight(format!("{name}.bias"))?);
         Ok(LayerNorm { weight, bias, epsilon: NORM_EPSILON })
     }
 
-    /// `N` layers that give equal shares of the outputs.
-    fn linears<const N: usize>(&mut self, name: &str, before: Part) -> Result<[Linear; N]> {
-        let (weights, biases) = (self.cut::<N>(&format!("{name}.weight"))?, self.cut::<N>(&format!("{name}.bias"))?);
-        Ok(std::array::from_fn(|at| Linear { weight: weights[at].clone(), bias: biases[at].clone(), before }))
-    }
-
     fn linear(&mut self, name: &str, before: Part) -> Result<Linear> {
-        let [layer] = self.linears(name, before)?;
-        Ok(layer)
+        let (weight, bias) = (self.weight(format!("{name}.weight"))?, self.weight(format!("{name}.bias"))?);
+        Ok(Linear { weight, bias, before })
     }
 }
 
@@ -125,8 +117,8 @@ pub struct Gpt {
     ln_f: LayerNorm,
     /// What Candle's graph begins at: a variable where the model learns.
     anchor: Tensor,
-    /// Each parameter's weights: one, or several that its last axis was cut into.
-    weights: BTreeMap<String, Vec<Weight>>,
+    /// By the name of the parameter.
+    weights: BTreeMap<String, Weight>,
     config: Config,
 }
 
@@ -150,7 +142,7 @@ impl Gpt {
             let name = |part: &str| format!("h.{layer}.{part}");
             blocks.push(Block {
                 ln_1: builder.norm(&name("ln_1"))?,
-                c_attn: builder.linears(&name("attn.c_attn"), Part::Rest)?,
+                c_attn: builder.linear(&name("attn.c_attn"), Part::Rest)?,
                 attn_proj: builder.linear(&name("attn.c_proj"), Part::Attention)?,
                 ln_2: builder.norm(&name("ln_2"))?,
                 c_fc: builder.linear(&name("mlp.c_fc"), Part::Rest)?,
@@ -158,7 +150,7 @@ impl Gpt {
             });
         }
         let ln_f = builder.norm("ln_f")?;
-        let ([wte], [wpe]) = (builder.cut("wte")?, builder.cut("wpe")?);
+        let (wte, wpe) = (builder.weight("wte".into())?, builder.weight("wpe".into())?);
         Ok(Self { wte, wpe, blocks, ln_f, anchor, weights: builder.weights, config: config.clone() })
     }
 
@@ -171,15 +163,9 @@ impl Gpt {
     }
 
     /// What the backwards since the last call gathered for each parameter: f32. One that none of them reached is missing.
-    pub fn take_gradients(&self) -> Result<Named> {
-        let mut gradients = Named::new();
-        for (name, weights) in &self.weights {
-            let parts: Option<Vec<Tensor>> = weights.iter().map(Weight::take_gradient).collect();
-            if let Some(parts) = parts {
-                gradients.insert(name.clone(), Tensor::cat(&parts, D::Minus1)?);
-            }
-        }
-        Ok(gradients)
+    pub fn take_gradients(&self) -> Named {
+        let gradient = |(name, weight): (&String, &Weight)| Some((name.clone(), weight.take_gradient()?));
+        self.weights.iter().filter_map(gradient).collect()
     }
 
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
@@ -207,7 +193,9 @@ impl Gpt {
     fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
         let mask = match self.config.attention {
-            AttentionKind::Standard => Some(causal_mask(seqlen, self.config.precision.dtype(), self.device())?),
+            AttentionKind::Standard | AttentionKind::StandardFused => {
+                Some(causal_mask(seqlen, self.config.precision.dtype(), self.device())?)
+            }
             AttentionKind::Flash | AttentionKind::None => None,
         };
         let mut x = ops::embedding(&self.anchor, tokens, &self.wte, &self.wpe)?; // (batch * seqlen, embed_dim)
@@ -232,29 +220,36 @@ impl Gpt {
         (batch, seqlen): (usize, usize),
         mask: Option<&Tensor>, // for standard attention
     ) -> Result<Tensor> {
-        let shape = (batch, seqlen, self.config.num_heads, self.config.head_dim());
-        // A product for each of q, k and v. Views into one would be cut as easily, but the gradient of a view is padded to
-        // the whole with zeros and added: three times three activations.
-        let [q, k, v] = &block.c_attn;
-        let (q, k, v) = (ops::linear(x, q, shape)?, ops::linear(x, k, shape)?, ops::linear(x, v, shape)?);
+        let num_heads = self.config.num_heads;
+        // The heads of q, then those of k, then those of v.
+        let qkv = ops::linear(x, &block.c_attn, (batch, seqlen, 3 * num_heads, self.config.head_dim()))?;
         let _part = profile::part(Part::Attention);
-        match mask {
-            Some(mask) => standard_attention(&q, &k, &v, mask),
-            None if self.config.attention == AttentionKind::None => Ok(((q + k)? + v)?),
-            None => Ok(Attention::new().mask(Mask::Causal).forward(&q, &k, &v)?),
+        match (self.config.attention, mask) {
+            (AttentionKind::None, _) => Ok(ops::sum_of_thirds(&qkv, 2)?),
+            (AttentionKind::Standard, Some(mask)) => standard_attention(&qkv, mask, |scores, mask| {
+                candle_nn::ops::softmax(&scores.broadcast_add(mask)?, D::Minus1)
+            }),
+            (_, Some(mask)) => standard_attention(&qkv, mask, ops::softmax),
+            (_, None) => Ok(Attention::new().mask(Mask::Causal).forward_qkv(&qkv, num_heads)?),
         }
     }
 }
 
 /// Causal attention as the formula says it, for comparison: the scores of all queries and keys are stored.
-/// q, k, v and the result are (batch, seqlen, num_heads, head_dim), `mask` is that of [`causal_mask`].
-fn standard_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    let softmax_scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+/// qkv is (batch, seqlen, 3 * num_heads, head_dim), the result (batch, seqlen, num_heads, head_dim), `mask` that of
+/// [`causal_mask`], and `softmax` takes scores (batch, num_heads, seqlen, seqlen) and the mask.
+fn standard_attention(
+    qkv: &Tensor,
+    mask: &Tensor,
+    softmax: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    let softmax_scale = 1.0 / (qkv.dim(D::Minus1)? as f64).sqrt();
+    let parts = qkv.chunk(3, 2)?;
     let heads_first = |t: &Tensor| t.transpose(1, 2)?.contiguous(); // (batch, num_heads, seqlen, head_dim)
-    let (q, k, v) = (heads_first(q)?, heads_first(k)?, heads_first(v)?);
+    let (q, k, v) = (heads_first(&parts[0])?, heads_first(&parts[1])?, heads_first(&parts[2])?);
 
     let scores = (q * softmax_scale)?.matmul(&k.t()?)?; // (batch, num_heads, seqlen, seqlen)
-    let weights = ops::softmax(&scores, mask)?;
+    let weights = softmax(&scores, mask)?;
     Ok(weights.matmul(&v)?.transpose(1, 2)?.contiguous()?)
 }
 

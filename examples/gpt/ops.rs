@@ -327,6 +327,13 @@ pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logit
     })
 }
 
+/// The three thirds of `x` along `axis`, added up.
+pub fn sum_of_thirds(x: &Tensor, axis: usize) -> Result<Tensor> {
+    let thirds = x.detach().chunk(3, axis)?.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
+    let sum = ((&thirds[0] + &thirds[1])? + &thirds[2])?;
+    node("sum_of_thirds", x, sum, move |_, dy| Tensor::cat(&[dy, dy, dy], axis))
+}
+
 /// `softmax(scores + mask)` over the last axis, for standard attention: (.., n, m) and (n, m) -> (.., n, m).
 ///
 /// ```text

@@ -13,6 +13,7 @@ use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, Result};
 use candle_core::{Device, Tensor};
+use clap::ValueEnum;
 use serde::Serialize;
 use std::fs::OpenOptions;
 use std::path::Path;
@@ -67,8 +68,8 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
         parameters: parameters.count(),
         layers: config.num_layers,
         width: config.embed_dim,
-        attention: format!("{:?}", config.attention).to_lowercase(),
-        precision: format!("{:?}", config.precision).to_lowercase(),
+        attention: name_of(config.attention),
+        precision: name_of(config.precision),
         context: config.context,
         batch: config.batch,
         accumulation: config.accumulation,
@@ -198,6 +199,11 @@ impl std::fmt::Display for Timing {
         }
         Ok(())
     }
+}
+
+/// As the option is written.
+fn name_of(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
 }
 
 fn device_name(device: &Device) -> Result<String> {

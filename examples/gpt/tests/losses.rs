@@ -103,12 +103,12 @@ fn flash_and_standard_gradients_agree() -> Result<()> {
         Ok(mean_gradients(&model, &[(tokens(2, 32)?, tokens(2, 32)?)])?.1)
     };
     let flash = gradients(AttentionKind::Flash)?;
-    let standard = gradients(AttentionKind::Standard)?;
+    let (standard, fused) = (gradients(AttentionKind::Standard)?, gradients(AttentionKind::StandardFused)?);
     assert_eq!(parameters.len(), 4 + 4 * 12);
-    for name in parameters.keys() {
-        let (flash, standard) = (&flash[name], &standard[name]);
+    for (name, other) in parameters.keys().flat_map(|name| [(name, &flash), (name, &fused)]) {
+        let (other, standard) = (&other[name], &standard[name]);
         let norm = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f32::sqrt);
-        let (differ, size) = (norm(&(flash - standard)?)?, norm(standard)?);
+        let (differ, size) = (norm(&(other - standard)?)?, norm(standard)?);
         assert!(size > 0.0 && differ < 1e-4 * size, "{name}: gradients differ by {differ}, of {size}");
     }
     check_gradients(parameters.keys(), &flash)
@@ -162,7 +162,7 @@ fn parameters_without_a_gradient_are_named() -> Result<()> {
 #[test]
 fn the_model_is_causal() -> Result<()> {
     let room = Room::new();
-    for attention in [AttentionKind::Flash, AttentionKind::Standard] {
+    for attention in [AttentionKind::Flash, AttentionKind::Standard, AttentionKind::StandardFused] {
         let config = short_config(&room, attention);
         let parameters = init_parameters(&config, 256, &mut Rng::new(1), &Device::Cpu)?;
         let model = Gpt::frozen(&config, &parameters)?;

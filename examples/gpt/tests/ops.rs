@@ -159,6 +159,16 @@ fn softmax_is_candles() -> Result<()> {
     )
 }
 
+#[test]
+fn thirds_add_up() -> Result<()> {
+    let x = Var::from_tensor(&normal(&mut Rng::new(8), &[2, 6, 5], 1.0)?)?;
+    let sum = || {
+        let thirds = x.chunk(3, 1)?;
+        (&thirds[0] + &thirds[1])? + &thirds[2]
+    };
+    assert_same_function(std::slice::from_ref(&x), &[], || ops::sum_of_thirds(&x, 1), sum)
+}
+
 /// A row of equal numbers has no spread to divide by.
 #[test]
 fn layer_norm_of_a_constant_row_has_a_gradient() -> Result<()> {
