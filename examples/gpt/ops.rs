@@ -208,24 +208,24 @@ pub fn layer_norm(x: &Tensor, layer: &LayerNorm) -> Result<Tensor> {
 impl LayerNorm {
     fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
         let weight = &self.weight.value;
-        let ones = weight.ones_like()?;
-        let mean = |sums: Tensor| sums.affine(1.0 / ones.elem_count() as f64, 0.0); // f32 (n)
-        let xhat = candle_nn::ops::layer_norm(x, &ones, &weight.zeros_like()?, self.epsilon)?;
-        // mean(xhat x) = variance rstd, as xhat has no mean: what the fused kernel knew and did not tell.
-        let spread = mean(row_sums(&(&xhat * x)?, &ones)?)?;
-        let square = spread.sqr()?;
-        let epsilon = f64::from(self.epsilon);
-        let variance = ((&square * (&square + 4.0 * epsilon)?)?.sqrt()? + square)?.affine(0.5, 0.0)?;
-        let rstd = (variance + epsilon)?.sqrt()?.recip()?;
+        let width = weight.elem_count() as f64;
+        let xhat = candle_nn::ops::layer_norm(x, &weight.ones_like()?, &weight.zeros_like()?, self.epsilon)?;
+        let (ones, weight) = (repeated(&weight.ones_like()?)?, repeated(weight)?);
+
+        // The fused kernel knew rstd and did not tell. As xhat has no mean, s = mean(xhat x) = variance rstd, and
+        // r = 1 / rstd solves s = r - epsilon / r.
+        let s = row_sums(&(&xhat * x)?, &ones)?; // width times
+        let root = (s.sqr()? + 4.0 * f64::from(self.epsilon) * width * width)?.sqrt()?;
+        let rstd = ((s + root)?.recip()? * (2.0 * width))?;
 
         let dy_xhat = (dy * &xhat)?;
         self.weight.learn(&column_sums(&dy_xhat)?)?;
         self.bias.learn(&column_sums(dy)?)?;
-        let shift = (mean(row_sums(dy, weight)?)? * &rstd)?.neg()?; // (n), for each row one number
-        let tilt = (mean(row_sums(&dy_xhat, weight)?)? * &rstd)?.neg()?;
+        let share = (&rstd * (-1.0 / width))?;
+        let shift = (row_sums(dy, &weight)? * &share)?; // -rstd mean(dxhat)
+        let tilt = (row_sums(&dy_xhat, &weight)? * &share)?; // -rstd mean(dxhat xhat)
         drop(dy_xhat);
-        let rows = |numbers: &Tensor| numbers.to_dtype(x.dtype());
-        (product(dy, &rows(&rstd)?, weight)? + product(&xhat, &rows(&tilt)?, &ones)?)? + outer(&rows(&shift)?, &ones)?
+        ((dy * outer(&rstd, &weight)?)? + (xhat * outer(&tilt, &ones)?)?)? + outer(&shift, &ones)?
     }
 }
 
@@ -343,10 +343,11 @@ pub fn softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let p = candle_nn::ops::softmax_last_dim(&scores.detach().broadcast_add(mask)?)?;
     node("softmax", scores, p, |p, dp| {
         let m = p.dim(D::Minus1)?;
-        let (p, dp, shape) = (p.reshape(((), m))?, dp.reshape(((), m))?, p.shape().clone());
-        let (ones, product_p) = (Tensor::ones(m, p.dtype(), p.device())?, (&dp * &p)?);
-        let sums = row_sums(&product_p, &ones)?.to_dtype(p.dtype())?;
-        (product_p - product(&p, &sums, &ones)?)?.reshape(shape)
+        let (rows, dp) = (p.reshape(((), m))?, dp.reshape(((), m))?);
+        let ones = repeated(&Tensor::ones(m, p.dtype(), p.device())?)?;
+        let dp_p = (dp * &rows)?;
+        let sums = row_sums(&dp_p, &ones)?;
+        (dp_p - (rows * outer(&sums, &ones)?)?)?.reshape(p.shape())
     })
 }
 
@@ -356,46 +357,34 @@ fn on_gpu(x: &Tensor) -> bool {
     x.device().is_cuda()
 }
 
-/// What a vector is repeated to, where a matrix product stands in for a pass over memory: tensor cores take operands
-/// whose rows are multiples of 16 bytes.
-const LANES: usize = 8;
-
-/// As many as are worth their while on the device of `x`.
+/// How often a vector is repeated, side by side, where a matrix product stands in for a pass over memory: on a GPU, tensor
+/// cores take operands whose rows are multiples of 16 bytes.
 fn lanes(x: &Tensor) -> usize {
-    if on_gpu(x) {
-        LANES
-    } else {
-        1
+    match on_gpu(x) {
+        true => 8,
+        false => 1,
     }
 }
 
-/// column[i] row[j]: (n), (m) -> (n, m)
-fn outer(column: &Tensor, row: &Tensor) -> Result<Tensor> {
-    outer_in(lanes(column), column, row)
+/// (m) -> (m, lanes)
+fn repeated(row: &Tensor) -> Result<Tensor> {
+    repeated_in(lanes(row), row)
 }
 
-/// [`outer`] as a product of (n, lanes) and (lanes, m), which adds up as many equal shares, exactly.
-pub fn outer_in(lanes: usize, column: &Tensor, row: &Tensor) -> Result<Tensor> {
-    let (n, m) = (column.elem_count(), row.elem_count());
-    let column = column.reshape((n, 1))?.affine(1.0 / lanes as f64, 0.0)?.broadcast_as((n, lanes))?.contiguous()?;
-    column.matmul(&row.reshape((1, m))?.broadcast_as((lanes, m))?.contiguous()?)
-}
-
-/// x[i, j] column[i] row[j]
-fn product(x: &Tensor, column: &Tensor, row: &Tensor) -> Result<Tensor> {
-    x * outer(column, row)?
-}
-
-/// sum over j of x[i, j] row[j], in f32: (n, m), (m) -> (n)
-fn row_sums(x: &Tensor, row: &Tensor) -> Result<Tensor> {
-    row_sums_in(lanes(x), x, row)
-}
-
-/// [`row_sums`] as a product of (n, m) and (m, lanes).
-pub fn row_sums_in(lanes: usize, x: &Tensor, row: &Tensor) -> Result<Tensor> {
+pub fn repeated_in(lanes: usize, row: &Tensor) -> Result<Tensor> {
     let m = row.elem_count();
-    let row = row.reshape((m, 1))?.broadcast_as((m, lanes))?.contiguous()?;
-    x.matmul(&row)?.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?.to_dtype(DType::F32)
+    row.reshape((m, 1))?.broadcast_as((m, lanes))?.contiguous()
+}
+
+/// sum over j of x[i, j] row[j]: (n, m), (m, lanes) -> f32 (n, lanes)
+pub fn row_sums(x: &Tensor, row: &Tensor) -> Result<Tensor> {
+    x.matmul(row)?.to_dtype(DType::F32)
+}
+
+/// column[i] row[j]: f32 (n, lanes), (m, lanes) -> (n, m) in the type of `row`, which adds up equal shares, one per lane.
+pub fn outer(column: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let shares = (column * (1.0 / row.dim(1)? as f64))?;
+    shares.to_dtype(row.dtype())?.matmul(&row.t()?)
 }
 
 /// sum over i of x[i, j]: (n, m) -> (m)

@@ -234,23 +234,25 @@ fn cross_entropy_of_the_impossible_is_finite() -> Result<()> {
     Ok(())
 }
 
-/// What a GPU is given instead of passes and sums is the same, here on the CPU: in f32, and to the bit in bf16 where each
-/// result is one product.
+/// What a GPU is given instead of passes and sums is the same, here on the CPU.
 #[test]
 fn products_stand_in_for_sums() -> Result<()> {
     let mut rng = Rng::new(8);
     let (x, column, row) =
         (normal(&mut rng, &[24, 16], 1.0)?, normal(&mut rng, &[24], 1.0)?, normal(&mut rng, &[16], 1.0)?);
     let plain = column.reshape((24, 1))?.broadcast_mul(&row)?;
-    assert_close("outer", &ops::outer_in(8, &column, &row)?, &plain)?;
-    assert_close("row sums", &ops::row_sums_in(8, &x, &row)?, &x.broadcast_mul(&row)?.sum(1)?)?;
+    let (columns, rows) = (ops::repeated_in(8, &column)?, ops::repeated_in(8, &row)?);
+    assert_close("outer", &ops::outer(&columns, &rows)?, &plain)?;
+    let sums = x.broadcast_mul(&row)?.sum_keepdim(1)?.broadcast_as((24, 8))?.contiguous()?;
+    assert_close("row sums", &ops::row_sums(&x, &rows)?, &sums)?;
     assert_close("column sums", &ops::column_sums_in(8, &x)?, &x.sum(0)?)?;
 
+    // In bf16 a column and a row of its numbers give the product rounded once, lanes or none.
     let in_bf16 = |x: &Tensor| x.to_dtype(candle_core::DType::BF16);
-    let (column, row) = (in_bf16(&column)?, in_bf16(&row)?);
     let values = |x: &Tensor| x.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>();
-    let plain = column.reshape((24, 1))?.broadcast_mul(&row)?;
-    assert_eq!(values(&ops::outer_in(8, &column, &row)?)?, values(&plain)?);
+    let (columns, rows) = (in_bf16(&columns)?.to_dtype(candle_core::DType::F32)?, in_bf16(&rows)?);
+    let plain = in_bf16(&column)?.reshape((24, 1))?.broadcast_mul(&in_bf16(&row)?)?;
+    assert_eq!(values(&ops::outer(&columns, &rows)?)?, values(&plain)?);
 
     let ids: Vec<u32> = (0..24).map(|at| at * at % 7).collect(); // some several times, in one part and across
     let ids = Tensor::new(ids, &Device::Cpu)?;
