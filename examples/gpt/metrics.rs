@@ -20,7 +20,8 @@ pub struct Row {
     pub lr: f64,
     /// Of the gradient before clipping.
     pub grad_norm: f32,
-    /// Of this step, evaluation and checkpoint left out. The one column that a clock decides.
+    /// Evaluation and checkpoint left out; on a GPU the mean over the steps that were read with this one. The one column
+    /// that a clock decides.
     pub tokens_per_s: u64,
 }
 

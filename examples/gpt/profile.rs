@@ -23,6 +23,7 @@ pub enum Part {
     Attention,
     Linear,
     Norm,
+    /// Where it is not inside the products, and counted with them: in bf16 on a GPU.
     Gelu,
     Embedding,
     Loss,
