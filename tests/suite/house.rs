@@ -26,7 +26,7 @@ fn root() -> PathBuf {
 type Table = fn(&Gpu) -> Result<String>;
 
 /// Each part of a document that is made from a record, and how it is made.
-const TABLES: [(&str, &str, Table); 14] = [
+const TABLES: [(&str, &str, Table); 15] = [
     ("README.md", "cpu", |_| cpu_table()),
     ("README.md", "plot", |gpu| Ok(gpu.figure("forward-backward", "docs/"))),
     ("README.md", "cuda", |gpu| tables::speed(gpu, &[1024, 4096, 16384], "")),
@@ -38,6 +38,7 @@ const TABLES: [(&str, &str, Table); 14] = [
     ("docs/benchmarks.md", "memory", tables::memory),
     ("docs/benchmarks.md", "ablations", tables::ablations),
     ("docs/benchmarks.md", "heads", tables::heads),
+    ("README.md", "training", tables::training),
     ("docs/benchmarks.md", "gpt", tables::gpt),
     ("docs/benchmarks.md", "gpt-steps", tables::gpt_steps),
     ("docs/benchmarks.md", "loss", |gpu| Ok(gpu.figure("loss", ""))),

@@ -5,7 +5,7 @@ use super::plot::chart::mib;
 use super::plot::record::{Call, Cost};
 use super::plot::{batches, geometric_mean, ratios, variant_name, variants, HEADS_ONLY, HEAD_DIMS, SEQLENS};
 use anyhow::{Context, Result};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
 const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
@@ -176,31 +176,39 @@ pub fn ablations(gpu: &Gpu) -> Result<String> {
     Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
 }
 
-/// Thread blocks for every tile of queries, against one for each head.
+/// Thread blocks for every tile of queries, against one for each head, at the seqlen that was run with most numbers of heads.
 pub fn heads(gpu: &Gpu) -> Result<String> {
-    let mut ratios: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY).collect();
-    ratios.sort_by_key(|(call, _)| {
-        (call.dir == "bwd", call.head_dim, call.causal, call.seqlen, call.batch * call.num_heads)
-    });
-    let mut table = String::new();
-    for (call, ratio) in ratios {
-        let pass = if call.dir == "bwd" { "backward" } else { "forward" };
+    let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY).collect();
+    let count = |seqlen: usize| all.iter().filter(|(call, _)| call.seqlen == seqlen).count();
+    let Some(seqlen) = all.iter().map(|(call, _)| call.seqlen).max_by_key(|&seqlen| count(seqlen)) else {
+        return Ok(String::new());
+    };
+    let mut lines: BTreeMap<(bool, usize, bool), BTreeMap<usize, String>> = BTreeMap::new();
+    for (call, ratio) in all.into_iter().filter(|(call, _)| call.seqlen == seqlen) {
         let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);
-        let ours = tflops(gpu.record.ours_beside(call));
-        let theirs = tflops(gpu.record.get(HEADS_ONLY, call));
-        let (hdim, mask, seqlen, blocks) = (call.head_dim, call.mask(), call.seqlen, call.batch * call.num_heads);
-        table +=
-            &format!("| {pass} | {hdim} | {mask} | {seqlen} | {blocks} | {ours:.0} | {theirs:.0} | {ratio:.1}x |\n");
+        let (ours, theirs) = (tflops(gpu.record.ours_beside(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
+        let cells = lines.entry((call.dir == "bwd", call.head_dim, call.causal)).or_default();
+        cells.insert(call.batch * call.num_heads, format!("{ours:.0}, {theirs:.0}: {ratio:.1}x"));
     }
-    let columns =
-        ["pass", "head_dim", "mask", "seqlen", "batch x heads", "ours, TFLOP/s", "heads only, TFLOP/s", "ours over it"];
-    Ok(if table.is_empty() { table } else { gpu.figure("heads", "") + "\n" + &head(&columns) + &table })
+    let blocks: BTreeSet<usize> = lines.values().flat_map(BTreeMap::keys).copied().collect();
+    let mut columns = vec!["pass".to_string(), "head_dim".to_string(), "mask".to_string()];
+    columns.extend(blocks.iter().map(usize::to_string));
+    let mut table = head(&columns.iter().map(String::as_str).collect::<Vec<_>>());
+    for ((backward, head_dim, causal), cells) in &lines {
+        let (pass, mask) = (if *backward { "backward" } else { "forward" }, if *causal { "causal" } else { "full" });
+        let cells: String =
+            blocks.iter().map(|at| format!(" {} |", cells.get(at).map_or("-", String::as_str))).collect();
+        table += &format!("| {pass} | {head_dim} | {mask} |{cells}\n");
+    }
+    Ok(gpu.figure("heads", "") + &format!("\n{seqlen} tokens; by batch x heads:\n\n") + &table)
 }
 
 /// Training of the GPT example.
 pub fn gpt(gpu: &Gpu) -> Result<String> {
-    const COLUMNS: [&str; 9] = [
-        "parameters",
+    const KINDS: [&str; 4] = ["flash", "standard", "standard-fused", "none"];
+    const COLUMNS: [&str; 10] = [
+        "layers",
+        "width",
         "attention",
         "context",
         "batch",
@@ -210,46 +218,99 @@ pub fn gpt(gpu: &Gpu) -> Result<String> {
         "mfu_percent",
         "peak_gib",
     ];
-    let line = |row: &HashMap<String, String>| {
-        let number = |column: &str| row[column].parse::<f64>().ok();
-        let measured =
-            |column: &str, digits: usize| number(column).map_or(String::new(), |value| format!("{value:.digits$}"));
-        let millions = number("parameters").unwrap_or_default() / 1e6;
-        let ms = if number("ms_per_step").is_some() { measured("ms_per_step", 1) } else { "out of memory".into() };
+    type Row = HashMap<String, String>;
+    let number = |row: &Row, column: &str| row[column].parse::<f64>().ok();
+    let mut rows = gpu.rows("gpt", &COLUMNS)?;
+    rows.sort_by_key(|row| {
+        let size = |column: &str| row[column].parse::<usize>().unwrap_or_default();
+        (size("layers"), size("context"), size("batch"), KINDS.iter().position(|kind| row["attention"] == *kind))
+    });
+    let line = |row: &Row| {
+        let measured = |column: &str, digits: usize| {
+            number(row, column).map_or(String::new(), |value| format!("{value:.digits$}"))
+        };
+        let ms = if number(row, "ms_per_step").is_some() { measured("ms_per_step", 1) } else { "out of memory".into() };
+        let flash = rows.iter().find(|other| {
+            other["attention"] == "flash" && ["layers", "context", "batch"].iter().all(|at| other[*at] == row[*at])
+        });
+        let ratio = flash
+            .filter(|_| row["attention"] != "flash")
+            .and_then(|flash| Some(format!("{:.1}x", number(flash, "tokens_per_s")? / number(row, "tokens_per_s")?)));
         format!(
-            "| {millions:.0} M | {} | {} x {} | {ms} | {} | {} | {} | {} |\n",
-            row["attention"],
+            "| {} x {} | {} x {} | {} | {ms} | {} | {} | {} | {} | {} |\n",
+            row["layers"],
+            row["width"],
             row["batch"],
             row["context"],
+            row["attention"],
             measured("tokens_per_s", 0),
             measured("model_tflops", 0),
-            number("mfu_percent").map_or(String::new(), |percent| format!("{percent:.0}%")),
+            number(row, "mfu_percent").map_or(String::new(), |percent| format!("{percent:.0}%")),
             measured("peak_gib", 1),
+            ratio.unwrap_or_default(),
         )
     };
-    let lines: String = gpu.rows("gpt", &COLUMNS)?.iter().map(line).collect();
+    let lines: String = rows.iter().map(line).collect();
     let columns = [
-        "parameters",
-        "attention",
+        "layers x width",
         "batch x context",
+        "attention",
         "ms a step",
         "tokens/s",
         "model TFLOP/s",
         "of the peak",
         "GiB at the peak",
+        "flash over it",
     ];
     Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
 }
 
+/// Tokens a second of the smallest model by context, with either attention.
+pub fn training(gpu: &Gpu) -> Result<String> {
+    let rows = gpu.rows("gpt", &["layers", "attention", "context", "batch", "tokens_per_s"])?;
+    let number = |row: &HashMap<String, String>, column: &str| row[column].parse::<usize>().unwrap_or_default();
+    let Some(layers) = rows.iter().map(|row| number(row, "layers")).min() else { return Ok(String::new()) };
+    // The batches of the shortest context are many; those of all contexts hold as many tokens.
+    let tokens = rows.iter().map(|row| number(row, "batch") * number(row, "context")).min();
+    let rate = |attention: &str, context: usize| {
+        let of_shape = |row: &&HashMap<String, String>| {
+            row["attention"] == attention
+                && number(row, "layers") == layers
+                && number(row, "context") == context
+                && Some(number(row, "batch") * context) == tokens
+        };
+        rows.iter().find(of_shape).map(|row| row["tokens_per_s"].parse::<f64>().ok())
+    };
+    let contexts: BTreeSet<usize> = rows.iter().map(|row| number(row, "context")).collect();
+    let contexts: Vec<usize> =
+        contexts.into_iter().filter(|&at| rate("flash", at).is_some() && rate("standard", at).is_some()).collect();
+    let mut columns = vec!["attention".to_string()];
+    columns.extend(contexts.iter().map(usize::to_string));
+    let mut table = head(&columns.iter().map(String::as_str).collect::<Vec<_>>());
+    for (attention, name) in [("flash", "candle-fa2"), ("standard", "Candle: matmul, softmax, matmul")] {
+        let cells = contexts.iter().map(|&at| match rate(attention, at).flatten() {
+            Some(slower) if attention != "flash" => {
+                let ratio =
+                    rate("flash", at).flatten().map_or(String::new(), |flash| format!(", {:.1}x", flash / slower));
+                format!(" {slower:.0}{ratio} |")
+            }
+            Some(rate) => format!(" {rate:.0} |"),
+            None => " out of memory |".to_string(),
+        });
+        table += &format!("| {name} |{}\n", cells.collect::<String>());
+    }
+    Ok(table)
+}
+
 /// What each change brought to the training.
 pub fn gpt_steps(gpu: &Gpu) -> Result<String> {
-    let rows = gpu.rows("gpt-steps", &["change", "tokens_per_s"])?;
+    let rows = gpu.rows("gpt-steps", &["change", "expected", "tokens_per_s"])?;
     let (mut table, mut before) = (String::new(), None);
     for row in &rows {
         let rate: f64 = row["tokens_per_s"].parse().with_context(|| format!("tokens_per_s of {:?}", row["change"]))?;
         let ratio = before.map_or(String::new(), |before: f64| format!("{:.2}x", rate / before));
-        table += &format!("| {} | {rate:.0} | {ratio} |\n", row["change"]);
+        table += &format!("| {} | {} | {rate:.0} | {ratio} |\n", row["change"], row["expected"]);
         before = Some(rate);
     }
-    Ok(if table.is_empty() { table } else { head(&["change", "tokens/s", "over the line above"]) + &table })
+    Ok(if table.is_empty() { table } else { head(&["change", "expected", "tokens/s", "over the line above"]) + &table })
 }
