@@ -117,9 +117,10 @@ class Sdpa:
         """(batch, seqlen, heads, head_dim), and o alike."""
         with self.only([self.backend]):
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            grouped = case.num_heads_k != case.num_heads
+            # Older versions do not know the word, and fail on such calls alone.
+            grouped = {"enable_gqa": True} if case.num_heads_k != case.num_heads else {}
             attention = self.torch.nn.functional.scaled_dot_product_attention
-            return attention(q, k, v, is_causal=case.causal, enable_gqa=grouped).transpose(1, 2)
+            return attention(q, k, v, is_causal=case.causal, **grouped).transpose(1, 2)
 
     def attend_packed(self, q, k, v, starts, case):
         raise Unsupported("no packed batches")
@@ -217,9 +218,9 @@ class Bench:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
         file = sys.stdout if options.csv is None else options.csv.open("w", newline="")
         self.file, self.csv = file, csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        self.csv.writeheader()
         versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-        print(f"{torch.cuda.get_device_name()}; {versions}", file=sys.stderr)
+        print(f"# {torch.cuda.get_device_name()}; {versions}", file=file)
+        self.csv.writeheader()
 
     def draw(self, *shape, grad=True):
         tensor = self.torch.randn(shape, dtype=self.dtype, device="cuda")
@@ -304,48 +305,58 @@ class Bench:
         do = self.torch.randn_like(o)
         return {"fwd": forward, "bwd": lambda: self.torch.autograd.grad(o, (q, k, v), do, retain_graph=True)}
 
-    def check(self, peer):
-        """Against f64: a peer that is fast and wrong is no peer."""
-        case = Case("gqa", 64, 4, 2, True, 2, 256, [])
-        q = self.draw(case.batch, case.seqlen, case.num_heads, case.head_dim)
-        k, v = (self.draw(case.batch, case.seqlen, case.num_heads_k, case.head_dim) for _ in range(2))
-        o = peer.attend(q, k, v, case)
-        do = self.torch.randn_like(o)
-        exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    def check(self, peer, kind):
+        """Against f64, once for each kind of call: a peer that is fast and wrong is no peer."""
+        packed, num_heads_k = kind.startswith("varlen"), 2 if kind.endswith("gqa") else 4
+        case = Case(kind, 64, 4, num_heads_k, True, 2, 256, [256, 256] if packed else [])
+        inputs = [self.draw(case.batch, case.seqlen, heads, case.head_dim) for heads in (4, num_heads_k, num_heads_k)]
+        do = self.torch.randn_like(inputs[0])
+        if packed:
+            starts = self.torch.tensor([0, 256, 512], device="cuda", dtype=self.torch.int32)
+            o = peer.attend_packed(*(tensor.flatten(0, 1) for tensor in inputs), starts, case).unflatten(0, (2, 256))
+        else:
+            o = peer.attend(*inputs, case)
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
         want = Standard(self.torch).attend(*exact, case)
-        got = [o, *self.torch.autograd.grad(o, (q, k, v), do)]
+        got = [o, *self.torch.autograd.grad(o, inputs, do)]
         want = [want, *self.torch.autograd.grad(want, exact, do.double())]
-        worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want))
+        worst = max(float(((a.double() - b).norm() / b.norm()).detach()) for a, b in zip(got, want))
         if not worst < WORST_ERROR:
             raise Unsupported(f"wrong: relative error {worst:.1e} over o, dq, dk and dv")
 
     def peer(self, name, chosen):
         try:
             peer = PEERS[name](self.torch)
-            self.check(peer)
         except (Unsupported, RuntimeError) as why:
             print(f"{NAMES[name]}: left out, {first_line(why)}", file=sys.stderr)
             return
-        for case in chosen:
+        for kind in dict.fromkeys(case.kind for case in chosen):
             try:
-                self.case(name, peer, case)
-            except Unsupported as why:
-                print(f"{NAMES[name]}: {case.name()} left out, {why}", file=sys.stderr)
-            except self.torch.cuda.OutOfMemoryError:
-                for direction in ("fwd", "bwd", "fwd+bwd"):
-                    self.write(case.row(name, direction, self.options.dtype) | OUT_OF_MEMORY)
-            except RuntimeError as why:
-                print(f"{NAMES[name]}: {case.name()} failed, {first_line(why)}", file=sys.stderr)
-            self.torch.cuda.empty_cache()
+                self.check(peer, kind)
+            except (Unsupported, RuntimeError, TypeError) as why:
+                print(f"{NAMES[name]}: {kind} left out, {first_line(why)}", file=sys.stderr)
+                continue
+            for case in (case for case in chosen if case.kind == kind):
+                try:
+                    self.case(name, peer, case)
+                except RuntimeError as why:
+                    print(f"{NAMES[name]}: {case.name()} failed, {first_line(why)}", file=sys.stderr)
+                self.torch.cuda.empty_cache()
 
     def case(self, name, peer, case):
-        sums = 0.0
-        for direction, call in self.calls(peer, case).items():
-            told, ms = self.timed(call, case.flop(direction))
+        """Each pass, and their sum; what does not fit into memory says so, and so does the sum."""
+        sums, row = 0.0, lambda direction: case.row(name, direction, self.options.dtype)
+        for direction in ("fwd", "bwd"):
+            try:
+                told, ms = self.timed(self.calls(peer, case)[direction], case.flop(direction))
+            except self.torch.cuda.OutOfMemoryError:
+                self.write(row(direction) | OUT_OF_MEMORY)
+                self.write(row("fwd+bwd") | OUT_OF_MEMORY)
+                return
             sums += ms
-            self.write(case.row(name, direction, self.options.dtype) | told)
+            self.write(row(direction) | told)
         told = {"ms": f"{sums:.5g}", "tflops": f"{case.flop('fwd+bwd') / sums * 1e-9:.5g}"}
-        self.write(case.row(name, "fwd+bwd", self.options.dtype) | told)
+        self.write(row("fwd+bwd") | told)
 
 
 def first_line(error):

@@ -14,13 +14,12 @@
 //! parts that run; there are a few more options (`--help`):
 //!
 //! ```text
-//! cargo bench --features cuda                              every part, in about five minutes on an H100
+//! cargo bench --features cuda                              every part, in seven to eight minutes on an H100
 //! cargo bench --features cuda -- --list                    the parts, their cases, and why each is there
 //! cargo bench --features cuda -- --quick                   a handful of cases
 //! cargo bench --features cuda -- standard memory           these two parts
 //! cargo bench --features cuda -- grid d128 --dirs fwd      of the papers' grid, forward only, head_dim 128
 //! cargo bench --features cuda -- --device cpu              the CPU's cases
-//! cargo bench --features cuda -- ablations                 ours beside kernels without FlashAttention-2's contributions
 //! ```
 //!
 //! ```text
@@ -31,6 +30,7 @@
 //! packed     sequences of uneven lengths end to end
 //! f16        some of the grid in f16
 //! decode     one query against a cache of keys, in GB/s
+//! ablations  beside kernels without FlashAttention-2's contributions; needs nvcc
 //! standard   beside Candle's matmul, softmax, matmul: time and peak memory
 //! memory     the peak of forward and backward against the length of the sequence
 //! ```
@@ -93,7 +93,7 @@ struct Options {
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
     /// Draw the rows of these files instead, and measure nothing: runs on a GPU, benches/peers.py
-    #[arg(long, value_name = "FILE", num_args = 1.., requires = "plots")]
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "plots", conflicts_with_all = ["csv", "list", "filters"])]
     from: Vec<PathBuf>,
     /// Print the names of the cases, and why each is there
     #[arg(long)]
@@ -131,7 +131,10 @@ fn main() -> ExitCode {
         options.csv = Some(plots.join("rows.csv"));
     }
     let result = if options.from.is_empty() { measured(&options) } else { Ok(()) };
-    match result.and_then(|()| draw(&options)) {
+    // What failed must not cost the others their figures.
+    let drawn =
+        if result.is_ok() || options.csv.as_ref().is_some_and(|csv| csv.is_file()) { draw(&options) } else { Ok(()) };
+    match result.and(drawn) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

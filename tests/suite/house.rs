@@ -45,7 +45,7 @@ const TABLES: [(&str, &str, Table); 15] = [
 ];
 
 /// What stands in place of a table or figure that the record has no rows for.
-const NOTHING_YET: &str = "The newest record has no rows of this.\n";
+const NOTHING_YET: &str = "Not in the newest record.\n";
 
 /// `CANDLE_FA2_UPDATE=1` writes what is generated instead of comparing it.
 fn update() -> bool {

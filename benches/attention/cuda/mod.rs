@@ -215,13 +215,14 @@ fn measure(case: &Case, gpu: &mut Gpu, options: &crate::Options, report: &mut Re
             Pass::Forward => {
                 Row { cost: gpu.time(rep_ms, || contender.forward())?, autograd: None, error: o_error, pass }
             }
-            _ => {
+            Pass::Backward => {
                 let cost = gpu.time(rep_ms, || operator.backward(&o))?;
                 let tracked = contender.tracked_forward()?;
                 let autograd = gpu.time(rep_ms, || Ok(tracked.backward()?))?;
                 let error = grad_error.context("a case with a backward has checked gradients")?;
                 Row { cost, autograd: Some(autograd.timing), error, pass }
             }
+            other => bail!("{other} is timed in the parts standard and memory alone"),
         };
         report.row(case, &row)?;
     }

@@ -157,7 +157,7 @@ fn ablations(record: &Record, source: &str) -> Option<Chart> {
     .to_vec();
     let panel = |(dir, title): (&str, &str)| {
         let value = |variant: &str, head_dim: usize, causal: bool| {
-            let calls = ratios(record, variant).filter(|(call, _)| call.dir == dir && call.is_of_the_grid());
+            let calls = ratios(record, variant, ABLATION).filter(|(call, _)| call.dir == dir);
             let of_it = calls.filter(|(call, _)| call.head_dim == head_dim && call.causal == causal);
             geometric_mean(of_it.map(|(_, ratio)| ratio)).map_or(Value::Missing, Value::Of)
         };
@@ -171,26 +171,25 @@ fn ablations(record: &Record, source: &str) -> Option<Chart> {
         }
     };
     let panels = [("fwd", "forward"), ("bwd", "backward")].map(panel).to_vec();
-    let about = format!("{}, papers' grid, geometric mean over the sequence lengths", record.dtype);
+    let about = format!(
+        "{}, papers' grid, geometric mean over the sequence lengths. First: ours over it; then: the first over each",
+        record.dtype
+    );
     let title = "What each idea brings: speed over the same kernels that do this instead".to_string();
     let chart = Chart::new(title, [&about, source], series.into_iter().map(|(.., series)| series), panels)?;
     Some(Chart { marks: Marks::Bars { digits: 2 }, columns: 1, level: Some(1.0), units: ["ratio", ""], ..chart })
 }
 
-/// Few heads: thread blocks for every tile of queries against one for each head, a panel for each pass, mask and head_dim.
+/// Few heads: thread blocks for every tile of queries (backward: of keys) against one for each head, a panel for each pass, mask and head_dim.
 fn heads(record: &Record, source: &str) -> Option<Chart> {
-    let calls: Vec<&Call> = record.calls(HEADS_ONLY).filter(|call| call.dir != "fwd+bwd").collect();
+    let calls: Vec<&Call> =
+        record.calls(HEADS_ONLY).filter(|call| call.kind == BY_HEADS && call.dir != "fwd+bwd").collect();
     let blocks = |call: &Call| call.batch * call.num_heads;
     let one_panel = |call: &Call| (call.dir == "bwd", call.head_dim, call.causal, call.seqlen);
     let mut panels = Vec::new();
     for key in once(calls.iter().map(|call| one_panel(call))) {
         let mut here: Vec<&Call> = calls.iter().copied().filter(|call| one_panel(call) == key).collect();
         here.sort_by_key(|call| blocks(call));
-        here.dedup_by_key(|call| blocks(call));
-        // The papers' grid has one number of heads for each seqlen.
-        if here.len() < 3 {
-            continue;
-        }
         let values = |cost: &dyn Fn(&Call) -> Option<f64>| {
             here.iter().map(|call| cost(call).map_or(Value::Missing, Value::Of)).collect()
         };
@@ -212,9 +211,16 @@ fn heads(record: &Record, source: &str) -> Option<Chart> {
 /// Ours with one thread block for each head: it has a figure of its own, by the number of heads.
 pub const HEADS_ONLY: &str = "ablation_heads_only";
 
+/// Ours once more in the frame that all variants share, without what ours does about numbers that are not finite.
+const LACKS_NOTHING: &str = "ablation_none";
+
+/// Kinds of their rows: over the papers' grid, and by number of heads.
+pub const ABLATION: &str = "ablation";
+pub const BY_HEADS: &str = "ablation_heads";
+
 /// Variants of our kernels that lack one idea of the paper each, in the order of the paper, and what they do instead.
 const VARIANTS: [(&str, &str); 6] = [
-    ("ablation_none", "nothing: ours anew"),
+    (LACKS_NOTHING, "nothing: ours anew"),
     ("ablation_rescale", "rescale at every step"),
     ("ablation_max_and_sum", "maximum and sum for lse"),
     (HEADS_ONLY, "a thread block a head"),
@@ -237,12 +243,19 @@ pub fn variant_name(variant: &str) -> String {
     known.unwrap_or_else(|| variant.trim_start_matches("ablation_").replace('_', " "))
 }
 
-/// Ours over a variant, call by call of one pass.
-pub fn ratios<'a>(record: &'a Record, variant: &'a str) -> impl Iterator<Item = (&'a Call, f64)> {
+/// What a variant is held against: the variant that lacks nothing, as it differs from the others in their idea alone. It is
+/// held against ours itself, and so is whatever has no such row.
+pub fn beside(record: &Record, variant: &str, call: &Call) -> Option<f64> {
+    let frame = if variant == LACKS_NOTHING { None } else { record.tflops(LACKS_NOTHING, call) };
+    frame.or_else(|| record.ours_beside(call)?.tflops)
+}
+
+/// The speed of what it is held against over that of a variant, by call of one pass and kind.
+pub fn ratios<'a>(record: &'a Record, variant: &'a str, kind: &'a str) -> impl Iterator<Item = (&'a Call, f64)> {
     record
         .calls(variant)
-        .filter(|call| call.dir != "fwd+bwd")
-        .filter_map(move |call| Some((call, record.ours_beside(call)?.tflops? / record.tflops(variant, call)?)))
+        .filter(move |call| call.dir != "fwd+bwd" && call.kind == kind)
+        .filter_map(move |call| Some((call, beside(record, variant, call)? / record.tflops(variant, call)?)))
 }
 
 pub fn geometric_mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {

@@ -26,12 +26,6 @@ impl Call {
         Self { kind, dir, head_dim, causal, batch: 16384 / seqlen, seqlen, num_heads, num_heads_k: num_heads }
     }
 
-    pub fn is_of_the_grid(&self) -> bool {
-        self.num_heads * self.head_dim == 2048
-            && self.num_heads_k == self.num_heads
-            && self.batch * self.seqlen == 16384
-    }
-
     pub fn with_dir(&self, dir: &str) -> Self {
         Self { dir: dir.to_string(), ..self.clone() }
     }
@@ -118,7 +112,8 @@ impl Record {
         Ok(record)
     }
 
-    /// Forward + backward is the sum of the two where both were timed: so it means the same for every peer.
+    /// Forward + backward is the sum of the two where both were timed, as PyTorch's peers are; Candle's standard attention is timed as
+    /// one, through its autograd.
     fn add_up_passes(&mut self) {
         let forward: Vec<_> = self.costs.iter().filter(|((_, call), _)| call.dir == "fwd").collect();
         let sums: Vec<_> = forward

@@ -3,7 +3,7 @@
 use super::gpu::Gpu;
 use super::plot::geometric_mean;
 use super::plot::record::Call;
-use super::plot::{ratios, HEADS_ONLY, HEAD_DIMS, SEQLENS};
+use super::plot::{ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
 use anyhow::Result;
 
 /// bf16 with f32 sums, dense, of the H100's data sheet.
@@ -23,7 +23,7 @@ struct Claim {
 pub fn table(gpu: &Gpu) -> Result<String> {
     let mut claims = Vec::new();
     for (dir, pass) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
-        let all = || ratios(&gpu.record, "ablation_flash1").filter(|(call, _)| call.dir == dir);
+        let all = || ratios(&gpu.record, "ablation_flash1", ABLATION).filter(|(call, _)| call.dir == dir);
         let full = spread(all().filter(|(call, _)| call.batch * call.num_heads >= FULL).map(|(_, ratio)| ratio));
         let any = spread(all().map(|(_, ratio)| ratio));
         claims.extend(full.zip(any).map(|((mean, full), (_, any))| Claim {
@@ -72,10 +72,12 @@ fn standard(gpu: &Gpu) -> Option<Claim> {
         let call = call.with_kind("standard");
         Some(gpu.record.get("standard", &call)?.ms? / gpu.record.ours_beside(&call)?.ms?)
     };
-    let times = grid("fwd+bwd").filter_map(ratio);
-    let (mean, spread) = spread(times)?;
+    let times: Vec<f64> = grid("fwd+bwd").filter_map(ratio).collect();
+    let shapes = times.len();
+    let (mean, spread) = spread(times.into_iter())?;
     let paper = "3 to 10 times as fast as standard attention";
-    Some(Claim { paper, here: format!("{spread} over Candle's, forward + backward"), holds: mean >= 3.0 })
+    let here = format!("{spread} over Candle's, forward + backward, {shapes} shapes");
+    Some(Claim { paper, here, holds: mean >= 3.0 })
 }
 
 /// The highest rates.
@@ -120,8 +122,9 @@ fn causal(gpu: &Gpu) -> Option<Claim> {
 
 fn heads(gpu: &Gpu) -> Option<Claim> {
     let blocks = |call: &Call| call.batch * call.num_heads;
-    let fewest = ratios(&gpu.record, HEADS_ONLY).map(|(call, _)| blocks(call)).min()?;
-    let of_few = ratios(&gpu.record, HEADS_ONLY).filter(|(call, _)| blocks(call) == fewest).map(|(_, ratio)| ratio);
+    let fewest = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).map(|(call, _)| blocks(call)).min()?;
+    let of_few =
+        ratios(&gpu.record, HEADS_ONLY, BY_HEADS).filter(|(call, _)| blocks(call) == fewest).map(|(_, ratio)| ratio);
     let (mean, spread) = spread(of_few)?;
     Some(Claim {
         paper: "parallel over the sequence too: faster where batch x heads is small",

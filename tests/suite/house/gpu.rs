@@ -82,7 +82,10 @@ impl Gpu {
 
     /// The calls of one direction that both have timed: the papers' grid for `mha`, all for other kinds.
     pub fn compared(&self, peer: &str, kinds: &[&str], dir: &str) -> Vec<(Call, f64)> {
-        let of_the_grid = |call: &Call| call.kind != "mha" || call.is_of_the_grid();
+        let of_the_grid = |call: &Call| {
+            let of_grid = Call::of_the_grid(&call.dir, call.head_dim, call.causal, call.seqlen);
+            call.kind != "mha" || *call == of_grid
+        };
         let calls = self.record.calls(peer).filter(|call| kinds.contains(&call.kind.as_str()) && call.dir == dir);
         let ratio = |call: &Call| Some((call.clone(), self.ratio(peer, call)?));
         calls.filter(|call| of_the_grid(call)).filter_map(ratio).collect()

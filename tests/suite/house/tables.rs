@@ -3,7 +3,9 @@
 use super::gpu::Gpu;
 use super::plot::chart::mib;
 use super::plot::record::{Call, Cost};
-use super::plot::{batches, geometric_mean, ratios, variant_name, variants, HEADS_ONLY, HEAD_DIMS, SEQLENS};
+use super::plot::{
+    batches, beside, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS,
+};
 use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -143,7 +145,7 @@ pub fn memory(gpu: &Gpu) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &lines })
 }
 
-/// Ours and ours without one idea of the paper at the longest sequence, and their ratio over all.
+/// Ours with and without one idea of the paper at the longest sequence, and their ratio over all.
 pub fn ablations(gpu: &Gpu) -> Result<String> {
     let record = &gpu.record;
     let mut shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
@@ -154,12 +156,10 @@ pub fn ablations(gpu: &Gpu) -> Result<String> {
     for variant in variants(record) {
         for (dir, pass) in PASSES {
             let cell = |&(head_dim, (causal, _)): &(usize, (bool, &str))| {
-                let of_it = |call: &Call| {
-                    call.is_of_the_grid() && call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal)
-                };
-                let ratios: Vec<_> = ratios(record, variant).filter(|(call, _)| of_it(call)).collect();
+                let of_it = |call: &Call| call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal);
+                let ratios: Vec<_> = ratios(record, variant, ABLATION).filter(|(call, _)| of_it(call)).collect();
                 let longest = ratios.iter().map(|&(call, _)| call).max_by_key(|call| call.seqlen)?;
-                let ours = record.ours_beside(longest)?.tflops?;
+                let ours = beside(record, variant, longest)?;
                 let theirs = record.tflops(variant, longest)?;
                 let mean = geometric_mean(ratios.iter().map(|&(_, ratio)| ratio))?;
                 Some(format!("{ours:.0}, {theirs:.0}: {mean:.2}x"))
@@ -176,13 +176,10 @@ pub fn ablations(gpu: &Gpu) -> Result<String> {
     Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
 }
 
-/// Thread blocks for every tile of queries, against one for each head, at the seqlen that was run with most numbers of heads.
+/// Thread blocks for every tile of queries (backward: of keys), against one for each head.
 pub fn heads(gpu: &Gpu) -> Result<String> {
-    let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY).collect();
-    let count = |seqlen: usize| all.iter().filter(|(call, _)| call.seqlen == seqlen).count();
-    let Some(seqlen) = all.iter().map(|(call, _)| call.seqlen).max_by_key(|&seqlen| count(seqlen)) else {
-        return Ok(String::new());
-    };
+    let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).collect();
+    let Some(seqlen) = all.first().map(|(call, _)| call.seqlen) else { return Ok(String::new()) };
     let mut lines: BTreeMap<(bool, usize, bool), BTreeMap<usize, String>> = BTreeMap::new();
     for (call, ratio) in all.into_iter().filter(|(call, _)| call.seqlen == seqlen) {
         let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);

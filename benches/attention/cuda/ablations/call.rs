@@ -75,6 +75,7 @@ enum Outputs {
 impl<'a> Call<'a> {
     pub fn new(case: &'a Case, inputs: &'a Inputs, answer: Answer, lse: Tensor, gpu: &Gpu) -> Result<Self> {
         let problem = testing::problem(&peers::attention(case), &inputs.q, &inputs.k, &inputs.v)?;
+        ensure!(case.num_heads_k() == case.num_heads, "the variants' grids are for heads that share no keys");
         let plan = CudaPlan::choose(&problem, &DeviceCaps::of(&gpu.device)?, |_| true)?;
         let stream = gpu.device.as_cuda_device()?.cuda_stream();
         let mut call = Self { case, plan, stream, inputs, answer, lse, problem, delta: None };
