@@ -512,9 +512,9 @@ impl From<Error> for candle_core::Error {
 
 /// What to do about a tensor that has not the axes of a description such as `(batch, seqlen_q, num_heads, head_dim)`.
 fn way_to_rank(axes: &str) -> &'static str {
-    let of_heads = axes.contains("num_heads") || axes.contains("embed_dim");
+    // One tensor of q, k and v has no packed call.
+    let of_heads = (axes.contains("num_heads") || axes.contains("embed_dim")) && !axes.contains('+');
     match axes.split(',').next() {
-        Some("(batch") if axes.contains('+') => "reshape it",
         Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",
         Some("(total" | "(total_q" | "(total_k") => "reshape it, or use the padded call for sequences of one length",
         _ => "reshape it",

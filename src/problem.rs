@@ -136,9 +136,11 @@ impl Problem {
     pub fn fused(options: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
         check_rank("qkv", qkv, 4, "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)")?;
         let heads = qkv.dims()[2];
-        if heads.div_ceil(2) <= num_heads_k {
+        if num_heads_k > 0 && heads.div_ceil(2) <= num_heads_k {
             return Err(Error::FusedHeads { heads, num_heads_k, shape: qkv.dims().to_vec() });
         }
+        // Before q, a view of it, is told off by a name that the caller does not know.
+        Strides::of("qkv", qkv.layout())?;
         let [q, k, v] = split_qkv(qkv, num_heads_k)?;
         Ok((Self::padded(options, &q, &k, &v)?, q))
     }

@@ -129,7 +129,7 @@ pub(crate) fn backward(call: &Call, output: Output, places: Places, tensors: [&T
 }
 
 /// Where dq, dk and dv go.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Places {
     /// Each into a contiguous tensor of its own.
     Separate,

@@ -123,9 +123,22 @@ fn shapes_of_one_tensor_of_q_k_and_v() {
             0,
             "num_heads 7 of q is not a multiple of num_heads_k 0 of k and v; each key head serves equally many query heads",
         ),
+        (&[2, 3, 0, 64], 0, "no error"),
     ] {
         assert_eq!(text(Attention::new().forward_qkv(&zeros(shape), num_heads_k)), message);
     }
+}
+
+/// The tensor that the caller has is named, not its parts.
+#[test]
+fn strides_of_one_tensor_of_q_k_and_v() -> Result<()> {
+    let qkv = zeros(&[2, 3, 64, 6]).transpose(2, 3)?;
+    assert_eq!(
+        text(Attention::new().forward_qkv(&qkv, 2)),
+        "qkv: last axis must be contiguous, got stride 6 in shape [2, 3, 6, 64] with strides [1152, 384, 1, 6]; \
+         call .contiguous()"
+    );
+    Ok(())
 }
 
 /// A broadcast tensor costs nothing, but its gradient would.
