@@ -1,7 +1,7 @@
 //! Matrix products with what comes before or after them inside: cuBLASLt, through the cudarc that Candle exports.
 //!
 //! Candle's `matmul` is the product alone. A bias, a residual and a GELU around it are passes over memory then, of which
-//! GELU's gradient alone is nine. NVIDIA's library does them on the numbers that a product has in registers anyway. The
+//! GELU's gradient alone is ten. NVIDIA's library does them on the numbers that a product has in registers anyway. The
 //! tensors here are bf16 matrices on a GPU, contiguous or a transpose of what is; sums run in f32.
 
 use candle_core::cuda::cudarc::cublaslt::result::{self, CublasError};
@@ -18,6 +18,7 @@ use half::bf16;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::fmt;
 
 /// Scratch memory of the library; NVIDIA's advice for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -94,27 +95,72 @@ fn uninitialised(m: usize, n: usize, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_storage(storage, (m, n), BackpropOp::none(), false))
 }
 
+/// (m, n, k), if all operands are bf16 on the GPU of `x`, and of shapes that fit.
+fn check(x: &Tensor, w: &Tensor, onto: Option<&Tensor>, around: &Around) -> Result<(usize, usize, usize)> {
+    let ((m, k), (rows, n)) = (x.dims2()?, w.dims2()?);
+    if rows != k {
+        bail!("w: rows must be {k} as the columns of x in shape {:?}, got shape {:?}", x.shape(), w.shape());
+    }
+    let others = [("onto", onto, &[m, n][..]), ("bias", around.bias(), &[n]), ("h", around.h(), &[m, n])];
+    for (name, tensor, dims) in others {
+        let Some(tensor) = tensor else { continue };
+        if tensor.dims() != dims || !tensor.is_contiguous() {
+            bail!(
+                "{name}: expected shape {dims:?}, contiguous, beside x {:?} and w {:?}, got shape {:?} with strides {:?}",
+                x.shape(),
+                w.shape(),
+                tensor.shape(),
+                tensor.stride()
+            );
+        }
+    }
+    for (name, tensor) in
+        [("x", Some(x)), ("w", Some(w))].into_iter().chain(others.map(|(name, tensor, _)| (name, tensor)))
+    {
+        let Some(tensor) = tensor else { continue };
+        if tensor.dtype() != DType::BF16 {
+            bail!("{name}: dtype {:?} is not supported (supported: BF16)", tensor.dtype());
+        }
+        if !tensor.device().same_device(x.device()) {
+            let [got, expected] = [tensor, x].map(|tensor| tensor.device().location());
+            bail!("{name}: on device {got:?}, but x is on {expected:?}");
+        }
+    }
+    Ok((m, n, k))
+}
+
 /// The library sees each matrix by columns, and so the transpose of what Candle sees by rows. It computes
 /// `y^T = w^T x^T`: its `a` is w, its `b` is x, and a bias for each of its rows is one for each of our columns.
 fn product(x: &Tensor, w: &Tensor, onto: Option<&Tensor>, around: Around) -> Result<Tensor> {
-    let ((m, k), (_, n)) = (x.dims2()?, w.dims2()?);
-    let fits = |tensor: Option<&Tensor>, dims: &[usize]| {
-        tensor.is_none_or(|tensor| tensor.dims() == dims && tensor.is_contiguous() && tensor.dtype() == DType::BF16)
-    };
-    if w.dim(0)? != k || !fits(onto, &[m, n]) || !fits(around.bias(), &[n]) || !fits(around.h(), &[m, n]) {
-        bail!("x {:?} and w {:?} do not fit each other or what is around their product", x.shape(), w.shape());
-    }
+    let (m, n, k) = check(x, w, onto, &around)?;
     let Device::Cuda(device) = x.device() else { bail!("products with something around them are for a GPU") };
     let y = uninitialised(m, n, x.device())?;
-    let (a, b) = (Operand::of(w)?, Operand::of(x)?);
+    let (a, b) = (Operand::of("w", w)?, Operand::of("x", x)?);
+    let kind = Kind {
+        m,
+        n,
+        k,
+        w_transposed: a.transposed,
+        x_transposed: b.transposed,
+        onto: onto.is_some(),
+        epilogue: around.epilogue(),
+    };
+    let address_of = |name, tensor: Option<&Tensor>| tensor.map(|tensor| address(name, tensor)).transpose();
+    let beside = Beside {
+        y: address("y", &y)?,
+        onto: address_of("onto", onto)?,
+        bias: address_of("bias", around.bias())?,
+        h: address_of("h", around.h())?,
+    };
     LIBRARY.with_borrow_mut(|library| {
         let library = match library {
             Some(library) if library.device == device.id() => library,
             other => other.insert(Library::open(device)?),
         };
-        // SAFETY: the shapes fit (above, `Operand::of`), all addresses are of tensors that this call holds, y and with GELU h
+        // SAFETY: the shapes fit (`check`, `Operand::of`), all addresses are of tensors that this call holds, y and with GELU h
         // are of this call alone, and everything is queued on the one stream that orders their other uses.
-        unsafe { library.run(device, (m, n, k), (&a, &b), address(&y)?, onto.map(address).transpose()?, &around) }
+        let done = unsafe { library.run(device, kind, (&a, &b), &beside) };
+        done.map_err(|error| Error::Msg(format!("cuBLASLt: {error} in {kind}")))
     })?;
     Ok(y)
 }
@@ -128,30 +174,33 @@ struct Operand {
 }
 
 impl Operand {
-    fn of(tensor: &Tensor) -> Result<Self> {
+    fn of(name: &str, tensor: &Tensor) -> Result<Self> {
         let ((rows, columns), stride) = (tensor.dims2()?, tensor.stride());
-        let address = address(tensor)?;
+        let address = address(name, tensor)?;
         match stride {
             [row, 1] if *row == columns => Ok(Self { address, transposed: false, rows: columns, columns: rows }),
             [1, column] if *column == rows => Ok(Self { address, transposed: true, rows, columns }),
-            _ => bail!("a matrix of shape {:?} and strides {stride:?} is no operand of a product", tensor.shape()),
+            _ => bail!(
+                "{name}: must be contiguous or the transpose of what is, got shape {:?} with strides {stride:?}",
+                tensor.shape()
+            ),
         }
     }
 
-    fn layout(&self) -> Result<Layout> {
+    fn layout(&self) -> LibraryResult<Layout> {
         Layout::new(self.rows, self.columns)
     }
 }
 
 /// The address of the first number of a bf16 tensor on a GPU.
-fn address(tensor: &Tensor) -> Result<u64> {
+fn address(name: &str, tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("products with something around them are for a GPU") };
     let memory = storage.as_cuda_slice::<bf16>()?;
     let (start, _) = memory.device_ptr(memory.stream());
     let address = start + (layout.start_offset() * size_of::<bf16>()) as u64;
     if !address.is_multiple_of(ALIGNMENT_BYTES as u64) {
-        bail!("a matrix begins at an address that is no multiple of {ALIGNMENT_BYTES}");
+        bail!("{name}: must begin at a multiple of {ALIGNMENT_BYTES} bytes, got address {address:#x}");
     }
     Ok(address)
 }
@@ -161,55 +210,81 @@ thread_local! {
     static LIBRARY: RefCell<Option<Library>> = const { RefCell::new(None) };
 }
 
-/// What tells one choice of an algorithm from another.
-type Key = ((usize, usize, usize), [bool; 3], Epilogue);
+type LibraryResult<T> = std::result::Result<T, CublasError>;
+
+/// What tells one choice of an algorithm from another, and one product from another in an error.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Kind {
+    m: usize,
+    n: usize,
+    k: usize,
+    w_transposed: bool,
+    x_transposed: bool,
+    onto: bool,
+    epilogue: Epilogue,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { m, n, k, w_transposed, x_transposed, onto, epilogue } = self;
+        let transposed = |yes: &bool| if *yes { ", a transpose," } else { "" };
+        write!(f, "x ({m}, {k}){} times w ({k}, {n}){}", transposed(x_transposed), transposed(w_transposed))?;
+        write!(f, " {} a residual, with {epilogue:?}", if *onto { "onto" } else { "without" })
+    }
+}
+
+/// The addresses of what is around a product.
+struct Beside {
+    y: u64,            // (m, n)
+    onto: Option<u64>, // (m, n)
+    bias: Option<u64>, // (n)
+    h: Option<u64>,    // (m, n)
+}
 
 struct Library {
     device: DeviceId,
     handle: sys::cublasLtHandle_t,
     /// Never freed: a thread may end after the driver.
     workspace: &'static mut CudaSlice<u8>,
-    algorithms: HashMap<Key, sys::cublasLtMatmulAlgo_t>,
+    algorithms: HashMap<Kind, sys::cublasLtMatmulAlgo_t>,
 }
 
 impl Library {
     fn open(device: &CudaDevice) -> Result<Self> {
         // SAFETY: scratch memory, written before it is read by the library alone.
         let workspace = unsafe { device.alloc::<u8>(WORKSPACE_BYTES)? };
-        let handle = result::create_handle().map_err(failed)?;
+        let handle = result::create_handle().map_err(|error| Error::Msg(format!("cuBLASLt does not open: {error}")))?;
         Ok(Self { device: device.id(), handle, workspace: Box::leak(Box::new(workspace)), algorithms: HashMap::new() })
     }
 
     /// # Safety
-    /// The operands are of the shapes `(m, n, k)`, the addresses of memory of as many numbers, which nothing writes or, for
-    /// what is written, uses elsewhere than on the device's stream.
+    /// The operands are of the shapes of `kind`, `beside` has what its epilogue needs, and the addresses are of memory of as
+    /// many numbers, which nothing writes or, for what is written, uses elsewhere than on the device's stream.
     unsafe fn run(
         &mut self,
         device: &CudaDevice,
-        (m, n, k): (usize, usize, usize),
+        kind: Kind,
         (a, b): (&Operand, &Operand),
-        y: u64,
-        onto: Option<u64>,
-        around: &Around,
-    ) -> Result<()> {
+        beside: &Beside,
+    ) -> LibraryResult<()> {
+        let Kind { m, n, epilogue, .. } = kind;
         let description = Description::new()?;
         for (attribute, operand) in
             [(Describe::CUBLASLT_MATMUL_DESC_TRANSA, a), (Describe::CUBLASLT_MATMUL_DESC_TRANSB, b)]
         {
             description.set(attribute, &i32::from(operand.transposed))?;
         }
-        description.set(Describe::CUBLASLT_MATMUL_DESC_EPILOGUE, &around.epilogue())?;
-        if let Some(bias) = around.bias() {
-            description.set(Describe::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &address(bias)?)?;
+        description.set(Describe::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+        if let Some(bias) = &beside.bias {
+            description.set(Describe::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
         }
-        if let Some(h) = around.h() {
-            description.set(Describe::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &address(h)?)?;
+        if let Some(h) = &beside.h {
+            description.set(Describe::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, h)?;
             description.set(Describe::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(n as i64))?;
         }
         let (layout_a, layout_b, layout_y) = (a.layout()?, b.layout()?, Layout::new(n, m)?);
 
-        let key = ((m, n, k), [a.transposed, b.transposed, onto.is_some()], around.epilogue());
-        let algorithm = match self.algorithms.get(&key) {
+        let algorithm = match self.algorithms.get(&kind) {
             Some(algorithm) => *algorithm,
             None => {
                 let preference = Preference::new()?;
@@ -222,15 +297,15 @@ impl Library {
                     layout_y.0,
                     preference.0,
                 );
-                let algorithm = found.map_err(failed)?.algo;
-                self.algorithms.insert(key, algorithm);
+                let algorithm = found?.algo;
+                self.algorithms.insert(kind, algorithm);
                 algorithm
             }
         };
 
         let stream = device.cuda_stream();
         let (workspace, _order) = self.workspace.device_ptr_mut(&stream);
-        let (one, add) = (1f32, if onto.is_some() { 1f32 } else { 0.0 });
+        let (one, add) = (1f32, if kind.onto { 1f32 } else { 0.0 });
         result::matmul(
             self.handle,
             description.0,
@@ -240,29 +315,24 @@ impl Library {
             layout_a.0,
             b.address as *const c_void,
             layout_b.0,
-            onto.unwrap_or(y) as *const c_void,
+            beside.onto.unwrap_or(beside.y) as *const c_void,
             layout_y.0,
-            y as *mut c_void,
+            beside.y as *mut c_void,
             layout_y.0,
             &raw const algorithm,
             workspace as *mut c_void,
             WORKSPACE_BYTES,
             stream.cu_stream().cast(),
         )
-        .map_err(failed)
     }
-}
-
-fn failed(error: CublasError) -> Error {
-    Error::Msg(format!("cuBLASLt: {error}"))
 }
 
 /// A matrix of bf16 by columns, without gaps.
 struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    fn new(rows: usize, columns: usize) -> Result<Self> {
-        result::create_matrix_layout(CUDA_R_16BF, rows as u64, columns as u64, rows as i64).map(Self).map_err(failed)
+    fn new(rows: usize, columns: usize) -> LibraryResult<Self> {
+        result::create_matrix_layout(CUDA_R_16BF, rows as u64, columns as u64, rows as i64).map(Self)
     }
 }
 
@@ -276,14 +346,14 @@ impl Drop for Layout {
 struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
-    fn new() -> Result<Self> {
-        result::create_matmul_desc(CUBLAS_COMPUTE_32F, CUDA_R_32F).map(Self).map_err(failed)
+    fn new() -> LibraryResult<Self> {
+        result::create_matmul_desc(CUBLAS_COMPUTE_32F, CUDA_R_32F).map(Self)
     }
 
     /// # Safety
     /// `value` is of the type that the library documents for `attribute`; addresses in it are of what it documents.
-    unsafe fn set<T>(&self, attribute: Describe, value: &T) -> Result<()> {
-        result::set_matmul_desc_attribute(self.0, attribute, (&raw const *value).cast(), size_of::<T>()).map_err(failed)
+    unsafe fn set<T>(&self, attribute: Describe, value: &T) -> LibraryResult<()> {
+        result::set_matmul_desc_attribute(self.0, attribute, (&raw const *value).cast(), size_of::<T>())
     }
 }
 
@@ -298,8 +368,8 @@ impl Drop for Description {
 struct Preference(sys::cublasLtMatmulPreference_t);
 
 impl Preference {
-    fn new() -> Result<Self> {
-        let preference = result::create_matmul_pref().map(Self).map_err(failed)?;
+    fn new() -> LibraryResult<Self> {
+        let preference = result::create_matmul_pref().map(Self)?;
         // SAFETY: the library documents usize for the one and u32 for the others.
         unsafe {
             preference.set(Prefer::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
@@ -317,8 +387,8 @@ impl Preference {
 
     /// # Safety
     /// `value` is of the type that the library documents for `attribute`.
-    unsafe fn set<T>(&self, attribute: Prefer, value: &T) -> Result<()> {
-        result::set_matmul_pref_attribute(self.0, attribute, (&raw const *value).cast(), size_of::<T>()).map_err(failed)
+    unsafe fn set<T>(&self, attribute: Prefer, value: &T) -> LibraryResult<()> {
+        result::set_matmul_pref_attribute(self.0, attribute, (&raw const *value).cast(), size_of::<T>())
     }
 }
 

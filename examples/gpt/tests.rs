@@ -1,5 +1,7 @@
 //! Tests of the example, and the door through which they end it at a named point.
 
+#[cfg(feature = "cuda")]
+mod blas;
 mod errors;
 mod losses;
 mod ops;
