@@ -5,7 +5,7 @@ use crate::model::Gpt;
 use crate::optimizer::{clip, learning_rate, AdamW};
 use crate::parameters::{Flat, Named};
 use crate::profile;
-use anyhow::{bail, Result};
+use anyhow::{anyhow, Result};
 use candle_core::Tensor;
 
 /// Tokens and their targets: u32, both (batch, context).
@@ -24,30 +24,33 @@ pub struct Outcome {
     grad_norm: Tensor,  // f32 (), before clipping
 }
 
+/// (train_loss, grad_norm)
+pub type Numbers = (f32, f32);
+
 impl Outcome {
-    /// (train_loss, grad_norm) of each of `outcomes`, waited for at once.
-    ///
-    /// # Errors
-    /// If one is not finite: training has come apart there.
-    pub fn read(outcomes: &[Self]) -> Result<Vec<(f32, f32)>> {
+    /// The numbers of each of `outcomes`, waited for at once, up to the first that is not finite; and the error
+    /// that this one is, if there is one.
+    pub fn read(outcomes: &[Self]) -> Result<(Vec<Numbers>, Result<()>)> {
         if outcomes.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), Ok(())));
         }
         let scalars: Vec<&Tensor> =
             outcomes.iter().flat_map(|outcome| [&outcome.train_loss, &outcome.grad_norm]).collect();
         let numbers = Tensor::stack(&scalars, 0)?.to_vec1::<f32>()?;
-        let pairs: Vec<(f32, f32)> = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-        for (outcome, (train_loss, grad_norm)) in outcomes.iter().zip(&pairs) {
-            if !train_loss.is_finite() || !grad_norm.is_finite() {
-                bail!(
-                    "step {}: the loss is {train_loss} and the norm of its gradient {grad_norm}; the last checkpoint is \
-                     from before; a smaller --lr or a longer --warmup may help",
-                    outcome.step
-                );
-            }
-        }
-        Ok(pairs)
+        let mut pairs: Vec<Numbers> = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        let Some(first) = pairs.iter().position(|(loss, norm)| !loss.is_finite() || !norm.is_finite()) else {
+            return Ok((pairs, Ok(())));
+        };
+        let (train_loss, grad_norm) = pairs[first];
+        pairs.truncate(first);
+        let what = format!("the loss is {train_loss} and the norm of its gradient {grad_norm}");
+        Ok((pairs, Err(come_apart(outcomes[first].step, &what))))
     }
+}
+
+/// Training that cannot go on after `step`: `what` is not finite.
+pub fn come_apart(step: usize, what: &str) -> anyhow::Error {
+    anyhow!("step {step}: {what}; the last checkpoint is from before; a smaller --lr or a longer --warmup may help")
 }
 
 impl Learner {

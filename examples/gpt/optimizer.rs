@@ -12,6 +12,10 @@ use std::f64::consts::PI;
 /// Keeps the division finite where a gradient has always been zero.
 const EPSILON: f64 = 1e-8;
 
+/// What a learning rate of 0 counts as where one is divided by: it moves a weight by next to nothing. 1 / 0 is infinite, and
+/// infinity times a `v` of 0 no number.
+const LEAST_RATE: f64 = 1e-30;
+
 /// Partial sums of a sum over a whole tensor. Candle gives each sum one block of threads, and one block alone leaves most
 /// of a GPU idle.
 const PARTIAL_SUMS: usize = 1024;
@@ -44,14 +48,15 @@ impl AdamW {
         let Config { beta1, beta2, .. } = *config;
         let c1 = 1.0 - beta1.powf(step as f64);
         let c2 = 1.0 - beta2.powf(step as f64);
-        let factor = (factor * (1.0 - beta1))?; // () and with it the one factor that only the device knows
+        let factor = (factor * (1.0 - beta1))?; // f32 (): clipping's factor, which only the device knows, times (1 - beta1)
+        let divisor = lr.max(LEAST_RATE);
         let update = |group: usize, weight_decay: f64| -> candle_core::Result<[Tensor; 3]> {
             let [g, w, m, v] = [gradient, parameters, &self.m, &self.v].map(|flat| flat.groups()[group]);
             let g = g.broadcast_mul(&factor)?; // (1 - beta1) times the gradient
             let m = ((m * beta1)? + &g)?;
             let v = ((v * beta2)? + (g.sqr()? * ((1.0 - beta2) / (1.0 - beta1).powi(2)))?)?;
             // -lr (m / c1) / (sqrt(v / c2) + epsilon), its constants in one pass with epsilon
-            let change = (&m / v.sqrt()?.affine(-c1 / (lr * c2.sqrt()), -c1 * EPSILON / lr)?)?;
+            let change = (&m / v.sqrt()?.affine(-c1 / (divisor * c2.sqrt()), -c1 * EPSILON / divisor)?)?;
             let w = ((w * (1.0 - lr * weight_decay))? + change)?;
             Ok([w, m, v])
         };

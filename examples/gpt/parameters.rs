@@ -1,7 +1,7 @@
 //! All parameters in two tensors, so that the optimizer needs a few large kernels instead of thousands of small ones.
 
-use anyhow::{anyhow, Result};
-use candle_core::{DType, Device, Tensor};
+use anyhow::{anyhow, bail, Result};
+use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ struct Place {
 
 /// A number for every number of every parameter: the parameters themselves, their gradient, or a moment of it.
 /// Matrices lie one after the other in the one tensor and vectors in the other, both sorted by name; AdamW treats them
-/// differently.
+/// differently. There is at least one of each.
 #[derive(Clone)]
 pub struct Flat {
     places: Arc<BTreeMap<String, Place>>,
@@ -91,6 +91,9 @@ impl Flat {
         let mut parts = [Vec::new(), Vec::new()];
         for (name, place) in self.places.iter() {
             let gradient = tensors.remove(name).ok_or_else(|| anyhow!("parameter {name} received no gradient"))?;
+            if gradient.dims() != place.shape {
+                bail!("gradient of parameter {name}: shape must be {:?}, got {:?}", place.shape, gradient.dims());
+            }
             parts[place.group].push(gradient.flatten_all()?);
         }
         let [matrices, vectors] = &parts;
@@ -101,7 +104,6 @@ impl Flat {
 /// `parts` one after the other, in memory of their own.
 fn concatenated(parts: &[Tensor]) -> Result<Tensor> {
     match parts {
-        [] => Ok(Tensor::zeros(0, DType::F32, &Device::Cpu)?),
         [one] => Ok(one.copy()?),
         parts => Ok(Tensor::cat(parts, 0)?),
     }

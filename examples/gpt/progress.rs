@@ -29,7 +29,8 @@ impl Progress {
         Self { first: done, steps, started: Instant::now(), bar, last_line: None }
     }
 
-    /// After each step. A line is left when the step was evaluated, and without a terminal every few seconds.
+    /// Whenever steps were heard of, with the row of the last: the time so far is that of all steps up to it. A line is left
+    /// when the step was evaluated, and without a terminal every few seconds.
     pub fn step(&mut self, row: &Row) {
         let Row { step, train_loss, lr, tokens_per_s, .. } = *row;
         if let Some(bar) = &self.bar {

@@ -144,7 +144,9 @@ fn run(
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     timing.peak_gib = memory::peak(device)?.map(gib);
     timing.resident_gib = resident.map(gib);
-    timing.last_loss = Outcome::read(&outcomes)?.last().map(|(train_loss, _)| *train_loss);
+    let (numbers, finite) = Outcome::read(&outcomes)?;
+    finite?;
+    timing.last_loss = numbers.last().map(|(train_loss, _)| *train_loss);
     let (phases, parts) = profile::finish()?;
     timing.profile = [phases, parts];
     Ok(())

@@ -4,7 +4,7 @@ use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
 use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::write_atomically;
-use crate::learner::{mean_gradients, Learner, Outcome};
+use crate::learner::{come_apart, mean_gradients, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt};
@@ -22,8 +22,18 @@ use std::time::Instant;
 /// Tokens of the sample that is printed when training ends; the tests train dozens of models and read no sample.
 const SAMPLE_TOKENS: usize = if cfg!(test) { 10 } else { 400 };
 
-/// Steps that a GPU may be given before anybody waits for one: while it computes, the next are queued.
+/// Steps that a GPU may be given before anybody waits for one: while it computes, the next are queued. Each wait leaves it
+/// idle until the host has queued again, so that one in ten costs a tenth; with more, news of a loss that is not finite, and
+/// progress, would only come later.
 const STEPS_AHEAD: usize = 10;
+
+/// A CPU's operators are done when they return: there the rows come one by one.
+fn steps_ahead(device: &Device) -> usize {
+    match device.is_cpu() {
+        true => 1,
+        false => STEPS_AHEAD,
+    }
+}
 
 /// A run in memory: what is needed for the next step.
 pub struct Run {
@@ -34,9 +44,10 @@ pub struct Run {
     learner: Learner,
     rng: Rng,
     batches: Batches,
-    step: usize,          // steps done, or queued
-    queued: Vec<Outcome>, // of steps that have not been heard of
-    clock: Instant,       // since the last that was heard
+    step: usize,            // steps done, or queued
+    queued: Vec<Outcome>,   // of steps that have not been heard of
+    clock: Instant,         // since the last that was heard
+    pub steps_ahead: usize, // steps that may be queued before they are waited for
 }
 
 impl Run {
@@ -52,6 +63,7 @@ impl Run {
             config,
             tokenizer,
             corpus,
+            steps_ahead: steps_ahead(&device),
             device,
             learner,
             rng,
@@ -96,6 +108,7 @@ impl Run {
             config,
             tokenizer,
             corpus,
+            steps_ahead: steps_ahead(&device),
             device,
             learner,
             rng,
@@ -130,13 +143,17 @@ impl Run {
         while self.step < self.config.steps {
             self.queue_step()?;
             let evaluate = self.evaluation_is_due();
-            if !evaluate && self.queued.len() < self.steps_ahead() {
+            if !evaluate && self.queued.len() < self.steps_ahead {
                 continue;
             }
-            for row in self.rows()? {
-                progress.step(&row);
+            let (rows, finite) = self.rows()?;
+            if let Some(last) = rows.last() {
+                progress.step(last);
+            }
+            for row in rows {
                 metrics.push(row)?;
             }
+            finite?;
             if evaluate {
                 plot::save(dir, metrics.rows())?;
                 self.checkpoint(dir, &metrics)?; // last: what it does not know of will be done again
@@ -166,23 +183,16 @@ impl Run {
         Ok(())
     }
 
-    /// A CPU's operators are done when they return: there its rows come one by one.
-    fn steps_ahead(&self) -> usize {
-        match self.device.is_cpu() {
-            true => 1,
-            false => STEPS_AHEAD,
-        }
-    }
-
     /// Whether the last step is evaluated.
     fn evaluation_is_due(&self) -> bool {
         self.step == 1 || self.step == self.config.steps || self.step.is_multiple_of(self.config.eval_interval)
     }
 
-    /// The rows of the steps since the last call, the last one evaluated where that is due.
-    fn rows(&mut self) -> Result<Vec<Row>> {
+    /// The rows of the steps since the last call, the last one evaluated where that is due. If something is not finite: the
+    /// numbers before it, and the error that it is.
+    fn rows(&mut self) -> Result<(Vec<Row>, Result<()>)> {
         let queued = std::mem::take(&mut self.queued);
-        let numbers = Outcome::read(&queued)?;
+        let (numbers, mut finite) = Outcome::read(&queued)?;
         self.device.synchronize()?;
         let tokens = (self.config.tokens_per_step() * queued.len()) as f64;
         let tokens_per_s = (tokens / self.clock.elapsed().as_secs_f64()) as u64;
@@ -191,18 +201,23 @@ impl Run {
             Row { step, train_loss, val_loss: None, lr, grad_norm, tokens_per_s }
         };
         let mut rows: Vec<Row> = queued.iter().zip(numbers).map(row).collect();
-        if let Some(last) = rows.last_mut().filter(|_| self.evaluation_is_due()) {
-            last.val_loss = Some(self.held_out_loss()?);
+        if let Some(last) = rows.last_mut().filter(|row| row.step == self.step && self.evaluation_is_due()) {
+            match self.held_out_loss()? {
+                loss if loss.is_finite() => last.val_loss = Some(loss),
+                loss => finite = Err(come_apart(last.step, &format!("the held-out loss after it is {loss}"))),
+            }
         }
         self.clock = Instant::now();
-        Ok(rows)
+        Ok((rows, finite))
     }
 
     /// One optimizer step, waited for.
     #[cfg(test)]
     pub fn one_step(&mut self) -> Result<Row> {
         self.queue_step()?;
-        Ok(self.rows()?.remove(0))
+        let (mut rows, finite) = self.rows()?;
+        finite?;
+        Ok(rows.remove(0))
     }
 
     /// What the model writes now, from a new line on.

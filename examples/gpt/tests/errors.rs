@@ -1,8 +1,12 @@
 //! Bad input: one sentence each, pinned as text, and nothing written.
 
-use super::{child_process, message, run, Room};
+use super::{child_process, message, run, short_config, Room};
 use crate::checkpoint;
+use crate::config::{AttentionKind, Config};
+use crate::metrics;
+use crate::train::Run;
 use anyhow::Result;
+use candle_core::Device;
 use std::fs;
 use std::path::Path;
 
@@ -151,12 +155,39 @@ fn cuda_needs_its_feature() {
 fn a_loss_that_is_not_finite_stops_the_run() {
     let room = Room::new();
     let args = ["--data", &room.string("text.txt"), "--out", &room.string("out"), "--context", "8", "--steps", "20"];
-    let said = message(&[&args[..], &["--lr", "1e30"]].concat());
-    assert!(said.starts_with("step 2: the loss is NaN and the norm of its gradient NaN;"), "{said}");
-    assert!(
-        said.ends_with("the last checkpoint is from before; a smaller --lr or a longer --warmup may help"),
-        "{said}"
+    assert_eq!(
+        message(&[&args[..], &["--lr", "1e30"]].concat()),
+        "step 1: the held-out loss after it is NaN; the last checkpoint is from before; a smaller --lr or a longer \
+         --warmup may help"
     );
+    // The step before it was sound, and its checkpoint is not written over.
+    let rows = metrics::read(&room.path("out").join(metrics::FILE_NAME), usize::MAX).unwrap();
+    assert_eq!(rows.iter().map(|row| (row.step, row.val_loss)).collect::<Vec<_>>(), [(1, None)]);
+    let checkpoint = checkpoint::load(&room.path("out").join(checkpoint::FILE_NAME), &Device::Cpu).unwrap();
+    assert_eq!(checkpoint.state.step, 0);
+}
+
+/// Steps that were sound are in the metrics, however many were heard of together with the one that was not.
+#[test]
+fn steps_before_a_loss_that_is_not_finite_are_recorded() -> Result<()> {
+    let room = Room::new();
+    // A decay that makes matrices several times as large with each step, until their products are no f32 any more.
+    let config = short_config(&room, AttentionKind::Flash);
+    let config = Config { lr: 1e-3, weight_decay: 1e5, warmup: 20, eval_interval: 40, ..config };
+    let mut said = Vec::new();
+    for (name, steps_ahead) in [("1", 1), ("10", 10)] {
+        fs::create_dir(room.path(name))?;
+        let mut run = Run::new(config.clone(), Device::Cpu)?;
+        run.steps_ahead = steps_ahead;
+        let error = run.train(&room.path(name)).unwrap_err().to_string();
+        let rows = metrics::read(&room.path(name).join(metrics::FILE_NAME), usize::MAX)?;
+        let rows: Vec<_> = rows.into_iter().map(|row| (row.step, row.train_loss, row.grad_norm)).collect();
+        assert!(error.starts_with(&format!("step {}: the loss is ", rows.len() + 1)), "{error}");
+        assert!(rows.len() > 2, "the first of several that are read at once: {error}");
+        said.push((error, rows));
+    }
+    assert_eq!(said[0], said[1]);
+    Ok(())
 }
 
 /// A run of one step, and its folder.

@@ -1,8 +1,10 @@
 //! A run that is stopped and resumed is the run that never stopped, whole folders compared.
 
-use super::{child_process, run, Room};
+use super::{child_process, run, short_config, Room};
 use crate::checkpoint;
+use crate::config::{AttentionKind, Config};
 use crate::metrics::{self, Row};
+use crate::train::Run;
 use anyhow::Result;
 use candle_core::Device;
 use std::fs;
@@ -90,6 +92,22 @@ fn a_resumed_run_that_aborts_resumes_bit_for_bit() -> Result<()> {
     let resumed = child_process(&["--resume", &out], room.folder.path(), None);
     assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
     assert_same_run(&room.path("aborted"), &room.path("uninterrupted"), "four aborts");
+    Ok(())
+}
+
+/// What a GPU does, here on the CPU: steps are queued, and heard of some at a time. That changes when, not what.
+#[test]
+fn steps_ahead_change_nothing() -> Result<()> {
+    let room = Room::new();
+    let config = Config { steps: 27, eval_interval: 13, context: 16, ..short_config(&room, AttentionKind::Flash) };
+    for (name, steps_ahead) in [("1", 1), ("10", 10)] {
+        fs::create_dir(room.path(name))?;
+        let mut run = Run::new(config.clone(), Device::Cpu)?;
+        run.steps_ahead = steps_ahead;
+        run.train(&room.path(name))?;
+    }
+    assert_eq!(rows(&room.path("10")).len(), 27);
+    assert_same_run(&room.path("10"), &room.path("1"), "steps ahead");
     Ok(())
 }
 

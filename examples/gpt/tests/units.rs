@@ -85,6 +85,27 @@ fn adamw_follows_its_formulas() -> Result<()> {
     Ok(())
 }
 
+/// A schedule may end at 0, and some weights never have a gradient.
+#[test]
+fn a_learning_rate_of_zero_leaves_the_weights() -> Result<()> {
+    let config = Config::preset(Preset::Tiny);
+    let named = |values: [f32; 3]| -> Result<Named> {
+        let vector = Tensor::new(&values, &Device::Cpu)?;
+        Ok(Named::from([("matrix".to_string(), vector.unsqueeze(0)?), ("bias".to_string(), vector)]))
+    };
+    let start = [0.5, -2.0, 3.0];
+    let mut parameters = Flat::new(&named(start)?)?;
+    let mut optimizer = AdamW::new(&parameters)?;
+    let gradient = parameters.gradient(named([0.0, 0.0, 1e4])?)?;
+    for step in [1, 2] {
+        optimizer.update(&mut parameters, &gradient, &Tensor::new(1f32, &Device::Cpu)?, &config, step, 0.0)?;
+    }
+    for (name, tensor) in parameters.named()? {
+        assert_eq!(tensor.flatten_all()?.to_vec1::<f32>()?, start, "{name}");
+    }
+    Ok(())
+}
+
 #[test]
 fn clipping_scales_to_the_limit_and_only_above_it() -> Result<()> {
     let gradient = Flat::new(&Named::from([
@@ -114,9 +135,12 @@ fn flat_parameters_keep_names_and_shapes() -> Result<()> {
         assert_eq!(values(&back[name])?, values(tensor)?, "{name}");
     }
     let mut gradients = drawn;
+    let refusal = |gradients: &Named| flat.gradient(gradients.clone()).err().unwrap().to_string();
+    // As many numbers, which would fit, but in other places.
+    gradients.insert("wte".to_string(), gradients["wte"].t()?);
+    assert_eq!(refusal(&gradients), "gradient of parameter wte: shape must be [256, 128], got [128, 256]");
     gradients.remove("wpe");
-    let missing = flat.gradient(gradients).err().unwrap().to_string();
-    assert_eq!(missing, "parameter wpe received no gradient");
+    assert_eq!(refusal(&gradients), "parameter wpe received no gradient");
     Ok(())
 }
 
