@@ -243,7 +243,7 @@ struct TrainedArgs {
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
-    /// Flash, or standard for comparison [default: as trained]
+    /// Flash, or standard for comparison; none only where it was trained so [default: as trained]
     #[arg(long)]
     attention: Option<AttentionKind>,
 }
@@ -296,7 +296,7 @@ struct TimeArgs {
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
-    /// Flash, standard for comparison, or none: what the rest costs
+    /// Flash, standard for comparison, or none: about what the rest costs
     #[arg(long)]
     attention: Option<AttentionKind>,
     /// Type of the activations; weights and optimizer are f32 always

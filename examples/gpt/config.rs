@@ -31,7 +31,7 @@ pub enum AttentionKind {
     Standard,
     /// The same with the fused softmax, and its gradient by hand
     StandardFused,
-    /// Left out, y = q + k + v: what the rest costs
+    /// Left out: q + k + v in its place, some passes over memory of its own; about what the rest costs
     None,
 }
 
@@ -41,6 +41,11 @@ pub enum Precision {
     F32,
     /// Activations in bf16, master weights and optimizer in f32 (for GPUs; on a CPU slower than f32)
     Bf16,
+}
+
+/// As the option is written.
+pub fn name_of(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
 }
 
 impl Precision {

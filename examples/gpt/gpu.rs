@@ -7,8 +7,8 @@ use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute::{
     self as Attribute, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
     CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
-use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUmemoryPool};
-use candle_core::cuda::cudarc::driver::{result, CudaEvent};
+use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUmemoryPool, CUresult};
+use candle_core::cuda::cudarc::driver::{result, CudaEvent, DriverError};
 use candle_core::CudaDevice;
 
 /// The first GPU, set up for one thread that trains on it.
@@ -20,7 +20,7 @@ pub fn open() -> candle_core::Result<CudaDevice> {
     // What is freed stays with the pool. Otherwise it goes back to the driver at each synchronisation, and the next step
     // maps all of its memory anew.
     MemoryPool::of(&device)
-        .and_then(|pool| pool.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX))
+        .and_then(|pool| pool.map_or(Ok(()), |pool| pool.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)))
         .map_err(|error| candle_core::Error::Msg(format!("its memory pool: {error}")))?;
     Ok(device)
 }
@@ -38,20 +38,24 @@ pub fn event(device: &CudaDevice) -> Result<CudaEvent> {
 pub struct MemoryPool(CUmemoryPool);
 
 impl MemoryPool {
-    pub fn of(device: &CudaDevice) -> Result<Self> {
+    /// Nothing on a GPU that has no pools, as some virtual ones have none: there Candle allocates without.
+    pub fn of(device: &CudaDevice) -> Result<Option<Self>> {
         let stream = device.cuda_stream();
         let context = stream.context();
+        if !context.has_async_alloc() {
+            return Ok(None);
+        }
         context.bind_to_thread()?;
         // SAFETY: the device is the one that `context` was opened on.
-        Ok(Self(unsafe { result::device::get_mem_pool(context.cu_device())? }))
+        match unsafe { result::device::get_mem_pool(context.cu_device()) } {
+            Err(DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED)) => Ok(None),
+            pool => Ok(Some(Self(pool?))),
+        }
     }
 
     /// The most bytes that were in use at once since the last [`Self::reset_peak`].
     pub fn peak_bytes(&self) -> Result<u64> {
-        let mut bytes = 0u64;
-        // SAFETY: the pool is the device's own, which outlives the process's use of it, and this attribute is a u64.
-        unsafe { result::mem_pool::get_attribute(self.0, CU_MEMPOOL_ATTR_USED_MEM_HIGH, (&raw mut bytes).cast())? };
-        Ok(bytes)
+        self.get(CU_MEMPOOL_ATTR_USED_MEM_HIGH)
     }
 
     /// From here on, a new peak.
@@ -61,10 +65,15 @@ impl MemoryPool {
 
     /// Bytes in use.
     pub fn used_bytes(&self) -> Result<u64> {
-        let mut bytes = 0u64;
-        // SAFETY: as in `peak_bytes`.
-        unsafe { result::mem_pool::get_attribute(self.0, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, (&raw mut bytes).cast())? };
-        Ok(bytes)
+        self.get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+    }
+
+    fn get(&self, attribute: Attribute) -> Result<u64> {
+        let mut value = 0u64;
+        // SAFETY: the pool is the device's own, which outlives the process's use of it, and the attributes that are asked for
+        // here are u64.
+        unsafe { result::mem_pool::get_attribute(self.0, attribute, (&raw mut value).cast())? };
+        Ok(value)
     }
 
     fn set(&self, attribute: Attribute, mut value: u64) -> Result<()> {

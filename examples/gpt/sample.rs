@@ -1,7 +1,7 @@
 //! What a trained model is for: text drawn from it, and its loss on a text.
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::{AttentionKind, Precision};
+use crate::config::{name_of, AttentionKind, Precision};
 use crate::data::{way_to_text, window_starts, Corpus, Text};
 use crate::model::Gpt;
 use crate::rng::Rng;
@@ -71,12 +71,24 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// The model of the run or checkpoint file `path`; `attention` replaces the one it was trained with.
+    /// The model of the run or checkpoint file `path`; `attention` replaces the one it was trained with by
+    /// another that computes the same.
     pub fn load(path: &Path, attention: Option<AttentionKind>, device: &Device) -> Result<Self> {
         let file = checkpoint::locate(path)?;
         let Checkpoint { state, learner } = checkpoint::load(&file, device)?;
         let mut config = state.config;
-        config.attention = attention.unwrap_or(config.attention);
+        let (trained, asked) = (config.attention, attention.unwrap_or(config.attention));
+        // The other kinds compute the same; without attention it is another function.
+        if (trained == AttentionKind::None) != (asked == AttentionKind::None) {
+            bail!(
+                "--attention {} is not what {} was trained with, {}: to leave attention out makes another model; leave \
+                 the option out instead",
+                name_of(asked),
+                file.display(),
+                name_of(trained),
+            );
+        }
+        config.attention = asked;
         if device.is_cpu() {
             config.precision = Precision::F32; // faster there; the weights are f32 anyway
         }

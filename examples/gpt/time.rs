@@ -2,18 +2,17 @@
 //!
 //! The steps are queued one after the other and the clock is read around all of them, after some that warm up. FLOPs are
 //! the model's, 6 N + 6 L d T per token: N parameters, L layers of width d, T tokens of context, of which causal attention
-//! sees half. MFU is their share of the device's peak.
+//! sees half. Without attention (`--attention none`) they are 6 N. MFU is their share of the device's peak.
 
-use crate::config::Config;
+use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
-use crate::model::init_parameters;
+use crate::model::{init_parameters, parameter_shapes};
 use crate::parameters::Flat;
 use crate::profile::{self, Seconds};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, Result};
 use candle_core::{Device, Tensor};
-use clap::ValueEnum;
 use serde::Serialize;
 use std::fs::OpenOptions;
 use std::path::Path;
@@ -55,17 +54,15 @@ pub struct Timing {
     resident_gib: Option<f64>,
     last_loss: Option<f32>,
     #[serde(skip)]
-    profile: [Seconds; 2], // phases and parts, of all steps
+    pub profile: [Seconds; 2], // phases and parts, of all steps
 }
 
 /// Times `plan.steps` steps of the recipe `config`.
 pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
     let vocab_size = Tokenizer::new(config.tokenizer).padded_vocab_size();
-    let mut rng = Rng::new(config.seed);
-    let parameters = Flat::new(&init_parameters(config, vocab_size, &mut rng, device)?)?;
     let mut timing = Timing {
         device: device_name(device)?,
-        parameters: parameters.count(),
+        parameters: parameter_shapes(config, vocab_size).values().map(|shape| shape.iter().product::<usize>()).sum(),
         layers: config.num_layers,
         width: config.embed_dim,
         attention: name_of(config.attention),
@@ -83,22 +80,16 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
         last_loss: None,
         profile: Default::default(),
     };
-    let mut learner = Learner::new(parameters)?;
-    match run(&mut learner, config, plan, vocab_size, &mut rng, device, &mut timing) {
+    match run(config, plan, vocab_size, device, &mut timing) {
         Err(error) if is_out_of_memory(&error) => Ok(timing),
         result => result.map(|()| timing),
     }
 }
 
-fn run(
-    learner: &mut Learner,
-    config: &Config,
-    plan: &Plan,
-    vocab_size: usize,
-    rng: &mut Rng,
-    device: &Device,
-    timing: &mut Timing,
-) -> Result<()> {
+/// Everything that takes memory of the device; what it measures goes into `timing`.
+fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing: &mut Timing) -> Result<()> {
+    let mut rng = Rng::new(config.seed);
+    let mut learner = Learner::new(Flat::new(&init_parameters(config, vocab_size, &mut rng, device)?)?)?;
     let mut batches = || -> Result<Vec<Batch>> {
         (0..config.accumulation)
             .map(|_| {
@@ -132,7 +123,11 @@ fn run(
     let per_step = started.elapsed().as_secs_f64() / plan.steps as f64;
 
     let tokens_per_s = config.tokens_per_step() as f64 / per_step;
-    let flops_per_token = (6 * timing.parameters + 6 * config.num_layers * config.embed_dim * config.context) as f64;
+    let attention = match config.attention {
+        AttentionKind::None => 0,
+        _ => 6 * config.num_layers * config.embed_dim * config.context,
+    };
+    let flops_per_token = (6 * timing.parameters + attention) as f64;
     let model_tflops = flops_per_token * tokens_per_s / 1e12;
     let peak = plan
         .peak_tflops
@@ -203,11 +198,6 @@ impl std::fmt::Display for Timing {
     }
 }
 
-/// As the option is written.
-fn name_of(value: impl ValueEnum) -> String {
-    value.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
-}
-
 fn device_name(device: &Device) -> Result<String> {
     match device {
         #[cfg(feature = "cuda")]
@@ -222,7 +212,7 @@ fn is_out_of_memory(error: &anyhow::Error) -> bool {
     ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|words| text.contains(words))
 }
 
-/// Memory of a GPU; of a CPU nothing is known.
+/// Memory of a GPU, counted by its pool; of a CPU, and of a GPU without pools, nothing is known.
 mod memory {
     use anyhow::Result;
     use candle_core::Device;
@@ -232,7 +222,7 @@ mod memory {
         match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
-                let pool = crate::gpu::MemoryPool::of(device)?;
+                let Some(pool) = crate::gpu::MemoryPool::of(device)? else { return Ok(None) };
                 pool.reset_peak()?;
                 pool.used_bytes().map(Some)
             }
@@ -244,7 +234,7 @@ mod memory {
     pub fn peak(device: &Device) -> Result<Option<u64>> {
         match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => crate::gpu::MemoryPool::of(device)?.peak_bytes().map(Some),
+            Device::Cuda(device) => crate::gpu::MemoryPool::of(device)?.map(|pool| pool.peak_bytes()).transpose(),
             _ => Ok(None),
         }
     }

@@ -238,6 +238,30 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
     Ok(())
 }
 
+/// Without attention it is another model, which no weights fit but its own.
+#[test]
+fn attention_is_left_out_where_it_was_in_training() {
+    let room = Room::new();
+    let out = trained(&room);
+    let refused = |out: &str, asked: &str, trained: &str| {
+        let said = format!(
+            "--attention {asked} is not what {out}/checkpoint.safetensors was trained with, {trained}: to leave attention \
+             out makes another model; leave the option out instead"
+        );
+        for command in ["sample", "eval"] {
+            assert_eq!(message(&[command, "--checkpoint", out, "--attention", asked]), said);
+        }
+    };
+    refused(&out, "none", "flash");
+    let without = room.string("without");
+    let args = ["--data", &room.string("text.txt"), "--out", &without, "--steps", "1", "--context", "8"];
+    run(&[&args[..], &["--attention", "none"]].concat()).unwrap();
+    refused(&without, "flash", "none");
+    run(&["sample", "--checkpoint", &without, "--tokens", "3"]).unwrap();
+    run(&["sample", "--checkpoint", &without, "--tokens", "3", "--attention", "none"]).unwrap();
+    run(&["sample", "--checkpoint", &out, "--tokens", "3", "--attention", "standard-fused"]).unwrap();
+}
+
 #[test]
 fn runs_that_are_not_there() {
     let room = Room::new();

@@ -12,6 +12,7 @@ use crate::parameters::{Flat, Named};
 use crate::plot;
 use crate::rng::Rng;
 use crate::sample::{Sampling, Trained};
+use crate::time::{measure, Plan};
 use crate::tokenizer::{Tokenizer, TokenizerKind};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -413,12 +414,31 @@ fn a_measurement_is_a_row() -> Result<()> {
         let tokens_per_s = number(row, "tokens_per_s")?;
         let close = |got: f64, want: f64| (got / want - 1.0).abs() < 1e-9;
         assert!(close(number(row, "ms_per_step")?, batches * 32e3 / tokens_per_s));
-        let flops_per_token = 6.0 * number(row, "parameters")? + 6.0 * 4.0 * 128.0 * 16.0;
+        let attention = if row == 0 { 6.0 * 4.0 * 128.0 * 16.0 } else { 0.0 };
+        let flops_per_token = 6.0 * number(row, "parameters")? + attention;
         assert!(close(number(row, "model_tflops")?, flops_per_token * tokens_per_s / 1e12));
     }
     assert!((number(0, "mfu_percent")? / number(0, "model_tflops")? - 50.0).abs() < 1e-9);
     assert_eq!(rows[1]["mfu_percent"], "", "no peak of a CPU is known");
     assert!((number(0, "last_loss")? - 256f64.ln()).abs() < 0.5);
+    Ok(())
+}
+
+/// A profile is the time of a step, told twice: by phases, and by parts of the model.
+#[test]
+fn a_profile_accounts_for_a_step() -> Result<()> {
+    let config = Config { context: 16, batch: 2, accumulation: 2, ..Config::preset(Preset::Tiny) };
+    let plan = Plan { steps: 2, warmup: 1, peak_tflops: None, profile: true };
+    let [phases, parts] = measure(&config, &plan, &Device::Cpu)?.profile;
+    let names = |seconds: &[(String, f64)]| seconds.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    let sum = |seconds: &[(String, f64)]| seconds.iter().map(|(_, seconds)| seconds).sum::<f64>();
+    assert_eq!(names(&phases), ["weights", "forward", "loss", "backward", "optimizer"]);
+    let all: BTreeSet<String> = names(&parts).into_iter().collect();
+    let parts_of_a_model = ["attention", "linear", "norm", "gelu", "embedding", "loss"];
+    let others = ["optimizer, weights", "autograd, rest"];
+    assert_eq!(all, parts_of_a_model.into_iter().chain(others).map(String::from).collect());
+    assert!((sum(&phases) / sum(&parts) - 1.0).abs() < 1e-9, "{phases:?} {parts:?}");
+    assert!(phases.iter().chain(&parts).all(|(_, seconds)| *seconds > 0.0), "{phases:?} {parts:?}");
     Ok(())
 }
 
