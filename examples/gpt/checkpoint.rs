@@ -40,7 +40,7 @@ const SHA256_BYTES: usize = 32;
 pub struct State {
     pub step: usize,
     pub config: Config,
-    pub vocab_size: usize,
+    pub vocab_size: usize, // rows of `wte`, padding included
     pub text_name: String,
     pub text_sha256: String,
     pub rng: Rng,

@@ -171,12 +171,17 @@ impl Gpt {
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
         profile::phase("forward")?;
-        let x = ops::layer_norm(&self.hidden(tokens)?, &self.ln_f)?; // (batch * seqlen, embed_dim)
+        self.loss_after(&self.hidden(tokens)?, targets)
+    }
+
+    /// [`Self::loss`] of what [`Self::hidden`] made of the tokens.
+    pub fn loss_after(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let x = ops::layer_norm(hidden, &self.ln_f)?; // (batch * seqlen, embed_dim)
         profile::phase("loss")?;
         Ok(ops::cross_entropy(&x, &self.wte, &targets.flatten_all()?)?)
     }
 
-    /// Logits of the token that follows `tokens`, as many as the vocabulary has.
+    /// Logits of the token that follows `tokens`, one for each row of `wte`, padding included.
     pub fn next_token(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         let x = self.hidden(&Tensor::new(tokens, self.device())?.unsqueeze(0)?)?; // (seqlen, embed_dim)
         let last = x.narrow(0, tokens.len() - 1, 1)?; // (1, embed_dim)
@@ -190,7 +195,7 @@ impl Gpt {
     }
 
     /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch * seqlen, embed_dim).
-    fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
         let mask = match self.config.attention {
             AttentionKind::Standard | AttentionKind::StandardFused => {

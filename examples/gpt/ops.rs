@@ -185,7 +185,7 @@ fn gelu_backward(h: &Tensor, g: &Tensor, dy: &Tensor) -> Result<Tensor> {
     const CUBIC: f64 = 0.044715;
     let slope = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
     let square = (h * h)?;
-    let s = candle_nn::ops::sigmoid(&(square.affine(slope * CUBIC, slope)? * h)?)?.detach();
+    let s = candle_nn::ops::sigmoid(&(square.affine(slope * CUBIC, slope)? * h)?)?;
     let bend = (s.affine(-1.0, 1.0)? * g)?;
     dy * (s + (square.affine(3.0 * slope * CUBIC, slope)? * bend)?)?
 }
@@ -280,7 +280,7 @@ const TINY: f64 = 1e-37;
 
 /// Mean cross-entropy of logits `x wte^T` against `targets`, in nats: x (n, width), targets u32 (n) -> f32 ().
 ///
-/// The logits of all rows are never there at once. For each piece of rows, the forward computes the logits, their
+/// No more than about `LOGITS_AT_ONCE` logits are there at once. For each piece of rows, the forward computes the logits, their
 /// softmax p in f32, and from p both the loss and the gradient, which the backward only has to scale:
 ///
 /// ```text
@@ -328,7 +328,7 @@ pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logit
     })
 }
 
-/// The three thirds of `x` along `axis`, added up.
+/// The three thirds of `x` along `axis`, added up: what stands in the place of attention that is left out.
 pub fn sum_of_thirds(x: &Tensor, axis: usize) -> Result<Tensor> {
     let thirds = x.detach().chunk(3, axis)?.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
     let sum = ((&thirds[0] + &thirds[1])? + &thirds[2])?;
@@ -510,7 +510,7 @@ impl CustomOp2 for Node {
     }
 }
 
-/// Moves the memory of a tensor out and leaves one number in its place.
+/// Moves the memory of a tensor out and leaves next to nothing in its place.
 #[derive(Default)]
 struct Taken {
     cpu: Mutex<Option<CpuStorage>>,
@@ -529,7 +529,8 @@ impl InplaceOp1 for Taken {
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
-        let one = storage.device().zeros_impl(&Shape::from(1), storage.dtype())?;
+        // SAFETY: nobody reads it. The tensor that gets it is the node's own, and goes when `Node::take` returns.
+        let one = unsafe { storage.device().alloc_uninit(&Shape::from(1), storage.dtype())? };
         let memory = std::mem::replace(storage, one);
         *self.cuda.lock().expect("nothing panics") = Some(memory);
         Ok(())
