@@ -11,7 +11,8 @@ import statistics
 import sys
 from collections import defaultdict
 
-NAMES = {"flash": "FlashAttention-2", "cudnn": "cuDNN", "fa3": "FlashAttention-3", "standard": "standard attention"}
+from peers import NAMES
+
 KINDS = ("mha", "gqa", "varlen", "varlen_gqa")
 
 

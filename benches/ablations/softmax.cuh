@@ -74,21 +74,11 @@ __device__ __forceinline__ void scale_row(Rows<kDTiles>& o, int half, float fact
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
 
 // o <- (sum_old e^(max_old - max) o + P v) / sum (FlashAttention-1, algorithm 1, line 12): o is that of the keys so far after
-// every step. P is taken with the new maximum, which spares the second exponential of that line.
+// every step. P is taken with the new maximum, which spares the second exponential of that line. The sums are of whole rows.
 template <int kMTiles>
-struct NormalisedSoftmax {
-    float max[kMTiles][2];  // of the scores, before the factor
-    float sum[kMTiles][2];  // of whole rows
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                max[i][half] = -INFINITY;
-                sum[i][half] = 0.f;
-            }
-    }
+struct NormalisedSoftmax : OnlineSoftmax<kMTiles> {
+    using OnlineSoftmax<kMTiles>::max;
+    using OnlineSoftmax<kMTiles>::sum;
 
     // Before P v is added to o: turns scores into P, and gives o its old sum back.
     template <int kNTiles, int kDTiles>
