@@ -180,7 +180,8 @@ fn ablations(record: &Record, source: &str) -> Option<Chart> {
     Some(Chart { marks: Marks::Bars { digits: 2 }, columns: 1, level: Some(1.0), units: ["ratio", ""], ..chart })
 }
 
-/// Few heads: thread blocks for every tile of queries (backward: of keys) against one for each head, a panel for each pass, mask and head_dim.
+/// Few heads: thread blocks for every tile of queries (backward: of keys) against one for each head, a panel for each pass, mask
+/// and head_dim.
 fn heads(record: &Record, source: &str) -> Option<Chart> {
     let calls: Vec<&Call> =
         record.calls(HEADS_ONLY).filter(|call| call.kind == BY_HEADS && call.dir != "fwd+bwd").collect();

@@ -112,8 +112,8 @@ impl Record {
         Ok(record)
     }
 
-    /// Forward + backward is the sum of the two where both were timed, as PyTorch's peers are; Candle's standard attention is timed as
-    /// one, through its autograd.
+    /// Forward + backward is the sum of the two where both were timed, as PyTorch's peers are; Candle's standard attention is
+    /// timed as one, through its autograd.
     fn add_up_passes(&mut self) {
         let forward: Vec<_> = self.costs.iter().filter(|((_, call), _)| call.dir == "fwd").collect();
         let sums: Vec<_> = forward
