@@ -45,6 +45,29 @@ struct FwdParams {
     Shape shape;
 };
 
+// What the driver encodes for TMA: CUtensorMap, 128 bytes that only it reads.
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
+// How the blocks of a persistent kernel come by their tiles: block_m queries of one head of one sequence each. Tiles are numbered by
+// section, in a section by m_block, the last first, and there by head.
+struct Schedule {
+    uint32_t* counters;     // the next tile, and the blocks that are done; both 0 between launches. null: block i has tile i
+    int32_t tiles;          // m_blocks * heads; heads of all sequences if padded, of one if packed
+    int32_t m_blocks;       // of a sequence if padded; if packed of all of them at the most: total_q / block_m + batch
+    int32_t section_heads;  // heads whose tiles are taken together, so that their keys and values stay in L2
+};
+
+// The forward on Hopper's units.
+struct HopperFwdParams {
+    TensorMap q;  // (head_dim, rows, heads, batch), boxes of 64 columns (32 if the kernel's kHeadDim is not a multiple of 64) ..
+    TensorMap k;  // .. and block_m / (warpgroups that multiply) rows of q, block_n rows of k and v
+    TensorMap v;
+    FwdParams fwd;
+    Schedule schedule;
+};
+
 // delta = rowsum(do * o) - dlse; runs before the main kernel.
 struct DeltaParams {
     const void* o;      // contiguous, as q
