@@ -61,8 +61,8 @@ struct Schedule {
 
 // The forward on Hopper's units.
 struct HopperFwdParams {
-    TensorMap q;  // (head_dim, rows, heads, batch), boxes of 64 columns (32 if the kernel's kHeadDim is not a multiple of 64) ..
-    TensorMap k;  // .. and block_m / (warpgroups that multiply) rows of q, block_n rows of k and v
+    TensorMap q;  // (head_dim, rows, heads, batch), boxes of 64 columns (32 if kHeadDim is not a multiple of 64) ..
+    TensorMap k;  // .. and block_m rows of q, block_n rows of k and v
     TensorMap v;
     FwdParams fwd;
     Schedule schedule;
