@@ -16,6 +16,7 @@
 // Expects    as fwd.cuh; lse and delta of the same inputs; sums of dq that are zero.
 #pragma once
 
+#include "../core/barrier.cuh"
 #include "../core/dq.cuh"
 #include "../core/fragment.cuh"
 #include "../core/mask.cuh"

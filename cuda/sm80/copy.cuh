@@ -1,5 +1,5 @@
 // cp.async (PTX ISA, "Data movement and conversion instructions"): 16 bytes from global to shared memory past L1, or 4 through
-// it; the copies of a tile made of them, in and out; named barriers.
+// it; the copies of a tile made of them, in and out.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -151,12 +151,6 @@ __device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const uint
         *reinterpret_cast<uint4*>(to + row * row_stride + chunk * Tile::kChunk) =
             *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
     });
-}
-
-// Waits until kThreads threads have come to named barrier `id`.
-template <int kThreads>
-__device__ __forceinline__ void bar_sync(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
 }  // namespace fa2

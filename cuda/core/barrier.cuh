@@ -1,0 +1,12 @@
+// Named barriers (PTX ISA, "bar"): some of the warps of a block wait for each other.
+#pragma once
+
+namespace fa2 {
+
+// Waits until kThreads threads have come to named barrier `id`.
+template <int kThreads>
+__device__ __forceinline__ void bar_sync(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+}  // namespace fa2

@@ -1,0 +1,33 @@
+// TMA loads (PTX ISA, "cp.async.bulk.tensor"): one thread copies a box of a tensor into shared memory, swizzled, with zeros where
+// it reaches past the tensor; an mbarrier counts the bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace fa2::sm90 {
+
+__device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// The box that begins at column `col`, row `row` of one head of one sequence.
+__device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int col, int row, int head,
+                                         int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+            shared),
+        "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// A whole tile, one box for each of its panels.
+template <typename Tile>
+__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+#pragma unroll
+    for (int col = 0; col < Tile::kCols; col += Tile::kPanel)
+        tma_load(shared + col * Tile::kRows * 2, map, barrier, col, row, head, batch);
+}
+
+}  // namespace fa2::sm90
