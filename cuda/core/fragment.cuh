@@ -56,4 +56,18 @@ __device__ __forceinline__ void to_a_operand(uint32_t (&a)[4], const float (&x)[
     a[3] = pack2<T>(x[2 * k_step + 1][2], x[2 * k_step + 1][3]);
 }
 
+// Four neighbouring lanes hold 4 bytes of each of four 16-byte chunks of their row; afterwards lane i of them holds chunk i.
+__device__ __forceinline__ void gather_chunks(uint32_t (&x)[4], int lane) {
+    const bool odd = lane & 1, upper = lane & 2;
+    // Between lanes 1 apart: the even one takes the first of each pair of chunks. Then the same with pairs, 2 apart.
+    const uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+    const uint32_t low0 = odd ? a : x[0], low1 = odd ? x[1] : a;    // columns of lanes 0, 1 (or 2, 3) of chunk `odd`
+    const uint32_t high0 = odd ? b : x[2], high1 = odd ? x[3] : b;  // the same of chunk 2 + odd
+    const uint32_t c = __shfl_xor_sync(~0u, upper ? low0 : high0, 2), d = __shfl_xor_sync(~0u, upper ? low1 : high1, 2);
+    x[0] = upper ? c : low0;
+    x[1] = upper ? d : low1;
+    x[2] = upper ? high0 : c;
+    x[3] = upper ? high1 : d;
+}
+
 }  // namespace fa2

@@ -15,6 +15,8 @@ struct Sequence {
     int batch;
     bool packed;
 
+    Sequence() = default;
+
     __device__ __forceinline__ Sequence(const Shape& shape, int batch)
         : first_q(0), first_k(0), seqlen_q(shape.seqlen_q), seqlen_k(shape.seqlen_k), batch(batch),
           packed(shape.cu_seqlens_q != nullptr) {

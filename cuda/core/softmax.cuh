@@ -29,34 +29,43 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float row_max = max[i][half];
+            for (int half = 0; half < 2; ++half) rescale(o, i, half, scores(s, i, half, factor));
+    }
+
+    // Turns the scores of one row into exp2(factor * (score - max)), and rescales its sum. Returns the factor of its output so far.
+    template <int kNTiles>
+    __device__ __forceinline__ float scores(Accumulator<kMTiles, kNTiles>& s, int i, int half, float factor) {
+        float row_max = max[i][half];
 #pragma unroll
-                for (int j = 0; j < kNTiles; ++j)
-                    row_max = fmaxf(row_max, fmaxf(s.x[i][j][2 * half], s.x[i][j][2 * half + 1]));
-                // The four threads of a row are neighbours.
-                row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
-                row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
-                // With nothing visible so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
-                const float reference = row_max == -INFINITY ? 0.f : row_max * factor;
-                const float rescale = exp2_approx(max[i][half] * factor - reference);
-                max[i][half] = row_max;
-                float row_sum = 0.f;
+        for (int j = 0; j < kNTiles; ++j) row_max = fmaxf(row_max, fmaxf(s.x[i][j][2 * half], s.x[i][j][2 * half + 1]));
+        // The four threads of a row are neighbours.
+        row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
+        row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
+        // With nothing visible so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
+        const float reference = row_max == -INFINITY ? 0.f : row_max * factor;
+        const float rescale = exp2_approx(max[i][half] * factor - reference);
+        max[i][half] = row_max;
+        float row_sum = 0.f;
 #pragma unroll
-                for (int j = 0; j < kNTiles; ++j)
+        for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        float& x = s.x[i][j][2 * half + e];
-                        x = exp2_approx(fmaf(x, factor, -reference));
-                        row_sum += x;
-                    }
-                sum[i][half] = fmaf(sum[i][half], rescale, row_sum);
-#pragma unroll
-                for (int j = 0; j < kDTiles; ++j) {
-                    o.x[i][j][2 * half] *= rescale;
-                    o.x[i][j][2 * half + 1] *= rescale;
-                }
+            for (int e = 0; e < 2; ++e) {
+                float& x = s.x[i][j][2 * half + e];
+                x = exp2_approx(fmaf(x, factor, -reference));
+                row_sum += x;
             }
+        sum[i][half] = fmaf(sum[i][half], rescale, row_sum);
+        return rescale;
+    }
+
+    // One row of the output, multiplied.
+    template <int kDTiles>
+    __device__ __forceinline__ static void rescale(Accumulator<kMTiles, kDTiles>& o, int i, int half, float factor) {
+#pragma unroll
+        for (int j = 0; j < kDTiles; ++j) {
+            o.x[i][j][2 * half] *= factor;
+            o.x[i][j][2 * half + 1] *= factor;
+        }
     }
 
     // Adds up the sums of a row's four threads; every thread then has its rows' sums.
