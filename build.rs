@@ -9,8 +9,8 @@
 //! | layout.rs | size and offsets of the parameter structs, asserted by both compilers |
 //! | kernels.csv | registers, local and shared memory of each kernel, as ptxas reports them |
 //!
-//! Lines of sm90 are compiled for 9.0 alone, and without PTX: no other GPU runs their instructions. With the feature `cuda` they
-//! are in the table if 90 is among the GPUs asked for.
+//! Lines of sm90 are compiled for 9.0 alone, and without PTX: no other GPU runs their instructions. With the feature `cuda`
+//! the table has them if 90 is among the GPUs asked for.
 //!
 //! | variable | meaning |
 //! | --- | --- |
@@ -701,8 +701,8 @@ fn archs() -> BTreeSet<usize> {
     new
 }
 
-/// The first line in which ptxas says that wgmma is not asynchronous or that registers stay where they are (setmaxnreg), with
-/// the kernel that it was at.
+/// The first line in which ptxas says that wgmma runs one by one, or that setmaxnreg moves no registers, and the kernel that
+/// it was at.
 fn serialized(log: &str) -> Option<String> {
     const SIGNS: [&str; 10] = [
         "Potential Performance Loss",

@@ -166,8 +166,8 @@ pub struct CudaPlan {
     pub dq_tiles: DqTiles,
 }
 
-/// How the blocks of a persistent forward come by their tiles: `block_m` queries of one head of one sequence each, numbered by
-/// section, in a section by block of queries, the last first, and there by head.
+/// How the blocks of a persistent forward come by their tiles: `block_m` queries of one head of one sequence each, numbered
+/// by section, in a section by block of queries, the last first, and there by head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
     /// All of them.

@@ -22,8 +22,8 @@ pub(super) enum Counters {
 /// By context, stream and thread: Candle's usual stream is another one in each thread, by the same handle.
 type Key = (usize, usize, ThreadId);
 
-/// Never freed: a launch may be in flight for as long as its thread can make another. The memory keeps its stream and context
-/// alive, so that no others can come to have the same addresses.
+/// Never freed: a launch may still be in flight. The memory keeps its stream and context alive, so that no others can come
+/// to have the same addresses.
 static KEPT: LazyLock<RwLock<HashMap<Key, Kept>>> = LazyLock::new(RwLock::default);
 
 struct Kept {

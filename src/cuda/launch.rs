@@ -54,10 +54,10 @@ impl<'a> Launcher<'a> {
         };
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(params);
-        // SAFETY: kernels of this pass and arch take one argument, this struct (asserted above; its layout is asserted in params.rs).
-        // Its addresses are of memory that `self` borrows, in the shapes and strides that `Problem` and `Plan` checked (of do
-        // that `readable` did), and
-        // only what came from `write` is written. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
+        // SAFETY: kernels of this pass and arch take one argument, this struct (asserted above; its layout is asserted in
+        // params.rs). Its addresses are of memory that `self` borrows, or of counters that are never freed, in the shapes and
+        // strides that `Problem` and `Plan` checked (of do that `readable` did), and only what came from `write` is written,
+        // and the counters. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
         let queued = unsafe { builder.launch(config) };
         queued.map(drop).map_err(|error| Error::Driver {
             action: "launch",

@@ -137,9 +137,9 @@ fn every_kernel_at_the_edges_of_its_tiles() -> Result<()> {
     Ok(())
 }
 
-/// Kernels that share out their tiles among fewer blocks: more tiles than the GPU has multiprocessors, of heads that share keys,
-/// masked and not, packed with empty sequences in between; and more than a block for each of these can list. Each call leaves the
-/// counters as it found them, so that the next one gives the same bits.
+/// Kernels that share out their tiles among fewer blocks: more tiles than the GPU has multiprocessors, of heads that share
+/// keys, masked and not, packed with empty sequences in between; and more than a block for each of these can list. Each call
+/// leaves the counters as it found them, so that the next one gives the same bits.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn persistent_kernels_take_every_tile_once() -> Result<()> {
