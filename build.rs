@@ -570,8 +570,9 @@ impl Compiler {
         if !output.status.success() {
             return Err(format!("{command:?} failed:\n{text}"));
         }
-        if let (HOPPER, Some(advice)) = (unit.arch, serialized(&text)) {
-            return Err(format!("{}: the compiler gave up what the kernel is written for: {advice}", unit.name));
+        let advice = serialized(&text);
+        if unit.arch == HOPPER && !advice.is_empty() {
+            return Err(format!("{} loses what its kernels are written for:\n{}", unit.name, advice.join("\n")));
         }
         write(&self.path(unit, "log"), &text);
         Ok(())
@@ -701,31 +702,21 @@ fn archs() -> BTreeSet<usize> {
     new
 }
 
-/// The first line in which ptxas says that wgmma runs one by one, or that setmaxnreg moves no registers, and the kernel that
-/// it was at.
-fn serialized(log: &str) -> Option<String> {
+/// The lines in which ptxas says that wgmma runs one by one, or that setmaxnreg moves no registers; they name the kernel.
+fn serialized(log: &str) -> Vec<&str> {
     const SIGNS: [&str; 10] = [
         "Potential Performance Loss",
         "serialized",
-        "C7508",
-        "C7510",
-        "C7511",
-        "C7512",
-        "C7513",
-        "C7514",
-        "C7515",
-        "C7516",
+        "(C7508)",
+        "(C7510)",
+        "(C7511)",
+        "(C7512)",
+        "(C7513)",
+        "(C7514)",
+        "(C7515)",
+        "(C7516)",
     ];
-    let mut kernel = "before the first kernel";
-    for line in log.lines() {
-        if line.contains("Compiling entry function") {
-            kernel = line.split('\'').nth(1).unwrap_or(line);
-        }
-        if SIGNS.iter().any(|sign| line.contains(sign)) {
-            return Some(format!("{line} ({kernel})"));
-        }
-    }
-    None
+    log.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).collect()
 }
 
 /// What a kernel uses on one GPU.
