@@ -9,6 +9,9 @@
 //! | layout.rs | size and offsets of the parameter structs, asserted by both compilers |
 //! | kernels.csv | registers, local and shared memory of each kernel, as ptxas reports them |
 //!
+//! Lines of sm90 are compiled for 9.0 alone, and without PTX: no other GPU runs their instructions. With the feature `cuda`
+//! the table has them if 90 is among the GPUs asked for.
+//!
 //! | variable | meaning |
 //! | --- | --- |
 //! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where the compiler is, in this order, as for Candle's own kernels |
@@ -30,6 +33,9 @@ const DTYPES: [(&str, &str); 2] = [("f16", "F16"), ("bf16", "BF16")];
 const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "--use_fast_math", "-Xptxas", "-v"];
 const WARP_SIZE: usize = 32;
 
+/// The GPUs whose instructions no other has: compiled as sm_90a, without PTX.
+const HOPPER: usize = 90;
+
 /// Warps of the kernel that has no tiles.
 const DELTA_WARPS: usize = 8;
 
@@ -41,14 +47,16 @@ fn main() {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP", "CANDLE_FA2_CUDA_ARCHS", "CANDLE_FA2_SPILLS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    let definitions = Definitions::read(&root.join("cuda/instances.def"));
+    let mut definitions = Definitions::read(&root.join("cuda/instances.def"));
+    let compiler = env::var_os("CARGO_FEATURE_CUDA").map(|_| Compiler::find(&root, &out));
+    if let Some(compiler) = &compiler {
+        // `Plan` must not choose what has no code.
+        definitions.lines.retain(|line| line.arch != HOPPER || compiler.archs.contains(&HOPPER));
+    }
     let units = units(&definitions);
     write(&out.join("instances.rs"), &table(&units));
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
-    }
+    let Some(compiler) = compiler else { return };
     write(&out.join("layout.rs"), &layout_rs());
-    let compiler = Compiler::find(&root, &out);
     compiler.compile(&units);
     let images: String = units.iter().map(|unit| format!("    include_bytes!(\"{}.fatbin\"),\n", unit.name)).collect();
     write(&out.join("images.rs"), &format!("pub(super) static IMAGES: [&[u8]; {}] = [\n{images}];\n", units.len()));
@@ -84,7 +92,7 @@ struct Definitions {
 /// `KERNEL(pass, arch, head_dim, block_m, block_n, warps)`, for the backward followed by `stages, warps_m, warps_n`.
 struct Line {
     pass: Pass,
-    /// 80 for `sm80`: the directory of its templates, and the oldest GPU that runs it.
+    /// 80 for `sm80`: the directory of its templates, and the oldest GPU that runs it. 90: the only one.
     arch: usize,
     head_dim: usize,
     block_m: usize,
@@ -144,8 +152,8 @@ impl Definitions {
                     _ => return Err(FORMS),
                 };
                 let arch = number(arch.strip_prefix("sm").ok_or("arch is sm and a number")?)?;
-                if arch != 80 {
-                    return Err("the templates are in cuda/sm80");
+                if !(arch == 80 || (arch == HOPPER && pass == Pass::Forward)) {
+                    return Err("the templates are in cuda/sm80, and of the forward in cuda/sm90 as well");
                 }
                 let [head_dim, block_m, block_n, warps] =
                     [number(head_dim)?, number(block_m)?, number(block_n)?, number(warps)?];
@@ -169,6 +177,13 @@ impl Line {
         let tile_q = self.block_m * self.head_dim * ELEMENT_BYTES;
         let tile_k = self.block_n * self.head_dim * ELEMENT_BYTES;
         match self.pass {
+            // Two stages of k and v, two of q where they fit, and 3 KB for barriers and for aligning the tiles.
+            Pass::Forward if self.arch == HOPPER => {
+                const LIMIT: usize = 227 * 1024;
+                let others = 4 * tile_k + 3072;
+                let q_stages = if 2 * tile_q + others <= LIMIT { 2 } else { 1 };
+                q_stages * tile_q + others
+            }
             // q, k and v.
             Pass::Forward => tile_q + 2 * tile_k,
             // k and v, P, dS (twice where a group is one warp), and for each stage q, do, lse and delta.
@@ -184,6 +199,8 @@ impl Line {
 /// One source file, compiled on its own.
 struct Unit {
     name: String,
+    /// As of a line: it decides what the unit is compiled for.
+    arch: usize,
     source: String,
     kernels: Vec<Kernel>,
 }
@@ -218,13 +235,14 @@ fn units(definitions: &Definitions) -> Vec<Unit> {
 /// backward's threads, so each backward has a kernel of its own that converts them.
 fn attention_unit(line: &Line) -> Unit {
     let &Line { arch, head_dim, block_m, block_n, warps, stages, warps_m, warps_n, .. } = line;
+    let space = if arch == HOPPER { "fa2::sm90" } else { "fa2" };
     let (prefix, traits, header, tile, columns) = match line.pass {
         Pass::Backward => {
             let tile = format!("{block_m}x{block_n}_s{stages}");
             // Includes the backward, for the order of its threads.
-            ("bwd", "BwdTraits", "convert.cuh", tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
+            ("bwd", "BwdTraits", "convert.cuh".to_string(), tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
         }
-        _ => ("fwd", "FwdTraits", "sm80/fwd.cuh", format!("{block_m}x{block_n}"), warps.to_string()),
+        _ => ("fwd", "FwdTraits", format!("sm{arch}/fwd.cuh"), format!("{block_m}x{block_n}"), warps.to_string()),
     };
     let threads = warps * WARP_SIZE;
     let mut source = format!("#include \"{header}\"\n\n{AGREE}");
@@ -234,13 +252,14 @@ fn attention_unit(line: &Line) -> Unit {
             let (prefix, function, params) = match pass {
                 Pass::Convert => ("convert", "convert", "ConvertParams"),
                 Pass::Backward => (prefix, "backward", "BwdParams"),
+                _ if arch == HOPPER => (prefix, "forward", "HopperFwdParams"),
                 _ => (prefix, "forward", "FwdParams"),
             };
             let suffix = if modified { "_modified" } else { "" };
             let name = format!("{prefix}_sm{arch}_{dtype}_d{head_dim}_{tile}{suffix}");
             let _ = write!(
                 source,
-                "\nusing {name}_traits = fa2::{traits}<fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {columns}, {modified}>;\n"
+                "\nusing {name}_traits = {space}::{traits}<fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {columns}, {modified}>;\n"
             );
             if pass != Pass::Convert {
                 let _ = writeln!(
@@ -252,7 +271,7 @@ fn attention_unit(line: &Line) -> Unit {
                 source,
                 "extern \"C\" __global__ void __launch_bounds__({threads}, {name}_traits::kMinBlocks)\n\
                  {name}(const __grid_constant__ fa2::{params} params) {{\n    \
-                     fa2::{function}<{name}_traits>(params);\n\
+                     {space}::{function}<{name}_traits>(params);\n\
                  }}\n"
             );
             let dtype = variant;
@@ -264,7 +283,7 @@ fn attention_unit(line: &Line) -> Unit {
             add(Pass::Convert, false, 0);
         }
     }
-    Unit { name: format!("{prefix}_sm{arch}_d{head_dim}_{tile}"), source, kernels }
+    Unit { name: format!("{prefix}_sm{arch}_d{head_dim}_{tile}"), arch, source, kernels }
 }
 
 /// Prints both numbers when they differ: the compiler shows the arguments of a template that fails.
@@ -303,7 +322,7 @@ fn delta_unit() -> Unit {
             shared_bytes: 0,
         });
     }
-    Unit { name: "delta".to_string(), source, kernels }
+    Unit { name: "delta".to_string(), arch: 80, source, kernels }
 }
 
 /// The table as Rust.
@@ -319,11 +338,9 @@ fn table(units: &[Unit]) -> String {
             };
             let Kernel { name, dtype, modified, arch, head_dim, block_m, block_n, warps, shared_bytes, .. } = kernel;
             format!(
-                "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, compute_cap: ({}, {}), dtype: \
+                "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{arch}, dtype: \
                  DType::{dtype}, head_dim: {head_dim}, block_m: {block_m}, block_n: {block_n}, warps: {warps}, modified: \
-                 {modified}, shared_bytes: {shared_bytes} }},\n",
-                arch / 10,
-                arch % 10
+                 {modified}, shared_bytes: {shared_bytes} }},\n"
             )
         })
         .collect();
@@ -331,7 +348,7 @@ fn table(units: &[Unit]) -> String {
 }
 
 /// The parameter structs: bytes of each field in order, as cuda/params.h and src/cuda/params.rs must both have them.
-const STRUCTS: [(&str, &[(&str, usize)]); 7] = [
+const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
     ("Strides", &[("batch", 8), ("row", 8), ("head", 8)]),
     (
         "Shape",
@@ -368,6 +385,12 @@ const STRUCTS: [(&str, &[(&str, usize)]); 7] = [
             ("o_strides", STRIDES),
             ("shape", SHAPE),
         ],
+    ),
+    ("TensorMap", &[("words", TENSOR_MAP)]),
+    ("Schedule", &[("counters", 8), ("tiles", 4), ("m_blocks", 4), ("section_heads", 4)]),
+    (
+        "HopperFwdParams",
+        &[("q", TENSOR_MAP), ("k", TENSOR_MAP), ("v", TENSOR_MAP), ("fwd", FWD_PARAMS), ("schedule", SCHEDULE)],
     ),
     (
         "DeltaParams",
@@ -420,27 +443,42 @@ const STRUCTS: [(&str, &[(&str, usize)]); 7] = [
 const STRIDES: usize = 24;
 const DQ_TILES: usize = 24;
 const SHAPE: usize = 88;
+const FWD_PARAMS: usize = 224;
+const SCHEDULE: usize = 24;
+const TENSOR_MAP: usize = 128;
 
-/// Each struct of [`STRUCTS`] with its size, and each field with its offset.
-fn layouts() -> impl Iterator<Item = (&'static str, usize, Vec<(&'static str, usize)>)> {
-    STRUCTS.into_iter().map(|(name, fields)| {
+/// A struct of [`STRUCTS`] in bytes.
+struct Layout {
+    name: &'static str,
+    size: usize,
+    alignment: usize,
+    /// Name and offset.
+    fields: Vec<(&'static str, usize)>,
+}
+
+fn layouts() -> impl Iterator<Item = Layout> {
+    // TMA reads its maps at multiples of 64.
+    let alignment = |bytes: usize| if bytes == TENSOR_MAP { 64 } else { bytes.min(8) };
+    STRUCTS.into_iter().map(move |(name, fields)| {
         let mut end = 0usize;
         let offsets = fields
             .iter()
             .map(|&(field, bytes)| {
-                let offset = end.next_multiple_of(bytes.min(8));
+                let offset = end.next_multiple_of(alignment(bytes));
                 end = offset + bytes;
                 (field, offset)
             })
             .collect();
-        (name, end.next_multiple_of(8), offsets)
+        let alignment = fields.iter().map(|&(_, bytes)| alignment(bytes)).max().unwrap_or(1);
+        Layout { name, size: end.next_multiple_of(alignment), alignment, fields: offsets }
     })
 }
 
 fn layout_cu() -> String {
     let mut text = String::new();
-    for (name, size, fields) in layouts() {
+    for Layout { name, size, alignment, fields } in layouts() {
         let _ = write!(text, "\nstatic_assert(sizeof(fa2::{name}) == {size}, \"{name}\");\n");
+        let _ = writeln!(text, "static_assert(alignof(fa2::{name}) == {alignment}, \"{name}\");");
         for (field, offset) in fields {
             let _ = writeln!(text, "static_assert(offsetof(fa2::{name}, {field}) == {offset}, \"{name}::{field}\");");
         }
@@ -450,8 +488,8 @@ fn layout_cu() -> String {
 
 fn layout_rs() -> String {
     let mut text = String::from("const _: () = {\n");
-    for (name, size, fields) in layouts() {
-        let _ = writeln!(text, "    assert!(size_of::<{name}>() == {size});");
+    for Layout { name, size, alignment, fields } in layouts() {
+        let _ = writeln!(text, "    assert!(size_of::<{name}>() == {size} && align_of::<{name}>() == {alignment});");
         for (field, offset) in fields {
             let _ = writeln!(text, "    assert!(std::mem::offset_of!({name}, {field}) == {offset});");
         }
@@ -525,27 +563,40 @@ impl Compiler {
         let source = self.path(unit, "cu");
         write(&source, &unit.source);
         let mut command = Command::new(&self.nvcc);
-        command.args(self.flags()).arg("-I").arg(&self.include);
+        command.args(self.flags(unit)).arg("-I").arg(&self.include);
         command.arg("-fatbin").arg("-o").arg(self.path(unit, "fatbin")).arg(&source);
         let output = command.output().map_err(|error| format!("cannot run {}: {error}", self.nvcc.display()))?;
         let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
             return Err(format!("{command:?} failed:\n{text}"));
         }
+        let advice = serialized(&text);
+        if unit.arch == HOPPER && !advice.is_empty() {
+            return Err(format!("{} loses what its kernels are written for:\n{}", unit.name, advice.join("\n")));
+        }
         write(&self.path(unit, "log"), &text);
         Ok(())
     }
 
-    fn flags(&self) -> Vec<String> {
-        let machine_code = self.archs.iter().map(|arch| format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
-        let later_gpus = "-gencode=arch=compute_80,code=compute_80".to_string();
-        FLAGS.into_iter().map(String::from).chain(machine_code).chain([later_gpus]).collect()
+    /// The GPUs that a unit has machine code for: compute capability times ten, and the name that ptxas has for it.
+    fn targets(&self, unit: &Unit) -> Vec<(usize, String)> {
+        if unit.arch == HOPPER {
+            return vec![(HOPPER, format!("{HOPPER}a"))];
+        }
+        self.archs.iter().map(|&arch| (arch, arch.to_string())).collect()
+    }
+
+    fn flags(&self, unit: &Unit) -> Vec<String> {
+        let targets = self.targets(unit).into_iter();
+        let machine_code = targets.map(|(_, name)| format!("-gencode=arch=compute_{name},code=sm_{name}"));
+        let later_gpus = (unit.arch != HOPPER).then(|| "-gencode=arch=compute_80,code=compute_80".to_string());
+        FLAGS.into_iter().map(String::from).chain(machine_code).chain(later_gpus).collect()
     }
 
     /// Everything that decides what comes out of the compiler.
     fn fingerprint(&self, unit: &Unit) -> String {
         let mut hasher = DefaultHasher::new();
-        (&self.nvcc, &self.version, self.flags(), &unit.source).hash(&mut hasher);
+        (&self.nvcc, &self.version, self.flags(unit), &unit.source).hash(&mut hasher);
         let mut headers = BTreeMap::new();
         self.headers(&unit.source, &self.include, &mut headers);
         headers.hash(&mut hasher);
@@ -579,9 +630,9 @@ impl Compiler {
             let log = fs::read_to_string(self.path(unit, "log")).unwrap_or_default();
             let usage = parse_log(&log);
             for kernel in &unit.kernels {
-                for arch in &self.archs {
-                    let Some(used) = usage.get(&(kernel.name.clone(), format!("sm_{arch}"))) else {
-                        fail(format!("ptxas reports nothing about {} for sm_{arch}", kernel.name))
+                for (arch, target) in self.targets(unit) {
+                    let Some(used) = usage.get(&(kernel.name.clone(), format!("sm_{target}"))) else {
+                        fail(format!("ptxas reports nothing about {} for sm_{target}", kernel.name))
                     };
                     let &Usage { registers, stack, spill_stores, spill_loads, shared } = used;
                     let _ = writeln!(
@@ -637,7 +688,7 @@ fn archs() -> BTreeSet<usize> {
         },
     };
     let number = |name: &String| {
-        // 90, 9.0, sm_90 and 90a all name the same GPU; no kernel needs what only the suffix allows.
+        // 90, 9.0, sm_90 and 90a all name the same GPU.
         let digits: String = name.trim_start_matches("sm_").chars().filter(char::is_ascii_digit).collect();
         match digits.parse::<usize>() {
             Ok(arch) => arch,
@@ -649,6 +700,23 @@ fn archs() -> BTreeSet<usize> {
         println!("cargo:warning=candle-fa2 has no kernel for compute capability {arch}: its oldest is 80");
     }
     new
+}
+
+/// The lines in which ptxas says that wgmma runs one by one, or that setmaxnreg moves no registers; they name the kernel.
+fn serialized(log: &str) -> Vec<&str> {
+    const SIGNS: [&str; 10] = [
+        "Potential Performance Loss",
+        "serialized",
+        "(C7508)",
+        "(C7510)",
+        "(C7511)",
+        "(C7512)",
+        "(C7513)",
+        "(C7514)",
+        "(C7515)",
+        "(C7516)",
+    ];
+    log.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).collect()
 }
 
 /// What a kernel uses on one GPU.

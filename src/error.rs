@@ -293,7 +293,7 @@ pub enum Error {
     /// The driver refused a kernel.
     #[error("{action} {kernel} failed: {cause}; {detail}")]
     Driver {
-        /// `load` or `launch`.
+        /// `load`, `launch` or what else it was to do for the kernel.
         action: &'static str,
         /// Symbol of the kernel.
         kernel: &'static str,

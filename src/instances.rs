@@ -15,6 +15,41 @@ pub enum Pass {
     Convert,
 }
 
+/// The GPUs whose instructions a kernel has, oldest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Arch {
+    /// Those of compute capability 8.0, which every later GPU has too.
+    Sm80,
+    /// Those of 9.0, which no other GPU has.
+    Sm90,
+}
+
+impl Arch {
+    /// Whether a GPU of this compute capability, major and minor, has them.
+    pub fn runs_on(self, compute_cap: (u32, u32)) -> bool {
+        match self {
+            Self::Sm80 => compute_cap >= self.compute_cap(),
+            Self::Sm90 => compute_cap == self.compute_cap(),
+        }
+    }
+
+    /// The oldest compute capability that has them.
+    pub fn compute_cap(self) -> (u32, u32) {
+        match self {
+            Self::Sm80 => (8, 0),
+            Self::Sm90 => (9, 0),
+        }
+    }
+}
+
+impl std::fmt::Display for Arch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let (major, minor) = self.compute_cap();
+        let which = if *self == Self::Sm90 { "itself" } else { "or newer" };
+        write!(f, "compute capability {major}.{minor} {which}")
+    }
+}
+
 /// One CUDA kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kernel {
@@ -24,8 +59,8 @@ pub struct Kernel {
     pub image: usize,
     /// What it computes.
     pub pass: Pass,
-    /// The oldest compute capability that runs it.
-    pub compute_cap: (u32, u32),
+    /// Where it runs.
+    pub arch: Arch,
     /// Element type of q, k, v and o.
     pub dtype: DType,
     /// The largest head_dim it takes; smaller ones are padded in shared memory. 0 if it has no tiles.

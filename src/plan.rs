@@ -1,12 +1,14 @@
 //! From a [`Problem`] and a device to how it is computed. Pure: no tensor is touched, no device is asked.
 
+use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Mutex, OnceLock};
 
 use candle_core::{DType, Device, DeviceLocation};
 
-use crate::instances::{Kernel, Pass, KERNELS};
+use crate::instances::{Arch, Kernel, Pass, KERNELS};
+use crate::mask::Mask;
 use crate::problem::{Lengths, Problem, Strides};
 use crate::{Error, Result};
 
@@ -152,6 +154,8 @@ impl std::fmt::Debug for Launch {
 pub struct CudaPlan {
     /// o and lse.
     pub forward: Launch,
+    /// How the blocks of the forward share its tiles; `None` if each has one, which its place in the grid says.
+    pub schedule: Option<Schedule>,
     /// delta, before the backward.
     pub delta: Launch,
     /// dk, dv and the f32 sums of dq.
@@ -160,6 +164,45 @@ pub struct CudaPlan {
     pub convert: Launch,
     /// Where the sums of dq lie.
     pub dq_tiles: DqTiles,
+}
+
+/// How the blocks of a persistent forward come by their tiles: `block_m` queries of one head of one sequence each, numbered
+/// by section, in a section by block of queries, the last first, and there by head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// All of them.
+    pub tiles: usize,
+    /// Blocks of queries: of a sequence if padded, of all of them at the most if packed.
+    pub m_blocks: usize,
+    /// Heads whose tiles are taken together, so that their keys and values stay in L2: of all sequences if padded.
+    pub section_heads: usize,
+}
+
+impl Schedule {
+    fn new(problem: &Problem, forward: &Kernel) -> Self {
+        let (m_blocks, heads) = match &problem.lengths {
+            &Lengths::Padded { batch, seqlen_q, .. } => (seqlen_q.div_ceil(forward.block_m), batch * problem.num_heads),
+            Lengths::Packed { cu_seqlens_q, .. } => {
+                let (total, batch) = (cu_seqlens_q.total(), cu_seqlens_q.batch());
+                (if total == 0 { 0 } else { total / forward.block_m + batch }, problem.num_heads)
+            }
+        };
+        // Under a mask the tiles of a head differ in length: those of many heads even that out. Measured on an H100.
+        let section_heads = if problem.mask == Mask::None {
+            1
+        } else {
+            const SECTION_BYTES: usize = 32 << 20;
+            let head_bytes = 4 * problem.max_seqlen_k() * problem.head_dim;
+            (SECTION_BYTES / head_bytes.max(1)).clamp(8, 32).min(heads)
+        };
+        Self { tiles: m_blocks * heads, m_blocks, section_heads }
+    }
+
+    /// Thread blocks along x: one to a multiprocessor, and no more tiles to a block than its list holds.
+    fn blocks(&self, multiprocessors: usize) -> usize {
+        const TILES_PER_BLOCK: usize = 256; // the list has twice as many places: blocks do not progress alike
+        self.tiles.min(multiprocessors).max(self.tiles.div_ceil(TILES_PER_BLOCK))
+    }
 }
 
 /// The f32 sums of dq: tiles of `block_m` queries and `head_dim` columns of the backward's kernel, a whole number of them for
@@ -200,7 +243,7 @@ impl CudaPlan {
     /// If the GPU is too old, if no kernel takes the dtype, head_dim or strides, or if a size exceeds what a grid or an
     /// index holds.
     pub fn choose(problem: &Problem, caps: &DeviceCaps, allow: impl Fn(&Kernel) -> bool) -> Result<Self> {
-        let &DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = caps else {
+        let &DeviceCaps::Cuda { compute_cap, multiprocessors, shared_bytes_per_block } = caps else {
             return Err(Error::NoKernel { dtype: problem.dtype, device: problem.device });
         };
         check_cuda(problem, compute_cap)?;
@@ -217,8 +260,13 @@ impl CudaPlan {
         });
         // The threads of a row are a power of two. Any number of blocks is right: they stride over the rows.
         let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
+        let schedule = (forward.arch == Arch::Sm90).then(|| Schedule::new(problem, forward));
         Ok(Self {
-            forward: launch(forward, blocks(seqlen_q, forward.block_m), num_heads),
+            forward: match &schedule {
+                Some(schedule) => Launch { kernel: forward, grid: (schedule.blocks(multiprocessors) as u32, 1, 1) },
+                None => launch(forward, blocks(seqlen_q, forward.block_m), num_heads),
+            },
+            schedule,
             delta: launch(delta, blocks(seqlen_q, rows_per_block), num_heads),
             // One block takes all query heads of its key head, so that dk and dv are written once.
             backward: launch(backward, blocks(seqlen_k, backward.block_n), problem.num_heads_k as u32),
@@ -240,9 +288,12 @@ pub(crate) const MAX_SEQLEN: usize = 1 << 29;
 /// Elements from one row to the next: a copy steps over at most 32 rows at once, in 32 bits.
 pub(crate) const MAX_ROW_STRIDE: usize = i32::MAX as usize / 32;
 
+/// Elements of 2 bytes from one row, head or sequence to the next: TMA's strides stay below 2^40 bytes.
+const MAX_TMA_STRIDE: usize = (1 << 39) - 1;
+
 /// What no CUDA kernel takes.
 fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
-    let oldest = KERNELS.iter().map(|kernel| kernel.compute_cap).min().unwrap_or_default();
+    let oldest = KERNELS.iter().map(|kernel| kernel.arch.compute_cap()).min().unwrap_or_default();
     if compute_cap < oldest {
         return Err(Error::ComputeCap { got: compute_cap, oldest });
     }
@@ -279,13 +330,17 @@ fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-/// Whether every row of a tensor begins at a multiple of 16 bytes, as the kernels' accesses need.
-pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
+/// Stride and size along rows, heads and sequences; packed tensors have one sequence.
+pub(crate) fn axes(strides: &Strides, shape: &[usize]) -> [(usize, usize); 3] {
     let (row_axis, head_axis) = (shape.len() - 3, shape.len() - 2);
     let batch = if row_axis == 0 { 1 } else { shape[0] };
-    let axes = [(strides.batch, batch), (strides.row, shape[row_axis]), (strides.head, shape[head_axis])];
+    [(strides.row, shape[row_axis]), (strides.head, shape[head_axis]), (strides.batch, batch)]
+}
+
+/// Whether every row of a tensor begins at a multiple of 16 bytes, as the kernels' accesses need.
+pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
     // The stride of an axis of one element is never used.
-    let steps = axes.into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));
+    let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));
     shape.contains(&0) || (steps && strides.offset.is_multiple_of(CHUNK))
 }
 
@@ -294,8 +349,30 @@ pub(crate) fn in_reach(strides: &Strides, shape: &[usize]) -> bool {
     shape[shape.len() - 3] <= 1 || strides.row <= MAX_ROW_STRIDE
 }
 
+/// Whether the forward on Hopper's units is the faster one, on a GPU that has them.
+fn hopper_suits(problem: &Problem) -> bool {
+    // Decoding leaves most rows of a tile empty, and smaller tiles waste less. Where the two meet is to be measured.
+    const DECODING: usize = 16;
+    problem.max_seqlen_q() > DECODING
+}
+
+/// Why the forward on Hopper's units cannot take a call, if so.
+fn hopper_refuses(problem: &Problem, kernel: &Kernel) -> Option<String> {
+    let tiles = Schedule::new(problem, kernel).tiles;
+    if tiles > i32::MAX as usize {
+        return Some(format!("{} counts to {} tiles, not {tiles}", kernel.name, i32::MAX));
+    }
+    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
+    let axes = [(problem.q, &shape_q), (problem.k, &shape_k), (problem.v, &shape_k)]
+        .into_iter()
+        .flat_map(|(strides, shape)| axes(&strides, shape));
+    let longest = axes.filter(|&(_, size)| size > 1).map(|(stride, _)| stride).max().unwrap_or(0);
+    (longest > MAX_TMA_STRIDE)
+        .then(|| format!("{} takes strides of at most {MAX_TMA_STRIDE} elements, not {longest}", kernel.name))
+}
+
 /// The kernel of a tiled pass: of those that this GPU runs, the one with the smallest head_dim that fits, then the one
-/// for the newest GPUs, then the first in cuda/instances.def.
+/// for the newest GPUs unless another suits the call better, then the first in cuda/instances.def.
 fn pick(
     problem: &Problem,
     pass: Pass,
@@ -313,17 +390,24 @@ fn pick(
             && allow(kernel)
     };
     let reason = |kernel: &Kernel| {
-        if compute_cap < kernel.compute_cap {
-            let (major, minor) = kernel.compute_cap;
-            return Some(format!("{} needs compute capability {major}.{minor}", kernel.name));
+        if !kernel.arch.runs_on(compute_cap) {
+            return Some(format!("{} needs {}", kernel.name, kernel.arch));
         }
         let bytes = kernel.shared_bytes;
-        (bytes > shared_bytes_per_block).then(|| format!("{} needs {bytes} bytes of shared memory", kernel.name))
+        if bytes > shared_bytes_per_block {
+            return Some(format!("{} needs {bytes} bytes of shared memory", kernel.name));
+        }
+        if kernel.arch == Arch::Sm90 {
+            hopper_refuses(problem, kernel)
+        } else {
+            None
+        }
     };
     let candidates = || KERNELS.iter().filter(takes);
     let legal = candidates().filter(|kernel| reason(kernel).is_none());
     // min_by_key takes the first of equals.
-    legal.min_by_key(|kernel| (kernel.head_dim, std::cmp::Reverse(kernel.compute_cap))).ok_or_else(|| {
+    let suits = |kernel: &Kernel| kernel.arch != Arch::Sm90 || hopper_suits(problem);
+    legal.min_by_key(|kernel| (kernel.head_dim, Reverse((suits(kernel), kernel.arch)))).ok_or_else(|| {
         let rejected: Vec<String> = candidates().filter_map(reason).collect();
         let (dtype, head_dim) = (problem.dtype, problem.head_dim);
         let pass = if pass == Pass::Forward { "forward" } else { "backward" };

@@ -4,10 +4,10 @@
 use candle_core::{CustomOp3, Tensor};
 
 use crate::attention::logged_plan;
-pub use crate::instances::{Kernel, Pass, KERNELS};
+pub use crate::instances::{Arch, Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
 use crate::op::{self, FlashAttention, Output};
-pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Tile};
+pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Schedule, Tile};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
 

@@ -42,7 +42,7 @@ impl<'a> Launcher<'a> {
     /// [`Error::Driver`] if the driver refuses the kernel or one queued before it has failed.
     pub fn launch<P: Params>(self, launch: &Launch, params: &P) -> Result<()> {
         let Launch { kernel, grid } = *launch;
-        assert_eq!(kernel.pass, P::PASS, "{} takes other parameters", kernel.name);
+        assert_eq!((kernel.pass, kernel.arch), (P::PASS, P::ARCH), "{} takes other parameters", kernel.name);
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
@@ -54,10 +54,10 @@ impl<'a> Launcher<'a> {
         };
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(params);
-        // SAFETY: kernels of this pass take one argument, this struct (asserted above; its layout is asserted in params.rs).
-        // Its addresses are of memory that `self` borrows, in the shapes and strides that `Problem` and `Plan` checked (of do
-        // that `readable` did), and
-        // only what came from `write` is written. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
+        // SAFETY: kernels of this pass and arch take one argument, this struct (asserted above; its layout is asserted in
+        // params.rs). Its addresses are of memory that `self` borrows, or of counters that are never freed, in the shapes and
+        // strides that `Problem` and `Plan` checked (of do that `readable` did), and only what came from `write` is written,
+        // and the counters. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
         let queued = unsafe { builder.launch(config) };
         queued.map(drop).map_err(|error| Error::Driver {
             action: "launch",

@@ -1,9 +1,11 @@
 //! Attention on an NVIDIA GPU: from a [`CudaPlan`] to launches on Candle's stream. Nothing is decided here, and nothing waits
 //! for the device.
 
+mod counters;
 mod launch;
 pub(crate) mod module;
 pub(crate) mod params;
+mod tensor_map;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{
@@ -15,8 +17,9 @@ use candle_core::cuda::{CudaDType, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
 
+use self::counters::Counters;
 use self::launch::Launcher;
-use self::params::{BwdParams, ConvertParams, DeltaParams, FwdParams, Shape, NULL};
+use self::params::{BwdParams, ConvertParams, DeltaParams, FwdParams, HopperFwdParams, Schedule, Shape, NULL};
 use crate::op::Output;
 use crate::plan::{aligned, in_reach, CudaPlan, DeviceCaps};
 use crate::problem::{Lengths, Problem, Strides};
@@ -178,6 +181,10 @@ fn typed_forward<T: Element>(
     let mut lse = uninit::<f32>(device, rows)?;
     {
         let (stream, side) = (device.cuda_stream(), call.side());
+        let &CudaPlan { forward, schedule, .. } = call.plan;
+        // A block for every tile needs no counting.
+        let counted = schedule.is_some_and(|schedule| schedule.tiles > forward.grid.0 as usize);
+        let mut counters = counted.then(|| Counters::of(&stream)).transpose()?;
         let mut launcher = Launcher::new(&stream);
         let params = FwdParams {
             q: launcher.read(T::as_cuda_slice(q)?, problem.q.offset),
@@ -191,7 +198,15 @@ fn typed_forward<T: Element>(
             o_strides: problem.contiguous_q().into(),
             shape: side.shape(&mut launcher)?,
         };
-        launcher.launch(&call.plan.forward, &params)?;
+        match schedule {
+            None => launcher.launch(&forward, &params)?,
+            Some(schedule) => {
+                let counters = counters.as_mut().map_or(NULL, |counters| counters.write(&mut launcher));
+                let [q, k, v] = tensor_map::of_inputs(problem, forward.kernel, &params)?;
+                let schedule = Schedule::new(&schedule, counters);
+                launcher.launch(&forward, &HopperFwdParams { q, k, v, fwd: params, schedule })?;
+            }
+        }
     }
     let o = T::wrap_cuda_slice(o, device.clone());
     let lse = f32::wrap_cuda_slice(lse, device.clone());

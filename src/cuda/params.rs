@@ -4,14 +4,15 @@
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
 
-use crate::instances::Pass;
+use crate::instances::{Arch, Pass};
 use crate::mask::Mask;
 use crate::plan::{self, MAX_SEQLEN};
 use crate::problem::{self, Alibi, Lengths, Problem};
 
-/// A parameter struct, and the pass whose kernels take it as their one argument.
+/// A parameter struct, and the kernels that take it as their one argument.
 pub(super) trait Params: DeviceRepr {
     const PASS: Pass;
+    const ARCH: Arch;
 }
 
 #[repr(C)]
@@ -56,6 +57,31 @@ pub struct FwdParams {
     pub v_strides: Strides,
     pub o_strides: Strides,
     pub shape: Shape,
+}
+
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMap {
+    pub words: [u64; 16],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    pub counters: CUdeviceptr,
+    pub tiles: i32,
+    pub m_blocks: i32,
+    pub section_heads: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperFwdParams {
+    pub q: TensorMap,
+    pub k: TensorMap,
+    pub v: TensorMap,
+    pub fwd: FwdParams,
+    pub schedule: Schedule,
 }
 
 #[repr(C)]
@@ -116,15 +142,22 @@ pub struct ConvertParams {
 include!(concat!(env!("OUT_DIR"), "/layout.rs"));
 
 macro_rules! params {
-    ($($name:ident: $pass:ident),*) => {$(
+    ($($name:ident: $pass:ident on $arch:ident),*) => {$(
         // SAFETY: `#[repr(C)]`, integers and floats only, laid out as the kernels' struct of the same name.
         unsafe impl DeviceRepr for $name {}
         impl Params for $name {
             const PASS: Pass = Pass::$pass;
+            const ARCH: Arch = Arch::$arch;
         }
     )*};
 }
-params!(FwdParams: Forward, DeltaParams: Delta, BwdParams: Backward, ConvertParams: Convert);
+params!(
+    FwdParams: Forward on Sm80,
+    HopperFwdParams: Forward on Sm90,
+    DeltaParams: Delta on Sm80,
+    BwdParams: Backward on Sm80,
+    ConvertParams: Convert on Sm80
+);
 
 /// Stands for no pointer.
 pub const NULL: CUdeviceptr = 0;
@@ -139,6 +172,15 @@ impl From<problem::Strides> for Strides {
 impl From<plan::DqTiles> for DqTiles {
     fn from(tiles: plan::DqTiles) -> Self {
         Self { batch: tiles.batch as i64, head: tiles.head as i64, count: tiles.count as i64 }
+    }
+}
+
+impl Schedule {
+    /// The tiles of `schedule`, and what its blocks count in.
+    pub fn new(schedule: &plan::Schedule, counters: CUdeviceptr) -> Self {
+        // `Plan` has checked that they fit 32 bits.
+        let &plan::Schedule { tiles, m_blocks, section_heads } = schedule;
+        Self { counters, tiles: tiles as i32, m_blocks: m_blocks as i32, section_heads: section_heads as i32 }
     }
 }
 

@@ -15,13 +15,11 @@
 
 use std::collections::BTreeSet;
 
-use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Lengths, Target};
-use crate::common::compare;
-use crate::common::reference::{Input, Output, Rows};
-use crate::common::run::Call;
+use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Target};
+use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
-use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, KERNELS};
+use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, KERNELS};
 use candle_fa2::{Attention, Mask};
 use rayon::prelude::*;
 
@@ -35,22 +33,22 @@ struct Tiled {
 /// The kernels with tiles that this GPU runs. The others are counted and named.
 fn tiled_kernels() -> Result<Vec<Tiled>> {
     let mut runnable = Vec::new();
-    let mut too_large = Vec::new();
+    let mut others = Vec::new();
     let targets = gpu_targets_or_skip();
     for kernel in KERNELS.iter().filter(|kernel| matches!(kernel.pass, Pass::Forward | Pass::Backward)) {
         for target in targets.iter().filter(|target| target.dtype == kernel.dtype) {
             let DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = DeviceCaps::of(&target.device)? else {
                 anyhow::bail!("{:?} is no GPU", target.device);
             };
-            if kernel.compute_cap <= compute_cap && kernel.shared_bytes <= shared_bytes_per_block {
+            if kernel.arch.runs_on(compute_cap) && kernel.shared_bytes <= shared_bytes_per_block {
                 runnable.push(Tiled { kernel, target: target.clone() });
             } else {
-                too_large.push(kernel.name);
+                others.push(kernel.name);
             }
         }
     }
-    if !too_large.is_empty() {
-        println!("{} kernels need more than this GPU has: {}", too_large.len(), too_large.join(", "));
+    if !others.is_empty() {
+        println!("{} kernels need what this GPU has not: {}", others.len(), others.join(", "));
     }
     ensure!(targets.is_empty() || !runnable.is_empty(), "this GPU runs no kernel");
     Ok(runnable)
@@ -104,13 +102,13 @@ impl Tiled {
         cases
     }
 
-    /// The plan of `problem` in which this kernel computes its pass.
-    fn plan(&self, problem: &testing::Problem) -> Result<CudaPlan> {
+    /// What `case` gives with this kernel in its pass, and the plan.
+    fn run(&self, case: &Case, input: &Input) -> Result<(CudaPlan, Output)> {
         let allow = |other: &Kernel| other.pass != self.kernel.pass || other.name == self.kernel.name;
-        let plan = CudaPlan::choose(problem, &DeviceCaps::of(&self.target.device)?, allow)?;
+        let (plan, got) = case.run_with(input, allow).with_context(|| format!("kernel {}", self.kernel.name))?;
         let Launch { kernel, .. } = if self.kernel.pass == Pass::Forward { plan.forward } else { plan.backward };
         ensure!(kernel == self.kernel, "{} was asked for, {} came", self.kernel.name, kernel.name);
-        Ok(plan)
+        Ok((plan, got))
     }
 
     /// o, lse and the gradients of `case` with this kernel against the reference. Returns the plan.
@@ -120,43 +118,10 @@ impl Tiled {
 
     /// The same on numbers of one's own.
     fn check_on(&self, case: &Case, input: &Input) -> Result<CudaPlan> {
-        let Call { attention, q, k, v } = case.call(input)?;
-        let problem = match case.lengths {
-            Lengths::Padded { .. } => testing::problem(&attention, &q, &k, &v)?,
-            Lengths::Packed(_) => {
-                let (cu_seqlens_q, cu_seqlens_k) = case.cu_seqlens()?;
-                testing::problem_packed(&attention, (&q, &k, &v), &cu_seqlens_q, &cu_seqlens_k)?
-            }
-        };
-        let plan = self.plan(&problem)?;
-        let call = testing::Call::with_plan(&attention, problem, (&q, &k, &v), Plan::Cuda(plan.clone()));
-        let got = by_hand(case, input, &call)?;
+        let (plan, got) = self.run(case, input)?;
         case.check_output(input, &got).with_context(|| format!("kernel {}", self.kernel.name))?;
         Ok(plan)
     }
-}
-
-/// The outcome of forward and backward without autograd around them.
-fn by_hand(case: &Case, input: &Input, call: &testing::Call) -> Result<Output> {
-    let o = call.forward()?;
-    let (o_with_lse, lse) = call.forward_with_lse()?;
-    compare::same_bits("o with and without lse", &o_with_lse.to_dtype(o.dtype())?, &o, case)?;
-    let do_ = case.tensor(&input.do_, &case.shape_q())?;
-    let (dq, dk, dv) = if case.dlse {
-        call.backward_with_lse((&o_with_lse, &lse), (&do_, &case.dlse_tensor(input)?))?
-    } else {
-        call.backward(&o, &do_)?
-    };
-    let grad = |name: &str, grad: Option<Tensor>| -> Result<Rows> {
-        case.rows(&grad.with_context(|| format!("no {name}"))?, name == "dq")
-    };
-    Ok(Output {
-        o: case.rows(&o, true)?,
-        lse: case.lse_rows(&lse)?,
-        dq: grad("dq", dq)?,
-        dk: grad("dk", dk)?,
-        dv: grad("dv", dv)?,
-    })
 }
 
 /// Each kernel, whichever a plan would have chosen.
@@ -169,6 +134,45 @@ fn every_kernel_at_the_edges_of_its_tiles() -> Result<()> {
     // The reference is what takes the time.
     cases.par_iter().try_for_each(|(kernel, case)| kernel.check(case).map(drop))?;
     println!("{} cases on {} kernels match the reference", cases.len(), kernels.len());
+    Ok(())
+}
+
+/// Kernels that share out their tiles among fewer blocks: more tiles than the GPU has multiprocessors, of heads that share
+/// keys, masked and not, packed with empty sequences in between; and more than a block for each of these can list. Each call
+/// leaves the counters as it found them, so that the next one gives the same bits.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn persistent_kernels_take_every_tile_once() -> Result<()> {
+    const RUNS: usize = 3;
+    let kernels = tiled_kernels()?;
+    let mut cases = Vec::new();
+    for tiled in kernels.iter().filter(|tiled| tiled.kernel.arch == Arch::Sm90) {
+        let Kernel { block_m, block_n, .. } = *tiled.kernel;
+        let case = |turn| Case { deterministic: true, ..tiled.case(turn) };
+        let lengths: Vec<(usize, usize)> =
+            (0..40).map(|n| [(block_m + 1, 70), (0, 9), (5, 0), (2 * block_m, block_n + 3)][n % 4]).collect();
+        for mask in [Mask::None, Mask::Causal, window(block_n, 3)] {
+            cases.push((tiled, case(cases.len()).batch(5, 40, 150).heads(64, 8).mask(mask)));
+            cases.push((tiled, case(cases.len()).batch(3, 3 * block_m + 1, 2 * block_n).heads(20, 10).mask(mask)));
+            cases.push((tiled, case(cases.len()).packed(&lengths).heads(8, 2).mask(mask)));
+        }
+        cases.push((tiled, case(cases.len()).batch(32, 1, 3).heads(1200, 1)));
+    }
+    cases.par_iter().try_for_each(|(tiled, case)| -> Result<()> {
+        let input = case.draw();
+        let (plan, first) = tiled.run(case, &input)?;
+        let schedule = plan.schedule.context("a persistent kernel has a schedule")?;
+        ensure!(schedule.tiles > plan.forward.grid.0 as usize, "a block for every tile: {plan:?}");
+        for run in 1..RUNS {
+            let (_, again) = tiled.run(case, &input)?;
+            for ((name, got), (_, want)) in again.named().into_iter().zip(first.named()) {
+                let same = got.values.iter().zip(&want.values).all(|(a, b)| a.to_bits() == b.to_bits());
+                ensure!(same, "run {run}: {name} differs, kernel {}\ncase {case}", tiled.kernel.name);
+            }
+        }
+        case.check_output(&input, &first).with_context(|| format!("kernel {}", tiled.kernel.name))
+    })?;
+    println!("{} cases on persistent kernels match the reference", cases.len());
     Ok(())
 }
 

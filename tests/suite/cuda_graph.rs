@@ -48,6 +48,7 @@ fn cases(target: &Target) -> Vec<Case> {
         case().batch(1, 300, 270).head_dim(128).mask(window(100, 20)).softcap(20.0),
         case().batch(2, 150, 150).head_dim(40).alibi(Alibi::PerHead),
         case().packed(&[(130, 140), (0, 4), (33, 200)]),
+        case().batch(4, 100, 60).heads(48, 6), // more tiles than multiprocessors: a persistent kernel counts them
     ];
     kinds.into_iter().flat_map(|case| [case.clone(), case.deterministic()]).collect()
 }

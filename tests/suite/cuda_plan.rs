@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
-use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, Problem, KERNELS};
-use candle_fa2::{Attention, CuSeqlens, Error};
+use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, Problem, Schedule, KERNELS};
+use candle_fa2::{Attention, CuSeqlens, Error, Mask};
 
 const fn caps(compute_cap: (u32, u32), multiprocessors: usize, shared_bytes_per_block: usize) -> DeviceCaps {
     DeviceCaps::Cuda { compute_cap, multiprocessors, shared_bytes_per_block }
@@ -11,6 +11,7 @@ const fn caps(compute_cap: (u32, u32), multiprocessors: usize, shared_bytes_per_
 
 const A100: DeviceCaps = caps((8, 0), 108, 163 * 1024);
 const H100: DeviceCaps = caps((9, 0), 132, 227 * 1024);
+const B200: DeviceCaps = caps((10, 0), 148, 227 * 1024);
 /// The least that a GPU from Ampere on has.
 const RTX_3090: DeviceCaps = caps((8, 6), 82, 99 * 1024);
 
@@ -42,7 +43,7 @@ fn launches(plan: &CudaPlan) -> [(Pass, Launch); 4] {
 /// Every head_dim that the front page promises, in both types, plain and modified: the tightest kernel of each pass.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
-    for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (RTX_3090, 99 * 1024)] {
+    for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (B200, 227 * 1024), (RTX_3090, 99 * 1024)] {
         for head_dim in (8..=256).step_by(8) {
             for dtype in [DType::F16, DType::BF16] {
                 for attention in [Attention::new(), Attention::new().softcap(30.0)] {
@@ -159,6 +160,135 @@ fn one_kernel_can_be_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// Kernels for Hopper, which a build for other GPUs alone leaves out.
+fn has_hopper() -> bool {
+    KERNELS.iter().any(|kernel| kernel.arch == Arch::Sm90)
+}
+
+/// `(batch, seqlen, num_heads, head_dim)` for q and for k, zeros in bf16 that take no memory.
+fn long_problem(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Result<Problem> {
+    let x = |shape: [usize; 4]| -> Result<Tensor> { Ok(zeros(&[1, 1, 1, shape[3]], DType::BF16)?.expand(&shape)?) };
+    let (q, k) = (x(q)?, x(k)?);
+    Ok(testing::problem(attention, &q, &k, &k)?)
+}
+
+/// Hopper's own kernels are for compute capability 9.0 alone, with its shared memory, and for more than a few queries. The
+/// smallest head_dim that fits comes first.
+#[test]
+fn hopper_has_kernels_of_its_own() -> Result<()> {
+    let others = [A100, caps((8, 9), 128, 99 * 1024), B200, caps((12, 0), 170, 99 * 1024), caps((9, 0), 132, 101_376)];
+    for attention in [Attention::new(), Attention::new().softcap(20.0)] {
+        for (head_dim, want) in
+            [(32, None), (40, Some(64)), (80, Some(96)), (128, Some(128)), (160, Some(192)), (256, Some(256))]
+        {
+            let of = |seqlen| long_problem(&attention, [1, seqlen, 2, head_dim], [1, 100, 2, head_dim]);
+            let forward = plan(&of(17)?, &H100)?.forward.kernel;
+            match want {
+                Some(want) if has_hopper() => assert_eq!((forward.arch, forward.head_dim), (Arch::Sm90, want)),
+                _ => assert_eq!(forward.arch, Arch::Sm80, "head_dim {head_dim}"),
+            }
+            assert_eq!(plan(&of(16)?, &H100)?.forward.kernel.arch, Arch::Sm80, "decoding with head_dim {head_dim}");
+            for other in &others {
+                let plan = plan(&of(100)?, other)?;
+                assert_eq!((plan.forward.kernel.arch, plan.schedule), (Arch::Sm80, None), "{other:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Only those are allowed: on another GPU the refusal says where they run, and decoding gets them too.
+#[test]
+fn hopper_kernels_can_be_asked_for() -> Result<()> {
+    let only = |kernel: &Kernel| kernel.pass != Pass::Forward || kernel.arch == Arch::Sm90;
+    let decoding = long_problem(&Attention::new(), [1, 1, 2, 128], [1, 100, 2, 128])?;
+    let refused = CudaPlan::choose(&decoding, &B200, only).expect_err("has other instructions").to_string();
+    if !has_hopper() {
+        return Ok(());
+    }
+    assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 itself"), "{refused}");
+    assert_eq!(CudaPlan::choose(&decoding, &H100, only)?.forward.kernel.arch, Arch::Sm90);
+    Ok(())
+}
+
+/// Tiles of block_m queries, at most a block to a multiprocessor, and at most 256 tiles to a block.
+#[test]
+fn schedules_cover_the_call() -> Result<()> {
+    if !has_hopper() {
+        return Ok(());
+    }
+    let of = |problem: &Problem| -> Result<(Schedule, u32, usize)> {
+        let CudaPlan { forward, schedule, .. } = plan(problem, &H100)?;
+        let (blocks, y, z) = forward.grid;
+        assert_eq!((y, z), (1, 1));
+        Ok((schedule.expect("on Hopper"), blocks, forward.kernel.block_m))
+    };
+    let causal = Attention::new().mask(Mask::Causal);
+    // Few tiles: a block for each.
+    let (schedule, blocks, block_m) = of(&long_problem(&Attention::new(), [2, 1000, 6, 128], [2, 700, 2, 128])?)?;
+    let m_blocks = 1000usize.div_ceil(block_m);
+    assert_eq!(schedule, Schedule { tiles: 12 * m_blocks, m_blocks, section_heads: 1 });
+    assert_eq!(blocks, 12 * m_blocks as u32);
+    // Many: a block for each multiprocessor; more than those can list: more blocks.
+    for (batch, want) in [(8, 132), (60_000, 1875)] {
+        let (schedule, blocks, _) = of(&long_problem(&causal, [batch, 100, 8, 64], [batch, 100, 8, 64])?)?;
+        assert_eq!((schedule.tiles, schedule.m_blocks), (8 * batch, 1));
+        assert_eq!(blocks, if batch == 8 { 64 } else { want });
+    }
+    let (_, blocks, _) = of(&long_problem(&causal, [1, 16_384, 16, 128], [1, 16_384, 16, 128])?)?;
+    assert_eq!(blocks, 132);
+    // Masked heads in sections that share L2: 32 MiB of keys and values, 8 to 32 heads, and no more than there are.
+    for (seqlen, heads, want) in [(1024, 64, 32), (4096, 64, 16), (16_384, 64, 8), (1024, 4, 4), (16_384, 4, 4)] {
+        let shape = [1, seqlen, heads, 128];
+        for attention in [&causal, &Attention::new().mask(Mask::Window { left: Some(100), right: None })] {
+            assert_eq!(of(&long_problem(attention, shape, shape)?)?.0.section_heads, want, "{shape:?}");
+        }
+        assert_eq!(of(&long_problem(&Attention::new(), shape, shape)?)?.0.section_heads, 1);
+    }
+    // Packed: whatever the lengths, no sequence has more than its share of total_q / block_m + batch.
+    let lengths = CuSeqlens::from_lengths(&[1000, 0, 900, 1100], &Device::Cpu)?;
+    let q = zeros(&[3000, 12, 128], DType::BF16)?;
+    let packed = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
+    let (schedule, _, block_m) = of(&packed)?;
+    assert_eq!((schedule.m_blocks, schedule.tiles), (3000 / block_m + 4, 12 * (3000 / block_m + 4)));
+    Ok(())
+}
+
+/// Without queries there is nothing to do; without keys there is: o is 0 and lse is -inf.
+#[test]
+fn schedules_of_calls_without_rows() -> Result<()> {
+    let x = |seqlen| zeros(&[2, seqlen, 3, 64], DType::F16);
+    for (seqlen_q, seqlen_k, tiles) in [(0, 40, 0), (40, 0, 6)] {
+        let (q, k) = (x(seqlen_q)?, x(seqlen_k)?);
+        let problem = testing::problem(&Attention::new(), &q, &k, &k)?;
+        let on_hopper = |kernel: &Kernel| kernel.arch == Arch::Sm90 || !has_hopper() || kernel.pass != Pass::Forward;
+        let CudaPlan { forward, schedule, .. } = CudaPlan::choose(&problem, &H100, on_hopper)?;
+        if let Some(schedule) = schedule {
+            assert_eq!((schedule.tiles, forward.grid), (tiles, (tiles as u32, 1, 1)));
+        }
+    }
+    Ok(())
+}
+
+/// What TMA or the count of tiles cannot hold goes to the other kernels.
+#[test]
+fn hopper_leaves_what_it_cannot_hold() -> Result<()> {
+    let shape = [2, 20, 2, 64];
+    let mut problem = long_problem(&Attention::new(), shape, shape)?;
+    problem.k.batch = (1 << 39) - 8;
+    assert_eq!(plan(&problem, &H100)?.schedule.is_some(), has_hopper());
+    problem.k.batch = 1 << 39;
+    assert_eq!(plan(&problem, &H100)?.forward.kernel.arch, Arch::Sm80);
+    // 65,535 sequences, all but one empty, and as many heads: each counts as a block of queries.
+    let mut lengths = vec![0; 65_535];
+    lengths[7] = 20;
+    let lengths = CuSeqlens::from_lengths(&lengths, &Device::Cpu)?;
+    let q = zeros(&[20, 1, 64], DType::BF16)?.expand(&[20, 65_535, 64])?;
+    let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
+    assert_eq!(plan(&problem, &H100)?.forward.kernel.arch, Arch::Sm80);
+    Ok(())
+}
+
 /// A printed plan names its kernels and what they are launched with.
 #[test]
 fn a_cuda_plan_prints() -> Result<()> {
@@ -168,6 +298,12 @@ fn a_cuda_plan_prints() -> Result<()> {
     let want = format!("{} (grid (1, 1, 1), block {threads}, shared {bytes} bytes)", kernel.name);
     assert_eq!(format!("{:?}", plan.forward), want);
     assert!(format!("{plan:?}").contains(&want));
+    if has_hopper() {
+        let problem = long_problem(&Attention::new(), [1, 100, 6, 128], [1, 100, 6, 128])?;
+        let text = format!("{:?}", self::plan(&problem, &H100)?);
+        let want = "schedule: Some(Schedule { tiles: 6, m_blocks: 1, section_heads: 1 })";
+        assert!(text.contains(want), "{text}");
+    }
     Ok(())
 }
 

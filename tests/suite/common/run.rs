@@ -6,6 +6,7 @@ use super::tolerance::{accumulator, Tolerance};
 use super::{compare, reference};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Plan, Problem};
 use candle_fa2::Attention;
 
 /// q, k and v as variables, and the options.
@@ -117,6 +118,47 @@ impl Case {
         })
     }
 
+    /// The problem of `call`.
+    pub fn problem(&self, Call { attention, q, k, v }: &Call) -> Result<Problem> {
+        Ok(match self.lengths {
+            Lengths::Padded { .. } => testing::problem(attention, q, k, v)?,
+            Lengths::Packed(_) => {
+                let (cu_seqlens_q, cu_seqlens_k) = self.cu_seqlens()?;
+                testing::problem_packed(attention, (q, k, v), &cu_seqlens_q, &cu_seqlens_k)?
+            }
+        })
+    }
+
+    /// On a GPU, what [`Self::run`] gives, from the kernels that `allow` lets pass and without autograd around them; and the
+    /// plan.
+    pub fn run_with(&self, input: &Input, allow: impl Fn(&Kernel) -> bool) -> Result<(CudaPlan, Output)> {
+        let call = self.call(input)?;
+        let problem = self.problem(&call)?;
+        let plan = CudaPlan::choose(&problem, &DeviceCaps::of(&self.device)?, allow)?;
+        let Call { attention, q, k, v } = &call;
+        let call = testing::Call::with_plan(attention, problem, (q, k, v), Plan::Cuda(plan.clone()));
+        let o = call.forward()?;
+        let (o_with_lse, lse) = call.forward_with_lse()?;
+        compare::same_bits("o with and without lse", &o_with_lse.to_dtype(o.dtype())?, &o, self)?;
+        let do_ = self.tensor(&input.do_, &self.shape_q())?;
+        let (dq, dk, dv) = if self.dlse {
+            call.backward_with_lse((&o_with_lse, &lse), (&do_, &self.dlse_tensor(input)?))?
+        } else {
+            call.backward(&o, &do_)?
+        };
+        let grad = |name: &str, grad: Option<Tensor>| -> Result<Rows> {
+            self.rows(&grad.with_context(|| format!("no {name}"))?, name == "dq")
+        };
+        let got = Output {
+            o: self.rows(&o, true)?,
+            lse: self.lse_rows(&lse)?,
+            dq: grad("dq", dq)?,
+            dk: grad("dk", dk)?,
+            dv: grad("dv", dv)?,
+        };
+        Ok((plan, got))
+    }
+
     /// Runs the case on `input` and holds all five results against the reference.
     pub fn check_on(&self, input: &Input) -> Result<()> {
         let got = self.run(input).with_context(|| format!("case {self}"))?;
@@ -130,10 +172,17 @@ impl Case {
 
     /// Each tensor of `got` within the tolerance of the reference.
     pub fn check_output(&self, input: &Input, got: &Output) -> Result<()> {
+        self.check_outputs(input, &[got])
+    }
+
+    /// The same of several, for the time of one: the reference is what takes it.
+    pub fn check_outputs(&self, input: &Input, outputs: &[&Output]) -> Result<()> {
         let want = reference::attention(input);
         let tolerances = self.tolerances(input, &want);
-        for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(&tolerances) {
-            compare::close(name, got, want, tolerance, self)?;
+        for got in outputs {
+            for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(&tolerances) {
+                compare::close(name, got, want, tolerance, self)?;
+            }
         }
         Ok(())
     }

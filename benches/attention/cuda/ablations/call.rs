@@ -7,7 +7,7 @@ use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr, DeviceRepr, Launc
 use candle_core::cuda::CudaDType;
 use candle_core::{CudaStorage, DType, Storage, Tensor, D};
 use candle_fa2::testing::cuda::{BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, Strides, NULL};
-use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Problem};
+use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Problem};
 use half::{bf16, f16};
 
 use super::super::gpu::Gpu;
@@ -76,7 +76,8 @@ impl<'a> Call<'a> {
     pub fn new(case: &'a Case, inputs: &'a Inputs, answer: Answer, lse: Tensor, gpu: &Gpu) -> Result<Self> {
         let problem = testing::problem(&peers::attention(case), &inputs.q, &inputs.k, &inputs.v)?;
         ensure!(case.num_heads_k() == case.num_heads, "the variants' grids are for heads that share no keys");
-        let plan = CudaPlan::choose(&problem, &DeviceCaps::of(&gpu.device)?, |_| true)?;
+        // The variants are made from the templates in cuda/sm80, and are held against those.
+        let plan = CudaPlan::choose(&problem, &DeviceCaps::of(&gpu.device)?, |kernel| kernel.arch == Arch::Sm80)?;
         let stream = gpu.device.as_cuda_device()?.cuda_stream();
         let mut call = Self { case, plan, stream, inputs, answer, lse, problem, delta: None };
         if call.answer.grads.is_some() {

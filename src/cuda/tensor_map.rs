@@ -1,0 +1,94 @@
+//! The only place that encodes what TMA reads a tensor by.
+
+use std::ffi::c_void;
+
+use candle_core::cuda::cudarc::driver::sys::{
+    self, CUdeviceptr, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle,
+};
+use candle_core::DType;
+
+use super::launch::error_name;
+use super::params::{FwdParams, TensorMap};
+use crate::instances::Kernel;
+use crate::plan::axes;
+use crate::problem::{Problem, Strides};
+use crate::{Error, Result};
+
+/// Bytes of an element.
+const ELEMENT: u64 = 2;
+
+/// Of q, k and v, whose addresses are in `params`, in boxes of the tiles of `kernel`.
+///
+/// # Errors
+/// [`Error::Driver`] if the driver refuses one.
+pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) -> Result<[TensorMap; 3]> {
+    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
+    let encode = |name, address, strides: &Strides, shape: &[usize], box_rows| {
+        // A size of 0 cannot be encoded, and a tensor without elements may lie anywhere. Its map is never used: one of the
+        // first row of o stands in.
+        let (address, axes) =
+            if shape.contains(&0) { (params.o, [(0, 1); 3]) } else { (address, axes(strides, shape)) };
+        encode(kernel, name, address, problem.head_dim, axes, box_rows)
+    };
+    Ok([
+        encode("q", params.q, &problem.q, &shape_q, kernel.block_m)?,
+        encode("k", params.k, &problem.k, &shape_k, kernel.block_n)?,
+        encode("v", params.v, &problem.v, &shape_k, kernel.block_n)?,
+    ])
+}
+
+/// `(head_dim, rows, heads, batch)`; `axes` has stride and size of all but the first.
+fn encode(
+    kernel: &Kernel,
+    name: &str,
+    address: CUdeviceptr,
+    head_dim: usize,
+    axes: [(usize, usize); 3],
+    box_rows: usize,
+) -> Result<TensorMap> {
+    // The width of the swizzle: as much of a row as the kernel's head_dim is a multiple of.
+    let (columns, swizzle) = if kernel.head_dim.is_multiple_of(64) {
+        (64, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
+    } else {
+        (32, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B)
+    };
+    let data_type = match kernel.dtype {
+        DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        _ => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    let row_bytes = head_dim as u64 * ELEMENT;
+    // The stride of an axis of one element is never used, but must be a multiple of 16 all the same.
+    let strides = axes.map(|(stride, size)| if size == 1 { row_bytes } else { stride as u64 * ELEMENT });
+    let [rows, heads, batch] = axes.map(|(_, size)| size as u64);
+    let sizes = [head_dim as u64, rows, heads, batch];
+    let box_sizes = [columns, box_rows as u32, 1, 1];
+    let element_strides = [1u32; 4];
+    let mut map = CUtensorMap { opaque: [0; 16] };
+    // SAFETY: the arrays have as many entries as the call reads, 4 and for the strides 3, and outlive it. The address is
+    // stored, not read.
+    let encoded = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            data_type,
+            sizes.len() as u32,
+            address as *mut c_void,
+            sizes.as_ptr(),
+            strides.as_ptr(),
+            box_sizes.as_ptr(),
+            element_strides.as_ptr(),
+            CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    encoded.result().map_err(|error| Error::Driver {
+        action: "encode a tensor map for",
+        kernel: kernel.name,
+        cause: error_name(error),
+        detail: format!("{name} at {address:#x}, sizes {sizes:?}, strides {strides:?} bytes, box {box_sizes:?}"),
+    })?;
+    // Copied: how a CUtensorMap is aligned depends on the version of CUDA.
+    Ok(TensorMap { words: map.opaque })
+}
