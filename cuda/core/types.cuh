@@ -62,6 +62,12 @@ struct Place {
     }
 };
 
+// x, from here on unknown to the compiler: what follows from it is worked out where it is used, not kept in registers.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Of two packed numbers: bit 15 (31) is set if the low (high) one is infinite or NaN. An exponent of all ones carries over.
 template <typename T>
 __device__ __forceinline__ uint32_t carry_of_special(uint32_t packed);

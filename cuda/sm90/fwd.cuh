@@ -247,38 +247,42 @@ struct Consumer {
     uint32_t p[Traits::kBlockN / 16][4];
     OnlineSoftmax<1> softmax;
 
-    // What this warpgroup does for one tile.
+    // What this warpgroup does for one tile; the rest is in the tile's Work.
     struct Part {
-        Work work;
-        Visibility sees;
-        Scoring<Traits::kModified> scoring;
-        Range tiles;       // of keys, as the producer loads them
-        Range own;         // of those, the ones that this warpgroup's rows see
-        Range full;        // where they see all
-        int first_row;     // of the warpgroup
-        uint32_t q_slot;
+        int number;  // of the block's tiles
+        bool exists;
+        Range own;   // tiles of keys that this warpgroup's rows see
+        Range full;  // where they see all
+        int before;  // tiles of keys that the producer loads before those ..
+        int behind;  // .. and behind
+
+        __device__ __forceinline__ int q_slot() const { return number % Traits::kQStages; }
     };
 
-    __device__ __forceinline__ int work_row() const { return Traits::kGroupRows * group; }
+    __device__ __forceinline__ const Work& work_of(int number) const { return control.works[number % Traits::kWorks]; }
+    __device__ __forceinline__ int group_row(const Work& work) const {
+        return work.m_block * Traits::kBlockM + Traits::kGroupRows * group;
+    }
 
-    // Waits for the next tile. false: there is none.
+    // Waits for tile `number`.
     __device__ __forceinline__ Part take(int number) {
         mbarrier_wait(shared_address(&control.q_full[q.stage]), q.parity);
-        const Shape& shape = params.fwd.shape;
-        const Work work = control.works[number % Traits::kWorks];
-        const Sequence sequence = work.sequence(shape);
-        const Visibility sees(shape, sequence);
-        Part part{work, sees, Scoring<Traits::kModified>(shape, sequence, work.batch, work.head)};
-        part.first_row = work.m_block * Traits::kBlockM + work_row();
-        part.q_slot = q.stage;
-        part.tiles = key_tiles<Traits>(sees, rows_of<Traits>(work));
-        const Range rows = {part.first_row, min(part.first_row + Traits::kGroupRows, work.seqlen_q)};
-        part.own = rows.empty() ? Range{part.tiles.end, part.tiles.end} : key_tiles<Traits>(sees, rows);
+        q.advance();
+        const Work& work = work_of(number);
+        const Visibility sees(params.fwd.shape, work.sequence(params.fwd.shape));
+        const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(work));
+        const int first = group_row(work);
+        const Range rows = {first, min(first + Traits::kGroupRows, work.seqlen_q)};
+        Part part;
+        part.number = number;
+        part.exists = work.m_block >= 0;
+        part.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need a sum: of one tile that is hidden altogether.
-        if (!rows.empty() && part.own.empty()) part.own = {part.tiles.end - 1, part.tiles.end};
+        if (!rows.empty() && part.own.empty() && !tiles.empty()) part.own = {tiles.end - 1, tiles.end};
         const Range common = sees.common_keys(rows);
         part.full = {ceil_div(common.begin, Traits::kBlockN), common.end / Traits::kBlockN};
-        q.advance();
+        part.before = part.exists ? tiles.end - part.own.end : 0;
+        part.behind = part.exists ? part.own.begin - tiles.begin : 0;
         return part;
     }
 
@@ -289,9 +293,9 @@ struct Consumer {
     // Starts S = q k^T with the next k.
     __device__ __forceinline__ void start_scores(uint32_t q_slot) {
         mbarrier_wait(shared_address(&control.k_full[k.stage]), k.parity);
-        const uint64_t rows =
-            Descriptor<TileQ>::of(base + Traits::sQ + q_slot * TileQ::kBytes + group * Traits::kGroupRows * Descriptor<TileQ>::kRowBytes);
-        const uint64_t columns = Descriptor<TileK>::of(base + Traits::sK + k.stage * TileK::kBytes);
+        const uint32_t tile_q = base + Traits::sQ + q_slot * TileQ::kBytes;
+        const uint64_t rows = Descriptor<TileQ>::of(anew(tile_q + group * Traits::kGroupRows * Descriptor<TileQ>::kRowBytes));
+        const uint64_t columns = Descriptor<TileK>::of(anew(base + Traits::sK + k.stage * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kHeadDim / 16; ++step)
@@ -303,7 +307,7 @@ struct Consumer {
     // Starts o += P v with the next v; `fresh`: o = P v.
     __device__ __forceinline__ void start_output(bool fresh) {
         mbarrier_wait(shared_address(&control.v_full[v.stage]), v.parity);
-        const uint64_t columns = Descriptor<TileK>::of(base + Traits::sV + v.stage * TileK::kBytes);
+        const uint64_t columns = Descriptor<TileK>::of(anew(base + Traits::sV + v.stage * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kBlockN / 16; ++step)
@@ -322,7 +326,7 @@ struct Consumer {
     __device__ __forceinline__ void output_arrived() {
         // Three warpgroups leave no registers to run ahead in: the wait must stay behind the softmax. No sum is below 0, but the
         // compiler cannot know it, and so cannot move the wait over an exit that depends on it.
-        if constexpr (Traits::kConsumers == 3) {
+        if constexpr (Traits::kConsumers == 4) {
             asm volatile(
                 "{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never exit;\n}\n" ::"f"(softmax.sum[0][0] + softmax.sum[0][1])
                 : "memory");
@@ -337,25 +341,33 @@ struct Consumer {
     template <bool kMasked>
     __device__ __forceinline__ void modify(const Part& part, int n) {
         if (!kMasked && !Traits::kModified) return;
-        const int first_col = n * Traits::kBlockN, row = part.first_row + 16 * warp + fragment_row(lane, 0);
-        const int lane_col = first_col + fragment_col(lane, 0);
+        const Shape& shape = params.fwd.shape;
+        const Work& work = work_of(anew(part.number));
+        const Sequence sequence = work.sequence(shape);
+        const Visibility sees(shape, sequence);
+        const Scoring<Traits::kModified> scoring(shape, sequence, work.batch, work.head);
+        const int lane = anew(this->lane);
+        const int row = group_row(work) + 16 * warp + fragment_row(lane, 0);
+        const int lane_col = n * Traits::kBlockN + fragment_col(lane, 0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int this_row = row + 8 * half;
             // Of this thread's columns, counted from its first: those that the row sees.
-            const int begin = this_row - part.sees.left - lane_col;
-            const int end = min(this_row + part.sees.right + 1, part.sees.seqlen_k) - lane_col;
+            const int begin = this_row - sees.left - lane_col;
+            const int end = min(this_row + sees.right + 1, sees.seqlen_k) - lane_col;
 #pragma unroll
             for (int j = 0; j < Traits::kNTiles; ++j)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& x = s.x[0][j][2 * half + e];
                     const int col = 8 * j + e;
-                    if (Traits::kModified) x = part.scoring.apply(x, this_row, lane_col + col);
+                    if (Traits::kModified) x = scoring.apply(x, this_row, lane_col + col);
                     if (kMasked && (col < begin || col >= end)) x = -INFINITY;
                 }
         }
     }
+
+    __device__ __forceinline__ float factor() const { return Traits::kModified ? 1.f : params.fwd.shape.product_factor; }
 
     __device__ __forceinline__ void round_weights() {
 #pragma unroll
@@ -365,14 +377,14 @@ struct Consumer {
     // One step within a tile: S of tile n of keys under o += P v of the one behind it.
     template <bool kMasked>
     __device__ __forceinline__ void step(const Part& part, int n, bool& fresh) {
-        start_scores(part.q_slot);
+        start_scores(part.q_slot());
         start_output(fresh);
         fresh = false;
         scores_arrived<1>();
         modify<kMasked>(part, n);
         const float max0 = softmax.max[0][0], max1 = softmax.max[0][1];
-        const float rescale0 = softmax.scores(s, 0, 0, part.scoring.factor);
-        const float rescale1 = softmax.scores(s, 0, 1, part.scoring.factor);
+        const float rescale0 = softmax.scores(s, 0, 0, factor());
+        const float rescale1 = softmax.scores(s, 0, 1, factor());
         const bool grew = __any_sync(~0u, softmax.max[0][0] != max0 || softmax.max[0][1] != max1);
         output_arrived();
         round_weights();
@@ -391,8 +403,8 @@ struct Consumer {
             modify<false>(part, n);
         }
         softmax.clear();
-        softmax.scores(s, 0, 0, part.scoring.factor);
-        softmax.scores(s, 0, 1, part.scoring.factor);
+        softmax.scores(s, 0, 0, factor());
+        softmax.scores(s, 0, 1, factor());
     }
 
     // Lets tiles of keys go by that none of this warpgroup's rows sees.
@@ -420,15 +432,15 @@ struct Consumer {
         }
     }
 
-    // Divides by the sums and writes a tile's rows. `sums` and `maxima` are those of the tile.
+    // Divides by the sums and writes a tile's rows.
     __device__ __forceinline__ void write(const Work& work, OnlineSoftmax<1>& statistics) {
         const Shape& shape = params.fwd.shape;
         const Sequence sequence = work.sequence(shape);
         const Visibility sees(shape, sequence);
-        const float factor = Traits::kModified ? 1.f : shape.product_factor;
+        const int lane = anew(this->lane);
         if (__any_sync(~0u, !o.finite()) && lane == 0) atomicOr(&control.noted[work.number / 32], 1u << work.number % 32);
         statistics.finish();
-        const int first = work.m_block * Traits::kBlockM + work_row() + 16 * warp;
+        const int first = group_row(work) + 16 * warp;
         float* lse = params.fwd.lse + sequence.statistics(shape, work.head);
         T* to = row_of<T>(params.fwd.o, params.fwd.o_strides, work.batch, work.first_q, work.head);
 #pragma unroll
@@ -437,7 +449,7 @@ struct Consumer {
             const bool blind = sees.keys(row).empty();
             const float scale = blind ? 0.f : 1.f / statistics.sum[0][half];
             const bool stored = row < work.seqlen_q;
-            if (lane % 4 == 0 && stored) lse[row] = blind ? -INFINITY : statistics.lse(0, half, factor);
+            if (lane % 4 == 0 && stored) lse[row] = blind ? -INFINITY : statistics.lse(0, half, factor());
             T* to_row = to + row * params.fwd.o_strides.row;
 #pragma unroll
             for (int j = 0; j < Traits::kDTiles; j += 4) {
@@ -463,23 +475,27 @@ struct Consumer {
     // Whether the first S of `next` may start before the last product of `part`. The warpgroup then passes the tiles of k between
     // them with a v still to come: with two stages the producer gets three ahead of that v, so two may be passed.
     __device__ __forceinline__ static bool flows_into(const Part& part, const Part& next) {
-        const int between = part.own.begin - part.tiles.begin + next.tiles.end - next.own.end;
-        return Traits::kQStages > 1 && next.work.m_block >= 0 && !next.own.empty() && between <= 2;
+        return next.exists && !next.own.empty() && part.behind + next.before <= 2;
+    }
+
+    // A tile of which this warpgroup's rows see nothing, or of which it has no rows.
+    __device__ __forceinline__ void skip(const Part& part) {
+        const Work& work = work_of(part.number);
+        if (part.before + part.behind == 0 && group_row(work) < work.seqlen_q) write_blind(work);
+        pass(part.before + part.behind);
+        release(control.q_empty[part.q_slot()]);
     }
 
     __device__ __forceinline__ void run() {
-        int number = 0;
-        Part part = take(number);
-        while (part.work.m_block >= 0) {
-            if (part.own.empty()) {  // no rows here, or none that sees a key
-                if (part.tiles.empty() && part.first_row < part.work.seqlen_q) write_blind(part.work);
-                pass(part.tiles.end - part.tiles.begin);
-                release(control.q_empty[part.q_slot]);
-                part = take(++number);
+        Part part = take(0);
+        while (part.exists) {
+            if (part.own.empty()) {
+                skip(part);
+                part = take(part.number + 1);
                 continue;
             }
-            pass(part.tiles.end - part.own.end);
-            start_scores(part.q_slot);
+            pass(part.before);
+            start_scores(part.q_slot());
             scores_arrived<0>();
             first_softmax(part);
             round_weights();
@@ -490,35 +506,37 @@ struct Consumer {
                     for (; n >= part.own.begin && n >= part.full.begin && n < part.full.end; --n) step<false>(part, n, fresh);
                     if (n >= part.own.begin) step<true>(part, n--, fresh);
                 }
-                release(control.q_empty[part.q_slot]);
-                const int tail = part.own.begin - part.tiles.begin;
-                const Work done = part.work;
+                release(control.q_empty[part.q_slot()]);
                 OnlineSoftmax<1> statistics = softmax;
+                flows = false;
                 if constexpr (Traits::kQStages > 1) {
-                    const Part next = take(++number);
+                    const Part next = take(part.number + 1);
                     flows = flows_into(part, next);
-                    const int head = next.tiles.end - next.own.end;
                     if (flows) {
-                        pass_k(tail + head);
-                        start_scores(next.q_slot);
+                        const int between = part.behind + next.before;
+                        pass_k(between);
+                        start_scores(next.q_slot());
                         start_output(fresh);
                         scores_arrived<1>();
                         first_softmax(next);
                         output_arrived();
                         round_weights();
-                        write(done, statistics);
-                        pass_v(tail + head);
+                        write(work_of(part.number), statistics);
+                        pass_v(between);
+                        part = next;
+                        continue;
                     }
-                    part = next;
-                } else {
-                    flows = false;
-                }
-                if (!flows) {
                     start_output(fresh);
                     output_arrived();
-                    pass(tail);
-                    write(done, statistics);
-                    if constexpr (Traits::kQStages == 1) part = take(++number);
+                    pass(part.behind);
+                    write(work_of(part.number), statistics);
+                    part = next;
+                } else {
+                    start_output(fresh);
+                    output_arrived();
+                    pass(part.behind);
+                    write(work_of(part.number), statistics);
+                    part = take(part.number + 1);
                 }
             }
         }
