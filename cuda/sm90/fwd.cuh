@@ -206,6 +206,8 @@ struct Producer {
                 published = true;
                 if (!taken && n < tiles.end - 1) go_on();
             }
+            // A warpgroup without rows lets v go by before it gives up its tile, for which publish() waits.
+            if (tiles.empty()) load_v();
             if (!published) publish(work, false);
             if (!taken) go_on();
         }
