@@ -177,7 +177,7 @@ impl Line {
         let tile_q = self.block_m * self.head_dim * ELEMENT_BYTES;
         let tile_k = self.block_n * self.head_dim * ELEMENT_BYTES;
         match self.pass {
-            // Two stages of k and v, two of q where they fit, and 3 KB for barriers and for aligning the tiles.
+            // Two stages of k and v, two of q where they fit, and 3 KB for barriers and the lists of tiles.
             Pass::Forward if self.arch == HOPPER => {
                 const LIMIT: usize = 227 * 1024;
                 let others = 4 * tile_k + 3072;

@@ -326,13 +326,6 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void output_arrived() {
-        // Three warpgroups leave no registers to run ahead in: the wait must stay behind the softmax. No sum is below 0, but the
-        // compiler cannot know it, and so cannot move the wait over an exit that depends on it.
-        if constexpr (Traits::kConsumers == 4) {
-            asm volatile(
-                "{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never exit;\n}\n" ::"f"(softmax.sum[0][0] + softmax.sum[0][1])
-                : "memory");
-        }
         wgmma_wait<0>();
         wgmma_arrived(o);
         release(control.v_empty[v.stage]);
