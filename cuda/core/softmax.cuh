@@ -10,7 +10,7 @@ namespace fa2 {
 // Running maximum and sum of the rows that a thread holds: two for each 16 rows of its warp.
 template <int kMTiles>
 struct OnlineSoftmax {
-    float max[kMTiles][2];  // of the scores, before the factor
+    float max[kMTiles][2];  // of the scores, before the factor; or what lags behind it: see lagging_scores()
     float sum[kMTiles][2];  // this thread's columns only, until finish()
 
     __device__ __forceinline__ void clear() {
@@ -55,6 +55,41 @@ struct OnlineSoftmax {
                 row_sum += x;
             }
         sum[i][half] = fmaf(sum[i][half], rescale, row_sum);
+        return rescale;
+    }
+
+    // What a thread's sum may come to before its maximum must catch up: no weight is above it, and the largest f16 is 65504.
+    static constexpr float kMostLag = 32768.f;
+
+    // As scores() of both rows, but from the maximum so far, which must be finite: scores above it become more than 1, and neither
+    // a new maximum nor a rescale is needed. True if a sum has become too large: then catch_up() comes next. A score 128 / factor above
+    // the maximum becomes infinite, and so does the output.
+    template <int kNTiles>
+    __device__ __forceinline__ bool lagging_scores(Accumulator<kMTiles, kNTiles>& s, int i, float factor) {
+        const float reference[2] = {max[i][0] * factor, max[i][1] * factor};
+        float tile_sum[2] = {0.f, 0.f};  // long sums lose digits with every term
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                float& x = s.x[i][j][e];
+                x = exp2_approx(fmaf(x, factor, -reference[e / 2]));
+                tile_sum[e / 2] += x;
+            }
+        sum[i][0] += tile_sum[0];
+        sum[i][1] += tile_sum[1];
+        return !(fmaxf(sum[i][0], sum[i][1]) <= kMostLag);
+    }
+
+    // Raises the maximum of one row so far that no thread's sum is above 32. Returns the factor of the weights of the last tile and
+    // of the output so far.
+    __device__ __forceinline__ float catch_up(int i, int half, float factor) {
+        float most = sum[i][half];
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        const float rescale = 32.f / fmaxf(most, 32.f);
+        max[i][half] -= log2f(rescale) / factor;
+        sum[i][half] *= rescale;
         return rescale;
     }
 

@@ -48,19 +48,11 @@ __device__ __forceinline__ void give_registers() {
 // Buffers in a ring, each with a barrier: where a reader or writer stands.
 template <int kStages>
 struct Ring {
-    int stage = 0;
-    int parity = 0;
+    uint32_t passed = 0;  // buffers so far
 
-    __device__ __forceinline__ void advance() {
-        if constexpr (kStages == 1) {
-            parity ^= 1;
-        } else if constexpr (kStages == 2) {
-            parity ^= stage;
-            stage ^= 1;
-        } else {
-            if (++stage == kStages) stage = 0, parity ^= 1;
-        }
-    }
+    __device__ __forceinline__ uint32_t stage() const { return passed % kStages; }
+    __device__ __forceinline__ uint32_t parity() const { return passed / kStages % 2; }
+    __device__ __forceinline__ void advance() { ++passed; }
 };
 
 }  // namespace fa2::sm90

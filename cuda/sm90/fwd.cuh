@@ -51,15 +51,26 @@ struct FwdTraits {
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
     static constexpr int kMaxTiles = 512;  // of a block
     static constexpr int kWorks = 4;       // tiles on their way through the block
+    static constexpr int kParts = 2;       // of them, in a warp that multiplies
+    // Whether weights are measured from a maximum that lags behind: not where a bias lets scores climb from tile to tile.
+    static constexpr bool kLags = !kModified;
 
     // Registers of a thread: what the driver gives a block at its launch, moved from the warpgroup that loads to the others.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 
     static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three warpgroups of 64 rows");
     static_assert(kWarps_ == 4 * (kConsumers + 1), "and one that loads");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
-    static_assert(kBlockM - kGroupRows <= kBlockN, "warpgroups are at most one tile of keys apart: see Consumer::flows_into");
+    static_assert(kBlockM - kGroupRows <= 2 * kBlockN, "warpgroups are at most two tiles of keys apart: see Consumer::flows_into");
+};
+
+// What a warpgroup does for one tile; the rest is in the tile's Work. In tiles of keys.
+struct Part {
+    Range own;   // that this warpgroup's rows see; at least one if any warpgroup's do
+    Range full;  // where its rows see all
+    int before;  // that the producer loads before its own ..
+    int behind;  // .. and behind
 };
 
 // What follows the tiles in shared memory.
@@ -69,6 +80,7 @@ struct Control {
     uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: also the tile's Work is there
     Work works[Traits::kWorks];
+    Part parts[4 * Traits::kConsumers][Traits::kParts];
     uint32_t noted[Traits::kMaxTiles / 32];  // tiles to mend, by their number in this block
     int taken[Traits::kMaxTiles];
 };
@@ -136,15 +148,15 @@ struct Producer {
 
     // Hands a tile, or the end, to the consumers, and starts the copy of its q if they will need it.
     __device__ __forceinline__ void publish(Work work, bool copy) {
-        mbarrier_wait(shared_address(&control.q_empty[q.stage]), q.parity ^ 1);
+        mbarrier_wait(shared_address(&control.q_empty[q.stage()]), q.parity() ^ 1);
         if (lane == 0) {
-            const uint32_t full = shared_address(&control.q_full[q.stage]);
+            const uint32_t full = shared_address(&control.q_full[q.stage()]);
             work.number = number;
             control.works[number % Traits::kWorks] = work;
             if (work.m_block >= 0) control.taken[number] = index;
             if (copy) {
                 mbarrier_arrive_expect(full, TileQ::kBytes);
-                tma_load_tile<TileQ>(base + Traits::sQ + q.stage * TileQ::kBytes, params.q, full,
+                tma_load_tile<TileQ>(base + Traits::sQ + q.stage() * TileQ::kBytes, params.q, full,
                                      work.first_q + work.m_block * Traits::kBlockM, work.head,
                                      params.fwd.shape.cu_seqlens_q == nullptr ? work.batch : 0);
             } else {
@@ -158,11 +170,11 @@ struct Producer {
 
     __device__ __forceinline__ void load(Ring<Traits::kStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
                                          const TensorMap& map, int row, int head, int batch) {
-        mbarrier_wait(shared_address(&empty[ring.stage]), ring.parity ^ 1);
+        mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
         if (lane == 0) {
-            const uint32_t barrier = shared_address(&full[ring.stage]);
+            const uint32_t barrier = shared_address(&full[ring.stage()]);
             mbarrier_arrive_expect(barrier, TileK::kBytes);
-            tma_load_tile<TileK>(base + tiles + ring.stage * TileK::kBytes, map, barrier, row, head, batch);
+            tma_load_tile<TileK>(base + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
         }
         __syncwarp();
         ring.advance();
@@ -243,61 +255,56 @@ struct Consumer {
     const int warp;   // in the warpgroup
     const int lane;
     Ring<Traits::kStages> k, v;
-    Ring<Traits::kQStages> q;  // where the next tile arrives
     Accumulator<1, Traits::kNTiles> s;
     Accumulator<1, Traits::kDTiles> o;
     uint32_t p[Traits::kBlockN / 16][4];
     OnlineSoftmax<1> softmax;
-
-    // What this warpgroup does for one tile; the rest is in the tile's Work.
-    struct Part {
-        int number;  // of the block's tiles
-        bool exists;
-        Range own;   // tiles of keys that this warpgroup's rows see
-        Range full;  // where they see all
-        int before;  // tiles of keys that the producer loads before those ..
-        int behind;  // .. and behind
-
-        __device__ __forceinline__ int q_slot() const { return number % Traits::kQStages; }
-    };
+    int number = 0;        // of the block's tiles: the one in work
+    bool settled = false;  // every row of this warp has a maximum to lag behind
 
     __device__ __forceinline__ const Work& work_of(int number) const { return control.works[number % Traits::kWorks]; }
+    __device__ __forceinline__ Part& part_of(int number) const {
+        return control.parts[4 * group + warp][number % Traits::kParts];
+    }
+    __device__ __forceinline__ Ring<Traits::kQStages> q_of(int number) const { return {uint32_t(number)}; }
     __device__ __forceinline__ int group_row(const Work& work) const {
         return work.m_block * Traits::kBlockM + Traits::kGroupRows * group;
     }
 
-    // Waits for tile `number`.
-    __device__ __forceinline__ Part take(int number) {
-        mbarrier_wait(shared_address(&control.q_full[q.stage]), q.parity);
-        q.advance();
+    // Waits for tile `number`. False: there is none.
+    __device__ __forceinline__ bool take(int number) {
+        const Ring<Traits::kQStages> q = q_of(number);
+        mbarrier_wait(shared_address(&control.q_full[q.stage()]), q.parity());
         const Work& work = work_of(number);
+        if (work.m_block < 0) return false;
         const Visibility sees(params.fwd.shape, work.sequence(params.fwd.shape));
         const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(work));
         const int first = group_row(work);
         const Range rows = {first, min(first + Traits::kGroupRows, work.seqlen_q)};
         Part part;
-        part.number = number;
-        part.exists = work.m_block >= 0;
         part.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need a sum: of one tile that is hidden altogether.
         if (!rows.empty() && part.own.empty() && !tiles.empty()) part.own = {tiles.end - 1, tiles.end};
         const Range common = sees.common_keys(rows);
         part.full = {ceil_div(common.begin, Traits::kBlockN), common.end / Traits::kBlockN};
-        part.before = part.exists ? tiles.end - part.own.end : 0;
-        part.behind = part.exists ? part.own.begin - tiles.begin : 0;
-        return part;
+        part.before = tiles.end - part.own.end;
+        part.behind = part.own.begin - tiles.begin;
+        __syncwarp();
+        if (lane == 0) part_of(number) = part;
+        __syncwarp();
+        return true;
     }
 
     __device__ __forceinline__ void release(uint64_t& barrier) const {
         if (lane == 0) mbarrier_arrive(shared_address(&barrier));
     }
 
-    // Starts S = q k^T with the next k.
-    __device__ __forceinline__ void start_scores(uint32_t q_slot) {
-        mbarrier_wait(shared_address(&control.k_full[k.stage]), k.parity);
-        const uint32_t tile_q = base + Traits::sQ + q_slot * TileQ::kBytes;
+    // Starts S = q k^T of tile `number` with the next k.
+    __device__ __forceinline__ void start_scores(int number) {
+        mbarrier_wait(shared_address(&control.k_full[k.stage()]), k.parity());
+        const uint32_t tile_q = base + Traits::sQ + q_of(number).stage() * TileQ::kBytes;
         const uint64_t rows = Descriptor<TileQ>::of(anew(tile_q + group * Traits::kGroupRows * Descriptor<TileQ>::kRowBytes));
-        const uint64_t columns = Descriptor<TileK>::of(anew(base + Traits::sK + k.stage * TileK::kBytes));
+        const uint64_t columns = Descriptor<TileK>::of(anew(base + Traits::sK + k.stage() * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kHeadDim / 16; ++step)
@@ -308,8 +315,8 @@ struct Consumer {
 
     // Starts o += P v with the next v; `fresh`: o = P v.
     __device__ __forceinline__ void start_output(bool fresh) {
-        mbarrier_wait(shared_address(&control.v_full[v.stage]), v.parity);
-        const uint64_t columns = Descriptor<TileK>::of(anew(base + Traits::sV + v.stage * TileK::kBytes));
+        mbarrier_wait(shared_address(&control.v_full[v.stage()]), v.parity());
+        const uint64_t columns = Descriptor<TileK>::of(anew(base + Traits::sV + v.stage() * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kBlockN / 16; ++step)
@@ -321,23 +328,40 @@ struct Consumer {
     __device__ __forceinline__ void scores_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(s);
-        release(control.k_empty[k.stage]);
+        release(control.k_empty[k.stage()]);
         k.advance();
     }
 
+    template <int kPending = 0>
     __device__ __forceinline__ void output_arrived() {
-        wgmma_wait<0>();
+        wgmma_wait<kPending>();
         wgmma_arrived(o);
-        release(control.v_empty[v.stage]);
+        release(control.v_empty[v.stage()]);
+        v.advance();
+    }
+
+    // The same, and then rescale() if `moved`, which is one value for the warp. Among instructions without a branch ptxas moves the
+    // wait in front of the softmax that is to run meanwhile: this branch holds it back.
+    template <typename Rescale>
+    __device__ __forceinline__ void output_arrived(bool moved, const Rescale& rescale) {
+        if (moved) {
+            wgmma_wait<0, 1>();
+            wgmma_arrived(o);
+            rescale();
+        } else {
+            wgmma_wait<0, 2>();
+            wgmma_arrived(o);
+        }
+        release(control.v_empty[v.stage()]);
         v.advance();
     }
 
     // Hides what a row does not see, and applies softcap and ALiBi.
     template <bool kMasked>
-    __device__ __forceinline__ void modify(const Part& part, int n) {
+    __device__ __forceinline__ void modify(int number, int n) {
         if (!kMasked && !Traits::kModified) return;
         const Shape& shape = params.fwd.shape;
-        const Work& work = work_of(anew(part.number));
+        const Work& work = work_of(anew(number));
         const Sequence sequence = work.sequence(shape);
         const Visibility sees(shape, sequence);
         const Scoring<Traits::kModified> scoring(shape, sequence, work.batch, work.head);
@@ -369,52 +393,91 @@ struct Consumer {
         for (int step = 0; step < Traits::kBlockN / 16; ++step) to_a_operand<T>(p[step], s.x[0], step);
     }
 
-    // One step within a tile: S of tile n of keys under o += P v of the one behind it.
+    // S of tile n of keys, masked if need be, becomes weights, and o is rescaled where a maximum has grown: from the maximum of all
+    // scores so far.
     template <bool kMasked>
-    __device__ __forceinline__ void step(const Part& part, int n, bool& fresh) {
-        start_scores(part.q_slot());
+    __device__ __forceinline__ void exact_step(int n, bool fresh) {
+        start_scores(number);
         start_output(fresh);
-        fresh = false;
         scores_arrived<1>();
-        modify<kMasked>(part, n);
-        const float max0 = softmax.max[0][0], max1 = softmax.max[0][1];
-        const float rescale0 = softmax.scores(s, 0, 0, factor());
-        const float rescale1 = softmax.scores(s, 0, 1, factor());
-        const bool grew = __any_sync(~0u, softmax.max[0][0] != max0 || softmax.max[0][1] != max1);
-        output_arrived();
+        modify<kMasked>(number, n);
+        const float max[2] = {softmax.max[0][0], softmax.max[0][1]};
+        const float rescale[2] = {softmax.scores(s, 0, 0, factor()), softmax.scores(s, 0, 1, factor())};
+        const bool grew = __any_sync(~0u, softmax.max[0][0] != max[0] || softmax.max[0][1] != max[1]);
+        settle();
+        output_arrived(grew, [&] {
+            softmax.rescale(o, 0, 0, rescale[0]);
+            softmax.rescale(o, 0, 1, rescale[1]);
+        });
         round_weights();
-        if (grew) {
-            softmax.rescale(o, 0, 0, rescale0);
-            softmax.rescale(o, 0, 1, rescale1);
-        }
     }
 
-    // The first softmax of a tile, over the S that has arrived.
-    __device__ __forceinline__ void first_softmax(const Part& part) {
+    // The same where nothing is hidden and every row has a maximum: from that.
+    __device__ __forceinline__ void lagging_step(bool fresh) {
+        start_scores(number);
+        start_output(fresh);
+        scores_arrived<1>();
+        const bool outgrown = __any_sync(~0u, softmax.lagging_scores(s, 0, factor()));
+        output_arrived(outgrown, [&] {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float rescale = softmax.catch_up(0, half, factor());
+                softmax.rescale(s, 0, half, rescale);
+                softmax.rescale(o, 0, half, rescale);
+            }
+        });
+        round_weights();
+    }
+
+    __device__ __forceinline__ void settle() {
+        if (Traits::kLags) settled = __all_sync(~0u, fminf(softmax.max[0][0], softmax.max[0][1]) != -INFINITY);
+    }
+
+    // All steps of a tile but the first. Whether there were none: o is still to be begun.
+    __device__ __forceinline__ bool steps() {
+        const Part& part = part_of(anew(number));
+        bool fresh = true;
+        for (int n = part.own.end - 2; n >= part.own.begin;) {
+            const int first_full = n < part.full.end ? max(part.own.begin, part.full.begin) : n + 1;
+            if constexpr (Traits::kLags) {
+                for (; settled && n >= first_full; --n, fresh = false) lagging_step(fresh);
+                if (n >= part.own.begin) exact_step<true>(n--, fresh), fresh = false;
+            } else {
+                for (; n >= first_full; --n, fresh = false) exact_step<false>(n, fresh);
+                if (n >= part.own.begin) exact_step<true>(n--, fresh), fresh = false;
+            }
+        }
+        return fresh;
+    }
+
+    // The first softmax of tile `number`, over the S that has arrived.
+    __device__ __forceinline__ void first_softmax(int number) {
+        const Part& part = part_of(number);
         const int n = part.own.end - 1;
         if (n < part.full.begin || n >= part.full.end) {
-            modify<true>(part, n);
+            modify<true>(number, n);
         } else {
-            modify<false>(part, n);
+            modify<false>(number, n);
         }
         softmax.clear();
         softmax.scores(s, 0, 0, factor());
         softmax.scores(s, 0, 1, factor());
+        settle();
     }
 
     // Lets tiles of keys go by that none of this warpgroup's rows sees.
     __device__ __forceinline__ void pass_k(int count) {
         for (; count > 0; --count) {
-            mbarrier_wait(shared_address(&control.k_full[k.stage]), k.parity);
-            release(control.k_empty[k.stage]);
+            mbarrier_wait(shared_address(&control.k_full[k.stage()]), k.parity());
+            release(control.k_empty[k.stage()]);
             k.advance();
         }
     }
 
     __device__ __forceinline__ void pass_v(int count) {
         for (; count > 0; --count) {
-            mbarrier_wait(shared_address(&control.v_full[v.stage]), v.parity);
-            release(control.v_empty[v.stage]);
+            mbarrier_wait(shared_address(&control.v_full[v.stage()]), v.parity());
+            release(control.v_empty[v.stage()]);
             v.advance();
         }
     }
@@ -467,72 +530,62 @@ struct Consumer {
         write(work, nothing);
     }
 
-    // Whether the first S of `next` may start before the last product of `part`. The warpgroup then passes the tiles of k between
-    // them with a v still to come: with two stages the producer gets three ahead of that v, so two may be passed.
-    __device__ __forceinline__ static bool flows_into(const Part& part, const Part& next) {
-        return next.exists && !next.own.empty() && part.behind + next.before <= 2;
+    // Whether the first S of tile `next` may start before the last product of the one in work. The warpgroup then passes the tiles
+    // of k between them with a v still to come: with two stages the producer gets three ahead of that v, so two may be passed.
+    __device__ __forceinline__ bool flows_into(const Part& next) const {
+        return !next.own.empty() && part_of(number).behind + next.before <= 2;
     }
 
     // A tile of which this warpgroup's rows see nothing, or of which it has no rows.
     __device__ __forceinline__ void skip(const Part& part) {
-        const Work& work = work_of(part.number);
+        const Work& work = work_of(number);
         if (part.before + part.behind == 0 && group_row(work) < work.seqlen_q) write_blind(work);
         pass(part.before + part.behind);
-        release(control.q_empty[part.q_slot()]);
+        release(control.q_empty[q_of(number).stage()]);
     }
 
     __device__ __forceinline__ void run() {
-        Part part = take(0);
-        while (part.exists) {
+        bool exists = take(number);
+        while (exists) {
+            const Part& part = part_of(number);
             if (part.own.empty()) {
                 skip(part);
-                part = take(part.number + 1);
+                exists = take(++number);
                 continue;
             }
             pass(part.before);
-            start_scores(part.q_slot());
+            start_scores(number);
             scores_arrived<0>();
-            first_softmax(part);
+            first_softmax(number);
             round_weights();
             bool flows = true;
             while (flows) {
-                bool fresh = true;
-                for (int n = part.own.end - 2; n >= part.own.begin;) {
-                    for (; n >= part.own.begin && n >= part.full.begin && n < part.full.end; --n) step<false>(part, n, fresh);
-                    if (n >= part.own.begin) step<true>(part, n--, fresh);
-                }
-                release(control.q_empty[part.q_slot()]);
+                const bool fresh = steps();
+                release(control.q_empty[q_of(number).stage()]);
                 OnlineSoftmax<1> statistics = softmax;
+                start_output(fresh);
                 flows = false;
                 if constexpr (Traits::kQStages > 1) {
-                    const Part next = take(part.number + 1);
-                    flows = flows_into(part, next);
-                    if (flows) {
-                        const int between = part.behind + next.before;
-                        pass_k(between);
-                        start_scores(next.q_slot());
-                        start_output(fresh);
-                        scores_arrived<1>();
-                        first_softmax(next);
-                        output_arrived();
-                        round_weights();
-                        write(work_of(part.number), statistics);
-                        pass_v(between);
-                        part = next;
-                        continue;
-                    }
-                    start_output(fresh);
-                    output_arrived();
-                    pass(part.behind);
-                    write(work_of(part.number), statistics);
-                    part = next;
-                } else {
-                    start_output(fresh);
-                    output_arrived();
-                    pass(part.behind);
-                    write(work_of(part.number), statistics);
-                    part = take(part.number + 1);
+                    exists = take(number + 1);
+                    flows = exists && flows_into(part_of(number + 1));
                 }
+                if (flows) {
+                    const int between = part_of(number).behind + part_of(number + 1).before;
+                    pass_k(between);
+                    start_scores(number + 1);
+                    output_arrived<1>();
+                    write(work_of(number), statistics);
+                    pass_v(between);
+                    scores_arrived<0>();
+                    first_softmax(number + 1);
+                    round_weights();
+                } else {
+                    output_arrived();
+                    pass(part_of(number).behind);
+                    write(work_of(number), statistics);
+                    if constexpr (Traits::kQStages == 1) exists = take(number + 1);
+                }
+                ++number;
             }
         }
     }

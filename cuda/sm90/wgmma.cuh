@@ -19,10 +19,10 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 // The wgmmas since the last call become one group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most kPending groups are under way.
-template <int kPending>
+// Waits until at most kPending groups are under way. The compiler makes one of two waits behind a branch, unless their kPlace differs.
+template <int kPending, int kPlace = 0>
 __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;  // place %1" ::"n"(kPending), "n"(kPlace) : "memory");
 }
 
 // Keeps reads of an accumulator behind the wait for it.
@@ -64,32 +64,27 @@ struct Descriptor {
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FA2_REGISTERS_32_40 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FA2_REGISTERS_40_48 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define FA2_REGISTERS_48_56 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define FA2_REGISTERS_56_64 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define FA2_REGISTERS_64_88 \
+#define FA2_REGISTERS_48_64 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FA2_REGISTERS_64_96 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
-    "%83, %84, %85, %86, %87"
-#define FA2_REGISTERS_88_96 ", %88, %89, %90, %91, %92, %93, %94, %95"
+    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FA2_REGISTERS_96_128 \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
     "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FA2_REGISTERS_32 FA2_REGISTERS_0_32
 #define FA2_REGISTERS_40 FA2_REGISTERS_32 FA2_REGISTERS_32_40
 #define FA2_REGISTERS_48 FA2_REGISTERS_40 FA2_REGISTERS_40_48
-#define FA2_REGISTERS_56 FA2_REGISTERS_48 FA2_REGISTERS_48_56
-#define FA2_REGISTERS_64 FA2_REGISTERS_56 FA2_REGISTERS_56_64
-#define FA2_REGISTERS_88 FA2_REGISTERS_64 FA2_REGISTERS_64_88
-#define FA2_REGISTERS_96 FA2_REGISTERS_88 FA2_REGISTERS_88_96
+#define FA2_REGISTERS_64 FA2_REGISTERS_48 FA2_REGISTERS_48_64
+#define FA2_REGISTERS_96 FA2_REGISTERS_64 FA2_REGISTERS_64_96
 #define FA2_REGISTERS_128 FA2_REGISTERS_96 FA2_REGISTERS_96_128
 
 #define FA2_TILE(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define FA2_TILES_8 FA2_TILE(0), FA2_TILE(1), FA2_TILE(2), FA2_TILE(3), FA2_TILE(4), FA2_TILE(5), FA2_TILE(6), FA2_TILE(7)
 #define FA2_TILES_10 FA2_TILES_8, FA2_TILE(8), FA2_TILE(9)
 #define FA2_TILES_12 FA2_TILES_10, FA2_TILE(10), FA2_TILE(11)
-#define FA2_TILES_14 FA2_TILES_12, FA2_TILE(12), FA2_TILE(13)
-#define FA2_TILES_16 FA2_TILES_14, FA2_TILE(14), FA2_TILE(15)
-#define FA2_TILES_22 FA2_TILES_16, FA2_TILE(16), FA2_TILE(17), FA2_TILE(18), FA2_TILE(19), FA2_TILE(20), FA2_TILE(21)
-#define FA2_TILES_24 FA2_TILES_22, FA2_TILE(22), FA2_TILE(23)
+#define FA2_TILES_16 FA2_TILES_12, FA2_TILE(12), FA2_TILE(13), FA2_TILE(14), FA2_TILE(15)
+#define FA2_TILES_24 FA2_TILES_16, \
+    FA2_TILE(16), FA2_TILE(17), FA2_TILE(18), FA2_TILE(19), FA2_TILE(20), FA2_TILE(21), FA2_TILE(22), FA2_TILE(23)
 #define FA2_TILES_32 FA2_TILES_24, \
     FA2_TILE(24), FA2_TILE(25), FA2_TILE(26), FA2_TILE(27), FA2_TILE(28), FA2_TILE(29), FA2_TILE(30), FA2_TILE(31)
 
@@ -114,12 +109,8 @@ struct WgmmaShared;
                              : FA2_TILES_##tiles : "l"(rows), "l"(columns), "r"(accumulate)); \
         } \
     };
-FA2_WGMMA_SHARED(64, 32, 8, "32", "33", "34")
 FA2_WGMMA_SHARED(80, 40, 10, "40", "41", "42")
-FA2_WGMMA_SHARED(96, 48, 12, "48", "49", "50")
-FA2_WGMMA_SHARED(112, 56, 14, "56", "57", "58")
 FA2_WGMMA_SHARED(128, 64, 16, "64", "65", "66")
-FA2_WGMMA_SHARED(176, 88, 22, "88", "89", "90")
 
 // The same with rows in registers, and columns in shared memory that lie along the outer axis ("transposed").
 template <typename T, int kN>

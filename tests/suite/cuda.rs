@@ -16,6 +16,7 @@
 use std::collections::BTreeSet;
 
 use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Target};
+use crate::common::compare::round_to;
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
@@ -173,6 +174,41 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
         case.check_output(&input, &first).with_context(|| format!("kernel {}", tiled.kernel.name))
     })?;
     println!("{} cases on persistent kernels match the reference", cases.len());
+    Ok(())
+}
+
+/// Scores that climb from tile to tile of keys, in the order in which a kernel visits them and against it, by less than a weight may
+/// outgrow the maximum that it is measured from, by more, and by more than a weight can express; and so many equal ones that their
+/// sum outgrows it.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn scores_that_climb_from_tile_to_tile() -> Result<()> {
+    let kernels = tiled_kernels()?;
+    let mut cases = Vec::new();
+    for tiled in kernels.iter().filter(|tiled| tiled.kernel.pass == Pass::Forward) {
+        let Kernel { block_m, block_n, .. } = *tiled.kernel;
+        let seqlen_k = 6 * block_n + 5;
+        for climb in [2.0, 20.0, 70.0, 200.0, -20.0, -200.0] {
+            for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
+                let case = tiled.case(0).heads(1, 1).batch(1, block_m + 20, seqlen_k).mask(mask);
+                cases.push((tiled, case, climb / block_n as f64));
+            }
+        }
+        cases.push((tiled, tiled.case(0).heads(1, 1).batch(1, 20, 140_000), 0.0));
+    }
+    cases.par_iter().try_for_each(|(tiled, case, climb)| -> Result<()> {
+        let mut input = case.draw();
+        let head_dim = case.head_dim;
+        input.q.fill(1.0);
+        let keys = input.k.len() / head_dim;
+        // The scale of a score is head_dim^-1/2, and a product of q and k has head_dim equal terms.
+        let scale = case.softmax_scale.unwrap_or((head_dim as f64).powf(-0.5)) * head_dim as f64;
+        for (at, x) in input.k.iter_mut().enumerate() {
+            *x = round_to(case.dtype, (keys - at / head_dim) as f64 * climb / scale);
+        }
+        tiled.check_on(case, &input).map(drop).with_context(|| format!("a climb of {climb} from key to key"))
+    })?;
+    println!("{} cases match the reference", cases.len());
     Ok(())
 }
 

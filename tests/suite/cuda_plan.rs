@@ -237,8 +237,10 @@ fn schedules_cover_the_call() -> Result<()> {
     }
     let (_, blocks, _) = of(&long_problem(&causal, [1, 16_384, 16, 128], [1, 16_384, 16, 128])?)?;
     assert_eq!(blocks, 132);
-    // Masked heads in sections that share L2: 32 MiB of keys and values, 8 to 32 heads, and no more than there are.
-    for (seqlen, heads, want) in [(1024, 64, 32), (4096, 64, 16), (16_384, 64, 8), (1024, 4, 4), (16_384, 4, 4)] {
+    // Masked heads in sections of one size: some four tiles to a multiprocessor, at most 32 heads, no more than there are.
+    let sections =
+        [(512, 64, 32), (1024, 80, 27), (4096, 64, 16), (16_384, 16, 4), (16_384, 7, 4), (1024, 4, 4), (131_072, 4, 1)];
+    for (seqlen, heads, want) in sections {
         let shape = [1, seqlen, heads, 128];
         for attention in [&causal, &Attention::new().mask(Mask::Window { left: Some(100), right: None })] {
             assert_eq!(of(&long_problem(attention, shape, shape)?)?.0.section_heads, want, "{shape:?}");
