@@ -4,6 +4,7 @@
     peers.py --csv peers.csv                      every case; rows in the columns of benches/record
     peers.py --csv peers.csv --quick              a handful
     peers.py --csv peers.csv mha/d128 gqa         the cases whose name contains one of these words
+    peers.py --csv peers.csv --passes fwd         the forward alone
     peers.py --list                               prints the names; needs no GPU
 
 flash      FlashAttention-2: PyTorch's FLASH_ATTENTION; packed batches by torch.nn.attention.varlen where PyTorch has it
@@ -36,6 +37,7 @@ COLUMNS = (
     *("ms", "tflops", "gbps", "ms_min", "reps", "sm_mhz", "watts", "err", "peak_mib"),
 )
 NAMES = {"flash": "FlashAttention-2", "cudnn": "cuDNN", "fa3": "FlashAttention-3", "standard": "standard attention"}
+PASSES = ("fwd", "bwd")
 FLUSH_BYTES = 192 << 20  # more than the L2 cache of any GPU so far
 PAUSE_S = 0.1  # the clock depends on the power that was drawn
 RUNS = 7, 100  # at least and at most, whatever time they take
@@ -346,7 +348,7 @@ class Bench:
     def case(self, name, peer, case):
         """Each pass, and their sum; what does not fit into memory says so, and so does the sum."""
         sums, row = 0.0, lambda direction: case.row(name, direction, self.options.dtype)
-        for direction in ("fwd", "bwd"):
+        for direction in self.options.passes:
             try:
                 told, ms = self.timed(self.calls(peer, case)[direction], case.flop(direction))
             except self.torch.cuda.OutOfMemoryError:
@@ -355,6 +357,8 @@ class Bench:
                 return
             sums += ms
             self.write(row(direction) | told)
+        if len(self.options.passes) < len(PASSES):
+            return
         told = {"ms": f"{sums:.5g}", "tflops": f"{case.flop('fwd+bwd') / sums * 1e-9:.5g}"}
         self.write(row("fwd+bwd") | told)
 
@@ -373,6 +377,12 @@ def main():
         default=["flash", "cudnn", "fa3"],
         help="flash,cudnn,fa3 unless given",
     )
+    parser.add_argument(
+        "--passes",
+        type=lambda text: text.split(","),
+        default=PASSES,
+        help="fwd,bwd unless given",
+    )
     parser.add_argument("--quick", action="store_true", help="a handful of cases")
     parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
     parser.add_argument("--rep-ms", type=float, default=100.0, metavar="MS", help="time each pass for so long (100)")
@@ -381,6 +391,8 @@ def main():
     unknown = set(options.peers) - set(PEERS)
     if unknown:
         parser.error(f"no peer is called {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    if not set(options.passes) <= set(PASSES):
+        parser.error(f"the passes are {', '.join(PASSES)}")
     chosen = cases(options)
     if options.list:
         return print("\n".join(case.name() for case in chosen))

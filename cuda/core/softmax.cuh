@@ -84,11 +84,12 @@ struct OnlineSoftmax {
     // Raises the maximum of one row so far that no thread's sum is above 32. Returns the factor of the weights of the last tile and
     // of the output so far.
     __device__ __forceinline__ float catch_up(int i, int half, float factor) {
-        float most = sum[i][half];
+        float most = fmaxf(sum[i][half], 32.f);
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float rescale = 32.f / fmaxf(most, 32.f);
-        max[i][half] -= log2f(rescale) / factor;
+        const float before = max[i][half];
+        max[i][half] += log2f(most / 32.f) / factor;
+        const float rescale = exp2_approx(before * factor - max[i][half] * factor);
         sum[i][half] *= rescale;
         return rescale;
     }

@@ -1,7 +1,7 @@
 // Rows whose o is not finite, computed anew: key by key, with those alone that they see.
 //
-// A hidden key has weight 0, and 0 times a NaN or an infinity of v is NaN. That is rare, so the main loop does not care: it notes
-// the tile, and the block comes back to it at the end.
+// A hidden key has weight 0, and 0 times a NaN or an infinity of v is NaN; a weight measured from a maximum that lags behind too far
+// is infinite. Both are rare, so the main loop does not care: it notes the tile, and the block comes back to it at the end.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -16,13 +16,13 @@ namespace fa2::sm90 {
 template <typename T>
 __device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
     const uint32_t *pairs_a = reinterpret_cast<const uint32_t*>(a), *pairs_b = reinterpret_cast<const uint32_t*>(b);
-    float sum = 0.f;
+    float2 sum = {0.f, 0.f};
     for (int i = 0; i < head_dim / 2; ++i) {
         const float2 x = unpack2<T>(pairs_a[i]), y = unpack2<T>(pairs_b[i]);
-        sum = fmaf(x.x, y.x, sum);
-        sum = fmaf(x.y, y.y, sum);
+        sum.x = fmaf(x.x, y.x, sum.x);
+        sum.y = fmaf(x.y, y.y, sum.y);
     }
-    return sum;
+    return sum.x + sum.y;
 }
 
 // weight * x; an infinity stays one where the weight has been rounded to 0.
@@ -53,7 +53,8 @@ __device__ __forceinline__ void mend_row(const FwdParams& params, const Work& wo
         float new_max = fmaxf(max, score);
         for (int step = 1; step < kWarpSize; step *= 2) new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, step));
         const float reference = new_max == -INFINITY ? 0.f : new_max * scoring.factor;
-        const float rescale = exp2_approx(max * scoring.factor - reference);
+        // The product is rounded as it was in the reference before: a maximum that stays leaves the sum as it is.
+        const float rescale = exp2_approx(__fmul_rn(max, scoring.factor) - reference);
         const float p = seen ? exp2_approx(fmaf(score, scoring.factor, -reference)) : 0.f;
         max = new_max;
         sum = fmaf(sum, rescale, p);

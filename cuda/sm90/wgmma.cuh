@@ -19,10 +19,10 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 // The wgmmas since the last call become one group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most kPending groups are under way. The compiler makes one of two waits behind a branch, unless their kPlace differs.
-template <int kPending, int kPlace = 0>
+// Waits until at most kPending groups are under way.
+template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;  // place %1" ::"n"(kPending), "n"(kPlace) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Keeps reads of an accumulator behind the wait for it.

@@ -14,9 +14,9 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use self::gpu::Gpu;
+use self::gpu::{Gpu, Machine, GPU, HOPPER, MACHINES};
 
-/// The run on a CPU whose numbers the documents show; of those on a GPU it is the newest.
+/// The run on a CPU whose numbers the documents show; of those on GPUs it is each one's newest.
 const CPU_RECORD: &str = "benches/record/xeon-sapphire-rapids-2-cores/2026-11-22";
 
 fn root() -> PathBuf {
@@ -25,23 +25,31 @@ fn root() -> PathBuf {
 
 type Table = fn(&Gpu) -> Result<String>;
 
-/// Each part of a document that is made from a record, and how it is made.
-const TABLES: [(&str, &str, Table); 15] = [
-    ("README.md", "cpu", |_| cpu_table()),
-    ("README.md", "plot", |gpu| Ok(gpu.figure("forward-backward", "docs/"))),
-    ("README.md", "cuda", |gpu| tables::speed(gpu, &[1024, 4096, 16384], "")),
-    ("docs/cuda.md", "cuda", |gpu| tables::speed(gpu, &[512, 1024, 2048, 4096, 8192, 16384], "../")),
-    ("docs/cuda.md", "summary", tables::summary),
-    ("docs/benchmarks.md", "claims", claims::table),
-    ("docs/benchmarks.md", "speed", tables::peers),
-    ("docs/benchmarks.md", "standard", tables::standard),
-    ("docs/benchmarks.md", "memory", tables::memory),
-    ("docs/benchmarks.md", "ablations", tables::ablations),
-    ("docs/benchmarks.md", "heads", tables::heads),
-    ("README.md", "training", tables::training),
-    ("docs/benchmarks.md", "gpt", tables::gpt),
-    ("docs/benchmarks.md", "gpt-steps", tables::gpt_steps),
-    ("docs/benchmarks.md", "loss", |gpu| Ok(gpu.figure("loss", ""))),
+/// Each part of a document that is made from a GPU's record, and how it is made.
+const TABLES: [(&str, &str, Machine, Table); 19] = [
+    ("README.md", "cpu", GPU, |_| cpu_table()),
+    ("README.md", "hopper-plot", HOPPER, |gpu| Ok(gpu.figure("hopper-forward", "docs/"))),
+    ("README.md", "hopper", HOPPER, |gpu| {
+        tables::beside_the_fastest(gpu, &plot::HEAD_DIMS, &[512, 1024, 4096, 16384], "")
+    }),
+    ("README.md", "plot", GPU, |gpu| Ok(gpu.figure("forward-backward", "docs/"))),
+    ("README.md", "cuda", GPU, |gpu| tables::speed(gpu, &[1024, 4096, 16384], "")),
+    ("docs/hopper.md", "hopper", HOPPER, |gpu| {
+        tables::beside_the_fastest(gpu, &[64, 96, 128, 192, 256], &plot::SEQLENS, "../")
+    }),
+    ("docs/hopper.md", "hopper-summary", HOPPER, tables::forward_summary),
+    ("docs/cuda.md", "cuda", GPU, |gpu| tables::speed(gpu, &plot::SEQLENS, "../")),
+    ("docs/cuda.md", "summary", GPU, tables::summary),
+    ("docs/benchmarks.md", "claims", GPU, claims::table),
+    ("docs/benchmarks.md", "speed", GPU, tables::peers),
+    ("docs/benchmarks.md", "standard", GPU, tables::standard),
+    ("docs/benchmarks.md", "memory", GPU, tables::memory),
+    ("docs/benchmarks.md", "ablations", GPU, tables::ablations),
+    ("docs/benchmarks.md", "heads", GPU, tables::heads),
+    ("README.md", "training", GPU, tables::training),
+    ("docs/benchmarks.md", "gpt", GPU, tables::gpt),
+    ("docs/benchmarks.md", "gpt-steps", GPU, tables::gpt_steps),
+    ("docs/benchmarks.md", "loss", GPU, |gpu| Ok(gpu.figure("loss", ""))),
 ];
 
 /// What stands in place of a table or figure that the record has no rows for.
@@ -54,15 +62,16 @@ fn update() -> bool {
 
 #[test]
 fn the_documents_show_the_records() -> Result<()> {
-    let gpu = Gpu::newest()?;
-    for (document, name, table) in TABLES {
+    let records = MACHINES.map(Gpu::newest).into_iter().collect::<Result<Vec<_>>>()?;
+    for (document, name, machine, table) in TABLES {
+        let gpu = records.iter().find(|gpu| gpu.machine == machine).context("every machine has a record")?;
         let (begin, end) = (format!("<!-- table: {name} -->\n"), "<!-- end -->");
         let path = root().join(document);
         let text = fs::read_to_string(&path)?;
         let missing = || format!("{document} has no place for the table {name}");
         let (before, rest) = text.split_once(&begin).with_context(missing)?;
         let (shown, after) = rest.split_once(end).with_context(missing)?;
-        let table = table(&gpu).with_context(|| format!("the table {name} of {document}"))?;
+        let table = table(gpu).with_context(|| format!("the table {name} of {document}"))?;
         let table = if table.is_empty() { NOTHING_YET.to_string() } else { table };
         if update() {
             fs::write(&path, [before, &begin, &table, end, after].concat())?;
@@ -73,26 +82,27 @@ fn the_documents_show_the_records() -> Result<()> {
     Ok(())
 }
 
-/// docs/plots holds the figures of the newest record on a GPU, and nothing else.
+/// docs/plots holds the figures of the newest records on GPUs, and nothing else.
 #[test]
-fn the_plots_show_the_record() -> Result<()> {
-    let gpu = Gpu::newest()?;
+fn the_plots_show_the_records() -> Result<()> {
+    let records = MACHINES.map(Gpu::newest).into_iter().collect::<Result<Vec<_>>>()?;
+    let figures: Vec<plot::Figure> = records.into_iter().flat_map(|gpu| gpu.figures).collect();
     let folder = root().join("docs/plots");
     let file = |name: &str| format!("{name}.svg");
     if update() {
-        plot::save(&folder, &gpu.figures)?;
+        plot::save(&folder, &figures)?;
     }
-    for (name, svg) in &gpu.figures {
+    for (name, svg) in &figures {
         let shown = fs::read_to_string(folder.join(file(name))).unwrap_or_default();
         ensure!(shown == *svg, "docs/plots/{name}.svg is older than its record; `just tables` draws it anew");
     }
     for entry in fs::read_dir(&folder)? {
         let entry = entry?;
-        let drawn = gpu.figures.iter().any(|(name, _)| *file(name) == *entry.file_name());
+        let drawn = figures.iter().any(|(name, _)| *file(name) == *entry.file_name());
         if !drawn && update() {
             fs::remove_file(entry.path())?;
         }
-        ensure!(drawn || update(), "{} is no figure of the record; `just tables` removes it", entry.path().display());
+        ensure!(drawn || update(), "{} is no figure of a record; `just tables` removes it", entry.path().display());
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The newest record on a GPU.
+//! The newest records on GPUs.
 
 use super::plot::record::{median, Call, Record};
 use super::{loss, origin, plot, root, rows};
@@ -6,10 +6,19 @@ use anyhow::{ensure, Context, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
-/// The machine whose runs the documents show; a folder by date for each.
-const MACHINE: &str = "benches/record/h100-80gb-hbm3";
+/// Machines whose runs the documents show: folders of benches/record, with a folder by date for each of their runs.
+pub type Machine = &'static str;
+
+/// The kernels of every GPU, ours beside others, and everything that is measured with them.
+pub const GPU: Machine = "h100-80gb-hbm3";
+
+/// The forward on Hopper's units.
+pub const HOPPER: Machine = "h200";
+
+pub const MACHINES: [Machine; 2] = [GPU, HOPPER];
 
 pub struct Gpu {
+    pub machine: Machine,
     pub folder: String,
     /// Machine and date.
     pub origin: String,
@@ -21,14 +30,15 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    pub fn newest() -> Result<Self> {
-        let dates = fs::read_dir(root().join(MACHINE)).with_context(|| MACHINE.to_string())?;
+    pub fn newest(machine: Machine) -> Result<Self> {
+        let dates = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
         let newest = dates.collect::<Result<Vec<String>>>()?.into_iter().max();
-        Self::read(format!("{MACHINE}/{}", newest.with_context(|| format!("{MACHINE} has no runs"))?))
+        let newest = newest.with_context(|| format!("{machine} has no runs"))?;
+        Self::read(machine, format!("benches/record/{machine}/{newest}"))
     }
 
-    fn read(folder: String) -> Result<Self> {
+    fn read(machine: Machine, folder: String) -> Result<Self> {
         let (mut texts, mut runs) = (BTreeMap::new(), BTreeMap::<u32, Vec<String>>::new());
         for entry in fs::read_dir(root().join(&folder))? {
             let path = entry?.path();
@@ -47,18 +57,26 @@ impl Gpu {
         let origin = origin(&folder)?;
         let source = format!("Measured on: {}", origin.to_uppercase());
         let mut figures = plot::figures(&record, &source)?;
+        if machine == HOPPER {
+            // Its backward has no kernels of its own: the other machine's figures show that.
+            figures.retain(|(name, _)| *name == "forward");
+            figures.iter_mut().for_each(|(name, _)| *name = "hopper-forward");
+        }
         let loss = |name: &'static str, file: &str| texts.get(file).map(|text| (name, text.clone()));
         let losses = [loss("standard attention", "gpt-standard"), loss("candle-fa2", "gpt-flash")];
         if let [Some(standard), Some(flash)] = losses {
             figures.push(("loss", loss::curves(&[standard, flash], &source)?));
         }
-        Ok(Self { folder, origin, record, runs, figures })
+        Ok(Self { machine, folder, origin, record, runs, figures })
     }
 
     /// The figure for a document, from whose folder `to_docs` leads to docs; nothing if the record has none of that name.
     pub fn figure(&self, name: &str, to_docs: &str) -> String {
         let alt = match name {
             "forward" => "TFLOP/s of the forward by sequence length",
+            "hopper-forward" => {
+                "TFLOP/s of the forward by sequence length on a Hopper GPU, beside other implementations"
+            }
             "backward" => "TFLOP/s of the backward by sequence length",
             "forward-backward" => "TFLOP/s of forward and backward by sequence length, beside other implementations",
             "memory" => "memory of forward and backward by sequence length",

@@ -51,6 +51,60 @@ pub fn speed(gpu: &Gpu, seqlens: &[usize], to_root: &str) -> Result<String> {
     Ok(table)
 }
 
+/// Ours and its ratio to the fastest of the others in the forward, over the papers' grid; 16 heads at a head_dim that it has not.
+pub fn beside_the_fastest(gpu: &Gpu, head_dims: &[usize], seqlens: &[usize], to_root: &str) -> Result<String> {
+    let seqlen_names: Vec<String> = seqlens.iter().map(usize::to_string).collect();
+    let columns = ["head_dim", "mask"].into_iter().chain(seqlen_names.iter().map(String::as_str));
+    let mut table = head(&columns.collect::<Vec<_>>());
+    for &head_dim in head_dims {
+        for (causal, mask) in MASKS {
+            table += &format!("| {head_dim} | {mask} |");
+            for &seqlen in seqlens {
+                let of_grid = Call::of_the_grid("fwd", head_dim, causal, seqlen);
+                let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };
+                let call = Call { num_heads, num_heads_k: num_heads, ..of_grid };
+                let ours = gpu.record.tflops("ours", &call).with_context(|| format!("no run has {call:?}"))?;
+                let ratio = fastest(gpu, &call).map_or(String::new(), |ratio| format!(", {ratio:.2}x"));
+                table += &format!(" {ours:.0}{ratio} |");
+            }
+            table += "\n";
+        }
+    }
+    let Gpu { folder, origin, .. } = gpu;
+    Ok(table + &format!("\nMeasured on: {origin} ([the runs]({to_root}{folder})).\n"))
+}
+
+/// Ours over the fastest of the others that have timed a call.
+fn fastest(gpu: &Gpu, call: &Call) -> Option<f64> {
+    PEERS.iter().filter_map(|(peer, _)| gpu.ratio(peer, call)).min_by(f64::total_cmp)
+}
+
+/// Geometric mean and minimum of the forward's ratios to each of the others and to the fastest, by kind of call.
+pub fn forward_summary(gpu: &Gpu) -> Result<String> {
+    let kinds = [
+        (&["mha"][..], "papers' grid"),
+        (&["gqa"], "GQA 32/8"),
+        (&["varlen"], "packed, 29 sequences"),
+        (&["varlen_gqa"], "packed and GQA"),
+    ];
+    let mut table = head(&[&["ours over, geometric mean (smallest)"][..], &kinds.map(|(_, name)| name)].concat());
+    let cell = |compared: Vec<(Call, f64)>| {
+        let smallest = compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min);
+        mean(&compared).map_or(String::new(), |mean| format!("{mean:.2} ({smallest:.2}) of {}", compared.len()))
+    };
+    for (peer, name) in PEERS {
+        let cells = kinds.map(|(kinds, _)| cell(gpu.compared(peer, kinds, "fwd")));
+        table += &format!("| {name} | {} |\n", cells.join(" | "));
+    }
+    let of_fastest = |kinds: &[&str]| {
+        let calls: BTreeSet<Call> =
+            PEERS.iter().flat_map(|(peer, _)| gpu.compared(peer, kinds, "fwd")).map(|(call, _)| call).collect();
+        cell(calls.into_iter().filter_map(|call| Some((call.clone(), fastest(gpu, &call)?))).collect())
+    };
+    table += &format!("| the fastest | {} |\n", kinds.map(|(kinds, _)| of_fastest(kinds)).join(" | "));
+    Ok(table)
+}
+
 fn mean(compared: &[(Call, f64)]) -> Option<f64> {
     geometric_mean(compared.iter().map(|&(_, ratio)| ratio))
 }
