@@ -10,7 +10,7 @@ namespace fa2 {
 // Running maximum and sum of the rows that a thread holds: two for each 16 rows of its warp.
 template <int kMTiles>
 struct OnlineSoftmax {
-    float max[kMTiles][2];  // of the scores, before the factor; or what lags behind it: see lagging_scores()
+    float max[kMTiles][2];  // of the scores, before the factor; after lagging_scores() what weights are measured from instead
     float sum[kMTiles][2];  // this thread's columns only, until finish()
 
     __device__ __forceinline__ void clear() {
@@ -61,9 +61,9 @@ struct OnlineSoftmax {
     // What a thread's sum may come to before its maximum must catch up: no weight is above it, and the largest f16 is 65504.
     static constexpr float kMostLag = 32768.f;
 
-    // As scores() of both rows, but from the maximum so far, which must be finite: scores above it become more than 1, and neither
-    // a new maximum nor a rescale is needed. True if a sum has become too large: then catch_up() comes next. A score 128 / factor above
-    // the maximum becomes infinite, and so does the output.
+    // As scores() of both rows, but from the maximum so far: scores above it become more than 1, and neither a new maximum nor a
+    // rescale is needed. True if a sum has become too large: then catch_up() comes next. Where a weight or the sum outgrows f32, 128 /
+    // factor above the maximum or a little less, and where there is no maximum yet, the output does not stay finite.
     template <int kNTiles>
     __device__ __forceinline__ bool lagging_scores(Accumulator<kMTiles, kNTiles>& s, int i, float factor) {
         const float reference[2] = {max[i][0] * factor, max[i][1] * factor};
@@ -89,7 +89,11 @@ struct OnlineSoftmax {
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
         const float before = max[i][half];
         max[i][half] += log2f(most / 32.f) / factor;
-        const float rescale = exp2_approx(before * factor - max[i][half] * factor);
+        // Products rounded as the references are: a maximum that stays changes nothing. A sum alone may have overflowed: its output
+        // must not stay finite either.
+        const float rescale = max[i][half] < INFINITY
+                                  ? exp2_approx(__fmul_rn(before, factor) - __fmul_rn(max[i][half], factor))
+                                  : NAN;
         sum[i][half] *= rescale;
         return rescale;
     }

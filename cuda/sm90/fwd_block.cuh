@@ -44,12 +44,11 @@ struct FwdTraits {
     static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three warpgroups of 64 rows");
     static_assert(kWarps_ == 4 * (kConsumers + 1), "and one that loads");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
-    static_assert(kBlockM - kGroupRows <= 2 * kBlockN, "warpgroups are at most two tiles of keys apart: see Consumer::flows_into");
 };
 
 // What a warpgroup does for one tile; the rest is in the tile's Work. In tiles of keys.
 struct Part {
-    Range own;           // that this warpgroup's rows see; at least one if any warpgroup's do
+    Range own;           // that this warpgroup's rows see; if it has rows, at least one where any warpgroup sees one
     Range plain;         // of its steps but the first, those where nothing is hidden; with kLags, and every row has a maximum already
     bool plain_at_first; // nothing is hidden in the first
     int before;          // that the producer loads before its own ..

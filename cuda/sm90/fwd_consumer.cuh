@@ -154,8 +154,8 @@ struct Consumer {
         for (int step = 0; step < Traits::kBlockN / 16; ++step) to_a_operand<T>(p[step], s.x[0], step);
     }
 
-    // S of tile n of keys, masked if need be, becomes weights, and o is rescaled where a maximum has grown: from the maximum of all
-    // scores so far.
+    // S of tile n of keys, masked if need be, becomes weights, from the maximum so far and of these scores; o is rescaled where it has
+    // grown.
     template <bool kMasked>
     __device__ __forceinline__ void exact_step(int n, bool fresh) {
         start_scores(number);
@@ -234,6 +234,7 @@ struct Consumer {
     __device__ __forceinline__ void pass_k(int count) {
         for (; count > 0; --count) {
             mbarrier_wait(shared_address(&control.k_full[k.stage()]), k.parity());
+            __syncwarp();  // no lane still waits for this phase
             release(control.k_empty[k.stage()]);
             k.advance();
         }
@@ -242,6 +243,7 @@ struct Consumer {
     __device__ __forceinline__ void pass_v(int count) {
         for (; count > 0; --count) {
             mbarrier_wait(shared_address(&control.v_full[v.stage()]), v.parity());
+            __syncwarp();
             release(control.v_empty[v.stage()]);
             v.advance();
         }
@@ -295,8 +297,8 @@ struct Consumer {
         write(work, nothing);
     }
 
-    // Whether the first S of tile `next` may start before the last product of the one in work. The warpgroup then passes the tiles
-    // of k between them with a v still to come: with two stages the producer gets three ahead of that v, so two may be passed.
+    // Whether the first S of tile `next` may start behind the last product of the one in work. The warpgroup then passes the tiles of
+    // k between them while it holds the v of that: with two stages the producer gets three ahead of that v, so two may be passed.
     __device__ __forceinline__ bool flows_into(const Part& next) const {
         return !next.own.empty() && part_of(number).behind + next.before <= 2;
     }

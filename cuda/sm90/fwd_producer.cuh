@@ -39,7 +39,7 @@ struct Producer {
     __device__ __forceinline__ Work take() {
         while (true) {
             index = __shfl_sync(~0u, ticket, 0);
-            if (index >= params.schedule.tiles) break;
+            if (uint32_t(index) >= uint32_t(params.schedule.tiles)) break;  // each block counts one past the end
             const Work work = tile_at<Traits::kBlockM>(params.fwd.shape, params.schedule, index, lane);
             if (work.m_block >= 0 && !rows_of<Traits>(work).empty()) {
                 ++wanted;

@@ -1,4 +1,4 @@
-// Rows whose o is not finite, computed anew: key by key, with those alone that they see.
+// Tiles in which an o is not finite, computed anew: row by row, key by key, with those alone that a row sees.
 //
 // A hidden key has weight 0, and 0 times a NaN or an infinity of v is NaN; a weight measured from a maximum that lags behind too far
 // is infinite. Both are rare, so the main loop does not care: it notes the tile, and the block comes back to it at the end.

@@ -177,9 +177,30 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
     Ok(())
 }
 
+/// Scores by the number of keys behind theirs, and the queries that have them; those of the others are 0.
+struct Climb {
+    name: String,
+    score: Box<dyn Fn(usize) -> f64 + Send + Sync>,
+    rows: fn(usize) -> bool,
+}
+
+impl Climb {
+    /// `per_tile` more from one tile of keys to the tile before it, which kernels visit later.
+    fn by(per_tile: f64, block_n: usize, rows: fn(usize) -> bool) -> Self {
+        let score = move |behind| behind as f64 * per_tile / block_n as f64;
+        Self { name: format!("{per_tile} more with each tile"), score: Box::new(score), rows }
+    }
+
+    /// `value` for the last `keys` keys and 0 for those before, or the other way round.
+    fn step(keys: usize, value: f64, for_the_last: bool) -> Self {
+        let score = move |behind| if (behind < keys) == for_the_last { value } else { 0.0 };
+        Self { name: format!("{value} on one side of the {keys}th key"), score: Box::new(score), rows: |_| true }
+    }
+}
+
 /// Scores that climb from tile to tile of keys, in the order in which a kernel visits them and against it, by less than a weight may
-/// outgrow the maximum that it is measured from, by more, and by more than a weight can express; from -inf; and so many equal ones
-/// that their sum outgrows it.
+/// outgrow the maximum that it is measured from, by more, by more than a weight can express, and by more than a sum can; in the rows of
+/// one warp alone; from -inf; and so many equal ones that their sum outgrows it.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn scores_that_climb_from_tile_to_tile() -> Result<()> {
@@ -187,44 +208,41 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
     let mut cases = Vec::new();
     for tiled in kernels.iter().filter(|tiled| tiled.kernel.pass == Pass::Forward) {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
-        let seqlen_k = 6 * block_n + 5;
-        let case = |mask| tiled.case(0).heads(1, 1).batch(1, block_m + 20, seqlen_k).mask(mask);
-        for climb in [2.0, 20.0, 70.0, 150.0, -20.0, -150.0] {
+        let case = |seqlen_k| tiled.case(0).heads(1, 1).batch(1, block_m + 20, seqlen_k);
+        for per_tile in [2.0, 20.0, 70.0, 150.0, -20.0, -150.0] {
             for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
-                cases.push((tiled, case(mask), climb / block_n as f64));
+                let climb = Climb::by(per_tile, block_n, |_| true);
+                cases.push((tiled, case(6 * block_n + 5).mask(mask), climb));
             }
         }
-        cases.push((tiled, case(Mask::None), f64::NEG_INFINITY));
+        for per_tile in [20.0, 150.0] {
+            let one_warp = |row| row / 16 % 4 == 1;
+            cases.push((tiled, case(6 * block_n + 5), Climb::by(per_tile, block_n, one_warp)));
+        }
+        // e^87 is a number of f32, and 20 times that is none.
+        cases.push((tiled, case(2 * block_n), Climb::step(block_n, 87.0, false)));
+        cases.push((tiled, case(6 * block_n + 5), Climb::step(9, f64::NEG_INFINITY, true)));
         if tiled.kernel.arch == Arch::Sm90 {
-            cases.push((tiled, tiled.case(0).heads(1, 1).batch(1, 17, 135_000), 0.0));
+            cases.push((tiled, tiled.case(0).heads(1, 1).batch(1, 17, 135_000), Climb::by(0.0, block_n, |_| true)));
         }
     }
     let errors = cases.par_iter().filter_map(|(tiled, case, climb)| {
         let mut input = case.draw();
         let head_dim = case.head_dim;
         // The first column alone makes the scores: a sum of many large equal terms would round.
-        input.q.iter_mut().enumerate().for_each(|(at, x)| *x = f64::from(at % head_dim == 0));
+        for (at, x) in input.q.iter_mut().enumerate() {
+            *x = f64::from(at % head_dim == 0 && (climb.rows)(at / head_dim));
+        }
         let keys = input.k.len() / head_dim;
         let scale = case.softmax_scale.unwrap_or((head_dim as f64).powf(-0.5));
         for (at, x) in input.k.iter_mut().enumerate().step_by(head_dim) {
-            let before = (keys - at / head_dim) as f64;
-            let score = match climb.is_finite() {
-                true => before * climb,
-                false if before < 10.0 => *climb,
-                false => 0.0,
-            };
-            *x = round_to(case.dtype, score / scale);
+            *x = round_to(case.dtype, (climb.score)(keys - 1 - at / head_dim) / scale);
         }
-        tiled.check_on(case, &input).err().map(|error| format!("a climb of {climb} from key to key: {error:#}"))
+        tiled.check_on(case, &input).err().map(|error| format!("scores {}: {error:#}", climb.name))
     });
     let errors: Vec<String> = errors.collect();
-    ensure!(
-        errors.is_empty(),
-        "{} of {} cases, the first {:#?}",
-        errors.len(),
-        cases.len(),
-        &errors[..errors.len().min(4)]
-    );
+    let few = &errors[..errors.len().min(4)];
+    ensure!(errors.is_empty(), "{} of {} cases, among them {few:#?}", errors.len(), cases.len());
     println!("{} cases match the reference", cases.len());
     Ok(())
 }
@@ -241,11 +259,16 @@ fn sweep(dtype: DType) -> Result<()> {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
         let (seqlen_q, seqlen_k) = (block_m + 9, block_n + 17);
         let small = |turn| tiled.case(turn).heads(2, 1).batch(1, seqlen_q, seqlen_k).mask(Mask::Causal);
-        for case in [
+        let mut of_kernel = vec![
             Case { deterministic: false, dlse: false, ..small(at) },
             Case { deterministic: true, dlse: true, ..small(at + 1) },
             small(at + 2).packed(&[(seqlen_q, 5), (3, seqlen_k)]).mask(window(block_n / 2, 20)),
-        ] {
+        ];
+        if tiled.kernel.arch == Arch::Sm90 {
+            // More tiles than a GPU has multiprocessors: a block goes on from one to the next.
+            of_kernel.push(small(at).batch(48, seqlen_q, seqlen_k).mask(window(block_n / 2, 20)));
+        }
+        for case in of_kernel {
             // Numbers that are not finite take the careful ways through a kernel.
             let mut input = case.draw();
             for values in [&mut input.k, &mut input.v, &mut input.do_] {
