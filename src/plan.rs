@@ -199,7 +199,8 @@ impl Schedule {
             let ratio = size as f64 / ideal;
             ratio.max(1.0 / ratio) + missing as f64 / size as f64
         };
-        (1..=heads.min(MOST)).min_by(|&a, &b| cost(a).total_cmp(&cost(b))).unwrap_or(1)
+        let sizes = (1..=heads.min(MOST)).map(|size| (cost(size), size));
+        sizes.min_by(|(a, _), (b, _)| a.total_cmp(b)).map_or(1, |(_, size)| size)
     }
 
     /// Blocks of queries, and heads that each have so many.

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use self::gpu::{Gpu, Machine, GPU, HOPPER, MACHINES};
+use self::gpu::{Gpu, Machine, GPU, HOPPER};
 
 /// The run on a CPU whose numbers the documents show; of those on GPUs it is each one's newest.
 const CPU_RECORD: &str = "benches/record/xeon-sapphire-rapids-2-cores/2026-11-22";
@@ -62,7 +62,7 @@ fn update() -> bool {
 
 #[test]
 fn the_documents_show_the_records() -> Result<()> {
-    let records = MACHINES.map(Gpu::newest).into_iter().collect::<Result<Vec<_>>>()?;
+    let records = gpu::newest()?;
     for (document, name, machine, table) in TABLES {
         let gpu = records.iter().find(|gpu| gpu.machine == machine).context("every machine has a record")?;
         let (begin, end) = (format!("<!-- table: {name} -->\n"), "<!-- end -->");
@@ -85,8 +85,7 @@ fn the_documents_show_the_records() -> Result<()> {
 /// docs/plots holds the figures of the newest records on GPUs, and nothing else.
 #[test]
 fn the_plots_show_the_records() -> Result<()> {
-    let records = MACHINES.map(Gpu::newest).into_iter().collect::<Result<Vec<_>>>()?;
-    let figures: Vec<plot::Figure> = records.into_iter().flat_map(|gpu| gpu.figures).collect();
+    let figures: Vec<plot::Figure> = gpu::newest()?.into_iter().flat_map(|gpu| gpu.figures).collect();
     let folder = root().join("docs/plots");
     let file = |name: &str| format!("{name}.svg");
     if update() {

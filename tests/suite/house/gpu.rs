@@ -15,7 +15,10 @@ pub const GPU: Machine = "h100-80gb-hbm3";
 /// The forward on Hopper's units.
 pub const HOPPER: Machine = "h200";
 
-pub const MACHINES: [Machine; 2] = [GPU, HOPPER];
+/// Each machine's newest record.
+pub fn newest() -> Result<Vec<Gpu>> {
+    [GPU, HOPPER].map(Gpu::newest).into_iter().collect()
+}
 
 pub struct Gpu {
     pub machine: Machine,
@@ -30,7 +33,7 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    pub fn newest(machine: Machine) -> Result<Self> {
+    fn newest(machine: Machine) -> Result<Self> {
         let dates = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
         let newest = dates.collect::<Result<Vec<String>>>()?.into_iter().max();

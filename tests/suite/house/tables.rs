@@ -20,12 +20,20 @@ fn head(columns: &[&str]) -> String {
     format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
 }
 
-/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid. `to_root` leads from the
-/// folder of the document to the repository.
+/// The same, with a column for each sequence length behind `columns`.
+fn head_by_seqlen(columns: &[&str], seqlens: &[usize]) -> String {
+    let seqlens: Vec<String> = seqlens.iter().map(usize::to_string).collect();
+    head(&columns.iter().copied().chain(seqlens.iter().map(String::as_str)).collect::<Vec<_>>())
+}
+
+/// The line below a table. `to_root` leads from the folder of the document to the repository.
+fn measured_on(Gpu { folder, origin, .. }: &Gpu, to_root: &str) -> String {
+    format!("Measured on: {origin} ([the runs]({to_root}{folder})).\n")
+}
+
+/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid.
 pub fn speed(gpu: &Gpu, seqlens: &[usize], to_root: &str) -> Result<String> {
-    let seqlen_names: Vec<String> = seqlens.iter().map(usize::to_string).collect();
-    let columns = ["head_dim", "mask", "pass"].into_iter().chain(seqlen_names.iter().map(String::as_str));
-    let mut table = head(&columns.collect::<Vec<_>>());
+    let mut table = head_by_seqlen(&["head_dim", "mask", "pass"], seqlens);
     for (dir, pass) in PASSES {
         for hdim in HEAD_DIMS {
             for (causal, mask) in MASKS {
@@ -42,20 +50,16 @@ pub fn speed(gpu: &Gpu, seqlens: &[usize], to_root: &str) -> Result<String> {
     }
     let means = PASSES.map(|(dir, _)| mean(&gpu.compared("flash", &["mha"], dir)).unwrap_or(f64::NAN));
     let shapes = gpu.compared("flash", &["mha"], "fwd").len();
-    let Gpu { folder, origin, .. } = gpu;
     table += &format!(
-        "\nGeometric mean of the ratios over the papers' grid, {shapes} shapes: {:.2} forward, {:.2} backward.\n\
-         Measured on: {origin} ([the runs]({to_root}{folder})).\n",
+        "\nGeometric mean of the ratios over the papers' grid, {shapes} shapes: {:.2} forward, {:.2} backward.\n",
         means[0], means[1]
     );
-    Ok(table)
+    Ok(table + &measured_on(gpu, to_root))
 }
 
 /// Ours and its ratio to the fastest of the others in the forward, over the papers' grid; 16 heads at a head_dim that it has not.
 pub fn beside_the_fastest(gpu: &Gpu, head_dims: &[usize], seqlens: &[usize], to_root: &str) -> Result<String> {
-    let seqlen_names: Vec<String> = seqlens.iter().map(usize::to_string).collect();
-    let columns = ["head_dim", "mask"].into_iter().chain(seqlen_names.iter().map(String::as_str));
-    let mut table = head(&columns.collect::<Vec<_>>());
+    let mut table = head_by_seqlen(&["head_dim", "mask"], seqlens);
     for &head_dim in head_dims {
         for (causal, mask) in MASKS {
             table += &format!("| {head_dim} | {mask} |");
@@ -70,8 +74,7 @@ pub fn beside_the_fastest(gpu: &Gpu, head_dims: &[usize], seqlens: &[usize], to_
             table += "\n";
         }
     }
-    let Gpu { folder, origin, .. } = gpu;
-    Ok(table + &format!("\nMeasured on: {origin} ([the runs]({to_root}{folder})).\n"))
+    Ok(table + "\n" + &measured_on(gpu, to_root))
 }
 
 /// Ours over the fastest of the others that have timed a call.
@@ -89,8 +92,8 @@ pub fn forward_summary(gpu: &Gpu) -> Result<String> {
     ];
     let mut table = head(&[&["ours over, geometric mean (smallest)"][..], &kinds.map(|(_, name)| name)].concat());
     let cell = |compared: Vec<(Call, f64)>| {
-        let smallest = compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min);
-        mean(&compared).map_or(String::new(), |mean| format!("{mean:.2} ({smallest:.2}) of {}", compared.len()))
+        let told = |mean: f64| format!("{mean:.2} ({:.2}) of {}", smallest(&compared), compared.len());
+        mean(&compared).map_or(String::new(), told)
     };
     for (peer, name) in PEERS {
         let cells = kinds.map(|(kinds, _)| cell(gpu.compared(peer, kinds, "fwd")));
@@ -107,6 +110,10 @@ pub fn forward_summary(gpu: &Gpu) -> Result<String> {
 
 fn mean(compared: &[(Call, f64)]) -> Option<f64> {
     geometric_mean(compared.iter().map(|&(_, ratio)| ratio))
+}
+
+fn smallest(compared: &[(Call, f64)]) -> f64 {
+    compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min)
 }
 
 /// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
@@ -126,7 +133,7 @@ pub fn summary(gpu: &Gpu) -> Result<String> {
 fn ratios_to(gpu: &Gpu, peer: &str, kinds: &[&str], name: &str) -> String {
     let line = |(dir, pass): (&str, &str)| {
         let compared = gpu.compared(peer, kinds, dir);
-        let smallest = compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min);
+        let smallest = smallest(&compared);
         let line = |mean: f64| format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", compared.len());
         mean(&compared).map(line)
     };
