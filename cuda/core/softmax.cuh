@@ -7,10 +7,17 @@
 
 namespace fa2 {
 
+// The largest of three numbers, as bits, of which `bits` is not negative: those order as integers do, but for two that are negative.
+// One instruction from 9.0 on (VIMNMX3), where floats take two. In one asm, so that x and y are not copied to other registers.
+__device__ __forceinline__ int largest_bits(int bits, float x, float y) {
+    asm("{\n.reg .s32 a, b;\nmov.b32 a, %1;\nmov.b32 b, %2;\nmax.s32 a, a, b;\nmax.s32 %0, %0, a;\n}" : "+r"(bits) : "f"(x), "f"(y));
+    return bits;
+}
+
 // Running maximum and sum of the rows that a thread holds: two for each 16 rows of its warp.
 template <int kMTiles>
 struct OnlineSoftmax {
-    float max[kMTiles][2];  // of the scores, before the factor; after lagging_scores() what weights are measured from instead
+    float max[kMTiles][2];  // of the scores, before the factor
     float sum[kMTiles][2];  // this thread's columns only, until finish()
 
     __device__ __forceinline__ void clear() {
@@ -35,67 +42,64 @@ struct OnlineSoftmax {
     // Turns the scores of one row into exp2(factor * (score - max)), and rescales its sum. Returns the factor of its output so far.
     template <int kNTiles>
     __device__ __forceinline__ float scores(Accumulator<kMTiles, kNTiles>& s, int i, int half, float factor) {
-        float row_max = max[i][half];
+        const float rescale = raise(i, half, largest(s, i, half), factor);
+        weights(s, i, half, factor, rescale);
+        return rescale;
+    }
+
+    // The largest of the maximum so far and this thread's scores of one row.
+    template <int kNTiles>
+    __device__ __forceinline__ float largest(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
+        float most = max[i][half];
 #pragma unroll
-        for (int j = 0; j < kNTiles; ++j) row_max = fmaxf(row_max, fmaxf(s.x[i][j][2 * half], s.x[i][j][2 * half + 1]));
+        for (int j = 0; j < kNTiles; ++j) most = fmaxf(most, fmaxf(s.x[i][j][2 * half], s.x[i][j][2 * half + 1]));
+        return most;
+    }
+
+    // The same where the maximum so far is not negative.
+    template <int kNTiles>
+    __device__ __forceinline__ float largest_from_positive(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
+        int most = __float_as_int(max[i][half]);
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j) most = largest_bits(most, s.x[i][j][2 * half], s.x[i][j][2 * half + 1]);
+        return __int_as_float(most);
+    }
+
+    // Whether no maximum of this warp's rows is negative.
+    __device__ __forceinline__ bool positive(int i) const {
+        return !__any_sync(~0u, (__float_as_int(max[i][0]) | __float_as_int(max[i][1])) < 0);
+    }
+
+    // The maximum of one row becomes the largest of its four threads'. Returns the factor of its sum and its output so far.
+    __device__ __forceinline__ float raise(int i, int half, float row_max, float factor) {
         // The four threads of a row are neighbours.
         row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
         row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
-        // With nothing visible so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
-        const float reference = row_max == -INFINITY ? 0.f : row_max * factor;
-        const float rescale = exp2_approx(max[i][half] * factor - reference);
+        // Rounded as the reference is, not a fused multiply-add: a maximum that stays leaves the sum as it is.
+        const float before = __fmul_rn(max[i][half], factor);
         max[i][half] = row_max;
+        return exp2_approx(before - reference(i, half, factor));
+    }
+
+    // Scores of one row become exp2(factor * score - reference), and are summed up.
+    template <int kNTiles>
+    __device__ __forceinline__ void weights(Accumulator<kMTiles, kNTiles>& s, int i, int half, float factor, float rescale) {
+        const float from = reference(i, half, factor);
         float row_sum = 0.f;
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float& x = s.x[i][j][2 * half + e];
-                x = exp2_approx(fmaf(x, factor, -reference));
+                x = exp2_approx(fmaf(x, factor, -from));
                 row_sum += x;
             }
         sum[i][half] = fmaf(sum[i][half], rescale, row_sum);
-        return rescale;
     }
 
-    // What a thread's sum may come to before its maximum must catch up: no weight is above it, and the largest f16 is 65504.
-    static constexpr float kMostLag = 32768.f;
-
-    // As scores() of both rows, but from the maximum so far: scores above it become more than 1, and neither a new maximum nor a
-    // rescale is needed. True if a sum has become too large: then catch_up() comes next. Where a weight or the sum outgrows f32, 128 /
-    // factor above the maximum or a little less, and where there is no maximum yet, the output does not stay finite.
-    template <int kNTiles>
-    __device__ __forceinline__ bool lagging_scores(Accumulator<kMTiles, kNTiles>& s, int i, float factor) {
-        const float reference[2] = {max[i][0] * factor, max[i][1] * factor};
-        float tile_sum[2] = {0.f, 0.f};  // long sums lose digits with every term
-#pragma unroll
-        for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                float& x = s.x[i][j][e];
-                x = exp2_approx(fmaf(x, factor, -reference[e / 2]));
-                tile_sum[e / 2] += x;
-            }
-        sum[i][0] += tile_sum[0];
-        sum[i][1] += tile_sum[1];
-        return !(fmaxf(sum[i][0], sum[i][1]) <= kMostLag);
-    }
-
-    // Raises the maximum of one row so far that no thread's sum is above 32. Returns the factor of the weights of the last tile and
-    // of the output so far.
-    __device__ __forceinline__ float catch_up(int i, int half, float factor) {
-        float most = fmaxf(sum[i][half], 32.f);
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float before = max[i][half];
-        max[i][half] += log2f(most / 32.f) / factor;
-        // Products rounded as the references are: a maximum that stays changes nothing. A sum alone may have overflowed: its output
-        // must not stay finite either.
-        const float rescale = max[i][half] < INFINITY
-                                  ? exp2_approx(__fmul_rn(before, factor) - __fmul_rn(max[i][half], factor))
-                                  : NAN;
-        sum[i][half] *= rescale;
-        return rescale;
+    // With nothing visible so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
+    __device__ __forceinline__ float reference(int i, int half, float factor) const {
+        return max[i][half] == -INFINITY ? 0.f : __fmul_rn(max[i][half], factor);
     }
 
     // One row of the output, multiplied.

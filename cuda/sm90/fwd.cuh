@@ -3,13 +3,12 @@
 // Work       a tile: kBlockM query rows of one head against the keys that the mask leaves visible, last tile of keys first.
 // Warps      warpgroup 0 loads, with one warp; each of the others owns 64 rows and all keys (split Q): no sum crosses warps.
 // Pipeline   of a warpgroup, step i:  start S = q k_i^T | start o += P v_(i-1) | wait S | mask, softmax | wait o | round P
-//            so its softmax runs under its own o += P v and under the products of the other warpgroups. With two buffers of q the
-//            first S of a tile is started behind the last product of the one before, and o is written under it.
+//            so its softmax runs under the products of the other warpgroups, and in part under its own o += P v. With two buffers of
+//            q the first S of a tile is started behind the last product of the one before, and o is written under it.
 // Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then barriers, the tiles on their way, and the list of those taken.
 // Registers  S and o in f32, P packed: it is the A operand of the step after the one that computes it.
-// Numerics   scores, maximum, sum, o in f32; P is rounded to the input type before P v. The maximum is that of a tile's first keys
-//            and of those where something is hidden; else it lags: OnlineSoftmax::lagging_scores. o is rescaled where it has grown.
-// Numbers    of v that are not finite, weights that outgrow f32 within a tile of keys: see mend.cuh.
+// Numerics   scores, maximum, sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
+// Numbers    of v that are not finite: see mend.cuh.
 // Expects    head_dim <= kHeadDim, a multiple of 8; at most kMaxTiles tiles for a block that no other can take.
 #pragma once
 

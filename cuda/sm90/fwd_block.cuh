@@ -34,8 +34,10 @@ struct FwdTraits {
     static constexpr int kMaxTiles = 512;  // of a block
     static constexpr int kWorks = 4;       // tiles on their way through the block
     static constexpr int kParts = 2;       // of them, in a warp that multiplies
-    // Whether weights are measured from a maximum that lags behind: not where a bias lets scores climb from tile to tile.
-    static constexpr bool kLags = !kModified;
+    // Where to wait for o and to rescale it, by measurement: see docs/hopper.md. kHolds: between the softmax of a thread's two rows;
+    // otherwise where ptxas puts the wait, which is in front. kDefers: behind the start of the next S; otherwise in front of it.
+    static constexpr bool kHolds = kHeadDim > 64;
+    static constexpr bool kDefers = kHeadDim > 64 && kHeadDim <= 128;
 
     // Registers of a thread: what the driver gives a block at its launch, moved from the warpgroup that loads to the others.
     static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
@@ -44,12 +46,13 @@ struct FwdTraits {
     static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three warpgroups of 64 rows");
     static_assert(kWarps_ == 4 * (kConsumers + 1), "and one that loads");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
+    static_assert(2 * kNTiles <= 32, "what a row sees of a tile is one word of bits a thread");
 };
 
 // What a warpgroup does for one tile; the rest is in the tile's Work. In tiles of keys.
 struct Part {
     Range own;           // that this warpgroup's rows see; if it has rows, at least one where any warpgroup sees one
-    Range plain;         // of its steps but the first, those where nothing is hidden; with kLags, and every row has a maximum already
+    Range plain;         // of its steps but the first, those where nothing is hidden
     bool plain_at_first; // nothing is hidden in the first
     int before;          // that the producer loads before its own ..
     int behind;          // .. and behind

@@ -28,6 +28,7 @@ struct Consumer {
     Accumulator<1, Traits::kDTiles> o;
     uint32_t p[Traits::kBlockN / 16][4];
     OnlineSoftmax<1> softmax;
+    float rescale[2];  // of o, for the maxima of the step before
     int number = 0;  // of the block's tiles: the one in work
 
     __device__ __forceinline__ const Work& work_of(int number) const { return control.works[number % Traits::kWorks]; }
@@ -56,20 +57,12 @@ struct Consumer {
         const Range common = sees.common_keys(rows);
         part.plain = {max(ceil_div(common.begin, Traits::kBlockN), part.own.begin), common.end / Traits::kBlockN};
         part.plain_at_first = part.own.end - 1 >= part.plain.begin && part.own.end - 1 < part.plain.end;
-        if (Traits::kLags) part.plain.end = min(part.plain.end, end_of_lag(sees, first, part.own.end));
         part.before = tiles.end - part.own.end;
         part.behind = part.own.begin - tiles.begin;
         __syncwarp();
         if (lane == 0) part_of(number) = part;
         __syncwarp();
         return true;
-    }
-
-    // Below this tile of keys, each of this warpgroup's rows, those past the sequence too, has seen a key of the tiles before: `first`
-    // sees the fewest of its end, the last row the fewest of its beginning.
-    __device__ __forceinline__ static int end_of_lag(const Visibility& sees, int first, int own_end) {
-        const bool last_sees = sees.keys(first + Traits::kGroupRows - 1).begin < min(own_end * Traits::kBlockN, sees.seqlen_k);
-        return last_sees ? ceil_div(sees.keys(first).end, Traits::kBlockN) - 1 : 0;
     }
 
     __device__ __forceinline__ void release(uint64_t& barrier) const {
@@ -117,6 +110,12 @@ struct Consumer {
         v.advance();
     }
 
+    // A bit for each of a thread's columns of a tile, bit 2j + e for column 8j + e: set for those below `col`, which may be negative.
+    __device__ __forceinline__ static uint32_t columns_below(int col) {
+        const int count = 2 * (col >> 3) + min(col & 7, 2);
+        return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
+    }
+
     // Hides what a row does not see, and applies softcap and ALiBi.
     template <bool kMasked>
     __device__ __forceinline__ void modify(int number, int n) {
@@ -132,17 +131,15 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int this_row = row + 8 * half;
-            // Of this thread's columns, counted from its first: those that the row sees.
-            const int begin = this_row - sees.left - lane_col;
-            const int end = min(this_row + sees.right + 1, sees.seqlen_k) - lane_col;
+            const Range keys = sees.keys(this_row);
+            const uint32_t seen = columns_below(keys.end - lane_col) & ~columns_below(keys.begin - lane_col);
 #pragma unroll
             for (int j = 0; j < Traits::kNTiles; ++j)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& x = s.x[0][j][2 * half + e];
-                    const int col = 8 * j + e;
-                    if (Traits::kModified) x = scoring.apply(x, this_row, lane_col + col);
-                    if (kMasked && (col < begin || col >= end)) x = -INFINITY;
+                    if (Traits::kModified) x = scoring.apply(x, this_row, lane_col + 8 * j + e);
+                    if (kMasked && (seen & 1u << (2 * j + e)) == 0) x = -INFINITY;
                 }
         }
     }
@@ -154,47 +151,47 @@ struct Consumer {
         for (int step = 0; step < Traits::kBlockN / 16; ++step) to_a_operand<T>(p[step], s.x[0], step);
     }
 
-    // S of tile n of keys, masked if need be, becomes weights, from the maximum so far and of these scores; o is rescaled where it has
-    // grown.
+    // Rescales o where a maximum has grown.
+    __device__ __forceinline__ void rescale_output() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (__any_sync(~0u, rescale[half] != 1.f)) softmax.rescale(o, 0, half, rescale[half]);
+    }
+
+    // S of tile n of keys, masked if need be, becomes weights.
     template <bool kMasked>
-    __device__ __forceinline__ void exact_step(int n, bool fresh) {
+    __device__ __forceinline__ void step(int n, bool fresh) {
         start_scores(number);
+        if (Traits::kDefers) rescale_output();
         start_output(fresh);
         scores_arrived<1>();
         modify<kMasked>(number, n);
-        const float max[2] = {softmax.max[0][0], softmax.max[0][1]};
-        const float rescale[2] = {softmax.scores(s, 0, 0, factor()), softmax.scores(s, 0, 1, factor())};
-        const bool grew = __any_sync(~0u, softmax.max[0][0] != max[0] || softmax.max[0][1] != max[1]);
-        output_arrived();
-        round_weights();
-        if (grew) {
-            softmax.rescale(o, 0, 0, rescale[0]);
-            softmax.rescale(o, 0, 1, rescale[1]);
+        float row_max[2];
+        if (softmax.positive(0)) {
+            for (int half = 0; half < 2; ++half) row_max[half] = softmax.largest_from_positive(s, 0, half);
+        } else {
+            for (int half = 0; half < 2; ++half) row_max[half] = softmax.largest(s, 0, half);
         }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rescale[half] = softmax.raise(0, half, row_max[half], factor());
+        softmax.weights(s, 0, 0, factor(), rescale[0]);
+        if (Traits::kHolds) {
+            hold(softmax.sum[0][0]);
+            output_arrived();
+        }
+        softmax.weights(s, 0, 1, factor(), rescale[1]);
+        if (!Traits::kHolds) output_arrived();
+        round_weights();
+        if (!Traits::kDefers) rescale_output();
     }
 
-    // The same where nothing is hidden and every row has a maximum: from that.
-    __device__ __forceinline__ void lagging_step(bool fresh) {
-        start_scores(number);
-        start_output(fresh);
-        scores_arrived<1>();
-        float rescale[2] = {1.f, 1.f};
-        const bool outgrown = __any_sync(~0u, softmax.lagging_scores(s, 0, factor()));
-        // This branch also holds the wait back: among instructions without one ptxas moves it in front of the exponentials that are
-        // to run meanwhile. No wgmma and no wait may stand in it, which the warps of a warpgroup must all come to.
-        if (outgrown) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                rescale[half] = softmax.catch_up(0, half, factor());
-                softmax.rescale(s, 0, half, rescale[half]);
-            }
+    // A branch that is never taken, which ptxas does not know: the wait for o, which it would otherwise move in front of the softmax,
+    // stays behind. No wgmma and no wait may stand in a branch like this, which the warps of a warpgroup must all come to.
+    __device__ __forceinline__ void hold(float sum) {
+        if (__any_sync(~0u, sum < 0.f)) {
+            __syncwarp();
+            softmax.sum[0][0] = __shfl_sync(~0u, sum, 0);
         }
-        output_arrived();
-        if (outgrown) {
-            softmax.rescale(o, 0, 0, rescale[0]);
-            softmax.rescale(o, 0, 1, rescale[1]);
-        }
-        round_weights();
     }
 
     // All steps of a tile but the first. Whether there were none: o is still to be begun.
@@ -203,15 +200,10 @@ struct Consumer {
         bool fresh = true;
         for (int n = part.own.end - 2; n >= part.own.begin;) {
             const int first_plain = n < part.plain.end ? part.plain.begin : n + 1;
-            for (; n >= first_plain; --n, fresh = false) {
-                if constexpr (Traits::kLags) {
-                    lagging_step(fresh);
-                } else {
-                    exact_step<false>(n, fresh);
-                }
-            }
-            if (n >= part.own.begin) exact_step<true>(n--, fresh), fresh = false;
+            for (; n >= first_plain; --n, fresh = false) step<false>(n, fresh);
+            if (n >= part.own.begin) step<true>(n--, fresh), fresh = false;
         }
+        if (Traits::kDefers) rescale_output();
         return fresh;
     }
 
@@ -225,6 +217,7 @@ struct Consumer {
             modify<true>(number, part.own.end - 1);
         }
         softmax.clear();
+        rescale[0] = rescale[1] = 1.f;
         softmax.scores(s, 0, 0, factor());
         softmax.scores(s, 0, 1, factor());
         round_weights();

@@ -1,7 +1,7 @@
 // Tiles in which an o is not finite, computed anew: row by row, key by key, with those alone that a row sees.
 //
-// A hidden key has weight 0, and 0 times a NaN or an infinity of v is NaN; a weight measured from a maximum that lags behind too far
-// is infinite. Both are rare, so the main loop does not care: it notes the tile, and the block comes back to it at the end.
+// A hidden key has weight 0, and 0 times a NaN or an infinity of v is NaN. That is rare, so the main loop does not care: it notes the
+// tile, and the block comes back to it at the end.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -52,8 +52,8 @@ __device__ __forceinline__ void mend_row(const FwdParams& params, const Work& wo
             seen ? scoring.apply(dot(q, k + int64_t(key) * params.k_strides.row, shape.head_dim), row, key) : -INFINITY;
         float new_max = fmaxf(max, score);
         for (int step = 1; step < kWarpSize; step *= 2) new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, step));
-        const float reference = new_max == -INFINITY ? 0.f : new_max * scoring.factor;
-        // The product is rounded as it was in the reference before: a maximum that stays leaves the sum as it is.
+        const float reference = new_max == -INFINITY ? 0.f : __fmul_rn(new_max, scoring.factor);
+        // Rounded as the reference is: a maximum that stays leaves the sum as it is.
         const float rescale = exp2_approx(__fmul_rn(max, scoring.factor) - reference);
         const float p = seen ? exp2_approx(fmaf(score, scoring.factor, -reference)) : 0.f;
         max = new_max;

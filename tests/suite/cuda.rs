@@ -185,10 +185,10 @@ struct Climb {
 }
 
 impl Climb {
-    /// `per_tile` more from one tile of keys to the tile before it, which kernels visit later.
-    fn by(per_tile: f64, block_n: usize, rows: fn(usize) -> bool) -> Self {
-        let score = move |behind| behind as f64 * per_tile / block_n as f64;
-        Self { name: format!("{per_tile} more with each tile"), score: Box::new(score), rows }
+    /// `from` at the last key, and `per_tile` more from one tile of keys to the tile before it, which kernels visit later.
+    fn by(from: f64, per_tile: f64, block_n: usize, rows: fn(usize) -> bool) -> Self {
+        let score = move |behind| from + behind as f64 * per_tile / block_n as f64;
+        Self { name: format!("from {from} on {per_tile} more with each tile"), score: Box::new(score), rows }
     }
 
     /// `value` for the last `keys` keys and 0 for those before, or the other way round.
@@ -198,9 +198,9 @@ impl Climb {
     }
 }
 
-/// Scores that climb from tile to tile of keys, in the order in which a kernel visits them and against it, by less than a weight may
-/// outgrow the maximum that it is measured from, by more, by more than a weight can express, and by more than a sum can; in the rows of
-/// one warp alone; from -inf; and so many equal ones that their sum outgrows it.
+/// Scores that climb from tile to tile of keys, in the order in which a kernel visits them and against it, by less than exp can express
+/// and by more; from 0, and from below it, so that maxima stay negative for some tiles or for all; in the rows of one warp alone, and in
+/// some rows of each; and from -inf.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn scores_that_climb_from_tile_to_tile() -> Result<()> {
@@ -209,22 +209,22 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
     for tiled in kernels.iter().filter(|tiled| tiled.kernel.pass == Pass::Forward) {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
         let case = |seqlen_k| tiled.case(0).heads(1, 1).batch(1, block_m + 20, seqlen_k);
-        for per_tile in [2.0, 20.0, 70.0, 150.0, -20.0, -150.0] {
-            for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
-                let climb = Climb::by(per_tile, block_n, |_| true);
-                cases.push((tiled, case(6 * block_n + 5).mask(mask), climb));
+        let long = || case(6 * block_n + 5);
+        for per_tile in [2.0_f64, 20.0, 150.0, -20.0, -150.0] {
+            for from in [0.0, -2.5 * per_tile.abs(), -7.0 * per_tile.abs()] {
+                for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
+                    cases.push((tiled, long().mask(mask), Climb::by(from, per_tile, block_n, |_| true)));
+                }
             }
         }
         for per_tile in [20.0, 150.0] {
-            let one_warp = |row| row / 16 % 4 == 1;
-            cases.push((tiled, case(6 * block_n + 5), Climb::by(per_tile, block_n, one_warp)));
+            let (one_warp, one_in_three): (fn(usize) -> bool, fn(usize) -> bool) = (|row| row / 16 % 4 == 1, |row| row % 3 == 1);
+            for from in [0.0, -2.5 * per_tile] {
+                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, one_warp)));
+                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, one_in_three)));
+            }
         }
-        // e^87 is a number of f32, and 20 times that is none.
-        cases.push((tiled, case(2 * block_n), Climb::step(block_n, 87.0, false)));
-        cases.push((tiled, case(6 * block_n + 5), Climb::step(9, f64::NEG_INFINITY, true)));
-        if tiled.kernel.arch == Arch::Sm90 {
-            cases.push((tiled, tiled.case(0).heads(1, 1).batch(1, 17, 135_000), Climb::by(0.0, block_n, |_| true)));
-        }
+        cases.push((tiled, long(), Climb::step(9, f64::NEG_INFINITY, true)));
     }
     let errors = cases.par_iter().filter_map(|(tiled, case, climb)| {
         let mut input = case.draw();
