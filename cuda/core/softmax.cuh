@@ -8,7 +8,8 @@
 namespace fa2 {
 
 // The largest of three numbers, as bits, of which `bits` is not negative: those order as integers do, but for two that are negative.
-// One instruction from 9.0 on (VIMNMX3), where floats take two. In one asm, so that x and y are not copied to other registers.
+// A NaN counts as the largest, or as negative. One instruction from 9.0 on (VIMNMX3), where floats take two. In one asm, so that x and
+// y are not copied to other registers.
 __device__ __forceinline__ int largest_bits(int bits, float x, float y) {
     asm("{\n.reg .s32 a, b;\nmov.b32 a, %1;\nmov.b32 b, %2;\nmax.s32 a, a, b;\nmax.s32 %0, %0, a;\n}" : "+r"(bits) : "f"(x), "f"(y));
     return bits;

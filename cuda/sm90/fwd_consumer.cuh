@@ -28,7 +28,7 @@ struct Consumer {
     Accumulator<1, Traits::kDTiles> o;
     uint32_t p[Traits::kBlockN / 16][4];
     OnlineSoftmax<1> softmax;
-    float rescale[2];  // of o, for the maxima of the step before
+    float rescale[2];  // of o, for the maxima of the last softmax
     int number = 0;  // of the block's tiles: the one in work
 
     __device__ __forceinline__ const Work& work_of(int number) const { return control.works[number % Traits::kWorks]; }
@@ -110,7 +110,8 @@ struct Consumer {
         v.advance();
     }
 
-    // A bit for each of a thread's columns of a tile, bit 2j + e for column 8j + e: set for those below `col`, which may be negative.
+    // A bit for each of a thread's columns of a tile, counted from its first: bit 2j + e for column 8j + e. Set for those below `col`,
+    // which may be negative.
     __device__ __forceinline__ static uint32_t columns_below(int col) {
         const int count = 2 * (col >> 3) + min(col & 7, 2);
         return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
@@ -151,7 +152,7 @@ struct Consumer {
         for (int step = 0; step < Traits::kBlockN / 16; ++step) to_a_operand<T>(p[step], s.x[0], step);
     }
 
-    // Rescales o where a maximum has grown.
+    // Rescales o where a maximum has grown, or there is none yet.
     __device__ __forceinline__ void rescale_output() {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -168,8 +169,10 @@ struct Consumer {
         modify<kMasked>(number, n);
         float row_max[2];
         if (softmax.positive(0)) {
+#pragma unroll
             for (int half = 0; half < 2; ++half) row_max[half] = softmax.largest_from_positive(s, 0, half);
         } else {
+#pragma unroll
             for (int half = 0; half < 2; ++half) row_max[half] = softmax.largest(s, 0, half);
         }
 #pragma unroll

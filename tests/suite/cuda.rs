@@ -200,7 +200,7 @@ impl Climb {
 
 /// Scores that climb from tile to tile of keys, in the order in which a kernel visits them and against it, by less than exp can express
 /// and by more; from 0, and from below it, so that maxima stay negative for some tiles or for all; in the rows of one warp alone, and in
-/// some rows of each; and from -inf.
+/// some rows of each. Also -inf, infinity and NaN, in the first tile that a kernel visits and in the last.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn scores_that_climb_from_tile_to_tile() -> Result<()> {
@@ -218,13 +218,15 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
             }
         }
         for per_tile in [20.0, 150.0] {
-            let (one_warp, one_in_three): (fn(usize) -> bool, fn(usize) -> bool) = (|row| row / 16 % 4 == 1, |row| row % 3 == 1);
             for from in [0.0, -2.5 * per_tile] {
-                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, one_warp)));
-                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, one_in_three)));
+                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, |row| row / 16 % 4 == 1)));
+                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, |row| row % 3 == 1)));
             }
         }
-        cases.push((tiled, long(), Climb::step(9, f64::NEG_INFINITY, true)));
+        for value in [f64::NEG_INFINITY, f64::INFINITY, f64::NAN] {
+            cases.push((tiled, long(), Climb::step(9, value, true)));
+            cases.push((tiled, long(), Climb::step(6 * block_n, value, false)));
+        }
     }
     let errors = cases.par_iter().filter_map(|(tiled, case, climb)| {
         let mut input = case.draw();
