@@ -37,7 +37,7 @@ struct FwdTraits {
     // Where to wait for o and to rescale it, by measurement: see docs/hopper.md. kHolds: between the softmax of a thread's two rows;
     // otherwise where ptxas puts the wait, which is in front. kDefers: behind the start of the next S; otherwise in front of it.
     static constexpr bool kHolds = kHeadDim > 64;
-    static constexpr bool kDefers = kHeadDim > 64 && kHeadDim <= 128;
+    static constexpr bool kDefers = kHolds && kHeadDim <= 128;
 
     // Registers of a thread: what the driver gives a block at its launch, moved from the warpgroup that loads to the others.
     static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;

@@ -179,7 +179,7 @@ struct Consumer {
         for (int half = 0; half < 2; ++half) rescale[half] = softmax.raise(0, half, row_max[half], factor());
         softmax.weights(s, 0, 0, factor(), rescale[0]);
         if (Traits::kHolds) {
-            hold(softmax.sum[0][0]);
+            hold();
             output_arrived();
         }
         softmax.weights(s, 0, 1, factor(), rescale[1]);
@@ -190,10 +190,11 @@ struct Consumer {
 
     // A branch that is never taken, which ptxas does not know: the wait for o, which it would otherwise move in front of the softmax,
     // stays behind. No wgmma and no wait may stand in a branch like this, which the warps of a warpgroup must all come to.
-    __device__ __forceinline__ void hold(float sum) {
+    __device__ __forceinline__ void hold() {
+        float& sum = softmax.sum[0][0];
         if (__any_sync(~0u, sum < 0.f)) {
             __syncwarp();
-            softmax.sum[0][0] = __shfl_sync(~0u, sum, 0);
+            sum = __shfl_sync(~0u, sum, 0);
         }
     }
 

@@ -208,24 +208,23 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
     let mut cases = Vec::new();
     for tiled in kernels.iter().filter(|tiled| tiled.kernel.pass == Pass::Forward) {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
-        let case = |seqlen_k| tiled.case(0).heads(1, 1).batch(1, block_m + 20, seqlen_k);
-        let long = || case(6 * block_n + 5);
+        let case = || tiled.case(0).heads(1, 1).batch(1, block_m + 20, 6 * block_n + 5);
         for per_tile in [2.0_f64, 20.0, 150.0, -20.0, -150.0] {
             for from in [0.0, -2.5 * per_tile.abs(), -7.0 * per_tile.abs()] {
                 for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
-                    cases.push((tiled, long().mask(mask), Climb::by(from, per_tile, block_n, |_| true)));
+                    cases.push((tiled, case().mask(mask), Climb::by(from, per_tile, block_n, |_| true)));
                 }
             }
         }
         for per_tile in [20.0, 150.0] {
             for from in [0.0, -2.5 * per_tile] {
-                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, |row| row / 16 % 4 == 1)));
-                cases.push((tiled, long(), Climb::by(from, per_tile, block_n, |row| row % 3 == 1)));
+                cases.push((tiled, case(), Climb::by(from, per_tile, block_n, |row| row / 16 % 4 == 1)));
+                cases.push((tiled, case(), Climb::by(from, per_tile, block_n, |row| row % 3 == 1)));
             }
         }
         for value in [f64::NEG_INFINITY, f64::INFINITY, f64::NAN] {
-            cases.push((tiled, long(), Climb::step(9, value, true)));
-            cases.push((tiled, long(), Climb::step(6 * block_n, value, false)));
+            cases.push((tiled, case(), Climb::step(9, value, true)));
+            cases.push((tiled, case(), Climb::step(6 * block_n, value, false)));
         }
     }
     let errors = cases.par_iter().filter_map(|(tiled, case, climb)| {
