@@ -355,11 +355,14 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
         &[
             ("cu_seqlens_q", 8),
             ("cu_seqlens_k", 8),
+            ("key_lengths", 8),
             ("alibi_slopes", 8),
             ("lse_batch", 8),
             ("lse_head", 8),
             ("alibi_batch", 4),
             ("batch", 4),
+            ("first_batch", 4),
+            ("keys_at_end", 4),
             ("seqlen_q", 4),
             ("seqlen_k", 4),
             ("num_heads", 4),
@@ -384,6 +387,7 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
             ("v_strides", STRIDES),
             ("o_strides", STRIDES),
             ("shape", SHAPE),
+            ("unrounded", 4),
         ],
     ),
     ("TensorMap", &[("words", TENSOR_MAP)]),
@@ -442,8 +446,8 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
 ];
 const STRIDES: usize = 24;
 const DQ_TILES: usize = 24;
-const SHAPE: usize = 88;
-const FWD_PARAMS: usize = 224;
+const SHAPE: usize = 104;
+const FWD_PARAMS: usize = 248;
 const SCHEDULE: usize = 24;
 const TENSOR_MAP: usize = 128;
 

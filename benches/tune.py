@@ -47,15 +47,17 @@ POINTER, I64, I32, F32 = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32, ctypes
 Strides = struct("Strides", of(I64, "batch row head"))
 Shape = struct(
     "Shape",
-    of(POINTER, "cu_seqlens_q cu_seqlens_k alibi_slopes")
+    of(POINTER, "cu_seqlens_q cu_seqlens_k key_lengths alibi_slopes")
     + of(I64, "lse_batch lse_head")
-    + of(I32, "alibi_batch batch seqlen_q seqlen_k num_heads num_heads_k head_dim window_left window_right")
+    + of(I32, "alibi_batch batch first_batch keys_at_end seqlen_q seqlen_k num_heads num_heads_k head_dim window_left window_right")
     + of(F32, "product_factor softcap_log2"),
 )
 DqTiles = struct("DqTiles", of(I64, "batch head count"))
 FwdParams = struct(
     "FwdParams",
-    of(POINTER, "q k v o lse") + of(Strides, "q_strides k_strides v_strides o_strides") + [("shape", Shape)],
+    of(POINTER, "q k v o lse")
+    + of(Strides, "q_strides k_strides v_strides o_strides")
+    + [("shape", Shape), ("unrounded", I32)],
 )
 DeltaParams = struct(
     "DeltaParams", of(POINTER, "o do_ dlse delta") + of(Strides, "o_strides do_strides") + [("shape", Shape)]

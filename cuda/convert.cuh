@@ -16,7 +16,8 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     using TileQ = typename Traits::TileQ;
     static_assert(TileQ::kBytes <= 48 * 1024, "more must be asked for");
     __shared__ __align__(1024) uint8_t shared[TileQ::kBytes];
-    const int thread = threadIdx.x, m_block = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    const int thread = threadIdx.x, m_block = blockIdx.x, head = blockIdx.y;
+    const int batch = params.shape.first_batch + blockIdx.z;
     const Sequence sequence(params.shape, batch);
     const int first_row = m_block * Traits::kBlockM, rows = min(sequence.seqlen_q - first_row, Traits::kBlockM);
     if (rows <= 0) return;

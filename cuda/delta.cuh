@@ -15,7 +15,7 @@ constexpr int kDeltaThreads = 256;
 template <typename T>
 __device__ __forceinline__ void delta(const DeltaParams& params) {
     const Shape& shape = params.shape;
-    const int head = blockIdx.y, batch = blockIdx.z;
+    const int head = blockIdx.y, batch = shape.first_batch + blockIdx.z;
     const Sequence sequence(shape, batch);
     int lanes = 4;  // per row; head_dim is at most 256
     while (lanes * 8 < shape.head_dim) lanes *= 2;

@@ -16,11 +16,14 @@ struct Strides {
 struct Shape {
     const uint32_t* cu_seqlens_q;  // (batch + 1), or null: padded
     const uint32_t* cu_seqlens_k;  // (batch + 1), or null: padded
+    const uint32_t* key_lengths;   // (batch): the keys that count of each padded sequence; or null: all
     const float* alibi_slopes;     // (num_heads) or (batch, num_heads), or null
     int64_t lse_batch;             // stride of lse and delta, 0 for packed
     int64_t lse_head;              // stride of lse and delta
     int32_t alibi_batch;           // stride of the slopes, 0 for one per head
     int32_t batch;
+    int32_t first_batch;  // the sequence of blockIdx.z 0; a grid holds at most 65,535 sequences
+    int32_t keys_at_end;  // 1: the keys that count are the last ones; 0: the first
     int32_t seqlen_q;  // the longest, if packed
     int32_t seqlen_k;  // the longest, if packed
     int32_t num_heads;
@@ -36,13 +39,14 @@ struct FwdParams {
     const void* q;  // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
     const void* k;  // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
     const void* v;  // as k
-    void* o;        // as q
+    void* o;        // as q, in f32 if `unrounded`
     float* lse;     // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     Strides q_strides;
     Strides k_strides;
     Strides v_strides;
     Strides o_strides;
     Shape shape;
+    int32_t unrounded;  // 1: o is f32; 0: o has the type of q
 };
 
 // What the driver encodes for TMA: CUtensorMap, 128 bytes that only it reads.

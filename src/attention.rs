@@ -2,12 +2,14 @@
 
 use candle_core::Tensor;
 
+use crate::layout::TensorLayout;
 use crate::mask::Mask;
 use crate::op::{self, FlashAttention, FusedFlashAttention, Output};
 use crate::packed::CuSeqlens;
+use crate::padding::KeyLengths;
 use crate::plan::{DeviceCaps, Plan};
 use crate::problem::Problem;
-use crate::Result;
+use crate::{merge, Result};
 
 /// Attention of every query over the keys its mask lets it see.
 ///
@@ -31,6 +33,9 @@ use crate::Result;
 /// | `q`, result | `(batch, seqlen_q, num_heads, head_dim)` | `(total_q, num_heads, head_dim)` | f64, f32, f16, bf16 |
 /// | `k`, `v` | `(batch, seqlen_k, num_heads_k, head_dim)` | `(total_k, num_heads_k, head_dim)` | as `q` |
 /// | lse | `(batch, num_heads, seqlen_q)` | `(num_heads, total_q)` | f32; f64 for f64 |
+///
+/// These are the shapes of [`TensorLayout::Bshd`], the default. [`Attention::layout`] takes tensors with the heads before the
+/// tokens. The shape of lse is the same in both.
 ///
 /// `num_heads` is a multiple of `num_heads_k` (grouped-query and multi-query attention; keys and values are not
 /// copied), `head_dim` is 1 to 512. The last axis must be contiguous; every other stride is free, 0 included. Sums run
@@ -59,6 +64,9 @@ pub struct Attention {
     pub(crate) softcap: Option<f64>,
     pub(crate) alibi_slopes: Option<Tensor>,
     pub(crate) deterministic: bool,
+    pub(crate) key_lengths: Option<KeyLengths>,
+    pub(crate) layout: TensorLayout,
+    output_layout: Option<TensorLayout>,
 }
 
 impl Attention {
@@ -103,7 +111,46 @@ impl Attention {
         self
     }
 
-    /// Attention over a padded batch; the result has the shape and type of `q`.
+    /// How many keys of each sequence of a padded call count; see [`KeyLengths`].
+    ///
+    /// The mask and ALiBi line up the last query with the last key *that counts*. With 2 queries, room for 5 keys, of which
+    /// 3 count, and [`Mask::Causal`]:
+    ///
+    /// ```text
+    ///      PaddingSide::Right      PaddingSide::Left
+    ///      k0 k1 k2 k3 k4          k0 k1 k2 k3 k4
+    /// q0    x  x  .  .  .           .  .  x  x  .
+    /// q1    x  x  x  .  .           .  .  x  x  x
+    /// ```
+    ///
+    /// That is what a cache needs that is filled in part. It is wrong for self-attention of a batch that is padded on the
+    /// right: there the last query is padding. Such a call is refused where the mask or ALiBi makes a difference. It has
+    /// two ways out. [`CuSeqlens::from_mask`] and [`Self::forward_packed`] also skip the padding. And [`Mask::Causal`] needs
+    /// no key lengths, because the padding comes after every query that is a token.
+    pub fn key_lengths(mut self, key_lengths: &KeyLengths) -> Self {
+        self.key_lengths = Some(key_lengths.clone());
+        self
+    }
+
+    /// In which order the axes of q, k and v come, and those of the result unless [`Self::output_layout`] says otherwise.
+    /// Without it, [`TensorLayout::Bshd`]. Neither layout is copied.
+    pub fn layout(mut self, layout: TensorLayout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    /// In which order the axes of the result come, where it is not the order of q, k and v.
+    pub fn output_layout(mut self, layout: TensorLayout) -> Self {
+        self.output_layout = Some(layout);
+        self
+    }
+
+    /// The order of the result's axes.
+    pub(crate) fn layout_of_result(&self) -> TensorLayout {
+        self.output_layout.unwrap_or(self.layout)
+    }
+
+    /// Attention over a padded batch; the result has the type of `q`, and its shape unless [`Self::output_layout`] differs.
     ///
     /// # Errors
     /// If shapes, types, strides, devices or options disagree with the table above, or the device has no kernel.
@@ -115,7 +162,8 @@ impl Attention {
     /// [`Self::forward`] over q, k and v in one tensor, as a fused projection gives them; the result is contiguous, of shape
     /// `(batch, seqlen, num_heads, head_dim)`.
     ///
-    /// `qkv` is `(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)`: the heads of q, then those of k, then those of v.
+    /// `qkv` is `(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)`, or in [`TensorLayout::Bhsd`]
+    /// `(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)`: the heads of q, then those of k, then those of v.
     /// (A `(batch, seqlen, 3, num_heads, head_dim)` tensor is one after `reshape`.) Three views of it give the same
     /// values, but the gradient of each view is a tensor as large as `qkv`, padded with zeros and added up by Candle; here it
     /// comes in one piece.
@@ -140,8 +188,8 @@ impl Attention {
 
     /// As [`Self::forward`], with the log-sum-exp of each row of scores (natural logarithm).
     ///
-    /// Both results belong to the graph: use the lse to merge attention over parts of the keys, as ring attention does.
-    /// A row that sees no key has lse minus infinity.
+    /// Both results belong to the graph. A row that sees no key has lse minus infinity. To merge attention over parts of the
+    /// keys, take [`Self::forward_partial`].
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -149,7 +197,8 @@ impl Attention {
         self.run_with_lse(Problem::padded(self, q, k, v)?, q, k, v)
     }
 
-    /// Attention within each sequence of a packed batch; the result has the shape and type of `q`.
+    /// Attention within each sequence of a packed batch; the result has the type of `q`, and its shape unless
+    /// [`Self::output_layout`] differs.
     ///
     /// Sequence `b` holds the rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` of `q` and the rows
     /// `cu_seqlens_k[b]..cu_seqlens_k[b + 1]` of `k` and `v`. The mask lines up the ends of each pair.
@@ -167,6 +216,46 @@ impl Attention {
         self.run(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
+    /// As [`Self::forward_with_lse`], with o as it was summed: in f32 (f64 for f64), not rounded to the type of `q`. One part
+    /// of the keys, for [`Self::merge`].
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_partial(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.run_partial(Problem::padded(self, q, k, v)?, q, k, v)
+    }
+
+    /// Attention over all keys from `(o, lse)` of parts of them, each with the same queries: o and lse, in the type of lse.
+    ///
+    /// Parts come from [`Self::forward_partial`] or [`Self::forward_packed_partial`] and are in the result's layout of this
+    /// `Attention`; no other option plays a part. Gradients flow to every o and lse. A row without keys in a part (lse minus
+    /// infinity) takes nothing from it, exactly; without keys in any part it is 0 with lse minus infinity, and its gradients
+    /// are 0.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use candle_fa2::Attention;
+    /// let q = Tensor::randn(0f32, 1f32, (1, 3, 8, 64), &Device::Cpu)?;
+    /// let k = Tensor::randn(0f32, 1f32, (1, 6, 8, 64), &Device::Cpu)?;
+    /// let attention = Attention::new();
+    /// let mut parts = Vec::new();
+    /// for start in [0, 2, 4] {
+    ///     let part = k.narrow(1, start, 2)?; // on another device, in ring attention
+    ///     parts.push(attention.forward_partial(&q, &part, &part)?);
+    /// }
+    /// let (o, _lse) = attention.merge(&parts)?;
+    /// let whole = attention.forward(&q, &k, &k)?;
+    /// assert!((o - whole)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-5);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::MergeNothing`](crate::Error::MergeNothing) if `parts` is empty, [`Error::MergeMismatch`](crate::Error::MergeMismatch) if a part has other shapes, types or another
+    /// device than the first, [`Error::Rank`](crate::Error::Rank) or [`Error::DType`](crate::Error::DType) if the first is no result of attention.
+    pub fn merge(&self, parts: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
+        merge::merge(parts, self.layout_of_result())
+    }
+
     /// [`Self::forward_packed`] with the log-sum-exp, shape `(num_heads, total_q)`.
     ///
     /// # Errors
@@ -180,6 +269,21 @@ impl Attention {
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<(Tensor, Tensor)> {
         self.run_with_lse(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
+    }
+
+    /// [`Self::forward_partial`] of a packed batch.
+    ///
+    /// # Errors
+    /// As [`Self::forward_packed`].
+    pub fn forward_packed_partial(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cu_seqlens_q: &CuSeqlens,
+        cu_seqlens_k: &CuSeqlens,
+    ) -> Result<(Tensor, Tensor)> {
+        self.run_partial(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
     /// Whether [`Self::forward`] would accept this call. Computes nothing.
@@ -210,13 +314,17 @@ impl Attention {
         Ok(q.apply_op3(k, v, op)?)
     }
 
+    fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (o, lse) = self.run_partial(problem, q, k, v)?;
+        Ok((o.to_dtype(q.dtype())?, lse))
+    }
+
     /// A custom op has one result, so o and lse come as one flat tensor of the accumulator's type. The two views cut
     /// from it keep both in the graph, and their gradients meet again in one backward of the op.
-    fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let shapes = [problem.shape_q(), problem.shape_lse()];
+    fn run_partial(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let shapes = [problem.shape_o(), problem.shape_lse()];
         let op = self.op(problem, Output::OAndLse, q)?;
-        let (o, lse) = op::o_and_lse(&q.apply_op3(k, v, op)?, shapes)?;
-        Ok((o.to_dtype(q.dtype())?, lse))
+        Ok(op::o_and_lse(&q.apply_op3(k, v, op)?, shapes)?)
     }
 
     /// The operator of one checked call.

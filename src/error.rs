@@ -2,7 +2,7 @@
 
 use candle_core::{DType, DeviceLocation};
 
-use crate::Mask;
+use crate::{Mask, PaddingSide, TensorLayout};
 
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -77,6 +77,16 @@ pub enum Error {
         num_heads: usize,
         /// Heads of k and v.
         num_heads_k: usize,
+    },
+    /// The shapes do not fit the layout of the call, but they fit the other one.
+    #[error("{error}; if q is {axes}, call .layout(TensorLayout::{layout:?})")]
+    SwappedAxes {
+        /// What does not fit.
+        error: Box<Error>,
+        /// The axes of q in the layout that fits.
+        axes: &'static str,
+        /// The layout that fits.
+        layout: TensorLayout,
     },
     /// A tensor of q, k and v in one has no head left for q.
     #[error("qkv: {heads} heads in shape {shape:?} are not num_heads + 2 * num_heads_k with num_heads_k {num_heads_k}; q's come first, then k's, then v's")]
@@ -208,6 +218,84 @@ pub enum Error {
         /// The whole shape.
         shape: Vec<usize>,
     },
+    /// A value of a padding mask that is neither 0 nor 1.
+    #[error("mask: value {value} at row {row}, column {column} is neither 0 nor 1; 1 marks a token and 0 padding")]
+    MaskValue {
+        /// Index of the sequence.
+        row: usize,
+        /// Position in it.
+        column: usize,
+        /// The value that came.
+        value: f64,
+    },
+    /// A padding mask with padding between tokens.
+    #[error("mask: the {tokens} tokens of row {row} lie neither at the start nor at the end of its {seqlen} positions; pad on one side")]
+    MaskHole {
+        /// Index of the sequence.
+        row: usize,
+        /// Its number of tokens.
+        tokens: usize,
+        /// Positions of each sequence.
+        seqlen: usize,
+    },
+    /// A padding mask with padding on the left in one row and on the right in another.
+    #[error("mask: the padding of row {row} is on the {side}, but that of row {other} is on the {of_other}; pad all rows on one side")]
+    MaskSides {
+        /// Index of the sequence.
+        row: usize,
+        /// The side of its padding.
+        side: PaddingSide,
+        /// Index of the sequence before it that differs.
+        other: usize,
+        /// The side of that one's padding.
+        of_other: PaddingSide,
+    },
+    /// Key lengths of another number of sequences.
+    #[error("key_lengths: {got} lengths came for a batch of {batch}; give one for each sequence")]
+    KeyLengthsBatch {
+        /// Number of lengths.
+        got: usize,
+        /// Number of sequences.
+        batch: usize,
+    },
+    /// More keys count than there are.
+    #[error("key_lengths: sequence {sequence} has {length} keys, but there is room for {seqlen_k}; lengths count keys, padding left out")]
+    KeyLength {
+        /// Index of the sequence.
+        sequence: usize,
+        /// Its length.
+        length: usize,
+        /// The most that it could be.
+        seqlen_k: usize,
+    },
+    /// Fewer keys count than there are queries, where positions matter: the padding of the queries is not known.
+    #[error("key_lengths: sequence {sequence} has {length} keys for {seqlen_q} queries, but a mask or ALiBi lines up the last query with the last key; for self-attention padded on the right use CuSeqlens::from_mask and forward_packed, or Mask::Causal without key_lengths")]
+    KeyLengthAlignment {
+        /// Index of the sequence.
+        sequence: usize,
+        /// Its number of keys.
+        length: usize,
+        /// Queries of each sequence.
+        seqlen_q: usize,
+    },
+    /// Key lengths on a packed call.
+    #[error("key_lengths: a packed call takes the lengths of its keys from cu_seqlens_k; leave key_lengths out")]
+    KeyLengthsPacked,
+    /// No part to merge.
+    #[error("merge: no part came; give at least one")]
+    MergeNothing,
+    /// A part that does not fit the first one.
+    #[error("merge: {tensor} of part {part} is {got}, expected {expected}; parts have the same queries")]
+    MergeMismatch {
+        /// Index of the part.
+        part: usize,
+        /// `o` or `lse`.
+        tensor: &'static str,
+        /// Shape, dtype and device that came.
+        got: String,
+        /// Shape, dtype and device that would fit.
+        expected: String,
+    },
     /// No kernel was built for this kind of device.
     #[error("no {dtype:?} attention kernel for {device:?} (built: CPU); move q, k and v with to_device(&Device::Cpu)")]
     NoKernel {
@@ -273,7 +361,7 @@ pub enum Error {
     },
     /// No kernel of the table fits this GPU.
     #[error(
-        "head_dim {head_dim} has no {dtype:?} {pass} kernel for compute capability {}.{} with {shared_bytes_per_block} bytes of shared memory a block ({}); add a line to cuda/instances.def",
+        "head_dim {head_dim} has no {dtype:?} {pass} kernel for compute capability {}.{} with {shared_bytes_per_block} bytes of shared memory a block ({}); use another head_dim, or move q, k and v with to_device(&Device::Cpu)",
         compute_cap.0, compute_cap.1, if rejected.is_empty() { "none was built".to_string() } else { rejected.join(", ") }
     )]
     NoInstance {
@@ -516,7 +604,9 @@ fn way_to_rank(axes: &str) -> &'static str {
     let of_heads = (axes.contains("num_heads") || axes.contains("embed_dim")) && !axes.contains('+');
     match axes.split(',').next() {
         Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",
-        Some("(total" | "(total_q" | "(total_k") => "reshape it, or use the padded call for sequences of one length",
+        Some("(total" | "(total_q" | "(total_k" | "(num_heads" | "(num_heads_k") => {
+            "reshape it, or use the padded call for sequences of one length"
+        }
         _ => "reshape it",
     }
 }

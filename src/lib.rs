@@ -25,9 +25,12 @@
 //!
 //! | you have | you call |
 //! | --- | --- |
-//! | a batch of equal lengths | [`Attention::forward`] |
+//! | a batch of equal lengths, `(batch, seqlen, num_heads, head_dim)` | [`Attention::forward`] |
+//! | the same as `(batch, num_heads, seqlen, head_dim)` | [`Attention::layout`], then [`Attention::forward`] |
 //! | sequences of different lengths, laid end to end | [`CuSeqlens`], then [`Attention::forward_packed`] |
-//! | parts of the keys in different places (ring attention) | [`Attention::forward_with_lse`], then merge by lse |
+//! | a padded batch and its padding mask | [`CuSeqlens::from_mask`] and [`CuSeqlens::unpad`], then [`Attention::forward_packed`] |
+//! | a batch whose sequences have different numbers of keys | [`KeyLengths`], [`Attention::key_lengths`], then [`Attention::forward`] |
+//! | parts of the keys in different places (ring attention) | [`Attention::forward_partial`] for each, then [`Attention::merge`] |
 //! | a model to build or to load | [`layers`] |
 //! | a question, not a computation | [`Attention::supports`] |
 //!
@@ -79,9 +82,12 @@ mod cuda;
 mod error;
 mod instances;
 pub mod layers;
+mod layout;
 mod mask;
+mod merge;
 mod op;
 mod packed;
+mod padding;
 mod plan;
 mod problem;
 #[doc(hidden)]
@@ -89,8 +95,10 @@ pub mod testing;
 
 pub use attention::Attention;
 pub use error::{Error, Result};
+pub use layout::TensorLayout;
 pub use mask::Mask;
 pub use packed::CuSeqlens;
+pub use padding::{KeyLengths, PaddingSide};
 
 /// Compiles and runs the README's Rust examples with the other doc tests.
 #[cfg(doctest)]

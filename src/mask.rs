@@ -43,6 +43,11 @@ pub enum Mask {
 }
 
 impl Mask {
+    /// Whether a query may see some keys and not others.
+    pub(crate) fn hides_keys(self) -> bool {
+        !matches!(self, Mask::None | Mask::Window { left: None, right: None })
+    }
+
     /// The mask laid over one pair of sequences.
     pub(crate) fn over(self, seqlen_q: usize, seqlen_k: usize) -> Visibility {
         let (left, right) = match self {

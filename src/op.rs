@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use candle_core::op::BackpropOp;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, D};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
@@ -49,7 +49,7 @@ impl FlashAttention {
 
     fn result_shape(&self) -> Shape {
         match self.output {
-            Output::O => Shape::from(self.problem.shape_q()),
+            Output::O => Shape::from(self.problem.shape_o()),
             Output::OAndLse => {
                 Shape::from(self.problem.rows_q() * self.problem.num_heads * (self.problem.head_dim + 1))
             }
@@ -66,7 +66,7 @@ impl FlashAttention {
     fn cpu_backward(&self, [q, k, v, result, grad]: [&Tensor; 5], lse: &[Tensor]) -> Result<[Option<CpuStorage>; 3]> {
         // Candle hands gradients on as they come: transposed, or broadcast from a sum.
         let grad = match self.output {
-            Output::O if Strides::of("do", grad.layout()).is_ok() => grad.clone(),
+            Output::O if Strides::of("do", grad.layout(), self.problem.output_layout).is_ok() => grad.clone(),
             _ => grad.contiguous()?,
         };
         let [max, log2_sum] = lse else { unreachable!("the forward on the CPU keeps two parts") };
@@ -166,7 +166,8 @@ impl CustomOp1 for FusedFlashAttention {
     }
 
     fn bwd(&self, qkv: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [q, k, v] = split_qkv(qkv, self.0.problem.num_heads_k)?;
+        let layout = self.0.problem.layout;
+        let [q, k, v] = split_qkv(qkv, self.0.problem.num_heads_k, layout)?;
         #[cfg(feature = "cuda")]
         if let Plan::Cuda(_) = self.0.plan {
             let lse = self.0.lse.get().ok_or(Error::NoForward)?;
@@ -177,7 +178,8 @@ impl CustomOp1 for FusedFlashAttention {
         // Views of a tracked tensor are tracked, so that all three come back.
         let (dq, dk, dv) = self.0.bwd(&q, &k, &v, result, grad)?;
         let grads: Vec<Tensor> = [dq, dk, dv].into_iter().flatten().collect();
-        Ok(Some(Tensor::cat(&grads, D::Minus2)?))
+        let (_, heads_axis) = layout.axes(qkv.rank());
+        Ok(Some(Tensor::cat(&grads, heads_axis)?))
     }
 }
 

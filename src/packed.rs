@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::padding::{read_mask, PaddingSide};
 use crate::{Error, Result};
 
 /// Where each sequence of a packed batch begins and ends: `[0, l0, l0 + l1, ..]`, one entry more than sequences.
@@ -13,13 +14,13 @@ use crate::{Error, Result};
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
-/// # use candle_fa2::CuSeqlens;
+/// # use candle_fa2::{CuSeqlens, PaddingSide};
 /// let cu_seqlens = CuSeqlens::from_lengths(&[3, 0, 2], &Device::Cpu)?;
 /// assert_eq!(cu_seqlens.offsets(), [0, 3, 3, 5]);
 /// assert_eq!((cu_seqlens.batch(), cu_seqlens.total(), cu_seqlens.max_seqlen()), (3, 5, 3));
 ///
 /// let padded = Tensor::arange(0f32, 9.0, &Device::Cpu)?.reshape((3, 3, 1))?;
-/// let packed = cu_seqlens.unpad(&padded)?;
+/// let packed = cu_seqlens.unpad(&padded, PaddingSide::Right)?;
 /// assert_eq!(packed.flatten_all()?.to_vec1::<f32>()?, [0.0, 1.0, 2.0, 6.0, 7.0]);
 /// # Ok::<(), candle_fa2::Error>(())
 /// ```
@@ -95,6 +96,32 @@ impl CuSeqlens {
         Self::new(&offsets.to_vec1::<u32>()?, offsets.device())
     }
 
+    /// From a padding mask of shape `(batch, seqlen)`, 1 for a token and 0 for padding, in any type: the lengths of the
+    /// sequences, and the side on which they are padded, for [`Self::unpad`] and [`Self::pad_to`]. Reads the device once.
+    ///
+    /// A mask without padding is taken for one with its padding on the right.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use candle_fa2::{CuSeqlens, PaddingSide};
+    /// let mask = Tensor::new(&[[0u8, 1, 1], [0, 0, 1]], &Device::Cpu)?;
+    /// let (cu_seqlens, side) = CuSeqlens::from_mask(&mask)?;
+    /// assert_eq!((cu_seqlens.offsets(), side), (&[0, 2, 3][..], PaddingSide::Left));
+    ///
+    /// let tokens = Tensor::new(&[[9u32, 5, 6], [9, 9, 7]], &Device::Cpu)?;
+    /// assert_eq!(cu_seqlens.unpad(&tokens, side)?.to_vec1::<u32>()?, [5, 6, 7]);
+    /// assert_eq!(cu_seqlens.mask(3, side)?.to_vec2::<u8>()?, mask.to_vec2::<u8>()?);
+    /// # Ok::<(), candle_fa2::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if it has not two axes, [`Error::MaskValue`] if a value is neither 0 nor 1, [`Error::MaskHole`] if
+    /// padding lies between tokens or on both sides of them, [`Error::MaskSides`] if rows are padded on different sides.
+    pub fn from_mask(mask: &Tensor) -> Result<(Self, PaddingSide)> {
+        let (lengths, side) = read_mask(mask)?;
+        Ok((Self::from_lengths(&lengths, mask.device())?, side))
+    }
+
     /// The cumulative lengths.
     pub fn offsets(&self) -> &[u32] {
         &self.offsets
@@ -120,12 +147,26 @@ impl CuSeqlens {
         &self.tensor
     }
 
-    /// Drops the padding: `(batch, seqlen, ..)` to `(total, ..)`. Rows past a sequence's length are left out; gradients
-    /// flow back to the rows that were kept.
+    /// The padding mask of the batch when it is padded to `seqlen` on one side: `u8`, `(batch, seqlen)`, 1 for a token.
+    ///
+    /// # Errors
+    /// [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length; an error of Candle if the copy to the device
+    /// fails.
+    pub fn mask(&self, seqlen: usize, side: PaddingSide) -> Result<Tensor> {
+        self.check_seqlen(seqlen, &[self.batch(), seqlen])?;
+        let mut mask = vec![0u8; self.batch() * seqlen];
+        for row in self.padded_rows(seqlen, side) {
+            mask[row as usize] = 1;
+        }
+        Ok(Tensor::from_vec(mask, (self.batch(), seqlen), self.tensor.device())?)
+    }
+
+    /// Drops the padding: `(batch, seqlen, ..)` to `(total, ..)`. `side` says where the padding is; [`Self::from_mask`] reads
+    /// it off a padding mask. Gradients flow back to the rows that were kept.
     ///
     /// # Errors
     /// [`Error::Axis`] if the batch differs, [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length.
-    pub fn unpad(&self, padded: &Tensor) -> Result<Tensor> {
+    pub fn unpad(&self, padded: &Tensor, side: PaddingSide) -> Result<Tensor> {
         let shape = padded.dims().to_vec();
         let &[batch, seqlen, ..] = shape.as_slice() else {
             return Err(Error::Rank { tensor: "padded", axes: "(batch, seqlen, ..)", shape });
@@ -134,26 +175,24 @@ impl CuSeqlens {
             let (axis, other, expected) = ("batch", "cu_seqlens", self.batch());
             return Err(Error::Axis { tensor: "padded", axis, got: batch, other, expected, shape });
         }
-        if seqlen < self.max_seqlen {
-            return Err(Error::PaddedSeqlen { longest: self.max_seqlen, got: seqlen, shape });
-        }
-        let rows = self.padded_rows(seqlen, padded.device())?;
-        Ok(padded.flatten(0, 1)?.contiguous()?.index_select(&rows, 0)?)
+        self.check_seqlen(seqlen, &shape)?;
+        let index = self.row_index(seqlen, side, padded.device())?;
+        Ok(padded.flatten(0, 1)?.contiguous()?.index_select(&index, 0)?)
     }
 
-    /// Adds padding: `(total, ..)` to `(batch, max_seqlen, ..)`, zeros behind each sequence. Keeps the gradient.
+    /// Adds padding: `(total, ..)` to `(batch, max_seqlen, ..)`, with zeros on one side of each sequence. Keeps the gradient.
     ///
     /// # Errors
     /// [`Error::PackedRows`] if the tensor has another number of rows than the lengths add up to.
-    pub fn pad(&self, packed: &Tensor) -> Result<Tensor> {
-        self.pad_to(packed, self.max_seqlen)
+    pub fn pad(&self, packed: &Tensor, side: PaddingSide) -> Result<Tensor> {
+        self.pad_to(packed, self.max_seqlen, side)
     }
 
     /// As [`Self::pad`], to `(batch, seqlen, ..)`: what [`Self::unpad`] took from a longer batch gets its shape back.
     ///
     /// # Errors
     /// As [`Self::pad`], and [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length.
-    pub fn pad_to(&self, packed: &Tensor, seqlen: usize) -> Result<Tensor> {
+    pub fn pad_to(&self, packed: &Tensor, seqlen: usize, side: PaddingSide) -> Result<Tensor> {
         let shape = packed.dims().to_vec();
         let Some(&rows) = shape.first() else {
             return Err(Error::Rank { tensor: "packed", axes: "(total, ..)", shape });
@@ -163,27 +202,36 @@ impl CuSeqlens {
             return Err(Error::PackedRows { cu_seqlens, end, tensor, rows, shape });
         }
         let batch = self.batch();
-        if seqlen < self.max_seqlen {
-            let mut shape = shape;
-            shape.splice(0..1, [batch, seqlen]);
-            return Err(Error::PaddedSeqlen { longest: self.max_seqlen, got: seqlen, shape });
-        }
-        let mut flat = shape.clone();
-        flat[0] = batch * seqlen;
-        let index = self.padded_rows(seqlen, packed.device())?;
-        let zeros = Tensor::zeros(flat, packed.dtype(), packed.device())?;
         let mut padded = vec![batch, seqlen];
         padded.extend(&shape[1..]);
+        self.check_seqlen(seqlen, &padded)?;
+        let mut flat = shape;
+        flat[0] = batch * seqlen;
+        let index = self.row_index(seqlen, side, packed.device())?;
+        let zeros = Tensor::zeros(flat, packed.dtype(), packed.device())?;
         Ok(zeros.index_add(&index, &packed.contiguous()?, 0)?.reshape(padded)?)
     }
 
-    /// For each packed row, its row in a batch padded to `seqlen`. Made, and copied to the device, for each call.
-    fn padded_rows(&self, seqlen: usize, device: &Device) -> Result<Tensor> {
-        let rows = self.offsets.windows(2).enumerate().flat_map(|(b, pair)| {
-            let start = (b * seqlen) as i64;
-            start..start + i64::from(pair[1] - pair[0])
-        });
-        let rows: Vec<i64> = rows.collect();
+    /// Whether the longest sequence fits `seqlen`, axis 1 of a padded `shape`.
+    fn check_seqlen(&self, seqlen: usize, shape: &[usize]) -> Result<()> {
+        if seqlen < self.max_seqlen {
+            return Err(Error::PaddedSeqlen { longest: self.max_seqlen, got: seqlen, shape: shape.to_vec() });
+        }
+        Ok(())
+    }
+
+    /// For each packed row, its row in a batch padded to `seqlen`.
+    fn padded_rows(&self, seqlen: usize, side: PaddingSide) -> impl Iterator<Item = i64> + '_ {
+        self.offsets.windows(2).enumerate().flat_map(move |(b, pair)| {
+            let length = (pair[1] - pair[0]) as usize;
+            let start = b * seqlen + side.start(length, seqlen);
+            start as i64..(start + length) as i64
+        })
+    }
+
+    /// [`Self::padded_rows`] as a tensor. Made, and copied to the device, for each call.
+    fn row_index(&self, seqlen: usize, side: PaddingSide, device: &Device) -> Result<Tensor> {
+        let rows: Vec<i64> = self.padded_rows(seqlen, side).collect();
         Ok(Tensor::from_vec(rows, self.total(), device)?)
     }
 }

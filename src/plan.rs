@@ -132,7 +132,8 @@ impl Plan {
 pub struct Launch {
     /// What runs.
     pub kernel: &'static Kernel,
-    /// Thread blocks along x, y and z. With none along one of them there is nothing to do.
+    /// Thread blocks along x, y and z. With none along one of them there is nothing to do. Along z there may be more than one
+    /// grid holds: they are then queued as several launches.
     pub grid: (u32, u32, u32),
 }
 
@@ -295,10 +296,10 @@ impl CudaPlan {
 /// Elements of 16 bytes, the size of every access to q, k, v, o and their gradients.
 const CHUNK: usize = 8;
 
-/// Thread blocks along y and z of a grid.
-const MAX_GRID_YZ: usize = 65_535;
+/// Thread blocks along y of a grid.
+const MAX_GRID_Y: usize = 65_535;
 
-/// Rows and bounds of the mask add up in 32 bits on the device: three of these stay below 2^31.
+/// Rows and bounds of the mask, and tiles by sequence, add up in 32 bits on the device: three of these stay below 2^31.
 pub(crate) const MAX_SEQLEN: usize = 1 << 29;
 
 /// Elements from one row to the next: a copy steps over at most 32 rows at once, in 32 bits.
@@ -321,8 +322,8 @@ fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
         return Err(Error::CudaHeadDim { head_dim: problem.head_dim, max });
     }
     for (name, got, max) in [
-        ("batch", problem.batch(), MAX_GRID_YZ),
-        ("num_heads", problem.num_heads, MAX_GRID_YZ),
+        ("batch", problem.batch(), MAX_SEQLEN),
+        ("num_heads", problem.num_heads, MAX_GRID_Y),
         ("rows of q", problem.rows_q(), i32::MAX as usize),
         ("rows of k", problem.rows_k(), i32::MAX as usize),
         ("seqlen_q", problem.max_seqlen_q(), MAX_SEQLEN),

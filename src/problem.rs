@@ -1,10 +1,12 @@
 //! Every check of shapes, strides, dtypes and devices. What comes after a [`Problem`] checks nothing again.
 
-use candle_core::{DType, DeviceLocation, Layout, Tensor, D};
+use candle_core::{DType, DeviceLocation, Layout, Tensor};
 
 use crate::attention::Attention;
+use crate::layout::TensorLayout;
 use crate::mask::{Mask, Visibility};
 use crate::packed::CuSeqlens;
+use crate::padding::KeyLengths;
 use crate::{Error, Result};
 
 /// The largest supported size of a head.
@@ -29,6 +31,8 @@ pub enum Lengths {
         seqlen_q: usize,
         /// Keys per sequence.
         seqlen_k: usize,
+        /// How many of them count, if not all.
+        key_lengths: Option<KeyLengths>,
     },
     /// q is `(total_q, num_heads, head_dim)`: sequences end to end.
     Packed {
@@ -86,6 +90,10 @@ pub struct Problem {
     pub alibi: Option<Alibi>,
     /// Whether the same inputs must give the same bits of dq.
     pub deterministic: bool,
+    /// Order of the axes of q, k, v and of their gradients.
+    pub layout: TensorLayout,
+    /// Order of the axes of o and of its gradient.
+    pub output_layout: TensorLayout,
     /// Strides of q.
     pub q: Strides,
     /// Strides of k.
@@ -94,10 +102,11 @@ pub struct Problem {
     pub v: Strides,
 }
 
-/// q, k and v, views of `(.., num_heads + 2 * num_heads_k, head_dim)`.
-pub(crate) fn split_qkv(qkv: &Tensor, num_heads_k: usize) -> Result<[Tensor; 3]> {
-    let num_heads = qkv.dim(D::Minus2)? - 2 * num_heads_k;
-    let heads = |start, len| qkv.narrow(D::Minus2, start, len);
+/// q, k and v, views of one tensor that holds the heads of all three along the axis of heads of `layout`.
+pub(crate) fn split_qkv(qkv: &Tensor, num_heads_k: usize, layout: TensorLayout) -> Result<[Tensor; 3]> {
+    let (_, axis) = layout.axes(qkv.rank());
+    let num_heads = qkv.dims()[axis] - 2 * num_heads_k;
+    let heads = |start, len| qkv.narrow(axis, start, len);
     Ok([heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?])
 }
 
@@ -108,54 +117,74 @@ pub struct Sequence {
     pub batch: usize,
     /// Number of queries.
     pub seqlen_q: usize,
-    /// Number of keys.
+    /// Number of keys that count.
     pub seqlen_k: usize,
     /// Rows of q before its first one, 0 unless packed.
     pub first_q: usize,
-    /// Rows of k and v before its first one, 0 unless packed.
+    /// Rows of k and v before its first one: 0 unless packed or padded on the left.
     pub first_k: usize,
 }
 
 impl Problem {
-    /// Checks one call in the padded layout.
+    /// Checks one padded call.
     pub fn padded(options: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        const AXES_Q: &str = "(batch, seqlen_q, num_heads, head_dim)";
-        const AXES_K: &str = "(batch, seqlen_k, num_heads_k, head_dim)";
-        for (tensor, x, axes) in [("q", q, AXES_Q), ("k", k, AXES_K), ("v", v, AXES_K)] {
-            check_rank(tensor, x, 4, axes)?;
-        }
+        check_ranks(options.layout, &PADDED, q, k, v)?;
         let (q_dims, k_dims, v_dims) = (q.dims(), k.dims(), v.dims());
-        same_axis(("k", k_dims), "batch", 0, "q", q_dims[0])?;
-        same_axis(("v", v_dims), "batch", 0, "q", q_dims[0])?;
-        same_axis(("v", v_dims), "seqlen_k", 1, "k", k_dims[1])?;
-        let lengths = Lengths::Padded { batch: q_dims[0], seqlen_q: q_dims[1], seqlen_k: k_dims[1] };
+        check_sizes(options.layout, &PADDED, |layout| {
+            let (seqlen_axis, _) = layout.axes(4);
+            same_axis(("k", k_dims), "batch", 0, "q", q_dims[0])?;
+            same_axis(("v", v_dims), "batch", 0, "q", q_dims[0])?;
+            same_axis(("v", v_dims), "seqlen_k", seqlen_axis, "k", k_dims[seqlen_axis])?;
+            check_heads(layout, q_dims, k_dims, v_dims)
+        })?;
+        let (seqlen_axis, _) = options.layout.axes(4);
+        let (batch, seqlen_q, seqlen_k) = (q_dims[0], q_dims[seqlen_axis], k_dims[seqlen_axis]);
+        let key_lengths = options.key_lengths.clone();
+        if let Some(lengths) = &key_lengths {
+            lengths.check(batch, seqlen_k)?;
+            let positions_count = options.mask.hides_keys() || options.alibi_slopes.is_some();
+            if positions_count {
+                lengths.check_alignment(seqlen_q)?;
+            }
+            check_device("key_lengths", lengths.tensor(), q)?;
+        }
+        let lengths = Lengths::Padded { batch, seqlen_q, seqlen_k, key_lengths };
         Self::checked(options, lengths, q, k, v)
     }
 
-    /// Checks one call in the padded layout with q, k and v in one tensor. Returns q beside it, a view.
+    /// Checks one padded call with q, k and v in one tensor. Returns q too, a view.
     pub fn fused(options: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
-        check_rank("qkv", qkv, 4, "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)")?;
-        let heads = qkv.dims()[2];
+        let axes = match options.layout {
+            TensorLayout::Bshd => "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)",
+            TensorLayout::Bhsd => "(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)",
+        };
+        check_rank("qkv", qkv, 4, axes)?;
+        let (_, heads_axis) = options.layout.axes(4);
+        let heads = qkv.dims()[heads_axis];
         if num_heads_k > 0 && heads.div_ceil(2) <= num_heads_k {
             return Err(Error::FusedHeads { heads, num_heads_k, shape: qkv.dims().to_vec() });
         }
         // Before q, a view of it, is told off by a name that the caller does not know.
-        Strides::of("qkv", qkv.layout())?;
-        let [q, k, v] = split_qkv(qkv, num_heads_k)?;
-        Ok((Self::padded(options, &q, &k, &v)?, q))
+        Strides::of("qkv", qkv.layout(), options.layout)?;
+        let [q, k, v] = split_qkv(qkv, num_heads_k, options.layout)?;
+        let problem = Self::padded(options, &q, &k, &v).map_err(|error| match error {
+            // A hint at another layout would be one about views that were cut along the axis of this one.
+            Error::SwappedAxes { error, .. } => *error,
+            error => error,
+        })?;
+        Ok((problem, q))
     }
 
-    /// Checks one call in the packed layout.
+    /// Checks one packed call.
     pub fn packed(
         options: &Attention,
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<Self> {
-        const AXES_Q: &str = "(total_q, num_heads, head_dim)";
-        const AXES_K: &str = "(total_k, num_heads_k, head_dim)";
-        for (tensor, x, axes) in [("q", q, AXES_Q), ("k", k, AXES_K), ("v", v, AXES_K)] {
-            check_rank(tensor, x, 3, axes)?;
+        check_ranks(options.layout, &PACKED, q, k, v)?;
+        if options.key_lengths.is_some() {
+            return Err(Error::KeyLengthsPacked);
         }
         if cu_seqlens_q.batch() != cu_seqlens_k.batch() {
             return Err(Error::PackedBatch { batch_q: cu_seqlens_q.batch(), batch_k: cu_seqlens_k.batch() });
@@ -165,21 +194,24 @@ impl Problem {
             ("k", k, "cu_seqlens_k", cu_seqlens_k),
             ("v", v, "cu_seqlens_k", cu_seqlens_k),
         ];
-        for (tensor, x, cu_seqlens, lengths) in sides {
-            if lengths.total() != x.dims()[0] {
-                let (end, rows, shape) = (lengths.total(), x.dims()[0], x.dims().to_vec());
-                return Err(Error::PackedRows { cu_seqlens, end, tensor, rows, shape });
+        check_sizes(options.layout, &PACKED, |layout| {
+            let (total_axis, _) = layout.axes(3);
+            for (tensor, x, cu_seqlens, lengths) in sides {
+                let (end, rows) = (lengths.total(), x.dims()[total_axis]);
+                if rows != end {
+                    return Err(Error::PackedRows { cu_seqlens, end, tensor, rows, shape: x.dims().to_vec() });
+                }
             }
-            let (got, expected) = (lengths.tensor().device().location(), q.device().location());
-            if got != expected {
-                return Err(Error::Device { tensor: cu_seqlens, got, expected });
-            }
+            check_heads(layout, q.dims(), k.dims(), v.dims())
+        })?;
+        for (_, _, cu_seqlens, lengths) in sides {
+            check_device(cu_seqlens, lengths.tensor(), q)?;
         }
         let lengths = Lengths::Packed { cu_seqlens_q: cu_seqlens_q.clone(), cu_seqlens_k: cu_seqlens_k.clone() };
         Self::checked(options, lengths, q, k, v)
     }
 
-    /// The checks that both layouts share: from the second last axis on, their tensors look the same.
+    /// The checks that padded and packed calls share. The sizes of heads agree already.
     fn checked(options: &Attention, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let (dtype, device) = (q.dtype(), q.device().location());
         if !is_float(dtype) {
@@ -189,22 +221,13 @@ impl Problem {
             if x.dtype() != dtype {
                 return Err(Error::DTypeMismatch { tensor, got: x.dtype(), expected: dtype });
             }
-            if x.device().location() != device {
-                return Err(Error::Device { tensor, got: x.device().location(), expected: device });
-            }
+            check_device(tensor, x, q)?;
         }
-        let heads_axis = q.rank() - 2;
-        let (num_heads, head_dim) = (q.dims()[heads_axis], q.dims()[heads_axis + 1]);
-        let num_heads_k = k.dims()[heads_axis];
-        same_axis(("v", v.dims()), "num_heads_k", heads_axis, "k", num_heads_k)?;
-        same_axis(("k", k.dims()), "head_dim", heads_axis + 1, "q", head_dim)?;
-        same_axis(("v", v.dims()), "head_dim", heads_axis + 1, "q", head_dim)?;
+        let (_, heads_axis) = options.layout.axes(q.rank());
+        let (num_heads, num_heads_k) = (q.dims()[heads_axis], k.dims()[heads_axis]);
+        let head_dim = q.dims()[q.rank() - 1];
         if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
             return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
-        }
-        let no_heads = num_heads == 0 && num_heads_k == 0;
-        if !no_heads && (num_heads_k == 0 || num_heads % num_heads_k != 0) {
-            return Err(Error::HeadGroups { num_heads, num_heads_k });
         }
         for (tensor, x) in [("q", q), ("k", k), ("v", v)] {
             // Broadcast tensors may have any shape; their gradients and o are of that size.
@@ -230,10 +253,12 @@ impl Problem {
             softmax_scale,
             softcap: options.softcap,
             deterministic: options.deterministic,
+            layout: options.layout,
+            output_layout: options.layout_of_result(),
             alibi: check_alibi(options.alibi_slopes.as_ref(), batch, num_heads, device)?,
-            q: Strides::of("q", q.layout())?,
-            k: Strides::of("k", k.layout())?,
-            v: Strides::of("v", v.layout())?,
+            q: Strides::of("q", q.layout(), options.layout)?,
+            k: Strides::of("k", k.layout(), options.layout)?,
+            v: Strides::of("v", v.layout(), options.layout)?,
         })
     }
 
@@ -248,8 +273,10 @@ impl Problem {
     /// Sequence `batch`.
     pub fn sequence(&self, batch: usize) -> Sequence {
         match &self.lengths {
-            &Lengths::Padded { seqlen_q, seqlen_k, .. } => {
-                Sequence { batch, seqlen_q, seqlen_k, first_q: 0, first_k: 0 }
+            &Lengths::Padded { seqlen_q, seqlen_k, ref key_lengths, .. } => {
+                let all = (0, seqlen_k);
+                let (first_k, seqlen_k) = key_lengths.as_ref().map_or(all, |lengths| lengths.keys(batch, seqlen_k));
+                Sequence { batch, seqlen_q, seqlen_k, first_q: 0, first_k }
             }
             Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
                 let span = |offsets: &[u32]| (offsets[batch] as usize, (offsets[batch + 1] - offsets[batch]) as usize);
@@ -307,7 +334,12 @@ impl Problem {
         }
     }
 
-    /// Shape of q and o.
+    /// Shape of o in the order of its axes.
+    pub fn shape_o(&self) -> Vec<usize> {
+        self.output_layout.order(self.shape_q())
+    }
+
+    /// Sizes of q and o in the order of [`TensorLayout::Bshd`].
     pub fn shape_q(&self) -> Vec<usize> {
         match &self.lengths {
             &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, self.head_dim],
@@ -315,7 +347,7 @@ impl Problem {
         }
     }
 
-    /// Shape of k and v.
+    /// Sizes of k and v in the order of [`TensorLayout::Bshd`].
     pub fn shape_k(&self) -> Vec<usize> {
         match &self.lengths {
             &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, self.head_dim],
@@ -331,21 +363,28 @@ impl Problem {
         }
     }
 
-    /// Strides of a contiguous tensor of shape [`Self::shape_q`]: o, dq and do.
-    pub fn contiguous_q(&self) -> Strides {
-        self.contiguous(self.num_heads, |sequence| sequence.seqlen_q)
+    /// Strides of o, contiguous in its layout.
+    pub fn contiguous_o(&self) -> Strides {
+        self.contiguous(self.output_layout, self.shape_q())
     }
 
-    /// Strides of a contiguous tensor of shape [`Self::shape_k`]: dk and dv.
+    /// Strides of dq, contiguous in the layout of q.
+    pub fn contiguous_q(&self) -> Strides {
+        self.contiguous(self.layout, self.shape_q())
+    }
+
+    /// Strides of dk and dv, contiguous in the layout of k and v.
     pub fn contiguous_k(&self) -> Strides {
-        self.contiguous(self.num_heads_k, |sequence| sequence.seqlen_k)
+        self.contiguous(self.layout, self.shape_k())
     }
 
     /// Strides of q, k and v, or of their gradients, in one contiguous tensor, side by side along its axis of heads.
     pub fn contiguous_qkv(&self) -> [Strides; 3] {
-        let all = self.contiguous(self.num_heads + 2 * self.num_heads_k, |sequence| sequence.seqlen_q);
-        [0, self.num_heads, self.num_heads + self.num_heads_k]
-            .map(|heads| Strides { offset: heads * self.head_dim, ..all })
+        let mut shape = self.shape_q();
+        let heads_axis = shape.len() - 2;
+        shape[heads_axis] = self.num_heads + 2 * self.num_heads_k;
+        let all = self.contiguous(self.layout, shape);
+        [0, self.num_heads, self.num_heads + self.num_heads_k].map(|heads| Strides { offset: heads * all.head, ..all })
     }
 
     /// Index of the first lse of `sequence` and `head`; its rows follow one after the other.
@@ -356,30 +395,33 @@ impl Problem {
         }
     }
 
-    fn contiguous(&self, num_heads: usize, seqlen: impl Fn(&Sequence) -> usize) -> Strides {
-        let row = num_heads * self.head_dim;
-        let batch = match self.lengths {
-            Lengths::Padded { batch: 0, .. } | Lengths::Packed { .. } => 0,
-            Lengths::Padded { .. } => seqlen(&self.sequence(0)) * row,
-        };
-        Strides { offset: 0, batch, row, head: self.head_dim }
+    /// Strides of a contiguous tensor in `layout`; `shape` is in the order of [`TensorLayout::Bshd`].
+    fn contiguous(&self, layout: TensorLayout, shape: Vec<usize>) -> Strides {
+        Strides::in_order(&Layout::contiguous(layout.order(shape)), layout)
     }
 }
 
 impl Strides {
-    /// Strides of a tensor in the padded (4 axes) or packed (3 axes) layout.
+    /// Strides of a padded tensor (4 axes) or a packed one (3 axes).
     ///
     /// # Errors
     /// [`Error::LastAxis`] if the last axis is not contiguous.
-    pub fn of(tensor: &'static str, layout: &Layout) -> Result<Self> {
+    pub fn of(tensor: &'static str, layout: &Layout, order: TensorLayout) -> Result<Self> {
         let (dims, strides) = (layout.dims(), layout.stride());
         let last = dims.len() - 1;
         // With one element or none along the axis, or none at all, its stride is never used.
         if strides[last] != 1 && dims[last] > 1 && layout.shape().elem_count() > 0 {
             return Err(Error::LastAxis { tensor, shape: dims.to_vec(), strides: strides.to_vec() });
         }
-        let batch = if dims.len() == 4 { strides[0] } else { 0 };
-        Ok(Self { offset: layout.start_offset(), batch, row: strides[last - 2], head: strides[last - 1] })
+        Ok(Self::in_order(layout, order))
+    }
+
+    /// The strides of `layout`, whose axes come in `order`.
+    fn in_order(layout: &Layout, order: TensorLayout) -> Self {
+        let strides = layout.stride();
+        let (row_axis, head_axis) = order.axes(strides.len());
+        let batch = if strides.len() == 4 { strides[0] } else { 0 };
+        Self { offset: layout.start_offset(), batch, row: strides[row_axis], head: strides[head_axis] }
     }
 
     /// Index of element 0 of row `first_row` of one head of one sequence.
@@ -388,11 +430,57 @@ impl Strides {
     }
 }
 
+/// Names of the axes of q, and of k and v, in [`TensorLayout::Bshd`] and in [`TensorLayout::Bhsd`].
+struct Axes {
+    q: [&'static str; 2],
+    k: [&'static str; 2],
+}
+
+const PADDED: Axes = Axes {
+    q: ["(batch, seqlen_q, num_heads, head_dim)", "(batch, num_heads, seqlen_q, head_dim)"],
+    k: ["(batch, seqlen_k, num_heads_k, head_dim)", "(batch, num_heads_k, seqlen_k, head_dim)"],
+};
+
+const PACKED: Axes = Axes {
+    q: ["(total_q, num_heads, head_dim)", "(num_heads, total_q, head_dim)"],
+    k: ["(total_k, num_heads_k, head_dim)", "(num_heads_k, total_k, head_dim)"],
+};
+
+/// Whether q, k and v have as many axes as their names.
+fn check_ranks(layout: TensorLayout, axes: &Axes, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+    let (axes_q, axes_k) = (axes.q[layout as usize], axes.k[layout as usize]);
+    for (tensor, x, axes) in [("q", q, axes_q), ("k", k, axes_k), ("v", v, axes_k)] {
+        check_rank(tensor, x, axes.split(',').count(), axes)?;
+    }
+    Ok(())
+}
+
+/// Whether the sizes agree in `layout`. If they agree in the other layout alone, the error says so.
+fn check_sizes(layout: TensorLayout, axes: &Axes, sizes: impl Fn(TensorLayout) -> Result<()>) -> Result<()> {
+    sizes(layout).map_err(|error| match sizes(layout.other()) {
+        Ok(()) => {
+            let layout = layout.other();
+            Error::SwappedAxes { error: Box::new(error), axes: axes.q[layout as usize], layout }
+        }
+        Err(_) => error,
+    })
+}
+
 fn check_rank(tensor: &'static str, x: &Tensor, rank: usize, axes: &'static str) -> Result<()> {
     if x.rank() == rank {
         Ok(())
     } else {
         Err(Error::Rank { tensor, axes, shape: x.dims().to_vec() })
+    }
+}
+
+/// Whether a tensor is on the device of q.
+fn check_device(tensor: &'static str, x: &Tensor, q: &Tensor) -> Result<()> {
+    let (got, expected) = (x.device().location(), q.device().location());
+    if got == expected {
+        Ok(())
+    } else {
+        Err(Error::Device { tensor, got, expected })
     }
 }
 
@@ -410,6 +498,20 @@ fn same_axis(
     } else {
         Err(Error::Axis { tensor, axis, got, other, expected, shape: dims.to_vec() })
     }
+}
+
+/// Whether heads and head_dim of q, k and v agree.
+fn check_heads(layout: TensorLayout, q: &[usize], k: &[usize], v: &[usize]) -> Result<()> {
+    let (last, (_, heads_axis)) = (q.len() - 1, layout.axes(q.len()));
+    let (num_heads, num_heads_k) = (q[heads_axis], k[heads_axis]);
+    same_axis(("v", v), "num_heads_k", heads_axis, "k", num_heads_k)?;
+    same_axis(("k", k), "head_dim", last, "q", q[last])?;
+    same_axis(("v", v), "head_dim", last, "q", q[last])?;
+    let no_heads = num_heads == 0 && num_heads_k == 0;
+    if !no_heads && (num_heads_k == 0 || !num_heads.is_multiple_of(num_heads_k)) {
+        return Err(Error::HeadGroups { num_heads, num_heads_k });
+    }
+    Ok(())
 }
 
 /// Whether the factors of the scores are numbers of the type that scores are computed in.

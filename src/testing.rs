@@ -75,7 +75,7 @@ impl Call {
     pub fn forward_with_lse(&self) -> Result<(Tensor, Tensor)> {
         let [q, k, v] = &self.inputs;
         let both = q.apply_op3_no_bwd(k, v, &self.op_with_lse)?;
-        Ok(op::o_and_lse(&both, [self.problem.shape_q(), self.problem.shape_lse()])?)
+        Ok(op::o_and_lse(&both, [self.problem.shape_o(), self.problem.shape_lse()])?)
     }
 
     /// The gradients of those of q, k and v that are tracked, from o and its gradient. [`Self::forward`] must have run.
@@ -110,7 +110,9 @@ impl Call {
 #[cfg(feature = "cuda")]
 pub mod cuda {
     pub use crate::cuda::module::function;
-    pub use crate::cuda::params::{BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, Strides, NULL};
+    pub use crate::cuda::params::{
+        BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, ShapeAddresses, Strides, NULL,
+    };
 }
 
 /// `mask` laid over one pair of sequences.

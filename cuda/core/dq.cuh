@@ -89,8 +89,9 @@ struct Turns {
 
     __device__ __forceinline__ bool wanted() const { return counters != nullptr; }
 
-    // Where this block works. All threads together, once, before anything else is in shared memory.
-    __device__ __forceinline__ Place place(int64_t tiles, uint8_t* shared) const {
+    // Where this block works. All threads together, once, before anything else is in shared memory. Tickets go on from one
+    // launch to the next, which begins at sequence `first_batch`.
+    __device__ __forceinline__ Place place(int64_t tiles, int first_batch, uint8_t* shared) const {
         Place place;
         if (!wanted()) return place;
         volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(shared);
@@ -100,7 +101,7 @@ struct Turns {
         __syncthreads();  // before the place is used for something else
         place.x = gridDim.x - 1 - ticket % gridDim.x;
         place.y = heads % gridDim.y;
-        place.z = heads / gridDim.y;
+        place.z = heads / gridDim.y - first_batch;
         return place;
     }
 

@@ -9,7 +9,7 @@ namespace fa2 {
 // One sequence of the call. With shift = seqlen_k - seqlen_q, query row is aligned with key row + shift.
 struct Sequence {
     int first_q;  // rows of q before its first one, 0 if padded
-    int first_k;  // rows of k and v before its first one, 0 if padded
+    int first_k;  // rows of k and v before its first one, 0 if padded, unless on the left
     int seqlen_q;
     int seqlen_k;
     int batch;
@@ -25,6 +25,9 @@ struct Sequence {
             first_k = shape.cu_seqlens_k[batch];
             seqlen_q = int(shape.cu_seqlens_q[batch + 1]) - first_q;
             seqlen_k = int(shape.cu_seqlens_k[batch + 1]) - first_k;
+        } else if (shape.key_lengths != nullptr) {
+            seqlen_k = shape.key_lengths[batch];
+            first_k = shape.keys_at_end ? shape.seqlen_k - seqlen_k : 0;
         }
     }
 

@@ -123,7 +123,7 @@ struct BwdContext {
     __device__ __forceinline__ BwdContext(const BwdParams& params, uint8_t* shared, const Place& place)
         : params(params), shape(params.shape), shared(shared), base(uint32_t(__cvta_generic_to_shared(shared))),
           thread(place.thread), lane(thread % kWarpSize), warp(thread / kWarpSize), n_block(place.x), head_k(place.y),
-          batch(place.z), sequence(shape, batch), sees(shape, sequence),
+          batch(shape.first_batch + place.z), sequence(shape, batch), sees(shape, sequence),
           cols{n_block * Traits::kBlockN, min((n_block + 1) * Traits::kBlockN, sequence.seqlen_k)},
           queries(sees.queries_of(cols)), m_first(queries.begin / Traits::kBlockM),
           m_last((queries.end - 1) / Traits::kBlockM), group_size(shape.num_heads / shape.num_heads_k) {}
@@ -448,7 +448,7 @@ __device__ __forceinline__ Rest backward_pass(const BwdParams& params, uint8_t* 
 template <typename Traits>
 __device__ __noinline__ void careful_backward(const BwdParams& params, Rest todo) {
     extern __shared__ __align__(1024) uint8_t shared[];
-    backward_pass<Traits, true>(params, shared, Turns{params.turns}.place(params.dq_tiles.count, shared), todo);
+    backward_pass<Traits, true>(params, shared, Turns{params.turns}.place(params.dq_tiles.count, params.shape.first_batch, shared), todo);
 }
 
 template <typename Traits>

@@ -68,7 +68,7 @@ struct FwdContext {
         : shape(params.shape), shared(shared), base(uint32_t(__cvta_generic_to_shared(shared))), thread(place.thread),
           lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows),
           // The last rows see the most keys under a causal mask: they are started first.
-          m_block(gridDim.x - 1 - place.x), head(place.y), batch(place.z), sequence(shape, batch), sees(shape, sequence),
+          m_block(gridDim.x - 1 - place.x), head(place.y), batch(shape.first_batch + place.z), sequence(shape, batch), sees(shape, sequence),
           rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)}, keys(sees.keys_of(rows)) {
         const int head_k = head / (shape.num_heads / shape.num_heads_k);
         gQ = row_of<const T>(params.q, params.q_strides, batch, sequence.first_q + rows.begin, head);
@@ -191,6 +191,29 @@ __device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* s
         add_special<TileQ, Traits::kThreads, false>(shared + Traits::sQ, rows.end - rows.begin, block.gV, params.v_strides.row,
                                              block.keys, block.shape.head_dim, block.thread,
                                              [&](int row, int key) { return sees.visible(rows.begin + row, key); });
+    }
+    if (params.unrounded) {
+        float* gO = row_of<float>(params.o, params.o_strides, block.batch, block.sequence.first_q + rows.begin, block.head);
+#pragma unroll
+        for (int i = 0; i < Traits::kMTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int j = 0; j < Traits::kDTiles; ++j) {
+                    const int row = block.warp_row + 16 * i + fragment_row(block.lane, half), col = fragment_col(block.lane, j);
+                    float2 x = {o.x[i][j][2 * half], o.x[i][j][2 * half + 1]};
+                    if (kCareful) {
+                        // What add_special() has added shows in the rounded tile alone.
+                        const uint32_t pair = *reinterpret_cast<const uint32_t*>(
+                            shared + Traits::sQ + TileQ::offset(row, col / TileQ::kChunk) + col % TileQ::kChunk * sizeof(T));
+                        const uint32_t carry = carry_of_special<T>(pair);
+                        if (carry & 0x8000u) x.x = unpack2<T>(pair).x;
+                        if (carry & 0x80000000u) x.y = unpack2<T>(pair).y;
+                    }
+                    if (row < rows.end - rows.begin && col < block.shape.head_dim)
+                        *reinterpret_cast<float2*>(gO + row * params.o_strides.row + col) = x;
+                }
+        return true;
     }
     T* gO = row_of<T>(params.o, params.o_strides, block.batch, block.sequence.first_q + rows.begin, block.head);
     store_tile<TileQ, Traits::kThreads>(gO, params.o_strides.row, shared + Traits::sQ, rows.end - rows.begin,

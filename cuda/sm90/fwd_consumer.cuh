@@ -264,7 +264,8 @@ struct Consumer {
         statistics.finish();
         const int first = group_row(work) + 16 * warp;
         float* lse = params.fwd.lse + sequence.statistics(shape, work.head);
-        T* to = row_of<T>(params.fwd.o, params.fwd.o_strides, work.batch, work.first_q, work.head);
+        const int64_t first_o = work.batch * params.fwd.o_strides.batch + work.first_q * params.fwd.o_strides.row +
+                                work.head * params.fwd.o_strides.head;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first + fragment_row(lane, half);
@@ -272,7 +273,18 @@ struct Consumer {
             const float scale = blind ? 0.f : 1.f / statistics.sum[0][half];
             const bool stored = row < work.seqlen_q;
             if (lane % 4 == 0 && stored) lse[row] = blind ? -INFINITY : statistics.lse(0, half, factor());
-            T* to_row = to + row * params.fwd.o_strides.row;
+            const int64_t first_of_row = first_o + row * params.fwd.o_strides.row;
+            if (params.fwd.unrounded) {
+                float* to_row = static_cast<float*>(params.fwd.o) + first_of_row;
+#pragma unroll
+                for (int j = 0; j < Traits::kDTiles; ++j) {
+                    const int col = fragment_col(lane, j);
+                    const float2 x = {o.x[0][j][2 * half] * scale, o.x[0][j][2 * half + 1] * scale};
+                    if (stored && col < shape.head_dim) *reinterpret_cast<float2*>(to_row + col) = x;
+                }
+                continue;
+            }
+            T* to_row = static_cast<T*>(params.fwd.o) + first_of_row;
 #pragma unroll
             for (int j = 0; j < Traits::kDTiles; j += 4) {
                 uint32_t x[4];

@@ -73,10 +73,18 @@ __device__ __forceinline__ void mend_row(const FwdParams& params, const Work& wo
     }
     for (int step = 1; step < kWarpSize; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     const float scale = keys.empty() ? 0.f : 1.f / sum;
+    // Pairs of elements are 4 bytes if o is rounded, 8 if not.
     T* to = row_of<T>(params.o, params.o_strides, work.batch, work.first_q + row, work.head);
+    float* to_unrounded = row_of<float>(params.o, params.o_strides, work.batch, work.first_q + row, work.head);
     for (int i = 0; i < kPairs; ++i) {
         const int pair = lane + i * kWarpSize;
-        if (pair < pairs) reinterpret_cast<uint32_t*>(to)[pair] = pack2<T>(o[i].x * scale, o[i].y * scale);
+        if (pair >= pairs) continue;
+        const float2 x = {o[i].x * scale, o[i].y * scale};
+        if (params.unrounded) {
+            reinterpret_cast<float2*>(to_unrounded)[pair] = x;
+        } else {
+            reinterpret_cast<uint32_t*>(to)[pair] = pack2<T>(x.x, x.y);
+        }
     }
     if (lane == 0) {
         float* lse = params.lse + work.sequence(shape).statistics(shape, work.head);

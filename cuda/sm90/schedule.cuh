@@ -43,9 +43,11 @@ __device__ __forceinline__ Work tile_at(const Shape& shape, const Schedule& sche
         work.head = head % shape.num_heads;
         work.batch = head / shape.num_heads;
         work.m_block = m_block;
-        work.first_q = work.first_k = 0;
+        const Sequence sequence(shape, work.batch);
+        work.first_q = 0;
+        work.first_k = sequence.first_k;
         work.seqlen_q = shape.seqlen_q;
-        work.seqlen_k = shape.seqlen_k;
+        work.seqlen_k = sequence.seqlen_k;
         return work;
     }
     work.head = head;

@@ -143,7 +143,7 @@ fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Ac
     // Rows per task: enough work to be worth handing out.
     const ROWS: usize = 256;
     let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
-    let o_strides = problem.contiguous_q();
+    let o_strides = problem.contiguous_o();
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         for start in (0..sequence.seqlen_q).step_by(ROWS) {

@@ -56,7 +56,7 @@ struct Scratch<A> {
     softmax: OnlineSoftmax<A>,
 }
 
-/// Fills `o`, contiguous in the shape of q, and `lse`, in the order of lse.
+/// Fills `o`, contiguous in its layout, and `lse`, in the order of lse.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     execution: &Execution,
     [q, k, v]: [&[T]; 3],
@@ -66,7 +66,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let (problem, tile) = (execution.problem, execution.forward);
     let head_dim = problem.head_dim;
     let tasks = tasks(execution);
-    let o_strides = problem.contiguous_q();
+    let o_strides = problem.contiguous_o();
     let (o, max, log2_sum) = (Shared::new(o), Shared::new(&mut lse.max), Shared::new(&mut lse.log2_sum));
     let Tile { block_m, block_n } = tile;
     let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };

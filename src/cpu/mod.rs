@@ -128,7 +128,7 @@ fn typed_backward<T: Element>(
             let upstream = backward::Upstream {
                 o: T::cpu_storage_as_slice(result)?,
                 do_: T::cpu_storage_as_slice(grad_storage)?,
-                do_strides: Strides::of("do", grad.layout())?,
+                do_strides: Strides::of("do", grad.layout(), execution.problem.output_layout)?,
                 dlse: None,
             };
             backward::backward(execution, inputs, lse, &upstream, wanted)
@@ -140,7 +140,7 @@ fn typed_backward<T: Element>(
             let upstream = backward::Upstream {
                 o: &T::Acc::cpu_storage_as_slice(result)?[..o_len],
                 do_,
-                do_strides: execution.problem.contiguous_q(),
+                do_strides: execution.problem.contiguous_o(),
                 dlse: Some(dlse),
             };
             backward::backward(execution, inputs, lse, &upstream, wanted)

@@ -10,6 +10,9 @@ use super::params::Params;
 use crate::plan::Launch;
 use crate::{Error, Result};
 
+/// Thread blocks along z of one grid, which are sequences.
+const MAX_SEQUENCES: usize = 65_535;
+
 /// One launch in the making. It hands out addresses of device memory and keeps, until the kernel is queued, what orders
 /// that memory's other uses before and behind it; meanwhile the memory is borrowed, and cannot be freed.
 pub(super) struct Launcher<'a> {
@@ -36,14 +39,27 @@ impl<'a> Launcher<'a> {
         address
     }
 
-    /// Queues the kernel, unless its grid is empty: the driver refuses those.
+    /// Queues the kernel, as often as its sequences fill a grid, and not at all if its grid is empty: the driver refuses
+    /// those.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver refuses the kernel or one queued before it has failed.
     pub fn launch<P: Params>(self, launch: &Launch, params: &P) -> Result<()> {
+        let sequences = launch.grid.2;
+        for first in (0..sequences).step_by(MAX_SEQUENCES) {
+            let count = (sequences - first).min(MAX_SEQUENCES as u32);
+            let mut params = *params;
+            params.shape_mut().first_batch = first as i32;
+            let (x, y, _) = launch.grid;
+            self.queue(&Launch { kernel: launch.kernel, grid: (x, y, count) }, &params)?;
+        }
+        Ok(())
+    }
+
+    fn queue<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         let Launch { kernel, grid } = *launch;
         assert_eq!((kernel.pass, kernel.arch), (P::PASS, P::ARCH), "{} takes other parameters", kernel.name);
-        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
+        if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
         let function = module::function(self.stream.context(), kernel)?;

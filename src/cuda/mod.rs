@@ -19,7 +19,9 @@ use half::{bf16, f16};
 
 use self::counters::Counters;
 use self::launch::Launcher;
-use self::params::{BwdParams, ConvertParams, DeltaParams, FwdParams, HopperFwdParams, Schedule, Shape, NULL};
+use self::params::{
+    BwdParams, ConvertParams, DeltaParams, FwdParams, HopperFwdParams, Schedule, Shape, ShapeAddresses, NULL,
+};
 use crate::op::Output;
 use crate::plan::{aligned, in_reach, CudaPlan, DeviceCaps};
 use crate::problem::{Lengths, Problem, Strides};
@@ -51,13 +53,18 @@ impl<'a> Call<'a> {
 
     /// Locks what every launch reads.
     fn side(&self) -> Side<'_> {
-        let cu_seqlens = match &self.problem.lengths {
-            Lengths::Padded { .. } => None,
+        let (cu_seqlens, key_lengths) = match &self.problem.lengths {
+            Lengths::Padded { key_lengths, .. } => (None, key_lengths.as_ref().map(|lengths| lengths.tensor())),
             Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
-                Some([Locked::of(cu_seqlens_q.tensor()), Locked::of(cu_seqlens_k.tensor())])
+                (Some([cu_seqlens_q, cu_seqlens_k].map(|lengths| Locked::of(lengths.tensor()))), None)
             }
         };
-        Side { problem: self.problem, cu_seqlens, slopes: self.slopes.as_ref().map(Locked::of) }
+        Side {
+            problem: self.problem,
+            cu_seqlens,
+            key_lengths: key_lengths.map(Locked::of),
+            slopes: self.slopes.as_ref().map(Locked::of),
+        }
     }
 }
 
@@ -90,6 +97,7 @@ impl<'a> Locked<'a> {
 struct Side<'a> {
     problem: &'a Problem,
     cu_seqlens: Option<[Locked<'a>; 2]>,
+    key_lengths: Option<Locked<'a>>,
     slopes: Option<Locked<'a>>,
 }
 
@@ -99,11 +107,15 @@ impl Side<'_> {
             None => [NULL; 2],
             Some([q, k]) => [q.read::<u32>(launcher)?, k.read::<u32>(launcher)?],
         };
-        let slopes = match &self.slopes {
+        let key_lengths = match &self.key_lengths {
+            None => NULL,
+            Some(lengths) => lengths.read::<u32>(launcher)?,
+        };
+        let alibi_slopes = match &self.slopes {
             None => NULL,
             Some(slopes) => slopes.read::<f32>(launcher)?,
         };
-        Ok(Shape::new(self.problem, cu_seqlens, slopes))
+        Ok(Shape::new(self.problem, ShapeAddresses { cu_seqlens, key_lengths, alibi_slopes }))
     }
 }
 
@@ -169,6 +181,13 @@ impl<T: DeviceRepr> Gradients<T> {
     }
 }
 
+/// Device memory of the result.
+enum Memory<T> {
+    O(CudaSlice<T>),
+    /// o in f32, then lse.
+    OAndLse(CudaSlice<f32>),
+}
+
 fn typed_forward<T: Element>(
     call: &Call,
     output: Output,
@@ -177,7 +196,10 @@ fn typed_forward<T: Element>(
     let (problem, device) = (call.problem, &q.device);
     let rows = problem.rows_q() * problem.num_heads;
     let o_len = rows * problem.head_dim;
-    let mut o = uninit::<T>(device, o_len)?;
+    let mut result = match output {
+        Output::O => Memory::O(uninit::<T>(device, o_len)?),
+        Output::OAndLse => Memory::OAndLse(uninit::<f32>(device, o_len + rows)?),
+    };
     let mut lse = uninit::<f32>(device, rows)?;
     {
         let (stream, side) = (device.cuda_stream(), call.side());
@@ -190,13 +212,17 @@ fn typed_forward<T: Element>(
             q: launcher.read(T::as_cuda_slice(q)?, problem.q.offset),
             k: launcher.read(T::as_cuda_slice(k)?, problem.k.offset),
             v: launcher.read(T::as_cuda_slice(v)?, problem.v.offset),
-            o: launcher.write(&mut o),
+            o: match &mut result {
+                Memory::O(o) => launcher.write(o),
+                Memory::OAndLse(both) => launcher.write(both),
+            },
             lse: launcher.write(&mut lse),
             q_strides: problem.q.into(),
             k_strides: problem.k.into(),
             v_strides: problem.v.into(),
-            o_strides: problem.contiguous_q().into(),
+            o_strides: problem.contiguous_o().into(),
             shape: side.shape(&mut launcher)?,
+            unrounded: i32::from(output == Output::OAndLse),
         };
         match schedule {
             None => launcher.launch(&forward, &params)?,
@@ -208,16 +234,13 @@ fn typed_forward<T: Element>(
             }
         }
     }
-    let o = T::wrap_cuda_slice(o, device.clone());
     let lse = f32::wrap_cuda_slice(lse, device.clone());
-    let result = match output {
-        Output::O => o,
-        Output::OAndLse => {
-            let mut both = f32::wrap_cuda_slice(uninit::<f32>(device, o_len + rows)?, device.clone());
-            let (o_layout, lse_layout) = (Layout::contiguous(o_len), Layout::contiguous(rows));
-            if o_len > 0 {
-                o.to_dtype(&o_layout, DType::F32)?.copy_strided_src(&mut both, 0, &o_layout)?;
-                lse.copy_strided_src(&mut both, o_len, &lse_layout)?;
+    let result = match result {
+        Memory::O(o) => T::wrap_cuda_slice(o, device.clone()),
+        Memory::OAndLse(both) => {
+            let mut both = f32::wrap_cuda_slice(both, device.clone());
+            if rows > 0 {
+                lse.copy_strided_src(&mut both, o_len, &Layout::contiguous(rows))?;
             }
             both
         }
@@ -242,10 +265,10 @@ fn typed_backward<T: Element>(
         return lens.into_iter().map(zeros).collect();
     }
     let (o, do_, dlse) = match output {
-        Output::O => (result.clone(), readable(grad)?, None),
-        // o went out in f32 and its gradient came back so; both hold values of the type of q.
+        Output::O => (result.clone(), readable(problem, grad)?, None),
+        // o went out in f32 and its gradient came back so: the kernels take both in the type of q, as without lse.
         Output::OAndLse => {
-            let part = |both: &Tensor| both.narrow(0, 0, q_len)?.to_dtype(T::DTYPE)?.reshape(problem.shape_q());
+            let part = |both: &Tensor| both.narrow(0, 0, q_len)?.to_dtype(T::DTYPE)?.reshape(problem.shape_o());
             (part(result)?, part(grad)?, Some(grad.contiguous()?.narrow(0, q_len, rows)?))
         }
     };
@@ -254,13 +277,16 @@ fn typed_backward<T: Element>(
     let mut dq_sums = device.alloc_zeros::<f32>(tiles.count * tiles.elements)?;
     // One counter for each tile and one for tickets.
     let mut turns = problem.deterministic.then(|| device.alloc_zeros::<u32>(tiles.count + 1)).transpose()?;
-    let slices = lens.into_iter().map(|len| uninit::<T>(device, len)).collect::<Result<_>>()?;
+    // Keys that do not count belong to no tile: nobody writes their gradients.
+    let hides_keys = matches!(problem.lengths, Lengths::Padded { key_lengths: Some(_), .. });
+    let memory = |len: usize| if hides_keys { device.alloc_zeros::<T>(len.max(1)) } else { uninit::<T>(device, len) };
+    let slices = lens.into_iter().map(memory).collect::<Result<_>>()?;
     let mut grads = Gradients { slices, strides };
     {
         let (stream, side) = (device.cuda_stream(), call.side());
         let [q, k, v, o, do_, lse] = [q, k, v, &o, &do_, lse].map(Locked::of);
         let dlse = dlse.as_ref().map(Locked::of);
-        let do_strides = Strides::of("do", do_.layout)?;
+        let do_strides = Strides::of("do", do_.layout, problem.output_layout)?;
 
         let mut launcher = Launcher::new(&stream);
         let params = DeltaParams {
@@ -268,7 +294,7 @@ fn typed_backward<T: Element>(
             do_: do_.read::<T>(&mut launcher)?,
             dlse: dlse.as_ref().map_or(Ok(NULL), |dlse| dlse.read::<f32>(&mut launcher))?,
             delta: launcher.write(&mut delta),
-            o_strides: problem.contiguous_q().into(),
+            o_strides: problem.contiguous_o().into(),
             do_strides: do_strides.into(),
             shape: side.shape(&mut launcher)?,
         };
@@ -315,15 +341,16 @@ fn typed_backward<T: Element>(
 
 /// Device memory that a kernel fills. The driver refuses to allocate nothing.
 fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: each use is written as a whole by the launch or the copies that follow: `o`, `lse`, `delta`, `dq`, `dk` and `dv`
-    // by kernels that cover every row of every sequence, the flat result by its two copies.
+    // SAFETY: each use is written as a whole by what follows: `o`, `lse`, `delta`, `dq`, `dk` and `dv` by kernels that cover
+    // every row of every sequence, the lse of the flat result by a copy.
     unsafe { device.alloc::<T>(len.max(1)) }
 }
 
 /// A gradient as the kernels can read it. Candle hands them on as they come: transposed, or broadcast from a sum.
-fn readable(grad: &Tensor) -> Result<Tensor> {
-    match Strides::of("do", grad.layout()) {
-        Ok(strides) if aligned(&strides, grad.dims()) && in_reach(&strides, grad.dims()) => Ok(grad.clone()),
+fn readable(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
+    let shape = problem.shape_q();
+    match Strides::of("do", grad.layout(), problem.output_layout) {
+        Ok(strides) if aligned(&strides, &shape) && in_reach(&strides, &shape) => Ok(grad.clone()),
         _ => grad.force_contiguous(),
     }
 }

@@ -6,13 +6,15 @@ use candle_core::cuda::cudarc::driver::DeviceRepr;
 
 use crate::instances::{Arch, Pass};
 use crate::mask::Mask;
+use crate::padding::PaddingSide;
 use crate::plan::{self, MAX_SEQLEN};
 use crate::problem::{self, Alibi, Lengths, Problem};
 
 /// A parameter struct, and the kernels that take it as their one argument.
-pub(super) trait Params: DeviceRepr {
+pub(super) trait Params: DeviceRepr + Copy {
     const PASS: Pass;
     const ARCH: Arch;
+    fn shape_mut(&mut self) -> &mut Shape;
 }
 
 #[repr(C)]
@@ -28,11 +30,14 @@ pub struct Strides {
 pub struct Shape {
     pub cu_seqlens_q: CUdeviceptr,
     pub cu_seqlens_k: CUdeviceptr,
+    pub key_lengths: CUdeviceptr,
     pub alibi_slopes: CUdeviceptr,
     pub lse_batch: i64,
     pub lse_head: i64,
     pub alibi_batch: i32,
     pub batch: i32,
+    pub first_batch: i32,
+    pub keys_at_end: i32,
     pub seqlen_q: i32,
     pub seqlen_k: i32,
     pub num_heads: i32,
@@ -57,6 +62,7 @@ pub struct FwdParams {
     pub v_strides: Strides,
     pub o_strides: Strides,
     pub shape: Shape,
+    pub unrounded: i32,
 }
 
 #[repr(C, align(64))]
@@ -142,21 +148,24 @@ pub struct ConvertParams {
 include!(concat!(env!("OUT_DIR"), "/layout.rs"));
 
 macro_rules! params {
-    ($($name:ident: $pass:ident on $arch:ident),*) => {$(
+    ($($name:ident: $pass:ident on $arch:ident, $($shape:ident).+;)*) => {$(
         // SAFETY: `#[repr(C)]`, integers and floats only, laid out as the kernels' struct of the same name.
         unsafe impl DeviceRepr for $name {}
         impl Params for $name {
             const PASS: Pass = Pass::$pass;
             const ARCH: Arch = Arch::$arch;
+            fn shape_mut(&mut self) -> &mut Shape {
+                &mut self.$($shape).+
+            }
         }
     )*};
 }
 params!(
-    FwdParams: Forward on Sm80,
-    HopperFwdParams: Forward on Sm90,
-    DeltaParams: Delta on Sm80,
-    BwdParams: Backward on Sm80,
-    ConvertParams: Convert on Sm80
+    FwdParams: Forward on Sm80, shape;
+    HopperFwdParams: Forward on Sm90, fwd.shape;
+    DeltaParams: Delta on Sm80, shape;
+    BwdParams: Backward on Sm80, shape;
+    ConvertParams: Convert on Sm80, shape;
 );
 
 /// Stands for no pointer.
@@ -184,10 +193,24 @@ impl Schedule {
     }
 }
 
+/// What a [`Shape`] points to; [`NULL`] for what a call has not.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ShapeAddresses {
+    /// Of q, and of k and v.
+    pub cu_seqlens: [CUdeviceptr; 2],
+    pub key_lengths: CUdeviceptr,
+    pub alibi_slopes: CUdeviceptr,
+}
+
 impl Shape {
-    /// The sequences and scores of `problem`. Pointers: of `cu_seqlens_q` and `cu_seqlens_k`, and of the slopes.
-    pub fn new(problem: &Problem, cu_seqlens: [CUdeviceptr; 2], alibi_slopes: CUdeviceptr) -> Self {
+    /// The sequences and scores of `problem`, with the addresses of what belongs to them.
+    pub fn new(problem: &Problem, addresses: ShapeAddresses) -> Self {
+        let ShapeAddresses { cu_seqlens, key_lengths, alibi_slopes } = addresses;
         // `Plan` has checked that sizes fit 32 bits.
+        let keys_at_end = match &problem.lengths {
+            Lengths::Padded { key_lengths: Some(lengths), .. } => lengths.side() == PaddingSide::Left,
+            _ => false,
+        };
         let (lse_batch, lse_head) = match &problem.lengths {
             &Lengths::Padded { seqlen_q, .. } => (problem.num_heads * seqlen_q, seqlen_q),
             Lengths::Packed { .. } => (0, problem.rows_q()),
@@ -213,11 +236,14 @@ impl Shape {
         Self {
             cu_seqlens_q: cu_seqlens[0],
             cu_seqlens_k: cu_seqlens[1],
+            key_lengths,
             alibi_slopes,
             lse_batch: lse_batch as i64,
             lse_head: lse_head as i64,
             alibi_batch: alibi_batch as i32,
             batch: problem.batch() as i32,
+            first_batch: 0,
+            keys_at_end: i32::from(keys_at_end),
             seqlen_q: problem.max_seqlen_q() as i32,
             seqlen_k: problem.max_seqlen_k() as i32,
             num_heads: problem.num_heads as i32,

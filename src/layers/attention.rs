@@ -7,6 +7,7 @@ use candle_nn::{Module, VarBuilder};
 use super::projection::Projection;
 use super::rotary::RotaryRows;
 use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, Rotary};
+use crate::layout::TensorLayout;
 use crate::problem::{is_float, split_qkv, FLOAT_DTYPES};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
@@ -99,7 +100,9 @@ impl MultiHeadAttention {
         let head = Tensor::zeros((1, 1, 1, head_dim), vb.dtype(), vb.device())?;
         let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
         let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;
-        config.attention.supports(&q, &k, &k)?;
+        // The layer splits its heads itself: the layout of its tensors is not the caller's.
+        let attention = config.attention.clone().layout(TensorLayout::Bshd).output_layout(TensorLayout::Bshd);
+        attention.supports(&q, &k, &k)?;
 
         let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);
         let (qkv, o) = match &config.projections {
@@ -114,7 +117,7 @@ impl MultiHeadAttention {
             }
         };
         let o = load(o, q_dim, embed_dim, config.o_bias)?;
-        let (attention, rotary) = (config.attention.clone(), config.rotary.clone());
+        let rotary = config.rotary.clone();
         Ok(Self { embed_dim, num_heads, num_heads_k, head_dim, qkv, o, attention, rotary })
     }
 
@@ -256,7 +259,9 @@ impl MultiHeadAttention {
                 self.split_heads(&k.forward(xs)?, num_heads_k)?,
                 self.split_heads(&v.forward(xs)?, num_heads_k)?,
             ),
-            QkvProjection::Fused(projection) => split_qkv(&self.fused_heads(projection, xs)?, num_heads_k)?.into(),
+            QkvProjection::Fused(projection) => {
+                split_qkv(&self.fused_heads(projection, xs)?, num_heads_k, TensorLayout::Bshd)?.into()
+            }
         };
         match (&self.rotary, rows) {
             (Some(rotary), Some(rows)) => Ok((rotary.rotate(&q, rows)?, rotary.rotate(&k, rows)?, v)),

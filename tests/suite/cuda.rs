@@ -21,7 +21,7 @@ use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
 use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, KERNELS};
-use candle_fa2::{Attention, Mask};
+use candle_fa2::{Attention, Mask, PaddingSide};
 use rayon::prelude::*;
 
 /// A kernel with tiles, on the GPU.
@@ -95,6 +95,14 @@ impl Tiled {
             (longer_q, longer_k, window(block_n / 3, 5)),
         ] {
             cases.push(self.case(cases.len()).batch(1, seqlen_q, seqlen_k).heads(2, 1).mask(mask));
+        }
+        let counts = [2 * block_n, block_n + 1, block_n - 1, 0, 20];
+        for side in [PaddingSide::Left, PaddingSide::Right] {
+            let case = self.case(cases.len()).heads(2, 1).key_lengths(&counts, side);
+            cases.push(case.clone().batch(counts.len(), 17, 2 * block_n).mask(Mask::Causal));
+            if case.alibi == Alibi::Off || side == PaddingSide::Left {
+                cases.push(case.batch(counts.len(), block_m + 1, 2 * block_n));
+            }
         }
         let lengths = [(block_m + 1, block_n - 1), (3, 2 * block_n + 5), (0, 4), (block_m, block_n), (7, 0), (1, 1)];
         for mask in [Mask::None, Mask::Causal] {
@@ -264,6 +272,7 @@ fn sweep(dtype: DType) -> Result<()> {
             Case { deterministic: false, dlse: false, ..small(at) },
             Case { deterministic: true, dlse: true, ..small(at + 1) },
             small(at + 2).packed(&[(seqlen_q, 5), (3, seqlen_k)]).mask(window(block_n / 2, 20)),
+            small(at + 3).batch(2, 20, seqlen_k).key_lengths(&[block_n + 1, 3], PaddingSide::Left),
         ];
         if tiled.kernel.arch == Arch::Sm90 {
             // More tiles than a GPU has multiprocessors: a block goes on from one to the next.
@@ -367,6 +376,23 @@ fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
         Ok(())
     })?;
     println!("{} cases repeat their bits {RUNS} times", cases.len());
+    Ok(())
+}
+
+/// More sequences than one grid holds, so that each kernel is launched twice: values, gradients, and bits that repeat.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn more_sequences_than_a_grid_holds() -> Result<()> {
+    for target in &gpu_targets_or_skip() {
+        let case = || Case::new(target).head_dim(32).heads(2, 1).deterministic();
+        let lengths: Vec<(usize, usize)> = (0..65_600).map(|n| [(1, 2), (0, 1), (3, 3), (2, 0)][n % 4]).collect();
+        case().packed(&lengths).mask(Mask::Causal).check()?;
+        case().batch(65_600, 1, 2).dlse().check()?;
+        // On each architecture's kernels; the one of Hopper takes queries from 17 on.
+        let mut lengths = vec![(1, 1); 65_600];
+        lengths[65_590] = (40, 50);
+        case().head_dim(64).packed(&lengths).mask(Mask::Causal).check()?;
+    }
     Ok(())
 }
 

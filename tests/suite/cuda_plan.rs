@@ -331,7 +331,11 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
     let start =
         "head_dim 256 has no BF16 forward kernel for compute capability 8.6 with 20000 bytes of shared memory a \
                  block (fwd_sm80_bf16_d256_";
-    assert!(small.starts_with(start) && small.ends_with("; add a line to cuda/instances.def"), "{small}");
+    assert!(
+        small.starts_with(start)
+            && small.ends_with("; use another head_dim, or move q, k and v with to_device(&Device::Cpu)"),
+        "{small}"
+    );
     Ok(())
 }
 
@@ -340,7 +344,11 @@ fn refusals_by_size() -> Result<()> {
     // Views that repeat one element: nothing of these sizes is allocated.
     let x = |shape: [usize; 4]| -> Result<Tensor> { Ok(zeros(&[1, 1, 1, 8], DType::F16)?.expand(&shape)?) };
     for (q, k, text) in [
-        ([65_536, 1, 1, 8], [65_536, 1, 1, 8], "batch is 65536, but a CUDA kernel takes at most 65535; split the call"),
+        (
+            [(1 << 29) + 1, 1, 1, 8],
+            [(1 << 29) + 1, 1, 1, 8],
+            "batch is 536870913, but a CUDA kernel takes at most 536870912; split the call",
+        ),
         ([1, 1, 65_536, 8], [1, 1, 1, 8], "num_heads is 65536, but a CUDA kernel takes at most 65535; split the call"),
         (
             [1, (1 << 29) + 1, 1, 8],

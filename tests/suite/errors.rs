@@ -2,8 +2,8 @@
 //! anything runs, by all ways to call, and unchanged through Candle's error.
 
 use anyhow::Result;
-use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
-use candle_fa2::{Attention, CuSeqlens, Error, Mask};
+use candle_core::{DType, Device, DeviceLocation, IndexOp, Tensor, Var};
+use candle_fa2::{Attention, CuSeqlens, Error, KeyLengths, Mask, PaddingSide, TensorLayout};
 use std::process::Command;
 
 fn zeros(shape: &[usize]) -> Tensor {
@@ -338,22 +338,174 @@ fn cumulative_lengths() -> Result<()> {
 #[test]
 fn padding_and_unpadding() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 4], &Device::Cpu)?;
-    let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape)));
+    let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape), PaddingSide::Right));
     assert_eq!(unpad(&[3, 4, 8]), "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]");
     assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
     assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen, ..), got 1 axes in shape [2]; reshape it");
     assert_eq!(unpad(&[2, 4]), "no error");
     assert_eq!(
-        text(cu_seqlens.pad(&Tensor::new(1f32, &Device::Cpu)?)),
+        text(cu_seqlens.pad(&Tensor::new(1f32, &Device::Cpu)?, PaddingSide::Right)),
         "packed: expected (total, ..), got 0 axes in shape []; reshape it, or use the padded call for sequences of one length"
     );
     assert_eq!(
-        text(cu_seqlens.pad_to(&zeros(&[6, 8]), 3)),
+        text(cu_seqlens.pad_to(&zeros(&[6, 8]), 3, PaddingSide::Right)),
         "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]"
     );
-    let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape)));
+    let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape), PaddingSide::Right));
     assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");
     assert_eq!(pad(&[6, 8]), "no error");
+    Ok(())
+}
+
+#[test]
+fn padding_masks() -> Result<()> {
+    let refused = |rows: &[[f32; 4]]| -> Result<String> {
+        let mask = Tensor::from_slice(rows.as_flattened(), (rows.len(), 4), &Device::Cpu)?;
+        let answer = text(CuSeqlens::from_mask(&mask));
+        assert_eq!(text(KeyLengths::from_mask(&mask)), answer);
+        Ok(answer)
+    };
+    assert_eq!(
+        refused(&[[1., 1., 0., 0.], [0., -1e9, 1., 1.]])?,
+        "mask: value -1000000000 at row 1, column 1 is neither 0 nor 1; 1 marks a token and 0 padding"
+    );
+    let hole = "lie neither at the start nor at the end of its 4 positions; pad on one side";
+    assert_eq!(refused(&[[1., 0., 1., 1.]])?, format!("mask: the 3 tokens of row 0 {hole}"));
+    assert_eq!(refused(&[[1., 1., 1., 1.], [0., 1., 1., 0.]])?, format!("mask: the 2 tokens of row 1 {hole}"));
+    assert_eq!(
+        refused(&[[1., 1., 1., 1.], [1., 0., 0., 0.], [0., 0., 0., 1.]])?,
+        "mask: the padding of row 2 is on the left, but that of row 1 is on the right; pad all rows on one side"
+    );
+    assert_eq!(
+        text(CuSeqlens::from_mask(&zeros(&[2, 1, 1, 4]))),
+        "mask: expected (batch, seqlen), got 4 axes in shape [2, 1, 1, 4]; reshape it"
+    );
+    let lengths = CuSeqlens::from_lengths(&[2, 4], &Device::Cpu)?;
+    assert_eq!(
+        text(lengths.mask(3, PaddingSide::Left)),
+        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3]"
+    );
+    Ok(())
+}
+
+#[test]
+fn key_lengths() -> Result<()> {
+    let lengths = |lengths: &[usize]| KeyLengths::new(lengths, PaddingSide::Right, &Device::Cpu);
+    let attention = |lengths: &KeyLengths| Attention::new().key_lengths(lengths);
+    let (q, k) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 5, 2, 64]));
+    assert_eq!(
+        refused(&attention(&lengths(&[5])?), &q, &k, &k),
+        "key_lengths: 1 lengths came for a batch of 2; give one for each sequence"
+    );
+    assert_eq!(
+        refused(&attention(&lengths(&[5, 6])?), &q, &k, &k),
+        "key_lengths: sequence 1 has 6 keys, but there is room for 5; lengths count keys, padding left out"
+    );
+    assert_eq!(refused(&attention(&lengths(&[0, 5])?), &q, &k, &k), "no error");
+    assert_eq!(
+        text(lengths(&[5, 1 << 32])),
+        "key_lengths: sequence 1 has 4294967296 keys, but there is room for 4294967295; lengths count keys, padding left out"
+    );
+    let shifted = "key_lengths: sequence 1 has 2 keys for 3 queries, but a mask or ALiBi lines up the last query with the last \
+                   key; for self-attention padded on the right use CuSeqlens::from_mask and forward_packed, or Mask::Causal \
+                   without key_lengths";
+    let short = attention(&lengths(&[3, 2])?);
+    assert_eq!(refused(&short.clone().mask(Mask::Causal), &q, &k, &k), shifted);
+    let slopes = Tensor::zeros(8, DType::F32, &Device::Cpu)?;
+    assert_eq!(refused(&short.clone().alibi_slopes(&slopes), &q, &k, &k), shifted);
+    for mask in [Mask::None, Mask::Window { left: None, right: None }] {
+        assert_eq!(refused(&short.clone().mask(mask), &q, &k, &k), "no error");
+    }
+    let on_the_left = KeyLengths::new(&[3, 2], PaddingSide::Left, &Device::Cpu)?;
+    assert_eq!(refused(&attention(&on_the_left).mask(Mask::Causal), &q, &k, &k), "no error");
+    assert_eq!(refused(&attention(&lengths(&[0, 3])?).mask(Mask::Causal), &q, &k, &k), "no error");
+    let (packed, cu_seqlens) = (zeros(&[4, 2, 64]), CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?);
+    assert_eq!(
+        refused_packed(&attention(&lengths(&[1, 3])?), [&packed; 3], [&cu_seqlens; 2]),
+        "key_lengths: a packed call takes the lengths of its keys from cu_seqlens_k; leave key_lengths out"
+    );
+    Ok(())
+}
+
+/// Shapes that fit the other layout get it named.
+#[test]
+fn swapped_axes() -> Result<()> {
+    let heads_first = "if q is (batch, num_heads, seqlen_q, head_dim), call .layout(TensorLayout::Bhsd)";
+    let tokens_first = "if q is (batch, seqlen_q, num_heads, head_dim), call .layout(TensorLayout::Bshd)";
+    let (q, k) = (zeros(&[2, 8, 3, 64]), zeros(&[2, 2, 5, 64]));
+    let groups =
+        "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head serves equally many query heads";
+    assert_eq!(refused(&Attention::new(), &q, &k, &k), format!("{groups}; {heads_first}"));
+    // Decoding with Candle's cache.
+    let q = zeros(&[1, 8, 1, 64]);
+    let k = zeros(&[1, 8, 100, 64]);
+    let groups = "num_heads 1 of q is not a multiple of num_heads_k 100 of k and v; each key head serves equally many query heads";
+    assert_eq!(refused(&Attention::new(), &q, &k, &k), format!("{groups}; {heads_first}"));
+    let other = Attention::new().layout(TensorLayout::Bhsd);
+    let (q, k) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 5, 2, 64]));
+    let groups =
+        "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head serves equally many query heads";
+    assert_eq!(refused(&other, &q, &k, &k), format!("{groups}; {tokens_first}"));
+    // What fits neither has no hint.
+    let k = zeros(&[2, 5, 3, 64]);
+    assert_eq!(
+        refused(&Attention::new(), &q, &k, &k),
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads"
+    );
+    let lengths = CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?;
+    let packed = zeros(&[2, 4, 64]);
+    assert_eq!(
+        refused_packed(&Attention::new(), [&packed; 3], [&lengths; 2]),
+        "cu_seqlens_q must end at the number of rows of q: 2 in shape [2, 4, 64], got 4; \
+         if q is (num_heads, total_q, head_dim), call .layout(TensorLayout::Bhsd)"
+    );
+    assert_eq!(
+        refused(&other, &packed, &packed, &packed),
+        "q: expected (batch, num_heads, seqlen_q, head_dim), got 3 axes in shape [2, 4, 64]; \
+         reshape it, or use the packed call for sequences laid end to end"
+    );
+    assert_eq!(
+        refused_packed(&other, [&q, &packed, &packed], [&lengths; 2]),
+        "q: expected (num_heads, total_q, head_dim), got 4 axes in shape [2, 3, 8, 64]; \
+         reshape it, or use the padded call for sequences of one length"
+    );
+    assert_eq!(
+        text(other.forward_qkv(&packed, 1)),
+        "qkv: expected (batch, num_heads + 2 * num_heads_k, seqlen, head_dim), got 3 axes in shape [2, 4, 64]; reshape it"
+    );
+    Ok(())
+}
+
+#[test]
+fn merging() -> Result<()> {
+    let attention = Attention::new();
+    let merge = |parts: &[(Tensor, Tensor)]| text(attention.merge(parts));
+    assert_eq!(merge(&[]), "merge: no part came; give at least one");
+    let (o, lse) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 8, 3]));
+    let part = |o: &Tensor, lse: &Tensor| (o.clone(), lse.clone());
+    assert_eq!(merge(&[part(&o, &lse), part(&o, &lse)]), "no error");
+    let queries = "parts have the same queries";
+    assert_eq!(
+        merge(&[part(&o, &lse), part(&zeros(&[2, 4, 8, 64]), &lse)]),
+        format!("merge: o of part 1 is [2, 4, 8, 64] F32 on Cpu, expected [2, 3, 8, 64] F32 on Cpu; {queries}")
+    );
+    assert_eq!(
+        merge(&[part(&o, &zeros(&[2, 3, 8]))]),
+        format!("merge: lse of part 0 is [2, 3, 8] F32 on Cpu, expected [2, 8, 3] F32 on Cpu; {queries}")
+    );
+    assert_eq!(
+        merge(&[part(&o, &lse), part(&o, &lse.to_dtype(DType::F64)?)]),
+        format!("merge: lse of part 1 is [2, 8, 3] F64 on Cpu, expected [2, 8, 3] F32 on Cpu; {queries}")
+    );
+    assert_eq!(
+        merge(&[part(&o, &lse.to_dtype(DType::BF16)?)]),
+        "lse: dtype BF16 is not supported (supported: F32, F64); convert with to_dtype"
+    );
+    assert_eq!(
+        merge(&[part(&lse.i(0)?, &lse)]),
+        "o: expected (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim), got 2 axes in shape [8, 3]; \
+         reshape it, or use the packed call for sequences laid end to end"
+    );
     Ok(())
 }
 

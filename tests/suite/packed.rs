@@ -4,6 +4,7 @@ use crate::common::cases::{targets, Case};
 use crate::common::compare;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::PaddingSide::Right;
 use candle_fa2::{CuSeqlens, Mask};
 
 #[test]
@@ -52,7 +53,7 @@ fn unpad_keeps_the_rows_and_pad_brings_them_back() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&lengths, &Device::Cpu)?;
     for (dtype, seqlen) in [(DType::F32, 4), (DType::F64, 4), (DType::F16, 6), (DType::BF16, 5), (DType::U32, 4)] {
         let padded = counting(&[4, seqlen, 2, 3])?.to_dtype(dtype)?;
-        let packed = cu_seqlens.unpad(&padded)?;
+        let packed = cu_seqlens.unpad(&padded, Right)?;
         assert_eq!((packed.dims(), packed.dtype()), (&[7, 2, 3][..], dtype));
         let mut row = 0;
         for (batch, &len) in lengths.iter().enumerate() {
@@ -67,9 +68,9 @@ fn unpad_keeps_the_rows_and_pad_brings_them_back() -> Result<()> {
         if dtype == DType::U32 {
             continue;
         }
-        let again = cu_seqlens.pad(&packed)?;
+        let again = cu_seqlens.pad(&packed, Right)?;
         assert_eq!((again.dims(), again.dtype()), (&[4, 4, 2, 3][..], dtype));
-        compare::same_bits("unpad(pad)", &cu_seqlens.unpad(&again)?, &packed, &format!("{dtype:?}"))?;
+        compare::same_bits("unpad(pad)", &cu_seqlens.unpad(&again, Right)?, &packed, &format!("{dtype:?}"))?;
         // Behind each sequence there are zeros.
         let again = again.to_dtype(DType::F32)?;
         for (batch, &len) in lengths.iter().enumerate() {
@@ -85,7 +86,7 @@ fn unpad_keeps_the_rows_and_pad_brings_them_back() -> Result<()> {
 fn pad_to_gives_a_longer_batch_its_shape_back() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 0, 3], &Device::Cpu)?;
     let batch = counting(&[3, 5, 2])?;
-    let back = cu_seqlens.pad_to(&cu_seqlens.unpad(&batch)?, 5)?;
+    let back = cu_seqlens.pad_to(&cu_seqlens.unpad(&batch, Right)?, 5, Right)?;
     assert_eq!(back.dims(), batch.dims());
     let (back, batch) = (back.to_vec3::<f32>()?, batch.to_vec3::<f32>()?);
     for (b, length) in [2, 0, 3].into_iter().enumerate() {
@@ -100,9 +101,9 @@ fn any_axes_behind_the_tokens() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?;
     for rest in [&[][..], &[5], &[2, 3, 4]] {
         let padded = counting(&[&[2, 3][..], rest].concat())?;
-        let packed = cu_seqlens.unpad(&padded)?;
+        let packed = cu_seqlens.unpad(&padded, Right)?;
         assert_eq!(packed.dims(), [&[4][..], rest].concat());
-        assert_eq!(cu_seqlens.pad(&packed)?.dims(), padded.dims());
+        assert_eq!(cu_seqlens.pad(&packed, Right)?.dims(), padded.dims());
     }
     Ok(())
 }
@@ -113,16 +114,21 @@ fn views_and_batches_of_nothing() -> Result<()> {
     let heads_first = counting(&[2, 3, 4, 5])?;
     let view = heads_first.transpose(1, 2)?;
     let what = "a view against its copy";
-    compare::same_bits("unpad", &cu_seqlens.unpad(&view)?, &cu_seqlens.unpad(&view.contiguous()?)?, &what)?;
+    compare::same_bits(
+        "unpad",
+        &cu_seqlens.unpad(&view, Right)?,
+        &cu_seqlens.unpad(&view.contiguous()?, Right)?,
+        &what,
+    )?;
     let packed = counting(&[4, 3, 2])?.transpose(0, 1)?;
-    compare::same_bits("pad", &cu_seqlens.pad(&packed)?, &cu_seqlens.pad(&packed.contiguous()?)?, &what)?;
+    compare::same_bits("pad", &cu_seqlens.pad(&packed, Right)?, &cu_seqlens.pad(&packed.contiguous()?, Right)?, &what)?;
 
     let none = CuSeqlens::from_lengths(&[], &Device::Cpu)?;
-    assert_eq!(none.unpad(&counting(&[0, 3, 2])?)?.dims(), [0, 2]);
-    assert_eq!(none.pad(&counting(&[0, 2])?)?.dims(), [0, 0, 2]);
+    assert_eq!(none.unpad(&counting(&[0, 3, 2])?, Right)?.dims(), [0, 2]);
+    assert_eq!(none.pad(&counting(&[0, 2])?, Right)?.dims(), [0, 0, 2]);
     let empty = CuSeqlens::from_lengths(&[0, 0], &Device::Cpu)?;
-    assert_eq!(empty.unpad(&counting(&[2, 3, 2])?)?.dims(), [0, 2]);
-    assert_eq!(empty.pad(&counting(&[0, 2])?)?.dims(), [2, 0, 2]);
+    assert_eq!(empty.unpad(&counting(&[2, 3, 2])?, Right)?.dims(), [0, 2]);
+    assert_eq!(empty.pad(&counting(&[0, 2])?, Right)?.dims(), [2, 0, 2]);
     Ok(())
 }
 
@@ -133,15 +139,15 @@ fn gradients_of_pad_and_unpad() -> Result<()> {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
         let padded = Var::from_tensor(&counting(&[3, 3, 2])?.to_dtype(dtype)?)?;
         let weights = (counting(&[5, 2])? + 1.0)?.to_dtype(dtype)?;
-        let grads = (cu_seqlens.unpad(&padded)? * &weights)?.sum_all()?.backward()?;
+        let grads = (cu_seqlens.unpad(&padded, Right)? * &weights)?.sum_all()?.backward()?;
         let got = grads.get(&padded).context("padded has no gradient")?;
-        compare::same_bits("gradient of unpad", got, &cu_seqlens.pad(&weights)?, &format!("{dtype:?}"))?;
+        compare::same_bits("gradient of unpad", got, &cu_seqlens.pad(&weights, Right)?, &format!("{dtype:?}"))?;
 
         let packed = Var::from_tensor(&weights)?;
         let weights = (counting(&[3, 3, 2])? + 1.0)?.to_dtype(dtype)?;
-        let grads = (cu_seqlens.pad(&packed)? * &weights)?.sum_all()?.backward()?;
+        let grads = (cu_seqlens.pad(&packed, Right)? * &weights)?.sum_all()?.backward()?;
         let got = grads.get(&packed).context("packed has no gradient")?;
-        compare::same_bits("gradient of pad", got, &cu_seqlens.unpad(&weights)?, &format!("{dtype:?}"))?;
+        compare::same_bits("gradient of pad", got, &cu_seqlens.unpad(&weights, Right)?, &format!("{dtype:?}"))?;
     }
     Ok(())
 }
@@ -162,19 +168,19 @@ fn a_padded_batch_trains_through_packed_attention() -> Result<()> {
             (o, grads.get(&call.q).context("dq")?.clone(), grads.get(&call.v).context("dv")?.clone())
         };
         let padded = |values: &[f64], shape: &[usize]| -> Result<Var> {
-            Ok(Var::from_tensor(&cu_seqlens.pad(&case.tensor(values, shape)?)?)?)
+            Ok(Var::from_tensor(&cu_seqlens.pad(&case.tensor(values, shape)?, Right)?)?)
         };
         let q = padded(&input.q, &case.shape_q())?;
         let k = padded(&input.k, &case.shape_k())?;
         let v = padded(&input.v, &case.shape_k())?;
-        let [q_packed, k_packed, v_packed] = [&q, &k, &v].map(|var| cu_seqlens.unpad(var));
+        let [q_packed, k_packed, v_packed] = [&q, &k, &v].map(|var| cu_seqlens.unpad(var, Right));
         let o = case.forward(&attention, &q_packed?, &k_packed?, &v_packed?)?;
         compare::same_bits("o", &o, &direct.0, &case)?;
-        let o = cu_seqlens.unpad(&cu_seqlens.pad(&o)?)?;
+        let o = cu_seqlens.unpad(&cu_seqlens.pad(&o, Right)?, Right)?;
         let grads = case.loss(&input, &o, &o)?.backward()?;
         let what = &format!("case {case}, behind the padding");
-        compare::same_bits("dq", grads.get(&q).context("dq")?, &cu_seqlens.pad(&direct.1)?, what)?;
-        compare::same_bits("dv", grads.get(&v).context("dv")?, &cu_seqlens.pad(&direct.2)?, what)?;
+        compare::same_bits("dq", grads.get(&q).context("dq")?, &cu_seqlens.pad(&direct.1, Right)?, what)?;
+        compare::same_bits("dv", grads.get(&v).context("dv")?, &cu_seqlens.pad(&direct.2, Right)?, what)?;
     }
     Ok(())
 }

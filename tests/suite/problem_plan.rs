@@ -28,7 +28,7 @@ fn a_problem_says_what_was_asked() -> Result<()> {
     assert_eq!(problem.q, Strides { offset: 0, batch: 384, row: 128, head: 16 });
     assert_eq!(problem.k, Strides { offset: 320, batch: 320, row: 16, head: 80 });
     assert_eq!(problem.v, Strides { offset: 4, batch: 100, row: 20, head: 0 });
-    assert!(matches!(problem.lengths, Lengths::Padded { batch: 2, seqlen_q: 3, seqlen_k: 5 }));
+    assert!(matches!(problem.lengths, Lengths::Padded { batch: 2, seqlen_q: 3, seqlen_k: 5, .. }));
     assert_eq!((problem.batch(), problem.rows_q(), problem.rows_k()), (2, 6, 10));
     assert_eq!((problem.shape_q(), problem.shape_k()), (vec![2, 3, 8, 16], vec![2, 5, 4, 16]));
     assert_eq!(problem.shape_lse(), [2, 8, 3]);

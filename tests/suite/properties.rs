@@ -10,7 +10,7 @@ use crate::common::run::Call;
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor, D};
 use candle_fa2::testing::Arch;
-use candle_fa2::Mask;
+use candle_fa2::{Mask, PaddingSide, TensorLayout};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 
@@ -115,6 +115,34 @@ fn packed(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     })
 }
 
+/// The same with the axes of the tensors in any order, and with some of the keys hidden as padding.
+fn padded_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
+    let layout = || prop_oneof![Just(TensorLayout::Bshd), Just(TensorLayout::Bhsd)];
+    let side = prop_oneof![Just(PaddingSide::Left), Just(PaddingSide::Right)];
+    let shares = prop::option::of(prop::collection::vec(0.0..=1.0f64, 4));
+    (padded(targets), layout(), layout(), side, shares).prop_map(|(case, inputs, output, side, shares)| {
+        let case = case.layouts(inputs, output);
+        match (shares, &case.lengths) {
+            (Some(shares), &Lengths::Padded { batch, seqlen_k, .. }) => {
+                // A share of 0 or close to it leaves a sequence without keys.
+                let count = |share: &f64| (share * 1.2 * (seqlen_k + 1) as f64) as usize;
+                let lengths: Vec<usize> = shares.iter().map(|share| count(share).min(seqlen_k)).take(batch).collect();
+                // Right of fewer keys than queries, a mask is refused.
+                let &Lengths::Padded { seqlen_q, .. } = &case.lengths else { unreachable!("it is padded") };
+                let few = lengths.iter().any(|&length| length < seqlen_q);
+                case.key_lengths(&lengths, if few { PaddingSide::Left } else { side })
+            }
+            _ => case,
+        }
+    })
+}
+
+/// Packed sequences with the axes of the tensors in any order.
+fn packed_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
+    let layout = || prop_oneof![Just(TensorLayout::Bshd), Just(TensorLayout::Bhsd)];
+    (packed(targets), layout(), layout()).prop_map(|(case, inputs, output)| case.layouts(inputs, output))
+}
+
 /// Two outputs of the operator, each as far from the truth as the reference allows, agree.
 fn agree(case: &Case, input: &Input, got: &Output, want: &Output) -> Result<()> {
     let tolerances = case.tolerances(input, &reference::attention(input));
@@ -122,6 +150,16 @@ fn agree(case: &Case, input: &Input, got: &Output, want: &Output) -> Result<()> 
         compare::close(name, got, want, &tolerance.doubled(), case)?;
     }
     Ok(())
+}
+
+#[test]
+fn any_layout_and_any_key_lengths_match_the_reference() -> Result<()> {
+    for_all(padded_in_any_layout, |case| case.check())
+}
+
+#[test]
+fn any_layout_of_packed_sequences_matches_the_reference() -> Result<()> {
+    for_all(packed_in_any_layout, |case| case.check())
 }
 
 #[test]
@@ -298,11 +336,11 @@ fn unfused(case: &Case, input: &Input) -> Result<Output> {
     let o = p.matmul(&v_heads)?.transpose(1, 2)?.contiguous()?;
     let grads = case.loss(input, &o, &lse)?.backward()?;
     Ok(Output {
-        o: case.rows(&o, true)?,
+        o: case.output_rows(&o)?,
         lse: case.lse_rows(&lse)?,
-        dq: case.rows(grads.get(&q).context("dq")?, true)?,
-        dk: case.rows(grads.get(&k).context("dk")?, false)?,
-        dv: case.rows(grads.get(&v).context("dv")?, false)?,
+        dq: case.input_rows(grads.get(&q).context("dq")?, true)?,
+        dk: case.input_rows(grads.get(&k).context("dk")?, false)?,
+        dv: case.input_rows(grads.get(&v).context("dv")?, false)?,
     })
 }
 
@@ -362,11 +400,11 @@ fn parts_of_the_keys_merge_by_their_lse() -> Result<()> {
         let o = (o_1.broadcast_mul(&of_rows(weight_1)?)? + o_2.broadcast_mul(&of_rows(weight_2)?)?)?;
         let grads = case.loss(&input, &o, &lse)?.backward()?;
         let got = Output {
-            o: case.rows(&o, true)?,
+            o: case.output_rows(&o)?,
             lse: case.lse_rows(&lse)?,
-            dq: case.rows(grads.get(&q).context("dq")?, true)?,
-            dk: case.rows(grads.get(&k).context("dk")?, false)?,
-            dv: case.rows(grads.get(&v).context("dv")?, false)?,
+            dq: case.input_rows(grads.get(&q).context("dq")?, true)?,
+            dk: case.input_rows(grads.get(&k).context("dk")?, false)?,
+            dv: case.input_rows(grads.get(&v).context("dv")?, false)?,
         };
         agree(&case, &input, &got, &want)
     };

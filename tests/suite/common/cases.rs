@@ -7,7 +7,7 @@ use super::tolerance::accumulator;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_fa2::testing::{self, DeviceCaps, Plan, Tile};
-use candle_fa2::{Attention, CuSeqlens, Mask};
+use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide, TensorLayout};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -115,6 +115,10 @@ pub struct Case {
     pub device: Device,
     pub dtype: DType,
     pub lengths: Lengths,
+    /// How many keys of each padded sequence count, and on which side the others are.
+    pub key_lengths: Option<(Vec<usize>, PaddingSide)>,
+    /// Of q, k and v, and of o.
+    pub layouts: (TensorLayout, TensorLayout),
     pub num_heads: usize,
     pub num_heads_k: usize,
     pub head_dim: usize,
@@ -136,6 +140,8 @@ impl Case {
             device: target.device.clone(),
             dtype: target.dtype,
             lengths: Lengths::Padded { batch: 1, seqlen_q: 17, seqlen_k: 17 },
+            key_lengths: None,
+            layouts: (TensorLayout::Bshd, TensorLayout::Bshd),
             num_heads: 2,
             num_heads_k: 2,
             head_dim: 16,
@@ -155,6 +161,17 @@ impl Case {
 
     pub fn packed(mut self, lengths: &[(usize, usize)]) -> Self {
         self.lengths = Lengths::Packed(lengths.to_vec());
+        self
+    }
+
+    /// As many keys of each sequence count; those on `side` do not.
+    pub fn key_lengths(mut self, lengths: &[usize], side: PaddingSide) -> Self {
+        self.key_lengths = Some((lengths.to_vec(), side));
+        self
+    }
+
+    pub fn layouts(mut self, inputs: TensorLayout, output: TensorLayout) -> Self {
+        self.layouts = (inputs, output);
         self
     }
 
@@ -212,10 +229,13 @@ impl Case {
         fits
     }
 
-    /// `(seqlen_q, seqlen_k)` of each sequence.
+    /// `(seqlen_q, seqlen_k)` of each sequence, without keys that do not count.
     pub fn sequences(&self) -> Vec<(usize, usize)> {
         match &self.lengths {
-            &Lengths::Padded { batch, seqlen_q, seqlen_k } => vec![(seqlen_q, seqlen_k); batch],
+            &Lengths::Padded { batch, seqlen_q, seqlen_k } => match &self.key_lengths {
+                Some((lengths, _)) => lengths.iter().map(|&length| (seqlen_q, length)).collect(),
+                None => vec![(seqlen_q, seqlen_k); batch],
+            },
             Lengths::Packed(lengths) => lengths.clone(),
         }
     }
@@ -271,7 +291,14 @@ impl Case {
 
     /// The call's options, with the slopes of `input`.
     pub fn attention(&self, input: &Input) -> Result<Attention> {
-        let mut attention = Attention::new().mask(self.mask).deterministic(self.deterministic);
+        let (inputs, output) = self.layouts;
+        let mut attention = Attention::new().mask(self.mask).deterministic(self.deterministic).layout(inputs);
+        if output != inputs {
+            attention = attention.output_layout(output);
+        }
+        if let Some((lengths, side)) = &self.key_lengths {
+            attention = attention.key_lengths(&KeyLengths::new(lengths, *side, &self.device)?);
+        }
         if let Some(softmax_scale) = self.softmax_scale {
             attention = attention.softmax_scale(softmax_scale);
         }
@@ -298,7 +325,7 @@ impl Case {
         Ok((CuSeqlens::from_lengths(&lengths_q, &self.device)?, CuSeqlens::from_lengths(&lengths_k, &self.device)?))
     }
 
-    /// Shape of q, o and their gradients.
+    /// Shape of q, o and their gradients, with the tokens before the heads.
     pub fn shape_q(&self) -> Vec<usize> {
         match &self.lengths {
             &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, self.head_dim],
@@ -306,12 +333,43 @@ impl Case {
         }
     }
 
-    /// Shape of k, v and their gradients.
+    /// Shape of k, v and their gradients, with the tokens before the heads.
     pub fn shape_k(&self) -> Vec<usize> {
         match &self.lengths {
             &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, self.head_dim],
             Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.1).sum(), self.num_heads_k, self.head_dim],
         }
+    }
+
+    /// q as the call takes it, from the numbers of an [`Input`].
+    pub fn query_tensor(&self, values: &[f64]) -> Result<Tensor> {
+        in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.0)
+    }
+
+    /// k or v as the call takes it. Keys that do not count are NaN in every second sequence, and large in the others.
+    pub fn key_tensor(&self, values: &[f64]) -> Result<Tensor> {
+        let row = self.num_heads_k * self.head_dim;
+        let all = match (&self.lengths, &self.key_lengths) {
+            (&Lengths::Padded { batch, seqlen_k, .. }, Some((lengths, side))) => {
+                let filler = |sequence: usize| [1000.0, f64::NAN][sequence % 2];
+                let mut all: Vec<f64> = (0..batch).flat_map(|n| vec![filler(n); seqlen_k * row]).collect();
+                let mut from = values;
+                for (sequence, &length) in lengths.iter().enumerate() {
+                    let first = sequence * seqlen_k + if *side == PaddingSide::Left { seqlen_k - length } else { 0 };
+                    let (these, rest) = from.split_at(length * row);
+                    all[first * row..][..length * row].copy_from_slice(these);
+                    from = rest;
+                }
+                all
+            }
+            _ => values.to_vec(),
+        };
+        in_layout(&self.tensor(&all, &self.shape_k())?, self.layouts.0)
+    }
+
+    /// The gradient of o.
+    pub fn output_tensor(&self, values: &[f64]) -> Result<Tensor> {
+        in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.1)
     }
 
     /// Numbers of `input` as a tensor of the case's type and device.
@@ -363,6 +421,12 @@ impl fmt::Display for Case {
             Alibi::PerHead => write!(f, ", alibi per head")?,
             Alibi::PerBatchAndHead => write!(f, ", alibi per batch and head")?,
         }
+        if let Some((lengths, side)) = &self.key_lengths {
+            write!(f, ", keys {lengths:?} padded {side}")?;
+        }
+        if self.layouts != (TensorLayout::Bshd, TensorLayout::Bshd) {
+            write!(f, ", layouts {:?} to {:?}", self.layouts.0, self.layouts.1)?;
+        }
         if self.dlse {
             write!(f, ", dlse")?;
         }
@@ -371,6 +435,14 @@ impl fmt::Display for Case {
         }
         Ok(())
     }
+}
+
+/// A contiguous tensor in `layout` from one with the tokens before the heads, or the other way round.
+pub fn in_layout(tensor: &Tensor, layout: TensorLayout) -> Result<Tensor> {
+    Ok(match layout {
+        TensorLayout::Bshd => tensor.clone(),
+        TensorLayout::Bhsd => tensor.transpose(tensor.rank() - 3, tensor.rank() - 2)?.contiguous()?,
+    })
 }
 
 /// `Mask::Window` without the field names.

@@ -1,13 +1,13 @@
 //! The operator under test, run on a case: values and gradients in the reference's form.
 
-use super::cases::{Case, Lengths};
+use super::cases::{in_layout, Case, Lengths};
 use super::reference::{Input, Output, Rows};
 use super::tolerance::{accumulator, Tolerance};
 use super::{compare, reference};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Plan, Problem};
-use candle_fa2::Attention;
+use candle_fa2::{Attention, PaddingSide};
 
 /// q, k and v as variables, and the options.
 pub struct Call {
@@ -21,9 +21,9 @@ impl Case {
     pub fn call(&self, input: &Input) -> Result<Call> {
         Ok(Call {
             attention: self.attention(input)?,
-            q: Var::from_tensor(&self.tensor(&input.q, &self.shape_q())?)?,
-            k: Var::from_tensor(&self.tensor(&input.k, &self.shape_k())?)?,
-            v: Var::from_tensor(&self.tensor(&input.v, &self.shape_k())?)?,
+            q: Var::from_tensor(&self.query_tensor(&input.q)?)?,
+            k: Var::from_tensor(&self.key_tensor(&input.k)?)?,
+            v: Var::from_tensor(&self.key_tensor(&input.v)?)?,
         })
     }
 
@@ -55,7 +55,7 @@ impl Case {
 
     /// The scalar whose gradient with respect to o is `do`, and, where the case says so, with respect to lse is `dlse`.
     pub fn loss(&self, input: &Input, o: &Tensor, lse: &Tensor) -> Result<Tensor> {
-        let do_ = self.tensor(&input.do_, &self.shape_q())?;
+        let do_ = self.output_tensor(&input.do_)?;
         let loss = (o * do_)?.sum_all()?.to_dtype(accumulator(self.dtype))?;
         Ok(if self.dlse { (loss + self.lse_loss(input, lse)?)? } else { loss })
     }
@@ -75,13 +75,11 @@ impl Case {
     /// the bit.
     pub fn run_forward(&self, input: &Input) -> Result<Output> {
         let attention = self.attention(input)?;
-        let q = self.tensor(&input.q, &self.shape_q())?;
-        let k = self.tensor(&input.k, &self.shape_k())?;
-        let v = self.tensor(&input.v, &self.shape_k())?;
+        let (q, k, v) = (self.query_tensor(&input.q)?, self.key_tensor(&input.k)?, self.key_tensor(&input.v)?);
         let (o, lse) = self.forward_with_lse(&attention, &q, &k, &v)?;
         compare::same_bits("o with and without lse", &o, &self.forward(&attention, &q, &k, &v)?, self)?;
         let none = Rows::default;
-        Ok(Output { o: self.rows(&o, true)?, lse: self.lse_rows(&lse)?, dq: none(), dk: none(), dv: none() })
+        Ok(Output { o: self.output_rows(&o)?, lse: self.lse_rows(&lse)?, dq: none(), dk: none(), dv: none() })
     }
 
     /// o and lse of untracked inputs against the reference.
@@ -107,10 +105,10 @@ impl Case {
         let grad = |name: &str, var: &Var| -> Result<Rows> {
             let grad = grads.get(var).with_context(|| format!("{name} has no gradient\ncase {self}"))?;
             anyhow::ensure!(grad.dims() == var.dims() && grad.dtype() == var.dtype(), "d{name}: {grad:?}\ncase {self}");
-            self.rows(grad, name == "q")
+            self.input_rows(grad, name == "q")
         };
         Ok(Output {
-            o: self.rows(&o, true)?,
+            o: self.output_rows(&o)?,
             lse: self.lse_rows(&lse)?,
             dq: grad("q", &q)?,
             dk: grad("k", &k)?,
@@ -140,17 +138,17 @@ impl Case {
         let o = call.forward()?;
         let (o_with_lse, lse) = call.forward_with_lse()?;
         compare::same_bits("o with and without lse", &o_with_lse.to_dtype(o.dtype())?, &o, self)?;
-        let do_ = self.tensor(&input.do_, &self.shape_q())?;
+        let do_ = self.output_tensor(&input.do_)?;
         let (dq, dk, dv) = if self.dlse {
             call.backward_with_lse((&o_with_lse, &lse), (&do_, &self.dlse_tensor(input)?))?
         } else {
             call.backward(&o, &do_)?
         };
         let grad = |name: &str, grad: Option<Tensor>| -> Result<Rows> {
-            self.rows(&grad.with_context(|| format!("no {name}"))?, name == "dq")
+            self.input_rows(&grad.with_context(|| format!("no {name}"))?, name == "dq")
         };
         let got = Output {
-            o: self.rows(&o, true)?,
+            o: self.output_rows(&o)?,
             lse: self.lse_rows(&lse)?,
             dq: grad("dq", dq)?,
             dk: grad("dk", dk)?,
@@ -197,12 +195,38 @@ impl Case {
         plain.named().into_iter().zip(want.named()).map(of).collect()
     }
 
-    /// A tensor of the shape of q or of k as rows.
-    pub fn rows(&self, tensor: &Tensor, queries: bool) -> Result<Rows> {
+    /// A tensor in the shape and layout of o as rows.
+    pub fn output_rows(&self, o: &Tensor) -> Result<Rows> {
+        self.rows(&in_layout(o, self.layouts.1)?, true)
+    }
+
+    /// A gradient in the shape and layout of q, or of k, as rows.
+    pub fn input_rows(&self, grad: &Tensor, queries: bool) -> Result<Rows> {
+        self.rows(&in_layout(grad, self.layouts.0)?, queries)
+    }
+
+    /// A tensor in the shape of q, or of k, with the tokens before the heads, as rows. Those of keys that do not count must
+    /// be 0, and are left out.
+    fn rows(&self, tensor: &Tensor, queries: bool) -> Result<Rows> {
         let lengths = self.sequences();
         let lengths = lengths.iter().map(|l| if queries { l.0 } else { l.1 }).collect();
         let heads = if queries { self.num_heads } else { self.num_heads_k };
-        Ok(Rows { lengths, heads, width: self.head_dim, values: values(tensor)?, ..Rows::default() })
+        let mut values = values(tensor)?;
+        if let (false, Some((counts, side)), &Lengths::Padded { seqlen_k, .. }) =
+            (queries, &self.key_lengths, &self.lengths)
+        {
+            let row = heads * self.head_dim;
+            let mut kept = Vec::new();
+            for (sequence, &count) in values.chunks_exact((seqlen_k * row).max(1)).zip(counts) {
+                let first = if *side == PaddingSide::Left { seqlen_k - count } else { 0 };
+                let (before, from) = sequence.split_at(first * row);
+                let (these, after) = from.split_at(count * row);
+                anyhow::ensure!(before.iter().chain(after).all(|&x| x == 0.0), "keys that do not count\ncase {self}");
+                kept.extend(these);
+            }
+            values = kept;
+        }
+        Ok(Rows { lengths, heads, width: self.head_dim, values, ..Rows::default() })
     }
 
     /// lse, `(batch, num_heads, seqlen_q)` or packed `(num_heads, total_q)`, as rows of one number.

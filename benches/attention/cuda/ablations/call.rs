@@ -6,7 +6,9 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda::CudaDType;
 use candle_core::{CudaStorage, DType, Storage, Tensor, D};
-use candle_fa2::testing::cuda::{BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, Strides, NULL};
+use candle_fa2::testing::cuda::{
+    BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, ShapeAddresses, Strides, NULL,
+};
 use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Problem};
 use half::{bf16, f16};
 
@@ -133,7 +135,7 @@ impl<'a> Call<'a> {
     }
 
     fn shape(&self) -> Shape {
-        Shape::new(&self.problem, [NULL; 2], NULL)
+        Shape::new(&self.problem, ShapeAddresses::default())
     }
 
     /// NaN in the shape of lse.
@@ -175,8 +177,9 @@ impl<'a> Call<'a> {
             q_strides: self.problem.q.into(),
             k_strides: self.problem.k.into(),
             v_strides: self.problem.v.into(),
-            o_strides: self.problem.contiguous_q().into(),
+            o_strides: self.problem.contiguous_o().into(),
             shape: self.shape(),
+            unrounded: 0,
         };
         Ok(Work {
             params: Params::Forward(Box::new(params)),

@@ -1,0 +1,181 @@
+//! Padded batches: where the tokens of each sequence lie, and how many of its keys count.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::{Error, Result};
+
+/// The side of a padded sequence that holds the padding, as tokenizers name it.
+///
+/// ```text
+///          Right        Left            x a token, . padding
+/// row 0    x x x .      . x x x
+/// row 1    x . . .      . . . x
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PaddingSide {
+    /// The padding comes before the tokens, as for generating text in batches.
+    Left,
+    /// The padding comes after the tokens, as for training.
+    Right,
+}
+
+impl std::fmt::Display for PaddingSide {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            PaddingSide::Left => "left",
+            PaddingSide::Right => "right",
+        })
+    }
+}
+
+impl PaddingSide {
+    /// The first token of a sequence of `length` tokens in `seqlen` positions.
+    pub(crate) fn start(self, length: usize, seqlen: usize) -> usize {
+        match self {
+            PaddingSide::Left => seqlen - length,
+            PaddingSide::Right => 0,
+        }
+    }
+}
+
+/// How many keys of each sequence of a padded batch count. The others are hidden from every query, whatever they hold,
+/// and their gradients are 0.
+///
+/// The keys that count are the first ones with [`PaddingSide::Right`], and the last ones with [`PaddingSide::Left`].
+/// [`Attention::key_lengths`](crate::Attention::key_lengths) says what the mask does then.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use candle_fa2::{Attention, KeyLengths, Mask, PaddingSide};
+/// // Decoding: a cache with room for 6 keys, of which the two sequences have filled 4 and 2.
+/// let lengths = KeyLengths::new(&[4, 2], PaddingSide::Right, &Device::Cpu)?;
+/// let q = Tensor::randn(0f32, 1f32, (2, 1, 8, 64), &Device::Cpu)?;
+/// let k = Tensor::randn(0f32, 1f32, (2, 6, 8, 64), &Device::Cpu)?;
+/// let o = Attention::new().mask(Mask::Causal).key_lengths(&lengths).forward(&q, &k, &k)?;
+/// # assert_eq!(o.dims(), q.dims());
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct KeyLengths {
+    /// Host copy, which the CPU and the checks read.
+    lengths: Arc<[u32]>,
+    side: PaddingSide,
+    tensor: Tensor,
+}
+
+/// The sizes alone: a batch may be large.
+impl std::fmt::Debug for KeyLengths {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let mut debug = f.debug_struct("KeyLengths");
+        debug.field("batch", &self.batch()).field("side", &self.side);
+        debug.finish_non_exhaustive()
+    }
+}
+
+impl KeyLengths {
+    /// From the length of each sequence; 0 is fine. Copies them to `device`.
+    ///
+    /// # Errors
+    /// [`Error::KeyLength`] if a length is above `u32::MAX`; an error of Candle if the copy fails.
+    pub fn new(lengths: &[usize], side: PaddingSide, device: &Device) -> Result<Self> {
+        let count = |(sequence, &length): (usize, &usize)| {
+            u32::try_from(length).map_err(|_| Error::KeyLength { sequence, length, seqlen_k: u32::MAX as usize })
+        };
+        let lengths = lengths.iter().enumerate().map(count).collect::<Result<Vec<u32>>>()?;
+        let tensor = Tensor::new(lengths.as_slice(), device)?;
+        Ok(Self { lengths: lengths.into(), side, tensor })
+    }
+
+    /// From a key-padding mask of shape `(batch, seqlen_k)`, 1 for a key that counts and 0 for padding. Reads the device
+    /// once.
+    ///
+    /// # Errors
+    /// Those of [`CuSeqlens::from_mask`](crate::CuSeqlens::from_mask).
+    pub fn from_mask(mask: &Tensor) -> Result<Self> {
+        let (lengths, side) = read_mask(mask)?;
+        Self::new(&lengths, side, mask.device())
+    }
+
+    /// Number of sequences.
+    pub fn batch(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Which keys count.
+    pub fn side(&self) -> PaddingSide {
+        self.side
+    }
+
+    /// The lengths on the device, `u32`, shape `(batch)`.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// The first key that counts of one sequence, and how many do.
+    pub(crate) fn keys(&self, sequence: usize, seqlen_k: usize) -> (usize, usize) {
+        let length = self.lengths[sequence] as usize;
+        (self.side.start(length, seqlen_k), length)
+    }
+
+    /// Whether the last query of each sequence can be the partner of the last key that counts. In a batch of self-attention
+    /// that is padded on the right it is padding itself.
+    pub(crate) fn check_alignment(&self, seqlen_q: usize) -> Result<()> {
+        let shifted = |&length: &u32| self.side == PaddingSide::Right && length > 0 && (length as usize) < seqlen_q;
+        match self.lengths.iter().position(shifted) {
+            Some(sequence) => {
+                Err(Error::KeyLengthAlignment { sequence, length: self.lengths[sequence] as usize, seqlen_q })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether these are the lengths of `batch` sequences of at most `seqlen_k` keys.
+    pub(crate) fn check(&self, batch: usize, seqlen_k: usize) -> Result<()> {
+        if self.batch() != batch {
+            return Err(Error::KeyLengthsBatch { got: self.batch(), batch });
+        }
+        match self.lengths.iter().position(|&length| length as usize > seqlen_k) {
+            Some(sequence) => Err(Error::KeyLength { sequence, length: self.lengths[sequence] as usize, seqlen_k }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The number of tokens in each row of a padding mask, and the side of its padding: [`PaddingSide::Right`] if there is
+/// none.
+pub(crate) fn read_mask(mask: &Tensor) -> Result<(Vec<usize>, PaddingSide)> {
+    if mask.rank() != 2 {
+        return Err(Error::Rank { tensor: "mask", axes: "(batch, seqlen)", shape: mask.dims().to_vec() });
+    }
+    let seqlen = mask.dims()[1];
+    let mut lengths = Vec::new();
+    let mut found: Option<(usize, PaddingSide)> = None;
+    for (row, values) in mask.to_dtype(DType::F64)?.to_vec2::<f64>()?.into_iter().enumerate() {
+        if let Some(column) = values.iter().position(|&value| value != 0.0 && value != 1.0) {
+            return Err(Error::MaskValue { row, column, value: values[column] });
+        }
+        let is_token = |value: &f64| *value == 1.0;
+        let length = values.iter().filter(|value| is_token(value)).count();
+        lengths.push(length);
+        if length == 0 || length == seqlen {
+            continue;
+        }
+        let side = if values[..length].iter().all(is_token) {
+            PaddingSide::Right
+        } else if values[seqlen - length..].iter().all(is_token) {
+            PaddingSide::Left
+        } else {
+            return Err(Error::MaskHole { row, tokens: length, seqlen });
+        };
+        match found {
+            Some((other, of_other)) if of_other != side => {
+                return Err(Error::MaskSides { row, side, other, of_other });
+            }
+            Some(_) => {}
+            None => found = Some((row, side)),
+        }
+    }
+    Ok((lengths, found.map_or(PaddingSide::Right, |(_, side)| side)))
+}
