@@ -41,8 +41,57 @@ impl WeightLayout {
     }
 }
 
+/// The order in which a fused projection returns the heads of q, k and v.
+///
+/// Weights are trained for one of the two. Both load, and the wrong one gives wrong results. For `num_heads = 4` and
+/// `num_heads_k = 2`:
+///
+/// ```text
+/// Concatenated   q0 q1 q2 q3 k0 k1 v0 v1
+/// ByKeyHead      q0 q1 k0 v0 q2 q3 k1 v1
+/// ```
+///
+/// With one key head (multi-query attention) the two are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QkvOrder {
+    /// All heads of q, then all of k, then all of v: GPT-2, Phi-3, MPT.
+    ///
+    /// In code of other libraries, the projection's output is cut into three.
+    Concatenated,
+    /// For each key head its query heads, then its k, then its v: GPT-NeoX, BLOOM, Falcon 40B, Megatron.
+    ///
+    /// In code of other libraries, the output is viewed as `(.., num_heads, 3, head_dim)`, or with grouped queries as
+    /// `(.., num_heads_k, num_heads / num_heads_k + 2, head_dim)`. With grouped queries each forward copies q; k and v
+    /// are never copied.
+    ByKeyHead,
+}
+
 /// The names of the projections: `NAME.weight`, and `NAME.bias` where there is one, below the prefix of the
 /// `VarBuilder`. A name may hold dots (`"self.query"`).
+///
+/// What checkpoints of the Hugging Face hub hold. They have no biases and the layout [`WeightLayout::OutIn`] unless
+/// the table says otherwise:
+///
+/// | model | projections | order | also set |
+/// | --- | --- | --- | --- |
+/// | Llama, Mistral | `q_proj`, `k_proj`, `v_proj`, `o_proj` | separate | |
+/// | Qwen2 | as Llama | separate | `qkv_bias` |
+/// | GPT-2 | `c_attn`, `c_proj` | `Concatenated` | `qkv_bias`, `o_bias`, [`WeightLayout::InOut`] |
+/// | Phi-3 | `qkv_proj`, `o_proj` | `Concatenated` | |
+/// | GPT-NeoX, Pythia | `query_key_value`, `dense` | `ByKeyHead` | `qkv_bias`, `o_bias` |
+/// | BLOOM | as GPT-NeoX | `ByKeyHead` | `qkv_bias`, `o_bias`, `alibi_slopes` |
+/// | Falcon 40B | as GPT-NeoX | `ByKeyHead` | `num_heads_k(8)` |
+/// | Falcon 7B | as GPT-NeoX | either | `num_heads_k(1)` |
+///
+/// ```
+/// # use candle_fa2::layers::{MultiHeadAttentionConfig, Projections, QkvOrder};
+/// # use candle_fa2::Mask;
+/// // Names, order and sizes of Phi-3 mini.
+/// let projections =
+///     Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into(), order: QkvOrder::Concatenated };
+/// let config = MultiHeadAttentionConfig::new(3072, 32).projections(projections).mask(Mask::Causal);
+/// # let _ = config;
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Projections {
     /// One projection each for q, k and v.
@@ -56,12 +105,14 @@ pub enum Projections {
         /// `num_heads * head_dim` to `embed_dim`.
         o: String,
     },
-    /// One projection for q, k and v, whose outputs are all heads of q, then all of k, then all of v.
+    /// One projection for q, k and v.
     Fused {
         /// `embed_dim` to `(num_heads + 2 * num_heads_k) * head_dim`.
         qkv: String,
         /// `num_heads * head_dim` to `embed_dim`.
         o: String,
+        /// The order of the heads in the output of `qkv`. The shape of a weight does not tell it.
+        order: QkvOrder,
     },
 }
 
@@ -72,9 +123,14 @@ impl Projections {
         Self::Separate { q, k, v, o }
     }
 
-    /// `c_attn`, `c_proj`: GPT-2.
+    /// `c_attn`, `c_proj` and [`QkvOrder::Concatenated`]: GPT-2.
     pub fn gpt2() -> Self {
-        Self::Fused { qkv: "c_attn".into(), o: "c_proj".into() }
+        Self::Fused { qkv: "c_attn".into(), o: "c_proj".into(), order: QkvOrder::Concatenated }
+    }
+
+    /// `query_key_value`, `dense` and [`QkvOrder::ByKeyHead`]: GPT-NeoX, Pythia, BLOOM, Falcon.
+    pub fn gpt_neox() -> Self {
+        Self::Fused { qkv: "query_key_value".into(), o: "dense".into(), order: QkvOrder::ByKeyHead }
     }
 }
 
@@ -141,6 +197,27 @@ impl MultiHeadAttentionConfig {
             .mask(Mask::Causal)
     }
 
+    /// GPT-NeoX's attention (Pythia): causal, one fused projection `query_key_value` and `dense`, both with biases, and
+    /// a rotary embedding. It rotates a quarter of each head in the published models.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// # use candle_fa2::layers::{MultiHeadAttentionConfig, Rotary, RotaryConfig};
+    /// // Pythia 160M: heads of 64 values, rotary_pct 0.25.
+    /// let rotary = Rotary::new(&RotaryConfig::new(16, 2048), &Device::Cpu)?;
+    /// let config = MultiHeadAttentionConfig::gpt_neox(768, 12, &rotary);
+    /// # let _ = config;
+    /// # Ok::<(), candle_fa2::Error>(())
+    /// ```
+    pub fn gpt_neox(embed_dim: usize, num_heads: usize, rotary: &Rotary) -> Self {
+        Self::new(embed_dim, num_heads)
+            .projections(Projections::gpt_neox())
+            .qkv_bias(true)
+            .o_bias(true)
+            .mask(Mask::Causal)
+            .rotary(rotary)
+    }
+
     /// Number of key and value heads; `num_heads` must be a multiple of it. 1 is multi-query attention.
     pub fn num_heads_k(mut self, num_heads_k: usize) -> Self {
         self.num_heads_k = Some(num_heads_k);
@@ -153,7 +230,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Names of the projections, and whether q, k and v have one each or share one.
+    /// Names of the projections, whether q, k and v have one each or share one, and the order of heads in a shared one.
     pub fn projections(mut self, projections: Projections) -> Self {
         self.projections = projections;
         self

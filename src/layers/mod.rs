@@ -1,8 +1,9 @@
 //! Multi-head attention as a layer: projections, rotary embedding, the fused operator, a cache for decoding.
 //!
 //! [`MultiHeadAttention`] takes `xs` of shape `(batch, seqlen, embed_dim)` and returns the same shape, as Candle's other
-//! layers do. It loads Llama-style weights (`q_proj`, `k_proj`, `v_proj`, `o_proj`) and GPT-2's (`c_attn`, `c_proj`), and
-//! every one of its weights receives a gradient.
+//! layers do. It loads Llama-style weights (`q_proj`, `k_proj`, `v_proj`, `o_proj`), GPT-2's (`c_attn`, `c_proj`),
+//! GPT-NeoX's (`query_key_value`, `dense`) and others ([`Projections`] has a table), and every one of its weights receives
+//! a gradient.
 //!
 //! ```
 //! # use candle_core::{DType, Device, Tensor};
@@ -75,7 +76,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 pub use attention::MultiHeadAttention;
-pub use config::{MultiHeadAttentionConfig, Projections, WeightLayout};
+pub use config::{MultiHeadAttentionConfig, Projections, QkvOrder, WeightLayout};
 pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
 
 use crate::{CuSeqlens, Error, Result};

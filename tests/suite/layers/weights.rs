@@ -1,10 +1,12 @@
-//! Weights from files: GPT-2's layout, other names, saving and loading.
+//! Weights from files: GPT-2's and GPT-NeoX's layout, other names, saving and loading.
 
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig, Projections, WeightLayout};
+use candle_fa2::layers::{
+    MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, WeightLayout,
+};
 use candle_fa2::{Attention, Mask};
 use candle_nn::{Init, VarBuilder, VarMap};
 
@@ -27,6 +29,9 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
         ("h.3.attn.c_attn.bias", c_attn_bias.clone()),
         ("h.3.attn.c_proj.weight", c_proj.clone()),
         ("h.3.attn.c_proj.bias", c_proj_bias.clone()),
+        // Buffers of the mask, which files of the hub hold as well.
+        ("h.3.attn.bias", Tensor::ones((1, 1, 8, 8), DType::U8, &device)?),
+        ("h.3.attn.masked_bias", Tensor::new(-1e4f32, &device)?),
     ]);
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("model.safetensors");
@@ -68,6 +73,57 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
     close("loaded", &loaded.forward(&xs)?, &want, tolerance, &case)
 }
 
+/// A GPT-NeoX checkpoint with its buffers, `query_key_value` by head, and the same rows sorted into separate
+/// projections give the same output. In the other order the weights load too, and the output is another.
+#[test]
+fn gpt_neox_file_equals_linear_layers() -> Result<()> {
+    let (embed_dim, num_heads, head_dim, device) = (48, 4, 12, Device::Cpu);
+    let normal = |shape: &[usize], seed| normal(shape, 0.2, seed, DType::F64);
+    let weight = normal(&[3 * embed_dim, embed_dim], "query_key_value")?;
+    let bias = normal(&[3 * embed_dim], "query_key_value bias")?;
+    let dense = normal(&[embed_dim, embed_dim], "dense")?;
+    let dense_bias = normal(&[embed_dim], "dense bias")?;
+    let file = HashMap::from([
+        ("attention.query_key_value.weight".to_string(), weight.clone()),
+        ("attention.query_key_value.bias".to_string(), bias.clone()),
+        ("attention.dense.weight".to_string(), dense.clone()),
+        ("attention.dense.bias".to_string(), dense_bias.clone()),
+        ("attention.bias".to_string(), Tensor::ones((1, 1, 8, 8), DType::U8, &device)?),
+        ("attention.masked_bias".to_string(), Tensor::new(-1e9f32, &device)?),
+        ("attention.rotary_emb.inv_freq".to_string(), Tensor::ones(2, DType::F32, &device)?),
+    ]);
+    let file = VarBuilder::from_tensors(file, DType::F64, &device).pp("attention");
+
+    let mut separate = HashMap::from([("o_proj.weight".into(), dense), ("o_proj.bias".into(), dense_bias)]);
+    for (at, name) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
+        let rows = (0..num_heads).flat_map(|head| (0..head_dim).map(move |row| (head * 3 + at) * head_dim + row));
+        let rows = Tensor::from_iter(rows.map(|row| row as u32), &device)?;
+        separate.insert(format!("{name}.weight"), weight.index_select(&rows, 0)?);
+        separate.insert(format!("{name}.bias"), bias.index_select(&rows, 0)?);
+    }
+    let separate = VarBuilder::from_tensors(separate, DType::F64, &device);
+
+    let rotary = Rotary::new(&RotaryConfig::new(4, 16), &device)?;
+    let xs = normal(&[2, 9, embed_dim], "xs")?;
+    let output = |config: &MultiHeadAttentionConfig, vb: &VarBuilder| -> Result<Vec<f64>> {
+        Ok(MultiHeadAttention::new(config, vb.clone())?.forward(&xs)?.flatten_all()?.to_vec1()?)
+    };
+    let linear = MultiHeadAttentionConfig::new(embed_dim, num_heads);
+    let linear = linear.qkv_bias(true).o_bias(true).mask(Mask::Causal).rotary(&rotary);
+    let want = output(&linear, &separate)?;
+    let far = |got: Vec<f64>| got.iter().zip(&want).map(|(got, want)| (got - want).abs()).fold(0.0, f64::max);
+
+    let config = MultiHeadAttentionConfig::gpt_neox(embed_dim, num_heads, &rotary);
+    let [right, wrong] = [QkvOrder::ByKeyHead, QkvOrder::Concatenated].map(|order| {
+        let projections = Projections::Fused { qkv: "query_key_value".into(), o: "dense".into(), order };
+        config.clone().projections(projections)
+    });
+    assert!(far(output(&config, &file)?) < 1e-12);
+    assert!(far(output(&right, &file)?) < 1e-12);
+    assert!(far(output(&wrong, &file)?) > 0.1);
+    Ok(())
+}
+
 /// The shapes and names that a new layer asks a builder for.
 #[test]
 fn names_and_shapes_of_variables() -> Result<()> {
@@ -103,7 +159,11 @@ fn names_and_shapes_of_variables() -> Result<()> {
         ])
     );
     assert_eq!(
-        shapes(&config.projections(Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into() }))?,
+        shapes(&config.projections(Projections::Fused {
+            qkv: "qkv_proj".into(),
+            o: "o_proj".into(),
+            order: QkvOrder::Concatenated,
+        }))?,
         named(&[("o_proj.weight", &[40, 64]), ("qkv_proj.weight", &[128, 40])])
     );
     assert_eq!(
