@@ -6,7 +6,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::projection::Projection;
 use super::rotary::RotaryRows;
-use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary};
+use super::{check_packed_rows, check_rank, unused, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary};
 use crate::problem::{is_float, split_qkv, FLOAT_DTYPES};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
@@ -75,11 +75,18 @@ enum QkvProjection {
 impl MultiHeadAttention {
     /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
     ///
+    /// Tensors below the prefix of `vb` that would change the result, but that `config` does not use, are refused: a
+    /// bias of a projection that is to have none, norms of q and k, attention sinks, scales of quantised weights, and
+    /// more of that kind. [`MultiHeadAttentionConfig::allow_unused`] is the way out. A `VarBuilder` cannot list its
+    /// names, so the layer asks for the known ones. Buffers of the mask or the rotary embedding (`bias`, `masked_bias`,
+    /// `rotary_emb.inv_freq`) are not among them: the layer has its own.
+    ///
     /// # Errors
     /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
-    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::LayerAlibiShape`],
-    /// [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb` ([`Error::WeightDType`],
-    /// [`Error::RotaryDevice`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
+    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::ProjectionName`],
+    /// [`Error::LayerAlibiShape`], [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb`
+    /// ([`Error::WeightDType`], [`Error::RotaryDevice`], [`Error::OtherProjections`], [`Error::UnusedBiases`],
+    /// [`Error::UnusedTensors`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
     /// weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
@@ -100,6 +107,7 @@ impl MultiHeadAttention {
         let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
         let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;
         config.attention.supports(&q, &k, &k)?;
+        unused::check(config, &vb)?;
 
         let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);
         let (qkv, o) = match &config.projections {

@@ -134,6 +134,14 @@ impl Projections {
     }
 }
 
+/// One projection of a configuration.
+pub(super) struct NamedProjection<'a> {
+    /// `q`, `k`, `v`, `qkv` or `o`.
+    pub(super) role: &'static str,
+    pub(super) name: &'a str,
+    pub(super) bias: bool,
+}
+
 /// What a [`MultiHeadAttention`](super::MultiHeadAttention) is built from: sizes, names of the weights, mask, scale,
 /// rotary embedding.
 ///
@@ -162,6 +170,7 @@ pub struct MultiHeadAttentionConfig {
     pub(super) o_bias: bool,
     pub(super) attention: Attention,
     pub(super) rotary: Option<Rotary>,
+    pub(super) allowed_unused: Vec<String>,
 }
 
 impl MultiHeadAttentionConfig {
@@ -182,6 +191,7 @@ impl MultiHeadAttentionConfig {
             o_bias: false,
             attention: Attention::new(),
             rotary: None,
+            allowed_unused: Vec::new(),
         }
     }
 
@@ -249,7 +259,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Whether the projections of q, k and v have biases.
+    /// Whether the projections of q, k and v have biases. A bias in the `VarBuilder` that is not set here is an error.
     pub fn qkv_bias(self, bias: bool) -> Self {
         self.q_bias(bias).k_bias(bias).v_bias(bias)
     }
@@ -314,6 +324,42 @@ impl MultiHeadAttentionConfig {
         self
     }
 
+    /// Ignores a tensor that [`MultiHeadAttention::new`](super::MultiHeadAttention::new) would refuse to leave unused.
+    /// `name` is the tensor's name below the prefix of the `VarBuilder`, such as `"q_proj.bias"`.
+    ///
+    /// The layer then computes something else than the model that the tensor was trained in, unless the tensor has no
+    /// effect: a bias of 0, say, or a weight that belongs to another layer with the same prefix.
+    pub fn allow_unused(mut self, name: impl Into<String>) -> Self {
+        self.allowed_unused.push(name.into());
+        self
+    }
+
+    /// The projections in the order in which they are used: o comes last.
+    pub(super) fn named_projections(&self) -> Vec<NamedProjection<'_>> {
+        let named = |role, name, bias| NamedProjection { role, name, bias };
+        match &self.projections {
+            Projections::Separate { q, k, v, o } => vec![
+                named("q", q, self.q_bias),
+                named("k", k, self.k_bias),
+                named("v", v, self.v_bias),
+                named("o", o, self.o_bias),
+            ],
+            Projections::Fused { qkv, o, .. } => vec![named("qkv", qkv, self.q_bias), named("o", o, self.o_bias)],
+        }
+    }
+
+    /// Whether each projection has a name of its own.
+    fn check_names(&self) -> Result<()> {
+        let projections = self.named_projections();
+        for (at, second) in projections.iter().enumerate() {
+            if let Some(first) = projections[..at].iter().find(|first| first.name == second.name) {
+                let (first, second, name) = (first.role, second.role, first.name.to_string());
+                return Err(Error::ProjectionName { first, second, name });
+            }
+        }
+        Ok(())
+    }
+
     /// Checks the sizes and works out those that were left open: `(num_heads_k, head_dim)`.
     pub(super) fn resolve(&self) -> Result<(usize, usize)> {
         let (embed_dim, num_heads) = (self.embed_dim, self.num_heads);
@@ -348,6 +394,7 @@ impl MultiHeadAttentionConfig {
         {
             return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
         }
+        self.check_names()?;
         match &self.attention.alibi_slopes {
             Some(slopes) if slopes.dims() != [num_heads] => {
                 return Err(Error::LayerAlibiShape { num_heads, shape: slopes.dims().to_vec() });

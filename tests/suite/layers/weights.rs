@@ -1,11 +1,12 @@
-//! Weights from files: GPT-2's and GPT-NeoX's layout, other names, saving and loading.
+//! Weights from files: GPT-2's and GPT-NeoX's layout, other names, tensors that stay unused, saving and loading.
 
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_fa2::layers::{
-    MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, WeightLayout,
+    detached_var_builder, MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig,
+    WeightLayout,
 };
 use candle_fa2::{Attention, Mask};
 use candle_nn::{Init, VarBuilder, VarMap};
@@ -121,6 +122,69 @@ fn gpt_neox_file_equals_linear_layers() -> Result<()> {
     assert!(far(output(&config, &file)?) < 1e-12);
     assert!(far(output(&right, &file)?) < 1e-12);
     assert!(far(output(&wrong, &file)?) > 0.1);
+    Ok(())
+}
+
+/// A tensor that the user allows to stay unused has no effect, and needs its whole name.
+#[test]
+fn allowed_tensors_stay_unused() -> Result<()> {
+    let case = Case::new("allowed");
+    let mut tensors: HashMap<String, Tensor> =
+        vars(&case.build(DType::F32)?.varmap).into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+    let new = |tensors: &HashMap<String, Tensor>, config: &MultiHeadAttentionConfig| {
+        MultiHeadAttention::new(config, VarBuilder::from_tensors(tensors.clone(), DType::F32, &Device::Cpu))
+    };
+    let config = case.config()?;
+    let xs = case.xs(DType::F32)?;
+    let want = new(&tensors, &config)?.forward(&xs)?.flatten_all()?.to_vec1::<f32>()?;
+    for (name, len) in [("q_proj.bias", 64), ("q_norm.weight", 16)] {
+        tensors.insert(name.into(), normal(len, 1.0, name, DType::F32)?);
+    }
+    let config = config.allow_unused("q_proj.bias");
+    assert!(new(&tensors, &config).is_err());
+    assert!(new(&tensors, &config.clone().allow_unused("q_norm")).is_err());
+    let allowed = new(&tensors, &config.allow_unused("q_norm.weight"))?;
+    assert_eq!(allowed.forward(&xs)?.flatten_all()?.to_vec1::<f32>()?, want);
+    Ok(())
+}
+
+/// Builders that hold more than the layer's own weights, none of which would change its result.
+#[test]
+fn builders_that_hold_more() -> Result<()> {
+    let (device, dtype) = (Device::Cpu, DType::F32);
+    let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
+
+    // A second model over the same variables, tracked or not, with neighbours that have common names.
+    let varmap = VarMap::new();
+    for _ in 0..2 {
+        let vb = VarBuilder::from_varmap(&varmap, dtype, &device);
+        MultiHeadAttention::new(&llama, vb.clone())?;
+        candle_nn::linear(64, 64, vb.pp("dense"))?;
+        candle_nn::linear(64, 64, vb.pp("proj"))?;
+        MultiHeadAttention::new(&gpt2, vb.pp("inner"))?;
+    }
+    MultiHeadAttention::new(&llama, detached_var_builder(&varmap, dtype, &device))?;
+    assert_eq!(varmap.all_vars().len(), 4 + 2 * 2 + 4);
+
+    // In a new model the neighbours may come first.
+    let vb = VarBuilder::from_varmap(&VarMap::new(), dtype, &device);
+    candle_nn::linear(64, 64, vb.pp("dense"))?;
+    MultiHeadAttention::new(&llama, vb.clone())?;
+    // Two layers with one prefix share q, k and v; each has its own o.
+    candle_nn::linear_no_bias(64, 64, vb.pp("query"))?;
+    let [q, k, v, o] = ["q_proj", "k_proj", "v_proj", "o2"].map(String::from);
+    let second = llama.clone().projections(Projections::Separate { q, k, v, o });
+    MultiHeadAttention::new(&second.allow_unused("o_proj.weight").allow_unused("dense.weight"), vb)?;
+
+    // Says yes to every name.
+    let zeros = VarBuilder::zeros(dtype, &device);
+    MultiHeadAttention::new(&llama, zeros.pp("attn"))?;
+    MultiHeadAttention::new(&llama, zeros.rename_f(|name| format!("model.{name}")))?;
+
+    // Holds the weight of o under its own name and the layer's.
+    let renamed = detached_var_builder(&varmap, dtype, &device);
+    let renamed = renamed.rename_f(|name| name.replace("o_proj", "dense").replace("q_proj", "k_proj"));
+    MultiHeadAttention::new(&llama.o_bias(true), renamed)?;
     Ok(())
 }
 
