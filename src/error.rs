@@ -553,6 +553,9 @@ pub enum Error {
         /// The shape that came.
         shape: Vec<usize>,
     },
+    /// Key lengths of a layer: they belong to one batch, and a layer meets many.
+    #[error("key_lengths: a layer takes none, they belong to one batch; use forward_packed with CuSeqlens for sequences of different lengths")]
+    LayerKeyLengths,
     /// Sizes of a layer whose weights no machine can address.
     #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
     LayerTooLarge {
@@ -582,6 +585,44 @@ pub enum Error {
         got: DType,
         /// The dtypes that would do.
         supported: &'static str,
+    },
+    /// Two projections of a layer under one name.
+    #[error("projections {first} and {second} are both named {name:?} and would share their weights; give each its name, or share on purpose with VarBuilder::rename_f")]
+    ProjectionName {
+        /// `q`, `k`, `v`, `qkv` or `o`.
+        first: &'static str,
+        /// As `first`.
+        second: &'static str,
+        /// The name of both.
+        name: String,
+    },
+    /// A weight of a layer is missing, and the weights of another arrangement of projections are there.
+    #[error("{missing}: not found, but the VarBuilder holds {}; name the projections with .projections(..), or add {allow} to ignore these", tensors.join(", "))]
+    OtherProjections {
+        /// The weight that the configuration names.
+        missing: String,
+        /// The weights that are there.
+        tensors: Vec<String>,
+        /// The calls that ignore them.
+        allow: String,
+    },
+    /// Biases for projections that are to have none.
+    #[error("{}: in the VarBuilder, but the configuration has no such bias; add {add} to use it, or {allow} to ignore it", tensors.join(", "))]
+    UnusedBiases {
+        /// The biases that are there.
+        tensors: Vec<String>,
+        /// The calls that use them.
+        add: String,
+        /// The calls that ignore them.
+        allow: String,
+    },
+    /// Tensors next to the weights of a layer that change the result of attention, and that the layer does not apply.
+    #[error("{}: in the VarBuilder, but the layer does not apply such a tensor; merge it into the weights, build the layer on Attention, or add {allow} to ignore it", tensors.join(", "))]
+    UnusedTensors {
+        /// The tensors that are there.
+        tensors: Vec<String>,
+        /// The calls that ignore them.
+        allow: String,
     },
     /// An error of Candle itself.
     #[error(transparent)]

@@ -6,7 +6,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::projection::Projection;
 use super::rotary::RotaryRows;
-use super::{check_packed_rows, check_rank, MultiHeadAttentionConfig, Projections, Rotary};
+use super::{check_packed_rows, check_rank, unused, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary};
 use crate::layout::TensorLayout;
 use crate::problem::{is_float, split_qkv, FLOAT_DTYPES};
 use crate::{Attention, CuSeqlens, Error, Mask, Result};
@@ -70,17 +70,24 @@ pub struct MultiHeadAttention {
 #[derive(Clone, Debug)]
 enum QkvProjection {
     Separate { q: Projection, k: Projection, v: Projection },
-    Fused(Projection),
+    Fused { qkv: Projection, order: QkvOrder },
 }
 
 impl MultiHeadAttention {
     /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
     ///
+    /// Tensors below the prefix of `vb` that would change the result, but that `config` does not use, are refused: a
+    /// bias of a projection that is to have none, norms of q and k, attention sinks, scales of quantised weights, and
+    /// more of that kind. [`MultiHeadAttentionConfig::allow_unused`] is the way out. A `VarBuilder` cannot list its
+    /// names, so the layer asks for the known ones. Buffers of the mask or the rotary embedding (`bias`, `masked_bias`,
+    /// `rotary_emb.inv_freq`) are not among them: the layer has its own.
+    ///
     /// # Errors
     /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
-    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::LayerAlibiShape`],
-    /// [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb` ([`Error::WeightDType`],
-    /// [`Error::RotaryDevice`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
+    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::ProjectionName`],
+    /// [`Error::LayerAlibiShape`], [`Error::LayerKeyLengths`], [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb`
+    /// ([`Error::WeightDType`], [`Error::RotaryDevice`], [`Error::OtherProjections`], [`Error::UnusedBiases`],
+    /// [`Error::UnusedTensors`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
     /// weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
@@ -103,6 +110,7 @@ impl MultiHeadAttention {
         // The layer splits its heads itself: the layout of its tensors is not the caller's.
         let attention = config.attention.clone().layout(TensorLayout::Bshd).output_layout(TensorLayout::Bshd);
         attention.supports(&q, &k, &k)?;
+        unused::check(config, &vb)?;
 
         let load = |name: &str, in_dim, out_dim, bias| Projection::new(config, name, in_dim, out_dim, bias, &vb);
         let (qkv, o) = match &config.projections {
@@ -112,8 +120,11 @@ impl MultiHeadAttention {
                 let v = load(v, embed_dim, k_dim, config.v_bias)?;
                 (QkvProjection::Separate { q, k, v }, o)
             }
-            Projections::Fused { qkv, o } => {
-                (QkvProjection::Fused(load(qkv, embed_dim, q_dim + 2 * k_dim, config.q_bias)?), o)
+            Projections::Fused { qkv, o, order } => {
+                let qkv = load(qkv, embed_dim, q_dim + 2 * k_dim, config.q_bias)?;
+                // With one key head both orders are the same, and this one is faster.
+                let order = if num_heads_k == 1 { QkvOrder::Concatenated } else { *order };
+                (QkvProjection::Fused { qkv, order }, o)
             }
         };
         let o = load(o, q_dim, embed_dim, config.o_bias)?;
@@ -130,9 +141,9 @@ impl MultiHeadAttention {
     /// [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
-        if let (QkvProjection::Fused(projection), None) = (&self.qkv, &self.rotary) {
-            let qkv = self.fused_heads(projection, xs)?;
-            return self.project_back(&self.attention.forward_qkv(&qkv, self.num_heads_k)?);
+        if let (QkvProjection::Fused { qkv, order: QkvOrder::Concatenated }, None) = (&self.qkv, &self.rotary) {
+            let heads = self.fused_heads(qkv, xs)?;
+            return self.project_back(&self.attention.forward_qkv(&heads, self.num_heads_k)?);
         }
         let rows = self.rotary.as_ref().map(|rotary| rotary.rows(0, xs.dims()[SEQLEN_AXIS])).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
@@ -219,7 +230,7 @@ impl MultiHeadAttention {
             QkvProjection::Separate { q, k, v } => {
                 QkvProjection::Separate { q: q.detach(), k: k.detach(), v: v.detach() }
             }
-            QkvProjection::Fused(qkv) => QkvProjection::Fused(qkv.detach()),
+            QkvProjection::Fused { qkv, order } => QkvProjection::Fused { qkv: qkv.detach(), order: *order },
         };
         Self { qkv, o: self.o.detach(), ..self.clone() }
     }
@@ -259,8 +270,11 @@ impl MultiHeadAttention {
                 self.split_heads(&k.forward(xs)?, num_heads_k)?,
                 self.split_heads(&v.forward(xs)?, num_heads_k)?,
             ),
-            QkvProjection::Fused(projection) => {
-                split_qkv(&self.fused_heads(projection, xs)?, num_heads_k, TensorLayout::Bshd)?.into()
+            QkvProjection::Fused { qkv, order: QkvOrder::Concatenated } => {
+                split_qkv(&self.fused_heads(qkv, xs)?, num_heads_k, TensorLayout::Bshd)?.into()
+            }
+            QkvProjection::Fused { qkv, order: QkvOrder::ByKeyHead } => {
+                self.split_by_key_head(&self.fused_heads(qkv, xs)?)?
             }
         };
         match (&self.rotary, rows) {
@@ -272,6 +286,22 @@ impl MultiHeadAttention {
     /// `(.., embed_dim)` to `(.., num_heads + 2 * num_heads_k, head_dim)`.
     fn fused_heads(&self, projection: &Projection, xs: &Tensor) -> Result<Tensor> {
         self.split_heads(&projection.forward(xs)?, self.num_heads + 2 * self.num_heads_k)
+    }
+
+    /// q, k and v from `(.., num_heads + 2 * num_heads_k, head_dim)` in the order [`QkvOrder::ByKeyHead`]. k and v are
+    /// views. So is q if every key head serves one query head; otherwise its heads are not evenly spaced and it is a copy.
+    fn split_by_key_head(&self, heads: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let group_size = self.num_heads / self.num_heads_k;
+        let mut shape = heads.dims().to_vec();
+        // (.., num_heads + 2 * num_heads_k, head_dim) -> (.., num_heads_k, group_size + 2, head_dim)
+        shape.splice(shape.len() - 2..shape.len() - 1, [self.num_heads_k, group_size + 2]);
+        let groups = heads.reshape(shape)?;
+        let one = |at| groups.narrow(D::Minus2, at, 1)?.squeeze(D::Minus2);
+        let q = match group_size {
+            1 => one(0)?,
+            _ => groups.narrow(D::Minus2, 0, group_size)?.flatten(D::Minus(3), D::Minus2)?,
+        };
+        Ok((q, one(group_size)?, one(group_size + 1)?))
     }
 
     /// `(.., heads * head_dim)` to `(.., heads, head_dim)`, a view.
@@ -291,7 +321,7 @@ impl MultiHeadAttention {
     fn projections(&self) -> Vec<&Projection> {
         match &self.qkv {
             QkvProjection::Separate { q, k, v } => vec![q, k, v, &self.o],
-            QkvProjection::Fused(qkv) => vec![qkv, &self.o],
+            QkvProjection::Fused { qkv, .. } => vec![qkv, &self.o],
         }
     }
 

@@ -41,8 +41,57 @@ impl WeightLayout {
     }
 }
 
+/// The order in which a fused projection returns the heads of q, k and v.
+///
+/// Weights are trained for one of the two. Both load, and the wrong one gives wrong results. For `num_heads = 4` and
+/// `num_heads_k = 2`:
+///
+/// ```text
+/// Concatenated   q0 q1 q2 q3 k0 k1 v0 v1
+/// ByKeyHead      q0 q1 k0 v0 q2 q3 k1 v1
+/// ```
+///
+/// With one key head (multi-query attention) the two are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QkvOrder {
+    /// All heads of q, then all of k, then all of v: GPT-2, Phi-3, MPT.
+    ///
+    /// In code of other libraries, the projection's output is cut into three.
+    Concatenated,
+    /// For each key head its query heads, then its k, then its v: GPT-NeoX, BLOOM, Falcon 40B, Megatron.
+    ///
+    /// In code of other libraries, the output is viewed as `(.., num_heads, 3, head_dim)`, or with grouped queries as
+    /// `(.., num_heads_k, num_heads / num_heads_k + 2, head_dim)`. With grouped queries each forward copies q; k and v
+    /// are never copied.
+    ByKeyHead,
+}
+
 /// The names of the projections: `NAME.weight`, and `NAME.bias` where there is one, below the prefix of the
 /// `VarBuilder`. A name may hold dots (`"self.query"`).
+///
+/// What checkpoints of the Hugging Face hub hold. They have no biases and the layout [`WeightLayout::OutIn`] unless
+/// the table says otherwise:
+///
+/// | model | projections | order | also set |
+/// | --- | --- | --- | --- |
+/// | Llama, Mistral | `q_proj`, `k_proj`, `v_proj`, `o_proj` | separate | |
+/// | Qwen2 | as Llama | separate | `qkv_bias` |
+/// | GPT-2 | `c_attn`, `c_proj` | `Concatenated` | `qkv_bias`, `o_bias`, [`WeightLayout::InOut`] |
+/// | Phi-3 | `qkv_proj`, `o_proj` | `Concatenated` | |
+/// | GPT-NeoX, Pythia | `query_key_value`, `dense` | `ByKeyHead` | `qkv_bias`, `o_bias` |
+/// | BLOOM | as GPT-NeoX | `ByKeyHead` | `qkv_bias`, `o_bias`, `alibi_slopes` |
+/// | Falcon 40B | as GPT-NeoX | `ByKeyHead` | `num_heads_k(8)` |
+/// | Falcon 7B | as GPT-NeoX | either | `num_heads_k(1)` |
+///
+/// ```
+/// # use candle_fa2::layers::{MultiHeadAttentionConfig, Projections, QkvOrder};
+/// # use candle_fa2::Mask;
+/// // Names, order and sizes of Phi-3 mini.
+/// let projections =
+///     Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into(), order: QkvOrder::Concatenated };
+/// let config = MultiHeadAttentionConfig::new(3072, 32).projections(projections).mask(Mask::Causal);
+/// # let _ = config;
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Projections {
     /// One projection each for q, k and v.
@@ -56,12 +105,14 @@ pub enum Projections {
         /// `num_heads * head_dim` to `embed_dim`.
         o: String,
     },
-    /// One projection for q, k and v, whose outputs are all heads of q, then all of k, then all of v.
+    /// One projection for q, k and v.
     Fused {
         /// `embed_dim` to `(num_heads + 2 * num_heads_k) * head_dim`.
         qkv: String,
         /// `num_heads * head_dim` to `embed_dim`.
         o: String,
+        /// The order of the heads in the output of `qkv`. The shape of a weight does not tell it.
+        order: QkvOrder,
     },
 }
 
@@ -72,10 +123,23 @@ impl Projections {
         Self::Separate { q, k, v, o }
     }
 
-    /// `c_attn`, `c_proj`: GPT-2.
+    /// `c_attn`, `c_proj` and [`QkvOrder::Concatenated`]: GPT-2.
     pub fn gpt2() -> Self {
-        Self::Fused { qkv: "c_attn".into(), o: "c_proj".into() }
+        Self::Fused { qkv: "c_attn".into(), o: "c_proj".into(), order: QkvOrder::Concatenated }
     }
+
+    /// `query_key_value`, `dense` and [`QkvOrder::ByKeyHead`]: GPT-NeoX, Pythia, BLOOM, Falcon.
+    pub fn gpt_neox() -> Self {
+        Self::Fused { qkv: "query_key_value".into(), o: "dense".into(), order: QkvOrder::ByKeyHead }
+    }
+}
+
+/// One projection of a configuration.
+pub(super) struct NamedProjection<'a> {
+    /// `q`, `k`, `v`, `qkv` or `o`.
+    pub(super) role: &'static str,
+    pub(super) name: &'a str,
+    pub(super) bias: bool,
 }
 
 /// What a [`MultiHeadAttention`](super::MultiHeadAttention) is built from: sizes, names of the weights, mask, scale,
@@ -106,6 +170,7 @@ pub struct MultiHeadAttentionConfig {
     pub(super) o_bias: bool,
     pub(super) attention: Attention,
     pub(super) rotary: Option<Rotary>,
+    pub(super) allowed_unused: Vec<String>,
 }
 
 impl MultiHeadAttentionConfig {
@@ -126,6 +191,7 @@ impl MultiHeadAttentionConfig {
             o_bias: false,
             attention: Attention::new(),
             rotary: None,
+            allowed_unused: Vec::new(),
         }
     }
 
@@ -141,6 +207,27 @@ impl MultiHeadAttentionConfig {
             .mask(Mask::Causal)
     }
 
+    /// GPT-NeoX's attention (Pythia): causal, one fused projection `query_key_value` and `dense`, both with biases, and
+    /// a rotary embedding. It rotates a quarter of each head in the published models.
+    ///
+    /// ```
+    /// # use candle_core::Device;
+    /// # use candle_fa2::layers::{MultiHeadAttentionConfig, Rotary, RotaryConfig};
+    /// // Pythia 160M: heads of 64 values, rotary_pct 0.25.
+    /// let rotary = Rotary::new(&RotaryConfig::new(16, 2048), &Device::Cpu)?;
+    /// let config = MultiHeadAttentionConfig::gpt_neox(768, 12, &rotary);
+    /// # let _ = config;
+    /// # Ok::<(), candle_fa2::Error>(())
+    /// ```
+    pub fn gpt_neox(embed_dim: usize, num_heads: usize, rotary: &Rotary) -> Self {
+        Self::new(embed_dim, num_heads)
+            .projections(Projections::gpt_neox())
+            .qkv_bias(true)
+            .o_bias(true)
+            .mask(Mask::Causal)
+            .rotary(rotary)
+    }
+
     /// Number of key and value heads; `num_heads` must be a multiple of it. 1 is multi-query attention.
     pub fn num_heads_k(mut self, num_heads_k: usize) -> Self {
         self.num_heads_k = Some(num_heads_k);
@@ -153,7 +240,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Names of the projections, and whether q, k and v have one each or share one.
+    /// Names of the projections, whether q, k and v have one each or share one, and the order of heads in a shared one.
     pub fn projections(mut self, projections: Projections) -> Self {
         self.projections = projections;
         self
@@ -172,7 +259,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Whether the projections of q, k and v have biases.
+    /// Whether the projections of q, k and v have biases. A bias in the `VarBuilder` that is not set here is an error.
     pub fn qkv_bias(self, bias: bool) -> Self {
         self.q_bias(bias).k_bias(bias).v_bias(bias)
     }
@@ -237,6 +324,42 @@ impl MultiHeadAttentionConfig {
         self
     }
 
+    /// Ignores a tensor that [`MultiHeadAttention::new`](super::MultiHeadAttention::new) would refuse to leave unused.
+    /// `name` is the tensor's name below the prefix of the `VarBuilder`, such as `"q_proj.bias"`.
+    ///
+    /// The layer then computes something else than the model that the tensor was trained in, unless the tensor has no
+    /// effect: a bias of 0, say, or a weight that belongs to another layer with the same prefix.
+    pub fn allow_unused(mut self, name: impl Into<String>) -> Self {
+        self.allowed_unused.push(name.into());
+        self
+    }
+
+    /// The projections in the order in which they are used: o comes last.
+    pub(super) fn named_projections(&self) -> Vec<NamedProjection<'_>> {
+        let named = |role, name, bias| NamedProjection { role, name, bias };
+        match &self.projections {
+            Projections::Separate { q, k, v, o } => vec![
+                named("q", q, self.q_bias),
+                named("k", k, self.k_bias),
+                named("v", v, self.v_bias),
+                named("o", o, self.o_bias),
+            ],
+            Projections::Fused { qkv, o, .. } => vec![named("qkv", qkv, self.q_bias), named("o", o, self.o_bias)],
+        }
+    }
+
+    /// Whether each projection has a name of its own.
+    fn check_names(&self) -> Result<()> {
+        let projections = self.named_projections();
+        for (at, second) in projections.iter().enumerate() {
+            if let Some(first) = projections[..at].iter().find(|first| first.name == second.name) {
+                let (first, second, name) = (first.role, second.role, first.name.to_string());
+                return Err(Error::ProjectionName { first, second, name });
+            }
+        }
+        Ok(())
+    }
+
     /// Checks the sizes and works out those that were left open: `(num_heads_k, head_dim)`.
     pub(super) fn resolve(&self) -> Result<(usize, usize)> {
         let (embed_dim, num_heads) = (self.embed_dim, self.num_heads);
@@ -270,6 +393,10 @@ impl MultiHeadAttentionConfig {
             && !matches!(biases, (true, true, true) | (false, false, false))
         {
             return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
+        }
+        self.check_names()?;
+        if self.attention.key_lengths.is_some() {
+            return Err(Error::LayerKeyLengths);
         }
         match &self.attention.alibi_slopes {
             Some(slopes) if slopes.dims() != [num_heads] => {

@@ -1,8 +1,9 @@
 //! Multi-head attention as a layer: projections, rotary embedding, the fused operator, a cache for decoding.
 //!
 //! [`MultiHeadAttention`] takes `xs` of shape `(batch, seqlen, embed_dim)` and returns the same shape, as Candle's other
-//! layers do. It loads Llama-style weights (`q_proj`, `k_proj`, `v_proj`, `o_proj`) and GPT-2's (`c_attn`, `c_proj`), and
-//! every one of its weights receives a gradient.
+//! layers do. It loads Llama-style weights (`q_proj`, `k_proj`, `v_proj`, `o_proj`), GPT-2's (`c_attn`, `c_proj`),
+//! GPT-NeoX's (`query_key_value`, `dense`) and others ([`Projections`] has a table), and every one of its weights receives
+//! a gradient.
 //!
 //! ```
 //! # use candle_core::{DType, Device, Tensor};
@@ -52,6 +53,22 @@
 //! input is contiguous; `candle_nn::ops::{layer_norm_slow, rms_norm_slow}` and `RmsNorm::forward_diff` are not. After the
 //! first backward, check that each variable has a gradient, as the example does.
 //!
+//! # Weights that load and are wrong
+//!
+//! After some mistakes every name is found and every shape fits, and yet the model's results are wrong. The layer turns
+//! these mistakes into errors where it can:
+//!
+//! | mistake | here |
+//! | --- | --- |
+//! | the heads of a fused projection in another order | no default: [`Projections::Fused`] names its [`QkvOrder`] |
+//! | a bias, a norm of q and k or the like stays in the file | [`MultiHeadAttention::new`] refuses it and names it |
+//! | the names of another model, where a `VarMap` would draw new weights | the same |
+//! | two projections under one name | the same |
+//! | a rotary embedding of the other pairs | not detected: [`RotaryLayout`] says which models have which |
+//!
+//! `VarMap::load` comes after all of these checks, and it skips tensors of the file that the map does not hold. To check
+//! a file, make the layer from it once, through `VarBuilder::from_mmaped_safetensors`.
+//!
 //! # Decoding with trained weights
 //!
 //! Weights from a `VarMap` are variables, hence tracked; writes to a cache are not, so a cached call would lose
@@ -67,6 +84,7 @@ mod attention;
 mod config;
 mod projection;
 mod rotary;
+mod unused;
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
@@ -75,7 +93,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
 pub use attention::MultiHeadAttention;
-pub use config::{MultiHeadAttentionConfig, Projections, WeightLayout};
+pub use config::{MultiHeadAttentionConfig, Projections, QkvOrder, WeightLayout};
 pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
 
 use crate::{CuSeqlens, Error, Result};

@@ -6,7 +6,8 @@ use std::fmt;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::layers::{
-    MultiHeadAttention, MultiHeadAttentionConfig, Projections, Rotary, RotaryConfig, RotaryLayout, WeightLayout,
+    MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, RotaryLayout,
+    WeightLayout,
 };
 use candle_fa2::Mask;
 use candle_nn::{VarBuilder, VarMap};
@@ -28,7 +29,8 @@ pub struct Case {
     pub num_heads: usize,
     pub num_heads_k: usize,
     pub head_dim: usize,
-    pub fused: bool,
+    /// The order of a fused projection: GPT-2's or GPT-NeoX's, with the names of that model.
+    pub fused: Option<QkvOrder>,
     pub weight_layout: WeightLayout,
     /// On q, k, v and o.
     pub biases: [bool; 4],
@@ -66,7 +68,7 @@ impl Case {
             num_heads: 4,
             num_heads_k: 4,
             head_dim: 16,
-            fused: false,
+            fused: None,
             weight_layout: WeightLayout::OutIn,
             biases: [false; 4],
             mask: Mask::None,
@@ -79,7 +81,11 @@ impl Case {
 
     pub fn config(&self) -> Result<MultiHeadAttentionConfig> {
         let [q_bias, k_bias, v_bias, o_bias] = self.biases;
-        let projections = if self.fused { Projections::gpt2() } else { Projections::llama() };
+        let projections = match self.fused {
+            None => Projections::llama(),
+            Some(QkvOrder::Concatenated) => Projections::gpt2(),
+            Some(QkvOrder::ByKeyHead) => Projections::gpt_neox(),
+        };
         let mut config = MultiHeadAttentionConfig::new(self.embed_dim, self.num_heads)
             .num_heads_k(self.num_heads_k)
             .head_dim(self.head_dim)
@@ -176,6 +182,7 @@ pub fn all() -> Vec<Case> {
     let rotation = Rotation { rotary_dim: 16, theta: 10_000.0, layout: RotaryLayout::HalfSplit };
     let interleaved = Rotation { layout: RotaryLayout::Interleaved, ..rotation };
     let window = |left, right| Mask::Window { left, right };
+    let (concatenated, by_key_head) = (Some(QkvOrder::Concatenated), Some(QkvOrder::ByKeyHead));
     vec![
         Case::new("plain"),
         causal("causal"),
@@ -188,9 +195,26 @@ pub fn all() -> Vec<Case> {
             mask: window(Some(5), Some(0)),
             ..Case::new("multi-query window")
         },
-        Case { fused: true, weight_layout: WeightLayout::InOut, biases: [true; 4], ..causal("gpt2") },
+        Case { fused: concatenated, weight_layout: WeightLayout::InOut, biases: [true; 4], ..causal("gpt2") },
+        Case { fused: concatenated, num_heads_k: 1, biases: [true; 4], ..causal("starcoder") },
         Case {
-            fused: true,
+            fused: by_key_head,
+            biases: [true; 4],
+            rotary: Some(Rotation { rotary_dim: 4, ..rotation }),
+            ..causal("gpt-neox")
+        },
+        Case {
+            fused: by_key_head,
+            biases: [true; 4],
+            alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]),
+            ..causal("bloom")
+        },
+        Case { fused: by_key_head, num_heads: 6, num_heads_k: 2, rotary: Some(rotation), ..causal("falcon 40b") },
+        Case { fused: by_key_head, num_heads_k: 2, biases: [true; 4], ..Case::new("by key head, grouped") },
+        Case { fused: by_key_head, num_heads_k: 1, rotary: Some(rotation), ..causal("falcon 7b") },
+        Case { fused: by_key_head, num_heads_k: 1, ..causal("by key head, multi-query") },
+        Case {
+            fused: concatenated,
             num_heads_k: 2,
             rotary: Some(Rotation { rotary_dim: 8, theta: 500.0, ..rotation }),
             mask: window(Some(20), Some(3)),
@@ -206,7 +230,7 @@ pub fn all() -> Vec<Case> {
             biases: [true; 4],
             ..causal("gemma2")
         },
-        Case { alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]), ..causal("bloom, without its biases") },
+        Case { alibi_slopes: Some(&[0.5, 0.25, 0.125, 0.0625]), ..causal("slopes") },
         Case { weight_layout: WeightLayout::InOut, batch: 1, ..causal("separate, weights (in, out)") },
     ]
 }

@@ -103,7 +103,7 @@ fn refused_call_leaves_the_cache() -> Result<()> {
 /// with the trained values, before and after one more step of training.
 #[test]
 fn trained_weights_decode() -> Result<()> {
-    for name in ["llama", "gpt2"] {
+    for name in ["llama", "gpt2", "gpt-neox"] {
         let case = case::all().into_iter().find(|case| case.name == name).expect("the grid has it");
         let built = case.build(DType::F32)?;
         let vb = detached_var_builder(&built.varmap, DType::F32, &Device::Cpu);

@@ -1,13 +1,15 @@
 //! What the layer refuses, each text whole.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use candle_fa2::layers::{
-    MultiHeadAttention, MultiHeadAttentionConfig, Projections, Rotary, RotaryConfig, RotaryLayout, WeightLayout,
+    MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, RotaryLayout,
+    WeightLayout,
 };
-use candle_fa2::{CuSeqlens, Error, Mask};
+use candle_fa2::{Attention, CuSeqlens, Error, KeyLengths, Mask, PaddingSide};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{VarBuilder, VarMap};
 
@@ -86,6 +88,12 @@ fn configurations() -> Result<()> {
         "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; slopes per sequence are for \
          Attention alone",
     );
+    let lengths = KeyLengths::new(&[3], PaddingSide::Right, &Device::Cpu)?;
+    refused(
+        untracked(&config(64, 4).attention(Attention::new().key_lengths(&lengths))),
+        "key_lengths: a layer takes none, they belong to one batch; use forward_packed with CuSeqlens for sequences of \
+         different lengths",
+    );
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros(4)?.to_dtype(DType::F64)?)),
         "alibi_slopes: dtype F64 is not supported (supported: F32); convert with to_dtype",
@@ -112,6 +120,121 @@ fn weights() -> Result<()> {
     let text = missing.expect_err("there are no weights").to_string();
     assert!(text.starts_with("cannot find tensor attn.q_proj.weight"), "{text}");
     Ok(())
+}
+
+/// Weights of 0 of a layer named by `config` below `attn`, and these further tensors, of which the shape is never read.
+fn with(config: &MultiHeadAttentionConfig, names: &[&str]) -> Result<VarBuilder<'static>> {
+    let varmap = VarMap::new();
+    MultiHeadAttention::new(config, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).pp("attn"))?;
+    let mut tensors = HashMap::new();
+    for (name, var) in super::case::vars(&varmap) {
+        tensors.insert(name, var.as_detached_tensor());
+    }
+    for name in names {
+        tensors.insert(format!("attn.{name}"), zeros(1)?);
+    }
+    Ok(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu).pp("attn"))
+}
+
+/// Tensors that would change the result, and that the configuration leaves out.
+#[test]
+fn unused_weights() -> Result<()> {
+    let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
+    let new = MultiHeadAttention::new;
+    let qwen2 = llama.clone().qkv_bias(true);
+    refused(
+        new(&llama, with(&qwen2, &[])?),
+        "attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias: in the VarBuilder, but the configuration has no such \
+         bias; add .q_bias(true).k_bias(true).v_bias(true) to use it, or \
+         .allow_unused(\"q_proj.bias\").allow_unused(\"k_proj.bias\").allow_unused(\"v_proj.bias\") to ignore it",
+    );
+    refused(
+        new(&qwen2, with(&qwen2.clone().o_bias(true), &[])?),
+        "attn.o_proj.bias: in the VarBuilder, but the configuration has no such bias; add .o_bias(true) to use it, or \
+         .allow_unused(\"o_proj.bias\") to ignore it",
+    );
+    refused(
+        new(&gpt2.clone().qkv_bias(false), with(&gpt2, &[])?),
+        "attn.c_attn.bias: in the VarBuilder, but the configuration has no such bias; add .qkv_bias(true) to use it, or \
+         .allow_unused(\"c_attn.bias\") to ignore it",
+    );
+    // Below no prefix.
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    new(&llama.clone().o_bias(true), vb.clone())?;
+    refused(
+        new(&llama, vb),
+        "o_proj.bias: in the VarBuilder, but the configuration has no such bias; add .o_bias(true) to use it, or \
+         .allow_unused(\"o_proj.bias\") to ignore it",
+    );
+
+    refused(
+        new(&llama, with(&llama, &["q_norm.weight", "k_norm.weight"])?),
+        "attn.q_norm.weight, attn.k_norm.weight: in the VarBuilder, but the layer does not apply such a tensor; merge it \
+         into the weights, build the layer on Attention, or add \
+         .allow_unused(\"q_norm.weight\").allow_unused(\"k_norm.weight\") to ignore it",
+    );
+    let [q, k, v, o] = ["self.query", "self.key", "self.value", "output.dense"].map(String::from);
+    let bert = llama.clone().projections(Projections::Separate { q, k, v, o });
+    for (config, name) in [
+        (&llama, "sinks"),
+        (&llama, "o_proj.weight_scale_inv"),
+        (&gpt2, "c_attn.lora_A.weight"),
+        // Next to q, where its name has a folder.
+        (&bert, "self.distance_embedding.weight"),
+    ] {
+        let text = format!(
+            "attn.{name}: in the VarBuilder, but the layer does not apply such a tensor; merge it into the weights, \
+             build the layer on Attention, or add .allow_unused({name:?}) to ignore it"
+        );
+        refused(new(config, with(config, &[name])?), &text);
+    }
+    Ok(())
+}
+
+/// The names of another model: a `VarMap` would draw new weights, a file lacks them.
+#[test]
+fn other_names() -> Result<()> {
+    let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
+    let text = "attn.c_attn.weight: not found, but the VarBuilder holds attn.q_proj.weight; name the projections with \
+                .projections(..), or add .allow_unused(\"q_proj.weight\") to ignore these";
+    refused(MultiHeadAttention::new(&gpt2, with(&llama, &[])?), text);
+
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).pp("attn");
+    MultiHeadAttention::new(&llama, vb.clone())?;
+    refused(MultiHeadAttention::new(&gpt2, vb.clone()), text);
+    assert_eq!(varmap.all_vars().len(), 4, "a refused layer makes no variables");
+    MultiHeadAttention::new(&gpt2.allow_unused("q_proj.weight"), vb.clone())?;
+
+    let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(String::from);
+    let whisper = llama.projections(Projections::Separate { q, k, v, o: "out_proj".into() });
+    refused(
+        MultiHeadAttention::new(&whisper, vb),
+        "attn.out_proj.weight: not found, but the VarBuilder holds attn.o_proj.weight, attn.c_proj.weight; name the \
+         projections with .projections(..), or add \
+         .allow_unused(\"o_proj.weight\").allow_unused(\"c_proj.weight\") to ignore these",
+    );
+    Ok(())
+}
+
+/// Two projections under one name load the same weight, where their shapes agree.
+#[test]
+fn same_names() {
+    let separate = |names: [&str; 4]| {
+        let [q, k, v, o] = names.map(String::from);
+        untracked(&MultiHeadAttentionConfig::new(64, 4).projections(Projections::Separate { q, k, v, o }))
+    };
+    let text = |first, second, name| {
+        format!(
+            "projections {first} and {second} are both named {name:?} and would share their weights; give each its \
+             name, or share on purpose with VarBuilder::rename_f"
+        )
+    };
+    refused(separate(["q_proj", "k_proj", "k_proj", "o_proj"]), &text("k", "v", "k_proj"));
+    refused(separate(["q_proj", "k_proj", "v_proj", "q_proj"]), &text("q", "o", "q_proj"));
+    let fused = Projections::Fused { qkv: "proj".into(), o: "proj".into(), order: QkvOrder::Concatenated };
+    refused(untracked(&MultiHeadAttentionConfig::new(64, 4).projections(fused)), &text("qkv", "o", "proj"));
 }
 
 #[test]
@@ -241,7 +364,7 @@ fn decoding_while_training() -> Result<()> {
     assert_eq!(cache.current_seq_len(), 0);
 
     // A bias alone is enough.
-    let mut tensors: std::collections::HashMap<String, Tensor> = std::collections::HashMap::new();
+    let mut tensors = HashMap::new();
     for (name, var) in super::case::vars(&varmap) {
         let bias = name.ends_with("c_proj.bias");
         tensors.insert(name, if bias { var.as_tensor().clone() } else { var.as_detached_tensor() });

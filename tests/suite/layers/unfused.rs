@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use candle_core::{Tensor, Var, D};
-use candle_fa2::layers::{RotaryLayout, WeightLayout};
+use candle_fa2::layers::{QkvOrder, RotaryLayout, WeightLayout};
 use candle_fa2::Mask;
 use candle_nn::{ops, rotary_emb};
 
@@ -23,24 +23,22 @@ pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result
             None => ys,
         })
     };
-    let (q_dim, k_dim) = (case.num_heads * case.head_dim, case.num_heads_k * case.head_dim);
-    let (q, k, v) = if case.fused {
-        let qkv = project("c_attn", xs)?;
-        (qkv.narrow(2, 0, q_dim)?, qkv.narrow(2, q_dim, k_dim)?, qkv.narrow(2, q_dim + k_dim, k_dim)?)
-    } else {
-        (project("q_proj", xs)?, project("k_proj", xs)?, project("v_proj", xs)?)
+    let (num_heads, num_heads_k) = (case.num_heads, case.num_heads_k);
+    let (q, k, v) = match case.fused {
+        None => (project("q_proj", xs)?, project("k_proj", xs)?, project("v_proj", xs)?),
+        Some(QkvOrder::Concatenated) => cut(case, &project("c_attn", xs)?)?,
+        Some(QkvOrder::ByKeyHead) => cut(case, &project("query_key_value", xs)?)?,
     };
     // (batch, seqlen, heads * head_dim) -> (batch, heads, seqlen, head_dim)
     let heads = |xs: Tensor, heads: usize| -> Result<Tensor> {
         Ok(xs.reshape((batch, seqlen, heads, case.head_dim))?.transpose(1, 2)?.contiguous()?)
     };
-    let q = rotate(case.rotary, &heads(q, case.num_heads)?)?;
-    let k = rotate(case.rotary, &heads(k, case.num_heads_k)?)?;
-    let v = heads(v, case.num_heads_k)?;
-    let group = case.num_heads / case.num_heads_k;
+    let q = rotate(case.rotary, &heads(q, num_heads)?)?;
+    let k = rotate(case.rotary, &heads(k, num_heads_k)?)?;
+    let v = heads(v, num_heads_k)?;
+    let group = num_heads / num_heads_k;
     let repeat = |xs: &Tensor| -> Result<Tensor> {
-        let repeated: Vec<Tensor> =
-            (0..case.num_heads).map(|h| xs.narrow(1, h / group, 1)).collect::<Result<_, _>>()?;
+        let repeated: Vec<Tensor> = (0..num_heads).map(|h| xs.narrow(1, h / group, 1)).collect::<Result<_, _>>()?;
         Ok(Tensor::cat(&repeated, 1)?)
     };
     let (k, v) = (repeat(&k)?, repeat(&v)?);
@@ -56,7 +54,34 @@ pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result
     let p = ops::softmax(&scores.broadcast_add(&hidden(case.mask, &scores)?)?, D::Minus1)?;
     // (batch, heads, seqlen, head_dim) -> (batch, seqlen, heads * head_dim)
     let o = p.matmul(&v)?.transpose(1, 2)?.flatten_from(2)?;
-    project(if case.fused { "c_proj" } else { "o_proj" }, &o)
+    let name = match case.fused {
+        None => "o_proj",
+        Some(QkvOrder::Concatenated) => "c_proj",
+        Some(QkvOrder::ByKeyHead) => "dense",
+    };
+    project(name, &o)
+}
+
+/// q, k and v from the output of a fused projection, head by head.
+fn cut(case: &Case, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    let (num_heads, num_heads_k) = (case.num_heads, case.num_heads_k);
+    let group = num_heads / num_heads_k;
+    let heads = |count: usize, place: &dyn Fn(usize) -> usize| -> Result<Tensor> {
+        let heads = (0..count).map(|head| qkv.narrow(2, place(head) * case.head_dim, case.head_dim));
+        Ok(Tensor::cat(&heads.collect::<Result<Vec<_>, _>>()?, 2)?)
+    };
+    if case.fused == Some(QkvOrder::ByKeyHead) {
+        // Before query head h lie a k and a v for each earlier key head.
+        let q = heads(num_heads, &|h| h + 2 * (h / group))?;
+        Ok((
+            q,
+            heads(num_heads_k, &|h| h * (group + 2) + group)?,
+            heads(num_heads_k, &|h| h * (group + 2) + group + 1)?,
+        ))
+    } else {
+        let q = heads(num_heads, &|h| h)?;
+        Ok((q, heads(num_heads_k, &|h| num_heads + h)?, heads(num_heads_k, &|h| num_heads + num_heads_k + h)?))
+    }
 }
 
 /// `(heads, seqlen, seqlen)`: minus the slope of each head times the distance of query and key.

@@ -1,16 +1,20 @@
-//! Weights from files: GPT-2's layout, other names, saving and loading.
+//! Weights from files: GPT-2's and GPT-NeoX's layout, other names, tensors that stay unused, saving and loading.
 
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig, Projections, WeightLayout};
-use candle_fa2::{Attention, Mask};
+use candle_fa2::layers::{
+    detached_var_builder, MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig,
+    WeightLayout,
+};
+use candle_fa2::{Attention, Mask, TensorLayout};
 use candle_nn::{Init, VarBuilder, VarMap};
 
 use super::case::{self, normal, vars, Case};
 use super::close::{close, Tolerance};
 use super::unfused;
+use crate::common::compare;
 
 /// A GPT-2 checkpoint as its file has it, `c_attn.weight (in, out)`, and the same numbers transposed and cut into
 /// separate `(out, in)` projections, give the same output.
@@ -27,6 +31,9 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
         ("h.3.attn.c_attn.bias", c_attn_bias.clone()),
         ("h.3.attn.c_proj.weight", c_proj.clone()),
         ("h.3.attn.c_proj.bias", c_proj_bias.clone()),
+        // Buffers of the mask, which files of the hub hold as well.
+        ("h.3.attn.bias", Tensor::ones((1, 1, 8, 8), DType::U8, &device)?),
+        ("h.3.attn.masked_bias", Tensor::new(-1e4f32, &device)?),
     ]);
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("model.safetensors");
@@ -68,6 +75,120 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
     close("loaded", &loaded.forward(&xs)?, &want, tolerance, &case)
 }
 
+/// A GPT-NeoX checkpoint with its buffers, `query_key_value` by head, and the same rows sorted into separate
+/// projections give the same output. In the other order the weights load too, and the output is another.
+#[test]
+fn gpt_neox_file_equals_linear_layers() -> Result<()> {
+    let (embed_dim, num_heads, head_dim, device) = (48, 4, 12, Device::Cpu);
+    let normal = |shape: &[usize], seed| normal(shape, 0.2, seed, DType::F64);
+    let weight = normal(&[3 * embed_dim, embed_dim], "query_key_value")?;
+    let bias = normal(&[3 * embed_dim], "query_key_value bias")?;
+    let dense = normal(&[embed_dim, embed_dim], "dense")?;
+    let dense_bias = normal(&[embed_dim], "dense bias")?;
+    let file = HashMap::from([
+        ("attention.query_key_value.weight".to_string(), weight.clone()),
+        ("attention.query_key_value.bias".to_string(), bias.clone()),
+        ("attention.dense.weight".to_string(), dense.clone()),
+        ("attention.dense.bias".to_string(), dense_bias.clone()),
+        ("attention.bias".to_string(), Tensor::ones((1, 1, 8, 8), DType::U8, &device)?),
+        ("attention.masked_bias".to_string(), Tensor::new(-1e9f32, &device)?),
+        ("attention.rotary_emb.inv_freq".to_string(), Tensor::ones(2, DType::F32, &device)?),
+    ]);
+    let file = VarBuilder::from_tensors(file, DType::F64, &device).pp("attention");
+
+    let mut separate = HashMap::from([("o_proj.weight".into(), dense), ("o_proj.bias".into(), dense_bias)]);
+    for (at, name) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
+        let rows = (0..num_heads).flat_map(|head| (0..head_dim).map(move |row| (head * 3 + at) * head_dim + row));
+        let rows = Tensor::from_iter(rows.map(|row| row as u32), &device)?;
+        separate.insert(format!("{name}.weight"), weight.index_select(&rows, 0)?);
+        separate.insert(format!("{name}.bias"), bias.index_select(&rows, 0)?);
+    }
+    let separate = VarBuilder::from_tensors(separate, DType::F64, &device);
+
+    let rotary = Rotary::new(&RotaryConfig::new(4, 16), &device)?;
+    let xs = normal(&[2, 9, embed_dim], "xs")?;
+    let output = |config: &MultiHeadAttentionConfig, vb: &VarBuilder| -> Result<Vec<f64>> {
+        Ok(MultiHeadAttention::new(config, vb.clone())?.forward(&xs)?.flatten_all()?.to_vec1()?)
+    };
+    let linear = MultiHeadAttentionConfig::new(embed_dim, num_heads);
+    let linear = linear.qkv_bias(true).o_bias(true).mask(Mask::Causal).rotary(&rotary);
+    let want = output(&linear, &separate)?;
+    let far = |got: Vec<f64>| got.iter().zip(&want).map(|(got, want)| (got - want).abs()).fold(0.0, f64::max);
+
+    let config = MultiHeadAttentionConfig::gpt_neox(embed_dim, num_heads, &rotary);
+    let [right, wrong] = [QkvOrder::ByKeyHead, QkvOrder::Concatenated].map(|order| {
+        let projections = Projections::Fused { qkv: "query_key_value".into(), o: "dense".into(), order };
+        config.clone().projections(projections)
+    });
+    assert!(far(output(&config, &file)?) < 1e-12);
+    assert!(far(output(&right, &file)?) < 1e-12);
+    assert!(far(output(&wrong, &file)?) > 0.1);
+    Ok(())
+}
+
+/// A tensor that the user allows to stay unused has no effect, and needs its whole name.
+#[test]
+fn allowed_tensors_stay_unused() -> Result<()> {
+    let case = Case::new("allowed");
+    let mut tensors: HashMap<String, Tensor> =
+        vars(&case.build(DType::F32)?.varmap).into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+    let new = |tensors: &HashMap<String, Tensor>, config: &MultiHeadAttentionConfig| {
+        MultiHeadAttention::new(config, VarBuilder::from_tensors(tensors.clone(), DType::F32, &Device::Cpu))
+    };
+    let config = case.config()?;
+    let xs = case.xs(DType::F32)?;
+    let want = new(&tensors, &config)?.forward(&xs)?.flatten_all()?.to_vec1::<f32>()?;
+    for (name, len) in [("q_proj.bias", 64), ("q_norm.weight", 16)] {
+        tensors.insert(name.into(), normal(len, 1.0, name, DType::F32)?);
+    }
+    let config = config.allow_unused("q_proj.bias");
+    assert!(new(&tensors, &config).is_err());
+    assert!(new(&tensors, &config.clone().allow_unused("q_norm")).is_err());
+    let allowed = new(&tensors, &config.allow_unused("q_norm.weight"))?;
+    assert_eq!(allowed.forward(&xs)?.flatten_all()?.to_vec1::<f32>()?, want);
+    Ok(())
+}
+
+/// Builders that hold more than the layer's own weights, none of which would change its result.
+#[test]
+fn builders_that_hold_more() -> Result<()> {
+    let (device, dtype) = (Device::Cpu, DType::F32);
+    let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
+
+    // A second model over the same variables, tracked or not, with neighbours that have common names.
+    let varmap = VarMap::new();
+    for _ in 0..2 {
+        let vb = VarBuilder::from_varmap(&varmap, dtype, &device);
+        MultiHeadAttention::new(&llama, vb.clone())?;
+        candle_nn::linear(64, 64, vb.pp("dense"))?;
+        candle_nn::linear(64, 64, vb.pp("proj"))?;
+        MultiHeadAttention::new(&gpt2, vb.pp("inner"))?;
+    }
+    MultiHeadAttention::new(&llama, detached_var_builder(&varmap, dtype, &device))?;
+    assert_eq!(varmap.all_vars().len(), 4 + 2 * 2 + 4);
+
+    // In a new model the neighbours may come first.
+    let vb = VarBuilder::from_varmap(&VarMap::new(), dtype, &device);
+    candle_nn::linear(64, 64, vb.pp("dense"))?;
+    MultiHeadAttention::new(&llama, vb.clone())?;
+    // Two layers with one prefix share q, k and v; each has its own o.
+    candle_nn::linear_no_bias(64, 64, vb.pp("query"))?;
+    let [q, k, v, o] = ["q_proj", "k_proj", "v_proj", "o2"].map(String::from);
+    let second = llama.clone().projections(Projections::Separate { q, k, v, o });
+    MultiHeadAttention::new(&second.allow_unused("o_proj.weight").allow_unused("dense.weight"), vb)?;
+
+    // Says yes to every name.
+    let zeros = VarBuilder::zeros(dtype, &device);
+    MultiHeadAttention::new(&llama, zeros.pp("attn"))?;
+    MultiHeadAttention::new(&llama, zeros.rename_f(|name| format!("model.{name}")))?;
+
+    // Holds the weight of o under its own name and the layer's.
+    let renamed = detached_var_builder(&varmap, dtype, &device);
+    let renamed = renamed.rename_f(|name| name.replace("o_proj", "dense").replace("q_proj", "k_proj"));
+    MultiHeadAttention::new(&llama.o_bias(true), renamed)?;
+    Ok(())
+}
+
 /// The shapes and names that a new layer asks a builder for.
 #[test]
 fn names_and_shapes_of_variables() -> Result<()> {
@@ -103,7 +224,11 @@ fn names_and_shapes_of_variables() -> Result<()> {
         ])
     );
     assert_eq!(
-        shapes(&config.projections(Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into() }))?,
+        shapes(&config.projections(Projections::Fused {
+            qkv: "qkv_proj".into(),
+            o: "o_proj".into(),
+            order: QkvOrder::Concatenated,
+        }))?,
         named(&[("o_proj.weight", &[40, 64]), ("qkv_proj.weight", &[128, 40])])
     );
     assert_eq!(
@@ -178,5 +303,19 @@ fn saves_and_loads_through_varmap() -> Result<()> {
         loaded.varmap.load(&path)?;
         assert_eq!(output(&loaded.layer)?, want, "{case}");
     }
+    Ok(())
+}
+
+/// The layer knows the axes of its tensors; a layout that came with the options of attention is not for it.
+#[test]
+fn the_layout_of_the_options_is_ignored() -> Result<()> {
+    let varmap = VarMap::new();
+    let vb = || VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let attention = Attention::new().mask(Mask::Causal);
+    let plain = MultiHeadAttentionConfig::new(64, 4).attention(attention.clone());
+    let other = plain.clone().attention(attention.layout(TensorLayout::Bhsd));
+    let xs = Tensor::randn(0f32, 1f32, (2, 5, 64), &Device::Cpu)?;
+    let (plain, other) = (MultiHeadAttention::new(&plain, vb())?, MultiHeadAttention::new(&other, vb())?);
+    compare::same_bits("ys", &other.forward(&xs)?, &plain.forward(&xs)?, &"layouts")?;
     Ok(())
 }
