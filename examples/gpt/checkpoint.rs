@@ -8,14 +8,15 @@
 //!
 //! Step, configuration, random state, data cursor and the text's hash are JSON in the file's metadata.
 
-use crate::config::Config;
+use crate::config::{name_of, Config};
 use crate::data::Cursor;
-use crate::files::AtomicFile;
+use crate::files::{AtomicFile, CannotWrite};
 use crate::learner::Learner;
 use crate::model::parameter_shapes;
 use crate::optimizer::AdamW;
 use crate::parameters::{Flat, Named};
 use crate::rng::Rng;
+use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -60,8 +61,9 @@ pub fn save(dir: &Path, state: &State, learner: &Learner) -> Result<()> {
         tensors.extend(flat.named()?.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
     }
     let path = dir.join(FILE_NAME);
-    write(&path, &header(state, &tensors)?, &tensors).map_err(|error| {
-        anyhow!("cannot write {}: {error}; the checkpoint before it, if there was one, is still there", path.display())
+    write(&path, &header(state, &tensors)?, &tensors).map_err(|error| match error.downcast::<io::Error>() {
+        Ok(error) => CannotWrite::new(&path, error).into(),
+        Err(error) => error,
     })
 }
 
@@ -134,8 +136,7 @@ pub fn locate(path: &Path) -> Result<PathBuf> {
 /// Reads the checkpoint `file`, after checking every byte of it.
 pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
     let bytes = fs::read(file).map_err(|error| anyhow!("cannot read {}: {error}", file.display()))?;
-    let refuse =
-        |reason: String| anyhow!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display());
+    let refuse = |reason| unusable(file, reason);
     let damaged = |error| refuse(format!("it is cut short, damaged or no safetensors file ({error})"));
 
     let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
@@ -148,8 +149,13 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
     }
     let state: State = serde_json::from_str(state)
         .map_err(|error| refuse(format!("another version of this program wrote it ({error})")))?;
+    state.check().map_err(refuse)?;
 
     let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
+    let Config { num_layers, .. } = state.config;
+    if num_layers > tensors.len() {
+        return Err(refuse(format!("its num_layers is {num_layers}, but it has only {} tensors", tensors.len())));
+    }
     let read = |name: &str, shape: &[usize]| -> Result<Tensor> {
         let view = tensors
             .tensor(name)
@@ -165,9 +171,39 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
         let named = shapes.iter().map(|(name, shape)| Ok((name.clone(), read(&format!("{prefix}{name}"), shape)?)));
         Flat::new(&named.collect::<Result<Named>>()?)
     };
+    let parameters = flat("")?;
     let optimizer = AdamW { m: flat("adam.m.")?, v: flat("adam.v.")? };
-    let learner = Learner { parameters: flat("")?, optimizer };
-    Ok(Checkpoint { state, learner })
+    Ok(Checkpoint { state, learner: Learner { parameters, optimizer } })
+}
+
+/// Why the checkpoint `file` cannot be used, and the way out.
+pub fn unusable(file: &Path, reason: String) -> anyhow::Error {
+    anyhow!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display())
+}
+
+impl State {
+    /// The first field with a value that no run has. The cursor needs the text: `Batches::at` checks it.
+    fn check(&self) -> Result<(), String> {
+        self.config.check()?;
+        let Self { step, vocab_size, text_sha256, config, .. } = self;
+        if *step > config.steps {
+            return Err(format!("its step is {step}, and must be at most its steps {}", config.steps));
+        }
+        let tokens = Tokenizer::new(config.tokenizer).vocab_size();
+        if *vocab_size < tokens {
+            return Err(format!(
+                "its vocab_size is {vocab_size}, and must be at least {tokens}, the tokens of {}",
+                name_of(config.tokenizer)
+            ));
+        }
+        if text_sha256.len() != 2 * SHA256_BYTES || !text_sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(format!(
+                "its text_sha256 is {text_sha256:?}, and must be {} hexadecimal digits",
+                2 * SHA256_BYTES
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Hashes what it writes.

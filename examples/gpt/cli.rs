@@ -2,16 +2,15 @@
 
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config, Precision, Preset};
-use crate::files;
+use crate::files::{self, RunFolder};
 use crate::rng::Rng;
 use crate::sample::{Sampling, Trained};
 use crate::time::{self, Plan};
 use crate::tokenizer::TokenizerKind;
-use crate::train::Run;
+use crate::train::{with_way_out, Run};
 use anyhow::{anyhow, bail, Result};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::fs;
 use std::path::PathBuf;
 
 /// A GPT that learns to write, attention by candle-fa2
@@ -79,6 +78,9 @@ pub struct TrainArgs {
     out: Option<PathBuf>,
     /// Continue the run in DIR where its last checkpoint is, as if it had never stopped
     ///
+    /// Ctrl-C stops a run with a checkpoint after the step it is in. One process at a time trains in a folder; sample and
+    /// eval read its last checkpoint meanwhile.
+    ///
     /// All options are those of the run. Only three can be given again: --data (if the text has moved; it must be the
     /// same text), --device, and --steps (a new end, and with it a new schedule).
     #[arg(long, value_name = "DIR", conflicts_with_all = OPTIONS_OF_A_RUN)]
@@ -91,7 +93,7 @@ pub struct TrainArgs {
 }
 
 /// What `--resume` finds in the checkpoint, and therefore does not take from the command line.
-const OPTIONS_OF_A_RUN: [&str; 18] = [
+const OPTIONS_OF_A_RUN: [&str; 19] = [
     "preset",
     "out",
     "tokenizer",
@@ -110,6 +112,7 @@ const OPTIONS_OF_A_RUN: [&str; 18] = [
     "seed",
     "eval_interval",
     "eval_windows",
+    "checkpoint_interval",
 ];
 
 /// Everything that replaces an ingredient of the preset.
@@ -161,19 +164,28 @@ struct RecipeArgs {
     /// Seed of everything random
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Steps between evaluations; a checkpoint and a new loss curve come with each
+    /// Steps between evaluations; a new loss curve comes with each
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_interval: Option<usize>,
     /// Held-out windows per evaluation
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_windows: Option<usize>,
+    /// Steps between checkpoints; Ctrl-C saves one too [default: a checkpoint with each evaluation]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    checkpoint_interval: Option<usize>,
 }
 
 impl TrainArgs {
     fn run(self) -> Result<()> {
+        self.train().map_err(with_way_out)
+    }
+
+    fn train(self) -> Result<()> {
         let device = self.device.open()?;
         if let Some(dir) = self.resume {
-            return Run::resume(&dir, absolute(self.data)?, self.recipe.steps, device)?.train(&dir);
+            checkpoint::locate(&dir)?; // a folder without a run is left as it is
+            let folder = RunFolder::open(&dir)?;
+            return Run::resume(&folder, absolute(self.data)?, self.recipe.steps, device)?.train(&folder);
         }
         let config = self.recipe.apply(Config::preset(self.preset.unwrap_or(Preset::Tiny)), absolute(self.data)?)?;
         if let Some(dir) = &self.out {
@@ -181,14 +193,11 @@ impl TrainArgs {
         }
         // The folder is made when nothing of the input can be wrong any more: a refused run leaves none.
         let mut run = Run::new(config, device)?;
-        let dir = match self.out {
-            Some(dir) => {
-                fs::create_dir_all(&dir).map_err(|error| anyhow!("cannot create --out {}: {error}", dir.display()))?;
-                dir
-            }
-            None => files::fresh_folder(&files::runs_folder())?,
+        let folder = match self.out {
+            Some(dir) => RunFolder::create(&dir)?,
+            None => RunFolder::create_numbered(&files::runs_folder())?,
         };
-        run.train(&dir)
+        run.train(&folder)
     }
 }
 
@@ -215,6 +224,7 @@ impl RecipeArgs {
             seed: self.seed.unwrap_or(preset.seed),
             eval_interval: self.eval_interval.unwrap_or(preset.eval_interval),
             eval_windows: self.eval_windows.unwrap_or(preset.eval_windows),
+            checkpoint_interval: self.checkpoint_interval,
             ..preset
         };
         if config.warmup >= config.steps {

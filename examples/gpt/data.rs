@@ -194,11 +194,20 @@ pub struct Batches {
 
 impl Batches {
     pub fn new(config: &Config, corpus: &Corpus, rng: &mut Rng) -> Self {
-        Self::at(config, corpus, Cursor { epoch_seed: rng.seed(), used: 0 })
+        Self::with(config, corpus, Cursor { epoch_seed: rng.seed(), used: 0 })
     }
 
-    /// Continues where a checkpoint's cursor stands.
-    pub fn at(config: &Config, corpus: &Corpus, cursor: Cursor) -> Self {
+    /// Continues where a checkpoint's cursor stands; one that stands outside the text is refused.
+    pub fn at(config: &Config, corpus: &Corpus, cursor: Cursor) -> Result<Self, String> {
+        let batches = Self::with(config, corpus, cursor);
+        let (used, windows) = (batches.cursor.used, batches.order.len());
+        match used <= windows {
+            true => Ok(batches),
+            false => Err(format!("its cursor.used is {used}, and must be at most {windows}, the windows of its text")),
+        }
+    }
+
+    fn with(config: &Config, corpus: &Corpus, cursor: Cursor) -> Self {
         let mut batches = Self { context: config.context, tokens: corpus.train.len(), order: Vec::new(), cursor };
         batches.shuffle();
         batches

@@ -5,7 +5,7 @@
 //! cargo run --release --example gpt -- train --data book.txt      ... on a text of yours
 //! cargo run --release --example gpt -- sample --prompt "fn "      let the newest run write
 //! cargo run --release --example gpt -- eval                       its loss on held-out text
-//! cargo run --release --example gpt -- train --resume runs/0001   go on where it stopped
+//! cargo run --release --example gpt -- train --resume runs/0001   go on where it stopped, by Ctrl-C or a crash
 //! cargo run --release --example gpt -- time --preset 124m         how fast a preset trains here, without a text
 //!
 //! cargo run --release --features cuda --example gpt -- train --preset 124m --device cuda --dtype bf16 --batch 16 \
@@ -21,7 +21,8 @@
 //! | `parameters.rs`, `optimizer.rs` | all parameters at once; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | a trained model's text and loss |
-//! | `checkpoint.rs`, `files.rs` | what survives the process |
+//! | `checkpoint.rs`, `files.rs` | what survives the process, in a folder that one process at a time writes into |
+//! | `stop.rs` | Ctrl-C |
 //! | `metrics.rs`, `plot.rs`, `progress.rs` | what one sees of it |
 //! | `time.rs`, `profile.rs` | speed, and where the time goes |
 //! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
@@ -48,6 +49,7 @@ mod profile;
 mod progress;
 mod rng;
 mod sample;
+mod stop;
 #[cfg(test)]
 mod tests;
 mod time;
@@ -58,17 +60,25 @@ use anyhow::Result;
 use clap::Parser;
 use std::ffi::OsString;
 use std::process::ExitCode;
+use stop::Stopped;
 
 fn main() -> ExitCode {
-    match run(std::env::args_os()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => match error.downcast::<clap::Error>() {
-            Ok(usage) => usage.exit(),
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
+    exit_code(run(std::env::args_os())).into()
+}
+
+/// Says what went wrong, if anything did.
+fn exit_code(result: Result<()>) -> u8 {
+    let Err(error) = result else { return 0 };
+    if let Some(stopped) = error.downcast_ref::<Stopped>() {
+        eprintln!("{stopped}");
+        return stop::exit_code(stopped.signal);
+    }
+    match error.downcast::<clap::Error>() {
+        Ok(usage) => usage.exit(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            1
+        }
     }
 }
 

@@ -1,6 +1,6 @@
-//! metrics.csv: one row per step, in the order of the steps, without gaps.
+//! metrics.csv: one row per step, in the order of the steps. There is a gap only where rows were lost before a resumption.
 
-use crate::files::write_atomically;
+use crate::files::{write_atomically, CannotWrite};
 use anyhow::{anyhow, bail, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -40,15 +40,22 @@ impl Metrics {
     }
 
     /// Continues after `step`: later rows, written between the checkpoint and the end of the process, are dropped,
-    /// for those steps will be taken again.
+    /// for those steps will be taken again. Training needs none of the rows, so it goes on without those that were lost.
     pub fn resume(dir: &Path, step: usize) -> Result<Self> {
         let path = dir.join(FILE_NAME);
-        let rows = read(&path, step)?;
-        if rows.len() < step {
-            bail!(
-                "{} ends at step {} but the checkpoint is of step {step}; restore the file from a copy, or train afresh",
+        let rows = match path.try_exists() {
+            Ok(false) => Vec::new(),
+            _ => read(&path, step).map_err(|error| {
+                anyhow!("{error}; restore it from a copy, or move it away: a new one then begins at step {}", step + 1)
+            })?,
+        };
+        let last = rows.last().map_or(0, |row| row.step);
+        if last < step {
+            eprintln!(
+                "{} lacks the rows of steps {} to {step}; it goes on at step {}",
                 path.display(),
-                rows.len()
+                last + 1,
+                step + 1
             );
         }
         Self::rewrite(path, rows)
@@ -63,8 +70,7 @@ impl Metrics {
             table.serialize(row)?;
         }
         write_atomically(&path, &table.into_inner().expect("a Vec takes all bytes"))?;
-        let file = OpenOptions::new().append(true).open(&path);
-        let file = file.map_err(|error| anyhow!("cannot append to {}: {error}", path.display()))?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(|error| CannotWrite::new(&path, error))?;
         Ok(Self { path, rows, writer: csv::WriterBuilder::new().has_headers(false).from_writer(file) })
     }
 
@@ -81,7 +87,7 @@ impl Metrics {
     }
 
     fn failed(&self, error: std::io::Error) -> anyhow::Error {
-        anyhow!("cannot write {}: {error}", self.path.display())
+        CannotWrite::new(&self.path, error).into()
     }
 
     pub fn rows(&self) -> &[Row] {
@@ -89,20 +95,23 @@ impl Metrics {
     }
 }
 
-/// The first `limit` rows of `path`, or as many as there are.
-pub fn read(path: &Path, limit: usize) -> Result<Vec<Row>> {
+/// The rows of `path` up to step `last`, or as many as there are.
+pub fn read(path: &Path, last: usize) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
+    // A line without an end was cut when the process, or the file, ended.
+    let whole_lines = text.rfind('\n').map_or(0, |end| end + 1);
     let mut rows: Vec<Row> = Vec::new();
-    for row in csv::Reader::from_reader(text.as_bytes()).into_deserialize().take(limit) {
-        let row: Row =
-            row.map_err(|error| anyhow!("{} is damaged: {error}; restore it from a copy", path.display()))?;
-        if row.step != rows.len() + 1 {
-            bail!(
-                "{} is damaged: step {} follows step {}; restore it from a copy",
-                path.display(),
-                row.step,
-                rows.len()
-            );
+    for row in csv::Reader::from_reader(&text.as_bytes()[..whole_lines]).into_deserialize() {
+        let before = rows.last().map_or(0, |row| row.step);
+        if before == last {
+            break; // what follows is not asked for, and may be damaged
+        }
+        let row: Row = row.map_err(|error| anyhow!("{} is damaged: {error}", path.display()))?;
+        if row.step <= before {
+            bail!("{} is damaged: step {} follows step {before}", path.display(), row.step);
+        }
+        if row.step > last {
+            break;
         }
         rows.push(row);
     }

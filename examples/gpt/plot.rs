@@ -21,7 +21,7 @@ const MAX_POINTS: usize = 400;
 pub fn save(dir: &Path, rows: &[Row]) -> Result<()> {
     let mut svg = String::new();
     draw(&mut svg, rows).map_err(|error| anyhow!("cannot draw {FILE_NAME}: {error}"))?;
-    write_atomically(&dir.join(FILE_NAME), svg.as_bytes())
+    Ok(write_atomically(&dir.join(FILE_NAME), svg.as_bytes())?)
 }
 
 fn draw(svg: &mut String, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>> {
@@ -32,7 +32,7 @@ fn draw(svg: &mut String, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>
     let top = losses().fold(f32::MIN, f32::max);
     let bottom = losses().fold(f32::MAX, f32::min);
     let margin = (0.05 * (top - bottom)).max(0.05);
-    let last = rows.len() as f32;
+    let last = rows.last().map_or(0.0, |row| row.step as f32);
 
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     let text = ("sans-serif", 14).into_font().color(&TEXT);

@@ -2,19 +2,29 @@
 
 #[cfg(feature = "cuda")]
 mod blas;
+mod disk;
 mod errors;
+mod kill;
+mod lock;
 mod losses;
 mod ops;
+mod refused;
 mod resume;
+mod stop;
 mod units;
 
 use crate::config::{AttentionKind, Config, Preset};
+use crate::files::RunFolder;
+use crate::metrics::{self, Row};
+use crate::train::Run;
 use anyhow::Result;
+use candle_core::Device;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// Where the process is to end: a point, `#`, and which time it is reached, from 1.
@@ -42,23 +52,26 @@ pub fn abort_at(point: &str, what: &Path) {
 fn child() {
     let args = std::env::var(ARGS).expect("only other tests start this one");
     let args: Vec<String> = serde_json::from_str(&args).unwrap();
-    if let Err(error) = crate::run(args.into_iter().map(OsString::from)) {
-        eprintln!("error: {error:#}");
-        std::process::exit(1);
-    }
+    let code = crate::exit_code(crate::run(args.into_iter().map(OsString::from)));
+    std::process::exit(code.into());
+}
+
+/// The program as a child in `repository`.
+fn child_command(args: &[&str], repository: &Path) -> Command {
+    let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["tests::child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+    command.current_dir(repository).env("CARGO_MANIFEST_DIR", repository).env_remove(ABORT_AT);
+    command.env(ARGS, serde_json::to_string(&args).unwrap());
+    command
 }
 
 /// Runs the program as a child in `repository`, to its end or to `abort_at`.
 fn child_process(args: &[&str], repository: &Path, abort_at: Option<&str>) -> Output {
-    let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["tests::child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
-    command.current_dir(repository).env("CARGO_MANIFEST_DIR", repository);
-    command.env(ARGS, serde_json::to_string(&args).unwrap());
-    match abort_at {
-        Some(point) => command.env(ABORT_AT, point),
-        None => command.env_remove(ABORT_AT),
-    };
+    let mut command = child_command(args, repository);
+    if let Some(point) = abort_at {
+        command.env(ABORT_AT, point);
+    }
     command.output().unwrap()
 }
 
@@ -126,4 +139,49 @@ fn short_config(room: &Room, attention: AttentionKind) -> Config {
         eval_windows: 4,
         ..Config::preset(Preset::Tiny)
     }
+}
+
+/// A model of 0.03 M parameters, whose steps and checkpoints take milliseconds.
+fn small_config(room: &Room, steps: usize) -> Config {
+    let config = short_config(room, AttentionKind::Flash);
+    Config { num_layers: 1, num_heads: 2, embed_dim: 32, context: 8, batch: 2, steps, eval_windows: 2, ..config }
+}
+
+/// The run of `config` in a folder `name` of `room`, before its first step.
+fn begin(room: &Room, name: &str, config: &Config) -> Result<PathBuf> {
+    let folder = RunFolder::create(&room.path(name))?;
+    Run::new(config.clone(), Device::Cpu)?.begin(folder.path())?;
+    Ok(folder.path().to_owned())
+}
+
+/// The run of `config` in a folder `name` of `room`, whole.
+fn train(room: &Room, name: &str, config: &Config) -> Result<PathBuf> {
+    let folder = RunFolder::create(&room.path(name))?;
+    Run::new(config.clone(), Device::Cpu)?.train(&folder)?;
+    Ok(folder.path().to_owned())
+}
+
+/// The rows of the run in `dir`, without the column that a clock decides.
+fn rows(dir: &Path) -> Vec<Row> {
+    let rows = metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap();
+    rows.into_iter().map(|row| Row { tokens_per_s: 0, ..row }).collect()
+}
+
+/// The names of all that lies in `dir`, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+    let mut names: Vec<String> = fs::read_dir(dir).unwrap().map(name).collect();
+    names.sort();
+    names
+}
+
+/// Waits until the file `path` holds `what`.
+fn wait_for(path: &Path, what: &str) {
+    for _ in 0..3000 {
+        if fs::read_to_string(path).is_ok_and(|text| text.contains(what)) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{} never held {what:?}", path.display());
 }

@@ -3,7 +3,7 @@
 use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
 use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
-use crate::files::write_atomically;
+use crate::files::{write_atomically, CannotWrite, RunFolder};
 use crate::learner::{come_apart, mean_gradients, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
@@ -13,9 +13,11 @@ use crate::plot;
 use crate::progress::{clock, Progress};
 use crate::rng::Rng;
 use crate::sample::{generate, Sampling};
+use crate::stop::{Stop, Stopped};
 use crate::tokenizer::Tokenizer;
-use anyhow::{bail, Result};
+use anyhow::{anyhow, bail, Result};
 use candle_core::Device;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -76,9 +78,11 @@ impl Run {
         Ok(run)
     }
 
-    /// The run in `dir`, at its checkpoint. `data` says where its text is now, `steps` where it shall end now.
-    pub fn resume(dir: &Path, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
-        let Checkpoint { state, learner } = checkpoint::load(&checkpoint::locate(dir)?, &device)?;
+    /// The run in `folder`, at its checkpoint. `data` says where its text is now, `steps` where it shall end now.
+    pub fn resume(folder: &RunFolder, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
+        let dir = folder.path();
+        let file = checkpoint::locate(dir)?;
+        let Checkpoint { state, learner } = checkpoint::load(&file, &device)?;
         let State { step, mut config, rng, cursor, text_name, text_sha256, .. } = state;
         if let Some(steps) = steps {
             config.steps = steps;
@@ -103,8 +107,9 @@ impl Run {
         config.data = data.or(config.data);
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
-        let batches = Batches::at(&config, &corpus, cursor);
-        let run = Self {
+        let batches = Batches::at(&config, &corpus, cursor).map_err(|reason| checkpoint::unusable(&file, reason))?;
+        // The gradients are not checked here: their zeros would prove nothing, and each step misses one that is absent.
+        Ok(Self {
             config,
             tokenizer,
             corpus,
@@ -116,34 +121,26 @@ impl Run {
             step,
             queued: Vec::new(),
             clock: Instant::now(),
-        };
-        run.check_gradients()?;
-        Ok(run)
+        })
     }
 
-    /// Trains to the last step; everything that is to be kept goes into `dir`.
-    pub fn train(&mut self, dir: &Path) -> Result<()> {
+    /// Trains to the last step, or until a signal asks to stop; everything that is to be kept goes into `folder`.
+    pub fn train(&mut self, folder: &RunFolder) -> Result<()> {
+        let stop = Stop::listen()?;
+        let dir = folder.path();
         println!("{}", self.describe());
         let started = Instant::now();
         let mut metrics = match self.step {
-            0 => Metrics::create(dir)?,
+            0 => self.begin(dir)?,
             step => Metrics::resume(dir, step)?,
         };
-        if self.step == 0 {
-            if self.config.data.is_none() {
-                let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
-                write_atomically(&dir.join(KEPT_FILE_NAME), &self.tokenizer.decode(&tokens)?)?;
-            }
-            // Room on the disk is known from now on, and a run that dies early can be resumed.
-            self.checkpoint(dir, &metrics)?;
-        }
 
         self.clock = Instant::now();
         let mut progress = Progress::new(self.step, self.config.steps);
         while self.step < self.config.steps {
             self.queue_step()?;
-            let evaluate = self.evaluation_is_due();
-            if !evaluate && self.queued.len() < self.steps_ahead {
+            let (evaluate, save) = (self.evaluation_is_due(), self.is_due(self.config.checkpoint_interval()));
+            if !evaluate && !save && stop.signal().is_none() && self.queued.len() < self.steps_ahead {
                 continue;
             }
             let (rows, finite) = self.rows()?;
@@ -156,10 +153,22 @@ impl Run {
             finite?;
             if evaluate {
                 plot::save(dir, metrics.rows())?;
-                self.checkpoint(dir, &metrics)?; // last: what it does not know of will be done again
-                self.clock = Instant::now();
             }
+            let signal = stop.signal().filter(|_| self.step < self.config.steps);
+            if save || signal.is_some() {
+                if !evaluate {
+                    self.held_out_loss(1)?; // no checkpoint is of a model that has come apart
+                }
+                metrics.sync()?;
+                self.checkpoint(dir)?; // last: what it does not know of will be done again
+            }
+            if let Some(signal) = signal {
+                progress.finish();
+                return Err(Stopped { signal, step: self.step, dir: dir.to_owned() }.into());
+            }
+            self.clock = Instant::now();
         }
+        stop.end();
         progress.finish();
 
         println!("\na sample:\n{}\n", self.sample()?);
@@ -167,6 +176,17 @@ impl Run {
         println!("held-out loss {val_loss:.4} after {} steps and {}", self.step, clock(started.elapsed()));
         println!("{}: {}, {}, {}", dir.display(), metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME);
         Ok(())
+    }
+
+    /// Writes what there is of a run before its first step.
+    pub fn begin(&self, dir: &Path) -> Result<Metrics> {
+        // The checkpoint is first. If it fails, nothing is left of the run; once it is there, the run can be resumed.
+        self.checkpoint(dir)?;
+        if self.config.data.is_none() {
+            let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
+            write_atomically(&dir.join(KEPT_FILE_NAME), &self.tokenizer.decode(&tokens)?)?;
+        }
+        Metrics::create(dir)
     }
 
     /// One optimizer step; what it says of itself is read by [`Self::rows`].
@@ -185,7 +205,12 @@ impl Run {
 
     /// Whether the last step is evaluated.
     fn evaluation_is_due(&self) -> bool {
-        self.step == 1 || self.step == self.config.steps || self.step.is_multiple_of(self.config.eval_interval)
+        self.is_due(self.config.eval_interval)
+    }
+
+    /// Whether the last step is one of those that `interval` selects, the first or the last.
+    fn is_due(&self, interval: usize) -> bool {
+        self.step == 1 || self.step == self.config.steps || self.step.is_multiple_of(interval)
     }
 
     /// The rows of the steps since the last call, the last one evaluated where that is due. If something is not finite: the
@@ -202,9 +227,9 @@ impl Run {
         };
         let mut rows: Vec<Row> = queued.iter().zip(numbers).map(row).collect();
         if let Some(last) = rows.last_mut().filter(|row| row.step == self.step && self.evaluation_is_due()) {
-            match self.held_out_loss()? {
-                loss if loss.is_finite() => last.val_loss = Some(loss),
-                loss => finite = Err(come_apart(last.step, &format!("the held-out loss after it is {loss}"))),
+            match self.held_out_loss(self.config.eval_windows) {
+                Ok(loss) => last.val_loss = Some(loss),
+                Err(error) => finite = Err(error),
             }
         }
         self.clock = Instant::now();
@@ -230,12 +255,16 @@ impl Run {
         Ok(String::from_utf8_lossy(&self.tokenizer.decode(&tokens)?).into_owned())
     }
 
-    /// Mean loss over `eval_windows` windows that are spread over the held-out text, always the same.
-    fn held_out_loss(&self) -> Result<f32> {
+    /// Mean loss over `count` windows that are spread over the held-out text, always the same. It is finite, or an error.
+    fn held_out_loss(&self, count: usize) -> Result<f32> {
         let all = window_starts(self.corpus.held_out.len(), self.config.context, 0);
-        let stride = all.len().div_ceil(self.config.eval_windows);
+        let stride = all.len().div_ceil(count);
         let starts: Vec<usize> = all.into_iter().step_by(stride).collect();
-        mean_loss(&Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?, &self.corpus.held_out, &starts)
+        let model = Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?;
+        match mean_loss(&model, &self.corpus.held_out, &starts)? {
+            loss if loss.is_finite() => Ok(loss),
+            loss => Err(come_apart(self.step, &format!("the held-out loss after it is {loss}"))),
+        }
     }
 
     /// One backward pass, whose gradients must reach every parameter.
@@ -247,8 +276,7 @@ impl Run {
         check_gradients(weights.keys(), &gradients)
     }
 
-    fn checkpoint(&self, dir: &Path, metrics: &Metrics) -> Result<()> {
-        metrics.sync()?;
+    fn checkpoint(&self, dir: &Path) -> Result<()> {
         let state = State {
             step: self.step,
             config: self.config.clone(),
@@ -278,6 +306,21 @@ impl Run {
             self.config.steps,
         )
     }
+}
+
+/// `error`, with a way out if it is about a file that could not be written.
+pub fn with_way_out(error: anyhow::Error) -> anyhow::Error {
+    let Some(CannotWrite { path, error: cause }) = error.downcast_ref() else { return error };
+    let dir = path.parent().unwrap_or(Path::new(""));
+    let first = match cause.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room on the disk",
+        _ => "remove the cause",
+    };
+    let then = match dir.join(checkpoint::FILE_NAME).is_file() {
+        true => format!("then continue from the last checkpoint with --resume {}", dir.display()),
+        false => "or choose another folder with --out".to_string(),
+    };
+    anyhow!("{error}; {first}, {then}")
 }
 
 /// Mean loss over the windows of `tokens` at `starts`.

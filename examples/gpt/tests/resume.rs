@@ -1,9 +1,9 @@
 //! A run that is stopped and resumed is the run that never stopped, whole folders compared.
 
-use super::{child_process, run, short_config, Room};
+use super::{child_process, names, rows, run, short_config, Room};
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config};
-use crate::metrics::{self, Row};
+use crate::files::RunFolder;
 use crate::train::Run;
 use anyhow::Result;
 use candle_core::Device;
@@ -19,18 +19,12 @@ fn train_args<'a>(text: &'a str, out: &'a str) -> Vec<&'a str> {
     args
 }
 
-/// Rows without the column that a clock decides.
-fn rows(dir: &Path) -> Vec<Row> {
-    let rows = metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap();
-    rows.into_iter().map(|row| Row { tokens_per_s: 0, ..row }).collect()
-}
-
 fn bytes(dir: &Path, name: &str) -> Vec<u8> {
     fs::read(dir.join(name)).unwrap()
 }
 
 /// Weights, moments, step, random state, cursor and configuration: all bytes of the last checkpoint.
-fn assert_same_run(dir: &Path, uninterrupted: &Path, point: &str) {
+pub fn assert_same_run(dir: &Path, uninterrupted: &Path, point: &str) {
     assert_eq!(rows(dir), rows(uninterrupted), "metrics after {point}");
     assert!(
         bytes(dir, checkpoint::FILE_NAME) == bytes(uninterrupted, checkpoint::FILE_NAME),
@@ -40,8 +34,7 @@ fn assert_same_run(dir: &Path, uninterrupted: &Path, point: &str) {
         bytes(dir, crate::plot::FILE_NAME) == bytes(uninterrupted, crate::plot::FILE_NAME),
         "the loss curve differs after {point}"
     );
-    let left: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 3, "files after {point}: {left:?}");
+    assert_eq!(names(dir), ["checkpoint.safetensors", "loss.svg", "metrics.csv"], "files after {point}");
 }
 
 #[test]
@@ -101,30 +94,36 @@ fn steps_ahead_change_nothing() -> Result<()> {
     let room = Room::new();
     let config = Config { steps: 27, eval_interval: 13, context: 16, ..short_config(&room, AttentionKind::Flash) };
     for (name, steps_ahead) in [("1", 1), ("10", 10)] {
-        fs::create_dir(room.path(name))?;
         let mut run = Run::new(config.clone(), Device::Cpu)?;
         run.steps_ahead = steps_ahead;
-        run.train(&room.path(name))?;
+        run.train(&RunFolder::create(&room.path(name))?)?;
     }
     assert_eq!(rows(&room.path("10")).len(), 27);
     assert_same_run(&room.path("10"), &room.path("1"), "steps ahead");
     Ok(())
 }
 
-/// Before the first checkpoint is complete there is nothing to resume, and the refusal says so.
+/// Before the first checkpoint is complete there is nothing to resume, and the refusal says so. The command can be given
+/// again.
 #[test]
-fn a_run_without_a_checkpoint_is_not_resumed() {
+fn a_run_without_a_checkpoint_is_not_resumed() -> Result<()> {
     let room = Room::new();
     let out = room.string("out");
+    let text = room.string("text.txt");
+    let args = train_args(&text, &out);
     let point = "half-way through checkpoint.safetensors#1";
-    child_process(&train_args(&room.string("text.txt"), &out), room.folder.path(), Some(point));
-    assert!(room.path("out/checkpoint.safetensors.tmp").is_file());
+    child_process(&args, room.folder.path(), Some(point));
+    let left = names(&room.path("out"));
+    assert!(left.len() == 2 && left[0].ends_with(".gpt-tmp") && left[1] == "train.lock", "{left:?}");
     assert_eq!(
         super::message(&["--resume", &out]),
         format!(
             "there is no run in {out}: it holds no checkpoint.safetensors; give the folder of a run, such as runs/0001"
         )
     );
+    run(&args)?;
+    assert_eq!(names(&room.path("out")), ["checkpoint.safetensors", "loss.svg", "metrics.csv"]);
+    Ok(())
 }
 
 /// After the last checkpoint nothing is left to do but to print.
@@ -135,6 +134,7 @@ fn a_run_aborted_after_its_last_checkpoint_is_whole() -> Result<()> {
     run(&train_args(&text, &room.string("uninterrupted")))?;
     let point = "after the rename of checkpoint.safetensors#5";
     child_process(&train_args(&text, &room.string("aborted")), room.folder.path(), Some(point));
+    fs::remove_file(room.path("aborted/train.lock"))?;
     assert_same_run(&room.path("aborted"), &room.path("uninterrupted"), point);
     Ok(())
 }

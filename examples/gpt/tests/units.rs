@@ -1,10 +1,10 @@
 //! Each part alone: schedule, optimizer, text, batches, files, metrics, samples.
 
-use super::{child_process, run, short_config, story, Room};
+use super::{child_process, names, run, short_config, story, Room};
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config, Preset};
 use crate::data::{repository_files, Batches, Corpus, Text, KEPT_FILE_NAME};
-use crate::files::{check_free, fresh_folder, newest_run, AtomicFile};
+use crate::files::{check_free, fresh_folder, newest_run, AtomicFile, RunFolder};
 use crate::metrics::{self, Metrics, Row};
 use crate::model::{init_parameters, parameter_shapes};
 use crate::optimizer::{clip, learning_rate, AdamW};
@@ -228,7 +228,7 @@ fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
         assert!(starts.iter().all(|start| start % config.context == first && start + config.context < 5400));
         epochs.push(epoch);
         batches.next(3, &mut rng); // over the end of the epoch
-        let mut again = Batches::at(&config, &corpus, batches.cursor().clone());
+        let mut again = Batches::at(&config, &corpus, batches.cursor().clone()).unwrap();
         let mut rng_again = rng.clone();
         assert_eq!(again.next(400, &mut rng_again), batches.next(400, &mut rng), "after the cursor");
         batches = Batches::new(&config, &corpus, &mut rng);
@@ -288,6 +288,9 @@ fn the_repository_is_the_default_text() -> Result<()> {
 fn numbered_folders_are_fresh() -> Result<()> {
     let room = Room::new();
     let runs = room.path("runs");
+    assert_eq!(RunFolder::create_numbered(&runs)?.path(), runs.join("0001"));
+    assert!(!runs.exists(), "nothing came of the run");
+    fs::create_dir(&runs)?;
     assert_eq!(fresh_folder(&runs)?, runs.join("0001"));
     assert_eq!(fresh_folder(&runs)?, runs.join("0002"));
     fs::create_dir(runs.join("0041"))?;
@@ -311,13 +314,15 @@ fn a_file_appears_whole_or_not_at_all() -> Result<()> {
     file.write_all(b"after")?;
     file.flush()?;
     assert_eq!(fs::read_to_string(&path)?, "before");
+    assert_eq!(names(room.folder.path()).len(), 3);
     drop(file); // a write that failed
     assert_eq!(fs::read_to_string(&path)?, "before");
+    assert_eq!(names(room.folder.path()), ["file", "text.txt"]);
     let mut file = AtomicFile::create(&path)?;
     file.write_all(b"after")?;
     file.commit()?;
     assert_eq!(fs::read_to_string(&path)?, "after");
-    assert!(!room.path("file.tmp").exists());
+    assert_eq!(names(room.folder.path()), ["file", "text.txt"]);
     Ok(())
 }
 

@@ -1,0 +1,61 @@
+//! Ctrl-C and SIGTERM: the first asks training to save a checkpoint and stop, the second ends the process at once.
+
+use anyhow::Result;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::Arc;
+
+/// The signal that asked to stop.
+pub struct Stop(Arc<AtomicI32>); // 0: none yet
+
+impl Stop {
+    /// Signals are heard from now on, to the end of the process.
+    #[cfg(unix)]
+    pub fn listen() -> Result<Self> {
+        use signal_hook::consts::{SIGINT, SIGTERM};
+        use std::io::{stderr, Write};
+
+        let signal = Arc::new(AtomicI32::new(0));
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+        let heard = signal.clone();
+        // A thread of its own can answer while a step still runs.
+        std::thread::spawn(move || {
+            for signal in signals.forever() {
+                if heard.swap(signal, Ordering::SeqCst) != 0 {
+                    signal_hook::low_level::exit(exit_code(signal).into());
+                }
+                let _ = writeln!(stderr(), "\nstopping with a checkpoint after this step; Ctrl-C again ends at once");
+            }
+        });
+        Ok(Self(signal))
+    }
+
+    /// On other systems a signal ends the process, and the last checkpoint stays.
+    #[cfg(not(unix))]
+    pub fn listen() -> Result<Self> {
+        Ok(Self(Arc::default()))
+    }
+
+    /// Nothing is left to save: from now on the first signal ends the process.
+    pub fn end(&self) {
+        self.0.store(i32::MAX, Ordering::SeqCst);
+    }
+
+    pub fn signal(&self) -> Option<i32> {
+        Some(self.0.load(Ordering::SeqCst)).filter(|&signal| signal != 0)
+    }
+}
+
+/// Training that a signal stopped; its checkpoint is saved.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped after step {step}; continue with: train --resume {}", dir.display())]
+pub struct Stopped {
+    pub signal: i32,
+    pub step: usize,
+    pub dir: PathBuf,
+}
+
+/// What shells report of a process that `signal` ended.
+pub fn exit_code(signal: i32) -> u8 {
+    128 + signal as u8
+}

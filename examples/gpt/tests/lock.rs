@@ -1,0 +1,146 @@
+//! One process at a time writes into the folder of a run.
+
+use super::{begin, child_command, message, names, rows, run, small_config, wait_for, Room};
+use crate::checkpoint;
+use crate::config::Config;
+use crate::files::RunFolder;
+use crate::train::Run;
+use anyhow::Result;
+use candle_core::Device;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+const PAIRS: usize = 20;
+
+fn spawn(args: &[&str], room: &Room) -> Child {
+    let mut command = child_command(args, room.folder.path());
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// The one of two children that ends first, then the other.
+fn first_to_end([mut a, mut b]: [Child; 2]) -> [Child; 2] {
+    loop {
+        if a.try_wait().unwrap().is_some() {
+            return [a, b];
+        }
+        if b.try_wait().unwrap().is_some() {
+            return [b, a];
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Of two processes that resume one run at once, one goes on and the other is refused. The one that goes on is killed, and
+/// leaves no lock to the next pair.
+#[test]
+fn of_two_processes_one_is_refused() -> Result<()> {
+    let room = Room::new();
+    let config = Config { checkpoint_interval: Some(1), eval_interval: 10, ..small_config(&room, 1_000_000) };
+    let dir = begin(&room, "run", &config)?;
+    let path = room.string("run");
+    for pair in 0..PAIRS {
+        let [mut refused, mut trains] = first_to_end([(); 2].map(|()| spawn(&["train", "--resume", &path], &room)));
+        let mut said = String::new();
+        refused.stderr.take().unwrap().read_to_string(&mut said)?;
+        assert_eq!(refused.wait()?.code(), Some(1), "pair {pair}: {said}");
+        assert_eq!(
+            said.trim_end(),
+            format!(
+                "error: {path} is in use: process {} is training there; wait until it has ended, or stop it",
+                trains.id()
+            ),
+            "pair {pair}"
+        );
+        // Readers take no lock: whenever they look, there is a whole checkpoint.
+        checkpoint::load(&dir.join(checkpoint::FILE_NAME), &Device::Cpu)?;
+        if pair == 0 {
+            wait_for(&dir.join("metrics.csv"), "\n2,");
+            run(&["sample", "--checkpoint", &path, "--tokens", "3"])?;
+            run(&["eval", "--checkpoint", &path])?;
+        }
+        assert!(trains.try_wait()?.is_none(), "pair {pair}: the other trains");
+        trains.kill()?;
+        trains.wait()?;
+    }
+    // All that they trained together is what one process trains.
+    let trained = rows(&dir);
+    assert!(trained.len() > 1);
+    let mut alone = Run::new(config, Device::Cpu)?;
+    for row in trained {
+        assert_eq!(crate::metrics::Row { tokens_per_s: 0, ..alone.one_step()? }, row);
+    }
+    Ok(())
+}
+
+/// Of two new runs in one folder one is refused, whenever it comes, and takes nothing away from the other.
+#[test]
+fn of_two_new_runs_one_is_refused() -> Result<()> {
+    let room = Room::new();
+    let (text, out) = (room.string("text.txt"), room.string("out"));
+    let args = ["--data", &text, "--out", &out, "--steps", "100000", "--context", "8", "--batch", "1"];
+    let [mut refused, mut trains] = first_to_end([(); 2].map(|()| spawn(&args, &room)));
+    let mut said = String::new();
+    refused.stderr.take().unwrap().read_to_string(&mut said)?;
+    assert_eq!(refused.wait()?.code(), Some(1), "{said}");
+    let in_use = format!("error: {out} is in use: process {} is training there; ", trains.id());
+    assert!(said.starts_with(&in_use) || said.starts_with(&format!("error: --out {out} is not empty")), "{said}");
+    wait_for(&room.path("out/metrics.csv"), "\n1,");
+    trains.kill()?;
+    trains.wait()?;
+    run(&["sample", "--checkpoint", &out, "--tokens", "3"])
+}
+
+/// What killed processes leave is removed by the next that writes; files of others stay.
+#[test]
+fn leftovers_are_removed() -> Result<()> {
+    let room = Room::new();
+    let dir = begin(&room, "run", &small_config(&room, 2))?;
+    for name in ["checkpoint.safetensors.4711.gpt-tmp", "metrics.csv.1.gpt-tmp", "notes.tmp", "a.b.gpt-tmp"] {
+        fs::write(dir.join(name), "left")?;
+    }
+    fs::write(dir.join("train.lock"), "4711")?;
+    run(&["--resume", &room.string("run")])?;
+    assert_eq!(names(&dir), ["a.b.gpt-tmp", "checkpoint.safetensors", "loss.svg", "metrics.csv", "notes.tmp"]);
+    Ok(())
+}
+
+/// The lock is taken within one process too, and is free when its holder is gone.
+#[test]
+fn a_folder_in_use_is_refused() -> Result<()> {
+    let room = Room::new();
+    let dir = begin(&room, "run", &small_config(&room, 1))?;
+    let refusal = |dir: &Path| {
+        let holder = std::process::id();
+        let dir = dir.display();
+        format!("{dir} is in use: process {holder} is training there; wait until it has ended, or stop it")
+    };
+    let folder = RunFolder::open(&dir)?;
+    assert_eq!(message(&["--resume", &room.string("run")]), refusal(&dir));
+    drop(folder);
+    run(&["--resume", &room.string("run")])?;
+
+    let new = room.path("new");
+    let folder = RunFolder::create(&new)?;
+    let args = ["--data", &room.string("text.txt"), "--out", &room.string("new"), "--context", "8", "--steps", "1"];
+    assert_eq!(message(&args), refusal(&new));
+    assert!(new.exists(), "it is the other's folder");
+    drop(folder);
+    assert!(!new.exists());
+    assert_eq!(
+        message(&["--resume", &room.string("run/checkpoint.safetensors")]),
+        format!("--resume {} is a file; give the folder of the run", room.string("run/checkpoint.safetensors"))
+    );
+    fs::create_dir(dir.join("train.lock"))?;
+    assert_eq!(
+        message(&["--resume", &room.string("run")]),
+        format!(
+            "cannot write {0}/train.lock: Is a directory (os error 21); remove the cause, then continue from the last \
+             checkpoint with --resume {0}",
+            room.string("run")
+        )
+    );
+    Ok(())
+}

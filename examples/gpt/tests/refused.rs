@@ -1,0 +1,273 @@
+//! What a run folder can be wrong about, and what it need not be: paths, lost metrics, impossible checkpoints.
+
+use super::{begin, child_process, message, names, rows, run, small_config, story, train, Room};
+use crate::checkpoint;
+use crate::config::{Config, Preset};
+use crate::metrics::{self, Row};
+use crate::sample::Trained;
+use anyhow::Result;
+use candle_core::Device;
+use serde_json::{json, Value};
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Changes the state in the checkpoint `file` and hashes the file again.
+fn forge(file: &Path, change: impl Fn(&mut Value)) {
+    const KEY: &str = "candle-fa2-gpt-1";
+    let bytes = fs::read(file).unwrap();
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    let entry = &mut header["__metadata__"][KEY];
+    let mut state: Value = serde_json::from_str(entry.as_str().unwrap()).unwrap();
+    change(&mut state);
+    *entry = state.to_string().into();
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let body = [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[end..bytes.len() - 32]].concat();
+    fs::write(file, [&body[..], &Sha256::digest(&body)].concat()).unwrap();
+}
+
+#[test]
+fn a_checkpoint_of_impossible_fields_is_refused() -> Result<()> {
+    let room = Room::new();
+    let dir = begin(&room, "run", &small_config(&room, 2))?;
+    let (path, file) = (room.string("run"), dir.join(checkpoint::FILE_NAME));
+    let good = fs::read(&file)?;
+    let say = |field: &str, value: Value, args: &[&str]| {
+        fs::write(&file, &good).unwrap();
+        forge(&file, |state| *state.pointer_mut(field).unwrap() = value.clone());
+        message(&[args, &[&path]].concat())
+    };
+    let refusal =
+        |reason: &str| format!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display());
+    for (field, value, reason) in [
+        ("/config/num_layers", json!(0), "its num_layers is 0, and must be from 1 to 4294967295"),
+        ("/config/num_layers", json!(1000), "its num_layers is 1000, but it has only 49 tensors"),
+        ("/config/num_heads", json!(0), "its num_heads is 0, and must be from 1 to 4294967295"),
+        ("/config/num_heads", json!(3), "its embed_dim is 32, and must be a multiple of its num_heads 3"),
+        ("/config/embed_dim", json!(64), "it has no f32 tensor h.0.attn.c_attn.bias of shape [192]"),
+        (
+            "/config/embed_dim",
+            json!(u64::MAX),
+            "its embed_dim is 18446744073709551615, and must be from 1 to 4294967295",
+        ),
+        ("/config/context", json!(0), "its context is 0, and must be from 1 to 4294967295"),
+        ("/config/context", json!(9), "it has no f32 tensor wpe of shape [9, 32]"),
+        ("/config/batch", json!(0), "its batch is 0, and must be from 1 to 4294967295"),
+        ("/config/accumulation", json!(0), "its accumulation is 0, and must be from 1 to 4294967295"),
+        (
+            "/config/accumulation",
+            json!(u32::MAX),
+            "its batch * accumulation * context is 68719476720, and must be at most 4294967295",
+        ),
+        ("/config/steps", json!(0), "its steps is 0, and must be at least 1"),
+        ("/config/eval_interval", json!(0), "its eval_interval is 0, and must be at least 1"),
+        ("/config/eval_windows", json!(0), "its eval_windows is 0, and must be at least 1"),
+        ("/config/checkpoint_interval", json!(0), "its checkpoint_interval is 0, and must be at least 1"),
+        ("/config/lr", json!(0.0), "its lr is 0, and must be above 0"),
+        ("/config/min_lr", json!(1), "its min_lr is 1, and must be from 0 to its lr 0.002"),
+        ("/config/weight_decay", json!(-1), "its weight_decay is -1, and must be 0 or above"),
+        ("/config/beta1", json!(1), "its beta1 is 1, and must be from 0 to below 1"),
+        ("/config/beta2", json!(2), "its beta2 is 2, and must be from 0 to below 1"),
+        ("/config/clip", json!(0), "its clip is 0, and must be above 0"),
+        ("/step", json!(3), "its step is 3, and must be at most its steps 2"),
+        ("/vocab_size", json!(100), "its vocab_size is 100, and must be at least 256, the tokens of bytes"),
+        ("/vocab_size", json!(320), "it has no f32 tensor wte of shape [320, 32]"),
+        ("/config/tokenizer", json!("Gpt2"), "its vocab_size is 256, and must be at least 50257, the tokens of gpt2"),
+        ("/text_sha256", json!("short"), "its text_sha256 is \"short\", and must be 64 hexadecimal digits"),
+    ] {
+        for args in [&["--resume"][..], &["sample", "--checkpoint"], &["eval", "--checkpoint"]] {
+            assert_eq!(say(field, value.clone(), args), refusal(reason), "{args:?}");
+        }
+    }
+    // What only the text can tell.
+    assert_eq!(
+        say("/cursor/used", json!(675), &["--resume"]),
+        refusal("its cursor.used is 675, and must be at most 674, the windows of its text")
+    );
+    assert_eq!(names(&dir), ["checkpoint.safetensors", "metrics.csv"]);
+    Ok(())
+}
+
+/// Before there was `checkpoint_interval`, checkpoints came with evaluations: so they still do.
+#[test]
+fn a_checkpoint_without_new_fields_is_read() -> Result<()> {
+    let room = Room::new();
+    let dir = begin(&room, "run", &small_config(&room, 2))?;
+    let file = dir.join(checkpoint::FILE_NAME);
+    forge(&file, |state| assert!(state["config"].as_object_mut().unwrap().remove("checkpoint_interval").is_some()));
+    let config = checkpoint::load(&file, &Device::Cpu)?.state.config;
+    assert_eq!(config, small_config(&room, 2));
+    assert_eq!(config.checkpoint_interval(), config.eval_interval);
+    run(&["--resume", &room.string("run")])
+}
+
+/// The whole program with a path that is not UTF-8.
+#[cfg(unix)]
+#[test]
+fn paths_need_not_be_utf8() -> Result<()> {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+
+    let room = Room::new();
+    let text = room.folder.path().join(OsStr::from_bytes(b"te\xffxt.txt"));
+    let out = room.folder.path().join(OsStr::from_bytes(b"r\xfen"));
+    let gpt = |args: &[&OsStr]| crate::run([OsStr::new("gpt")].iter().chain(args).map(OsString::from));
+    let os = OsStr::new;
+    let train = [os("--data"), text.as_os_str(), os("--out"), out.as_os_str(), os("--steps"), os("1")];
+    let train = [&train[..], &[os("--context"), os("8"), os("--batch"), os("1")]].concat();
+
+    assert_eq!(
+        gpt(&train).unwrap_err().to_string(),
+        format!(
+            "cannot read --data {}: No such file or directory (os error 2); give the path of a readable text file",
+            text.display()
+        )
+    );
+    assert!(!out.exists());
+    if let Err(error) = fs::write(&text, story(6000)) {
+        eprintln!("this file system takes no such name: {error}");
+        return Ok(());
+    }
+    gpt(&train)?;
+    let saved = checkpoint::load(&out.join(checkpoint::FILE_NAME), &Device::Cpu)?.state.config;
+    assert_eq!(saved.data, Some(text));
+    gpt(&[os("--resume"), out.as_os_str(), os("--steps"), os("2")])?; // finds the text by the path it kept
+    gpt(&[os("eval"), os("--checkpoint"), out.as_os_str()])
+}
+
+#[test]
+fn paths_survive_json() -> Result<()> {
+    let survives = |path: &Path, json: &str| -> Result<()> {
+        let config = Config { data: Some(path.to_owned()), ..Config::preset(Preset::Tiny) };
+        let text = serde_json::to_string(&config)?;
+        assert!(text.starts_with(&format!("{{\"data\":{json},")), "{text}");
+        assert_eq!(serde_json::from_str::<Config>(&text)?, config);
+        Ok(())
+    };
+    survives(Path::new("/tmp/größe.txt"), "\"/tmp/größe.txt\"")?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStringExt;
+        let all: Vec<u8> = (1..=255).collect();
+        let json = format!("{{\"Unix\":{}}}", serde_json::to_string(&all)?);
+        survives(&PathBuf::from(std::ffi::OsString::from_vec(all)), &json)?;
+    }
+    Ok(())
+}
+
+/// Every refusal of a new run, and a start that fails, leave what was there before.
+#[test]
+fn a_refused_run_leaves_no_folder() -> Result<()> {
+    let room = Room::new();
+    fs::write(room.path("empty.txt"), "")?;
+    let (text, empty, out) = (room.string("text.txt"), room.string("empty.txt"), room.string("a/b"));
+    let before = names(room.folder.path());
+    for args in [
+        &["--data", &empty][..],
+        &["--data", &text, "--context", "600"],
+        &["--data", &text, "--steps", "10", "--warmup", "10"],
+        &["--data", &text, "--lr", "1e-3", "--min-lr", "1"],
+    ] {
+        message(&[args, &["--out", &out]].concat());
+        assert_eq!(names(room.folder.path()), before, "{args:?}");
+    }
+    // Where no folder can be made.
+    let below = room.string("text.txt/a/b");
+    let said = message(&["--data", &text, "--context", "8", "--out", &below]);
+    assert_eq!(
+        said,
+        format!("--out {below} cannot be the folder of a run: Not a directory (os error 20); choose another")
+    );
+    assert_eq!(names(room.folder.path()), before);
+    #[cfg(target_os = "linux")]
+    assert_eq!(
+        message(&["--data", &text, "--context", "8", "--out", "/proc/a/b"]),
+        "cannot create the folder /proc/a/b: No such file or directory (os error 2); choose another with --out"
+    );
+    Ok(())
+}
+
+/// A text that is learned to the last bit has gradients of exactly 0, and a run on it goes on.
+#[test]
+fn a_perfectly_fitted_run_is_resumed() -> Result<()> {
+    let room = Room::new();
+    fs::write(room.path("text.txt"), "a".repeat(20_000))?;
+    let config = Config { lr: 0.1, weight_decay: 0.0, beta2: 0.9, eval_interval: 500, ..small_config(&room, 600) };
+    let dir = train(&room, "run", &config)?;
+    let last = rows(&dir).pop().unwrap();
+    assert_eq!((last.grad_norm, last.val_loss), (0.0, Some(0.0)), "a perfect fit");
+    run(&["--resume", &room.string("run"), "--steps", "602"])?;
+    assert_eq!(rows(&dir).len(), 602);
+    Ok(())
+}
+
+/// Training needs no metrics: without them, or with fewer than there were, it goes on and says what is missing.
+#[test]
+fn a_run_goes_on_without_its_metrics() -> Result<()> {
+    let room = Room::new();
+    let dir = train(&room, "run", &small_config(&room, 6))?;
+    let (path, file) = (room.string("run"), dir.join(metrics::FILE_NAME));
+    let whole = fs::read_to_string(&file)?;
+    let resumed = |steps: &str| {
+        let child = child_process(&["--resume", &path, "--steps", steps], room.folder.path(), None);
+        assert!(child.status.success());
+        String::from_utf8(child.stderr).unwrap()
+    };
+    let steps = || rows(&dir).iter().map(|row| row.step).collect::<Vec<_>>();
+
+    // Cut in the middle of the row of step 4.
+    let cut = whole.find("\n4,").unwrap() + 5;
+    fs::write(&file, &whole[..cut])?;
+    let lacks = |from, to| {
+        let name = file.display();
+        format!("{name} lacks the rows of steps {from} to {to}; it goes on at step {}\n", to + 1)
+    };
+    assert_eq!(resumed("8"), lacks(4, 6));
+    assert_eq!(steps(), [1, 2, 3, 7, 8]);
+    assert_eq!(resumed("9"), "", "the gap is known");
+    fs::remove_file(&file)?;
+    assert_eq!(resumed("11"), lacks(1, 9));
+    assert_eq!(steps(), [10, 11]);
+    fs::write(&file, "")?;
+    assert_eq!(resumed("12"), lacks(1, 11));
+    assert_eq!(steps(), [12]);
+    Ok(())
+}
+
+/// Checkpoints have an interval of their own, which is that of the evaluations by default.
+#[test]
+fn a_checkpoint_interval_is_kept() -> Result<()> {
+    let room = Room::new();
+    let text = room.string("text.txt");
+    for (name, interval, reached) in [("own", &["--checkpoint-interval", "2"][..], 4), ("default", &[], 3)] {
+        let out = room.string(name);
+        let args = ["--data", &text, "--out", &out, "--context", "8", "--batch", "1", "--steps", "9"];
+        let args = [&args[..], &["--eval-interval", "3", "--eval-windows", "1"], interval].concat();
+        child_process(&args, room.folder.path(), Some("inside a step#6"));
+        let state = checkpoint::load(&room.path(name).join(checkpoint::FILE_NAME), &Device::Cpu)?.state;
+        assert_eq!(state.step, reached, "{name}");
+        let evaluated = |rows: &[Row]| rows.iter().filter(|row| row.val_loss.is_some()).map(|row| row.step).collect();
+        let evaluated: Vec<usize> = evaluated(&rows(&room.path(name)));
+        assert_eq!(evaluated, [1, 3], "{name}");
+    }
+    Ok(())
+}
+
+/// A checkpoint between evaluations is as sound as one with an evaluation: the last one before a model comes apart stays.
+#[test]
+fn a_model_that_comes_apart_keeps_its_last_sound_checkpoint() -> Result<()> {
+    let room = Room::new();
+    // A decay that makes matrices several times as large with each step.
+    let config = Config { lr: 1e-3, weight_decay: 1e5, warmup: 20, eval_interval: 40, ..small_config(&room, 40) };
+    let config = Config { checkpoint_interval: Some(1), ..config };
+    let error = train(&room, "run", &config).unwrap_err().to_string();
+    let step = checkpoint::load(&room.path("run").join(checkpoint::FILE_NAME), &Device::Cpu)?.state.step;
+    let rest = "the last checkpoint is from before; a smaller --lr or a longer --warmup may help";
+    assert_eq!(error, format!("step {}: the held-out loss after it is NaN; {rest}", step + 1));
+    assert!(step > 2, "it was sound before");
+    let trained = Trained::load(&room.path("run"), None, &Device::Cpu)?;
+    assert!(trained.evaluate(None)?.loss.is_finite());
+    Ok(())
+}
