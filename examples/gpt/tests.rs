@@ -6,6 +6,7 @@ mod errors;
 mod losses;
 mod ops;
 mod resume;
+mod tokenizer;
 mod units;
 
 use crate::config::{AttentionKind, Config, Preset};
