@@ -3,9 +3,10 @@
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config, Precision, Preset};
 use crate::files;
+use crate::output;
 use crate::rng::Rng;
 use crate::sample::{Sampling, Trained};
-use crate::time::{self, Plan};
+use crate::time::{self, Plan, Table};
 use crate::tokenizer::TokenizerKind;
 use crate::train::Run;
 use anyhow::{anyhow, bail, Result};
@@ -340,12 +341,12 @@ impl TimeArgs {
             ..preset
         };
         let plan = Plan { steps: self.steps, warmup: self.warmup, peak_tflops: self.peak, profile: self.profile };
-        let timing = time::measure(&config, &plan, &self.device.open()?)?;
-        println!("{timing}");
-        match &self.csv {
-            Some(path) => timing.append(path),
-            None => Ok(()),
-        }
+        let device = self.device.open()?;
+        let table = self.csv.as_deref().map(Table::open).transpose()?;
+        let timing = time::measure(&config, &plan, &device)?;
+        let kept = table.map_or(Ok(()), |table| table.append(&timing));
+        let printed = output::result(&timing);
+        kept.and(printed)
     }
 }
 
@@ -357,13 +358,9 @@ impl Cli {
             Some(Cmd::Time(args)) => args.run(),
             Some(Cmd::Sample(args)) => {
                 let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k };
-                println!("{}", args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?);
-                Ok(())
+                output::result(args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?)
             }
-            Some(Cmd::Eval(args)) => {
-                println!("{}", args.trained.load()?.evaluate(args.data.as_deref())?);
-                Ok(())
-            }
+            Some(Cmd::Eval(args)) => output::result(args.trained.load()?.evaluate(args.data.as_deref())?),
         }
     }
 }

@@ -22,7 +22,7 @@
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | a trained model's text and loss |
 //! | `checkpoint.rs`, `files.rs` | what survives the process |
-//! | `metrics.rs`, `plot.rs`, `progress.rs` | what one sees of it |
+//! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | what one sees of it |
 //! | `time.rs`, `profile.rs` | speed, and where the time goes |
 //! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
 //! | `rng.rs` | all randomness |
@@ -42,6 +42,7 @@ mod metrics;
 mod model;
 mod ops;
 mod optimizer;
+mod output;
 mod parameters;
 mod plot;
 mod profile;
@@ -60,16 +61,22 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match run(std::env::args_os()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => match error.downcast::<clap::Error>() {
-            Ok(usage) => usage.exit(),
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
+    ExitCode::from(exit_code(run(std::env::args_os())))
+}
+
+/// Tells the user why the program failed, if it did.
+fn exit_code(result: Result<()>) -> u8 {
+    let Err(error) = result else { return 0 };
+    let error = match error.downcast::<clap::Error>() {
+        // Help arrives as an error too; clap prints it on stdout.
+        Ok(usage) => match output::taken(usage.print()) {
+            Ok(()) => return usage.exit_code() as u8,
+            Err(error) => error,
         },
-    }
+        Err(error) => error,
+    };
+    output::notice(format_args!("error: {error:#}"));
+    1
 }
 
 /// The whole program, given its command line.

@@ -5,6 +5,7 @@ mod blas;
 mod errors;
 mod losses;
 mod ops;
+mod output;
 mod resume;
 mod tokenizer;
 mod units;
@@ -12,7 +13,8 @@ mod units;
 use crate::config::{AttentionKind, Config, Preset};
 use anyhow::Result;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,6 +24,8 @@ use tempfile::TempDir;
 const ABORT_AT: &str = "GPT_TEST_ABORT_AT";
 /// The command line of a child, in JSON.
 const ARGS: &str = "GPT_TEST_ARGS";
+/// A file that takes the place of a child's stdout. The harness writes to stdout as well, and fails first.
+const STDOUT: &str = "GPT_TEST_STDOUT";
 
 /// Ends the process if this is the point, and the time, that the environment names. The program calls it at its named
 /// points, in tests only.
@@ -43,24 +47,51 @@ pub fn abort_at(point: &str, what: &Path) {
 fn child() {
     let args = std::env::var(ARGS).expect("only other tests start this one");
     let args: Vec<String> = serde_json::from_str(&args).unwrap();
-    if let Err(error) = crate::run(args.into_iter().map(OsString::from)) {
-        eprintln!("error: {error:#}");
-        std::process::exit(1);
+    // Before the harness prints how the test went, for which a closed pipe has no room.
+    std::process::exit(crate::exit_code(crate::run(args.into_iter().map(OsString::from))).into());
+}
+
+/// Where the program prints.
+pub fn stdout() -> io::Result<Box<dyn Write>> {
+    /// What the harness captures, unlike stdout itself.
+    struct Captured;
+
+    impl Write for Captured {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            print!("{}", String::from_utf8_lossy(bytes));
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    match std::env::var_os(STDOUT) {
+        Some(path) => Ok(Box::new(File::options().append(true).open(path)?)),
+        None if std::env::var_os(ARGS).is_some() => Ok(Box::new(io::stdout())),
+        None => Ok(Box::new(Captured)),
     }
 }
 
 /// Runs the program as a child in `repository`, to its end or to `abort_at`.
 fn child_process(args: &[&str], repository: &Path, abort_at: Option<&str>) -> Output {
+    let mut command = child_command(args, repository);
+    if let Some(point) = abort_at {
+        command.env(ABORT_AT, point);
+    }
+    command.output().unwrap()
+}
+
+/// The program as a child in `repository`, to be started.
+fn child_command(args: &[&str], repository: &Path) -> Command {
     let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["tests::child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
     command.current_dir(repository).env("CARGO_MANIFEST_DIR", repository);
     command.env(ARGS, serde_json::to_string(&args).unwrap());
-    match abort_at {
-        Some(point) => command.env(ABORT_AT, point),
-        None => command.env_remove(ABORT_AT),
-    };
-    command.output().unwrap()
+    command.env_remove(ABORT_AT).env_remove(STDOUT);
+    command
 }
 
 /// Runs the program in this process.

@@ -8,6 +8,7 @@ use crate::learner::{come_apart, mean_gradients, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt};
+use crate::output;
 use crate::parameters::Flat;
 use crate::plot;
 use crate::progress::{clock, Progress};
@@ -123,7 +124,7 @@ impl Run {
 
     /// Trains to the last step; everything that is to be kept goes into `dir`.
     pub fn train(&mut self, dir: &Path) -> Result<()> {
-        println!("{}", self.describe());
+        output::progress(self.describe());
         let started = Instant::now();
         let mut metrics = match self.step {
             0 => Metrics::create(dir)?,
@@ -162,10 +163,12 @@ impl Run {
         }
         progress.finish();
 
-        println!("\na sample:\n{}\n", self.sample()?);
+        output::progress(format_args!("\na sample:\n{}\n", self.sample()?));
         let val_loss = metrics.rows().last().and_then(|row| row.val_loss).unwrap_or(f32::NAN);
-        println!("held-out loss {val_loss:.4} after {} steps and {}", self.step, clock(started.elapsed()));
-        println!("{}: {}, {}, {}", dir.display(), metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME);
+        let time = clock(started.elapsed());
+        output::progress(format_args!("held-out loss {val_loss:.4} after {} steps and {time}", self.step));
+        let (metrics, plot, checkpoint) = (metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME);
+        output::progress(format_args!("{}: {metrics}, {plot}, {checkpoint}", dir.display()));
         Ok(())
     }
 
