@@ -25,6 +25,7 @@
 //! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | what one sees of it |
 //! | `time.rs`, `profile.rs` | speed, and where the time goes |
 //! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
+//! | `sizes.rs` | what no memory holds |
 //! | `rng.rs` | all randomness |
 //! | `cli.rs` | options |
 
@@ -49,6 +50,7 @@ mod profile;
 mod progress;
 mod rng;
 mod sample;
+mod sizes;
 #[cfg(test)]
 mod tests;
 mod time;

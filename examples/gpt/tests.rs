@@ -7,6 +7,7 @@ mod losses;
 mod ops;
 mod output;
 mod resume;
+mod sizes;
 mod tokenizer;
 mod units;
 
