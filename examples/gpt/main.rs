@@ -72,8 +72,8 @@ fn exit_code(result: Result<()>) -> u8 {
     let error = match error.downcast::<clap::Error>() {
         // Help arrives as an error too; clap prints it on stdout.
         Ok(usage) => match output::taken(usage.print()) {
-            Ok(()) => return usage.exit_code() as u8,
-            Err(error) => error,
+            Err(error) if !usage.use_stderr() => error,
+            _ => return usage.exit_code() as u8,
         },
         Err(error) => error,
     };
