@@ -99,8 +99,9 @@ def cases(options):
                     found.append(Case(kind, *shape, lengths))
     words = options.filters
     found = [case for case in found if not options.quick or case.name() in file["quick"]]
-    found = [case for case in found if not words or any(word in case.name() for word in words)]
-    return found or sys.exit(f"no case of {CASES.name} contains {' or '.join(words)}; --list prints them")
+    if idle := [word for word in words if not any(word in case.name() for case in found)]:
+        sys.exit(f"no case of {CASES.name} contains {' or '.join(idle)}; --list prints them")
+    return [case for case in found if not words or any(word in case.name() for word in words)]
 
 
 class Unsupported(Exception):

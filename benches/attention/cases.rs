@@ -311,6 +311,11 @@ impl Case {
         format!("{mask} {} d{} {batch} h{heads} {seqlen}", self.dtype.as_str(), self.head_dim)
     }
 
+    /// Whether `word`, of the command line, chooses it.
+    pub fn contains(&self, word: &str) -> bool {
+        self.name.contains(word) || self.label().contains(word)
+    }
+
     /// The rows that it gives, named as targets name them.
     pub fn rows(&self) -> Vec<String> {
         let mut rows = Vec::new();

@@ -44,6 +44,7 @@ mod cases;
 mod check;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod filters;
 mod grid;
 mod inputs;
 mod machine;
@@ -120,8 +121,12 @@ enum Where {
 impl Options {
     /// Whether `case` is to run, if `filters` are the words that choose among cases.
     fn wants(&self, case: &Case, filters: &[String]) -> bool {
-        let named = |filter: &String| case.name.contains(filter) || case.label().contains(filter);
-        (!self.quick || case.quick) && (filters.is_empty() || filters.iter().any(named))
+        (!self.quick || case.quick) && (filters.is_empty() || filters.iter().any(|filter| case.contains(filter)))
+    }
+
+    /// What an error calls a case of `file` that may run.
+    fn case_of(&self, file: &str) -> String {
+        format!("{}case of {file}", if self.quick { "quick " } else { "" })
     }
 }
 
@@ -181,8 +186,12 @@ fn list<'a>(cases: impl IntoIterator<Item = &'a Case>) {
 /// Checks and times the chosen cases on the CPU.
 fn run(options: &Options) -> Result<()> {
     let Cases { cases, targets } = Cases::parse(include_str!("../cases.toml"))?;
+    let cases: Vec<Case> = cases.into_iter().filter(|case| options.wants(case, &[])).collect();
+    let names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+    let known = format!("there are {}; --list says what each is", names.join(", "));
+    let chooses = |word: &str| cases.iter().any(|case| case.contains(word));
+    filters::check(&options.filters, chooses, &options.case_of("benches/cases.toml"), &known)?;
     let cases: Vec<Case> = cases.into_iter().filter(|case| options.wants(case, &options.filters)).collect();
-    ensure!(!cases.is_empty(), "no case of benches/cases.toml contains {:?}; --list prints them", options.filters);
     if options.list {
         list(&cases);
         return Ok(());

@@ -3,14 +3,16 @@
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config, Precision, Preset};
 use crate::files::{self, RunFolder};
+use crate::output;
 use crate::rng::Rng;
 use crate::sample::{Sampling, Trained};
-use crate::time::{self, Plan};
+use crate::sizes;
+use crate::time::{self, Plan, Table};
 use crate::tokenizer::TokenizerKind;
 use crate::train::{with_way_out, Run};
 use anyhow::{anyhow, bail, Result};
 use candle_core::Device;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, Args, Command, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// A GPT that learns to write, attention by candle-fa2
@@ -19,6 +21,7 @@ use std::path::PathBuf;
 /// two cores, into the next numbered folder of runs/.
 #[derive(Parser)]
 #[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]
+#[command(mut_args(negative_number), mut_subcommands(|command: Command| command.mut_args(negative_number)))]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Cmd>,
@@ -191,6 +194,7 @@ impl TrainArgs {
         if let Some(dir) = &self.out {
             files::check_free(dir)?;
         }
+        sizes::check_training(&config, sizes::memory_of(&device))?;
         // The folder is made when nothing of the input can be wrong any more: a refused run leaves none.
         let mut run = Run::new(config, device)?;
         let folder = match self.out {
@@ -350,12 +354,13 @@ impl TimeArgs {
             ..preset
         };
         let plan = Plan { steps: self.steps, warmup: self.warmup, peak_tflops: self.peak, profile: self.profile };
-        let timing = time::measure(&config, &plan, &self.device.open()?)?;
-        println!("{timing}");
-        match &self.csv {
-            Some(path) => timing.append(path),
-            None => Ok(()),
-        }
+        let device = self.device.open()?;
+        sizes::check_timing(&config, &plan, sizes::memory_of(&device))?;
+        let table = self.csv.as_deref().map(Table::open).transpose()?;
+        let timing = time::measure(&config, &plan, &device)?;
+        let kept = table.map_or(Ok(()), |table| table.append(&timing));
+        let printed = output::result(&timing);
+        kept.and(printed)
     }
 }
 
@@ -366,16 +371,19 @@ impl Cli {
             Some(Cmd::Train(args)) => args.run(),
             Some(Cmd::Time(args)) => args.run(),
             Some(Cmd::Sample(args)) => {
+                sizes::check_sampling(args.tokens, sizes::memory())?;
                 let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k };
-                println!("{}", args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?);
-                Ok(())
+                output::result(args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?)
             }
-            Some(Cmd::Eval(args)) => {
-                println!("{}", args.trained.load()?.evaluate(args.data.as_deref())?);
-                Ok(())
-            }
+            Some(Cmd::Eval(args)) => output::result(args.trained.load()?.evaluate(args.data.as_deref())?),
         }
     }
+}
+
+/// Lets a negative number be the value of an option: the option's own rule then refuses it.
+fn negative_number(arg: Arg) -> Arg {
+    let takes_value = arg.get_action().takes_values();
+    arg.allow_negative_numbers(takes_value)
 }
 
 /// The presets side by side, for `--help`.

@@ -21,11 +21,12 @@
 //! | `parameters.rs`, `optimizer.rs` | all parameters at once; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | a trained model's text and loss |
-//! | `checkpoint.rs`, `files.rs` | what survives the process, in a folder that one process at a time writes into |
-//! | `stop.rs` | Ctrl-C |
-//! | `metrics.rs`, `plot.rs`, `progress.rs` | what one sees of it |
+//! | `checkpoint.rs`, `files.rs` | checkpoints; the run's folder, its lock, and writes that happen whole or not at all |
+//! | `stop.rs` | Ctrl-C and SIGTERM |
+//! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | what one sees of it |
 //! | `time.rs`, `profile.rs` | speed, and where the time goes |
 //! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
+//! | `sizes.rs` | what no memory holds |
 //! | `rng.rs` | all randomness |
 //! | `cli.rs` | options |
 
@@ -43,12 +44,14 @@ mod metrics;
 mod model;
 mod ops;
 mod optimizer;
+mod output;
 mod parameters;
 mod plot;
 mod profile;
 mod progress;
 mod rng;
 mod sample;
+mod sizes;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -66,20 +69,23 @@ fn main() -> ExitCode {
     exit_code(run(std::env::args_os())).into()
 }
 
-/// Says what went wrong, if anything did.
+/// Prints the error, if there is one, and returns the exit code.
 fn exit_code(result: Result<()>) -> u8 {
     let Err(error) = result else { return 0 };
     if let Some(stopped) = error.downcast_ref::<Stopped>() {
-        eprintln!("{stopped}");
+        output::notice(stopped);
         return stop::exit_code(stopped.signal);
     }
-    match error.downcast::<clap::Error>() {
-        Ok(usage) => usage.exit(),
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            1
-        }
-    }
+    let error = match error.downcast::<clap::Error>() {
+        // Help arrives as an error too; clap prints it on stdout.
+        Ok(usage) => match output::taken(usage.print()) {
+            Err(error) if !usage.use_stderr() => error,
+            _ => return usage.exit_code() as u8,
+        },
+        Err(error) => error,
+    };
+    output::notice(format_args!("error: {error:#}"));
+    1
 }
 
 /// The whole program, given its command line.

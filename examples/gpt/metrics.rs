@@ -1,6 +1,7 @@
 //! metrics.csv: one row per step, in the order of the steps. There is a gap only where rows were lost before a resumption.
 
 use crate::files::{write_atomically, CannotWrite};
+use crate::output;
 use anyhow::{anyhow, bail, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -51,12 +52,12 @@ impl Metrics {
         };
         let last = rows.last().map_or(0, |row| row.step);
         if last < step {
-            eprintln!(
-                "{} lacks the rows of steps {} to {step}; it goes on at step {}",
+            output::notice(format_args!(
+                "{} has no rows for steps {} to {step}; new rows start at step {}",
                 path.display(),
                 last + 1,
                 step + 1
-            );
+            ));
         }
         Self::rewrite(path, rows)
     }

@@ -1,6 +1,7 @@
 //! Progress on a terminal as a bar, elsewhere as plain lines.
 
 use crate::metrics::Row;
+use crate::output;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{stderr, IsTerminal};
 use std::time::{Duration, Instant};
@@ -42,15 +43,16 @@ impl Progress {
             return;
         }
         let held_out = row.val_loss.map(|loss| format!("  held-out {loss:.3}")).unwrap_or_default();
-        let per_step = self.started.elapsed() / (step - self.first) as u32;
-        let eta = clock(per_step * (self.steps - step) as u32);
+        let steps_left = (self.steps - step) as f64 / (step - self.first) as f64; // in units of those that were done
+        let time_left = Duration::try_from_secs_f64(self.started.elapsed().as_secs_f64() * steps_left);
+        let eta = clock(time_left.unwrap_or(Duration::MAX));
         let line = format!(
             "step {step:>5}/{}  loss {train_loss:.3}{held_out:16}  lr {lr:.1e}  {tokens_per_s} tokens/s  ETA {eta}",
             self.steps
         );
         match &self.bar {
-            Some(bar) => bar.suspend(|| println!("{line}")),
-            None => println!("{line}"),
+            Some(bar) => bar.suspend(|| output::progress(line)),
+            None => output::progress(line),
         }
         self.last_line = Some(Instant::now());
     }

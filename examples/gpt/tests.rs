@@ -8,9 +8,12 @@ mod kill;
 mod lock;
 mod losses;
 mod ops;
+mod output;
 mod refused;
 mod resume;
+mod sizes;
 mod stop;
+mod tokenizer;
 mod units;
 
 use crate::config::{AttentionKind, Config, Preset};
@@ -20,7 +23,8 @@ use crate::train::Run;
 use anyhow::Result;
 use candle_core::Device;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,6 +35,8 @@ use tempfile::TempDir;
 const ABORT_AT: &str = "GPT_TEST_ABORT_AT";
 /// The command line of a child, in JSON.
 const ARGS: &str = "GPT_TEST_ARGS";
+/// A file that takes the place of a child's stdout. The harness writes to stdout as well, and fails first.
+const STDOUT: &str = "GPT_TEST_STDOUT";
 
 /// Ends the process if this is the point, and the time, that the environment names. The program calls it at its named
 /// points, in tests only.
@@ -52,8 +58,32 @@ pub fn abort_at(point: &str, what: &Path) {
 fn child() {
     let args = std::env::var(ARGS).expect("only other tests start this one");
     let args: Vec<String> = serde_json::from_str(&args).unwrap();
+    // Before the harness prints how the test went, for which a closed pipe has no room.
     let code = crate::exit_code(crate::run(args.into_iter().map(OsString::from)));
     std::process::exit(code.into());
+}
+
+/// Where the program prints.
+pub fn stdout() -> io::Result<Box<dyn Write>> {
+    /// What the harness captures, unlike stdout itself.
+    struct Captured;
+
+    impl Write for Captured {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            print!("{}", String::from_utf8_lossy(bytes));
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    match std::env::var_os(STDOUT) {
+        Some(path) => Ok(Box::new(File::options().append(true).open(path)?)),
+        None if std::env::var_os(ARGS).is_some() => Ok(Box::new(io::stdout())),
+        None => Ok(Box::new(Captured)),
+    }
 }
 
 /// The program as a child in `repository`.
@@ -61,8 +91,9 @@ fn child_command(args: &[&str], repository: &Path) -> Command {
     let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["tests::child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
-    command.current_dir(repository).env("CARGO_MANIFEST_DIR", repository).env_remove(ABORT_AT);
+    command.current_dir(repository).env("CARGO_MANIFEST_DIR", repository);
     command.env(ARGS, serde_json::to_string(&args).unwrap());
+    command.env_remove(ABORT_AT).env_remove(STDOUT);
     command
 }
 

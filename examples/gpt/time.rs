@@ -11,11 +11,12 @@ use crate::parameters::Flat;
 use crate::profile::{self, Seconds};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
 use serde::Serialize;
-use std::fs::OpenOptions;
-use std::path::Path;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Dense bf16 peaks of the data sheets in TFLOP/s, by a word of the GPU's name; the first that fits counts.
@@ -56,6 +57,32 @@ pub struct Timing {
     #[serde(skip)]
     pub profile: [Seconds; 2], // phases and parts, of all steps
 }
+
+/// The fields of [`Timing`], as the first line of `--csv` has them.
+const COLUMNS: [&str; 17] = [
+    "device",
+    "parameters",
+    "layers",
+    "width",
+    "attention",
+    "precision",
+    "context",
+    "batch",
+    "accumulation",
+    "steps",
+    "ms_per_step",
+    "tokens_per_s",
+    "model_tflops",
+    "mfu_percent",
+    "peak_gib",
+    "resident_gib",
+    "last_loss",
+];
+
+/// Bytes that are read of the first line of `--csv`, which may be any file; the heading is shorter.
+const LONGEST_LINE: u64 = 1000;
+/// Characters of it that an error shows.
+const MOST_SHOWN: usize = 60;
 
 /// Times `plan.steps` steps of the recipe `config`.
 pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
@@ -147,18 +174,64 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     Ok(())
 }
 
-impl Timing {
-    /// Adds the row to the file `path`, which gets its heading if it is new.
-    pub fn append(&self, path: &Path) -> Result<()> {
-        let fail = |error: std::io::Error| anyhow!("cannot write --csv {}: {error}", path.display());
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(fail)?;
-        let is_new = file.metadata().map_err(fail)?.len() == 0;
-        let mut table = csv::WriterBuilder::new().has_headers(is_new).from_writer(file);
-        table.serialize(self)?;
-        table.flush().map_err(fail)
+/// The file of `--csv`, open to take a row.
+pub struct Table {
+    path: PathBuf,
+    file: File,
+}
+
+impl Table {
+    /// Opens the file `path`: a new or empty one, or one of earlier measurements.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
+        let file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(fail)?;
+        let heading = COLUMNS.join(",");
+        match first_line(&file).map_err(fail)? {
+            Some(line) if line != heading => bail!(
+                "--csv {} holds something else: its first line is {:?}, and that of measurements is {heading:?}; name \
+                 another file",
+                path.display(),
+                line.chars().take(MOST_SHOWN).collect::<String>()
+            ),
+            _ => Ok(Self { path: path.to_owned(), file }),
+        }
+    }
+
+    /// Adds the row of `timing`, and the heading to a file that has none.
+    pub fn append(mut self, timing: &Timing) -> Result<()> {
+        let fail = |error| anyhow!("cannot write --csv {}: {error}", self.path.display());
+        let (is_empty, line_is_open) = match last_byte(&self.file).map_err(fail)? {
+            None => (true, false),
+            Some(byte) => (false, byte != b'\n'), // an editor may have left the last line so
+        };
+        let mut rows = csv::WriterBuilder::new().has_headers(is_empty).from_writer(Vec::new());
+        rows.serialize(timing)?;
+        let mut text = if line_is_open { vec![b'\n'] } else { Vec::new() };
+        text.extend(rows.into_inner().expect("a Vec takes all bytes"));
+        self.file.write_all(&text).map_err(fail)
     }
 }
 
+/// The first line of `file`, or its beginning if it is long; nothing of an empty file or a pipe.
+fn first_line(file: &File) -> io::Result<Option<String>> {
+    if file.metadata()?.len() == 0 {
+        return Ok(None);
+    }
+    let mut line = Vec::new();
+    BufReader::new(file.take(LONGEST_LINE)).read_until(b'\n', &mut line)?;
+    Ok(Some(String::from_utf8_lossy(&line).trim_end().to_string()))
+}
+
+/// The last byte of `file`; nothing of an empty file or a pipe.
+fn last_byte(mut file: &File) -> io::Result<Option<u8>> {
+    if file.metadata()?.len() == 0 {
+        return Ok(None);
+    }
+    let mut byte = [0];
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut byte)?;
+    Ok(Some(byte[0]))
+}
 impl std::fmt::Display for Timing {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let accumulated = if self.accumulation == 1 { String::new() } else { format!("{} x ", self.accumulation) };

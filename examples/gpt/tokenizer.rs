@@ -53,7 +53,7 @@ impl Tokenizer {
                     )
                 })?;
                 // Ordinary: "<|endoftext|>" in a text is these 13 characters, not a control token.
-                Ok(bpe.encode_ordinary(text))
+                Ok(pieces(text).flat_map(|piece| bpe.encode_ordinary(piece)).collect())
             }
         }
     }
@@ -67,4 +67,36 @@ impl Tokenizer {
             }
         }
     }
+}
+
+/// `text` in pieces whose tokens, one piece after the other, are those of the whole text: all but the last end before the
+/// last character of a run of white space that has several.
+///
+/// GPT-2's pattern splits a text there in any case. It gives the last character of such a run to the word that follows, if
+/// the character is a space, and a token of its own otherwise. What it finds on either side depends on nothing beyond the
+/// split: a word ends at white space as it ends at the end of a text, and a run at the end of a text stays whole.
+/// The pattern has a lookahead for it, `\s+(?!\S)`, which goes back from the end of the run. The regex engine remembers a
+/// place for each character that it may go back to, and fails after a million. In the pieces it goes back over one.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let piece = &rest[..end_of_piece(rest)?];
+        rest = &rest[piece.len()..];
+        Some(piece)
+    })
+}
+
+/// Where the first piece of `text` ends; nothing if it is empty.
+fn end_of_piece(text: &str) -> Option<usize> {
+    let mut run = 0; // characters of white space before this one
+    let mut last = 0; // where the character before this one starts
+    for (start, character) in text.char_indices() {
+        match character.is_whitespace() {
+            true => run += 1,
+            false if run > 1 => return Some(last),
+            false => run = 0,
+        }
+        last = start;
+    }
+    Some(text.len()).filter(|&end| end > 0)
 }

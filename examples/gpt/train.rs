@@ -8,11 +8,13 @@ use crate::learner::{come_apart, mean_gradients, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt};
+use crate::output;
 use crate::parameters::Flat;
 use crate::plot;
 use crate::progress::{clock, Progress};
 use crate::rng::Rng;
 use crate::sample::{generate, Sampling};
+use crate::sizes;
 use crate::stop::{Stop, Stopped};
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
@@ -93,6 +95,7 @@ impl Run {
                 dir.display()
             );
         }
+        sizes::check_training(&config, sizes::memory_of(&device))?;
         let text = Text::read(data.as_deref().or(config.data.as_deref()))?;
         if text.sha256 != text_sha256 {
             bail!(
@@ -128,7 +131,7 @@ impl Run {
     pub fn train(&mut self, folder: &RunFolder) -> Result<()> {
         let stop = Stop::listen()?;
         let dir = folder.path();
-        println!("{}", self.describe());
+        output::progress(self.describe());
         let started = Instant::now();
         let mut metrics = match self.step {
             0 => self.begin(dir)?,
@@ -171,10 +174,12 @@ impl Run {
         stop.end();
         progress.finish();
 
-        println!("\na sample:\n{}\n", self.sample()?);
+        output::progress(format_args!("\na sample:\n{}\n", self.sample()?));
         let val_loss = metrics.rows().last().and_then(|row| row.val_loss).unwrap_or(f32::NAN);
-        println!("held-out loss {val_loss:.4} after {} steps and {}", self.step, clock(started.elapsed()));
-        println!("{}: {}, {}, {}", dir.display(), metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME);
+        let time = clock(started.elapsed());
+        output::progress(format_args!("held-out loss {val_loss:.4} after {} steps and {time}", self.step));
+        let (metrics, plot, checkpoint) = (metrics::FILE_NAME, plot::FILE_NAME, checkpoint::FILE_NAME);
+        output::progress(format_args!("{}: {metrics}, {plot}, {checkpoint}", dir.display()));
         Ok(())
     }
 

@@ -83,11 +83,11 @@ type Results = [Tensor; 5];
 /// The numbers of `results`, which waits for them.
 fn read(case: &Case, [o, lse, dq, dk, dv]: &Results) -> Result<Output> {
     Ok(Output {
-        o: case.rows(o, true)?,
+        o: case.output_rows(o)?,
         lse: case.lse_rows(lse)?,
-        dq: case.rows(dq, true)?,
-        dk: case.rows(dk, false)?,
-        dv: case.rows(dv, false)?,
+        dq: case.input_rows(dq, true)?,
+        dk: case.input_rows(dk, false)?,
+        dv: case.input_rows(dv, false)?,
     })
 }
 

@@ -4,6 +4,7 @@
 //! the same tests run there as well; `cuda.rs` says how to carry the suite to one.
 
 mod backward;
+mod bench_filters;
 mod common;
 mod cuda;
 #[cfg(feature = "cuda")]

@@ -15,6 +15,7 @@ use clap::Args;
 use self::gpu::Gpu;
 use self::report::{Report, Row};
 use crate::cases::{Case, Pass};
+use crate::filters;
 use crate::grid::{self, Part};
 use crate::inputs::Inputs;
 use crate::peers::{self, Answer, Peer};
@@ -58,9 +59,12 @@ fn pass(text: &str) -> Result<Pass, String> {
 }
 
 /// The chosen parts in their order, each with its chosen cases: none of a part that has none in the file.
+///
+/// # Errors
+/// If a word of the command line chooses nothing.
 fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
-    let part = |word: &String| Part::ALL.into_iter().find(|part| part.name() == *word);
-    let named: Vec<Part> = options.filters.iter().filter_map(part).collect();
+    let part = |word: &str| Part::ALL.into_iter().find(|part| part.name() == word);
+    let named: Vec<Part> = options.filters.iter().filter_map(|word| part(word)).collect();
     let words: Vec<String> = options.filters.iter().filter(|word| part(word).is_none()).cloned().collect();
     let mut cases = grid::cases(options.cuda.dtype)?;
     cases.extend(ablations::cases(options.cuda.dtype).into_iter().map(|case| (Part::Ablations, case)));
@@ -77,18 +81,22 @@ fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
             chosen.push((part, cases));
         }
     }
-    if chosen.is_empty() {
-        let of = named.iter().map(|part| part.name()).collect::<Vec<_>>().join(" and ");
-        let of = if of.is_empty() { "benches/cuda.toml".into() } else { format!("the part {of}") };
-        let mut rules = vec![format!("has a pass of --dirs {}", passes(&options.cuda.dirs))];
-        if options.quick {
-            rules.push("is named by `quick`".into());
-        }
-        if !words.is_empty() {
-            rules.push(format!("contains one of {words:?}"));
-        }
-        bail!("no case of {of} {}; --list prints parts and cases", rules.join(" and "));
-    }
+    let chooses = |word: &str| {
+        chosen.iter().any(|(of, cases)| match part(word) {
+            Some(part) => *of == part,
+            None => cases.iter().any(|case| case.contains(word)),
+        })
+    };
+    let case = options.case_of("benches/cuda.toml");
+    let cases = format!("{case} with a pass of --dirs {}", passes(&options.cuda.dirs));
+    let parts = Part::ALL.map(Part::name).join(", ");
+    // `--dirs fwd bwd` gives the option one pass, and `bwd` is a word of its own.
+    let commas = match options.filters.iter().any(|word| pass(word).is_ok()) {
+        true => "; --dirs takes passes with a comma between them, as in --dirs fwd,bwd",
+        false => "",
+    };
+    let known = format!("the parts are {parts}; --list prints their cases{commas}");
+    filters::check(&options.filters, chooses, &cases, &known)?;
     Ok(chosen)
 }
 

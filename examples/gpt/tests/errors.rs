@@ -96,7 +96,16 @@ fn options_that_make_no_sense() {
     assert_eq!(usage(&["--stepz", "3"]), "error: unexpected argument '--stepz' found");
     assert_eq!(usage(&["trial"]), "error: unrecognized subcommand 'trial'");
     assert_eq!(usage(&["--steps", "0"]), format!("{bad} '0' for '--steps <N>': a whole number from 1 is needed"));
-    assert_eq!(usage(&["--batch", "-1"]), "error: unexpected argument '-1' found");
+    assert_eq!(usage(&["--batch", "-1"]), format!("{bad} '-1' for '--batch <N>': a whole number from 1 is needed"));
+    assert_eq!(usage(&["--lr", "-1"]), format!("{bad} '-1' for '--lr <RATE>': a finite number above 0 is needed"));
+    assert_eq!(
+        usage(&["time", "--steps", "-1"]),
+        format!("{bad} '-1' for '--steps <N>': a whole number from 1 is needed")
+    );
+    assert_eq!(
+        usage(&["sample", "--temperature", "-0.5"]),
+        format!("{bad} '-0.5' for '--temperature <T>': a finite number, 0 or above, is needed")
+    );
     assert_eq!(usage(&["--lr", "nan"]), format!("{bad} 'nan' for '--lr <RATE>': a finite number above 0 is needed"));
     assert_eq!(
         usage(&["--weight-decay", "inf"]),

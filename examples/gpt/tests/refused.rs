@@ -220,15 +220,15 @@ fn a_run_goes_on_without_its_metrics() -> Result<()> {
     // Cut in the middle of the row of step 4.
     let cut = whole.find("\n4,").unwrap() + 5;
     fs::write(&file, &whole[..cut])?;
-    let lacks = |from, to| {
+    let no_rows = |from, to| {
         let name = file.display();
-        format!("{name} lacks the rows of steps {from} to {to}; it goes on at step {}\n", to + 1)
+        format!("{name} has no rows for steps {from} to {to}; new rows start at step {}\n", to + 1)
     };
-    assert_eq!(resumed("8"), lacks(4, 6));
+    assert_eq!(resumed("8"), no_rows(4, 6));
     assert_eq!(steps(), [1, 2, 3, 7, 8]);
     assert_eq!(resumed("9"), "", "the gap is known");
     fs::remove_file(&file)?;
-    assert_eq!(resumed("11"), lacks(1, 9));
+    assert_eq!(resumed("11"), no_rows(1, 9));
     assert_eq!(steps(), [10, 11]);
     fs::write(&file, "")?;
     assert_eq!(resumed("12"), lacks(1, 11));
