@@ -206,9 +206,17 @@ class Call:
         self.dk, self.dv = (torch.full_like(self.k, math.nan) for _ in range(2))
         self.lse, self.delta = (torch.full((batch, num_heads, seqlen_q), math.nan, device="cuda") for _ in range(2))
         self.shape = Shape(
-            *(0, 0, 0, num_heads * seqlen_q, seqlen_q, 0),
-            *(batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim),
-            *(OPEN_SIDE, 0 if causal else OPEN_SIDE, self.softmax_scale * LOG2_E, 0.0),
+            lse_batch=num_heads * seqlen_q,
+            lse_head=seqlen_q,
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            num_heads=num_heads,
+            num_heads_k=num_heads_k,
+            head_dim=head_dim,
+            window_left=OPEN_SIDE,
+            window_right=0 if causal else OPEN_SIDE,
+            product_factor=self.softmax_scale * LOG2_E,
         )
 
     def forward(self, line):

@@ -9,7 +9,7 @@ use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
 use crate::plan::{DeviceCaps, Plan};
 use crate::problem::Problem;
-use crate::{merge, Result};
+use crate::{merge, Error, Result};
 
 /// Attention of every query over the keys its mask lets it see.
 ///
@@ -34,8 +34,8 @@ use crate::{merge, Result};
 /// | `k`, `v` | `(batch, seqlen_k, num_heads_k, head_dim)` | `(total_k, num_heads_k, head_dim)` | as `q` |
 /// | lse | `(batch, num_heads, seqlen_q)` | `(num_heads, total_q)` | f32; f64 for f64 |
 ///
-/// These are the shapes of [`TensorLayout::Bshd`], the default. [`Attention::layout`] takes tensors with the heads before the
-/// tokens. The shape of lse is the same in both.
+/// These shapes are for [`TensorLayout::Bshd`], the default. [`Attention::layout`] selects `(batch, num_heads, seqlen, head_dim)`.
+/// lse has the same shape in both layouts.
 ///
 /// `num_heads` is a multiple of `num_heads_k` (grouped-query and multi-query attention; keys and values are not
 /// copied), `head_dim` is 1 to 512. The last axis must be contiguous; every other stride is free, 0 included. Sums run
@@ -111,10 +111,10 @@ impl Attention {
         self
     }
 
-    /// How many keys of each sequence of a padded call count; see [`KeyLengths`].
+    /// Sets how many keys of each sequence are valid in a padded call; see [`KeyLengths`].
     ///
-    /// The mask and ALiBi line up the last query with the last key *that counts*. With 2 queries, room for 5 keys, of which
-    /// 3 count, and [`Mask::Causal`]:
+    /// The mask and ALiBi align the last query with the last *valid* key. For 2 queries, 5 keys of which 3 are valid, and
+    /// [`Mask::Causal`]:
     ///
     /// ```text
     ///      PaddingSide::Right      PaddingSide::Left
@@ -123,23 +123,31 @@ impl Attention {
     /// q1    x  x  x  .  .           .  .  x  x  x
     /// ```
     ///
-    /// That is what a cache needs that is filled in part. It is wrong for self-attention of a batch that is padded on the
-    /// right: there the last query is padding. Such a call is refused where the mask or ALiBi makes a difference. It has
-    /// two ways out. [`CuSeqlens::from_mask`] and [`Self::forward_packed`] also skip the padding. And [`Mask::Causal`] needs
-    /// no key lengths, because the padding comes after every query that is a token.
+    /// | use it for | side |
+    /// | --- | --- |
+    /// | a KV cache whose sequences fill different numbers of slots; every query is a token | `Right` |
+    /// | self-attention of a batch padded on the left, with any mask | `Left` |
+    /// | self-attention of a batch padded on the right, without mask and ALiBi (BERT) | `Right` |
+    ///
+    /// The output rows of padded queries mean nothing: leave them out of the loss.
+    ///
+    /// Do not use it for self-attention padded on the right with a mask or ALiBi. There the last query is padding, so all
+    /// positions would be shifted. Such a call returns [`Error::KeyLengthAlignment`].
+    /// [`Mask::Causal`] needs no key lengths there, because the padding comes after every token. In all other cases use
+    /// [`CuSeqlens::from_mask`] and [`Self::forward_packed`], which also skip the padding.
     pub fn key_lengths(mut self, key_lengths: &KeyLengths) -> Self {
         self.key_lengths = Some(key_lengths.clone());
         self
     }
 
-    /// In which order the axes of q, k and v come, and those of the result unless [`Self::output_layout`] says otherwise.
-    /// Without it, [`TensorLayout::Bshd`]. Neither layout is copied.
+    /// Sets the axis order of q, k and v, and of the result unless [`Self::output_layout`] is set. The default is
+    /// [`TensorLayout::Bshd`]. No tensor is copied.
     pub fn layout(mut self, layout: TensorLayout) -> Self {
         self.layout = layout;
         self
     }
 
-    /// In which order the axes of the result come, where it is not the order of q, k and v.
+    /// Sets the axis order of the result if it differs from that of q, k and v. The result is written in this order.
     pub fn output_layout(mut self, layout: TensorLayout) -> Self {
         self.output_layout = Some(layout);
         self
@@ -150,23 +158,27 @@ impl Attention {
         self.output_layout.unwrap_or(self.layout)
     }
 
-    /// Attention over a padded batch; the result has the type of `q`, and its shape unless [`Self::output_layout`] differs.
+    /// Attention over a padded batch. The result is contiguous and has the type of `q`, and the shape of `q` in the result's
+    /// layout.
     ///
     /// # Errors
     /// If shapes, types, strides, devices or options disagree with the table above, or the device has no kernel.
-    /// Nothing is computed then.
+    /// Nothing is computed then. If the shapes fit only the other layout, the error is
+    /// [`Error::SwappedAxes`].
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         self.run(Problem::padded(self, q, k, v)?, q, k, v)
     }
 
-    /// [`Self::forward`] over q, k and v in one tensor, as a fused projection gives them; the result is contiguous, of shape
-    /// `(batch, seqlen, num_heads, head_dim)`.
+    /// Attention with q, k and v in one tensor, as a fused projection returns them. The result is contiguous, and
+    /// `(batch, seqlen, num_heads, head_dim)` by default.
     ///
     /// `qkv` is `(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)`, or in [`TensorLayout::Bhsd`]
     /// `(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)`: the heads of q, then those of k, then those of v.
-    /// (A `(batch, seqlen, 3, num_heads, head_dim)` tensor is one after `reshape`.) Three views of it give the same
-    /// values, but the gradient of each view is a tensor as large as `qkv`, padded with zeros and added up by Candle; here it
-    /// comes in one piece.
+    /// A `(batch, seqlen, 3, num_heads, head_dim)` tensor fits the first after `reshape`. Heads in another order, as GPT-NeoX has
+    /// them, give a wrong result; see [`QkvOrder`](crate::layers::QkvOrder).
+    ///
+    /// Three views of `qkv` give the same values. But Candle then makes three gradients as large as `qkv` and adds them;
+    /// this call makes one.
     ///
     /// ```
     /// # use candle_core::{Device, Var};
@@ -188,8 +200,8 @@ impl Attention {
 
     /// As [`Self::forward`], with the log-sum-exp of each row of scores (natural logarithm).
     ///
-    /// Both results belong to the graph. A row that sees no key has lse minus infinity. To merge attention over parts of the
-    /// keys, take [`Self::forward_partial`].
+    /// Gradients flow through both results. A row that sees no key has lse minus infinity. To merge attention over parts of
+    /// the keys, use [`Self::forward_partial`]: its o is not rounded.
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -197,8 +209,8 @@ impl Attention {
         self.run_with_lse(Problem::padded(self, q, k, v)?, q, k, v)
     }
 
-    /// Attention within each sequence of a packed batch; the result has the type of `q`, and its shape unless
-    /// [`Self::output_layout`] differs.
+    /// Attention within each sequence of a packed batch. The result is contiguous and has the type of `q`, and the shape of
+    /// `q` in the result's layout.
     ///
     /// Sequence `b` holds the rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` of `q` and the rows
     /// `cu_seqlens_k[b]..cu_seqlens_k[b + 1]` of `k` and `v`. The mask lines up the ends of each pair.
@@ -216,21 +228,31 @@ impl Attention {
         self.run(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
-    /// As [`Self::forward_with_lse`], with o as it was summed: in f32 (f64 for f64), not rounded to the type of `q`. One part
-    /// of the keys, for [`Self::merge`].
+    /// Attention over one part of the keys, for [`Self::merge`].
+    ///
+    /// Returns o in f32 (f64 for f64), not rounded to the type of `q`, in the result's layout; and lse, of shape
+    /// `(batch, num_heads, seqlen_q)`. On a GPU the backward rounds o and its gradient to the type of `q`.
+    ///
+    /// **The mask and ALiBi count positions within this part**: they align the last query with the last key of the part. For a
+    /// causal model whose keys are cut into parts, a part that ends `n` keys before the end takes
+    /// `Mask::Window { left: None, right: Some(n) }`. In ring attention with equal parts that is [`Mask::Causal`] for the
+    /// queries' own part and [`Mask::None`] for all earlier ones. ALiBi is refused.
     ///
     /// # Errors
-    /// As [`Self::forward`].
+    /// As [`Self::forward`], and [`Error::PartialAlibi`] with ALiBi slopes: a part does not know how
+    /// far its keys are from the queries.
     pub fn forward_partial(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.check_partial()?;
         self.run_partial(Problem::padded(self, q, k, v)?, q, k, v)
     }
 
-    /// Attention over all keys from `(o, lse)` of parts of them, each with the same queries: o and lse, in the type of lse.
+    /// Merges `(o, lse)` of parts of the keys into attention over all keys. All parts have the same queries, and no key is
+    /// in two parts. Returns `(o, lse)` in the shapes of one part, both in the type of lse: for an f16 or bf16 model, convert
+    /// o with `to_dtype`.
     ///
-    /// Parts come from [`Self::forward_partial`] or [`Self::forward_packed_partial`] and are in the result's layout of this
-    /// `Attention`; no other option plays a part. Gradients flow to every o and lse. A row without keys in a part (lse minus
-    /// infinity) takes nothing from it, exactly; without keys in any part it is 0 with lse minus infinity, and its gradients
-    /// are 0.
+    /// Parts come from [`Self::forward_partial`] or [`Self::forward_packed_partial`]. Of this `Attention` only the result's
+    /// layout matters. Gradients flow to every o and every lse. If a row has no key in a part (lse minus infinity), that part
+    /// does not change a bit of the row. If a row has no key in any part, o is 0, lse is minus infinity and all gradients are 0.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -240,7 +262,7 @@ impl Attention {
     /// let attention = Attention::new();
     /// let mut parts = Vec::new();
     /// for start in [0, 2, 4] {
-    ///     let part = k.narrow(1, start, 2)?; // on another device, in ring attention
+    ///     let part = k.narrow(1, start, 2)?; // in ring attention, the keys of another device
     ///     parts.push(attention.forward_partial(&q, &part, &part)?);
     /// }
     /// let (o, _lse) = attention.merge(&parts)?;
@@ -250,8 +272,10 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// [`Error::MergeNothing`](crate::Error::MergeNothing) if `parts` is empty, [`Error::MergeMismatch`](crate::Error::MergeMismatch) if a part has other shapes, types or another
-    /// device than the first, [`Error::Rank`](crate::Error::Rank) or [`Error::DType`](crate::Error::DType) if the first is no result of attention.
+    /// - [`Error::MergeNothing`] if `parts` is empty;
+    /// - [`Error::DType`] if the first lse is neither f32 nor f64;
+    /// - [`Error::MergeMismatch`] if o has not 4 or 3 axes, if lse does not fit o in this layout, or if a part differs from the
+    ///   first in shape, type or device.
     pub fn merge(&self, parts: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
         merge::merge(parts, self.layout_of_result())
     }
@@ -271,10 +295,11 @@ impl Attention {
         self.run_with_lse(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
-    /// [`Self::forward_partial`] of a packed batch.
+    /// [`Self::forward_partial`] of a packed batch: o `(total_q, num_heads, head_dim)` and lse `(num_heads, total_q)`. Each
+    /// sequence has a length in every part; 0 is allowed.
     ///
     /// # Errors
-    /// As [`Self::forward_packed`].
+    /// As [`Self::forward_packed`] and [`Self::forward_partial`].
     pub fn forward_packed_partial(
         &self,
         q: &Tensor,
@@ -283,6 +308,7 @@ impl Attention {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<(Tensor, Tensor)> {
+        self.check_partial()?;
         self.run_partial(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
@@ -325,6 +351,14 @@ impl Attention {
         let shapes = [problem.shape_o(), problem.shape_lse()];
         let op = self.op(problem, Output::OAndLse, q)?;
         Ok(op::o_and_lse(&q.apply_op3(k, v, op)?, shapes)?)
+    }
+
+    /// Checks the options of a call over one part of the keys.
+    fn check_partial(&self) -> Result<()> {
+        match self.alibi_slopes {
+            Some(_) => Err(Error::PartialAlibi),
+            None => Ok(()),
+        }
     }
 
     /// The operator of one checked call.

@@ -281,6 +281,9 @@ pub enum Error {
     /// Key lengths on a packed call.
     #[error("key_lengths: a packed call takes the lengths of its keys from cu_seqlens_k; leave key_lengths out")]
     KeyLengthsPacked,
+    /// ALiBi over one part of the keys.
+    #[error("alibi_slopes: attention over one part of the keys does not know how far they are from the queries; leave the slopes out, or use forward_with_lse, whose distances count from the last key given")]
+    PartialAlibi,
     /// No part to merge.
     #[error("merge: no part came; give at least one")]
     MergeNothing,

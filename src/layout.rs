@@ -1,15 +1,18 @@
-//! In which order the axes of q, k, v and o come.
+//! The axis order of q, k, v and of the result.
 
-/// Order of the axes of q, k and v, and of the result.
+/// The axis order of q, k and v, and of the result.
 ///
 /// | | padded | packed | who uses it |
 /// | --- | --- | --- | --- |
 /// | `Bshd` | `(batch, seqlen, num_heads, head_dim)` | `(total, num_heads, head_dim)` | a projection after `reshape`; FlashAttention |
 /// | `Bhsd` | `(batch, num_heads, seqlen, head_dim)` | `(num_heads, total, head_dim)` | `candle_nn::ops::sdpa`, most models of Candle, PyTorch's `scaled_dot_product_attention` |
 ///
-/// The layout names the axes only. The strides stay free in both: a transposed view is read in place and costs nothing.
-/// No shape tells the two layouts apart where `seqlen` could be a number of heads, so a call in the wrong layout computes
-/// something else without an error.
+/// The layout only names the axes. Strides are free in both layouts, so a transposed view is read without a copy. (On a GPU
+/// rows must still begin at multiples of 16 bytes.)
+///
+/// **A wrong layout usually gives no error.** If there are as many queries as keys, the shapes are valid in both layouts, and the
+/// wrong one attends over heads instead of tokens. [`Error::SwappedAxes`](crate::Error::SwappedAxes) comes only where the
+/// shapes fit just the other layout, as in decoding with a cache.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -25,15 +28,15 @@
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TensorLayout {
-    /// The tokens before the heads.
+    /// `(batch, seqlen, num_heads, head_dim)`, packed `(total, num_heads, head_dim)`.
     #[default]
     Bshd,
-    /// The heads before the tokens.
+    /// `(batch, num_heads, seqlen, head_dim)`, packed `(num_heads, total, head_dim)`.
     Bhsd,
 }
 
 impl TensorLayout {
-    /// The axis of the tokens and the axis of the heads of a tensor with `rank` axes: 4 padded, 3 packed.
+    /// Indices of the token axis and of the head axis. `rank` is 4 (padded) or 3 (packed).
     pub(crate) fn axes(self, rank: usize) -> (usize, usize) {
         match self {
             TensorLayout::Bshd => (rank - 3, rank - 2),
@@ -41,7 +44,7 @@ impl TensorLayout {
         }
     }
 
-    /// `shape`, given in the order of [`TensorLayout::Bshd`], in this order.
+    /// Converts `shape` from the order of [`TensorLayout::Bshd`] to this layout.
     pub(crate) fn order(self, mut shape: Vec<usize>) -> Vec<usize> {
         let (rows, heads) = (shape.len() - 3, shape.len() - 2);
         if self == TensorLayout::Bhsd {

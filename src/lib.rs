@@ -26,11 +26,12 @@
 //! | you have | you call |
 //! | --- | --- |
 //! | a batch of equal lengths, `(batch, seqlen, num_heads, head_dim)` | [`Attention::forward`] |
-//! | the same as `(batch, num_heads, seqlen, head_dim)` | [`Attention::layout`], then [`Attention::forward`] |
+//! | a batch of equal lengths, `(batch, num_heads, seqlen, head_dim)` | [`Attention::layout`], then [`Attention::forward`] |
 //! | sequences of different lengths, laid end to end | [`CuSeqlens`], then [`Attention::forward_packed`] |
-//! | a padded batch and its padding mask | [`CuSeqlens::from_mask`] and [`CuSeqlens::unpad`], then [`Attention::forward_packed`] |
-//! | a batch whose sequences have different numbers of keys | [`KeyLengths`], [`Attention::key_lengths`], then [`Attention::forward`] |
-//! | parts of the keys in different places (ring attention) | [`Attention::forward_partial`] for each, then [`Attention::merge`] |
+//! | a padded batch and its padding mask | [`CuSeqlens::from_mask`], [`CuSeqlens::unpad`], [`Attention::forward_packed`], [`CuSeqlens::pad_to`] |
+//! | a causal batch padded on the right | [`Mask::Causal`] and [`Attention::forward`]; leave the padding out of the loss |
+//! | a KV cache filled to different lengths, a batch padded on the left, or padding without a mask (BERT) | [`KeyLengths`], [`Attention::key_lengths`], then [`Attention::forward`] |
+//! | keys that are split into parts (ring attention) | [`Attention::forward_partial`] for each, with the mask of that part, then [`Attention::merge`] |
 //! | a model to build or to load | [`layers`] |
 //! | a question, not a computation | [`Attention::supports`] |
 //!

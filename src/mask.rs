@@ -43,7 +43,7 @@ pub enum Mask {
 }
 
 impl Mask {
-    /// Whether a query may see some keys and not others.
+    /// Whether this mask can hide keys.
     pub(crate) fn hides_keys(self) -> bool {
         !matches!(self, Mask::None | Mask::Window { left: None, right: None })
     }

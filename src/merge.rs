@@ -1,40 +1,49 @@
-//! Attention over all keys from attention over parts of them.
+//! Merges attention over parts of the keys into attention over all keys.
 //!
-//! With `lse_i` and `o_i` of part `i`, the log-sum-exp and the output over the keys of all parts are
+//! Part `i` has `lse_i` and `o_i`. The result over all keys is
 //!
 //! ```text
 //! lse = ln(sum over i of exp(lse_i))
 //! o   = sum over i of exp(lse_i - lse) * o_i
 //! ```
 //!
-//! (Milakov and Gimelshein 2018; ring attention, Liu et al. 2023.) It is made of Candle's operators, so that gradients flow.
+//! (Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867. Ring attention: Liu et al. 2023, arXiv:2310.01889.) It is
+//! built from Candle's differentiable operators.
 
 use candle_core::{DType, Tensor};
 
 use crate::layout::TensorLayout;
 use crate::{Error, Result};
 
-/// Merges parts whose o is in `layout`. The result is in the type of lse.
+/// Merges parts. o is in `layout`. Both results have the type of lse.
 pub(crate) fn merge(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<(Tensor, Tensor)> {
     check(parts, layout)?;
+    if let Some((o, lse)) = parts.first().filter(|(_, lse)| lse.elem_count() == 0) {
+        return Ok((o.to_dtype(lse.dtype())?, lse.clone())); // no rows
+    }
     let lse: Vec<&Tensor> = parts.iter().map(|(_, lse)| lse).collect();
     let lse = Tensor::stack(&lse, 0)?; // (parts, ..)
 
-    // Weights are relative to the largest lse of a row. A row without keys in any part has none: 0 stands in for it.
+    // Subtract the row's largest lse, so that exp does not overflow. If a row has no key in any part, its largest lse is minus
+    // infinity; subtract 0 instead. (A GPU's maximum leaves NaN out, so that it cannot tell such rows.)
+    let without_keys = lse.eq(f64::NEG_INFINITY)?;
+    let empty = without_keys.min(0)?;
     let max = lse.detach().max(0)?;
-    let empty = max.eq(f64::NEG_INFINITY)?;
     let reference = empty.where_cond(&max.zeros_like()?, &max)?;
     let weights = lse.broadcast_sub(&reference)?.exp()?;
     let sum = weights.sum(0)?;
-    // ln 0 would be right for such a row, but its gradient would not.
+    // For such a row ln(0) is the correct value, but its gradient is NaN. Take ln(1); `where_cond` below restores -inf.
     let sum = empty.where_cond(&sum.ones_like()?, &sum)?;
     let merged_lse = (sum.log()? + reference)?;
     let merged_lse = empty.where_cond(&max, &merged_lse)?;
 
     let mut merged_o: Option<Tensor> = None;
     for (i, (o, _)) in parts.iter().enumerate() {
-        let weight = weight_of_rows(&(weights.get(i)? / &sum)?, layout)?;
-        let term = o.to_dtype(weight.dtype())?.broadcast_mul(&weight)?;
+        let o = o.to_dtype(lse.dtype())?;
+        // A row whose keys all have a score of minus infinity has an o of NaN: 0 times NaN would reach the other parts.
+        let without_keys = of_rows(&without_keys.get(i)?, layout)?.broadcast_as(o.shape())?;
+        let o = without_keys.where_cond(&o.zeros_like()?, &o)?;
+        let term = o.broadcast_mul(&of_rows(&(weights.get(i)? / &sum)?, layout)?)?;
         merged_o = Some(match merged_o {
             Some(before) => (before + term)?,
             None => term,
@@ -44,12 +53,12 @@ pub(crate) fn merge(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<
     Ok((merged_o, merged_lse))
 }
 
-/// `(batch, num_heads, seqlen)`, packed `(num_heads, total)`, as a factor of the rows of o.
-fn weight_of_rows(weight: &Tensor, layout: TensorLayout) -> Result<Tensor> {
-    let weight = weight.unsqueeze(weight.rank())?;
+/// Reshapes numbers of rows, `(batch, num_heads, seqlen)` or packed `(num_heads, total)`, so that they broadcast to o.
+fn of_rows(numbers: &Tensor, layout: TensorLayout) -> Result<Tensor> {
+    let numbers = numbers.unsqueeze(numbers.rank())?;
     Ok(match layout {
-        TensorLayout::Bshd => weight.transpose(weight.rank() - 3, weight.rank() - 2)?,
-        TensorLayout::Bhsd => weight,
+        TensorLayout::Bshd => numbers.transpose(numbers.rank() - 3, numbers.rank() - 2)?,
+        TensorLayout::Bhsd => numbers,
     })
 }
 
@@ -57,13 +66,13 @@ fn weight_of_rows(weight: &Tensor, layout: TensorLayout) -> Result<Tensor> {
 fn check(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<()> {
     let Some((first_o, first_lse)) = parts.first() else { return Err(Error::MergeNothing) };
     if !matches!(first_o.rank(), 3 | 4) {
-        let axes = "(batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)";
-        return Err(Error::Rank { tensor: "o", axes, shape: first_o.dims().to_vec() });
+        let (got, expected) = (format!("{:?}", first_o.dims()), "4 axes, or 3 if packed".to_string());
+        return Err(Error::MergeMismatch { part: 0, tensor: "o", got, expected });
     }
     if !matches!(first_lse.dtype(), DType::F32 | DType::F64) {
         return Err(Error::DType { tensor: "lse", got: first_lse.dtype(), supported: "F32, F64" });
     }
-    // lse has the axes of o without head_dim, the heads before the tokens.
+    // The shape of lse: o without head_dim, the heads before the tokens.
     let mut shape_lse = first_o.dims().to_vec();
     let (rows_axis, heads_axis) = layout.axes(shape_lse.len());
     if rows_axis < heads_axis {

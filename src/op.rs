@@ -16,7 +16,7 @@ use crate::{cpu, Error};
 /// What the operator returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Output {
-    /// o, in the shape and type of q.
+    /// o in its layout, in the type of q.
     O,
     /// o and then lse, flat, both in the accumulator's type.
     OAndLse,

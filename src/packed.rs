@@ -96,10 +96,11 @@ impl CuSeqlens {
         Self::new(&offsets.to_vec1::<u32>()?, offsets.device())
     }
 
-    /// From a padding mask of shape `(batch, seqlen)`, 1 for a token and 0 for padding, in any type: the lengths of the
-    /// sequences, and the side on which they are padded, for [`Self::unpad`] and [`Self::pad_to`]. Reads the device once.
+    /// Reads the sequence lengths and the padding side from a padding mask: `(batch, seqlen)`, any type, 1 for a token and 0
+    /// for padding, as `attention_mask` of Hugging Face. (`key_padding_mask` of PyTorch is the opposite: invert it first.)
     ///
-    /// A mask without padding is taken for one with its padding on the right.
+    /// Pass the side to [`Self::unpad`] and [`Self::pad_to`]. Without padding it is [`PaddingSide::Right`]. On a GPU the
+    /// call waits for the device: call it once per batch, not per layer.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -115,8 +116,9 @@ impl CuSeqlens {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Rank`] if it has not two axes, [`Error::MaskValue`] if a value is neither 0 nor 1, [`Error::MaskHole`] if
-    /// padding lies between tokens or on both sides of them, [`Error::MaskSides`] if rows are padded on different sides.
+    /// [`Error::Rank`] if the mask does not have two axes, [`Error::MaskValue`] if a value is neither 0 nor 1,
+    /// [`Error::MaskHole`] if padding lies between tokens or on both sides of them, [`Error::MaskSides`] if rows are padded
+    /// on different sides; otherwise as [`Self::from_lengths`].
     pub fn from_mask(mask: &Tensor) -> Result<(Self, PaddingSide)> {
         let (lengths, side) = read_mask(mask)?;
         Ok((Self::from_lengths(&lengths, mask.device())?, side))
@@ -147,7 +149,8 @@ impl CuSeqlens {
         &self.tensor
     }
 
-    /// The padding mask of the batch when it is padded to `seqlen` on one side: `u8`, `(batch, seqlen)`, 1 for a token.
+    /// The padding mask of this batch, padded to `seqlen`: `u8`, `(batch, seqlen)`, 1 for a token, on the device of these
+    /// lengths.
     ///
     /// # Errors
     /// [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length; an error of Candle if the copy to the device
@@ -161,11 +164,14 @@ impl CuSeqlens {
         Ok(Tensor::from_vec(mask, (self.batch(), seqlen), self.tensor.device())?)
     }
 
-    /// Drops the padding: `(batch, seqlen, ..)` to `(total, ..)`. `side` says where the padding is; [`Self::from_mask`] reads
-    /// it off a padding mask. Gradients flow back to the rows that were kept.
+    /// Removes the padding: `(batch, seqlen, ..)` to `(total, ..)`. `side` is the padding side, as [`Self::from_mask`] returns
+    /// it. Gradients flow to the rows that are kept. Each call copies an index of `total` rows to the device.
+    ///
+    /// Axis 1 must be `seqlen`: transpose `(batch, num_heads, seqlen, head_dim)` first, or unpad before the projections.
     ///
     /// # Errors
-    /// [`Error::Axis`] if the batch differs, [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length.
+    /// [`Error::Rank`] if `padded` has fewer than two axes, [`Error::Axis`] if the batch differs, [`Error::PaddedSeqlen`] if
+    /// `seqlen` is shorter than the longest length.
     pub fn unpad(&self, padded: &Tensor, side: PaddingSide) -> Result<Tensor> {
         let shape = padded.dims().to_vec();
         let &[batch, seqlen, ..] = shape.as_slice() else {
@@ -180,15 +186,17 @@ impl CuSeqlens {
         Ok(padded.flatten(0, 1)?.contiguous()?.index_select(&index, 0)?)
     }
 
-    /// Adds padding: `(total, ..)` to `(batch, max_seqlen, ..)`, with zeros on one side of each sequence. Keeps the gradient.
+    /// Adds zeros as padding: `(total, ..)` to `(batch, max_seqlen, ..)`. Gradients flow to the rows. `max_seqlen` can be
+    /// shorter than the batch was; [`Self::pad_to`] restores that.
     ///
     /// # Errors
-    /// [`Error::PackedRows`] if the tensor has another number of rows than the lengths add up to.
+    /// [`Error::Rank`] if `packed` has no axis, [`Error::PackedRows`] if it has another number of rows than the lengths add
+    /// up to.
     pub fn pad(&self, packed: &Tensor, side: PaddingSide) -> Result<Tensor> {
         self.pad_to(packed, self.max_seqlen, side)
     }
 
-    /// As [`Self::pad`], to `(batch, seqlen, ..)`: what [`Self::unpad`] took from a longer batch gets its shape back.
+    /// As [`Self::pad`], but to length `seqlen`. Use the original `seqlen` to undo [`Self::unpad`].
     ///
     /// # Errors
     /// As [`Self::pad`], and [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length.
@@ -220,7 +228,7 @@ impl CuSeqlens {
         Ok(())
     }
 
-    /// For each packed row, its row in a batch padded to `seqlen`.
+    /// For each packed row, its row in the flattened `(batch * seqlen)` batch.
     fn padded_rows(&self, seqlen: usize, side: PaddingSide) -> impl Iterator<Item = i64> + '_ {
         self.offsets.windows(2).enumerate().flat_map(move |(b, pair)| {
             let length = (pair[1] - pair[0]) as usize;
@@ -229,7 +237,7 @@ impl CuSeqlens {
         })
     }
 
-    /// [`Self::padded_rows`] as a tensor. Made, and copied to the device, for each call.
+    /// [`Self::padded_rows`] as an `i64` tensor on `device`. Built for each call.
     fn row_index(&self, seqlen: usize, side: PaddingSide, device: &Device) -> Result<Tensor> {
         let rows: Vec<i64> = self.padded_rows(seqlen, side).collect();
         Ok(Tensor::from_vec(rows, self.total(), device)?)

@@ -1,4 +1,4 @@
-//! Padded batches: where the tokens of each sequence lie, and how many of its keys count.
+//! Padded batches: the padding side, and the number of valid keys.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
-/// The side of a padded sequence that holds the padding, as tokenizers name it.
+/// The side of each sequence that holds the padding (`padding_side` of Hugging Face tokenizers).
 ///
 /// ```text
 ///          Right        Left            x a token, . padding
@@ -15,9 +15,9 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PaddingSide {
-    /// The padding comes before the tokens, as for generating text in batches.
+    /// Padding before the tokens. Common for generating text in batches.
     Left,
-    /// The padding comes after the tokens, as for training.
+    /// Padding after the tokens. Common for training.
     Right,
 }
 
@@ -40,16 +40,16 @@ impl PaddingSide {
     }
 }
 
-/// How many keys of each sequence of a padded batch count. The others are hidden from every query, whatever they hold,
-/// and their gradients are 0.
+/// The number of valid keys in each sequence of a padded batch (`seqused_k` or `cache_seqlens` of FlashAttention). The other
+/// keys are ignored, whatever they hold, and their gradients are 0.
 ///
-/// The keys that count are the first ones with [`PaddingSide::Right`], and the last ones with [`PaddingSide::Left`].
-/// [`Attention::key_lengths`](crate::Attention::key_lengths) says what the mask does then.
+/// With [`PaddingSide::Right`] the first keys are valid, with [`PaddingSide::Left`] the last ones.
+/// [`Attention::key_lengths`](crate::Attention::key_lengths) says when to use it and how masks align.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
 /// # use candle_fa2::{Attention, KeyLengths, Mask, PaddingSide};
-/// // Decoding: a cache with room for 6 keys, of which the two sequences have filled 4 and 2.
+/// // Decoding: a cache of 6 slots, of which the two sequences use 4 and 2, the new token included.
 /// let lengths = KeyLengths::new(&[4, 2], PaddingSide::Right, &Device::Cpu)?;
 /// let q = Tensor::randn(0f32, 1f32, (2, 1, 8, 64), &Device::Cpu)?;
 /// let k = Tensor::randn(0f32, 1f32, (2, 6, 8, 64), &Device::Cpu)?;
@@ -65,7 +65,7 @@ pub struct KeyLengths {
     tensor: Tensor,
 }
 
-/// The sizes alone: a batch may be large.
+/// Prints sizes only: a batch may be large.
 impl std::fmt::Debug for KeyLengths {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let mut debug = f.debug_struct("KeyLengths");
@@ -75,10 +75,12 @@ impl std::fmt::Debug for KeyLengths {
 }
 
 impl KeyLengths {
-    /// From the length of each sequence; 0 is fine. Copies them to `device`.
+    /// From the number of valid keys of each sequence; 0 is allowed. Copies the lengths to `device`, which must be that of q.
     ///
     /// # Errors
-    /// [`Error::KeyLength`] if a length is above `u32::MAX`; an error of Candle if the copy fails.
+    /// [`Error::KeyLength`] if a length is above `u32::MAX`; an error of Candle if the copy fails. The call of attention
+    /// checks them against its tensors: [`Error::KeyLengthsBatch`], [`Error::KeyLength`], [`Error::KeyLengthAlignment`],
+    /// [`Error::Device`].
     pub fn new(lengths: &[usize], side: PaddingSide, device: &Device) -> Result<Self> {
         let count = |(sequence, &length): (usize, &usize)| {
             u32::try_from(length).map_err(|_| Error::KeyLength { sequence, length, seqlen_k: u32::MAX as usize })
@@ -88,8 +90,8 @@ impl KeyLengths {
         Ok(Self { lengths: lengths.into(), side, tensor })
     }
 
-    /// From a key-padding mask of shape `(batch, seqlen_k)`, 1 for a key that counts and 0 for padding. Reads the device
-    /// once.
+    /// From a key-padding mask: `(batch, seqlen_k)`, 1 for a valid key and 0 for padding, as
+    /// [`CuSeqlens::from_mask`](crate::CuSeqlens::from_mask) takes it. On a GPU the call waits for the device.
     ///
     /// # Errors
     /// Those of [`CuSeqlens::from_mask`](crate::CuSeqlens::from_mask).
@@ -103,7 +105,7 @@ impl KeyLengths {
         self.lengths.len()
     }
 
-    /// Which keys count.
+    /// The padding side: with `Right` the first keys are valid, with `Left` the last ones.
     pub fn side(&self) -> PaddingSide {
         self.side
     }
@@ -113,14 +115,14 @@ impl KeyLengths {
         &self.tensor
     }
 
-    /// The first key that counts of one sequence, and how many do.
+    /// Index of the first valid key of a sequence, and the number of valid keys.
     pub(crate) fn keys(&self, sequence: usize, seqlen_k: usize) -> (usize, usize) {
         let length = self.lengths[sequence] as usize;
         (self.side.start(length, seqlen_k), length)
     }
 
-    /// Whether the last query of each sequence can be the partner of the last key that counts. In a batch of self-attention
-    /// that is padded on the right it is padding itself.
+    /// Checks that the last query may be aligned with the last valid key. In self-attention padded on the right, the last
+    /// query is padding.
     pub(crate) fn check_alignment(&self, seqlen_q: usize) -> Result<()> {
         let shifted = |&length: &u32| self.side == PaddingSide::Right && length > 0 && (length as usize) < seqlen_q;
         match self.lengths.iter().position(shifted) {
@@ -131,7 +133,7 @@ impl KeyLengths {
         }
     }
 
-    /// Whether these are the lengths of `batch` sequences of at most `seqlen_k` keys.
+    /// Checks that there are `batch` lengths, each at most `seqlen_k`.
     pub(crate) fn check(&self, batch: usize, seqlen_k: usize) -> Result<()> {
         if self.batch() != batch {
             return Err(Error::KeyLengthsBatch { got: self.batch(), batch });
@@ -143,8 +145,7 @@ impl KeyLengths {
     }
 }
 
-/// The number of tokens in each row of a padding mask, and the side of its padding: [`PaddingSide::Right`] if there is
-/// none.
+/// The number of tokens in each row of a padding mask, and the padding side ([`PaddingSide::Right`] without padding).
 pub(crate) fn read_mask(mask: &Tensor) -> Result<(Vec<usize>, PaddingSide)> {
     if mask.rank() != 2 {
         return Err(Error::Rank { tensor: "mask", axes: "(batch, seqlen)", shape: mask.dims().to_vec() });

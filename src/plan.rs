@@ -132,8 +132,8 @@ impl Plan {
 pub struct Launch {
     /// What runs.
     pub kernel: &'static Kernel,
-    /// Thread blocks along x, y and z. With none along one of them there is nothing to do. Along z there may be more than one
-    /// grid holds: they are then queued as several launches.
+    /// Thread blocks along x, y and z. If one of them is 0, nothing runs. z may exceed what one grid holds; the launch is then
+    /// split.
     pub grid: (u32, u32, u32),
 }
 
@@ -275,6 +275,10 @@ impl CudaPlan {
         let convert = companion(Pass::Convert, |kernel| {
             (kernel.dtype, kernel.image) == (problem.dtype, backward.image) // each backward has its own
         });
+        let backward_launch = launch(backward, blocks(seqlen_k, backward.block_n), problem.num_heads_k as u32);
+        if problem.deterministic {
+            check_tickets(&backward_launch)?;
+        }
         // The threads of a row are a power of two. Any number of blocks is right: they stride over the rows.
         let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
         let schedule = (forward.arch == Arch::Sm90).then(|| Schedule::new(problem, forward, multiprocessors));
@@ -286,7 +290,7 @@ impl CudaPlan {
             schedule,
             delta: launch(delta, blocks(seqlen_q, rows_per_block), num_heads),
             // One block takes all query heads of its key head, so that dk and dv are written once.
-            backward: launch(backward, blocks(seqlen_k, backward.block_n), problem.num_heads_k as u32),
+            backward: backward_launch,
             convert: launch(convert, blocks(seqlen_q, backward.block_m), num_heads),
             dq_tiles: DqTiles::new(problem, backward),
         })
@@ -296,10 +300,10 @@ impl CudaPlan {
 /// Elements of 16 bytes, the size of every access to q, k, v, o and their gradients.
 const CHUNK: usize = 8;
 
-/// Thread blocks along y of a grid.
+/// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
 const MAX_GRID_Y: usize = 65_535;
 
-/// Rows and bounds of the mask, and tiles by sequence, add up in 32 bits on the device: three of these stay below 2^31.
+/// The device adds rows, bounds of the mask and tiles in 32-bit integers. A sum of three of these stays below 2^31.
 pub(crate) const MAX_SEQLEN: usize = 1 << 29;
 
 /// Elements from one row to the next: a copy steps over at most 32 rows at once, in 32 bits.
@@ -307,6 +311,16 @@ pub(crate) const MAX_ROW_STRIDE: usize = i32::MAX as usize / 32;
 
 /// Elements of 2 bytes from one row, head or sequence to the next: TMA's strides stay below 2^40 bytes.
 const MAX_TMA_STRIDE: usize = (1 << 39) - 1;
+
+/// A deterministic backward numbers its thread blocks in 32 bits, over all launches of a call.
+fn check_tickets(backward: &Launch) -> Result<()> {
+    let (x, y, z) = backward.grid;
+    let (got, max) = ([x, y, z].map(|blocks| blocks as usize).iter().product(), u32::MAX as usize);
+    if got > max {
+        return Err(Error::CudaSize { name: "number of thread blocks of a deterministic backward", got, max });
+    }
+    Ok(())
+}
 
 /// What no CUDA kernel takes.
 fn check_cuda(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {

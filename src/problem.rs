@@ -31,7 +31,7 @@ pub enum Lengths {
         seqlen_q: usize,
         /// Keys per sequence.
         seqlen_k: usize,
-        /// How many of them count, if not all.
+        /// Number of valid keys per sequence; `None`: all.
         key_lengths: Option<KeyLengths>,
     },
     /// q is `(total_q, num_heads, head_dim)`: sequences end to end.
@@ -90,9 +90,9 @@ pub struct Problem {
     pub alibi: Option<Alibi>,
     /// Whether the same inputs must give the same bits of dq.
     pub deterministic: bool,
-    /// Order of the axes of q, k, v and of their gradients.
+    /// Axis order of q, k, v and of their gradients.
     pub layout: TensorLayout,
-    /// Order of the axes of o and of its gradient.
+    /// Axis order of o and of its gradient.
     pub output_layout: TensorLayout,
     /// Strides of q.
     pub q: Strides,
@@ -102,7 +102,7 @@ pub struct Problem {
     pub v: Strides,
 }
 
-/// q, k and v, views of one tensor that holds the heads of all three along the axis of heads of `layout`.
+/// Views of q, k and v in one tensor. The heads of q come first, then k, then v, along the head axis of `layout`.
 pub(crate) fn split_qkv(qkv: &Tensor, num_heads_k: usize, layout: TensorLayout) -> Result<[Tensor; 3]> {
     let (_, axis) = layout.axes(qkv.rank());
     let num_heads = qkv.dims()[axis] - 2 * num_heads_k;
@@ -117,11 +117,11 @@ pub struct Sequence {
     pub batch: usize,
     /// Number of queries.
     pub seqlen_q: usize,
-    /// Number of keys that count.
+    /// Number of valid keys.
     pub seqlen_k: usize,
     /// Rows of q before its first one, 0 unless packed.
     pub first_q: usize,
-    /// Rows of k and v before its first one: 0 unless packed or padded on the left.
+    /// Rows of k and v before its first valid one: 0 unless packed or padded on the left.
     pub first_k: usize,
 }
 
@@ -152,7 +152,7 @@ impl Problem {
         Self::checked(options, lengths, q, k, v)
     }
 
-    /// Checks one padded call with q, k and v in one tensor. Returns q too, a view.
+    /// Checks one padded call with q, k and v in one tensor. Also returns the view of q.
     pub fn fused(options: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
         let axes = match options.layout {
             TensorLayout::Bshd => "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)",
@@ -164,11 +164,11 @@ impl Problem {
         if num_heads_k > 0 && heads.div_ceil(2) <= num_heads_k {
             return Err(Error::FusedHeads { heads, num_heads_k, shape: qkv.dims().to_vec() });
         }
-        // Before q, a view of it, is told off by a name that the caller does not know.
+        // Check `qkv` first, so that an error names the tensor that the caller passed.
         Strides::of("qkv", qkv.layout(), options.layout)?;
         let [q, k, v] = split_qkv(qkv, num_heads_k, options.layout)?;
         let problem = Self::padded(options, &q, &k, &v).map_err(|error| match error {
-            // A hint at another layout would be one about views that were cut along the axis of this one.
+            // No hint at the other layout: the views were split along the head axis of this one.
             Error::SwappedAxes { error, .. } => *error,
             error => error,
         })?;
@@ -211,7 +211,7 @@ impl Problem {
         Self::checked(options, lengths, q, k, v)
     }
 
-    /// The checks that padded and packed calls share. The sizes of heads agree already.
+    /// The checks that padded and packed calls share. The heads are checked already.
     fn checked(options: &Attention, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let (dtype, device) = (q.dtype(), q.device().location());
         if !is_float(dtype) {
@@ -334,7 +334,7 @@ impl Problem {
         }
     }
 
-    /// Shape of o in the order of its axes.
+    /// Shape of o in its layout.
     pub fn shape_o(&self) -> Vec<usize> {
         self.output_layout.order(self.shape_q())
     }
@@ -416,7 +416,7 @@ impl Strides {
         Ok(Self::in_order(layout, order))
     }
 
-    /// The strides of `layout`, whose axes come in `order`.
+    /// The strides of `layout`, whose axes are in `order`.
     fn in_order(layout: &Layout, order: TensorLayout) -> Self {
         let strides = layout.stride();
         let (row_axis, head_axis) = order.axes(strides.len());
@@ -446,7 +446,7 @@ const PACKED: Axes = Axes {
     k: ["(total_k, num_heads_k, head_dim)", "(num_heads_k, total_k, head_dim)"],
 };
 
-/// Whether q, k and v have as many axes as their names.
+/// Checks the ranks of q, k and v.
 fn check_ranks(layout: TensorLayout, axes: &Axes, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
     let (axes_q, axes_k) = (axes.q[layout as usize], axes.k[layout as usize]);
     for (tensor, x, axes) in [("q", q, axes_q), ("k", k, axes_k), ("v", v, axes_k)] {
@@ -455,7 +455,7 @@ fn check_ranks(layout: TensorLayout, axes: &Axes, q: &Tensor, k: &Tensor, v: &Te
     Ok(())
 }
 
-/// Whether the sizes agree in `layout`. If they agree in the other layout alone, the error says so.
+/// Checks the sizes in `layout`. If they fit only the other layout, the error is [`Error::SwappedAxes`].
 fn check_sizes(layout: TensorLayout, axes: &Axes, sizes: impl Fn(TensorLayout) -> Result<()>) -> Result<()> {
     sizes(layout).map_err(|error| match sizes(layout.other()) {
         Ok(()) => {

@@ -193,6 +193,7 @@ __device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* s
                                              [&](int row, int key) { return sees.visible(rows.begin + row, key); });
     }
     if (params.unrounded) {
+        if (kCareful) __syncthreads();  // a thread reads here what others have added
         float* gO = row_of<float>(params.o, params.o_strides, block.batch, block.sequence.first_q + rows.begin, block.head);
 #pragma unroll
         for (int i = 0; i < Traits::kMTiles; ++i)

@@ -56,7 +56,7 @@ struct Scratch<A> {
     softmax: OnlineSoftmax<A>,
 }
 
-/// Fills `o`, contiguous in its layout, and `lse`, in the order of lse.
+/// Fills `o`, contiguous in its layout, and `lse`, `(batch, num_heads, seqlen_q)` or `(num_heads, total_q)`.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     execution: &Execution,
     [q, k, v]: [&[T]; 3],

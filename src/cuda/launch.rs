@@ -10,7 +10,7 @@ use super::params::Params;
 use crate::plan::Launch;
 use crate::{Error, Result};
 
-/// Thread blocks along z of one grid, which are sequences.
+/// The largest gridDim.z (CUDA C++ Programming Guide, technical specifications per compute capability). It counts sequences.
 const MAX_SEQUENCES: usize = 65_535;
 
 /// One launch in the making. It hands out addresses of device memory and keeps, until the kernel is queued, what orders
@@ -39,8 +39,7 @@ impl<'a> Launcher<'a> {
         address
     }
 
-    /// Queues the kernel, as often as its sequences fill a grid, and not at all if its grid is empty: the driver refuses
-    /// those.
+    /// Queues the kernel, once per `MAX_SEQUENCES` sequences. An empty grid queues nothing, because the driver refuses it.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver refuses the kernel or one queued before it has failed.

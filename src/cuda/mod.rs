@@ -181,10 +181,10 @@ impl<T: DeviceRepr> Gradients<T> {
     }
 }
 
-/// Device memory of the result.
+/// Device memory of the forward's result.
 enum Memory<T> {
     O(CudaSlice<T>),
-    /// o in f32, then lse.
+    /// o in f32, followed by lse.
     OAndLse(CudaSlice<f32>),
 }
 
@@ -266,7 +266,7 @@ fn typed_backward<T: Element>(
     }
     let (o, do_, dlse) = match output {
         Output::O => (result.clone(), readable(problem, grad)?, None),
-        // o went out in f32 and its gradient came back so: the kernels take both in the type of q, as without lse.
+        // o and its gradient are f32 here. The kernels read the type of q, so both are rounded.
         Output::OAndLse => {
             let part = |both: &Tensor| both.narrow(0, 0, q_len)?.to_dtype(T::DTYPE)?.reshape(problem.shape_o());
             (part(result)?, part(grad)?, Some(grad.contiguous()?.narrow(0, q_len, rows)?))
@@ -277,7 +277,7 @@ fn typed_backward<T: Element>(
     let mut dq_sums = device.alloc_zeros::<f32>(tiles.count * tiles.elements)?;
     // One counter for each tile and one for tickets.
     let mut turns = problem.deterministic.then(|| device.alloc_zeros::<u32>(tiles.count + 1)).transpose()?;
-    // Keys that do not count belong to no tile: nobody writes their gradients.
+    // No tile covers keys that are not valid, so no kernel writes their gradients: they are zeros from the start.
     let hides_keys = matches!(problem.lengths, Lengths::Padded { key_lengths: Some(_), .. });
     let memory = |len: usize| if hides_keys { device.alloc_zeros::<T>(len.max(1)) } else { uninit::<T>(device, len) };
     let slices = lens.into_iter().map(memory).collect::<Result<_>>()?;
@@ -341,8 +341,8 @@ fn typed_backward<T: Element>(
 
 /// Device memory that a kernel fills. The driver refuses to allocate nothing.
 fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: each use is written as a whole by what follows: `o`, `lse`, `delta`, `dq`, `dk` and `dv` by kernels that cover
-    // every row of every sequence, the lse of the flat result by a copy.
+    // SAFETY: what follows writes every element. Kernels write `o`, `lse`, `delta`, `dq`, `dk` and `dv` for every row; with key
+    // lengths, `dk` and `dv` are not allocated here. A copy writes the lse of the flat result.
     unsafe { device.alloc::<T>(len.max(1)) }
 }
 

@@ -193,17 +193,19 @@ impl Schedule {
     }
 }
 
-/// What a [`Shape`] points to; [`NULL`] for what a call has not.
+/// The device addresses of a [`Shape`]; [`NULL`] for what the call does not use.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ShapeAddresses {
-    /// Of q, and of k and v.
+    /// `u32`, `batch + 1` entries: of q, and of k and v.
     pub cu_seqlens: [CUdeviceptr; 2],
+    /// `u32`, `batch` entries.
     pub key_lengths: CUdeviceptr,
+    /// f32.
     pub alibi_slopes: CUdeviceptr,
 }
 
 impl Shape {
-    /// The sequences and scores of `problem`, with the addresses of what belongs to them.
+    /// Sizes, mask and options of `problem`, with the device addresses that belong to it.
     pub fn new(problem: &Problem, addresses: ShapeAddresses) -> Self {
         let ShapeAddresses { cu_seqlens, key_lengths, alibi_slopes } = addresses;
         // `Plan` has checked that sizes fit 32 bits.

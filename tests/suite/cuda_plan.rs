@@ -368,6 +368,26 @@ fn refusals_by_size() -> Result<()> {
     Ok(())
 }
 
+/// A deterministic backward counts its blocks in 32 bits.
+#[test]
+fn more_blocks_than_tickets() -> Result<()> {
+    // 600,000 sequences, all but one empty: each counts as long as that one.
+    let mut lengths = vec![0; 600_000];
+    lengths[7] = 1 << 20;
+    let lengths = CuSeqlens::from_lengths(&lengths, &Device::Cpu)?;
+    let x = zeros(&[1, 1, 32], DType::BF16)?.expand(&[1 << 20, 1, 32])?;
+    let plan = |deterministic| -> Result<_> {
+        let attention = Attention::new().deterministic(deterministic);
+        Ok(plan(&testing::problem_packed(&attention, (&x, &x, &x), &lengths, &lengths)?, &H100))
+    };
+    assert!(plan(false)?.is_ok());
+    let refused = plan(true)?.expect_err("must be refused").to_string();
+    let start =
+        "number of thread blocks of a deterministic backward is 4915200000, but a CUDA kernel takes at most 4294967295";
+    assert!(refused.starts_with(start), "{refused}");
+    Ok(())
+}
+
 /// Rows are read 16 bytes at once. Strides that are never used may be anything.
 #[test]
 fn refusals_by_alignment() -> Result<()> {

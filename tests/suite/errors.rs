@@ -477,6 +477,20 @@ fn swapped_axes() -> Result<()> {
 }
 
 #[test]
+fn alibi_over_a_part() -> Result<()> {
+    let slopes = Tensor::zeros(8, DType::F32, &Device::Cpu)?;
+    let attention = Attention::new().alibi_slopes(&slopes);
+    let answer =
+        "alibi_slopes: attention over one part of the keys does not know how far they are from the queries; leave the \
+                  slopes out, or use forward_with_lse, whose distances count from the last key given";
+    let x = zeros(&[2, 3, 8, 64]);
+    assert_eq!(text(attention.forward_partial(&x, &x, &x)), answer);
+    let (x, lengths) = (zeros(&[6, 8, 64]), CuSeqlens::from_lengths(&[3, 3], &Device::Cpu)?);
+    assert_eq!(text(attention.forward_packed_partial(&x, &x, &x, &lengths, &lengths)), answer);
+    Ok(())
+}
+
+#[test]
 fn merging() -> Result<()> {
     let attention = Attention::new();
     let merge = |parts: &[(Tensor, Tensor)]| text(attention.merge(parts));
@@ -503,8 +517,7 @@ fn merging() -> Result<()> {
     );
     assert_eq!(
         merge(&[part(&lse.i(0)?, &lse)]),
-        "o: expected (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim), got 2 axes in shape [8, 3]; \
-         reshape it, or use the packed call for sequences laid end to end"
+        format!("merge: o of part 0 is [8, 3], expected 4 axes, or 3 if packed; {queries}")
     );
     Ok(())
 }

@@ -8,7 +8,7 @@ use crate::common::tolerance::accumulator;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::TensorLayout::{self, Bhsd, Bshd};
-use candle_fa2::{Attention, Mask};
+use candle_fa2::{Attention, CuSeqlens, Mask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -112,6 +112,7 @@ fn check_rows(
     let answers: Vec<_> = rows.iter().map(merged).collect();
     let close = |name: &str, got: &Tensor, want: Vec<f64>| -> Result<()> {
         let got: Vec<f64> = got.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+        ensure!(got.len() == want.len(), "{name} has {} numbers instead of {}", got.len(), want.len());
         for (at, (got, want)) in got.iter().zip(&want).enumerate() {
             let same = got == want || (got - want).abs() <= limit * want.abs().max(1.0);
             ensure!(same, "{name} at {at}: {got} instead of {want}, {layout:?} {dtype:?} {} parts", vars.len());
@@ -148,6 +149,48 @@ fn an_empty_part_changes_no_bit() -> Result<()> {
         compare::same_bits("o of nothing", &o, &empty.0, &case)?;
         compare::same_bits("lse of nothing", &lse, &empty.1, &case)?;
     }
+    Ok(())
+}
+
+/// A part whose o is NaN where its lse is minus infinity, as of keys that all score so, leaves the others alone.
+#[test]
+fn a_part_of_infinite_scores_changes_nothing() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(1, 3, 4).heads(2, 2);
+        let input = case.draw();
+        let Call { attention, q, k, v } = case.call(&input)?;
+        let part = attention.forward_partial(&q, &k, &v)?;
+        let infinite = Var::from_tensor(&(part.0.zeros_like()? + f64::NAN)?)?;
+        let none = Var::from_tensor(&(part.1.zeros_like()? + f64::NEG_INFINITY)?)?;
+        let parts = [part.clone(), (infinite.as_tensor().clone(), none.as_tensor().clone())];
+        let (o, lse) = attention.merge(&parts)?;
+        compare::same_bits("o", &o, &part.0, &case)?;
+        compare::same_bits("lse", &lse, &part.1, &case)?;
+        let grads = (o.sum_all()? + lse.sum_all()?)?.backward()?;
+        for (name, var) in [("o", &infinite), ("lse", &none), ("q", &q), ("k", &k), ("v", &v)] {
+            let grad = grads.get(var).context("no gradient")?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            ensure!(grad.iter().all(|x| x.is_finite()), "gradient of {name}: {grad:?}\ncase {case}");
+        }
+        // A row of NaN stays one.
+        let nan = (part.0.clone(), (part.1.clone() + f64::NAN)?);
+        let (o, lse) = attention.merge(&[nan.clone(), (nan.0.clone(), none.as_tensor().clone())])?;
+        for x in [o, lse] {
+            let x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            ensure!(x.iter().all(|x| x.is_nan()), "{x:?}\ncase {case}");
+        }
+    }
+    Ok(())
+}
+
+/// A process without queries, as in ring attention, merges nothing.
+#[test]
+fn parts_without_rows() -> Result<()> {
+    let q = Tensor::zeros((0, 2, 8), DType::BF16, &Device::Cpu)?;
+    let lengths = CuSeqlens::from_lengths(&[0, 0], &Device::Cpu)?;
+    let part = Attention::new().forward_packed_partial(&q, &q, &q, &lengths, &lengths)?;
+    let (o, lse) = Attention::new().merge(&[part.clone(), part])?;
+    assert_eq!((o.dims(), lse.dims()), (&[0, 2, 8][..], &[2, 0][..]));
+    assert_eq!((o.dtype(), lse.dtype()), (DType::F32, DType::F32));
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use crate::common::cases::{targets, window, Alibi, Case};
 use crate::common::compare;
+use crate::common::run::Call;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::PaddingSide::{Left, Right};
@@ -28,6 +29,27 @@ fn key_lengths_match_the_reference() -> Result<()> {
                 case.check()?;
             }
         }
+    }
+    Ok(())
+}
+
+/// q, k and v in one tensor, with padding on the left: the values and the gradient of three tensors.
+#[test]
+fn key_lengths_of_one_tensor_of_q_k_and_v() -> Result<()> {
+    for target in targets() {
+        let case = Case::new(&target).batch(3, 40, 40).heads(4, 2).mask(Mask::Causal).deterministic();
+        let case = case.key_lengths(&[40, 7, 0], Left);
+        let input = case.draw();
+        let Call { attention, q, k, v } = case.call(&input)?;
+        let do_ = case.output_tensor(&input.do_)?;
+        let loss = |o: &Tensor| (o * &do_)?.sum_all();
+        let grads = loss(&attention.forward(&q, &k, &v)?)?.backward()?;
+        let grad = |var: &Var| grads.get(var).context("no gradient").cloned();
+        let want = Tensor::cat(&[grad(&q)?, grad(&k)?, grad(&v)?], 2)?;
+        let qkv = Var::from_tensor(&Tensor::cat(&[&q, &k, &v].map(|var| var.detach()), 2)?)?;
+        let o = attention.forward_qkv(&qkv, 2)?;
+        compare::same_bits("o", &o, &attention.forward(&q, &k, &v)?, &case)?;
+        compare::same_bits("dqkv", loss(&o)?.backward()?.get(&qkv).context("no gradient")?, &want, &case)?;
     }
     Ok(())
 }

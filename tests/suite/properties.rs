@@ -127,9 +127,10 @@ fn padded_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
                 // A share of 0 or close to it leaves a sequence without keys.
                 let count = |share: &f64| (share * 1.2 * (seqlen_k + 1) as f64) as usize;
                 let lengths: Vec<usize> = shares.iter().map(|share| count(share).min(seqlen_k)).take(batch).collect();
-                // Right of fewer keys than queries, a mask is refused.
+                // Fewer keys than queries, padded on the right, are refused where positions matter.
                 let &Lengths::Padded { seqlen_q, .. } = &case.lengths else { unreachable!("it is padded") };
-                let few = lengths.iter().any(|&length| length < seqlen_q);
+                let positions_matter = case.mask != Mask::None || case.alibi != Alibi::Off;
+                let few = positions_matter && lengths.iter().any(|&length| length > 0 && length < seqlen_q);
                 case.key_lengths(&lengths, if few { PaddingSide::Left } else { side })
             }
             _ => case,
