@@ -78,14 +78,14 @@ pub enum Error {
         /// Heads of k and v.
         num_heads_k: usize,
     },
-    /// The shapes do not fit the layout of the call, but they fit the other one.
+    /// The shapes do not fit the layout of the call, but fit the other layout.
     #[error("{error}; if q is {axes}, call .layout(TensorLayout::{layout:?})")]
     SwappedAxes {
-        /// What does not fit.
+        /// The error in the layout of the call.
         error: Box<Error>,
-        /// The axes of q in the layout that fits.
+        /// Axes of q in the other layout.
         axes: &'static str,
-        /// The layout that fits.
+        /// The other layout.
         layout: TensorLayout,
     },
     /// A tensor of q, k and v in one has no head left for q.
@@ -228,8 +228,8 @@ pub enum Error {
         /// The value that came.
         value: f64,
     },
-    /// A padding mask with padding between tokens.
-    #[error("mask: the {tokens} tokens of row {row} lie neither at the start nor at the end of its {seqlen} positions; pad on one side")]
+    /// A padding mask with padding between tokens or on both sides.
+    #[error("mask: the {tokens} tokens of row {row} are not one block at the start or end of its {seqlen} positions; put all padding on one side")]
     MaskHole {
         /// Index of the sequence.
         row: usize,
@@ -245,50 +245,53 @@ pub enum Error {
         row: usize,
         /// The side of its padding.
         side: PaddingSide,
-        /// Index of the sequence before it that differs.
+        /// Index of an earlier sequence padded on the other side.
         other: usize,
-        /// The side of that one's padding.
+        /// Its padding side.
         of_other: PaddingSide,
     },
-    /// Key lengths of another number of sequences.
-    #[error("key_lengths: {got} lengths came for a batch of {batch}; give one for each sequence")]
+    /// The number of key lengths is not the number of sequences.
+    #[error("key_lengths: got {got} lengths for a batch of {batch}; give one per sequence")]
     KeyLengthsBatch {
         /// Number of lengths.
         got: usize,
         /// Number of sequences.
         batch: usize,
     },
-    /// More keys count than there are.
-    #[error("key_lengths: sequence {sequence} has {length} keys, but there is room for {seqlen_k}; lengths count keys, padding left out")]
+    /// A key length is larger than `seqlen_k`.
+    #[error(
+        "key_lengths: length {length} of sequence {sequence} is larger than seqlen_k {seqlen_k}; do not count padding"
+    )]
     KeyLength {
         /// Index of the sequence.
         sequence: usize,
         /// Its length.
         length: usize,
-        /// The most that it could be.
+        /// The largest allowed length.
         seqlen_k: usize,
     },
-    /// Fewer keys count than there are queries, where positions matter: the padding of the queries is not known.
-    #[error("key_lengths: sequence {sequence} has {length} keys for {seqlen_q} queries, but a mask or ALiBi lines up the last query with the last key; for self-attention padded on the right use CuSeqlens::from_mask and forward_packed, or Mask::Causal without key_lengths")]
+    /// A right-padded sequence has fewer valid keys than queries, and a mask or ALiBi needs positions. The last query may
+    /// be padding.
+    #[error("key_lengths: sequence {sequence} has {length} keys but {seqlen_q} queries, and the mask or ALiBi aligns the last query with the last valid key; if the queries are padded too, use Mask::Causal without key_lengths, or CuSeqlens::from_mask and forward_packed")]
     KeyLengthAlignment {
         /// Index of the sequence.
         sequence: usize,
-        /// Its number of keys.
+        /// Its number of valid keys.
         length: usize,
         /// Queries of each sequence.
         seqlen_q: usize,
     },
     /// Key lengths on a packed call.
-    #[error("key_lengths: a packed call takes the lengths of its keys from cu_seqlens_k; leave key_lengths out")]
+    #[error("key_lengths: a packed call reads key lengths from cu_seqlens_k; remove key_lengths")]
     KeyLengthsPacked,
     /// ALiBi over one part of the keys.
     #[error("alibi_slopes: attention over one part of the keys does not know how far they are from the queries; leave the slopes out, or use forward_with_lse, whose distances count from the last key given")]
     PartialAlibi,
     /// No part to merge.
-    #[error("merge: no part came; give at least one")]
+    #[error("merge: parts is empty; give at least one part")]
     MergeNothing,
-    /// A part that does not fit the first one.
-    #[error("merge: {tensor} of part {part} is {got}, expected {expected}; parts have the same queries")]
+    /// A part differs from the first part, or lse does not fit o.
+    #[error("merge: {tensor} of part {part} is {got}, expected {expected}; all parts need the same queries, and o the result layout of this Attention")]
     MergeMismatch {
         /// Index of the part.
         part: usize,
@@ -556,8 +559,8 @@ pub enum Error {
         /// The shape that came.
         shape: Vec<usize>,
     },
-    /// Key lengths of a layer: they belong to one batch, and a layer meets many.
-    #[error("key_lengths: a layer takes none, they belong to one batch; use forward_packed with CuSeqlens for sequences of different lengths")]
+    /// Key lengths in the configuration of a layer. They belong to one batch, but a layer takes many batches.
+    #[error("key_lengths: a layer cannot store the lengths of one batch; remove key_lengths, and for padded batches unpad with CuSeqlens and call forward_packed")]
     LayerKeyLengths,
     /// Sizes of a layer whose weights no machine can address.
     #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
@@ -589,42 +592,42 @@ pub enum Error {
         /// The dtypes that would do.
         supported: &'static str,
     },
-    /// Two projections of a layer under one name.
-    #[error("projections {first} and {second} are both named {name:?} and would share their weights; give each its name, or share on purpose with VarBuilder::rename_f")]
+    /// Two projections of a layer have the same name.
+    #[error("projections {first} and {second} have the same name {name:?} and would share weights; give them different names, or map the names with VarBuilder::rename_f if sharing is intended")]
     ProjectionName {
-        /// `q`, `k`, `v`, `qkv` or `o`.
+        /// The role of one projection: `q`, `k`, `v`, `qkv` or `o`.
         first: &'static str,
-        /// As `first`.
+        /// The role of the other one.
         second: &'static str,
         /// The name of both.
         name: String,
     },
-    /// A weight of a layer is missing, and the weights of another arrangement of projections are there.
-    #[error("{missing}: not found, but the VarBuilder holds {}; name the projections with .projections(..), or add {allow} to ignore these", tensors.join(", "))]
+    /// A weight of the configuration is missing, but the weights of another naming are present.
+    #[error("{missing}: not found, but the VarBuilder has {}; set the names with .projections(..), or add {allow} to ignore {}", tensors.join(", "), it_or_them(tensors))]
     OtherProjections {
         /// The weight that the configuration names.
         missing: String,
-        /// The weights that are there.
+        /// The weights that the builder has.
         tensors: Vec<String>,
-        /// The calls that ignore them.
+        /// The builder calls that ignore them, as text.
         allow: String,
     },
-    /// Biases for projections that are to have none.
-    #[error("{}: in the VarBuilder, but the configuration has no such bias; add {add} to use it, or {allow} to ignore it", tensors.join(", "))]
+    /// The `VarBuilder` has biases that the configuration does not use.
+    #[error("{}: the VarBuilder has {it}, but the configuration does not use {it}; add {add} to use {it}, or {allow} to ignore {it}", tensors.join(", "), it = it_or_them(tensors))]
     UnusedBiases {
-        /// The biases that are there.
+        /// The biases that the builder has.
         tensors: Vec<String>,
-        /// The calls that use them.
+        /// The builder calls that use them, as text.
         add: String,
-        /// The calls that ignore them.
+        /// The builder calls that ignore them, as text.
         allow: String,
     },
-    /// Tensors next to the weights of a layer that change the result of attention, and that the layer does not apply.
-    #[error("{}: in the VarBuilder, but the layer does not apply such a tensor; merge it into the weights, build the layer on Attention, or add {allow} to ignore it", tensors.join(", "))]
+    /// Known tensors that change the result of attention, and that the layer cannot apply.
+    #[error("{}: the VarBuilder has {it}, but the layer cannot apply {it}; fold scales or LoRA into the weights, apply norms or sinks yourself around Attention, or add {allow} to ignore {it}", tensors.join(", "), it = it_or_them(tensors))]
     UnusedTensors {
-        /// The tensors that are there.
+        /// The tensors that the builder has.
         tensors: Vec<String>,
-        /// The calls that ignore them.
+        /// The builder calls that ignore them, as text.
         allow: String,
     },
     /// An error of Candle itself.
@@ -642,7 +645,15 @@ impl From<Error> for candle_core::Error {
     }
 }
 
-/// What to do about a tensor that has not the axes of a description such as `(batch, seqlen_q, num_heads, head_dim)`.
+/// The pronoun for one or more tensors.
+fn it_or_them(tensors: &[String]) -> &'static str {
+    match tensors.len() {
+        1 => "it",
+        _ => "them",
+    }
+}
+
+/// What to do about a tensor that does not have the axes of a description such as `(batch, seqlen_q, num_heads, head_dim)`.
 fn way_to_rank(axes: &str) -> &'static str {
     // One tensor of q, k and v has no packed call.
     let of_heads = (axes.contains("num_heads") || axes.contains("embed_dim")) && !axes.contains('+');

@@ -53,7 +53,7 @@ pub struct Checkpoint {
     pub learner: Learner,
 }
 
-/// Writes the checkpoint of the run in `dir`; the one before it stays until this one is complete.
+/// Writes the checkpoint of the run in `dir`. The previous one stays until this one is complete.
 pub fn save(dir: &Path, state: &State, learner: &Learner) -> Result<()> {
     let Learner { parameters, optimizer } = learner;
     let mut tensors = Vec::new();
@@ -154,7 +154,7 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
     let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
     let Config { num_layers, .. } = state.config;
     if num_layers > tensors.len() {
-        return Err(refuse(format!("its num_layers is {num_layers}, but it has only {} tensors", tensors.len())));
+        return Err(refuse(format!("num_layers is {num_layers}, but the file has only {} tensors", tensors.len())));
     }
     let read = |name: &str, shape: &[usize]| -> Result<Tensor> {
         let view = tensors
@@ -178,29 +178,27 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
 
 /// Why the checkpoint `file` cannot be used, and the way out.
 pub fn unusable(file: &Path, reason: String) -> anyhow::Error {
-    anyhow!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display())
+    anyhow!("{} cannot be used: {reason}; restore it from a copy or start a new run", file.display())
 }
 
 impl State {
-    /// The first field with a value that no run has. The cursor needs the text: `Batches::at` checks it.
+    /// Checks all fields and reports the first invalid one. The cursor is not checked here, because that needs the text;
+    /// `Batches::at` checks it.
     fn check(&self) -> Result<(), String> {
         self.config.check()?;
         let Self { step, vocab_size, text_sha256, config, .. } = self;
         if *step > config.steps {
-            return Err(format!("its step is {step}, and must be at most its steps {}", config.steps));
+            return Err(format!("step is {step}, but must be at most {}, the steps of the run", config.steps));
         }
         let tokens = Tokenizer::new(config.tokenizer).vocab_size();
         if *vocab_size < tokens {
             return Err(format!(
-                "its vocab_size is {vocab_size}, and must be at least {tokens}, the tokens of {}",
+                "vocab_size is {vocab_size}, but must be at least {tokens} for the tokenizer {}",
                 name_of(config.tokenizer)
             ));
         }
         if text_sha256.len() != 2 * SHA256_BYTES || !text_sha256.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(format!(
-                "its text_sha256 is {text_sha256:?}, and must be {} hexadecimal digits",
-                2 * SHA256_BYTES
-            ));
+            return Err(format!("text_sha256 is {text_sha256:?}, but must be {} hexadecimal digits", 2 * SHA256_BYTES));
         }
         Ok(())
     }

@@ -79,10 +79,10 @@ pub struct TrainArgs {
     /// Folder of the run: a new one, or an empty one [default: the next of runs/0001, runs/0002, ...]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Continue the run in DIR where its last checkpoint is, as if it had never stopped
+    /// Continue the run in DIR from its last checkpoint
     ///
-    /// Ctrl-C stops a run with a checkpoint after the step it is in. One process at a time trains in a folder; sample and
-    /// eval read its last checkpoint meanwhile.
+    /// Ctrl-C finishes the current step, saves a checkpoint and stops. Only one process can train in a folder; sample and
+    /// eval can read the last checkpoint during training.
     ///
     /// All options are those of the run. Only three can be given again: --data (if the text has moved; it must be the
     /// same text), --device, and --steps (a new end, and with it a new schedule).
@@ -167,13 +167,13 @@ struct RecipeArgs {
     /// Seed of everything random
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Steps between evaluations; a new loss curve comes with each
+    /// Steps between evaluations; each one also redraws loss.svg
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_interval: Option<usize>,
     /// Held-out windows per evaluation
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_windows: Option<usize>,
-    /// Steps between checkpoints; Ctrl-C saves one too [default: a checkpoint with each evaluation]
+    /// Steps between checkpoints; Ctrl-C saves one too [default: the evaluation interval]
     #[arg(long, value_name = "N", value_parser = positive)]
     checkpoint_interval: Option<usize>,
 }
@@ -186,7 +186,7 @@ impl TrainArgs {
     fn train(self) -> Result<()> {
         let device = self.device.open()?;
         if let Some(dir) = self.resume {
-            checkpoint::locate(&dir)?; // a folder without a run is left as it is
+            checkpoint::locate(&dir)?; // Check first: do not lock a folder that holds no run.
             let folder = RunFolder::open(&dir)?;
             return Run::resume(&folder, absolute(self.data)?, self.recipe.steps, device)?.train(&folder);
         }
@@ -195,7 +195,7 @@ impl TrainArgs {
             files::check_free(dir)?;
         }
         sizes::check_training(&config, sizes::memory_of(&device))?;
-        // The folder is made when nothing of the input can be wrong any more: a refused run leaves none.
+        // Check all input before the folder is created, so that a refused run leaves no folder.
         let mut run = Run::new(config, device)?;
         let folder = match self.out {
             Some(dir) => RunFolder::create(&dir)?,
@@ -358,9 +358,10 @@ impl TimeArgs {
         sizes::check_timing(&config, &plan, sizes::memory_of(&device))?;
         let table = self.csv.as_deref().map(Table::open).transpose()?;
         let timing = time::measure(&config, &plan, &device)?;
-        let kept = table.map_or(Ok(()), |table| table.append(&timing));
+        // Print the result even if the table cannot be written.
+        let appended = table.map_or(Ok(()), |table| table.append(&timing));
         let printed = output::result(&timing);
-        kept.and(printed)
+        appended.and(printed)
     }
 }
 
@@ -380,7 +381,8 @@ impl Cli {
     }
 }
 
-/// Lets a negative number be the value of an option: the option's own rule then refuses it.
+/// Accepts a negative number as the value of an option. Then the rule of the option refuses it, and the error states the
+/// rule.
 fn negative_number(arg: Arg) -> Arg {
     let takes_value = arg.get_action().takes_values();
     arg.allow_negative_numbers(takes_value)

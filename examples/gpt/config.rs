@@ -90,17 +90,17 @@ pub struct Config {
     pub eval_interval: usize,
     pub eval_windows: usize,
     #[serde(default)]
-    pub checkpoint_interval: Option<usize>, // None: a checkpoint with each evaluation
+    pub checkpoint_interval: Option<usize>, // None: the same as eval_interval
 }
 
 impl Config {
-    /// The first field with a value that no run has, and the rule it breaks.
+    /// Returns the first invalid field and the rule that it breaks.
     pub fn check(&self) -> Result<(), String> {
-        /// Larger sizes are no sizes, and their products no `usize`.
+        /// Upper limit for every size. Products of larger sizes could overflow `usize`.
         const MAX: usize = u32::MAX as usize;
         let rule = |field: &str, value: &dyn Display, holds: bool, rule: &str| match holds {
             true => Ok(()),
-            false => Err(format!("its {field} is {value}, and must be {rule}")),
+            false => Err(format!("{field} is {value}, but must be {rule}")),
         };
         for (field, value) in [
             ("num_layers", self.num_layers),
@@ -120,14 +120,14 @@ impl Config {
         ] {
             rule(field, &value, value > 0, "at least 1")?;
         }
-        let heads = format!("a multiple of its num_heads {}", self.num_heads);
+        let heads = format!("a multiple of num_heads {}", self.num_heads);
         rule("embed_dim", &self.embed_dim, self.embed_dim.is_multiple_of(self.num_heads), &heads)?;
         let tokens = self.batch.saturating_mul(self.accumulation).saturating_mul(self.context);
         rule("batch * accumulation * context", &tokens, tokens <= MAX, &format!("at most {MAX}"))?;
 
         rule("lr", &self.lr, self.lr > 0.0, "above 0")?;
         let from_0_to_lr = (0.0..=self.lr).contains(&self.min_lr);
-        rule("min_lr", &self.min_lr, from_0_to_lr, &format!("from 0 to its lr {}", self.lr))?;
+        rule("min_lr", &self.min_lr, from_0_to_lr, &format!("from 0 to lr {}", self.lr))?;
         rule("weight_decay", &self.weight_decay, self.weight_decay >= 0.0, "0 or above")?;
         for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             rule(field, &value, (0.0..1.0).contains(&value), "from 0 to below 1")?;
@@ -233,7 +233,8 @@ impl Config {
     }
 }
 
-/// A path in JSON: a string where it is Unicode, else the system's own numbers, so that every path comes back as it was.
+/// A path in JSON. A Unicode path is a string. Any other path is stored as the operating system's raw units, so it is
+/// restored exactly.
 mod any_path {
     use super::{Deserialize, PathBuf, Serialize};
     use serde::{Deserializer, Serializer};

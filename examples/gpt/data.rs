@@ -197,13 +197,13 @@ impl Batches {
         Self::with(config, corpus, Cursor { epoch_seed: rng.seed(), used: 0 })
     }
 
-    /// Continues where a checkpoint's cursor stands; one that stands outside the text is refused.
+    /// Continues at the cursor of a checkpoint. A cursor past the end of the text is an error.
     pub fn at(config: &Config, corpus: &Corpus, cursor: Cursor) -> Result<Self, String> {
         let batches = Self::with(config, corpus, cursor);
         let (used, windows) = (batches.cursor.used, batches.order.len());
         match used <= windows {
             true => Ok(batches),
-            false => Err(format!("its cursor.used is {used}, and must be at most {windows}, the windows of its text")),
+            false => Err(format!("cursor.used is {used}, but must be at most {windows}, the windows of the text")),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The files of a run: its folder, into which one process at a time writes, and writes that happen whole or not at all.
+//! The files of a run. One process at a time writes into the folder. Each file is written atomically.
 
 use anyhow::{anyhow, bail, Result};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -51,7 +51,7 @@ fn last_number(runs: &Path) -> usize {
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max().unwrap_or(0)
 }
 
-/// Checks that `dir` can be the folder of a new run: not there yet, or empty. Creates nothing.
+/// Checks that `dir` can be the folder of a new run: it does not exist, or is empty. Creates nothing.
 pub fn check_free(dir: &Path) -> Result<()> {
     match fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -60,7 +60,7 @@ pub fn check_free(dir: &Path) -> Result<()> {
             for entry in entries {
                 let name = entry?.file_name();
                 let name = name.to_string_lossy();
-                // A process that is killed before its first checkpoint leaves these.
+                // A process killed before its first checkpoint leaves a lock file and temporary files.
                 if name != LOCK_NAME && !is_temporary(&name) {
                     bail!(
                         "--out {0} is not empty (it holds {name}), and nothing is ever overwritten; choose another \
@@ -74,41 +74,41 @@ pub fn check_free(dir: &Path) -> Result<()> {
     }
 }
 
-/// A run's folder, into which this process alone writes.
+/// The folder of a run. Only this process writes into it.
 pub struct RunFolder {
     dir: PathBuf,
     _lock: Lock,
-    _made: MadeFolders, // goes after the lock, whose file lies in it
+    _created: CreatedFolders, // dropped after `_lock`: the lock file is in this folder
 }
 
 impl RunFolder {
-    /// The folder of a new run. If nothing lies in it when the value is dropped, it is removed.
+    /// The folder of a new run. If the folder is empty when this value is dropped, the folder is removed.
     pub fn create(dir: &Path) -> Result<Self> {
-        let made = MadeFolders::create(dir)?;
-        Self::new(dir, made)
+        let created = CreatedFolders::create(dir)?;
+        Self::new(dir, created)
     }
 
-    /// As [`Self::create`], the first free folder of `runs`/0001, `runs`/0002, ...
+    /// As [`Self::create`], in the first free folder of `runs`/0001, `runs`/0002, ...
     pub fn create_numbered(runs: &Path) -> Result<Self> {
-        let mut made = MadeFolders::create(runs)?;
+        let mut created = CreatedFolders::create(runs)?;
         let dir = fresh_folder(runs)?;
-        made.0.insert(0, dir.clone());
-        Self::new(&dir, made)
+        created.0.insert(0, dir.clone());
+        Self::new(&dir, created)
     }
 
-    fn new(dir: &Path, made: MadeFolders) -> Result<Self> {
-        let folder = Self { dir: dir.to_owned(), _lock: Lock::take(dir)?, _made: made };
-        check_free(dir)?; // again: another process may have trained there before this one had the lock
+    fn new(dir: &Path, created: CreatedFolders) -> Result<Self> {
+        let folder = Self { dir: dir.to_owned(), _lock: Lock::take(dir)?, _created: created };
+        check_free(dir)?; // Check again: another process may have trained here before this one got the lock.
         folder.remove_leftovers();
         Ok(folder)
     }
 
-    /// The folder of a run that is to go on.
+    /// Opens the folder of a run to resume.
     pub fn open(dir: &Path) -> Result<Self> {
         if dir.is_file() {
             bail!("--resume {} is a file; give the folder of the run", dir.display());
         }
-        let folder = Self { dir: dir.to_owned(), _lock: Lock::take(dir)?, _made: MadeFolders(Vec::new()) };
+        let folder = Self { dir: dir.to_owned(), _lock: Lock::take(dir)?, _created: CreatedFolders(Vec::new()) };
         folder.remove_leftovers();
         Ok(folder)
     }
@@ -117,47 +117,47 @@ impl RunFolder {
         &self.dir
     }
 
-    /// Removes the temporary files of killed processes. No other process writes here now, so none is in use.
+    /// Removes the temporary files of killed processes. None is in use, because only this process writes here.
     fn remove_leftovers(&self) {
         let Ok(entries) = fs::read_dir(&self.dir) else { return };
         for entry in entries.flatten() {
             if is_temporary(&entry.file_name().to_string_lossy()) {
-                let _ = fs::remove_file(entry.path()); // one that stays only takes room
+                let _ = fs::remove_file(entry.path()); // If removal fails, the file only uses disk space.
             }
         }
     }
 }
 
-/// The folders that a run had to make, innermost first. Dropping the value removes those that are empty.
-struct MadeFolders(Vec<PathBuf>);
+/// The folders that this run created, innermost first. Drop removes the empty ones.
+struct CreatedFolders(Vec<PathBuf>);
 
-impl MadeFolders {
-    /// Creates `dir` and the folders around it, as far as they are not there.
+impl CreatedFolders {
+    /// Creates `dir` and its missing parents.
     fn create(dir: &Path) -> Result<Self> {
         let absent = dir.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists());
-        let made = Self(absent.map(Path::to_owned).collect());
+        let created = Self(absent.map(Path::to_owned).collect());
         fs::create_dir_all(dir).map_err(|error| {
             anyhow!("cannot create the folder {}: {error}; choose another with --out", dir.display())
         })?;
-        Ok(made)
+        Ok(created)
     }
 }
 
-impl Drop for MadeFolders {
+impl Drop for CreatedFolders {
     fn drop(&mut self) {
         for folder in &self.0 {
-            let _ = fs::remove_dir(folder); // takes empty folders only
+            let _ = fs::remove_dir(folder); // remove_dir fails on a folder that is not empty
         }
     }
 }
 
-/// This file is locked, and holds the number of the process that locked it.
+/// Name of the lock file. It contains the ID of the process that holds the lock.
 const LOCK_NAME: &str = "train.lock";
 
-/// A process that has just locked the file writes its number within this time.
-const UNTIL_NUMBERED: Duration = Duration::from_millis(100);
+/// Maximum time between taking the lock and writing the process ID.
+const UNTIL_ID_IS_WRITTEN: Duration = Duration::from_millis(100);
 
-/// The right to write into a folder. The operating system takes it back when the process ends, even by SIGKILL.
+/// An exclusive lock on a folder. The operating system releases it when the process ends, even after SIGKILL.
 struct Lock {
     path: PathBuf,
     _file: File,
@@ -166,28 +166,31 @@ struct Lock {
 impl Lock {
     fn take(dir: &Path) -> Result<Self> {
         let path = dir.join(LOCK_NAME);
-        let number = std::process::id().to_string();
+        let id = std::process::id().to_string();
         loop {
             let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
             let mut file = opened.map_err(|error| CannotWrite::new(&path, error))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => bail!(
-                    "{} is in use: {} is training there; wait until it has ended, or stop it",
+                    "{} is in use: {} is training there; wait for it to end, or stop it",
                     dir.display(),
                     holder(file)
                 ),
                 Err(TryLockError::Error(error)) => {
-                    bail!("cannot lock {}: {error}; choose a folder on a file system that has locks", path.display())
+                    bail!(
+                        "cannot lock {}: {error}; choose a folder on a file system that supports file locks",
+                        path.display()
+                    )
                 }
             }
-            let numbered = file.set_len(0).and_then(|()| file.write_all(number.as_bytes()));
-            numbered.map_err(|error| CannotWrite::new(&path, error))?;
-            // The process before may have removed the file after it was opened here. The next process would then lock
-            // another file, so the one under the name must be this one.
+            let written = file.set_len(0).and_then(|()| file.write_all(id.as_bytes()));
+            written.map_err(|error| CannotWrite::new(&path, error))?;
+            // The previous holder may have deleted the file after this process opened it. Then another process could
+            // create and lock a new file. So check that `path` still names the file locked here.
             let ours = match fs::read_to_string(&path) {
-                Ok(text) => text == number,
-                Err(error) => error.kind() != ErrorKind::NotFound, // some systems let nobody read a locked file
+                Ok(text) => text == id,
+                Err(error) => error.kind() != ErrorKind::NotFound, // some systems do not allow reading a locked file
             };
             if ours {
                 return Ok(Self { path, _file: file });
@@ -198,16 +201,16 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path); // one that stays is not locked
+        let _ = fs::remove_file(&self.path); // a lock file left on disk is harmless: it is not locked
     }
 }
 
-/// The process that has locked `file`, as far as it can be known.
+/// The process that holds the lock on `file`, if its ID can be read.
 fn holder(mut file: File) -> String {
-    thread::sleep(UNTIL_NUMBERED);
-    let mut number = String::new();
-    match file.read_to_string(&mut number).map(|_| number.parse::<u32>()) {
-        Ok(Ok(number)) => format!("process {number}"),
+    thread::sleep(UNTIL_ID_IS_WRITTEN);
+    let mut id = String::new();
+    match file.read_to_string(&mut id).map(|_| id.parse::<u32>()) {
+        Ok(Ok(id)) => format!("process {id}"),
         _ => "another process".to_string(),
     }
 }
@@ -226,20 +229,20 @@ impl CannotWrite {
     }
 }
 
-/// A file that appears under its name only when it is complete and on the disk. Until then its bytes lie next to it in a
-/// temporary file, and the file that was under the name stays.
+/// Writes a file atomically. The data goes to a temporary file in the same folder. When it is complete and synced, it
+/// replaces the old file.
 pub struct AtomicFile {
     path: PathBuf,
-    file: BufWriter<File>, // goes before the temporary file: some systems remove no open file
+    file: BufWriter<File>, // dropped before `temporary`: some systems cannot remove an open file
     temporary: Temporary,
 }
 
-/// The name of a temporary file. Dropping it removes the file; after the rename there is none.
+/// Path of a temporary file. Drop removes the file. After the rename there is nothing to remove.
 struct Temporary(PathBuf);
 
 const TEMPORARY_SUFFIX: &str = ".gpt-tmp";
 
-/// Whether `name` is that of a temporary file of any process: `NAME.PROCESS.gpt-tmp`.
+/// Whether `name` is the name of a temporary file of any process: `NAME.PROCESS.gpt-tmp`.
 fn is_temporary(name: &str) -> bool {
     let process = name.strip_suffix(TEMPORARY_SUFFIX).and_then(|name| name.rsplit_once('.'));
     process.is_some_and(|(_, process)| process.parse::<u32>().is_ok())
@@ -271,7 +274,7 @@ impl AtomicFile {
     }
 }
 
-/// Puts `bytes` under `path`, whole or not at all.
+/// Writes `bytes` to the file `path` atomically.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), CannotWrite> {
     AtomicFile::create(path)
         .and_then(|mut file| {
@@ -291,14 +294,14 @@ impl Write for AtomicFile {
     }
 }
 
-/// A rename is on the disk when the folder is.
+/// Syncs the folder of `path`. Only then a rename in it is on the disk.
 #[cfg(unix)]
 fn sync_folder(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(folder)?.sync_all()
 }
 
-/// Other systems offer no handle of a folder to flush.
+/// Other systems cannot sync a folder.
 #[cfg(not(unix))]
 fn sync_folder(_path: &Path) -> io::Result<()> {
     Ok(())

@@ -5,7 +5,7 @@
 //! cargo run --release --example gpt -- train --data book.txt      ... on a text of yours
 //! cargo run --release --example gpt -- sample --prompt "fn "      let the newest run write
 //! cargo run --release --example gpt -- eval                       its loss on held-out text
-//! cargo run --release --example gpt -- train --resume runs/0001   go on where it stopped, by Ctrl-C or a crash
+//! cargo run --release --example gpt -- train --resume runs/0001   resume after Ctrl-C or a crash
 //! cargo run --release --example gpt -- time --preset 124m         how fast a preset trains here, without a text
 //!
 //! cargo run --release --features cuda --example gpt -- train --preset 124m --device cuda --dtype bf16 --batch 16 \
@@ -21,12 +21,12 @@
 //! | `parameters.rs`, `optimizer.rs` | all parameters at once; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | a trained model's text and loss |
-//! | `checkpoint.rs`, `files.rs` | checkpoints; the run's folder, its lock, and writes that happen whole or not at all |
+//! | `checkpoint.rs`, `files.rs` | checkpoints; the run's folder, its lock, atomic writes |
 //! | `stop.rs` | Ctrl-C and SIGTERM |
-//! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | what one sees of it |
+//! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | metrics, loss curve, progress, printing |
 //! | `time.rs`, `profile.rs` | speed, and where the time goes |
 //! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
-//! | `sizes.rs` | what no memory holds |
+//! | `sizes.rs` | how much memory a recipe needs at least |
 //! | `rng.rs` | all randomness |
 //! | `cli.rs` | options |
 
@@ -78,7 +78,7 @@ fn exit_code(result: Result<()>) -> u8 {
     }
     let error = match error.downcast::<clap::Error>() {
         // Help arrives as an error too; clap prints it on stdout.
-        Ok(usage) => match output::taken(usage.print()) {
+        Ok(usage) => match output::check_written(usage.print()) {
             Err(error) if !usage.use_stderr() => error,
             _ => return usage.exit_code() as u8,
         },

@@ -1,4 +1,4 @@
-//! metrics.csv: one row per step, in the order of the steps. There is a gap only where rows were lost before a resumption.
+//! metrics.csv: one row per step, in order. Steps are missing only if their rows were lost before a resume.
 
 use crate::files::{write_atomically, CannotWrite};
 use crate::output;
@@ -40,14 +40,17 @@ impl Metrics {
         Self::rewrite(dir.join(FILE_NAME), Vec::new())
     }
 
-    /// Continues after `step`: later rows, written between the checkpoint and the end of the process, are dropped,
-    /// for those steps will be taken again. Training needs none of the rows, so it goes on without those that were lost.
+    /// Continues after `step`. Later rows are dropped, because those steps run again. Training does not need old rows, so
+    /// missing rows are not an error.
     pub fn resume(dir: &Path, step: usize) -> Result<Self> {
         let path = dir.join(FILE_NAME);
         let rows = match path.try_exists() {
             Ok(false) => Vec::new(),
             _ => read(&path, step).map_err(|error| {
-                anyhow!("{error}; restore it from a copy, or move it away: a new one then begins at step {}", step + 1)
+                anyhow!(
+                    "{error}; restore it from a copy, or move it away and a new file will start at step {}",
+                    step + 1
+                )
             })?,
         };
         let last = rows.last().map_or(0, |row| row.step);
@@ -62,8 +65,8 @@ impl Metrics {
         Self::rewrite(path, rows)
     }
 
-    /// The last row in the file may have been cut when the process ended, so rows are not appended to what is there:
-    /// the file is written anew.
+    /// The last row in the file may have been cut when the process ended. So the file is rewritten, and new rows are
+    /// appended to that.
     fn rewrite(path: PathBuf, rows: Vec<Row>) -> Result<Self> {
         let mut table = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
         table.write_record(COLUMNS)?;
@@ -96,16 +99,16 @@ impl Metrics {
     }
 }
 
-/// The rows of `path` up to step `last`, or as many as there are.
+/// The rows of `path` up to step `last`. May be fewer.
 pub fn read(path: &Path, last: usize) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
-    // A line without an end was cut when the process, or the file, ended.
+    // A last line without a newline is incomplete; ignore it.
     let whole_lines = text.rfind('\n').map_or(0, |end| end + 1);
     let mut rows: Vec<Row> = Vec::new();
     for row in csv::Reader::from_reader(&text.as_bytes()[..whole_lines]).into_deserialize() {
         let before = rows.last().map_or(0, |row| row.step);
         if before == last {
-            break; // what follows is not asked for, and may be damaged
+            break; // rows after `last` are not needed and may be damaged
         }
         let row: Row = row.map_err(|error| anyhow!("{} is damaged: {error}", path.display()))?;
         if row.step <= before {

@@ -267,8 +267,10 @@ fn causal_mask(seqlen: usize, dtype: DType, device: &Device) -> candle_core::Res
     hidden.where_cond(&value(f32::NEG_INFINITY)?, &value(0.0)?)
 }
 
-/// Fails with the names of all parameters that `gradients` has nothing for, or nothing but zeros. Those are gradients of
-/// fresh parameters, where zeros mean a cut. Later they need not: a model that fits its text perfectly has nothing to learn.
+/// Fails with the names of all parameters whose gradient is missing or all zeros.
+///
+/// Call it only on a fresh model, where a zero gradient means a broken graph. Later, a model that fits its text perfectly
+/// has zero gradients.
 pub fn check_gradients<'a>(names: impl IntoIterator<Item = &'a String>, gradients: &Named) -> Result<()> {
     let mut without = Vec::new();
     let mut all = 0;

@@ -1,12 +1,11 @@
-//! What the program prints. `println!` and `eprintln!` panic when nobody takes the text; the functions here do not.
+//! Printing. `println!` and `eprintln!` panic if stdout or stderr is closed or full. These functions do not.
 
 use anyhow::{bail, Result};
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-/// Prints a line about a run. If stdout does not take it, the run goes on: stderr gets one notice, and no further line is
-/// printed.
+/// Prints a line about a run. If stdout fails, the run continues: stderr gets one notice, and later lines are dropped.
 pub fn progress(line: impl Display) {
     static SILENT: AtomicBool = AtomicBool::new(false);
     if SILENT.load(Relaxed) {
@@ -14,29 +13,29 @@ pub fn progress(line: impl Display) {
     }
     if let Err(error) = print(line) {
         SILENT.store(true, Relaxed);
-        notice(format_args!("stdout takes no more text ({error}); training goes on and prints nothing further"));
+        notice(format_args!("cannot write to stdout: {error}; training continues without progress lines"));
     }
 }
 
-/// Prints what the user started the program for.
+/// Prints the result that the user asked for.
 ///
 /// # Errors
-/// If stdout does not take it.
+/// If it cannot be written to stdout.
 pub fn result(text: impl Display) -> Result<()> {
-    taken(print(text))
+    check_written(print(text))
 }
 
-/// Judges how a write to stdout went. A closed pipe is no error: its reader has seen what it wanted.
-pub fn taken(written: io::Result<()>) -> Result<()> {
+/// Returns an error if a write to stdout failed. A closed pipe is not an error: its reader has seen enough.
+pub fn check_written(written: io::Result<()>) -> Result<()> {
     match written {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            bail!("stdout does not take the result: {error}; make room there, or send it elsewhere")
+            bail!("cannot write the result to stdout: {error}; make room there, or redirect stdout")
         }
         _ => Ok(()),
     }
 }
 
-/// Prints a line on stderr. If that fails, there is no other place to say so.
+/// Prints a line on stderr. A failure is ignored: there is no other place to report it.
 pub fn notice(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }

@@ -30,8 +30,8 @@ impl Progress {
         Self { first: done, steps, started: Instant::now(), bar, last_line: None }
     }
 
-    /// Whenever steps were heard of, with the row of the last: the time so far is that of all steps up to it. A line is left
-    /// when the step was evaluated, and without a terminal every few seconds.
+    /// Shows the progress up to the step of `row`; call it right after that step is done. Prints a line if the step was
+    /// evaluated, and without a terminal every few seconds.
     pub fn step(&mut self, row: &Row) {
         let Row { step, train_loss, lr, tokens_per_s, .. } = *row;
         if let Some(bar) = &self.bar {
@@ -43,8 +43,8 @@ impl Progress {
             return;
         }
         let held_out = row.val_loss.map(|loss| format!("  held-out {loss:.3}")).unwrap_or_default();
-        let steps_left = (self.steps - step) as f64 / (step - self.first) as f64; // in units of those that were done
-        let time_left = Duration::try_from_secs_f64(self.started.elapsed().as_secs_f64() * steps_left);
+        let left_per_done = (self.steps - step) as f64 / (step - self.first) as f64; // steps
+        let time_left = Duration::try_from_secs_f64(self.started.elapsed().as_secs_f64() * left_per_done);
         let eta = clock(time_left.unwrap_or(Duration::MAX));
         let line = format!(
             "step {step:>5}/{}  loss {train_loss:.3}{held_out:16}  lr {lr:.1e}  {tokens_per_s} tokens/s  ETA {eta}",

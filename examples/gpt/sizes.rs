@@ -1,8 +1,9 @@
-//! Recipes that no memory holds are refused before anything is allocated: an allocation that fails ends the process.
+//! Refuses recipes that need more memory than there is, before anything is allocated. A failed allocation would end the
+//! process.
 //!
-//! What is counted here is a lower bound, so that nothing is refused that fits: a sixth to a half of five measured peaks.
-//! Sums and products are f64, which do not overflow. A recipe that passes has at most `ADDRESSABLE` bytes of anything, so
-//! that its products of sizes fit a usize.
+//! The estimate is a lower bound, so a recipe that fits is never refused. In five measurements it was a sixth to a half of
+//! the peak. It is computed in f64, which does not overflow. A recipe that passes needs at most `ADDRESSABLE` bytes, so the
+//! products of its sizes fit a usize.
 
 use crate::config::{AttentionKind, Config};
 use crate::model::parameter_shapes;
@@ -21,26 +22,26 @@ const BYTES_PER_PARAMETER: f64 = 12.0;
 /// A token and its target, u32.
 const BYTES_PER_TOKEN: f64 = 8.0;
 
-/// A sampled token is there twice: where it was drawn, and in the answer, u32 both.
+/// A sampled token is stored twice, u32 both: where it was drawn, and in the answer.
 const BYTES_PER_SAMPLED_TOKEN: f64 = 8.0;
 
-/// Numbers, in units of the model's width, that a block keeps for the backward of one token: its input, q, k, v, and four
-/// each before and after the GELU. It keeps a few more.
+/// Numbers that a block keeps for the backward of one token, in units of the model's width: its input, q, k, v, and four
+/// each before and after the GELU. The real number is a bit larger.
 const KEPT_WIDTHS: f64 = 12.0;
 
-/// Memory that something takes, and how the user can make it less.
+/// Memory for one purpose, and how the user can reduce it.
 struct Need {
     bytes: f64,
     what: &'static str,
     way_out: String,
 }
 
-/// Checks that training by `config` can fit into `memory` bytes.
+/// Checks that training with `config` can fit into `memory` bytes.
 pub fn check_training(config: &Config, memory: f64) -> Result<()> {
     fits(&training(config, &[]), memory)
 }
 
-/// Checks that a measurement can fit into `memory` bytes: all its tokens are drawn beforehand.
+/// Checks that a measurement can fit into `memory` bytes. It draws the tokens of all steps beforehand.
 pub fn check_timing(config: &Config, plan: &Plan, memory: f64) -> Result<()> {
     fits(&training(config, &[("--steps", plan.steps), ("--warmup", plan.warmup)]), memory)
 }
@@ -51,7 +52,8 @@ pub fn check_sampling(tokens: usize, memory: f64) -> Result<()> {
     fits(&[Need { bytes, what: "the text", way_out: format!("lower --tokens {tokens}") }], memory)
 }
 
-/// What training keeps in memory at once. `steps` are those whose tokens are there together, one if there are none.
+/// What training keeps in memory at once. `steps` are the options that say for how many steps tokens are drawn beforehand.
+/// If it is empty, the tokens of one step are in memory.
 fn training(config: &Config, steps: &[(&str, usize)]) -> Vec<Need> {
     let number = |number: usize| number as f64;
     let Config { context, batch, accumulation, num_layers, num_heads, embed_dim, .. } = *config;
@@ -93,7 +95,7 @@ fn fits(needs: &[Need], memory: f64) -> Result<()> {
     let total: f64 = needs.iter().map(|need| need.bytes).sum();
     match needs.iter().max_by(|a, b| a.bytes.total_cmp(&b.bytes)) {
         Some(Need { bytes, what, way_out }) if total > memory => bail!(
-            "this takes at least {} of memory, {} of them for {what}, and there are {}; {way_out}",
+            "this needs at least {} of memory ({} for {what}), but only {} can be used; {way_out}",
             gib(total),
             gib(*bytes),
             gib(memory)
@@ -102,7 +104,7 @@ fn fits(needs: &[Need], memory: f64) -> Result<()> {
     }
 }
 
-/// As an error shows it.
+/// The text of `bytes` in an error.
 fn gib(bytes: f64) -> String {
     match bytes / f64::from(1 << 30) {
         gib if gib < 1e6 => format!("{gib:.1} GiB"),
@@ -110,7 +112,8 @@ fn gib(bytes: f64) -> String {
     }
 }
 
-/// Bytes that a run on `device` cannot exceed. A GPU's driver says itself when its memory does not suffice.
+/// Bytes that a run on `device` cannot exceed. For a GPU only the limit of addresses counts: its driver reports when memory
+/// runs out.
 pub fn memory_of(device: &Device) -> f64 {
     match device.is_cpu() {
         true => memory(),
@@ -118,20 +121,20 @@ pub fn memory_of(device: &Device) -> f64 {
     }
 }
 
-/// Bytes of memory and swap that this process may use, where the system says so.
+/// Bytes of memory and swap that this process can use, or `ADDRESSABLE` if the system does not say.
 pub fn memory() -> f64 {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
-    // Of a container: cgroups of version 2, then of version 1.
+    // The limits of a container: cgroups version 2, then version 1.
     let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"].map(read);
     memory_said(&read("/proc/meminfo"), &limits)
 }
 
-/// [`memory`], of what the system says: the text of `/proc/meminfo`, and those that hold a container's limit.
+/// [`memory`] from the texts of the system: that of `/proc/meminfo`, and those of the files with a container's limit.
 pub fn memory_said(meminfo: &str, limits: &[String]) -> f64 {
     let kib = |name: &str| -> Option<f64> {
         meminfo.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?.trim().parse().ok()
     };
     let Some(total) = kib("MemTotal:") else { return ADDRESSABLE };
-    let limits = limits.iter().filter_map(|limit| limit.trim().parse::<f64>().ok()); // "max" is no number
+    let limits = limits.iter().filter_map(|limit| limit.trim().parse::<f64>().ok()); // "max" is not a number: no limit
     limits.fold(1024.0 * total, f64::min) + 1024.0 * kib("SwapTotal:").unwrap_or(0.0)
 }

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: the first asks training to save a checkpoint and stop, the second ends the process at once.
+//! Ctrl-C and SIGTERM. The first signal asks training to save a checkpoint and stop. The second ends the process at once.
 
 use anyhow::Result;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 pub struct Stop(Arc<AtomicI32>); // 0: none yet
 
 impl Stop {
-    /// Signals are heard from now on, to the end of the process.
+    /// Handles SIGINT and SIGTERM from now until the process ends.
     #[cfg(unix)]
     pub fn listen() -> Result<Self> {
         use signal_hook::consts::{SIGINT, SIGTERM};
@@ -18,25 +18,28 @@ impl Stop {
         let signal = Arc::new(AtomicI32::new(0));
         let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
         let heard = signal.clone();
-        // A thread of its own can answer while a step still runs.
+        // A separate thread can react while a step is running.
         std::thread::spawn(move || {
             for signal in signals.forever() {
                 if heard.swap(signal, Ordering::SeqCst) != 0 {
                     signal_hook::low_level::exit(exit_code(signal).into());
                 }
-                let _ = writeln!(stderr(), "\nstopping with a checkpoint after this step; Ctrl-C again ends at once");
+                let _ = writeln!(
+                    stderr(),
+                    "\nfinishing this step and saving a checkpoint; press Ctrl-C again to end at once"
+                );
             }
         });
         Ok(Self(signal))
     }
 
-    /// On other systems a signal ends the process, and the last checkpoint stays.
+    /// On other systems a signal ends the process at once. The last saved checkpoint remains.
     #[cfg(not(unix))]
     pub fn listen() -> Result<Self> {
         Ok(Self(Arc::default()))
     }
 
-    /// Nothing is left to save: from now on the first signal ends the process.
+    /// Call this when training has finished. After it, the first signal ends the process.
     pub fn end(&self) {
         self.0.store(i32::MAX, Ordering::SeqCst);
     }
@@ -46,7 +49,7 @@ impl Stop {
     }
 }
 
-/// Training that a signal stopped; its checkpoint is saved.
+/// Training was stopped by a signal. Its checkpoint is saved.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped after step {step}; continue with: train --resume {}", dir.display())]
 pub struct Stopped {
@@ -55,7 +58,7 @@ pub struct Stopped {
     pub dir: PathBuf,
 }
 
-/// What shells report of a process that `signal` ended.
+/// The exit code that shells use for a process ended by `signal`: 128 + signal.
 pub fn exit_code(signal: i32) -> u8 {
     128 + signal as u8
 }

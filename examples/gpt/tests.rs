@@ -1,4 +1,4 @@
-//! Tests of the example, and the door through which they end it at a named point.
+//! Tests of the example, and the functions that run it as a child process and end it at a named point.
 
 #[cfg(feature = "cuda")]
 mod blas;
@@ -31,15 +31,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Where the process is to end: a point, `#`, and which time it is reached, from 1.
+/// Where the process aborts: `POINT#TIME`. `TIME` says at which visit of the point, from 1.
 const ABORT_AT: &str = "GPT_TEST_ABORT_AT";
 /// The command line of a child, in JSON.
 const ARGS: &str = "GPT_TEST_ARGS";
-/// A file that takes the place of a child's stdout. The harness writes to stdout as well, and fails first.
+/// A file that replaces a child's stdout. A full stdout itself cannot be tested: the test harness would fail first.
 const STDOUT: &str = "GPT_TEST_STDOUT";
 
-/// Ends the process if this is the point, and the time, that the environment names. The program calls it at its named
-/// points, in tests only.
+/// Aborts the process if [`ABORT_AT`] names this point and this visit. The program calls it at its named points, in tests
+/// only.
 pub fn abort_at(point: &str, what: &Path) {
     static REACHED: AtomicUsize = AtomicUsize::new(0);
     let Ok(wanted) = std::env::var(ABORT_AT) else { return };
@@ -51,21 +51,21 @@ pub fn abort_at(point: &str, what: &Path) {
     }
 }
 
-/// The program itself, for tests that need a process of their own: cargo gives them no path to an example's binary,
-/// so they start this very test binary again, and in it this one test.
+/// The program itself, for tests that need a child process. Cargo gives tests no path to the binary of an example. So they
+/// start this test binary again, with this one test.
 #[test]
 #[ignore = "the program as a child process of other tests"]
 fn child() {
     let args = std::env::var(ARGS).expect("only other tests start this one");
     let args: Vec<String> = serde_json::from_str(&args).unwrap();
-    // Before the harness prints how the test went, for which a closed pipe has no room.
+    // Exit here. Otherwise the test harness prints its result, and fails if stdout is closed.
     let code = crate::exit_code(crate::run(args.into_iter().map(OsString::from)));
     std::process::exit(code.into());
 }
 
-/// Where the program prints.
+/// The stdout of the program in tests.
 pub fn stdout() -> io::Result<Box<dyn Write>> {
-    /// What the harness captures, unlike stdout itself.
+    /// Prints with `print!`. The test harness captures that, but not writes to stdout itself.
     struct Captured;
 
     impl Write for Captured {
@@ -86,7 +86,7 @@ pub fn stdout() -> io::Result<Box<dyn Write>> {
     }
 }
 
-/// The program as a child in `repository`.
+/// The program as a child process in `repository`.
 fn child_command(args: &[&str], repository: &Path) -> Command {
     let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -97,7 +97,7 @@ fn child_command(args: &[&str], repository: &Path) -> Command {
     command
 }
 
-/// Runs the program as a child in `repository`, to its end or to `abort_at`.
+/// Runs the program as a child process in `repository`, to its end or to `abort_at`.
 fn child_process(args: &[&str], repository: &Path, abort_at: Option<&str>) -> Output {
     let mut command = child_command(args, repository);
     if let Some(point) = abort_at {
@@ -111,7 +111,7 @@ fn run(args: &[&str]) -> Result<()> {
     crate::run(["gpt"].iter().chain(args).map(OsString::from))
 }
 
-/// The error that these arguments lead to, as the user reads it.
+/// The error of the program with `args`, as the user reads it.
 fn message(args: &[&str]) -> String {
     match run(args) {
         Ok(()) => panic!("{args:?} was accepted"),
@@ -140,7 +140,7 @@ impl Room {
     }
 }
 
-/// `len` bytes of text, always the same: simple sentences of words that are chosen by a linear congruential generator.
+/// `len` bytes of text, always the same. A linear congruential generator chooses the words.
 fn story(len: usize) -> String {
     const WORDS: [&str; 12] =
         ["the", "query", "key", "value", "row", "of", "a", "block", "attends", "to", "softmax", "tile"];
@@ -172,33 +172,33 @@ fn short_config(room: &Room, attention: AttentionKind) -> Config {
     }
 }
 
-/// A model of 0.03 M parameters, whose steps and checkpoints take milliseconds.
+/// A model of 0.03 M parameters. Its steps and checkpoints take milliseconds.
 fn small_config(room: &Room, steps: usize) -> Config {
     let config = short_config(room, AttentionKind::Flash);
     Config { num_layers: 1, num_heads: 2, embed_dim: 32, context: 8, batch: 2, steps, eval_windows: 2, ..config }
 }
 
-/// The run of `config` in a folder `name` of `room`, before its first step.
+/// Starts a run of `config` in the folder `name` of `room`, without a step. Returns its folder.
 fn begin(room: &Room, name: &str, config: &Config) -> Result<PathBuf> {
     let folder = RunFolder::create(&room.path(name))?;
     Run::new(config.clone(), Device::Cpu)?.begin(folder.path())?;
     Ok(folder.path().to_owned())
 }
 
-/// The run of `config` in a folder `name` of `room`, whole.
+/// Trains a run of `config` in the folder `name` of `room` to its end. Returns its folder.
 fn train(room: &Room, name: &str, config: &Config) -> Result<PathBuf> {
     let folder = RunFolder::create(&room.path(name))?;
     Run::new(config.clone(), Device::Cpu)?.train(&folder)?;
     Ok(folder.path().to_owned())
 }
 
-/// The rows of the run in `dir`, without the column that a clock decides.
+/// The rows of the run in `dir`. The measured speed is set to 0, because it differs each time.
 fn rows(dir: &Path) -> Vec<Row> {
     let rows = metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap();
     rows.into_iter().map(|row| Row { tokens_per_s: 0, ..row }).collect()
 }
 
-/// The names of all that lies in `dir`, sorted.
+/// The names of all files and folders in `dir`, sorted.
 fn names(dir: &Path) -> Vec<String> {
     let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
     let mut names: Vec<String> = fs::read_dir(dir).unwrap().map(name).collect();
@@ -206,7 +206,7 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Waits until the file `path` holds `what`.
+/// Waits until the file `path` contains `what`.
 fn wait_for(path: &Path, what: &str) {
     for _ in 0..3000 {
         if fs::read_to_string(path).is_ok_and(|text| text.contains(what)) {
@@ -214,5 +214,5 @@ fn wait_for(path: &Path, what: &str) {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("{} never held {what:?}", path.display());
+    panic!("{} never contained {what:?}", path.display());
 }

@@ -58,7 +58,7 @@ pub struct Timing {
     pub profile: [Seconds; 2], // phases and parts, of all steps
 }
 
-/// The fields of [`Timing`], as the first line of `--csv` has them.
+/// The fields of [`Timing`]: the first line of a `--csv` file.
 const COLUMNS: [&str; 17] = [
     "device",
     "parameters",
@@ -79,9 +79,9 @@ const COLUMNS: [&str; 17] = [
     "last_loss",
 ];
 
-/// Bytes that are read of the first line of `--csv`, which may be any file; the heading is shorter.
+/// At most so many bytes of the first line of `--csv` are read, because it may be any file. The heading is shorter.
 const LONGEST_LINE: u64 = 1000;
-/// Characters of it that an error shows.
+/// At most so many characters of that line are shown in an error.
 const MOST_SHOWN: usize = 60;
 
 /// Times `plan.steps` steps of the recipe `config`.
@@ -174,22 +174,22 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     Ok(())
 }
 
-/// The file of `--csv`, open to take a row.
+/// The open file of `--csv`.
 pub struct Table {
     path: PathBuf,
     file: File,
 }
 
 impl Table {
-    /// Opens the file `path`: a new or empty one, or one of earlier measurements.
+    /// Opens or creates the file `path`. It must be empty or hold earlier measurements.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
         let file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(fail)?;
         let heading = COLUMNS.join(",");
         match first_line(&file).map_err(fail)? {
             Some(line) if line != heading => bail!(
-                "--csv {} holds something else: its first line is {:?}, and that of measurements is {heading:?}; name \
-                 another file",
+                "--csv {} is not a table of measurements: its first line is {:?}, but must be {heading:?}; name another \
+                 file",
                 path.display(),
                 line.chars().take(MOST_SHOWN).collect::<String>()
             ),
@@ -197,12 +197,12 @@ impl Table {
         }
     }
 
-    /// Adds the row of `timing`, and the heading to a file that has none.
+    /// Appends the row of `timing`. An empty file gets the heading first.
     pub fn append(mut self, timing: &Timing) -> Result<()> {
         let fail = |error| anyhow!("cannot write --csv {}: {error}", self.path.display());
         let (is_empty, line_is_open) = match last_byte(&self.file).map_err(fail)? {
             None => (true, false),
-            Some(byte) => (false, byte != b'\n'), // an editor may have left the last line so
+            Some(byte) => (false, byte != b'\n'), // some editors do not end the last line
         };
         let mut rows = csv::WriterBuilder::new().has_headers(is_empty).from_writer(Vec::new());
         rows.serialize(timing)?;
@@ -212,7 +212,7 @@ impl Table {
     }
 }
 
-/// The first line of `file`, or its beginning if it is long; nothing of an empty file or a pipe.
+/// The first line of `file`, cut after `LONGEST_LINE` bytes. `None` for an empty file or a pipe.
 fn first_line(file: &File) -> io::Result<Option<String>> {
     if file.metadata()?.len() == 0 {
         return Ok(None);
@@ -222,7 +222,7 @@ fn first_line(file: &File) -> io::Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&line).trim_end().to_string()))
 }
 
-/// The last byte of `file`; nothing of an empty file or a pipe.
+/// The last byte of `file`. `None` for an empty file or a pipe.
 fn last_byte(mut file: &File) -> io::Result<Option<u8>> {
     if file.metadata()?.len() == 0 {
         return Ok(None);
@@ -232,6 +232,7 @@ fn last_byte(mut file: &File) -> io::Result<Option<u8>> {
     file.read_exact(&mut byte)?;
     Ok(Some(byte[0]))
 }
+
 impl std::fmt::Display for Timing {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let accumulated = if self.accumulation == 1 { String::new() } else { format!("{} x ", self.accumulation) };

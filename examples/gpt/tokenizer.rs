@@ -69,14 +69,16 @@ impl Tokenizer {
     }
 }
 
-/// `text` in pieces whose tokens, one piece after the other, are those of the whole text: all but the last end before the
-/// last character of a run of white space that has several.
+/// Splits `text` into pieces. The tokens of the pieces, one piece after the other, are the tokens of the whole text.
 ///
-/// GPT-2's pattern splits a text there in any case. It gives the last character of such a run to the word that follows, if
-/// the character is a space, and a token of its own otherwise. What it finds on either side depends on nothing beyond the
-/// split: a word ends at white space as it ends at the end of a text, and a run at the end of a text stays whole.
-/// The pattern has a lookahead for it, `\s+(?!\S)`, which goes back from the end of the run. The regex engine remembers a
-/// place for each character that it may go back to, and fails after a million. In the pieces it goes back over one.
+/// A piece ends before the last character of a run of two or more white-space characters, or at the end of the text.
+/// GPT-2's pattern splits the text there too. It joins the last character of such a run to the next word if it is a space.
+/// Otherwise that character is a match of its own. No match depends on text beyond the split: white space ends a word as the
+/// end of a text does, and a run at the end of a text stays whole.
+///
+/// Without the pieces, long runs fail. The pattern matches them with `\s+(?!\S)`, which steps back from the end of the run.
+/// For that the regex engine stores a position for each character, and it fails after a million. In a piece only the
+/// run at the end is long, and the pattern matches that one without stepping back.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -86,10 +88,10 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Where the first piece of `text` ends; nothing if it is empty.
+/// Where the first piece of `text` ends. `None` if `text` is empty.
 fn end_of_piece(text: &str) -> Option<usize> {
-    let mut run = 0; // characters of white space before this one
-    let mut last = 0; // where the character before this one starts
+    let mut run = 0; // number of white-space characters before this character
+    let mut last = 0; // where the previous character starts
     for (start, character) in text.char_indices() {
         match character.is_whitespace() {
             true => run += 1,

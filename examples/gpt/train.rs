@@ -1,4 +1,4 @@
-//! Training, from the first step or from a checkpoint. Both ways lead through the same loop, bit for bit.
+//! Training, from the first step or from a checkpoint. Both use the same loop, so their results are identical on a CPU.
 
 use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
@@ -26,12 +26,12 @@ use std::time::Instant;
 /// Tokens of the sample that is printed when training ends; the tests train dozens of models and read no sample.
 const SAMPLE_TOKENS: usize = if cfg!(test) { 10 } else { 400 };
 
-/// Steps that a GPU may be given before anybody waits for one: while it computes, the next are queued. Each wait leaves it
-/// idle until the host has queued again, so that one in ten costs a tenth; with more, news of a loss that is not finite, and
-/// progress, would only come later.
+/// Number of steps queued on a GPU before the host waits for all of them. After each wait the GPU is idle until the host
+/// has queued the next step, so the host waits for one step in ten only. With a larger number, progress and the error for a
+/// non-finite loss would come later.
 const STEPS_AHEAD: usize = 10;
 
-/// A CPU's operators are done when they return: there the rows come one by one.
+/// 1 on a CPU: its operators are done when they return.
 fn steps_ahead(device: &Device) -> usize {
     match device.is_cpu() {
         true => 1,
@@ -49,9 +49,9 @@ pub struct Run {
     rng: Rng,
     batches: Batches,
     step: usize,            // steps done, or queued
-    queued: Vec<Outcome>,   // of steps that have not been heard of
-    clock: Instant,         // since the last that was heard
-    pub steps_ahead: usize, // steps that may be queued before they are waited for
+    queued: Vec<Outcome>,   // of the steps since the last wait
+    clock: Instant,         // started after the last wait
+    pub steps_ahead: usize, // steps to queue before a wait
 }
 
 impl Run {
@@ -80,7 +80,7 @@ impl Run {
         Ok(run)
     }
 
-    /// The run in `folder`, at its checkpoint. `data` says where its text is now, `steps` where it shall end now.
+    /// Loads the run in `folder` from its checkpoint. `data` overrides the path of the text, `steps` the last step.
     pub fn resume(folder: &RunFolder, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
         let dir = folder.path();
         let file = checkpoint::locate(dir)?;
@@ -111,7 +111,8 @@ impl Run {
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
         let batches = Batches::at(&config, &corpus, cursor).map_err(|reason| checkpoint::unusable(&file, reason))?;
-        // The gradients are not checked here: their zeros would prove nothing, and each step misses one that is absent.
+        // Do not check gradients here: a trained model may have zero gradients. A missing gradient fails in the step
+        // itself.
         Ok(Self {
             config,
             tokenizer,
@@ -127,7 +128,7 @@ impl Run {
         })
     }
 
-    /// Trains to the last step, or until a signal asks to stop; everything that is to be kept goes into `folder`.
+    /// Trains until the last step or until a stop signal. Writes all files into `folder`.
     pub fn train(&mut self, folder: &RunFolder) -> Result<()> {
         let stop = Stop::listen()?;
         let dir = folder.path();
@@ -160,10 +161,10 @@ impl Run {
             let signal = stop.signal().filter(|_| self.step < self.config.steps);
             if save || signal.is_some() {
                 if !evaluate {
-                    self.held_out_loss(1)?; // no checkpoint is of a model that has come apart
+                    self.held_out_loss(1)?; // never save a checkpoint of a model with a non-finite loss
                 }
                 metrics.sync()?;
-                self.checkpoint(dir)?; // last: what it does not know of will be done again
+                self.checkpoint(dir)?; // after the metrics: steps after the checkpoint run again on resume
             }
             if let Some(signal) = signal {
                 progress.finish();
@@ -183,9 +184,9 @@ impl Run {
         Ok(())
     }
 
-    /// Writes what there is of a run before its first step.
+    /// Writes the files of a new run: checkpoint, text (if kept), empty metrics.
     pub fn begin(&self, dir: &Path) -> Result<Metrics> {
-        // The checkpoint is first. If it fails, nothing is left of the run; once it is there, the run can be resumed.
+        // Write the checkpoint first. If it fails, the folder is removed. After it, the run can be resumed.
         self.checkpoint(dir)?;
         if self.config.data.is_none() {
             let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
@@ -194,7 +195,7 @@ impl Run {
         Metrics::create(dir)
     }
 
-    /// One optimizer step; what it says of itself is read by [`Self::rows`].
+    /// Queues one optimizer step. [`Self::rows`] reads its outcome.
     fn queue_step(&mut self) -> Result<()> {
         let config = &self.config;
         let batches = (0..config.accumulation)
@@ -208,18 +209,18 @@ impl Run {
         Ok(())
     }
 
-    /// Whether the last step is evaluated.
+    /// Whether the current step is evaluated.
     fn evaluation_is_due(&self) -> bool {
         self.is_due(self.config.eval_interval)
     }
 
-    /// Whether the last step is one of those that `interval` selects, the first or the last.
+    /// Whether the current step is the first, the last, or a multiple of `interval`.
     fn is_due(&self, interval: usize) -> bool {
         self.step == 1 || self.step == self.config.steps || self.step.is_multiple_of(interval)
     }
 
-    /// The rows of the steps since the last call, the last one evaluated where that is due. If something is not finite: the
-    /// numbers before it, and the error that it is.
+    /// Waits for the queued steps and returns their rows. Evaluates the last step if that is due. If a number is not finite,
+    /// returns the rows before it and the error.
     fn rows(&mut self) -> Result<(Vec<Row>, Result<()>)> {
         let queued = std::mem::take(&mut self.queued);
         let (numbers, mut finite) = Outcome::read(&queued)?;
@@ -241,7 +242,7 @@ impl Run {
         Ok((rows, finite))
     }
 
-    /// One optimizer step, waited for.
+    /// Runs one optimizer step and waits for it.
     #[cfg(test)]
     pub fn one_step(&mut self) -> Result<Row> {
         self.queue_step()?;
@@ -260,7 +261,8 @@ impl Run {
         Ok(String::from_utf8_lossy(&self.tokenizer.decode(&tokens)?).into_owned())
     }
 
-    /// Mean loss over `count` windows that are spread over the held-out text, always the same. It is finite, or an error.
+    /// Mean loss over `count` windows spread over the held-out text. The windows are always the same. A non-finite loss is
+    /// an error.
     fn held_out_loss(&self, count: usize) -> Result<f32> {
         let all = window_starts(self.corpus.held_out.len(), self.config.context, 0);
         let stride = all.len().div_ceil(count);
@@ -313,13 +315,13 @@ impl Run {
     }
 }
 
-/// `error`, with a way out if it is about a file that could not be written.
+/// Adds advice to `error` if a file could not be written.
 pub fn with_way_out(error: anyhow::Error) -> anyhow::Error {
     let Some(CannotWrite { path, error: cause }) = error.downcast_ref() else { return error };
     let dir = path.parent().unwrap_or(Path::new(""));
     let first = match cause.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room on the disk",
-        _ => "remove the cause",
+        _ => "fix the cause",
     };
     let then = match dir.join(checkpoint::FILE_NAME).is_file() {
         true => format!("then continue from the last checkpoint with --resume {}", dir.display()),

@@ -32,6 +32,37 @@ const SEQLEN_AXIS: usize = 1;
 ///
 /// `xs` has the dtype and the device of the weights.
 ///
+/// # Padded batches
+///
+/// The layer takes no padding mask. What to do instead depends on the call:
+///
+/// | batch | call |
+/// | --- | --- |
+/// | padding on the right, [`Mask::Causal`] | [`forward`](Self::forward); ignore the results at the padding |
+/// | any other padding or mask | [`CuSeqlens::from_mask`], [`unpad`](CuSeqlens::unpad), [`forward_packed`](Self::forward_packed), [`pad_to`](CuSeqlens::pad_to) |
+/// | decoding | [`forward_cached`](Self::forward_cached) with prompts of one length |
+///
+/// In the first row no token sees the padding, because the padding comes later. In the second row the padding is removed,
+/// and the positions of each sequence begin at 0 on both sides of padding:
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_nn::VarBuilder;
+/// # use candle_fa2::{CuSeqlens, Mask};
+/// # use candle_fa2::layers::{MultiHeadAttention, MultiHeadAttentionConfig};
+/// # let config = MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal);
+/// # let layer = MultiHeadAttention::new(&config, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+/// let xs = Tensor::randn(0f32, 1f32, (2, 3, 64), &Device::Cpu)?; // (batch, seqlen, embed_dim)
+/// let mask = Tensor::new(&[[0u8, 1, 1], [0, 0, 1]], &Device::Cpu)?; // 1 for a token, 0 for padding
+/// let (cu_seqlens, side) = CuSeqlens::from_mask(&mask)?;
+/// let packed = layer.forward_packed(&cu_seqlens.unpad(&xs, side)?, &cu_seqlens)?; // (3 tokens, embed_dim)
+/// let ys = cu_seqlens.pad_to(&packed, 3, side)?; // 0 at the padding
+/// assert_eq!(ys.dims(), xs.dims());
+/// # Ok::<(), candle_fa2::Error>(())
+/// ```
+///
+/// # Examples
+///
 /// The [module's page](crate::layers) has an example of training and decoding. GPT-2's weights load as they are:
 ///
 /// ```
@@ -76,19 +107,26 @@ enum QkvProjection {
 impl MultiHeadAttention {
     /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
     ///
-    /// Tensors below the prefix of `vb` that would change the result, but that `config` does not use, are refused: a
-    /// bias of a projection that is to have none, norms of q and k, attention sinks, scales of quantised weights, and
-    /// more of that kind. [`MultiHeadAttentionConfig::allow_unused`] is the way out. A `VarBuilder` cannot list its
-    /// names, so the layer asks for the known ones. Buffers of the mask or the rotary embedding (`bias`, `masked_bias`,
-    /// `rotary_emb.inv_freq`) are not among them: the layer has its own.
+    /// Returns an error if `vb` has known tensors below its prefix that would change the result and that `config` does not
+    /// use. Examples: an unconfigured bias, norms of q and k, attention sinks, scales of quantized weights.
+    /// [`MultiHeadAttentionConfig::allow_unused`] ignores one. A `VarBuilder` cannot list its names, so the layer can find
+    /// known names only. Mask and rotary buffers (`bias`, `masked_bias`, `rotary_emb.inv_freq`) are ignored, because the
+    /// layer computes them.
     ///
     /// # Errors
-    /// If the configuration does not fit together ([`Error::LayerSize`], [`Error::LayerTooLarge`],
-    /// [`Error::HeadDimUnset`], [`Error::HeadGroups`], [`Error::FusedBias`], [`Error::ProjectionName`],
-    /// [`Error::LayerAlibiShape`], [`Error::LayerKeyLengths`], [`Error::HeadDim`], [`Error::RotaryHeadDim`]) or does not fit `vb`
-    /// ([`Error::WeightDType`], [`Error::RotaryDevice`], [`Error::OtherProjections`], [`Error::UnusedBiases`],
-    /// [`Error::UnusedTensors`]), or if the operator would refuse it (scale, softcap, slopes); an error of Candle if a
-    /// weight is missing or has another shape.
+    /// In the configuration:
+    /// - sizes: [`Error::LayerSize`], [`Error::LayerTooLarge`], [`Error::HeadDimUnset`], [`Error::HeadDim`],
+    ///   [`Error::HeadGroups`], [`Error::RotaryHeadDim`];
+    /// - projections: [`Error::FusedBias`], [`Error::ProjectionName`];
+    /// - options of the operator: [`Error::LayerAlibiShape`], [`Error::LayerKeyLengths`], and those of
+    ///   [`Attention::supports`] for scale, softcap and slopes.
+    ///
+    /// In the weights of `vb`:
+    /// - [`Error::WeightDType`] if the layer does not support the dtype of `vb`;
+    /// - [`Error::RotaryDevice`] if the rotary tables are on another device;
+    /// - [`Error::OtherProjections`], [`Error::UnusedBiases`] or [`Error::UnusedTensors`] if `vb` has known tensors that the
+    ///   layer would not use;
+    /// - an error of Candle if a weight is missing or has another shape.
     pub fn new(config: &MultiHeadAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let (num_heads_k, head_dim) = config.resolve()?;
         let (embed_dim, num_heads) = (config.embed_dim, config.num_heads);
@@ -102,12 +140,12 @@ impl MultiHeadAttention {
                 return Err(Error::RotaryDevice { got, expected });
             }
         }
-        // One token decides what depends on the configuration alone, so that a bad option is refused here and not in
-        // the first forward. All of its heads are one in memory.
+        // Check the options of the operator with one token, so that a bad option fails here and not in the first forward.
+        // All heads of that token share one head in memory.
         let head = Tensor::zeros((1, 1, 1, head_dim), vb.dtype(), vb.device())?;
         let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
         let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;
-        // The layer splits its heads itself: the layout of its tensors is not the caller's.
+        // The layer creates q, k and v itself, always in Bshd. The layout options of the caller are ignored.
         let attention = config.attention.clone().layout(TensorLayout::Bshd).output_layout(TensorLayout::Bshd);
         attention.supports(&q, &k, &k)?;
         unused::check(config, &vb)?;
@@ -122,7 +160,7 @@ impl MultiHeadAttention {
             }
             Projections::Fused { qkv, o, order } => {
                 let qkv = load(qkv, embed_dim, q_dim + 2 * k_dim, config.q_bias)?;
-                // With one key head both orders are the same, and this one is faster.
+                // With one key head both orders are the same. Concatenated avoids a split.
                 let order = if num_heads_k == 1 { QkvOrder::Concatenated } else { *order };
                 (QkvProjection::Fused { qkv, order }, o)
             }
@@ -186,6 +224,8 @@ impl MultiHeadAttention {
     /// Any split of a sequence into calls gives what [`Self::forward`] gives over the whole of it, up to rounding. Each
     /// layer has its own cache ([`Self::new_cache`]); `cache.reset()` begins a new sequence. A clone of a cache shares
     /// its storage, so that only one of the two can be continued.
+    ///
+    /// The cache has one length for the whole batch. So all prompts of a batch need the same length, without padding.
     ///
     /// Writes to a cache are not tracked by autograd, so this is for decoding alone: tracked input is refused. Use
     /// [`Self::detach`] after training. On an error the cache is as it was before.
@@ -288,8 +328,10 @@ impl MultiHeadAttention {
         self.split_heads(&projection.forward(xs)?, self.num_heads + 2 * self.num_heads_k)
     }
 
-    /// q, k and v from `(.., num_heads + 2 * num_heads_k, head_dim)` in the order [`QkvOrder::ByKeyHead`]. k and v are
-    /// views. So is q if every key head serves one query head; otherwise its heads are not evenly spaced and it is a copy.
+    /// q, k and v from `(.., num_heads + 2 * num_heads_k, head_dim)` in the order [`QkvOrder::ByKeyHead`].
+    ///
+    /// k and v are views. q is a view if each key head has one query head; otherwise q is copied, because its heads are not
+    /// evenly spaced.
     fn split_by_key_head(&self, heads: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let group_size = self.num_heads / self.num_heads_k;
         let mut shape = heads.dims().to_vec();

@@ -41,9 +41,9 @@ impl WeightLayout {
     }
 }
 
-/// The order in which a fused projection returns the heads of q, k and v.
+/// The order of the heads of q, k and v in the output of a fused projection.
 ///
-/// Weights are trained for one of the two. Both load, and the wrong one gives wrong results. For `num_heads = 4` and
+/// A checkpoint uses one order. The other order also loads, but gives wrong results. Example with `num_heads = 4` and
 /// `num_heads_k = 2`:
 ///
 /// ```text
@@ -56,41 +56,49 @@ impl WeightLayout {
 pub enum QkvOrder {
     /// All heads of q, then all of k, then all of v: GPT-2, Phi-3, MPT.
     ///
-    /// In code of other libraries, the projection's output is cut into three.
+    /// Other libraries split this output into three: `chunk(3)` or `split`.
     Concatenated,
-    /// For each key head its query heads, then its k, then its v: GPT-NeoX, BLOOM, Falcon 40B, Megatron.
+    /// For each key head: its query heads, its k, its v. Used by GPT-NeoX, BLOOM, Falcon 40B, Megatron.
     ///
-    /// In code of other libraries, the output is viewed as `(.., num_heads, 3, head_dim)`, or with grouped queries as
-    /// `(.., num_heads_k, num_heads / num_heads_k + 2, head_dim)`. With grouped queries each forward copies q; k and v
-    /// are never copied.
+    /// Other libraries view it as `(.., num_heads, 3, head_dim)`, or with grouped queries as
+    /// `(.., num_heads_k, num_heads / num_heads_k + 2, head_dim)`. With grouped queries, the split copies q; k and v stay
+    /// views.
     ByKeyHead,
 }
 
-/// The names of the projections: `NAME.weight`, and `NAME.bias` where there is one, below the prefix of the
-/// `VarBuilder`. A name may hold dots (`"self.query"`).
+/// Names of the projections. The layer loads `NAME.weight`, and `NAME.bias` if the bias is enabled, below the prefix of the
+/// `VarBuilder`. A name can contain dots (`"self.query"`).
 ///
-/// What checkpoints of the Hugging Face hub hold. They have no biases and the layout [`WeightLayout::OutIn`] unless
-/// the table says otherwise:
+/// The table lists Hugging Face checkpoints. By default: no biases, [`WeightLayout::OutIn`], no mask, no positions. So a
+/// row is complete only with all calls of its last two columns:
 ///
-/// | model | projections | order | also set |
-/// | --- | --- | --- | --- |
-/// | Llama, Mistral | `q_proj`, `k_proj`, `v_proj`, `o_proj` | separate | |
-/// | Qwen2 | as Llama | separate | `qkv_bias` |
-/// | GPT-2 | `c_attn`, `c_proj` | `Concatenated` | `qkv_bias`, `o_bias`, [`WeightLayout::InOut`] |
-/// | Phi-3 | `qkv_proj`, `o_proj` | `Concatenated` | |
-/// | GPT-NeoX, Pythia | `query_key_value`, `dense` | `ByKeyHead` | `qkv_bias`, `o_bias` |
-/// | BLOOM | as GPT-NeoX | `ByKeyHead` | `qkv_bias`, `o_bias`, `alibi_slopes` |
-/// | Falcon 40B | as GPT-NeoX | `ByKeyHead` | `num_heads_k(8)` |
-/// | Falcon 7B | as GPT-NeoX | either | `num_heads_k(1)` |
+/// | model | projections | order | mask and positions | also |
+/// | --- | --- | --- | --- | --- |
+/// | Llama, Mistral | `q_proj`, `k_proj`, `v_proj`, `o_proj` | separate | `.mask(Mask::Causal)`, `.rotary(..)` | `.num_heads_k(..)` |
+/// | Qwen2 | as Llama | separate | `.mask(Mask::Causal)`, `.rotary(..)` | `.num_heads_k(..)`, `.qkv_bias(true)` |
+/// | GPT-2 | `c_attn`, `c_proj` | `Concatenated` | `.mask(Mask::Causal)` | `.qkv_bias(true)`, `.o_bias(true)`, `.weight_layout(WeightLayout::InOut)` |
+/// | Phi-3 mini | `qkv_proj`, `o_proj` | `Concatenated` | `.mask(Mask::Causal)`, `.rotary(..)` | |
+/// | GPT-NeoX, Pythia | `query_key_value`, `dense` | `ByKeyHead` | `.mask(Mask::Causal)`, `.rotary(..)` of a part of each head | `.qkv_bias(true)`, `.o_bias(true)` |
+/// | BLOOM | as GPT-NeoX | `ByKeyHead` | `.mask(Mask::Causal)`, `.alibi_slopes(..)` | `.qkv_bias(true)`, `.o_bias(true)` |
+/// | Falcon 40B | as GPT-NeoX | `ByKeyHead` | `.mask(Mask::Causal)`, `.rotary(..)` | `.num_heads_k(8)` |
+/// | Falcon 7B | as GPT-NeoX | either order (one key head) | `.mask(Mask::Causal)`, `.rotary(..)` | `.num_heads_k(1)` |
+///
+/// [`MultiHeadAttentionConfig::gpt2`] and [`MultiHeadAttentionConfig::gpt_neox`] set all of their row.
+///
+/// A model with a sliding window (Mistral 7B v0.1, Phi-3 mini) takes [`Mask::Window`] instead of [`Mask::Causal`]. Up to
+/// the length of the window both give the same.
 ///
 /// ```
-/// # use candle_fa2::layers::{MultiHeadAttentionConfig, Projections, QkvOrder};
+/// # use candle_core::Device;
+/// # use candle_fa2::layers::{MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig};
 /// # use candle_fa2::Mask;
-/// // Names, order and sizes of Phi-3 mini.
+/// // Phi-3 mini (4k), for sequences up to 2047 tokens, its sliding window.
 /// let projections =
 ///     Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into(), order: QkvOrder::Concatenated };
-/// let config = MultiHeadAttentionConfig::new(3072, 32).projections(projections).mask(Mask::Causal);
+/// let rotary = Rotary::new(&RotaryConfig::new(96, 2047), &Device::Cpu)?;
+/// let config = MultiHeadAttentionConfig::new(3072, 32).projections(projections).mask(Mask::Causal).rotary(&rotary);
 /// # let _ = config;
+/// # Ok::<(), candle_fa2::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Projections {
@@ -111,7 +119,7 @@ pub enum Projections {
         qkv: String,
         /// `num_heads * head_dim` to `embed_dim`.
         o: String,
-        /// The order of the heads in the output of `qkv`. The shape of a weight does not tell it.
+        /// Order of the heads in the output. The weight's shape does not show it.
         order: QkvOrder,
     },
 }
@@ -207,13 +215,13 @@ impl MultiHeadAttentionConfig {
             .mask(Mask::Causal)
     }
 
-    /// GPT-NeoX's attention (Pythia): causal, one fused projection `query_key_value` and `dense`, both with biases, and
-    /// a rotary embedding. It rotates a quarter of each head in the published models.
+    /// GPT-NeoX's attention (Pythia): causal, one fused projection `query_key_value` and `dense`, both with biases, and a
+    /// rotary embedding. Published models rotate the first quarter of each head (`rotary_pct` 0.25).
     ///
     /// ```
     /// # use candle_core::Device;
     /// # use candle_fa2::layers::{MultiHeadAttentionConfig, Rotary, RotaryConfig};
-    /// // Pythia 160M: heads of 64 values, rotary_pct 0.25.
+    /// // Pythia 160M: a quarter of heads of 64 values.
     /// let rotary = Rotary::new(&RotaryConfig::new(16, 2048), &Device::Cpu)?;
     /// let config = MultiHeadAttentionConfig::gpt_neox(768, 12, &rotary);
     /// # let _ = config;
@@ -240,7 +248,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Names of the projections, whether q, k and v have one each or share one, and the order of heads in a shared one.
+    /// Sets the projection names, separate or fused, and for fused the order of the heads.
     pub fn projections(mut self, projections: Projections) -> Self {
         self.projections = projections;
         self
@@ -259,7 +267,8 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Whether the projections of q, k and v have biases. A bias in the `VarBuilder` that is not set here is an error.
+    /// Whether the projections of q, k and v have biases. If the `VarBuilder` has a bias that is not enabled here,
+    /// [`MultiHeadAttention::new`](super::MultiHeadAttention::new) returns an error.
     pub fn qkv_bias(self, bias: bool) -> Self {
         self.q_bias(bias).k_bias(bias).v_bias(bias)
     }
@@ -289,6 +298,10 @@ impl MultiHeadAttentionConfig {
     }
 
     /// All options of the operator at once, in place of those set so far. The next four set one each.
+    ///
+    /// The layer ignores [`Attention::layout`] and [`Attention::output_layout`], because it creates q, k and v itself.
+    /// It refuses [`Attention::key_lengths`] ([`Error::LayerKeyLengths`]). For batches with padding see
+    /// [`MultiHeadAttention`](super::MultiHeadAttention#padded-batches).
     pub fn attention(mut self, attention: Attention) -> Self {
         self.attention = attention;
         self
@@ -312,7 +325,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// [`Attention::alibi_slopes`], of shape `(num_heads)` alone: a layer meets batches of any size.
+    /// [`Attention::alibi_slopes`], of shape `(num_heads)` only, because a layer takes batches of any size.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
         self.attention = self.attention.alibi_slopes(slopes);
         self
@@ -324,11 +337,11 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Ignores a tensor that [`MultiHeadAttention::new`](super::MultiHeadAttention::new) would refuse to leave unused.
-    /// `name` is the tensor's name below the prefix of the `VarBuilder`, such as `"q_proj.bias"`.
+    /// Ignores the tensor `name` if the layer does not use it. `name` is below the prefix of the `VarBuilder`, such as
+    /// `"q_proj.bias"`. Without this, [`MultiHeadAttention::new`](super::MultiHeadAttention::new) returns an error.
     ///
-    /// The layer then computes something else than the model that the tensor was trained in, unless the tensor has no
-    /// effect: a bias of 0, say, or a weight that belongs to another layer with the same prefix.
+    /// The result then differs from the trained model, unless the tensor has no effect: a bias of 0, or a weight of another
+    /// layer with the same prefix.
     pub fn allow_unused(mut self, name: impl Into<String>) -> Self {
         self.allowed_unused.push(name.into());
         self

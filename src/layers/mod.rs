@@ -39,8 +39,8 @@
 //!
 //! # Gradients
 //!
-//! Several of Candle's fast operators return a result that is cut off from the graph, without an error: the loss still
-//! falls, because the layers behind the cut learn, and the weights before it never move.
+//! Several of Candle's fast operators return a result that is cut off from the graph, without an error. The loss still
+//! falls, because the layers after the cut learn. The weights before the cut never change.
 //!
 //! | cut off | keeps the gradient | here |
 //! | --- | --- | --- |
@@ -53,21 +53,20 @@
 //! input is contiguous; `candle_nn::ops::{layer_norm_slow, rms_norm_slow}` and `RmsNorm::forward_diff` are not. After the
 //! first backward, check that each variable has a gradient, as the example does.
 //!
-//! # Weights that load and are wrong
+//! # Loading mistakes
 //!
-//! After some mistakes every name is found and every shape fits, and yet the model's results are wrong. The layer turns
-//! these mistakes into errors where it can:
+//! With some mistakes all weights load without an error, but the results are wrong. The layer prevents most of them:
 //!
 //! | mistake | here |
 //! | --- | --- |
-//! | the heads of a fused projection in another order | no default: [`Projections::Fused`] names its [`QkvOrder`] |
-//! | a bias, a norm of q and k or the like stays in the file | [`MultiHeadAttention::new`] refuses it and names it |
-//! | the names of another model, where a `VarMap` would draw new weights | the same |
-//! | two projections under one name | the same |
-//! | a rotary embedding of the other pairs | not detected: [`RotaryLayout`] says which models have which |
+//! | wrong order of the heads of a fused projection | no default: you must name the [`QkvOrder`] |
+//! | a bias, q/k norm or similar tensor is not used | [`MultiHeadAttention::new`] returns an error with its name |
+//! | names of another model, so a `VarMap` would create new weights | [`MultiHeadAttention::new`] returns an error |
+//! | two projections with one name | [`MultiHeadAttention::new`] returns an error |
+//! | wrong rotary pairing (interleaved or half) | not detected; see [`RotaryLayout`] |
 //!
-//! `VarMap::load` comes after all of these checks, and it skips tensors of the file that the map does not hold. To check
-//! a file, make the layer from it once, through `VarBuilder::from_mmaped_safetensors`.
+//! `VarMap::load` runs after these checks and ignores extra tensors in the file. To check a file, build the layer once
+//! from `VarBuilder::from_mmaped_safetensors`.
 //!
 //! # Decoding with trained weights
 //!

@@ -1,7 +1,7 @@
-//! Tensors that lie next to a layer's weights and that the layer would leave unused, so that its result is wrong.
+//! Finds tensors that the layer would ignore although they change the result.
 //!
-//! A `VarBuilder` cannot list its names, only say whether it holds one. So the layer asks for names that checkpoints
-//! are known to use.
+//! A `VarBuilder` cannot list its names, only say whether it has one. So the layer asks for names that checkpoints are
+//! known to use.
 
 use candle_nn::VarBuilder;
 
@@ -9,10 +9,11 @@ use super::config::NamedProjection;
 use super::MultiHeadAttentionConfig;
 use crate::{Error, Result};
 
-/// No checkpoint has it. A builder that holds it says yes to every name, as `VarBuilder::zeros` does.
+/// A name that no checkpoint has. A builder that contains it contains every name (`VarBuilder::zeros`), so the check is
+/// skipped.
 const NO_TENSOR: &str = "a name that no tensor has";
 
-/// Names, next to q's projection, of tensors that change the result.
+/// Tensors next to q's projection that change the result.
 const NOT_APPLIED: [&str; 18] = [
     // Norms of q and k: Qwen3, Gemma 3, OLMo 2, Cohere; Phi, Persimmon; HunYuan; MPT; StableLM 2.
     "q_norm.weight",
@@ -34,15 +35,15 @@ const NOT_APPLIED: [&str; 18] = [
     "relative_attention_bias.weight",
     "relative_position_bias_table",
     "distance_embedding.weight",
-    // Biases apart from their fused projection: BEiT.
+    // Biases that are not below their fused projection: BEiT.
     "q_bias",
     "v_bias",
 ];
 
-/// Names, below each projection's, of tensors that change its weight: the scales of a quantised one, and LoRA.
+/// Tensors below a projection that change its weight: quantization scales and LoRA.
 const CHANGE_WEIGHT: [&str; 3] = ["weight_scale", "weight_scale_inv", "lora_A.weight"];
 
-/// Weights of q, or of q, k and v, one for each known arrangement of projections.
+/// Known weight names of q, or of q, k and v together.
 const KNOWN_QKV: [&str; 13] = [
     "q_proj.weight",
     "c_attn.weight",
@@ -59,7 +60,7 @@ const KNOWN_QKV: [&str; 13] = [
     "to_q.weight",
 ];
 
-/// Weights of o.
+/// Known weight names of o.
 const KNOWN_O: [&str; 7] = [
     "o_proj.weight",
     "out_proj.weight",
@@ -70,7 +71,7 @@ const KNOWN_O: [&str; 7] = [
     "to_out.0.weight",
 ];
 
-/// Whether `vb` holds a known tensor that the layer would ignore.
+/// Returns an error if the layer would ignore a known tensor of `vb`.
 pub(super) fn check(config: &MultiHeadAttentionConfig, vb: &VarBuilder) -> Result<()> {
     if vb.contains_tensor(NO_TENSOR) {
         return Ok(());
@@ -88,14 +89,16 @@ struct Unused<'a> {
 }
 
 impl Unused<'_> {
-    /// Whether the weights are there, or at least none of another model in their place: a `VarMap` would draw new ones.
+    /// Checks that the configured weights exist, or that no known weights of another naming exist. Without this check a
+    /// `VarMap` would create new weights.
     ///
-    /// Other weights are no error while those of `config` are there. They belong to another layer with this prefix, or
-    /// the builder renames, and holds one weight under two names.
+    /// If the configured weights exist, other known names are allowed: they belong to another layer, or `rename_f` maps two
+    /// names to one tensor.
     fn check_names(&self) -> Result<()> {
         let known = |names: &[&str]| self.found(names.iter().map(|name| self.next_to_q(name)));
         let (qkv, o) = (known(&KNOWN_QKV), known(&KNOWN_O));
-        // The usual case, before the layer asks for its own weights: some builders read a tensor to say that they hold it.
+        // The usual case. Test it before asking for the layer's own weights: some builders read a tensor to answer
+        // `contains_tensor`.
         if qkv.is_empty() && o.is_empty() {
             return Ok(());
         }
@@ -112,7 +115,7 @@ impl Unused<'_> {
         Err(Error::OtherProjections { missing, tensors, allow: allow(&found) })
     }
 
-    /// Whether no projection drops its bias.
+    /// Returns an error if a configured projection would ignore a bias.
     fn check_biases(&self) -> Result<()> {
         let bias = |projection: &NamedProjection| format!("{}.bias", projection.name);
         let without = self.projections.iter().filter(|projection| !projection.bias);
@@ -125,7 +128,7 @@ impl Unused<'_> {
         Err(Error::UnusedBiases { tensors: self.full_names(&names), add, allow: allow(&names) })
     }
 
-    /// Whether there is nothing else that changes the result.
+    /// Returns an error if another known tensor changes the result.
     fn check_others(&self) -> Result<()> {
         let of_weights = self
             .projections
@@ -138,18 +141,20 @@ impl Unused<'_> {
         Err(Error::UnusedTensors { tensors: self.full_names(&found), allow: allow(&found) })
     }
 
-    /// `name` in the folder of the first projection's name: with `"self.query"`, the norm of q is `"self.q_norm"`.
+    /// `name` in the same folder as the first projection. For `"self.query"`, `q_norm.weight` becomes
+    /// `"self.q_norm.weight"`.
     fn next_to_q(&self, name: &str) -> String {
         let folder = self.projections.first().and_then(|projection| projection.name.rsplit_once('.'));
         folder.map_or_else(|| name.to_string(), |(folder, _)| format!("{folder}.{name}"))
     }
 
-    /// Those of `names` that the builder holds, that are not the layer's own and that the user did not allow.
+    /// The `names` in the builder that are not the layer's own and not allowed by the user.
     fn found(&self, names: impl Iterator<Item = String>) -> Vec<String> {
         let own = |name: &str| self.projections.iter().any(|p| name.strip_suffix(".weight") == Some(p.name));
         names.filter(|name| !own(name) && self.holds(name)).collect()
     }
 
+    /// Whether the builder has `name` and the user did not allow it.
     fn holds(&self, name: &str) -> bool {
         !self.config.allowed_unused.iter().any(|allowed| allowed == name) && self.vb.contains_tensor(name)
     }

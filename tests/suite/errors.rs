@@ -369,7 +369,7 @@ fn padding_masks() -> Result<()> {
         refused(&[[1., 1., 0., 0.], [0., -1e9, 1., 1.]])?,
         "mask: value -1000000000 at row 1, column 1 is neither 0 nor 1; 1 marks a token and 0 padding"
     );
-    let hole = "lie neither at the start nor at the end of its 4 positions; pad on one side";
+    let hole = "are not one block at the start or end of its 4 positions; put all padding on one side";
     assert_eq!(refused(&[[1., 0., 1., 1.]])?, format!("mask: the 3 tokens of row 0 {hole}"));
     assert_eq!(refused(&[[1., 1., 1., 1.], [0., 1., 1., 0.]])?, format!("mask: the 2 tokens of row 1 {hole}"));
     assert_eq!(
@@ -395,20 +395,20 @@ fn key_lengths() -> Result<()> {
     let (q, k) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 5, 2, 64]));
     assert_eq!(
         refused(&attention(&lengths(&[5])?), &q, &k, &k),
-        "key_lengths: 1 lengths came for a batch of 2; give one for each sequence"
+        "key_lengths: got 1 lengths for a batch of 2; give one per sequence"
     );
     assert_eq!(
         refused(&attention(&lengths(&[5, 6])?), &q, &k, &k),
-        "key_lengths: sequence 1 has 6 keys, but there is room for 5; lengths count keys, padding left out"
+        "key_lengths: length 6 of sequence 1 is larger than seqlen_k 5; do not count padding"
     );
     assert_eq!(refused(&attention(&lengths(&[0, 5])?), &q, &k, &k), "no error");
     assert_eq!(
         text(lengths(&[5, 1 << 32])),
-        "key_lengths: sequence 1 has 4294967296 keys, but there is room for 4294967295; lengths count keys, padding left out"
+        "key_lengths: length 4294967296 of sequence 1 is larger than seqlen_k 4294967295; do not count padding"
     );
-    let shifted = "key_lengths: sequence 1 has 2 keys for 3 queries, but a mask or ALiBi lines up the last query with the last \
-                   key; for self-attention padded on the right use CuSeqlens::from_mask and forward_packed, or Mask::Causal \
-                   without key_lengths";
+    let shifted = "key_lengths: sequence 1 has 2 keys but 3 queries, and the mask or ALiBi aligns the last query with the last \
+                   valid key; if the queries are padded too, use Mask::Causal without key_lengths, or CuSeqlens::from_mask \
+                   and forward_packed";
     let short = attention(&lengths(&[3, 2])?);
     assert_eq!(refused(&short.clone().mask(Mask::Causal), &q, &k, &k), shifted);
     let slopes = Tensor::zeros(8, DType::F32, &Device::Cpu)?;
@@ -422,12 +422,12 @@ fn key_lengths() -> Result<()> {
     let (packed, cu_seqlens) = (zeros(&[4, 2, 64]), CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?);
     assert_eq!(
         refused_packed(&attention(&lengths(&[1, 3])?), [&packed; 3], [&cu_seqlens; 2]),
-        "key_lengths: a packed call takes the lengths of its keys from cu_seqlens_k; leave key_lengths out"
+        "key_lengths: a packed call reads key lengths from cu_seqlens_k; remove key_lengths"
     );
     Ok(())
 }
 
-/// Shapes that fit the other layout get it named.
+/// If the shapes fit only the other layout, the error names it.
 #[test]
 fn swapped_axes() -> Result<()> {
     let heads_first = "if q is (batch, num_heads, seqlen_q, head_dim), call .layout(TensorLayout::Bhsd)";
@@ -494,11 +494,11 @@ fn alibi_over_a_part() -> Result<()> {
 fn merging() -> Result<()> {
     let attention = Attention::new();
     let merge = |parts: &[(Tensor, Tensor)]| text(attention.merge(parts));
-    assert_eq!(merge(&[]), "merge: no part came; give at least one");
+    assert_eq!(merge(&[]), "merge: parts is empty; give at least one part");
     let (o, lse) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 8, 3]));
     let part = |o: &Tensor, lse: &Tensor| (o.clone(), lse.clone());
     assert_eq!(merge(&[part(&o, &lse), part(&o, &lse)]), "no error");
-    let queries = "parts have the same queries";
+    let queries = "all parts need the same queries, and o the result layout of this Attention";
     assert_eq!(
         merge(&[part(&o, &lse), part(&zeros(&[2, 4, 8, 64]), &lse)]),
         format!("merge: o of part 1 is [2, 4, 8, 64] F32 on Cpu, expected [2, 3, 8, 64] F32 on Cpu; {queries}")

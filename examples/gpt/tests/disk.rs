@@ -1,4 +1,4 @@
-//! A disk that takes no more: what was there stays, nothing partial does, and the error names the cause.
+//! Full disk: existing files stay, partial files are removed, the error names the cause.
 #![cfg(unix)]
 
 use super::resume::assert_same_run;
@@ -11,7 +11,7 @@ use std::io::{self, stderr, Write};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-/// What `sh` does with `script` in the folder of `room`; "$@" in it runs the program with `args`.
+/// Runs `script` with the shell in the folder of `room`. `"$@"` in the script runs the program with `args`.
 fn shell(shell: &[&str], script: &str, args: &[&str], room: &Room) -> io::Result<Output> {
     let program = child_command(args, room.folder.path());
     let mut command = Command::new(shell[0]);
@@ -26,14 +26,14 @@ fn shell(shell: &[&str], script: &str, args: &[&str], room: &Room) -> io::Result
     command.output()
 }
 
-/// Runs the program where no file can be larger than `blocks` of 512 bytes.
+/// Runs the program with a limit for the size of each file: `blocks` of 512 bytes. Returns its stderr.
 fn limited(blocks: usize, args: &[&str], room: &Room) -> String {
     let output = shell(&["sh"], &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\""), args, room).unwrap();
     assert_eq!(output.status.code(), Some(1));
     String::from_utf8(output.stderr).unwrap()
 }
 
-/// A run in the folder `run` whose process has died in step 25; its checkpoint is of step 20.
+/// A run in the folder `run` that was aborted in step 25. Its last checkpoint is of step 20.
 fn aborted(room: &Room, config: &Config) -> Result<PathBuf> {
     let dir = begin(room, "run", config)?;
     child_process(&["train", "--resume", &room.string("run")], room.folder.path(), Some("inside a step#25"));
@@ -53,7 +53,7 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_one_before() -> Result<()> {
         assert_eq!(
             limited(100, &["train", "--resume", &path], &room),
             format!(
-                "error: cannot write {path}/checkpoint.safetensors: File too large (os error 27); remove the cause, then \
+                "error: cannot write {path}/checkpoint.safetensors: File too large (os error 27); fix the cause, then \
                  continue from the last checkpoint with --resume {path}\n"
             )
         );
@@ -74,7 +74,7 @@ fn metrics_that_cannot_be_written_stay() -> Result<()> {
     assert_eq!(
         limited(1, &["train", "--resume", &path, "--steps", "50"], &room),
         format!(
-            "error: cannot write {path}/metrics.csv: File too large (os error 27); remove the cause, then continue from \
+            "error: cannot write {path}/metrics.csv: File too large (os error 27); fix the cause, then continue from \
              the last checkpoint with --resume {path}\n"
         )
     );
@@ -82,27 +82,27 @@ fn metrics_that_cannot_be_written_stay() -> Result<()> {
     run(&["train", "--resume", &path, "--steps", "50"])
 }
 
-/// A new run that has no room for its first checkpoint leaves nothing, not even the folders around its own.
+/// A new run cannot write its first checkpoint. It removes all files and folders that it created, also parent folders.
 #[test]
 fn a_run_without_room_for_a_checkpoint_leaves_nothing() {
     let room = Room::new();
     let out = room.string("a/b/run");
     let args = ["--data", &room.string("text.txt"), "--out", &out, "--context", "8", "--steps", "1"];
     let said = format!(
-        "error: cannot write {out}/checkpoint.safetensors: File too large (os error 27); remove the cause, or choose \
+        "error: cannot write {out}/checkpoint.safetensors: File too large (os error 27); fix the cause, or choose \
          another folder with --out\n"
     );
     for _ in 0..2 {
         assert_eq!(limited(100, &args, &room), said);
         assert_eq!(names(room.folder.path()), ["text.txt"]);
     }
-    // A folder that was there before stays, as it was.
+    // A folder that existed before stays, and is empty again.
     fs::create_dir_all(&out).unwrap();
     assert_eq!(limited(100, &args, &room), said);
     assert_eq!(names(&room.path("a/b/run")), [""; 0]);
 }
 
-/// A real full disk: a small tmpfs, mounted in a namespace of the test's own.
+/// A real full disk: a small tmpfs, mounted in a namespace of this test only.
 #[test]
 fn a_full_disk_is_named_and_does_not_stay_full() -> Result<()> {
     let room = Room::new();
@@ -110,7 +110,7 @@ fn a_full_disk_is_named_and_does_not_stay_full() -> Result<()> {
     let uninterrupted = train(&room, "uninterrupted", &config)?;
     let dir = aborted(&room, &config)?;
     fs::create_dir(room.path("disk"))?;
-    // One checkpoint has 255 kB.
+    // A checkpoint has 255 kB, so two of them do not fit.
     let script = r#"
         mount -t tmpfs -o size=400k tmpfs disk && cp -r run disk/run && touch mounted || exit
         "$@"; code=$?
@@ -119,7 +119,7 @@ fn a_full_disk_is_named_and_does_not_stay_full() -> Result<()> {
         exit $code"#;
     let output = shell(&["unshare", "-rm", "sh"], script, &["train", "--resume", "disk/run"], &room);
     if !room.path("mounted").exists() {
-        // Not by eprintln, whose text the test harness would keep to itself.
+        // Not eprintln!, because the test harness captures that.
         writeln!(stderr(), "SKIPPED a_full_disk_is_named_and_does_not_stay_full: no tmpfs can be mounted: {output:?}")?;
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! Bad input: one sentence each, pinned as text, and nothing written.
+//! Bad input: the error is one sentence, pinned as text, and no file is written.
 
 use super::{child_process, message, run, short_config, Room};
 use crate::checkpoint;
@@ -16,7 +16,7 @@ fn usage(args: &[&str]) -> String {
     message(args).lines().next().unwrap().to_string()
 }
 
-/// What `--data` and `--out` can be wrong about. No refusal leaves a folder.
+/// Texts that `--data` cannot use. No folder is created.
 #[test]
 fn texts_that_cannot_be_used() -> Result<()> {
     let room = Room::new();
@@ -170,18 +170,18 @@ fn a_loss_that_is_not_finite_stops_the_run() {
         "step 1: the held-out loss after it is NaN; the last checkpoint is from before; a smaller --lr or a longer \
          --warmup may help"
     );
-    // The step before it was sound, and its checkpoint is not written over.
+    // The step itself was finite and is recorded. The checkpoint from before it stays.
     let rows = metrics::read(&room.path("out").join(metrics::FILE_NAME), usize::MAX).unwrap();
     assert_eq!(rows.iter().map(|row| (row.step, row.val_loss)).collect::<Vec<_>>(), [(1, None)]);
     let checkpoint = checkpoint::load(&room.path("out").join(checkpoint::FILE_NAME), &Device::Cpu).unwrap();
     assert_eq!(checkpoint.state.step, 0);
 }
 
-/// Steps that were sound are in the metrics, however many were heard of together with the one that was not.
+/// All steps before the non-finite one are in the metrics, also if the host reads several steps at once.
 #[test]
 fn steps_before_a_loss_that_is_not_finite_are_recorded() -> Result<()> {
     let room = Room::new();
-    // A decay that makes matrices several times as large with each step, until their products are no f32 any more.
+    // With this decay, each step makes the matrices several times as large, until their products overflow f32.
     let config = short_config(&room, AttentionKind::Flash);
     let config = Config { lr: 1e-3, weight_decay: 1e5, warmup: 20, eval_interval: 40, ..config };
     let mut said = Vec::new();
@@ -221,7 +221,7 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
         assert_eq!(message(&["--resume", &out, "--steps", "2"]), said);
         said
     };
-    let refused = |reason: &str| format!("{name} cannot be used: {reason}; restore it from a copy or train afresh");
+    let refused = |reason: &str| format!("{name} cannot be used: {reason}; restore it from a copy or start a new run");
 
     assert_eq!(say(b""), refused("it is cut short, damaged or no safetensors file (header too small)"));
     assert_eq!(
@@ -247,7 +247,7 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
     Ok(())
 }
 
-/// Without attention it is another model, which no weights fit but its own.
+/// A model trained without attention runs only without it, and the other way round.
 #[test]
 fn attention_is_left_out_where_it_was_in_training() {
     let room = Room::new();
@@ -295,7 +295,7 @@ fn runs_that_are_not_there() {
     );
 }
 
-/// Rows that are damaged are refused; moved away, they are rows that are lost.
+/// A damaged metrics file is an error. After it is moved away, the run resumes and starts a new file.
 #[test]
 fn metrics_that_are_damaged() -> Result<()> {
     let room = Room::new();
@@ -308,7 +308,7 @@ fn metrics_that_are_damaged() -> Result<()> {
         fs::write(&metrics, format!("{header}\n{rows}\n")).unwrap();
         message(&["--resume", &out, "--steps", "2"])
     };
-    let way_out = "restore it from a copy, or move it away: a new one then begins at step 2";
+    let way_out = "restore it from a copy, or move it away and a new file will start at step 2";
     assert_eq!(say("0,1,,1,1,1"), format!("{name} is damaged: step 0 follows step 0; {way_out}"));
     let said = say("1,what,,1,1,1");
     assert!(said.starts_with(&format!("{name} is damaged: CSV deserialize error: record 1 (line: 2")), "{said}");
@@ -320,7 +320,7 @@ fn metrics_that_are_damaged() -> Result<()> {
     Ok(())
 }
 
-/// The repository changes while it is worked on; a run keeps a copy of the text it was trained on.
+/// The repository changes during work on it. So a run on its text keeps a copy, and the errors name the copy.
 #[test]
 fn the_default_text_may_have_changed() -> Result<()> {
     let room = Room::new();

@@ -1,4 +1,4 @@
-//! SIGKILL at any time: what is on the disk then goes on as if nothing had happened.
+//! SIGKILL at any time: the run resumes as if it had never been killed.
 
 use super::resume::assert_same_run;
 use super::{begin, child_command, small_config, train, Room};
@@ -14,10 +14,11 @@ use std::time::Duration;
 
 const KILLS: usize = 50;
 
-/// Of training until it is killed, in which some steps and their checkpoints are done.
+/// Maximum time between the start of training and the kill. It is enough for some steps and their checkpoints.
 const LONGEST: u64 = 60_000; // microseconds
 
-/// Runs that save a checkpoint with every step are killed, resumed and killed again, until they have come to their end.
+/// Each run saves a checkpoint with every step. It is killed and resumed again and again until its last step. Its files must
+/// be those of a run that was never killed.
 #[test]
 fn a_run_killed_at_any_time_resumes_bit_for_bit() -> Result<()> {
     let room = Room::new();
@@ -39,7 +40,7 @@ fn a_run_killed_at_any_time_resumes_bit_for_bit() -> Result<()> {
             let mut command = child_command(&["train", "--resume", &room.string(&name)], room.folder.path());
             let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
             let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-            assert!(lines.any(|line| line.is_ok_and(|line| line.starts_with("steps  "))), "it starts to train");
+            assert!(lines.any(|line| line.is_ok_and(|line| line.starts_with("steps  "))), "training starts");
             if kills < KILLS {
                 kills += 1;
                 sleep(time());
@@ -48,7 +49,7 @@ fn a_run_killed_at_any_time_resumes_bit_for_bit() -> Result<()> {
             lines.for_each(drop);
             child.wait()?;
         }
-        let _ = fs::remove_file(dir.join("train.lock")); // of a process that was killed after its last checkpoint
+        let _ = fs::remove_file(dir.join("train.lock")); // left if the process was killed after its last checkpoint
         assert_same_run(&dir, &uninterrupted, &format!("{kills} kills"));
     }
     Ok(())

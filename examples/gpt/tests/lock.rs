@@ -1,4 +1,4 @@
-//! One process at a time writes into the folder of a run.
+//! Only one process at a time can write into the folder of a run.
 
 use super::{begin, child_command, message, names, rows, run, small_config, wait_for, Room};
 use crate::checkpoint;
@@ -20,7 +20,7 @@ fn spawn(args: &[&str], room: &Room) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// The one of two children that ends first, then the other.
+/// The two child processes: first the one that ends first, then the other.
 fn first_to_end([mut a, mut b]: [Child; 2]) -> [Child; 2] {
     loop {
         if a.try_wait().unwrap().is_some() {
@@ -33,8 +33,8 @@ fn first_to_end([mut a, mut b]: [Child; 2]) -> [Child; 2] {
     }
 }
 
-/// Of two processes that resume one run at once, one goes on and the other is refused. The one that goes on is killed, and
-/// leaves no lock to the next pair.
+/// Two processes resume one run. One trains, the other is refused. Then the first is killed; its lock must not block the
+/// next pair.
 #[test]
 fn of_two_processes_one_is_refused() -> Result<()> {
     let room = Room::new();
@@ -49,12 +49,12 @@ fn of_two_processes_one_is_refused() -> Result<()> {
         assert_eq!(
             said.trim_end(),
             format!(
-                "error: {path} is in use: process {} is training there; wait until it has ended, or stop it",
+                "error: {path} is in use: process {} is training there; wait for it to end, or stop it",
                 trains.id()
             ),
             "pair {pair}"
         );
-        // Readers take no lock: whenever they look, there is a whole checkpoint.
+        // Readers need no lock: at any time they find a complete checkpoint.
         checkpoint::load(&dir.join(checkpoint::FILE_NAME), &Device::Cpu)?;
         if pair == 0 {
             wait_for(&dir.join("metrics.csv"), "\n2,");
@@ -65,7 +65,7 @@ fn of_two_processes_one_is_refused() -> Result<()> {
         trains.kill()?;
         trains.wait()?;
     }
-    // All that they trained together is what one process trains.
+    // All processes together made the steps that one process makes alone.
     let trained = rows(&dir);
     assert!(trained.len() > 1);
     let mut alone = Run::new(config, Device::Cpu)?;
@@ -75,7 +75,7 @@ fn of_two_processes_one_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Of two new runs in one folder one is refused, whenever it comes, and takes nothing away from the other.
+/// Two new runs start in one folder. One trains, the other is refused and deletes no file of the first.
 #[test]
 fn of_two_new_runs_one_is_refused() -> Result<()> {
     let room = Room::new();
@@ -93,7 +93,7 @@ fn of_two_new_runs_one_is_refused() -> Result<()> {
     run(&["sample", "--checkpoint", &out, "--tokens", "3"])
 }
 
-/// What killed processes leave is removed by the next that writes; files of others stay.
+/// A resume removes the temporary files and the lock file of killed processes. All other files stay.
 #[test]
 fn leftovers_are_removed() -> Result<()> {
     let room = Room::new();
@@ -107,7 +107,7 @@ fn leftovers_are_removed() -> Result<()> {
     Ok(())
 }
 
-/// The lock is taken within one process too, and is free when its holder is gone.
+/// A folder is locked until its holder is dropped, also within one process.
 #[test]
 fn a_folder_in_use_is_refused() -> Result<()> {
     let room = Room::new();
@@ -115,7 +115,7 @@ fn a_folder_in_use_is_refused() -> Result<()> {
     let refusal = |dir: &Path| {
         let holder = std::process::id();
         let dir = dir.display();
-        format!("{dir} is in use: process {holder} is training there; wait until it has ended, or stop it")
+        format!("{dir} is in use: process {holder} is training there; wait for it to end, or stop it")
     };
     let folder = RunFolder::open(&dir)?;
     assert_eq!(message(&["--resume", &room.string("run")]), refusal(&dir));
@@ -126,7 +126,7 @@ fn a_folder_in_use_is_refused() -> Result<()> {
     let folder = RunFolder::create(&new)?;
     let args = ["--data", &room.string("text.txt"), "--out", &room.string("new"), "--context", "8", "--steps", "1"];
     assert_eq!(message(&args), refusal(&new));
-    assert!(new.exists(), "it is the other's folder");
+    assert!(new.exists(), "the folder belongs to the first run");
     drop(folder);
     assert!(!new.exists());
     assert_eq!(
@@ -137,7 +137,7 @@ fn a_folder_in_use_is_refused() -> Result<()> {
     assert_eq!(
         message(&["--resume", &room.string("run")]),
         format!(
-            "cannot write {0}/train.lock: Is a directory (os error 21); remove the cause, then continue from the last \
+            "cannot write {0}/train.lock: Is a directory (os error 21); fix the cause, then continue from the last \
              checkpoint with --resume {0}",
             room.string("run")
         )

@@ -1,4 +1,4 @@
-//! What the program prints, where nobody takes it; and the table that `time` adds a row to.
+//! Output that cannot be written (closed or full stdout), and the table of `gpt time --csv`.
 
 use super::{child_command, message, run, Room, STDOUT};
 use crate::checkpoint;
@@ -22,7 +22,7 @@ fn train_args<'a>(text: &'a str, out: &'a str) -> Vec<&'a str> {
 /// The smallest measurement.
 const TIME: [&str; 9] = ["time", "--context", "8", "--batch", "1", "--steps", "1", "--warmup", "0"];
 
-/// What a child says whose stdout is a pipe that is closed as soon as `last_read` came out of it.
+/// Reads the stdout of a child until it ends with `last_read`, then closes the pipe. Returns the output at the end.
 fn read_up_to(last_read: &str, command: &mut Command) -> Output {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
@@ -47,7 +47,7 @@ fn assert_trained(dir: &Path) {
     assert!(dir.join(crate::plot::FILE_NAME).is_file());
 }
 
-/// `gpt train | head -1`
+/// `gpt train | head -1`: training continues after the reader has gone.
 #[test]
 fn a_run_outlives_the_reader_of_its_progress() {
     let room = Room::new();
@@ -56,12 +56,12 @@ fn a_run_outlives_the_reader_of_its_progress() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(
         stderr(&output),
-        "stdout takes no more text (Broken pipe (os error 32)); training goes on and prints nothing further\n"
+        "cannot write to stdout: Broken pipe (os error 32); training continues without progress lines\n"
     );
     assert_trained(&room.path("out"));
 }
 
-/// `gpt eval | true`: the reader has seen what it wanted.
+/// `gpt eval | true`: a closed pipe is not an error.
 #[test]
 fn a_result_that_nobody_reads_is_no_error() -> Result<()> {
     let room = Room::new();
@@ -87,7 +87,7 @@ fn a_full_device_takes_no_result() {
     assert!(trained.status.success(), "{}", stderr(&trained));
     assert_eq!(
         stderr(&trained),
-        "stdout takes no more text (No space left on device (os error 28)); training goes on and prints nothing further\n"
+        "cannot write to stdout: No space left on device (os error 28); training continues without progress lines\n"
     );
     assert_trained(&room.path("out"));
 
@@ -97,11 +97,11 @@ fn a_full_device_takes_no_result() {
         assert_eq!(output.status.code(), Some(1), "{args:?}");
         assert_eq!(
             stderr(&output),
-            "error: stdout does not take the result: No space left on device (os error 28); make room there, or send it \
-             elsewhere\n"
+            "error: cannot write the result to stdout: No space left on device (os error 28); make room there, or redirect \
+             stdout\n"
         );
     }
-    // What was measured is in the table all the same.
+    // The table has the measurement, although printing it failed.
     assert_eq!(fs::read_to_string(csv).unwrap().lines().count(), 2);
 }
 
@@ -117,12 +117,12 @@ fn a_full_stderr_takes_no_message() {
     };
     assert!(status(&train_args(&text, &out)).success());
     assert_trained(&room.path("out"));
-    assert_eq!(status(&["eval", "--checkpoint", &out]).code(), Some(1), "nothing of the result was printed");
+    assert_eq!(status(&["eval", "--checkpoint", &out]).code(), Some(1), "the result could not be printed");
     assert_eq!(status(&["eval", "--checkpoint", &text]).code(), Some(1), "no checkpoint");
-    assert_eq!(status(&["--stepz"]).code(), Some(2), "a usage error, as clap has it");
+    assert_eq!(status(&["--stepz"]).code(), Some(2), "a usage error, with the exit code of clap");
 }
 
-/// The time that is left can be longer than any clock shows.
+/// The remaining time can be too long for a `Duration`.
 #[test]
 fn progress_of_endless_runs() {
     let row = metrics::Row { step: 1, train_loss: 1.0, val_loss: Some(1.0), lr: 1.0, grad_norm: 1.0, tokens_per_s: 1 };
@@ -133,7 +133,7 @@ fn progress_of_endless_runs() {
 }
 
 #[test]
-fn measurements_go_into_tables_of_measurements_alone() -> Result<()> {
+fn rows_are_added_only_to_tables_of_measurements() -> Result<()> {
     let room = Room::new();
     let path = |name: &str| room.string(name);
     let time = |csv: &str| run(&[&TIME[..], &["--csv", csv]].concat());
@@ -144,15 +144,15 @@ fn measurements_go_into_tables_of_measurements_alone() -> Result<()> {
     assert_eq!(
         say(&path("notes.md")),
         format!(
-            "--csv {} holds something else: its first line is \"# Notes\", and that of measurements is \"device,parameters,\
-             layers,width,attention,precision,context,batch,accumulation,steps,ms_per_step,tokens_per_s,model_tflops,\
-             mfu_percent,peak_gib,resident_gib,last_loss\"; name another file",
+            "--csv {} is not a table of measurements: its first line is \"# Notes\", but must be \"device,parameters,layers,\
+             width,attention,precision,context,batch,accumulation,steps,ms_per_step,tokens_per_s,model_tflops,mfu_percent,\
+             peak_gib,resident_gib,last_loss\"; name another file",
             path("notes.md")
         )
     );
     fs::write(path("long"), [0xff; 100_000])?;
     let shown = "\u{fffd}".repeat(60);
-    let start = format!("--csv {} holds something else: its first line is \"{shown}\", and", path("long"));
+    let start = format!("--csv {} is not a table of measurements: its first line is \"{shown}\", but", path("long"));
     assert!(say(&path("long")).starts_with(&start));
     assert_eq!(
         say(&path("absent/time.csv")),
@@ -166,7 +166,7 @@ fn measurements_go_into_tables_of_measurements_alone() -> Result<()> {
     fs::write(path("time.csv"), "")?;
     time(&path("time.csv"))?;
     let first = fs::read_to_string(path("time.csv"))?;
-    // As some editors leave a file.
+    // Some editors do not end the last line.
     fs::write(path("time.csv"), first.trim_end())?;
     time(&path("time.csv"))?;
     time(&path("time.csv"))?;

@@ -1,4 +1,4 @@
-//! What a run folder can be wrong about, and what it need not be: paths, lost metrics, impossible checkpoints.
+//! Errors of run folders (invalid checkpoints), and cases that must work (non-UTF-8 paths, lost metrics).
 
 use super::{begin, child_process, message, names, rows, run, small_config, story, train, Room};
 use crate::checkpoint;
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Changes the state in the checkpoint `file` and hashes the file again.
+/// Changes the state in the checkpoint `file` and updates its hash.
 fn forge(file: &Path, change: impl Fn(&mut Value)) {
     const KEY: &str = "candle-fa2-gpt-1";
     let bytes = fs::read(file).unwrap();
@@ -29,7 +29,7 @@ fn forge(file: &Path, change: impl Fn(&mut Value)) {
 }
 
 #[test]
-fn a_checkpoint_of_impossible_fields_is_refused() -> Result<()> {
+fn a_checkpoint_with_an_invalid_field_is_refused() -> Result<()> {
     let room = Room::new();
     let dir = begin(&room, "run", &small_config(&room, 2))?;
     let (path, file) = (room.string("run"), dir.join(checkpoint::FILE_NAME));
@@ -39,58 +39,55 @@ fn a_checkpoint_of_impossible_fields_is_refused() -> Result<()> {
         forge(&file, |state| *state.pointer_mut(field).unwrap() = value.clone());
         message(&[args, &[&path]].concat())
     };
-    let refusal =
-        |reason: &str| format!("{} cannot be used: {reason}; restore it from a copy or train afresh", file.display());
+    let refusal = |reason: &str| {
+        format!("{} cannot be used: {reason}; restore it from a copy or start a new run", file.display())
+    };
     for (field, value, reason) in [
-        ("/config/num_layers", json!(0), "its num_layers is 0, and must be from 1 to 4294967295"),
-        ("/config/num_layers", json!(1000), "its num_layers is 1000, but it has only 49 tensors"),
-        ("/config/num_heads", json!(0), "its num_heads is 0, and must be from 1 to 4294967295"),
-        ("/config/num_heads", json!(3), "its embed_dim is 32, and must be a multiple of its num_heads 3"),
+        ("/config/num_layers", json!(0), "num_layers is 0, but must be from 1 to 4294967295"),
+        ("/config/num_layers", json!(1000), "num_layers is 1000, but the file has only 49 tensors"),
+        ("/config/num_heads", json!(0), "num_heads is 0, but must be from 1 to 4294967295"),
+        ("/config/num_heads", json!(3), "embed_dim is 32, but must be a multiple of num_heads 3"),
         ("/config/embed_dim", json!(64), "it has no f32 tensor h.0.attn.c_attn.bias of shape [192]"),
-        (
-            "/config/embed_dim",
-            json!(u64::MAX),
-            "its embed_dim is 18446744073709551615, and must be from 1 to 4294967295",
-        ),
-        ("/config/context", json!(0), "its context is 0, and must be from 1 to 4294967295"),
+        ("/config/embed_dim", json!(u64::MAX), "embed_dim is 18446744073709551615, but must be from 1 to 4294967295"),
+        ("/config/context", json!(0), "context is 0, but must be from 1 to 4294967295"),
         ("/config/context", json!(9), "it has no f32 tensor wpe of shape [9, 32]"),
-        ("/config/batch", json!(0), "its batch is 0, and must be from 1 to 4294967295"),
-        ("/config/accumulation", json!(0), "its accumulation is 0, and must be from 1 to 4294967295"),
+        ("/config/batch", json!(0), "batch is 0, but must be from 1 to 4294967295"),
+        ("/config/accumulation", json!(0), "accumulation is 0, but must be from 1 to 4294967295"),
         (
             "/config/accumulation",
             json!(u32::MAX),
-            "its batch * accumulation * context is 68719476720, and must be at most 4294967295",
+            "batch * accumulation * context is 68719476720, but must be at most 4294967295",
         ),
-        ("/config/steps", json!(0), "its steps is 0, and must be at least 1"),
-        ("/config/eval_interval", json!(0), "its eval_interval is 0, and must be at least 1"),
-        ("/config/eval_windows", json!(0), "its eval_windows is 0, and must be at least 1"),
-        ("/config/checkpoint_interval", json!(0), "its checkpoint_interval is 0, and must be at least 1"),
-        ("/config/lr", json!(0.0), "its lr is 0, and must be above 0"),
-        ("/config/min_lr", json!(1), "its min_lr is 1, and must be from 0 to its lr 0.002"),
-        ("/config/weight_decay", json!(-1), "its weight_decay is -1, and must be 0 or above"),
-        ("/config/beta1", json!(1), "its beta1 is 1, and must be from 0 to below 1"),
-        ("/config/beta2", json!(2), "its beta2 is 2, and must be from 0 to below 1"),
-        ("/config/clip", json!(0), "its clip is 0, and must be above 0"),
-        ("/step", json!(3), "its step is 3, and must be at most its steps 2"),
-        ("/vocab_size", json!(100), "its vocab_size is 100, and must be at least 256, the tokens of bytes"),
+        ("/config/steps", json!(0), "steps is 0, but must be at least 1"),
+        ("/config/eval_interval", json!(0), "eval_interval is 0, but must be at least 1"),
+        ("/config/eval_windows", json!(0), "eval_windows is 0, but must be at least 1"),
+        ("/config/checkpoint_interval", json!(0), "checkpoint_interval is 0, but must be at least 1"),
+        ("/config/lr", json!(0.0), "lr is 0, but must be above 0"),
+        ("/config/min_lr", json!(1), "min_lr is 1, but must be from 0 to lr 0.002"),
+        ("/config/weight_decay", json!(-1), "weight_decay is -1, but must be 0 or above"),
+        ("/config/beta1", json!(1), "beta1 is 1, but must be from 0 to below 1"),
+        ("/config/beta2", json!(2), "beta2 is 2, but must be from 0 to below 1"),
+        ("/config/clip", json!(0), "clip is 0, but must be above 0"),
+        ("/step", json!(3), "step is 3, but must be at most 2, the steps of the run"),
+        ("/vocab_size", json!(100), "vocab_size is 100, but must be at least 256 for the tokenizer bytes"),
         ("/vocab_size", json!(320), "it has no f32 tensor wte of shape [320, 32]"),
-        ("/config/tokenizer", json!("Gpt2"), "its vocab_size is 256, and must be at least 50257, the tokens of gpt2"),
-        ("/text_sha256", json!("short"), "its text_sha256 is \"short\", and must be 64 hexadecimal digits"),
+        ("/config/tokenizer", json!("Gpt2"), "vocab_size is 256, but must be at least 50257 for the tokenizer gpt2"),
+        ("/text_sha256", json!("short"), "text_sha256 is \"short\", but must be 64 hexadecimal digits"),
     ] {
         for args in [&["--resume"][..], &["sample", "--checkpoint"], &["eval", "--checkpoint"]] {
             assert_eq!(say(field, value.clone(), args), refusal(reason), "{args:?}");
         }
     }
-    // What only the text can tell.
+    // This field is checked when the text is read, so only by a resume.
     assert_eq!(
         say("/cursor/used", json!(675), &["--resume"]),
-        refusal("its cursor.used is 675, and must be at most 674, the windows of its text")
+        refusal("cursor.used is 675, but must be at most 674, the windows of the text")
     );
     assert_eq!(names(&dir), ["checkpoint.safetensors", "metrics.csv"]);
     Ok(())
 }
 
-/// Before there was `checkpoint_interval`, checkpoints came with evaluations: so they still do.
+/// Older checkpoints have no `checkpoint_interval`. Then a checkpoint is saved with each evaluation, as before.
 #[test]
 fn a_checkpoint_without_new_fields_is_read() -> Result<()> {
     let room = Room::new();
@@ -127,13 +124,13 @@ fn paths_need_not_be_utf8() -> Result<()> {
     );
     assert!(!out.exists());
     if let Err(error) = fs::write(&text, story(6000)) {
-        eprintln!("this file system takes no such name: {error}");
+        eprintln!("this file system does not allow such a name: {error}");
         return Ok(());
     }
     gpt(&train)?;
     let saved = checkpoint::load(&out.join(checkpoint::FILE_NAME), &Device::Cpu)?.state.config;
     assert_eq!(saved.data, Some(text));
-    gpt(&[os("--resume"), out.as_os_str(), os("--steps"), os("2")])?; // finds the text by the path it kept
+    gpt(&[os("--resume"), out.as_os_str(), os("--steps"), os("2")])?; // finds the text by the path in the checkpoint
     gpt(&[os("eval"), os("--checkpoint"), out.as_os_str()])
 }
 
@@ -157,7 +154,7 @@ fn paths_survive_json() -> Result<()> {
     Ok(())
 }
 
-/// Every refusal of a new run, and a start that fails, leave what was there before.
+/// A new run that is refused, or that cannot create its folder, leaves no file and no folder.
 #[test]
 fn a_refused_run_leaves_no_folder() -> Result<()> {
     let room = Room::new();
@@ -173,7 +170,7 @@ fn a_refused_run_leaves_no_folder() -> Result<()> {
         message(&[args, &["--out", &out]].concat());
         assert_eq!(names(room.folder.path()), before, "{args:?}");
     }
-    // Where no folder can be made.
+    // No folder can be created here.
     let below = room.string("text.txt/a/b");
     let said = message(&["--data", &text, "--context", "8", "--out", &below]);
     assert_eq!(
@@ -189,7 +186,7 @@ fn a_refused_run_leaves_no_folder() -> Result<()> {
     Ok(())
 }
 
-/// A text that is learned to the last bit has gradients of exactly 0, and a run on it goes on.
+/// The model fits its text perfectly, so all gradients are exactly 0. The run must still resume.
 #[test]
 fn a_perfectly_fitted_run_is_resumed() -> Result<()> {
     let room = Room::new();
@@ -203,7 +200,7 @@ fn a_perfectly_fitted_run_is_resumed() -> Result<()> {
     Ok(())
 }
 
-/// Training needs no metrics: without them, or with fewer than there were, it goes on and says what is missing.
+/// Rows of metrics.csv, or the whole file, are lost. The run resumes and names the missing steps.
 #[test]
 fn a_run_goes_on_without_its_metrics() -> Result<()> {
     let room = Room::new();
@@ -226,7 +223,7 @@ fn a_run_goes_on_without_its_metrics() -> Result<()> {
     };
     assert_eq!(resumed("8"), no_rows(4, 6));
     assert_eq!(steps(), [1, 2, 3, 7, 8]);
-    assert_eq!(resumed("9"), "", "the gap is known");
+    assert_eq!(resumed("9"), "", "the gap was reported before");
     fs::remove_file(&file)?;
     assert_eq!(resumed("11"), no_rows(1, 9));
     assert_eq!(steps(), [10, 11]);
@@ -236,7 +233,7 @@ fn a_run_goes_on_without_its_metrics() -> Result<()> {
     Ok(())
 }
 
-/// Checkpoints have an interval of their own, which is that of the evaluations by default.
+/// `--checkpoint-interval` sets the steps between checkpoints. The default is the evaluation interval.
 #[test]
 fn a_checkpoint_interval_is_kept() -> Result<()> {
     let room = Room::new();
@@ -255,18 +252,18 @@ fn a_checkpoint_interval_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint between evaluations is as sound as one with an evaluation: the last one before a model comes apart stays.
+/// The loss becomes NaN between evaluations. No checkpoint of that model is saved, so the last one has a finite loss.
 #[test]
-fn a_model_that_comes_apart_keeps_its_last_sound_checkpoint() -> Result<()> {
+fn a_non_finite_model_is_never_saved() -> Result<()> {
     let room = Room::new();
-    // A decay that makes matrices several times as large with each step.
+    // With this decay, each step makes the matrices several times as large.
     let config = Config { lr: 1e-3, weight_decay: 1e5, warmup: 20, eval_interval: 40, ..small_config(&room, 40) };
     let config = Config { checkpoint_interval: Some(1), ..config };
     let error = train(&room, "run", &config).unwrap_err().to_string();
     let step = checkpoint::load(&room.path("run").join(checkpoint::FILE_NAME), &Device::Cpu)?.state.step;
     let rest = "the last checkpoint is from before; a smaller --lr or a longer --warmup may help";
     assert_eq!(error, format!("step {}: the held-out loss after it is NaN; {rest}", step + 1));
-    assert!(step > 2, "it was sound before");
+    assert!(step > 2, "its loss was finite before");
     let trained = Trained::load(&room.path("run"), None, &Device::Cpu)?;
     assert!(trained.evaluate(None)?.loss.is_finite());
     Ok(())

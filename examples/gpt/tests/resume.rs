@@ -1,4 +1,4 @@
-//! A run that is stopped and resumed is the run that never stopped, whole folders compared.
+//! A run that was stopped and resumed writes the same files as a run that never stopped.
 
 use super::{child_process, names, rows, run, short_config, Room};
 use crate::checkpoint;
@@ -23,7 +23,8 @@ fn bytes(dir: &Path, name: &str) -> Vec<u8> {
     fs::read(dir.join(name)).unwrap()
 }
 
-/// Weights, moments, step, random state, cursor and configuration: all bytes of the last checkpoint.
+/// Checks that both folders hold the same run: the metrics without the measured speed, and all bytes of the last checkpoint
+/// and of the loss curve. No other file must be in `dir`.
 pub fn assert_same_run(dir: &Path, uninterrupted: &Path, point: &str) {
     assert_eq!(rows(dir), rows(uninterrupted), "metrics after {point}");
     assert!(
@@ -45,7 +46,7 @@ fn a_run_aborted_anywhere_resumes_bit_for_bit() -> Result<()> {
     run(&train_args(&text, &uninterrupted))?;
     assert_eq!(rows(&room.path("uninterrupted")).len(), STEPS);
 
-    // Point of the abort, and the step that the checkpoint must be of then.
+    // The point of the abort, and the step of the checkpoint that must be there.
     let points = [
         ("inside a step#2", 1),
         ("inside a step#6", 3),
@@ -70,7 +71,7 @@ fn a_run_aborted_anywhere_resumes_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
-/// Even while it is being resumed a run can die, and be resumed.
+/// A run aborts while it resumes. It can still be resumed.
 #[test]
 fn a_resumed_run_that_aborts_resumes_bit_for_bit() -> Result<()> {
     let room = Room::new();
@@ -88,7 +89,7 @@ fn a_resumed_run_that_aborts_resumes_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
-/// What a GPU does, here on the CPU: steps are queued, and heard of some at a time. That changes when, not what.
+/// Queues several steps before reading their outcomes, as on a GPU. The results must be the same as with one.
 #[test]
 fn steps_ahead_change_nothing() -> Result<()> {
     let room = Room::new();
@@ -103,8 +104,8 @@ fn steps_ahead_change_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Before the first checkpoint is complete there is nothing to resume, and the refusal says so. The command can be given
-/// again.
+/// The process dies before its first checkpoint is complete. A resume is an error that says so. The same new run can be
+/// started again in the folder.
 #[test]
 fn a_run_without_a_checkpoint_is_not_resumed() -> Result<()> {
     let room = Room::new();
@@ -126,7 +127,7 @@ fn a_run_without_a_checkpoint_is_not_resumed() -> Result<()> {
     Ok(())
 }
 
-/// After the last checkpoint nothing is left to do but to print.
+/// The process dies after its last checkpoint. All files of the run must be complete.
 #[test]
 fn a_run_aborted_after_its_last_checkpoint_is_whole() -> Result<()> {
     let room = Room::new();
@@ -139,7 +140,7 @@ fn a_run_aborted_after_its_last_checkpoint_is_whole() -> Result<()> {
     Ok(())
 }
 
-/// A finished run can be trained further; its schedule then ends later.
+/// A finished run can be trained for more steps. The rows of the earlier steps stay.
 #[test]
 fn a_finished_run_goes_on_with_more_steps() -> Result<()> {
     let room = Room::new();
@@ -157,7 +158,7 @@ fn a_finished_run_goes_on_with_more_steps() -> Result<()> {
     Ok(())
 }
 
-/// The text may have moved, but it must be the same text.
+/// A resume accepts the same text at another path, and refuses another text.
 #[test]
 fn a_moved_text_is_found_and_another_is_refused() -> Result<()> {
     let room = Room::new();

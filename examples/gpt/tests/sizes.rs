@@ -1,4 +1,4 @@
-//! Recipes that no memory holds are refused with a sentence, and those that fit are not.
+//! Recipes that need too much memory are refused with one sentence. Recipes that fit are not refused.
 
 use super::{message, Room};
 use crate::config::{AttentionKind, Config, Precision, Preset};
@@ -15,40 +15,40 @@ fn plan(warmup: usize, steps: usize) -> Plan {
 }
 
 #[test]
-fn what_is_too_large_is_said() {
+fn too_much_memory_is_an_error() {
     let say = |checked: Result<()>| checked.unwrap_err().to_string();
     let tiny = Config::preset(Preset::Tiny);
     assert_eq!(
         say(check_training(&Config { batch: 1_000_000, ..tiny.clone() }, 16.0 * GIB)),
-        "this takes at least 2930.7 GiB of memory, 2929.7 GiB of them for the activations, and there are 16.0 GiB; \
+        "this needs at least 2930.7 GiB of memory (2929.7 GiB for the activations), but only 16.0 GiB can be used; \
          lower --batch 1000000 or --context 128, or take a smaller --preset"
     );
     assert_eq!(
         say(check_training(&Config { accumulation: usize::MAX, ..tiny.clone() }, 16.0 * GIB)),
-        "this takes at least 1e14 GiB of memory, 1e14 GiB of them for the tokens, and there are 16.0 GiB; \
+        "this needs at least 1e14 GiB of memory (1e14 GiB for the tokens), but only 16.0 GiB can be used; \
          lower --accumulation 18446744073709551615 or --batch 8 or --context 128"
     );
     assert_eq!(
         say(check_training(&Config { batch: 1, context: 128, ..Config::preset(Preset::Gpt1300m) }, 8.0 * GIB)),
-        "this takes at least 14.9 GiB of memory, 14.7 GiB of them for the parameters, and there are 8.0 GiB; \
+        "this needs at least 14.9 GiB of memory (14.7 GiB for the parameters), but only 8.0 GiB can be used; \
          lower --context 128, or take a smaller --preset"
     );
     assert_eq!(
         say(check_timing(&tiny, &plan(usize::MAX, usize::MAX), 16.0 * GIB)),
-        "this takes at least 3e14 GiB of memory, 3e14 GiB of them for the tokens, and there are 16.0 GiB; \
+        "this needs at least 3e14 GiB of memory (3e14 GiB for the tokens), but only 16.0 GiB can be used; \
          lower --steps 18446744073709551615 or --warmup 18446744073709551615 or --accumulation 1 or --batch 8 or \
          --context 128"
     );
     assert_eq!(
         say(check_sampling(usize::MAX, 16.0 * GIB)),
-        "this takes at least 1e11 GiB of memory, 1e11 GiB of them for the text, and there are 16.0 GiB; \
+        "this needs at least 1e11 GiB of memory (1e11 GiB for the text), but only 16.0 GiB can be used; \
          lower --tokens 18446744073709551615"
     );
     let standard = Config { attention: AttentionKind::Standard, batch: 1, context: 65_536, ..tiny.clone() };
-    // Scores of queries and keys, which flash attention does not store.
+    // Standard attention stores the scores of all queries and keys. Flash attention does not.
     assert_eq!(
         say(check_training(&standard, 16.0 * GIB)),
-        "this takes at least 257.6 GiB of memory, 257.5 GiB of them for the activations, and there are 16.0 GiB; \
+        "this needs at least 257.6 GiB of memory (257.5 GiB for the activations), but only 16.0 GiB can be used; \
          lower --batch 1 or --context 65536, or take a smaller --preset"
     );
     let flash = Config { attention: AttentionKind::Flash, ..standard.clone() };
@@ -57,7 +57,7 @@ fn what_is_too_large_is_said() {
     assert!(say(check_timing(&all, &plan(usize::MAX, usize::MAX), 16.0 * GIB)).contains("for the tokens"));
 }
 
-/// On the command line too, before anything is allocated or written.
+/// The command line refuses them too, before anything is allocated or written.
 #[test]
 fn absurd_options_are_refused() {
     let room = Room::new();
@@ -65,7 +65,7 @@ fn absurd_options_are_refused() {
     let train = ["train", "--data", &text, "--out", &out];
     let refused = |args: &[&str], way_out: &str| {
         let said = message(args);
-        assert!(said.starts_with("this takes at least ") && said.contains(way_out), "{args:?}: {said}");
+        assert!(said.starts_with("this needs at least ") && said.contains(way_out), "{args:?}: {said}");
     };
     for option in ["--batch", "--context", "--accumulation"] {
         refused(&[&train[..], &[option, MOST]].concat(), &format!("{option} {MOST}"));
@@ -77,7 +77,7 @@ fn absurd_options_are_refused() {
     refused(&["sample", "--tokens", MOST], &format!("lower --tokens {MOST}"));
 }
 
-/// Peaks of resident memory of `gpt time --steps 1 --warmup 1` on a CPU.
+/// The estimate is below the measured peak of resident memory, but not far below: `gpt time --steps 1 --warmup 1` on a CPU.
 #[test]
 fn what_fits_is_not_refused() -> Result<()> {
     let tiny = Config::preset(Preset::Tiny);
@@ -106,5 +106,5 @@ fn memory_is_what_the_system_and_the_container_allow() {
     assert_eq!(memory_said(meminfo, &limits("max\n")), 17.0 * GIB);
     assert_eq!(memory_said(meminfo, &limits("4294967296\n")), 5.0 * GIB);
     assert_eq!(memory_said(meminfo, &limits("9223372036854771712\n")), 17.0 * GIB);
-    assert_eq!(memory_said("", &limits("4294967296\n")), (1u64 << 48) as f64, "nothing is known");
+    assert_eq!(memory_said("", &limits("4294967296\n")), (1u64 << 48) as f64, "the system does not say");
 }

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: a checkpoint, and the way to go on.
+//! Ctrl-C and SIGTERM: the run saves a checkpoint and says how to continue.
 #![cfg(unix)]
 
 use super::resume::assert_same_run;
@@ -14,8 +14,8 @@ fn send(signal: &str, child: &Child) {
     assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }
 
-/// The signal comes between evaluations and checkpoints. Its checkpoint is of the last step that was recorded, and resumed
-/// the run is the one that was never stopped.
+/// The signal comes between two checkpoints. The run saves a checkpoint of its last recorded step. After a resume its files
+/// are those of a run that never stopped.
 #[test]
 fn a_signal_saves_a_checkpoint() -> Result<()> {
     let room = Room::new();
@@ -34,7 +34,7 @@ fn a_signal_saves_a_checkpoint() -> Result<()> {
         assert_eq!(
             String::from_utf8_lossy(&output.stderr),
             format!(
-                "\nstopping with a checkpoint after this step; Ctrl-C again ends at once\n\
+                "\nfinishing this step and saving a checkpoint; press Ctrl-C again to end at once\n\
                  stopped after step {step}; continue with: train --resume {path}\n"
             )
         );
@@ -46,7 +46,7 @@ fn a_signal_saves_a_checkpoint() -> Result<()> {
     Ok(())
 }
 
-/// The second signal ends the process in the middle of a step.
+/// The second signal ends the process during a step. The last checkpoint stays.
 #[test]
 fn a_second_signal_ends_at_once() -> Result<()> {
     let room = Room::new();
@@ -60,7 +60,7 @@ fn a_second_signal_ends_at_once() -> Result<()> {
         command.stdout(fs::File::create(room.path("described"))?).stderr(fs::File::create(&said)?).spawn()?;
     wait_for(&room.path("described"), "steps  1 to 2");
     send("-INT", &child);
-    wait_for(&said, "Ctrl-C again ends at once");
+    wait_for(&said, "press Ctrl-C again to end at once");
     send("-INT", &child);
     assert_eq!(child.wait()?.code(), Some(130));
     assert!(fs::read(dir.join(checkpoint::FILE_NAME))? == before);

@@ -1,9 +1,9 @@
-//! GPT-2's tokens of texts of any shape are those that its pattern gives on the whole text.
+//! GPT-2's tokens of any text are those of the encoder on the whole text, although it is encoded in pieces.
 
 use crate::rng::Rng;
 use crate::tokenizer::{Tokenizer, TokenizerKind};
 
-/// The encoder on the whole text; it knows no run of a million characters of white space.
+/// The tokens of the encoder on the whole text. It fails on a run of a million white-space characters.
 fn whole(text: &str) -> Vec<u32> {
     tiktoken_rs::r50k_base_singleton().encode_ordinary(text)
 }
@@ -12,8 +12,9 @@ fn encode(text: &str) -> Vec<u32> {
     Tokenizer::new(TokenizerKind::Gpt2).encode(text.as_bytes(), "text").unwrap()
 }
 
-/// All that GPT-2's pattern tells apart: white space of every kind, and what looks like it (a zero-width space, a Mongolian
-/// separator, a word joiner); contractions and what is nearly one; letters, digits and marks of several scripts.
+/// Everything that GPT-2's pattern distinguishes. White space of every kind, and characters that only look like it (a
+/// zero-width space, a Mongolian separator, a word joiner). Contractions, and texts that are almost one. Letters, digits and
+/// marks of several scripts.
 const ALPHABET: [&str; 68] = [
     " ",
     " ",
@@ -89,7 +90,7 @@ const ALPHABET: [&str; 68] = [
 fn tokens_are_those_of_the_whole_text() {
     let mut rng = Rng::new(1);
     for _ in 0..30_000 {
-        // Often a few letters of the alphabet alone, so that there are runs.
+        // Only a few letters per text, so that runs are frequent.
         let letters: Vec<&str> = (0..1 + rng.below(8)).map(|_| ALPHABET[rng.below(ALPHABET.len())]).collect();
         let text: String = (0..rng.below(40)).map(|_| letters[rng.below(letters.len())]).collect();
         assert_eq!(encode(&text), whole(&text), "{text:?}");
@@ -105,13 +106,13 @@ fn every_character_of_white_space_ends_a_word() {
     }
 }
 
-/// A million is where the encoder alone gives up.
+/// The encoder alone fails at a million.
 #[test]
 fn runs_of_more_than_a_million_characters() {
     const RUN: usize = 1_100_000;
     for blank in [" ", "\n", "\t", "\u{a0}"] {
         let run = blank.repeat(RUN);
-        // All of the run but the last character, which a word takes if it is a space.
+        // The run without its last character: if that is a space, it belongs to the word.
         let all_but_one = whole(&run[blank.len()..]);
         let word = whole(&format!("{blank}word"));
         assert_eq!(encode(&format!("{run}word")), [&all_but_one[..], &word].concat(), "{blank:?} at the start");

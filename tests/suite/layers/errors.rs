@@ -91,8 +91,8 @@ fn configurations() -> Result<()> {
     let lengths = KeyLengths::new(&[3], PaddingSide::Right, &Device::Cpu)?;
     refused(
         untracked(&config(64, 4).attention(Attention::new().key_lengths(&lengths))),
-        "key_lengths: a layer takes none, they belong to one batch; use forward_packed with CuSeqlens for sequences of \
-         different lengths",
+        "key_lengths: a layer cannot store the lengths of one batch; remove key_lengths, and for padded batches unpad with \
+         CuSeqlens and call forward_packed",
     );
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros(4)?.to_dtype(DType::F64)?)),
@@ -122,7 +122,8 @@ fn weights() -> Result<()> {
     Ok(())
 }
 
-/// Weights of 0 of a layer named by `config` below `attn`, and these further tensors, of which the shape is never read.
+/// The weights of a layer of `config` below `attn`, all 0, and further tensors with these `names`. The layer never reads
+/// the shape of those.
 fn with(config: &MultiHeadAttentionConfig, names: &[&str]) -> Result<VarBuilder<'static>> {
     let varmap = VarMap::new();
     MultiHeadAttention::new(config, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).pp("attn"))?;
@@ -136,7 +137,7 @@ fn with(config: &MultiHeadAttentionConfig, names: &[&str]) -> Result<VarBuilder<
     Ok(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu).pp("attn"))
 }
 
-/// Tensors that would change the result, and that the configuration leaves out.
+/// Tensors that change the result, but that the layer would not use.
 #[test]
 fn unused_weights() -> Result<()> {
     let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
@@ -144,18 +145,18 @@ fn unused_weights() -> Result<()> {
     let qwen2 = llama.clone().qkv_bias(true);
     refused(
         new(&llama, with(&qwen2, &[])?),
-        "attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias: in the VarBuilder, but the configuration has no such \
-         bias; add .q_bias(true).k_bias(true).v_bias(true) to use it, or \
-         .allow_unused(\"q_proj.bias\").allow_unused(\"k_proj.bias\").allow_unused(\"v_proj.bias\") to ignore it",
+        "attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias: the VarBuilder has them, but the configuration does not use \
+         them; add .q_bias(true).k_bias(true).v_bias(true) to use them, or \
+         .allow_unused(\"q_proj.bias\").allow_unused(\"k_proj.bias\").allow_unused(\"v_proj.bias\") to ignore them",
     );
     refused(
         new(&qwen2, with(&qwen2.clone().o_bias(true), &[])?),
-        "attn.o_proj.bias: in the VarBuilder, but the configuration has no such bias; add .o_bias(true) to use it, or \
+        "attn.o_proj.bias: the VarBuilder has it, but the configuration does not use it; add .o_bias(true) to use it, or \
          .allow_unused(\"o_proj.bias\") to ignore it",
     );
     refused(
         new(&gpt2.clone().qkv_bias(false), with(&gpt2, &[])?),
-        "attn.c_attn.bias: in the VarBuilder, but the configuration has no such bias; add .qkv_bias(true) to use it, or \
+        "attn.c_attn.bias: the VarBuilder has it, but the configuration does not use it; add .qkv_bias(true) to use it, or \
          .allow_unused(\"c_attn.bias\") to ignore it",
     );
     // Below no prefix.
@@ -164,15 +165,15 @@ fn unused_weights() -> Result<()> {
     new(&llama.clone().o_bias(true), vb.clone())?;
     refused(
         new(&llama, vb),
-        "o_proj.bias: in the VarBuilder, but the configuration has no such bias; add .o_bias(true) to use it, or \
+        "o_proj.bias: the VarBuilder has it, but the configuration does not use it; add .o_bias(true) to use it, or \
          .allow_unused(\"o_proj.bias\") to ignore it",
     );
 
     refused(
         new(&llama, with(&llama, &["q_norm.weight", "k_norm.weight"])?),
-        "attn.q_norm.weight, attn.k_norm.weight: in the VarBuilder, but the layer does not apply such a tensor; merge it \
-         into the weights, build the layer on Attention, or add \
-         .allow_unused(\"q_norm.weight\").allow_unused(\"k_norm.weight\") to ignore it",
+        "attn.q_norm.weight, attn.k_norm.weight: the VarBuilder has them, but the layer cannot apply them; fold scales or \
+         LoRA into the weights, apply norms or sinks yourself around Attention, or add \
+         .allow_unused(\"q_norm.weight\").allow_unused(\"k_norm.weight\") to ignore them",
     );
     let [q, k, v, o] = ["self.query", "self.key", "self.value", "output.dense"].map(String::from);
     let bert = llama.clone().projections(Projections::Separate { q, k, v, o });
@@ -184,20 +185,20 @@ fn unused_weights() -> Result<()> {
         (&bert, "self.distance_embedding.weight"),
     ] {
         let text = format!(
-            "attn.{name}: in the VarBuilder, but the layer does not apply such a tensor; merge it into the weights, \
-             build the layer on Attention, or add .allow_unused({name:?}) to ignore it"
+            "attn.{name}: the VarBuilder has it, but the layer cannot apply it; fold scales or LoRA into the weights, \
+             apply norms or sinks yourself around Attention, or add .allow_unused({name:?}) to ignore it"
         );
         refused(new(config, with(config, &[name])?), &text);
     }
     Ok(())
 }
 
-/// The names of another model: a `VarMap` would draw new weights, a file lacks them.
+/// The names of another model. A `VarMap` would create new weights, and a file does not have them.
 #[test]
 fn other_names() -> Result<()> {
     let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
-    let text = "attn.c_attn.weight: not found, but the VarBuilder holds attn.q_proj.weight; name the projections with \
-                .projections(..), or add .allow_unused(\"q_proj.weight\") to ignore these";
+    let text = "attn.c_attn.weight: not found, but the VarBuilder has attn.q_proj.weight; set the names with \
+                .projections(..), or add .allow_unused(\"q_proj.weight\") to ignore it";
     refused(MultiHeadAttention::new(&gpt2, with(&llama, &[])?), text);
 
     let varmap = VarMap::new();
@@ -211,14 +212,14 @@ fn other_names() -> Result<()> {
     let whisper = llama.projections(Projections::Separate { q, k, v, o: "out_proj".into() });
     refused(
         MultiHeadAttention::new(&whisper, vb),
-        "attn.out_proj.weight: not found, but the VarBuilder holds attn.o_proj.weight, attn.c_proj.weight; name the \
-         projections with .projections(..), or add \
-         .allow_unused(\"o_proj.weight\").allow_unused(\"c_proj.weight\") to ignore these",
+        "attn.out_proj.weight: not found, but the VarBuilder has attn.o_proj.weight, attn.c_proj.weight; set the \
+         names with .projections(..), or add \
+         .allow_unused(\"o_proj.weight\").allow_unused(\"c_proj.weight\") to ignore them",
     );
     Ok(())
 }
 
-/// Two projections under one name load the same weight, where their shapes agree.
+/// Two projections with one name would load the same weight if their shapes agree.
 #[test]
 fn same_names() {
     let separate = |names: [&str; 4]| {
@@ -227,8 +228,8 @@ fn same_names() {
     };
     let text = |first, second, name| {
         format!(
-            "projections {first} and {second} are both named {name:?} and would share their weights; give each its \
-             name, or share on purpose with VarBuilder::rename_f"
+            "projections {first} and {second} have the same name {name:?} and would share weights; give them different \
+             names, or map the names with VarBuilder::rename_f if sharing is intended"
         )
     };
     refused(separate(["q_proj", "k_proj", "k_proj", "o_proj"]), &text("k", "v", "k_proj"));
