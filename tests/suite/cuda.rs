@@ -379,19 +379,64 @@ fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
     Ok(())
 }
 
-/// More sequences than one grid holds, so that each kernel is launched twice: values and gradients.
+/// More sequences than one grid holds, so that each kernel is launched twice: the bits of two calls with half of them each.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn more_sequences_than_a_grid_holds() -> Result<()> {
+    const HALF: usize = 33_000;
     for target in &gpu_targets_or_skip() {
-        let case = || Case::new(target).head_dim(32).heads(2, 1).deterministic();
-        let lengths: Vec<(usize, usize)> = (0..65_600).map(|n| [(1, 2), (0, 1), (3, 3), (2, 0)][n % 4]).collect();
-        case().packed(&lengths).mask(Mask::Causal).check()?;
-        case().batch(65_600, 1, 2).dlse().alibi(Alibi::PerBatchAndHead).check()?;
-        // On each architecture's kernels; the one of Hopper takes queries from 17 on.
-        let mut lengths = vec![(1, 1); 65_600];
-        lengths[65_590] = (40, 50);
-        case().head_dim(64).packed(&lengths).mask(Mask::Causal).check()?;
+        let case = || Case::new(target).head_dim(64).heads(2, 1).deterministic().dlse().mask(Mask::Causal);
+        let mut lengths = [(1, 2), (0, 1), (3, 3), (2, 0)].repeat(HALF / 4);
+        halves_give_the_bits(&case().packed(&lengths), &lengths)?;
+        // Longer ones go to the kernels of Hopper, where there are some.
+        lengths[HALF / 4] = (40, 50);
+        halves_give_the_bits(&case().packed(&lengths), &lengths)?;
+
+        let case = case().alibi(Alibi::PerBatchAndHead);
+        let whole = case.clone().batch(2 * HALF, 2, 3);
+        let input = whole.draw();
+        let got = whole.run(&input)?;
+        let case = case.batch(HALF, 2, 3);
+        let halves: Vec<Input> = (0..2).map(|half| half_of(&input, half)).collect();
+        same_as_halves(&got, [&case.run(&halves[0])?, &case.run(&halves[1])?], &whole)?;
+    }
+    Ok(())
+}
+
+/// `half`, a packed case of `lengths`, twice in one call and in two calls.
+fn halves_give_the_bits(half: &Case, lengths: &[(usize, usize)]) -> Result<()> {
+    let whole = half.clone().packed(&lengths.repeat(2));
+    let input = whole.draw();
+    let got = whole.run(&input)?;
+    same_as_halves(&got, [&half.run(&half_of(&input, 0))?, &half.run(&half_of(&input, 1))?], &whole)
+}
+
+/// The first or the second half of the sequences of `input`, which are as long as the others.
+fn half_of(input: &Input, half: usize) -> Input {
+    let of = |values: &[f64]| values[half * values.len() / 2..][..values.len() / 2].to_vec();
+    Input {
+        lengths: input.lengths[half * input.lengths.len() / 2..][..input.lengths.len() / 2].to_vec(),
+        alibi_slopes: input.alibi_slopes.as_deref().map(of),
+        q: of(&input.q),
+        k: of(&input.k),
+        v: of(&input.v),
+        do_: of(&input.do_),
+        dlse: of(&input.dlse),
+        ..input.clone()
+    }
+}
+
+fn same_as_halves(whole: &Output, halves: [&Output; 2], case: &Case) -> Result<()> {
+    let [first, second] = halves.map(Output::named);
+    for (((name, whole), (_, first)), (_, second)) in whole.named().into_iter().zip(first).zip(second) {
+        let halves = first.values.iter().chain(&second.values);
+        let same = whole.values.iter().zip(halves).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
+        let all = first.values.len() + second.values.len();
+        ensure!(
+            same == all && whole.values.len() == all,
+            "{} of {all} elements of {name} differ from those of two calls\ncase {case}",
+            all - same
+        );
     }
     Ok(())
 }

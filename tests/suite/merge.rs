@@ -12,15 +12,18 @@ use candle_fa2::{Attention, CuSeqlens, Mask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// o and lse of one row, or their gradients.
+type Pair = (Vec<f64>, f64);
+
 /// One row of each part, with the gradients of the merged o and lse.
 struct Row {
-    parts: Vec<(Vec<f64>, f64)>,
+    parts: Vec<Pair>,
     do_: Vec<f64>,
     dlse: f64,
 }
 
 /// What a merge of `row` must give: o, lse, and the gradients of each part's o and lse.
-fn merged(row: &Row) -> (Vec<f64>, f64, Vec<(Vec<f64>, f64)>) {
+fn merged(row: &Row) -> (Vec<f64>, f64, Vec<Pair>) {
     let max = row.parts.iter().map(|part| part.1).fold(f64::NEG_INFINITY, f64::max);
     let none = vec![0.0; row.do_.len()];
     if max == f64::NEG_INFINITY {

@@ -95,7 +95,8 @@ fn key_lengths_come_from_a_mask() -> Result<()> {
 
 #[test]
 fn masks_of_every_type_say_lengths_and_side() -> Result<()> {
-    let cases: [(&[[f32; 4]], &[u32], PaddingSide); 6] = [
+    type Rows<'a> = &'a [[f32; 4]];
+    let cases: [(Rows, &[u32], PaddingSide); 6] = [
         (&[[1., 1., 0., 0.], [1., 1., 1., 1.], [0., 0., 0., 0.]], &[0, 2, 6, 6], Right),
         (&[[0., 0., 1., 1.], [1., 1., 1., 1.], [0., 0., 0., 0.]], &[0, 2, 6, 6], Left),
         (&[[0., 0., 0., 0.], [0., 1., 1., 1.]], &[0, 0, 3], Left),

@@ -406,8 +406,13 @@ impl fmt::Display for Case {
                 write!(f, ", batch {batch}, {heads}, seqlen {seqlen_q}/{seqlen_k}")?
             }
             Lengths::Packed(lengths) => {
-                let lengths: Vec<String> = lengths.iter().map(|(q, k)| format!("{q}/{k}")).collect();
-                write!(f, ", packed, {heads}, seqlens [{}]", lengths.join(" "))?
+                const MOST_NAMED: usize = 64;
+                let named = lengths.iter().take(MOST_NAMED).map(|(q, k)| format!("{q}/{k}"));
+                let named: Vec<String> = named.collect();
+                write!(f, ", packed, {heads}, seqlens [{}]", named.join(" "))?;
+                if lengths.len() > MOST_NAMED {
+                    write!(f, " and {} more", lengths.len() - MOST_NAMED)?;
+                }
             }
         }
         if let Some(softmax_scale) = self.softmax_scale {
