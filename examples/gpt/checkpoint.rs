@@ -17,15 +17,16 @@ use crate::optimizer::AdamW;
 use crate::parameters::{Flat, Named};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
-use anyhow::{anyhow, bail, Result};
+use anyhow::{anyhow, Result};
 use candle_core::{Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 pub const FILE_NAME: &str = "checkpoint.safetensors";
@@ -117,20 +118,20 @@ fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<(
 
 /// The checkpoint file that `path` means: a run's folder, or the file itself.
 pub fn locate(path: &Path) -> Result<PathBuf> {
-    if path.is_file() {
-        return Ok(path.to_owned());
+    let no_run = |reason: &dyn Display| {
+        anyhow!("there is no run in {}: {reason}; give the folder of a run, such as runs/0001", path.display())
+    };
+    let file = match fs::metadata(path) {
+        Ok(found) if found.is_dir() => path.join(FILE_NAME),
+        Ok(_) => return Ok(path.to_owned()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Err(no_run(&"no such folder")),
+        Err(error) => return Err(no_run(&error)),
+    };
+    match fs::metadata(&file) {
+        Ok(_) => Ok(file),
+        Err(error) if error.kind() == ErrorKind::NotFound => Err(no_run(&format_args!("it holds no {FILE_NAME}"))),
+        Err(error) => Err(no_run(&error)),
     }
-    if !path.is_dir() {
-        bail!("there is no run in {}: no such folder; give the folder of a run, such as runs/0001", path.display());
-    }
-    let file = path.join(FILE_NAME);
-    if !file.is_file() {
-        bail!(
-            "there is no run in {}: it holds no {FILE_NAME}; give the folder of a run, such as runs/0001",
-            path.display()
-        );
-    }
-    Ok(file)
 }
 
 /// Reads the checkpoint `file`, after checking every byte of it.

@@ -2,7 +2,7 @@
 
 use anyhow::{anyhow, bail, Result};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, BufWriter, ErrorKind, Read, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub fn runs_folder() -> PathBuf {
 
 /// Creates the first free folder of `runs`/0001, `runs`/0002, ...
 pub fn fresh_folder(runs: &Path) -> Result<PathBuf> {
-    for number in last_number(runs) + 1.. {
+    for number in numbers(runs).last().map_or(1, |last| last.saturating_add(1)).. {
         let dir = runs.join(format!("{number:04}"));
         // Creating is also claiming: of two runs that start at once only one succeeds, the other takes the next number.
         match fs::create_dir(&dir) {
@@ -37,18 +37,19 @@ pub fn fresh_folder(runs: &Path) -> Result<PathBuf> {
 
 /// The folder of the newest numbered run that has a checkpoint called `name`.
 pub fn newest_run(runs: &Path, name: &str) -> Result<PathBuf> {
-    (1..=last_number(runs))
-        .rev()
-        .map(|number| runs.join(format!("{number:04}")))
-        .find(|dir| dir.join(name).is_file())
-        .ok_or_else(|| {
-            anyhow!("no run with a checkpoint in {}; train one first, or name it with --checkpoint", runs.display())
-        })
+    let folders = numbers(runs).into_iter().rev().map(|number| runs.join(format!("{number:04}")));
+    folders.into_iter().find(|dir| dir.join(name).is_file()).ok_or_else(|| {
+        anyhow!("no run with a checkpoint in {}; train one first, or name it with --checkpoint", runs.display())
+    })
 }
 
-fn last_number(runs: &Path) -> usize {
-    let Ok(entries) = fs::read_dir(runs) else { return 0 };
-    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max().unwrap_or(0)
+/// The numbers of the folders in `runs`, ascending. Names such as a time stamp are no numbers of runs.
+fn numbers(runs: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(runs) else { return Vec::new() };
+    let number = |name: &str| name.parse().ok().filter(|number: &u32| *name == format!("{number:04}"));
+    let mut numbers: Vec<u32> = entries.flatten().filter_map(|entry| number(entry.file_name().to_str()?)).collect();
+    numbers.sort_unstable();
+    numbers
 }
 
 /// Checks that `dir` can be the folder of a new run: it does not exist, or is empty. Creates nothing.
@@ -77,8 +78,8 @@ pub fn check_free(dir: &Path) -> Result<()> {
 /// The folder of a run. Only this process writes into it.
 pub struct RunFolder {
     dir: PathBuf,
-    _lock: Lock,
-    _created: CreatedFolders, // dropped after `_lock`: the lock file is in this folder
+    lock: Lock,
+    _created: CreatedFolders, // dropped after `lock`: the lock file is in this folder
 }
 
 impl RunFolder {
@@ -97,7 +98,7 @@ impl RunFolder {
     }
 
     fn new(dir: &Path, created: CreatedFolders) -> Result<Self> {
-        let folder = Self { dir: dir.to_owned(), _lock: Lock::take(dir)?, _created: created };
+        let folder = Self { dir: dir.to_owned(), lock: Lock::take(dir)?, _created: created };
         check_free(dir)?; // Check again: another process may have trained here before this one got the lock.
         folder.remove_leftovers();
         Ok(folder)
@@ -108,13 +109,21 @@ impl RunFolder {
         if dir.is_file() {
             bail!("--resume {} is a file; give the folder of the run", dir.display());
         }
-        let folder = Self { dir: dir.to_owned(), _lock: Lock::take(dir)?, _created: CreatedFolders(Vec::new()) };
+        let folder = Self { dir: dir.to_owned(), lock: Lock::take(dir)?, _created: CreatedFolders(Vec::new()) };
         folder.remove_leftovers();
         Ok(folder)
     }
 
     pub fn path(&self) -> &Path {
         &self.dir
+    }
+
+    /// Checks that this is still the folder that was locked. If a user deletes the folder, a new run can take its name.
+    pub fn check(&self) -> Result<()> {
+        if !self.lock.is_in_place() {
+            bail!("{} was removed or replaced while it trained; nothing more is written there", self.dir.display());
+        }
+        Ok(())
     }
 
     /// Removes the temporary files of killed processes. None is in use, because only this process writes here.
@@ -160,13 +169,18 @@ const UNTIL_ID_IS_WRITTEN: Duration = Duration::from_millis(100);
 /// An exclusive lock on a folder. The operating system releases it when the process ends, even after SIGKILL.
 struct Lock {
     path: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl Lock {
     fn take(dir: &Path) -> Result<Self> {
         let path = dir.join(LOCK_NAME);
         let id = std::process::id().to_string();
+        // A lock file is a file of its own and holds at most the ID of a process. Anything else is the user's.
+        let not_ours = || anyhow!("{} is no lock file of this program; move it away", path.display());
+        if fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink()) {
+            return Err(not_ours());
+        }
         loop {
             let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
             let mut file = opened.map_err(|error| CannotWrite::new(&path, error))?;
@@ -184,24 +198,45 @@ impl Lock {
                     )
                 }
             }
-            let written = file.set_len(0).and_then(|()| file.write_all(id.as_bytes()));
+            let mut before = String::new();
+            let readable = file.read_to_string(&mut before).is_ok();
+            if !readable || !(before.is_empty() || before.parse::<u32>().is_ok()) {
+                return Err(not_ours());
+            }
+            let written = file.rewind().and_then(|()| file.set_len(0)).and_then(|()| file.write_all(id.as_bytes()));
             written.map_err(|error| CannotWrite::new(&path, error))?;
             // The previous holder may have deleted the file after this process opened it. Then another process could
             // create and lock a new file. So check that `path` still names the file locked here.
-            let ours = match fs::read_to_string(&path) {
-                Ok(text) => text == id,
-                Err(error) => error.kind() != ErrorKind::NotFound, // some systems do not allow reading a locked file
-            };
-            if ours {
-                return Ok(Self { path, _file: file });
+            let lock = Self { path: path.clone(), file };
+            if lock.is_in_place() {
+                return Ok(lock);
             }
         }
+    }
+
+    /// Whether `path` names the file that is locked.
+    #[cfg(unix)]
+    fn is_in_place(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let identity = |file: fs::Metadata| (file.dev(), file.ino());
+        match (self.file.metadata(), fs::symlink_metadata(&self.path)) {
+            (Ok(locked), Ok(named)) => identity(locked) == identity(named),
+            _ => false,
+        }
+    }
+
+    /// Whether `path` names the file that is locked. These systems do not remove an open file, and may not let it be read.
+    #[cfg(not(unix))]
+    fn is_in_place(&self) -> bool {
+        self.path.exists()
     }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path); // a lock file left on disk is harmless: it is not locked
+        if self.is_in_place() {
+            let _ = fs::remove_file(&self.path); // a lock file left on disk is harmless: it is not locked
+        }
     }
 }
 

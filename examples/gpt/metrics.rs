@@ -102,6 +102,10 @@ impl Metrics {
 /// The rows of `path` up to step `last`. May be fewer.
 pub fn read(path: &Path, last: usize) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
+    let heading = COLUMNS.join(",");
+    if !heading.starts_with(text.lines().next().unwrap_or("").trim_start_matches('\u{feff}')) {
+        bail!("{} is damaged: its first line is not {heading}", path.display());
+    }
     // A last line without a newline is incomplete; ignore it.
     let whole_lines = text.rfind('\n').map_or(0, |end| end + 1);
     let mut rows: Vec<Row> = Vec::new();
@@ -116,6 +120,10 @@ pub fn read(path: &Path, last: usize) -> Result<Vec<Row>> {
         }
         if row.step > last {
             break;
+        }
+        let numbers = [row.train_loss, row.val_loss.unwrap_or(0.0), row.lr as f32, row.grad_norm];
+        if numbers.iter().any(|number| !number.is_finite()) {
+            bail!("{} is damaged: step {} has a number that is not finite", path.display(), row.step);
         }
         rows.push(row);
     }

@@ -134,6 +134,7 @@ impl Run {
         let dir = folder.path();
         output::progress(self.describe());
         let started = Instant::now();
+        folder.check()?;
         let mut metrics = match self.step {
             0 => self.begin(dir)?,
             step => Metrics::resume(dir, step)?,
@@ -155,10 +156,13 @@ impl Run {
                 metrics.push(row)?;
             }
             finite?;
-            if evaluate {
-                plot::save(dir, metrics.rows())?;
-            }
             let signal = stop.signal().filter(|_| self.step < self.config.steps);
+            if evaluate || save || signal.is_some() {
+                folder.check()?;
+            }
+            if evaluate {
+                plot::save(dir, metrics.rows())?; // before the checkpoint: a run with its last one is whole
+            }
             if save || signal.is_some() {
                 if !evaluate {
                     self.held_out_loss(1)?; // never save a checkpoint of a model with a non-finite loss

@@ -107,6 +107,48 @@ fn leftovers_are_removed() -> Result<()> {
     Ok(())
 }
 
+/// A user deletes the folder of a run, and another run takes its name. The first writes nothing there, and leaves the lock.
+#[test]
+#[cfg(unix)]
+fn a_run_whose_folder_was_replaced_writes_nothing() -> Result<()> {
+    let room = Room::new();
+    let config = small_config(&room, 4);
+    let dir = room.path("run");
+    let first = RunFolder::create(&dir)?;
+    fs::remove_dir_all(&dir)?;
+    let second = RunFolder::create(&dir)?;
+    let error = Run::new(config.clone(), Device::Cpu)?.train(&first).expect_err("its folder is gone");
+    let replaced = format!("{} was removed or replaced while it trained; nothing more is written there", dir.display());
+    assert_eq!(error.to_string(), replaced);
+    assert_eq!(names(&dir), ["train.lock"]);
+    drop(first);
+    assert_eq!(names(&dir), ["train.lock"], "it is the second one's");
+    Run::new(config, Device::Cpu)?.train(&second)?;
+    assert_eq!(rows(&dir).len(), 4);
+    Ok(())
+}
+
+/// What a user keeps under the name of the lock file stays.
+#[test]
+#[cfg(unix)]
+fn a_file_of_the_user_is_no_lock() -> Result<()> {
+    let room = Room::new();
+    let (lock, precious) = (room.path("new/train.lock"), room.path("precious"));
+    fs::create_dir(room.path("new"))?;
+    let refused = || {
+        let error = RunFolder::create(&room.path("new")).err().expect("it is no lock file").to_string();
+        assert_eq!(error, format!("{} is no lock file of this program; move it away", lock.display()));
+    };
+    fs::write(&precious, "my notes")?;
+    std::os::unix::fs::symlink(&precious, &lock)?;
+    refused();
+    fs::remove_file(&lock)?;
+    fs::hard_link(&precious, &lock)?;
+    refused();
+    assert_eq!(fs::read_to_string(&precious)?, "my notes");
+    Ok(())
+}
+
 /// A folder is locked until its holder is dropped, also within one process.
 #[test]
 fn a_folder_in_use_is_refused() -> Result<()> {

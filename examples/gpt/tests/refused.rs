@@ -3,6 +3,7 @@
 use super::{begin, child_process, message, names, rows, run, small_config, story, train, Room};
 use crate::checkpoint;
 use crate::config::{Config, Preset};
+use crate::files;
 use crate::metrics::{self, Row};
 use crate::sample::Trained;
 use anyhow::Result;
@@ -266,5 +267,53 @@ fn a_non_finite_model_is_never_saved() -> Result<()> {
     assert!(step > 2, "its loss was finite before");
     let trained = Trained::load(&room.path("run"), None, &Device::Cpu)?;
     assert!(trained.evaluate(None)?.loss.is_finite());
+    Ok(())
+}
+
+/// Names in `runs` that are no numbers of runs, or large ones, neither stop a new run nor the search for the newest.
+#[test]
+fn any_name_in_runs() -> Result<()> {
+    let room = Room::new();
+    let runs = room.path("runs");
+    for name in ["0007", "20261130", "20261130123456", "18446744073709551615", "7", "notes"] {
+        fs::create_dir_all(runs.join(name))?;
+    }
+    fs::write(runs.join("0007/model"), "")?;
+    assert_eq!(files::newest_run(&runs, "model")?, runs.join("0007"));
+    assert_eq!(files::fresh_folder(&runs)?, runs.join("20261131"));
+    Ok(())
+}
+
+/// A checkpoint gives back every bit of its settings: these would be off by one in the last place.
+#[test]
+fn settings_survive_json() -> Result<()> {
+    let room = Room::new();
+    let config = Config { min_lr: 15e-4 / 10.0, beta1: 0.9999999999999999, ..small_config(&room, 1) };
+    let again: Config = serde_json::from_str(&serde_json::to_string(&config)?)?;
+    assert_eq!(again, config);
+    Ok(())
+}
+
+/// Rows that the program cannot have written are an error: a plot of them, or a file written over them, would be worse.
+#[test]
+fn rows_of_no_run_are_refused() -> Result<()> {
+    let room = Room::new();
+    let dir = train(&room, "run", &small_config(&room, 3))?;
+    let file = dir.join(metrics::FILE_NAME);
+    let whole = fs::read_to_string(&file)?;
+    let resume = ["--resume", &room.string("run"), "--steps", "5"];
+    let advice = "restore it from a copy, or move it away and a new file will start at step 4";
+    let second = whole.find("\n2,").unwrap() + 3;
+    let end = second + whole[second..].find(',').unwrap();
+    let heading = whole.lines().next().unwrap();
+    for (text, reason) in [
+        (format!("{}inf{}", &whole[..second], &whole[end..]), "step 2 has a number that is not finite".to_string()),
+        ("my notes".to_string(), format!("its first line is not {heading}")),
+        (whole.replace('\n', "\r"), format!("its first line is not {heading}")),
+    ] {
+        fs::write(&file, &text)?;
+        assert_eq!(message(&resume), format!("{} is damaged: {reason}; {advice}", file.display()));
+        assert_eq!(fs::read_to_string(&file)?, text);
+    }
     Ok(())
 }
