@@ -142,8 +142,8 @@ impl Problem {
         let key_lengths = options.key_lengths.clone();
         if let Some(lengths) = &key_lengths {
             lengths.check(batch, seqlen_k)?;
-            let positions_count = options.mask.hides_keys() || options.alibi_slopes.is_some();
-            if positions_count {
+            let positions_matter = options.mask.hides_keys() || options.alibi_slopes.is_some();
+            if positions_matter {
                 lengths.check_alignment(seqlen_q)?;
             }
             check_device("key_lengths", lengths.tensor(), q)?;

@@ -195,8 +195,9 @@ impl TrainArgs {
             files::check_free(dir)?;
         }
         sizes::check_training(&config, sizes::memory_of(&device))?;
-        config.check().map_err(anyhow::Error::msg)?; // what a checkpoint would be refused for
-                                                     // Check all input before the folder is created, so that a refused run leaves no folder.
+        // A checkpoint of any other recipe could not be read again.
+        config.check().map_err(anyhow::Error::msg)?;
+        // Check all input before the folder is created, so that a refused run leaves no folder.
         let mut run = Run::new(config, device)?;
         let folder = match self.out {
             Some(dir) => RunFolder::create(&dir)?,

@@ -23,7 +23,8 @@ pub fn runs_folder() -> PathBuf {
 
 /// Creates the first free folder of `runs`/0001, `runs`/0002, ...
 pub fn fresh_folder(runs: &Path) -> Result<PathBuf> {
-    for number in numbers(runs).last().map_or(1, |last| last.saturating_add(1)).. {
+    let last = numbers(runs).last().map_or(0, |&last| u64::from(last));
+    for number in last + 1.. {
         let dir = runs.join(format!("{number:04}"));
         // Creating is also claiming: of two runs that start at once only one succeeds, the other takes the next number.
         match fs::create_dir(&dir) {
@@ -37,10 +38,14 @@ pub fn fresh_folder(runs: &Path) -> Result<PathBuf> {
 
 /// The folder of the newest numbered run that has a checkpoint called `name`.
 pub fn newest_run(runs: &Path, name: &str) -> Result<PathBuf> {
-    let folders = numbers(runs).into_iter().rev().map(|number| runs.join(format!("{number:04}")));
-    folders.into_iter().find(|dir| dir.join(name).is_file()).ok_or_else(|| {
-        anyhow!("no run with a checkpoint in {}; train one first, or name it with --checkpoint", runs.display())
-    })
+    numbers(runs)
+        .into_iter()
+        .rev()
+        .map(|number| runs.join(format!("{number:04}")))
+        .find(|dir| dir.join(name).is_file())
+        .ok_or_else(|| {
+            anyhow!("no run with a checkpoint in {}; train one first, or name it with --checkpoint", runs.display())
+        })
 }
 
 /// The numbers of the folders in `runs`, ascending. Names such as a time stamp are no numbers of runs.

@@ -32,7 +32,7 @@ pub struct Plan {
 }
 
 /// One measurement, a row of `--csv`.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 pub struct Timing {
     device: String,
     parameters: usize,
@@ -58,27 +58,6 @@ pub struct Timing {
     pub profile: [Seconds; 2], // phases and parts, of all steps
 }
 
-/// The fields of [`Timing`]: the first line of a `--csv` file.
-const COLUMNS: [&str; 17] = [
-    "device",
-    "parameters",
-    "layers",
-    "width",
-    "attention",
-    "precision",
-    "context",
-    "batch",
-    "accumulation",
-    "steps",
-    "ms_per_step",
-    "tokens_per_s",
-    "model_tflops",
-    "mfu_percent",
-    "peak_gib",
-    "resident_gib",
-    "last_loss",
-];
-
 /// At most so many bytes of the first line of `--csv` are read, because it may be any file. The heading is shorter.
 const LONGEST_LINE: u64 = 1000;
 /// At most so many characters of that line are shown in an error.
@@ -98,14 +77,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
         batch: config.batch,
         accumulation: config.accumulation,
         steps: plan.steps,
-        ms_per_step: None,
-        tokens_per_s: None,
-        model_tflops: None,
-        mfu_percent: None,
-        peak_gib: None,
-        resident_gib: None,
-        last_loss: None,
-        profile: Default::default(),
+        ..Timing::default()
     };
     match run(config, plan, vocab_size, device, &mut timing) {
         Err(error) if is_out_of_memory(&error) => Ok(timing),
@@ -185,7 +157,7 @@ impl Table {
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
         let file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(fail)?;
-        let heading = COLUMNS.join(",");
+        let heading = heading()?;
         match first_line(&file).map_err(fail)? {
             Some(line) if line != heading => bail!(
                 "--csv {} is not a table of measurements: its first line is {:?}, but must be {heading:?}; name another \
@@ -204,12 +176,21 @@ impl Table {
             None => (true, false),
             Some(byte) => (false, byte != b'\n'), // some editors do not end the last line
         };
-        let mut rows = csv::WriterBuilder::new().has_headers(is_empty).from_writer(Vec::new());
-        rows.serialize(timing)?;
-        let mut text = if line_is_open { vec![b'\n'] } else { Vec::new() };
-        text.extend(rows.into_inner().expect("a Vec takes all bytes"));
-        self.file.write_all(&text).map_err(fail)
+        let text = if line_is_open { "\n" } else { "" }.to_string() + &table(timing, is_empty)?;
+        self.file.write_all(text.as_bytes()).map_err(fail)
     }
+}
+
+/// The row of `timing`, after the names of its fields if `with_heading`.
+fn table(timing: &Timing, with_heading: bool) -> Result<String> {
+    let mut rows = csv::WriterBuilder::new().has_headers(with_heading).from_writer(Vec::new());
+    rows.serialize(timing)?;
+    Ok(String::from_utf8(rows.into_inner().expect("a Vec takes all bytes"))?)
+}
+
+/// The first line of a `--csv` file: the names of the fields of [`Timing`].
+fn heading() -> Result<String> {
+    Ok(table(&Timing::default(), true)?.lines().next().unwrap_or("").to_string())
 }
 
 /// The first line of `file`, cut after `LONGEST_LINE` bytes. `None` for an empty file or a pipe.

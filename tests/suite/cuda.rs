@@ -16,7 +16,7 @@
 use std::collections::BTreeSet;
 
 use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Target};
-use crate::common::compare::round_to;
+use crate::common::compare::{self, round_to};
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
@@ -174,10 +174,8 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
         ensure!(schedule.tiles > plan.forward.grid.0 as usize, "a block for every tile: {plan:?}");
         for run in 1..RUNS {
             let (_, again) = tiled.run(case, &input)?;
-            for ((name, got), (_, want)) in again.named().into_iter().zip(first.named()) {
-                let same = got.values.iter().zip(&want.values).all(|(a, b)| a.to_bits() == b.to_bits());
-                ensure!(same, "run {run}: {name} differs, kernel {}\ncase {case}", tiled.kernel.name);
-            }
+            let what = format!("in run {run}, kernel {}\ncase {case}", tiled.kernel.name);
+            compare::same_outputs(&again, &first, &what)?;
         }
         case.check_output(&input, &first).with_context(|| format!("kernel {}", tiled.kernel.name))
     })?;
@@ -363,15 +361,7 @@ fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
         let first = case.run(&input)?;
         case.check_output(&input, &first)?;
         for run in 1..RUNS {
-            let again = case.run(&input)?;
-            for ((name, got), (_, want)) in again.named().into_iter().zip(first.named()) {
-                let differ = got.values.iter().zip(&want.values).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                ensure!(
-                    differ == 0,
-                    "run {run}: {differ} of {} elements of {name} differ\ncase {case}",
-                    got.values.len()
-                );
-            }
+            compare::same_outputs(&case.run(&input)?, &first, &format!("in run {run}\ncase {case}"))?;
         }
         Ok(())
     })?;
@@ -429,14 +419,8 @@ fn half_of(input: &Input, half: usize) -> Input {
 fn same_as_halves(whole: &Output, halves: [&Output; 2], case: &Case) -> Result<()> {
     let [first, second] = halves.map(Output::named);
     for (((name, whole), (_, first)), (_, second)) in whole.named().into_iter().zip(first).zip(second) {
-        let halves = first.values.iter().chain(&second.values);
-        let same = whole.values.iter().zip(halves).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
-        let all = first.values.len() + second.values.len();
-        ensure!(
-            same == all && whole.values.len() == all,
-            "{} of {all} elements of {name} differ from those of two calls\ncase {case}",
-            all - same
-        );
+        let halves = [&first.values[..], &second.values].concat();
+        compare::same_rows(name, &whole.values, &halves, &format!("from those of two calls\ncase {case}"))?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use crate::common::cases::{in_layout, targets, window, Case, Lengths};
 use crate::common::compare;
 use crate::common::reference;
-use crate::common::run::Call;
+use crate::common::run::{values, Call};
 use crate::common::tolerance::accumulator;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -105,16 +105,13 @@ fn check_rows(
         vars.iter().map(|(o, lse)| (o.as_tensor().clone(), lse.as_tensor().clone())).collect();
     let (o, lse) = Attention::new().layout(layout).merge(&parts)?;
     ensure!(o.dtype() == dtype && lse.dtype() == dtype, "{o:?}, {lse:?}");
-    // 0 times an lse of -inf would be NaN: empty rows take no part in the loss by lse.
-    let finite = lse.ge(f64::MIN)?;
-    let dlse = finite.where_cond(&lse_tensor(&|row| row.dlse)?, &lse.zeros_like()?)?;
-    let safe = finite.where_cond(&lse, &lse.zeros_like()?)?;
-    let loss = ((&o * o_tensor(&|row| row.do_.clone())?)?.sum_all()? + (safe * dlse)?.sum_all()?)?;
-    let grads = loss.backward()?;
+    let of_o = (&o * o_tensor(&|row| row.do_.clone())?)?.sum_all()?;
+    let of_lse = (finite(&lse)? * lse_tensor(&|row| row.dlse)?)?.sum_all()?;
+    let grads = (of_o + of_lse)?.backward()?;
 
     let answers: Vec<_> = rows.iter().map(merged).collect();
     let close = |name: &str, got: &Tensor, want: Vec<f64>| -> Result<()> {
-        let got: Vec<f64> = got.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+        let got = values(got)?;
         ensure!(got.len() == want.len(), "{name} has {} numbers instead of {}", got.len(), want.len());
         for (at, (got, want)) in got.iter().zip(&want).enumerate() {
             let same = got == want || (got - want).abs() <= limit * want.abs().max(1.0);
@@ -171,14 +168,14 @@ fn a_part_of_infinite_scores_changes_nothing() -> Result<()> {
         compare::same_bits("lse", &lse, &part.1, &case)?;
         let grads = (o.sum_all()? + lse.sum_all()?)?.backward()?;
         for (name, var) in [("o", &infinite), ("lse", &none), ("q", &q), ("k", &k), ("v", &v)] {
-            let grad = grads.get(var).context("no gradient")?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let grad = values(grads.get(var).context("no gradient")?)?;
             ensure!(grad.iter().all(|x| x.is_finite()), "gradient of {name}: {grad:?}\ncase {case}");
         }
         // A row of NaN stays one.
         let nan = (part.0.clone(), (part.1.clone() + f64::NAN)?);
         let (o, lse) = attention.merge(&[nan.clone(), (nan.0.clone(), none.as_tensor().clone())])?;
         for x in [o, lse] {
-            let x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let x = values(&x)?;
             ensure!(x.iter().all(|x| x.is_nan()), "{x:?}\ncase {case}");
         }
     }
@@ -255,11 +252,11 @@ fn check_parts(case: &Case, cuts: &[usize]) -> Result<()> {
     let mut parts = Vec::new();
     for (start, end) in [0].into_iter().chain(cuts.iter().copied()).zip(ends) {
         // The mask lines up with the last key of the part, `seqlen_k - end` keys before the last of all.
-        let behind = seqlen_k - end;
+        let after = seqlen_k - end;
         let mask = match case.mask {
             Mask::None => Mask::None,
-            Mask::Causal => window(None, behind),
-            Mask::Window { left: Some(left), right: Some(right) } => window(left - behind, right + behind),
+            Mask::Causal => window(None, after),
+            Mask::Window { left: Some(left), right: Some(right) } => window(left - after, right + after),
             mask => unreachable!("no case has {mask:?}"),
         };
         let part = |x: &Var| x.narrow(keys_axis, start, end - start);

@@ -485,12 +485,7 @@ fn padded_equals_packed_of_equal_lengths() -> Result<()> {
 fn same_bits(case: &Case, other: &Case) -> Result<()> {
     let (case, other) = (case.clone().deterministic(), other.clone().deterministic());
     let input = case.draw();
-    let (got, want) = (other.run(&input)?, case.run(&input)?);
-    for ((name, got), (_, want)) in got.named().into_iter().zip(want.named()) {
-        let same = got.values.iter().zip(&want.values).all(|(a, b)| a.to_bits() == b.to_bits());
-        anyhow::ensure!(same, "{name} differs\ncase {case}\nand  {other}");
-    }
-    Ok(())
+    compare::same_outputs(&other.run(&input)?, &case.run(&input)?, &format!("case {case}\nand  {other}"))
 }
 
 #[test]

@@ -355,7 +355,7 @@ impl Case {
                 let mut all: Vec<f64> = (0..batch).flat_map(|n| vec![filler(n); seqlen_k * row]).collect();
                 let mut from = values;
                 for (sequence, &length) in lengths.iter().enumerate() {
-                    let first = sequence * seqlen_k + if *side == PaddingSide::Left { seqlen_k - length } else { 0 };
+                    let first = sequence * seqlen_k + first_token(*side, length, seqlen_k);
                     let (these, rest) = from.split_at(length * row);
                     all[first * row..][..length * row].copy_from_slice(these);
                     from = rest;
@@ -439,6 +439,14 @@ impl fmt::Display for Case {
             write!(f, ", deterministic")?;
         }
         Ok(())
+    }
+}
+
+/// Where the first of `length` tokens in `seqlen` positions is.
+pub fn first_token(side: PaddingSide, length: usize, seqlen: usize) -> usize {
+    match side {
+        PaddingSide::Left => seqlen - length,
+        PaddingSide::Right => 0,
     }
 }
 

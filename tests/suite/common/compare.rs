@@ -1,12 +1,12 @@
 //! The asserts: a tensor against the reference within a tolerance, and two tensors bit for bit.
 
 use super::cases::Case;
-use super::reference::Rows;
+use super::reference::{Output, Rows};
 use super::tolerance::Tolerance;
 use anyhow::{bail, ensure, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// `got` is `want`: infinities and NaN in the same places first, then every number within its row's limit.
 /// `want` is the reference, so it is not rounded to the type: a value past the type's largest is expected as infinity.
@@ -88,6 +88,20 @@ pub fn same_bits(name: &str, got: &Tensor, want: &Tensor, what: &dyn std::fmt::D
             got_bits.len(),
         );
     }
+    Ok(())
+}
+
+/// The same bits in each tensor of two outputs.
+pub fn same_outputs(got: &Output, want: &Output, what: &impl Display) -> Result<()> {
+    let pairs = got.named().into_iter().zip(want.named());
+    pairs.into_iter().try_for_each(|((name, got), (_, want))| same_rows(name, &got.values, &want.values, what))
+}
+
+/// The same bits in the same order.
+pub fn same_rows(name: &str, got: &[f64], want: &[f64], what: &impl Display) -> Result<()> {
+    ensure!(got.len() == want.len(), "{name} has {} elements, not {}\n{what}", got.len(), want.len());
+    let differ = got.iter().zip(want).filter(|(got, want)| got.to_bits() != want.to_bits()).count();
+    ensure!(differ == 0, "{differ} of {} elements of {name} differ\n{what}", got.len());
     Ok(())
 }
 

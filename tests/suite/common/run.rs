@@ -1,13 +1,13 @@
 //! The operator under test, run on a case: values and gradients in the reference's form.
 
-use super::cases::{in_layout, Case, Lengths};
+use super::cases::{first_token, in_layout, Case, Lengths};
 use super::reference::{Input, Output, Rows};
 use super::tolerance::{accumulator, Tolerance};
 use super::{compare, reference};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Plan, Problem};
-use candle_fa2::{Attention, PaddingSide};
+use candle_fa2::Attention;
 
 /// q, k and v as variables, and the options.
 pub struct Call {
@@ -218,8 +218,7 @@ impl Case {
             let row = heads * self.head_dim;
             let mut kept = Vec::new();
             for (sequence, &count) in values.chunks_exact((seqlen_k * row).max(1)).zip(counts) {
-                let first = if *side == PaddingSide::Left { seqlen_k - count } else { 0 };
-                let (before, from) = sequence.split_at(first * row);
+                let (before, from) = sequence.split_at(first_token(*side, count, seqlen_k) * row);
                 let (these, after) = from.split_at(count * row);
                 anyhow::ensure!(before.iter().chain(after).all(|&x| x == 0.0), "keys that do not count\ncase {self}");
                 kept.extend(these);
@@ -259,6 +258,7 @@ impl Case {
     }
 }
 
-fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+/// The numbers of a tensor in their order.
+pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
 }
