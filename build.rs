@@ -235,12 +235,12 @@ fn units(definitions: &Definitions) -> Vec<Unit> {
 /// backward's threads, so each backward has a kernel of its own that converts them.
 fn attention_unit(line: &Line) -> Unit {
     let &Line { arch, head_dim, block_m, block_n, warps, stages, warps_m, warps_n, .. } = line;
-    let space = if arch == HOPPER { "fa2::sm90" } else { "fa2" };
+    let space = format!("fa2::sm{arch}");
     let (prefix, traits, header, tile, columns) = match line.pass {
         Pass::Backward => {
             let tile = format!("{block_m}x{block_n}_s{stages}");
             // Includes the backward, for the order of its threads.
-            ("bwd", "BwdTraits", "convert.cuh".to_string(), tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
+            ("bwd", "BwdTraits", "sm80/convert.cuh".to_string(), tile, format!("{warps}, {stages}, {warps_m}, {warps_n}"))
         }
         _ => ("fwd", "FwdTraits", format!("sm{arch}/fwd.cuh"), format!("{block_m}x{block_n}"), warps.to_string()),
     };
@@ -255,11 +255,11 @@ fn attention_unit(line: &Line) -> Unit {
                 _ if arch == HOPPER => (prefix, "forward", "HopperFwdParams"),
                 _ => (prefix, "forward", "FwdParams"),
             };
-            let suffix = if modified { "_modified" } else { "" };
+            let (suffix, score_mod) = if modified { ("_modified", "fa2::SoftcapAlibi") } else { ("", "fa2::NoScoreMod") };
             let name = format!("{prefix}_sm{arch}_{dtype}_d{head_dim}_{tile}{suffix}");
             let _ = write!(
                 source,
-                "\nusing {name}_traits = {space}::{traits}<fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {columns}, {modified}>;\n"
+                "\nusing {name}_traits = {space}::{traits}<fa2::{dtype}, {head_dim}, {block_m}, {block_n}, {columns}, {score_mod}>;\n"
             );
             if pass != Pass::Convert {
                 let _ = writeln!(
@@ -370,8 +370,9 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
             ("head_dim", 4),
             ("window_left", 4),
             ("window_right", 4),
-            ("product_factor", 4),
+            ("softmax_scale_log2", 4),
             ("softcap_log2", 4),
+            ("softmax_scale_over_softcap", 4),
         ],
     ),
     (
@@ -387,7 +388,7 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
             ("v_strides", STRIDES),
             ("o_strides", STRIDES),
             ("shape", SHAPE),
-            ("unrounded", 4),
+            ("o_is_f32", 4),
         ],
     ),
     ("TensorMap", &[("words", TENSOR_MAP)]),
@@ -418,8 +419,8 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
             ("do_", 8),
             ("lse", 8),
             ("delta", 8),
-            ("dq_sums", 8),
-            ("turns", 8),
+            ("dq_accum", 8),
+            ("semaphores", 8),
             ("dk", 8),
             ("dv", 8),
             ("q_strides", STRIDES),
@@ -435,7 +436,7 @@ const STRUCTS: [(&str, &[(&str, usize)]); 10] = [
     (
         "ConvertParams",
         &[
-            ("dq_sums", 8),
+            ("dq_accum", 8),
             ("dq", 8),
             ("dq_strides", STRIDES),
             ("dq_tiles", DQ_TILES),

@@ -45,8 +45,9 @@ pub struct Shape {
     pub head_dim: i32,
     pub window_left: i32,
     pub window_right: i32,
-    pub product_factor: f32,
+    pub softmax_scale_log2: f32,
     pub softcap_log2: f32,
+    pub softmax_scale_over_softcap: f32,
 }
 
 #[repr(C)]
@@ -62,7 +63,7 @@ pub struct FwdParams {
     pub v_strides: Strides,
     pub o_strides: Strides,
     pub shape: Shape,
-    pub unrounded: i32,
+    pub o_is_f32: i32,
 }
 
 #[repr(C, align(64))]
@@ -119,8 +120,8 @@ pub struct BwdParams {
     pub do_: CUdeviceptr,
     pub lse: CUdeviceptr,
     pub delta: CUdeviceptr,
-    pub dq_sums: CUdeviceptr,
-    pub turns: CUdeviceptr,
+    pub dq_accum: CUdeviceptr,
+    pub semaphores: CUdeviceptr,
     pub dk: CUdeviceptr,
     pub dv: CUdeviceptr,
     pub q_strides: Strides,
@@ -136,7 +137,7 @@ pub struct BwdParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ConvertParams {
-    pub dq_sums: CUdeviceptr,
+    pub dq_accum: CUdeviceptr,
     pub dq: CUdeviceptr,
     pub dq_strides: Strides,
     pub dq_tiles: DqTiles,
@@ -229,10 +230,6 @@ impl Shape {
         // An open side reaches past every sequence, and so does a longer window.
         let side = |side: Option<usize>| side.unwrap_or(MAX_SEQLEN).min(MAX_SEQLEN) as i32;
         let log2_e = std::f64::consts::LOG2_E;
-        let product_factor = match problem.softcap {
-            None => problem.softmax_scale * log2_e,
-            Some(softcap) => problem.softmax_scale / softcap,
-        };
         // 0 stands for none, and the device takes what is below the normal range for it.
         let softcap_log2 = problem.softcap.map_or(0.0, |softcap| (softcap * log2_e).max(f64::from(f32::MIN_POSITIVE)));
         Self {
@@ -253,8 +250,9 @@ impl Shape {
             head_dim: problem.head_dim as i32,
             window_left: side(left),
             window_right: side(right),
-            product_factor: product_factor as f32,
+            softmax_scale_log2: (problem.softmax_scale * log2_e) as f32,
             softcap_log2: softcap_log2 as f32,
+            softmax_scale_over_softcap: problem.softcap.map_or(0.0, |softcap| problem.softmax_scale / softcap) as f32,
         }
     }
 }

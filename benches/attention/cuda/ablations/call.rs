@@ -71,7 +71,7 @@ enum Params {
 
 enum Outputs {
     Forward { o: Tensor, lse: Tensor },
-    Backward { convert: Box<ConvertParams>, grads: [Tensor; 3], _dq_sums: Tensor },
+    Backward { convert: Box<ConvertParams>, grads: [Tensor; 3], _dq_accum: Tensor },
 }
 
 impl<'a> Call<'a> {
@@ -179,7 +179,7 @@ impl<'a> Call<'a> {
             v_strides: self.problem.v.into(),
             o_strides: self.problem.contiguous_o().into(),
             shape: self.shape(),
-            unrounded: 0,
+            o_is_f32: 0,
         };
         Ok(Work {
             params: Params::Forward(Box::new(params)),
@@ -203,7 +203,7 @@ impl<'a> Call<'a> {
         let [batch_stride, head_stride, count] = [num_heads * head, head, batch * num_heads * head].map(|n| n as i64);
         let dq_tiles = DqTiles { batch: batch_stride, head: head_stride, count };
         let sums_shape = (batch * num_heads * head * kernel.block_m, case.head_dim);
-        let dq_sums = Tensor::zeros(sums_shape, DType::F32, q.device())?;
+        let dq_accum = Tensor::zeros(sums_shape, DType::F32, q.device())?;
         let grads = [poisoned_like(q)?, poisoned_like(k)?, poisoned_like(v)?];
         let strides: Strides = self.problem.contiguous_q().into();
         let softmax_scale = self.problem.softmax_scale as f32;
@@ -214,8 +214,8 @@ impl<'a> Call<'a> {
             do_: address(do_)?,
             lse: address(&max)?,
             delta: address(delta)?,
-            dq_sums: address(&dq_sums)?,
-            turns: NULL,
+            dq_accum: address(&dq_accum)?,
+            semaphores: NULL,
             dk: address(&grads[1])?,
             dv: address(&grads[2])?,
             q_strides: self.problem.q.into(),
@@ -228,7 +228,7 @@ impl<'a> Call<'a> {
             softmax_scale,
         };
         let convert = ConvertParams {
-            dq_sums: params.dq_sums,
+            dq_accum: params.dq_accum,
             dq: address(&grads[0])?,
             dq_strides: strides,
             dq_tiles,
@@ -240,7 +240,7 @@ impl<'a> Call<'a> {
             statistics: Statistics::of(&max, &sum)?,
             max,
             sum,
-            outputs: Outputs::Backward { convert: Box::new(convert), grads, _dq_sums: dq_sums },
+            outputs: Outputs::Backward { convert: Box::new(convert), grads, _dq_accum: dq_accum },
         })
     }
 
