@@ -34,7 +34,7 @@ struct FwdTraits {
     static constexpr int kMaxTiles = 512;  // of a block
     static constexpr int kWorks = 4;       // tiles on their way through the block
     static constexpr int kParts = 2;       // of them, in a warp that multiplies
-    // Where to wait for o and to rescale it, by measurement: see docs/hopper.md. kHolds: between the softmax of a thread's two rows;
+    // Where to wait for o and to rescale it, by measurement: see docs/log/hopper.md. kHolds: between the softmax of a thread's two rows;
     // otherwise where ptxas puts the wait, which is in front. kDefers: behind the start of the next S; otherwise in front of it.
     static constexpr bool kHolds = kHeadDim > 64;
     static constexpr bool kDefers = kHolds && kHeadDim <= 128;

@@ -253,7 +253,7 @@ impl Chart {
     fn scale(&self, pixels: (i32, i32)) -> Scale {
         let values =
             || self.panels.iter().flat_map(|panel| panel.rows.iter().flatten()).filter_map(|value| value.number());
-        let most = values().fold(f64::MIN, f64::max);
+        let most = values().chain(self.level).fold(f64::MIN, f64::max);
         match self.marks {
             // Room for the number above the highest bar.
             Marks::Bars { .. } => Scale { bottom: 0.0, top: 1.16 * most, log: false, pixels },

@@ -1,7 +1,7 @@
-//! Figures of a record, as SVG: speed by seqlen as the papers draw it, memory, what each idea brings.
+//! Draws the figures of a record as SVG: speed by seqlen as the papers draw it, speed on a CPU, memory, what each idea brings.
 //!
-//! Nothing of this measures: rows come from CSV files in the columns of benches/record, ours and others'. The bench draws with
-//! it (`--plots`), and tests/suite/house.rs draws docs/plots from the record.
+//! This module measures nothing. It reads CSV files with the columns of benches/record, ours and others'. The bench draws
+//! its own rows with it (`--plots`), and tests/docs draws docs/plots from the records.
 
 pub mod chart;
 pub mod record;
@@ -20,6 +20,7 @@ pub type Figure = (&'static str, String);
 /// Who is compared, in the order of the bars. A colour means the same in every figure; all are of middle lightness.
 const OURS: Series = Series { name: "candle-fa2", colour: (232, 113, 26) };
 const STANDARD: Series = Series { name: "standard attention (Candle)", colour: (150, 150, 150) };
+const CANDLE_FLASH: Series = Series { name: "candle_nn::attention::flash_attn", colour: (180, 90, 80) };
 const ONE_BLOCK_A_HEAD: Series = Series { name: "parallel over batch and heads alone", colour: (176, 128, 76) };
 const PEERS: [(&str, &str, Series); 6] = [
     ("standard", "standard", STANDARD),
@@ -46,6 +47,7 @@ pub fn figures(record: &Record, source: &str) -> Result<Vec<Figure>> {
     ] {
         figures.extend(speed(record, dir, pass, source).map(|chart| (name, chart)));
     }
+    figures.extend(cpu(record, source).map(|chart| ("cpu", chart)));
     figures.extend(memory(record, source).map(|chart| ("memory", chart)));
     figures.extend(ablations(record, source).map(|chart| ("ablations", chart)));
     figures.extend(heads(record, source).map(|chart| ("heads", chart)));
@@ -104,6 +106,45 @@ fn speed(record: &Record, dir: &str, pass: &str, source: &str) -> Option<Chart> 
     let title = format!("{pass}: TFLOP/s by sequence length");
     let chart = Chart::new(title, [&about, source], PEERS.map(|(.., series)| series), panels)?;
     Some(Chart { units: ["TFLOP/s", "seqlen"], ..chart })
+}
+
+/// GFLOP/s on a CPU by call, a panel for each pass. The line across a panel is the rate of a matrix product on the same CPU.
+fn cpu(record: &Record, source: &str) -> Option<Chart> {
+    const SEQLEN: usize = 2048;
+    const WIDTH: usize = 512; // num_heads times head_dim; on a GPU it is 2048
+    let peers = [("standard", STANDARD), ("candle_flash", CANDLE_FLASH), ("ours", OURS)];
+    let drawn = |call: &&Call| {
+        let kind = ["mha", "gqa", "varlen"].contains(&call.kind.as_str());
+        kind && call.seqlen == SEQLEN && call.num_heads * call.head_dim == WIDTH
+    };
+    let panel = |(dir, title): (&str, &str)| {
+        let mut calls: Vec<&Call> = record.calls("ours").filter(|call| call.dir == dir).filter(drawn).collect();
+        calls.sort_by_key(|call| (call.kind != "mha", *call));
+        let name = |call: &&Call| {
+            let what = match call.kind.as_str() {
+                "gqa" => ", GQA",
+                "varlen" => ", packed",
+                _ => "",
+            };
+            format!("{}, {}{what}", call.head_dim, call.mask())
+        };
+        let gflops = |peer: &str, call: &Call| value(record.get(peer, call), |cost| Some(1000.0 * cost.tflops?));
+        Panel {
+            title: title.to_string(),
+            groups: calls.iter().map(name).collect(),
+            rows: peers.iter().map(|(peer, _)| calls.iter().map(|call| gflops(peer, call)).collect()).collect(),
+        }
+    };
+    let panels = [("fwd", "forward"), ("fwd+bwd", "forward + backward")].map(panel).to_vec();
+    let product = record.calls("ceiling").find(|call| call.kind == "matmul1024")?;
+    let level = 1000.0 * record.tflops("ceiling", product)?;
+    let about = format!(
+        "{}, {SEQLEN} tokens, heads x head_dim = {WIDTH}. Line: matrix product, {level:.0} GFLOP/s",
+        record.dtype
+    );
+    let title = "On a CPU: GFLOP/s by head_dim and mask".to_string();
+    let chart = Chart::new(title, [&about, source], peers.map(|(_, series)| series), panels)?;
+    Some(Chart { columns: 1, level: Some(level), units: ["GFLOP/s", ""], ..chart })
 }
 
 /// Peak memory of one forward and backward by seqlen, a panel for each kind of call.

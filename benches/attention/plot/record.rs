@@ -82,6 +82,9 @@ struct Row {
     peak_mib: String,
 }
 
+/// The name of Candle's standard attention in older files.
+const OLD_STANDARD: &str = "unfused";
+
 /// What a row without numbers says in its column `peak_mib`, and what that means.
 const FAILURES: [(&str, &str); 2] = [("oom", "out of memory"), ("uncountable", "too many scores")];
 
@@ -96,7 +99,13 @@ impl Record {
             let mut reader = csv::ReaderBuilder::new().comment(Some(b'#')).from_reader(text.as_bytes());
             let headers = reader.headers()?.clone();
             if ["peer", "kind", "dir"].iter().all(|column| headers.iter().any(|header| header == *column)) {
-                rows.extend(reader.deserialize().collect::<Result<Vec<Row>, _>>()?);
+                for row in reader.deserialize() {
+                    let mut row: Row = row?;
+                    if row.peer == OLD_STANDARD {
+                        row.peer = "standard".to_string();
+                    }
+                    rows.push(row);
+                }
             }
         }
         let mut rows_of: BTreeMap<&str, usize> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Loss curves of runs of the GPT example, one over the other.
+//! Loss curves of runs of the GPT example in one figure.
 
 use anyhow::{anyhow, Result};
 use plotters::prelude::*;
@@ -23,8 +23,8 @@ const MAX_POINTS: usize = 400;
 ///
 /// # Errors
 /// If a file is no metrics.csv, or has no steps.
-pub fn curves(runs: &[(&str, String)], source: &str) -> Result<String> {
-    let read = |(name, text): &(&str, String)| -> Result<(String, Vec<Step>)> {
+pub fn curves(runs: &[(&str, &str)], source: &str) -> Result<String> {
+    let read = |(name, text): &(&str, &str)| -> Result<(String, Vec<Step>)> {
         let steps = csv::Reader::from_reader(text.as_bytes()).into_deserialize().collect::<Result<Vec<Step>, _>>();
         match steps {
             Ok(steps) if !steps.is_empty() => Ok((name.to_string(), steps)),
