@@ -1,4 +1,4 @@
-//! What the papers say, and what the newest record on a GPU has to say about it.
+//! The papers' claims, compared with the newest record of a GPU.
 
 use super::plot::geometric_mean;
 use super::plot::record::Call;
@@ -6,11 +6,11 @@ use super::plot::{ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
 use super::records::Machine;
 use anyhow::Result;
 
-/// bf16 with f32 sums, dense, of the H100's data sheet.
+/// The H100's data sheet: dense bf16 products with f32 sums.
 const PEAK_TFLOPS: f64 = 989.4;
 
-/// Batch x heads from which a thread block for each head keeps all of an H100's 132 multiprocessors at work. With fewer, the
-/// comparison is one of idle multiprocessors, which has a line of its own.
+/// From this batch x heads on, one thread block per head keeps all 132 multiprocessors of an H100 busy. With fewer heads the
+/// comparison mostly measures idle multiprocessors; a claim of its own covers that.
 const FULL: usize = 256;
 
 struct Claim {
@@ -19,7 +19,7 @@ struct Claim {
     holds: bool,
 }
 
-/// A line for each claim that the record can speak to.
+/// A line for each claim that the record has rows for.
 pub fn table(gpu: &Machine) -> Result<String> {
     let mut claims = Vec::new();
     for (dir, pass) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
@@ -49,7 +49,7 @@ pub fn table(gpu: &Machine) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { head.to_string() + &lines })
 }
 
-/// Geometric mean, and in words: it, and the extremes if they differ.
+/// The geometric mean; and a text of it, with the extremes if they differ.
 fn spread(values: impl Iterator<Item = f64>) -> Option<(f64, String)> {
     let values: Vec<f64> = values.collect();
     let mean = geometric_mean(values.iter().copied())?;
@@ -70,7 +70,7 @@ fn grid(dir: &'static str) -> impl Iterator<Item = Call> {
 fn standard(gpu: &Machine) -> Option<Claim> {
     let ratio = |call: Call| {
         let call = call.with_kind("standard");
-        Some(gpu.record.get("standard", &call)?.ms? / gpu.record.ours_beside(&call)?.ms?)
+        Some(gpu.record.get("standard", &call)?.ms? / gpu.record.ours_for(&call)?.ms?)
     };
     let times: Vec<f64> = grid("fwd+bwd").filter_map(ratio).collect();
     let shapes = times.len();
@@ -80,7 +80,7 @@ fn standard(gpu: &Machine) -> Option<Claim> {
     Some(Claim { paper, here, holds: mean >= 3.0 })
 }
 
-/// The highest rates.
+/// The claims about the highest rates.
 fn rates(gpu: &Machine) -> Vec<Claim> {
     let highest = |dir| grid(dir).filter_map(|call| gpu.record.tflops("ours", &call)).reduce(f64::max);
     let of_product = |rate: f64| {

@@ -19,7 +19,7 @@ fn links_lead_somewhere() -> Result<()> {
                 continue;
             }
             let (file, heading) = target.split_once('#').unwrap_or((target, ""));
-            let path = if file.is_empty() { document.clone() } else { beside(&document, file) };
+            let path = if file.is_empty() { document.clone() } else { relative_to(&document, file) };
             ensure!(root().join(&path).exists(), "{} links to {target}, which does not exist", document.display());
             if !heading.is_empty() {
                 let headings = anchors(&read_document(&path)?);
@@ -60,7 +60,7 @@ fn read_document(path: &Path) -> Result<String> {
 }
 
 /// The path from the root of `file`, which is named from the folder of `document`.
-fn beside(document: &Path, file: &str) -> PathBuf {
+fn relative_to(document: &Path, file: &str) -> PathBuf {
     let mut path = document.parent().map(Path::to_path_buf).unwrap_or_default();
     for part in Path::new(file).components() {
         match part {

@@ -4,7 +4,7 @@ use anyhow::{anyhow, Result};
 use plotters::prelude::*;
 use serde::Deserialize;
 
-/// A row of a run's metrics.csv, of which this is all that is drawn.
+/// The columns of a run's metrics.csv that are drawn.
 #[derive(Deserialize)]
 struct Step {
     step: usize,
@@ -16,13 +16,13 @@ const SIZE: (u32, u32) = (1000, 420);
 const TEXT: RGBColor = RGBColor(128, 128, 128);
 const COLOURS: [RGBColor; 3] = [RGBColor(150, 150, 150), RGBColor(232, 113, 26), RGBColor(62, 137, 214)];
 
-/// More points than this cannot be told apart at this size.
+/// More points cannot be told apart at this size.
 const MAX_POINTS: usize = 400;
 
 /// Training and held-out loss by step of each run, given as its name and the text of its metrics.csv.
 ///
 /// # Errors
-/// If a file is no metrics.csv, or has no steps.
+/// If a text is not a metrics.csv, or has no steps.
 pub fn curves(runs: &[(&str, &str)], source: &str) -> Result<String> {
     let read = |(name, text): &(&str, &str)| -> Result<(String, Vec<Step>)> {
         let steps = csv::Reader::from_reader(text.as_bytes()).into_deserialize().collect::<Result<Vec<Step>, _>>();
@@ -67,7 +67,7 @@ fn draw(svg: &mut String, runs: &[(String, Vec<Step>)], source: &str) -> Result<
         .label_style(text.clone())
         .draw()?;
     for (index, ((name, steps), colour)) in runs.iter().zip(COLOURS).enumerate() {
-        // The first run is wide: where the next lies on it, both show.
+        // The first line is wide, so that both show where the next one covers it.
         let wide = if index == 0 { 5 } else { 2 };
         let held_out: Vec<(f64, f64)> =
             steps.iter().filter_map(|step| Some((step.step as f64, step.val_loss?))).collect();
@@ -83,7 +83,7 @@ fn draw(svg: &mut String, runs: &[(String, Vec<Step>)], source: &str) -> Result<
     Ok(())
 }
 
-/// The training loss, in means over equal spans of steps where there are many.
+/// The training loss. If there are many steps: means over equal spans of steps.
 fn thin(steps: &[Step]) -> Vec<(f64, f64)> {
     let span = steps.len().div_ceil(MAX_POINTS).max(1);
     let mean = |steps: &[Step]| steps.iter().map(|step| step.train_loss).sum::<f64>() / steps.len() as f64;

@@ -1,9 +1,10 @@
-//! Tables of the newest record on a GPU. Each is empty if that has no rows for it.
+//! The tables of measurements. A table is empty if the record has no rows for it.
 
 use super::plot::chart::mib;
 use super::plot::record::{Call, Cost};
 use super::plot::{
-    batches, beside, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS,
+    baseline, batches, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS,
+    SEQLENS,
 };
 use super::records::Machine;
 use anyhow::{Context, Result};
@@ -12,21 +13,21 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
 const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
 
-/// Everyone's name, by what rows call them.
+/// The other implementations: the name in the rows, and the name in a table.
 pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
 
-/// Head and rule of a table.
+/// The first two lines of a table: the columns, and the rule.
 pub fn head(columns: &[&str]) -> String {
     format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
 }
 
-/// The same, with a column for each sequence length after `columns`.
+/// As [`head`], with a column for each sequence length after `columns`.
 fn head_by_seqlen(columns: &[&str], seqlens: &[usize]) -> String {
     let seqlens: Vec<String> = seqlens.iter().map(usize::to_string).collect();
     head(&columns.iter().copied().chain(seqlens.iter().map(String::as_str)).collect::<Vec<_>>())
 }
 
-/// The line below a table. `to_root` leads from the folder of the document to the repository.
+/// The line below a table. `to_root` is the path from the document to the repository.
 fn measured_on(Machine { folder, origin, .. }: &Machine, to_root: &str) -> String {
     format!("Measured on: {origin} ([the runs]({to_root}{folder})).\n")
 }
@@ -92,7 +93,7 @@ pub fn front_page(hopper: &Machine, gpu: &Machine) -> Result<String> {
     let mut table = head_by_seqlen(&["pass", "head_dim", "mask"], &seqlens);
     let mut notes = String::new();
     for (machine, (dir, pass)) in [hopper, gpu].into_iter().zip(PASSES) {
-        table += &rows_beside_the_fastest(machine, (dir, pass), &HEAD_DIMS, &seqlens)?;
+        table += &rows_with_the_fastest(machine, (dir, pass), &HEAD_DIMS, &seqlens)?;
         let Machine { origin, folder, .. } = machine;
         let to = |(peer, name): (&str, &str)| {
             let mean = mean(&machine.compared(peer, &["mha"], dir))?;
@@ -108,12 +109,12 @@ pub fn front_page(hopper: &Machine, gpu: &Machine) -> Result<String> {
 
 /// The forward of every head_dim and length.
 pub fn forward(gpu: &Machine, to_root: &str) -> Result<String> {
-    let rows = rows_beside_the_fastest(gpu, PASSES[0], &[64, 96, 128, 192, 256], &SEQLENS)?;
+    let rows = rows_with_the_fastest(gpu, PASSES[0], &[64, 96, 128, 192, 256], &SEQLENS)?;
     Ok(head_by_seqlen(&["pass", "head_dim", "mask"], &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
 }
 
 /// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192: there 16 heads.
-fn rows_beside_the_fastest(
+fn rows_with_the_fastest(
     gpu: &Machine,
     (dir, pass): (&str, &str),
     head_dims: &[usize],
@@ -137,7 +138,7 @@ fn rows_beside_the_fastest(
     Ok(rows)
 }
 
-/// Ours over the fastest of the others that have timed a call.
+/// Our speed relative to the fastest of the others that timed a call.
 fn fastest(gpu: &Machine, call: &Call) -> Option<f64> {
     PEERS.iter().filter_map(|(peer, _)| gpu.ratio(peer, call)).min_by(f64::total_cmp)
 }
@@ -200,7 +201,7 @@ fn ratios_to(gpu: &Machine, peer: &str, kinds: &[&str], name: &str) -> String {
     PASSES.into_iter().filter_map(line).collect()
 }
 
-/// The figures of the papers' grid, and ours over each peer.
+/// The figures of the papers' grid, and our speed relative to each peer.
 pub fn peers(gpu: &Machine) -> Result<String> {
     let figures = ["forward", "backward", "forward-backward"].map(|name| gpu.figure(name, ""));
     let lines: String = PEERS.iter().map(|(peer, name)| ratios_to(gpu, peer, &["mha"], name)).collect();
@@ -208,7 +209,7 @@ pub fn peers(gpu: &Machine) -> Result<String> {
     Ok(format!("{}\n{table}", figures.join("\n")))
 }
 
-/// Time of a forward and backward, ours and standard attention's.
+/// Time of a forward + backward: ours, and standard attention's.
 pub fn standard(gpu: &Machine) -> Result<String> {
     let seqlens = SEQLENS.map(|seqlen| seqlen.to_string());
     let mut columns = vec!["head_dim", "mask"];
@@ -218,7 +219,7 @@ pub fn standard(gpu: &Machine) -> Result<String> {
         for (causal, mask) in MASKS {
             let cells = SEQLENS.map(|seqlen| {
                 let call = Call::of_the_grid("fwd+bwd", hdim, causal, seqlen).with_kind("standard");
-                let (ours, standard) = (gpu.record.ours_beside(&call)?.ms?, gpu.record.get("standard", &call)?);
+                let (ours, standard) = (gpu.record.ours_for(&call)?.ms?, gpu.record.get("standard", &call)?);
                 Some(match (standard.ms, standard.failure) {
                     (Some(ms), _) => format!("{ours:.2}, {ms:.2}: {:.1}x", ms / ours),
                     (None, why) => format!("{ours:.2}, {}", why?),
@@ -233,7 +234,7 @@ pub fn standard(gpu: &Machine) -> Result<String> {
     Ok(if table.is_empty() { table } else { head(&columns) + &table })
 }
 
-/// Memory of a forward and backward at its peak, ours and standard attention's.
+/// Peak memory of a forward + backward: ours, and standard attention's.
 pub fn memory(gpu: &Machine) -> Result<String> {
     let alike = |call: &Call| (call.head_dim, call.causal, call.num_heads);
     let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
@@ -244,7 +245,7 @@ pub fn memory(gpu: &Machine) -> Result<String> {
         let here = here(shape);
         let call = here.iter().find(|call| call.seqlen == seqlen)?;
         let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call));
-        // Once it has run out of memory, longer sequences are not tried.
+        // The bench tries no longer sequences after one has run out of memory.
         let standard = match standard.map(|cost| (cost.peak_mib, cost.failure)) {
             Some((Some(peak), _)) => format!("{}: {:.1}x", mib(peak), peak / ours),
             Some((None, why)) => why?.to_string(),
@@ -266,7 +267,7 @@ pub fn memory(gpu: &Machine) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &lines })
 }
 
-/// Ours with and without one idea of the paper at the longest sequence, and their ratio over all.
+/// With and without one idea of the paper: both rates at the longest sequence, and the mean ratio over all lengths.
 pub fn ablations(gpu: &Machine) -> Result<String> {
     let record = &gpu.record;
     let mut shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
@@ -280,7 +281,7 @@ pub fn ablations(gpu: &Machine) -> Result<String> {
                 let of_it = |call: &Call| call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal);
                 let ratios: Vec<_> = ratios(record, variant, ABLATION).filter(|(call, _)| of_it(call)).collect();
                 let longest = ratios.iter().map(|&(call, _)| call).max_by_key(|call| call.seqlen)?;
-                let ours = beside(record, variant, longest)?;
+                let ours = baseline(record, variant, longest)?;
                 let theirs = record.tflops(variant, longest)?;
                 let mean = geometric_mean(ratios.iter().map(|&(_, ratio)| ratio))?;
                 Some(format!("{ours:.0}, {theirs:.0}: {mean:.2}x"))
@@ -297,14 +298,14 @@ pub fn ablations(gpu: &Machine) -> Result<String> {
     Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
 }
 
-/// Thread blocks for every tile of queries (backward: of keys), against one for each head.
+/// A thread block per tile of queries (backward: of keys), compared with one per head.
 pub fn heads(gpu: &Machine) -> Result<String> {
     let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).collect();
     let Some(seqlen) = all.first().map(|(call, _)| call.seqlen) else { return Ok(String::new()) };
     let mut lines: BTreeMap<(bool, usize, bool), BTreeMap<usize, String>> = BTreeMap::new();
     for (call, ratio) in all.into_iter().filter(|(call, _)| call.seqlen == seqlen) {
         let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);
-        let (ours, theirs) = (tflops(gpu.record.ours_beside(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
+        let (ours, theirs) = (tflops(gpu.record.ours_for(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
         let cells = lines.entry((call.dir == "bwd", call.head_dim, call.causal)).or_default();
         cells.insert(call.batch * call.num_heads, format!("{ours:.0}, {theirs:.0}: {ratio:.1}x"));
     }
@@ -321,7 +322,7 @@ pub fn heads(gpu: &Machine) -> Result<String> {
     Ok(gpu.figure("heads", "") + &format!("\n{seqlen} tokens; by batch x heads:\n\n") + &table)
 }
 
-/// Training of the GPT example.
+/// Whole training steps of the GPT example.
 pub fn gpt(gpu: &Machine) -> Result<String> {
     const KINDS: [&str; 4] = ["flash", "standard", "standard-fused", "none"];
     const COLUMNS: [&str; 10] = [
@@ -383,12 +384,12 @@ pub fn gpt(gpu: &Machine) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
 }
 
-/// Tokens a second of the smallest model by context, with either attention.
+/// Tokens/s of the smallest model by context, with either attention.
 pub fn training(gpu: &Machine) -> Result<String> {
     let rows = gpu.rows("gpt", &["layers", "attention", "context", "batch", "tokens_per_s"])?;
     let number = |row: &HashMap<String, String>, column: &str| row[column].parse::<usize>().unwrap_or_default();
     let Some(layers) = rows.iter().map(|row| number(row, "layers")).min() else { return Ok(String::new()) };
-    // The batches of the shortest context are many; those of all contexts hold as many tokens.
+    // The shortest context has several batches. Take the one with as many tokens as the other contexts.
     let tokens = rows.iter().map(|row| number(row, "batch") * number(row, "context")).min();
     let rate = |attention: &str, context: usize| {
         let of_shape = |row: &&HashMap<String, String>| {
@@ -420,7 +421,7 @@ pub fn training(gpu: &Machine) -> Result<String> {
     Ok(table)
 }
 
-/// What each change brought to the training.
+/// The speed of training after each change.
 pub fn gpt_steps(gpu: &Machine) -> Result<String> {
     let rows = gpu.rows("gpt-steps", &["change", "expected", "tokens_per_s"])?;
     let (mut table, mut before) = (String::new(), None);
