@@ -1,10 +1,10 @@
 //! The papers' claims, compared with the newest record of a GPU.
 
-use super::plot::geometric_mean;
-use super::plot::record::Call;
-use super::plot::{ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
 use super::records::Machine;
 use anyhow::Result;
+use figures::geometric_mean;
+use figures::record::Call;
+use figures::{ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
 
 /// The H100's data sheet: dense bf16 products with f32 sums.
 const PEAK_TFLOPS: f64 = 989.4;

@@ -4,7 +4,6 @@ use std::fs;
 
 use anyhow::{ensure, Context, Result};
 
-use super::plot;
 use super::records::{self, Records};
 use super::{claims, files, read, root, shapes, tables, update};
 
@@ -19,7 +18,7 @@ const TABLES: [(&str, &str, Table); 21] = [
     ("docs/benchmarks.md", "hopper-plot", |records| Ok(records.h200.figure("hopper-forward", ""))),
     ("docs/benchmarks.md", "hopper", |records| tables::forward(&records.h200, "../")),
     ("docs/benchmarks.md", "hopper-summary", |records| tables::forward_summary(&records.h200)),
-    ("docs/benchmarks.md", "cuda", |records| tables::speed(&records.h100, &plot::SEQLENS, "../")),
+    ("docs/benchmarks.md", "cuda", |records| tables::speed(&records.h100, &figures::SEQLENS, "../")),
     ("docs/benchmarks.md", "summary", |records| tables::summary(&records.h100)),
     ("docs/benchmarks.md", "speed", |records| tables::peers(&records.h100)),
     ("docs/benchmarks.md", "claims", |records| claims::table(&records.h100)),
@@ -64,7 +63,7 @@ fn plots_are_up_to_date() -> Result<()> {
     let figures = records::newest()?.figures();
     let folder = root().join("docs/plots");
     if update() {
-        plot::save(&folder, &figures)?;
+        figures::save(&folder, &figures)?;
     }
     for (name, svg) in &figures {
         let shown = fs::read_to_string(folder.join(name).with_extension("svg")).unwrap_or_default();
@@ -77,31 +76,5 @@ fn plots_are_up_to_date() -> Result<()> {
         }
         ensure!(drawn || update(), "{} is no figure of a record; `just tables` removes it", path.display());
     }
-    Ok(())
-}
-
-/// Files of any age and author: columns by name, medians over runs, forward + backward as their sum, failures, one type.
-#[test]
-fn rows_are_read_by_their_columns() -> Result<()> {
-    let grid = "mha,bf16,128,0,4,4096,4096,16,16";
-    let head = "peer,dir,kind,dtype,hdim,causal,batch,seqlen_q,seqlen_k,hq,hkv,ms,tflops";
-    let run = |ms: u32| format!("{head}\nours,fwd,{grid},{ms},{}\nours,bwd,{grid},6,250\n", 600 / ms);
-    let others = format!(
-        "# a remark\n{head},peak_mib\nours,fwd,{},1,900,\nceiling,fwd,matmul8192,bf16,,0,,8192,8192,,,1,700,\n\
-         standard,fwd+bwd,{},,,oom\n",
-        grid.replace("bf16", "fp16"),
-        grid.replace("mha", "standard"),
-    );
-    let texts = [run(1), run(3), run(2), others, "head_dim,error\n128,0.1\n".to_string()];
-    let record = plot::record::Record::read(texts.iter().map(String::as_str))?;
-    let call = plot::record::Call::of_the_grid("fwd", 128, false, 4096);
-    ensure!(record.dtype == "bf16" && record.tflops("ours", &call) == Some(300.0), "the median of three runs is 300");
-    let both = call.with_dir("fwd+bwd");
-    ensure!(record.tflops("ours", &both) == Some((300.0 * 2.0 + 250.0 * 6.0) / 8.0), "the sum of 2 ms and 6 ms");
-    let standard = record.get("standard", &both.with_kind("standard")).context("a row that failed is a row")?;
-    ensure!(standard.failure == Some("out of memory") && standard.ms.is_none());
-    let figures = plot::figures(&record, "here")?;
-    ensure!(figures.iter().map(|(name, _)| *name).eq(["forward", "backward", "forward-backward"]));
-    ensure!(figures[2].1.contains("out of memory") && figures[2].1.contains("here") && !figures[0].1.contains("cuDNN"));
     Ok(())
 }

@@ -12,10 +12,6 @@ mod records;
 mod shapes;
 mod tables;
 
-// The bench draws its own rows with the same module.
-#[path = "../../benches/attention/plot/mod.rs"]
-mod plot;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -10,8 +10,11 @@ fn readme_names_the_versions_of_cargo_toml() -> Result<()> {
         return Ok(()); // another test is writing documents
     }
     let manifest: toml::Table = read("Cargo.toml")?.parse()?;
-    let package = manifest["package"].as_table().context("[package]")?;
-    let text = |name: &str| package[name].as_str().with_context(|| name.to_string());
+    // A value may come from the workspace.
+    let tables = [manifest.get("package"), manifest["workspace"].get("package")];
+    let text = |name: &str| {
+        tables.into_iter().flatten().find_map(|table| table.get(name)?.as_str()).with_context(|| name.to_string())
+    };
     let candle = manifest["dependencies"]["candle-core"].as_str().context("candle-core")?;
     let readme = read("README.md")?;
     for sentence in [

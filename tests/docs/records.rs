@@ -5,8 +5,9 @@ use std::fs;
 
 use anyhow::{ensure, Context, Result};
 
-use super::plot::record::{median, Call, Record};
-use super::{loss, plot, read, root};
+use super::{loss, read, root};
+use figures::record::{median, Call, Record};
+use figures::Figure;
 
 /// Machines by their folders in benches/record.
 pub struct Records {
@@ -31,7 +32,7 @@ pub fn newest() -> Result<Records> {
 
 impl Records {
     /// Every figure of docs/plots.
-    pub fn figures(self) -> Vec<plot::Figure> {
+    pub fn figures(self) -> Vec<Figure> {
         [self.xeon, self.h100, self.h200].into_iter().flat_map(|machine| machine.figures).collect()
     }
 }
@@ -46,11 +47,11 @@ pub struct Machine {
     pub record: Record,
     /// Runs that alternated: `ours-1.csv`, `flash-1.csv`, `ours-2.csv` .. by that number.
     runs: BTreeMap<u32, Record>,
-    figures: Vec<plot::Figure>,
+    figures: Vec<Figure>,
 }
 
 impl Machine {
-    /// `shown` lists figures by the name that [`plot`] gives them and the name of the file.
+    /// `shown` lists figures by the name that [`figures`] gives them and the name of the file.
     fn newest(machine: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
         let dates = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
@@ -70,12 +71,11 @@ impl Machine {
         let record = Record::read(texts.values().map(String::as_str)).with_context(|| folder.clone())?;
 
         let source = format!("Measured on: {}", origin.to_uppercase());
-        let mut figures = plot::figures(&record, &source)?;
+        let mut figures = figures::of_record(&record, &source)?;
         if let (Some(standard), Some(flash)) = (texts.get("gpt-standard"), texts.get("gpt-flash")) {
-            let runs = [("standard attention", standard.as_str()), ("candle-fa2", flash)];
-            figures.push(("loss", loss::curves(&runs, &source)?));
+            figures.push(("loss", loss::figure(standard, flash, &source)?));
         }
-        let rename = |(name, svg): plot::Figure| {
+        let rename = |(name, svg): Figure| {
             let &(_, file) = shown.iter().find(|(figure, _)| *figure == name)?;
             Some((file, svg))
         };

@@ -1,13 +1,13 @@
 //! The tables of measurements. A table is empty if the record has no rows for it.
 
-use super::plot::chart::mib;
-use super::plot::record::{Call, Cost};
-use super::plot::{
+use super::records::Machine;
+use anyhow::{Context, Result};
+use figures::chart::mib;
+use figures::record::{Call, Cost};
+use figures::{
     baseline, batches, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS,
     SEQLENS,
 };
-use super::records::Machine;
-use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];

@@ -1,9 +1,10 @@
-//! Draws the figures of a record as SVG: speed by seqlen as the papers draw it, speed on a CPU, memory, what each idea brings.
+//! Draws what the bench, the documents and the GPT example show, as SVG.
 //!
-//! This module measures nothing. It reads CSV files with the columns of benches/record, ours and others'. The bench draws
-//! its own rows with it (`--plots`), and tests/docs draws docs/plots from the records.
+//! This crate measures nothing. [`of_record`] draws CSV files with the columns of benches/record, ours and others': speed by seqlen
+//! as the papers draw it, speed on a CPU, memory, what each idea brings. [`curves`] draws the loss of a training.
 
 pub mod chart;
+pub mod curves;
 pub mod record;
 
 use std::fs;
@@ -38,7 +39,7 @@ pub const SEQLENS: [usize; 6] = [512, 1024, 2048, 4096, 8192, 16384];
 ///
 /// # Errors
 /// If a figure cannot be drawn.
-pub fn figures(record: &Record, source: &str) -> Result<Vec<Figure>> {
+pub fn of_record(record: &Record, source: &str) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for (name, dir, pass) in [
         ("forward", "fwd", "Forward"),
@@ -316,5 +317,43 @@ fn seqlen_name(seqlen: usize) -> String {
         format!("{}k", seqlen / 1024)
     } else {
         seqlen.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::ensure;
+
+    use super::*;
+
+    /// Files of any age and author: columns by name, medians over runs, forward + backward as their sum, failures, one type.
+    #[test]
+    fn rows_are_read_by_their_columns() -> Result<()> {
+        let grid = "mha,bf16,128,0,4,4096,4096,16,16";
+        let head = "peer,dir,kind,dtype,hdim,causal,batch,seqlen_q,seqlen_k,hq,hkv,ms,tflops";
+        let run = |ms: u32| format!("{head}\nours,fwd,{grid},{ms},{}\nours,bwd,{grid},6,250\n", 600 / ms);
+        let others = format!(
+            "# a remark\n{head},peak_mib\nours,fwd,{},1,900,\nceiling,fwd,matmul8192,bf16,,0,,8192,8192,,,1,700,\n\
+             standard,fwd+bwd,{},,,oom\n",
+            grid.replace("bf16", "fp16"),
+            grid.replace("mha", "standard"),
+        );
+        let texts = [run(1), run(3), run(2), others, "head_dim,error\n128,0.1\n".to_string()];
+        let record = Record::read(texts.iter().map(String::as_str))?;
+        let call = Call::of_the_grid("fwd", 128, false, 4096);
+        ensure!(
+            record.dtype == "bf16" && record.tflops("ours", &call) == Some(300.0),
+            "the median of three runs is 300"
+        );
+        let both = call.with_dir("fwd+bwd");
+        ensure!(record.tflops("ours", &both) == Some((300.0 * 2.0 + 250.0 * 6.0) / 8.0), "the sum of 2 ms and 6 ms");
+        let standard = record.get("standard", &both.with_kind("standard")).context("a row that failed is a row")?;
+        ensure!(standard.failure == Some("out of memory") && standard.ms.is_none());
+        let figures = of_record(&record, "here")?;
+        ensure!(figures.iter().map(|(name, _)| *name).eq(["forward", "backward", "forward-backward"]));
+        ensure!(
+            figures[2].1.contains("out of memory") && figures[2].1.contains("here") && !figures[0].1.contains("cuDNN")
+        );
+        Ok(())
     }
 }
