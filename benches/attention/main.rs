@@ -50,7 +50,6 @@ mod inputs;
 mod machine;
 mod memory;
 mod peers;
-mod plot;
 mod report;
 mod rows;
 mod sample;
@@ -166,13 +165,13 @@ fn draw(options: &Options) -> Result<()> {
     let files = if options.from.is_empty() { options.csv.as_slice() } else { &options.from };
     let read = |file: &PathBuf| std::fs::read_to_string(file).with_context(|| file.display().to_string());
     let texts = files.iter().map(read).collect::<Result<Vec<_>>>()?;
-    let record = plot::record::Record::read(texts.iter().map(String::as_str))?;
+    let record = figures::record::Record::read(texts.iter().map(String::as_str))?;
     let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let names: Vec<String> = files.iter().map(name).collect();
-    let figures = plot::figures(&record, &format!("From {}", names.join(", ")))?;
-    ensure!(!figures.is_empty(), "{} has no rows of the papers' grid, of memory or of ablations", names.join(", "));
-    plot::save(plots, &figures)?;
-    for (name, _) in &figures {
+    let drawn = figures::of_record(&record, &format!("From {}", names.join(", ")))?;
+    ensure!(!drawn.is_empty(), "{} has no rows that a figure shows", names.join(", "));
+    figures::save(plots, &drawn)?;
+    for (name, _) in &drawn {
         println!("{}", plots.join(name).with_extension("svg").display());
     }
     Ok(())

@@ -36,7 +36,7 @@ struct FwdTraits {
     static constexpr int kWorkStages = 4;    // work tiles that the producer may be ahead
     static constexpr int kPartStages = 2;    // work tiles that a consumer warp has in progress
 
-    // Where to wait for o and where to rescale it, as measured (docs/hopper.md).
+    // Where to wait for o and where to rescale it, as measured (docs/log/hopper.md).
     // kWaitsBetweenRows: wait for o between the softmax of a thread's first and second row. If false, ptxas places the wait, which is
     // before both. kRescalesLate: rescale o after the next S has started. If false, before it.
     static constexpr bool kWaitsBetweenRows = kHeadDim > 64;

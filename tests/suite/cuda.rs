@@ -2,12 +2,12 @@
 //! repeat, and what is refused. Every other module runs for the GPU too: `cases::targets` names it.
 //!
 //! Needs the feature `cuda` and a GPU: without the feature these tests are ignored, without a GPU each says SKIPPED and
-//! passes. The suite is one binary; `--skip house` leaves out what reads the repository, so that it can be carried.
+//! passes. The suite is one binary that reads no file of the repository, so it can be copied to a machine with a GPU.
 //!
 //! ```sh
 //! cargo test --features cuda --test suite --no-run         # prints where the binary is, $SUITE below
-//! $SUITE --skip house --nocapture                          # everything, and how much of it ran on the GPU
-//! CANDLE_FA2_SHARED_LIMIT=101376 $SUITE --skip house       # on the kernels of GPUs with 99 KB of shared memory
+//! $SUITE --nocapture                                       # everything, and how much of it ran on the GPU
+//! CANDLE_FA2_SHARED_LIMIT=101376 $SUITE                    # on the kernels of GPUs with 99 KB of shared memory
 //! for tool in memcheck racecheck initcheck synccheck; do
 //!     compute-sanitizer --tool $tool --error-exitcode 1 $SUITE sanitizer_sweep --nocapture
 //! done

@@ -1,38 +1,68 @@
-//! Tables of the newest record on a GPU. Each is empty if that has no rows for it.
+//! The tables of measurements. A table is empty if the record has no rows for it.
 
-use super::gpu::Gpu;
-use super::plot::chart::mib;
-use super::plot::record::{Call, Cost};
-use super::plot::{
-    batches, beside, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS,
-};
+use super::records::Machine;
 use anyhow::{Context, Result};
+use figures::chart::mib;
+use figures::record::{Call, Cost};
+use figures::{
+    baseline, batches, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS,
+    SEQLENS,
+};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
 const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
 
-/// Everyone's name, by what rows call them.
+/// The other implementations: the name in the rows, and the name in a table.
 pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
 
-/// Head and rule of a table.
-fn head(columns: &[&str]) -> String {
+/// The first two lines of a table: the columns, and the rule.
+pub fn head(columns: &[&str]) -> String {
     format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
 }
 
-/// The same, with a column for each sequence length behind `columns`.
+/// As [`head`], with a column for each sequence length after `columns`.
 fn head_by_seqlen(columns: &[&str], seqlens: &[usize]) -> String {
     let seqlens: Vec<String> = seqlens.iter().map(usize::to_string).collect();
     head(&columns.iter().copied().chain(seqlens.iter().map(String::as_str)).collect::<Vec<_>>())
 }
 
-/// The line below a table. `to_root` leads from the folder of the document to the repository.
-fn measured_on(Gpu { folder, origin, .. }: &Gpu, to_root: &str) -> String {
+/// The line below a table. `to_root` is the path from the document to the repository.
+fn measured_on(Machine { folder, origin, .. }: &Machine, to_root: &str) -> String {
     format!("Measured on: {origin} ([the runs]({to_root}{folder})).\n")
 }
 
+/// Times on a CPU: ours and Candle's two ways, for one call.
+pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
+    let call = Call {
+        kind: "mha".to_string(),
+        dir: String::new(),
+        head_dim: 64,
+        causal: true,
+        batch: 1,
+        seqlen: 2048,
+        num_heads: 8,
+        num_heads_k: 8,
+    };
+    let ms = |peer: &str, dir: &str| cpu.record.get(peer, &call.with_dir(dir))?.ms;
+    let cell = |peer: &str, dir: &str| match (ms(peer, dir), ms("ours", dir)) {
+        (Some(ms), _) if peer == "ours" => format!("{ms:.1} ms"),
+        (Some(ms), Some(ours)) => format!("{ms:.0} ms, {:.1}x as long", ms / ours),
+        _ => "has no backward".to_string(),
+    };
+    let mut table = head(&["causal, 2048 tokens, 8 heads of 64, f32", "forward", "forward + backward"]);
+    for (peer, name) in [
+        ("ours", "candle-fa2"),
+        ("standard", "Candle: matmul, softmax, matmul"),
+        ("candle_flash", "`candle_nn::attention::flash_attn`"),
+    ] {
+        table += &format!("| {name} | {} | {} |\n", cell(peer, "fwd"), cell(peer, "fwd+bwd"));
+    }
+    Ok(table + "\n" + &measured_on(cpu, to_root))
+}
+
 /// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid.
-pub fn speed(gpu: &Gpu, seqlens: &[usize], to_root: &str) -> Result<String> {
+pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> {
     let mut table = head_by_seqlen(&["head_dim", "mask", "pass"], seqlens);
     for (dir, pass) in PASSES {
         for hdim in HEAD_DIMS {
@@ -57,33 +87,64 @@ pub fn speed(gpu: &Gpu, seqlens: &[usize], to_root: &str) -> Result<String> {
     Ok(table + &measured_on(gpu, to_root))
 }
 
-/// Ours and its ratio to the fastest of the others in the forward, over the papers' grid; 16 heads at a head_dim that it has not.
-pub fn beside_the_fastest(gpu: &Gpu, head_dims: &[usize], seqlens: &[usize], to_root: &str) -> Result<String> {
-    let mut table = head_by_seqlen(&["head_dim", "mask"], seqlens);
+/// The front page's table: the forward on Hopper's own kernels, and the backward on those of every GPU.
+pub fn front_page(hopper: &Machine, gpu: &Machine) -> Result<String> {
+    let seqlens = [1024, 4096, 16384];
+    let mut table = head_by_seqlen(&["pass", "head_dim", "mask"], &seqlens);
+    let mut notes = String::new();
+    for (machine, (dir, pass)) in [hopper, gpu].into_iter().zip(PASSES) {
+        table += &rows_with_the_fastest(machine, (dir, pass), &HEAD_DIMS, &seqlens)?;
+        let Machine { origin, folder, .. } = machine;
+        let to = |(peer, name): (&str, &str)| {
+            let mean = mean(&machine.compared(peer, &["mha"], dir))?;
+            Some(format!("{mean:.2}x {name}"))
+        };
+        let means: Vec<String> = PEERS.into_iter().filter_map(to).collect();
+        notes += &format!("- {pass}, on {origin} ([the runs]({folder})): {}\n", means.join(", "));
+    }
+    Ok(format!(
+        "{table}\nGeometric means over all 36 shapes of the papers' grid, from 512 to 16,384 tokens:\n\n{notes}"
+    ))
+}
+
+/// The forward of every head_dim and length.
+pub fn forward(gpu: &Machine, to_root: &str) -> Result<String> {
+    let rows = rows_with_the_fastest(gpu, PASSES[0], &[64, 96, 128, 192, 256], &SEQLENS)?;
+    Ok(head_by_seqlen(&["pass", "head_dim", "mask"], &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
+}
+
+/// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192: there 16 heads.
+fn rows_with_the_fastest(
+    gpu: &Machine,
+    (dir, pass): (&str, &str),
+    head_dims: &[usize],
+    seqlens: &[usize],
+) -> Result<String> {
+    let mut rows = String::new();
     for &head_dim in head_dims {
         for (causal, mask) in MASKS {
-            table += &format!("| {head_dim} | {mask} |");
+            rows += &format!("| {pass} | {head_dim} | {mask} |");
             for &seqlen in seqlens {
-                let of_grid = Call::of_the_grid("fwd", head_dim, causal, seqlen);
+                let of_grid = Call::of_the_grid(dir, head_dim, causal, seqlen);
                 let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };
                 let call = Call { num_heads, num_heads_k: num_heads, ..of_grid };
                 let ours = gpu.record.tflops("ours", &call).with_context(|| format!("no run has {call:?}"))?;
                 let ratio = fastest(gpu, &call).map_or(String::new(), |ratio| format!(", {ratio:.2}x"));
-                table += &format!(" {ours:.0}{ratio} |");
+                rows += &format!(" {ours:.0}{ratio} |");
             }
-            table += "\n";
+            rows += "\n";
         }
     }
-    Ok(table + "\n" + &measured_on(gpu, to_root))
+    Ok(rows)
 }
 
-/// Ours over the fastest of the others that have timed a call.
-fn fastest(gpu: &Gpu, call: &Call) -> Option<f64> {
+/// Our speed relative to the fastest of the others that timed a call.
+fn fastest(gpu: &Machine, call: &Call) -> Option<f64> {
     PEERS.iter().filter_map(|(peer, _)| gpu.ratio(peer, call)).min_by(f64::total_cmp)
 }
 
 /// Geometric mean and minimum of the forward's ratios to each of the others and to the fastest, by kind of call.
-pub fn forward_summary(gpu: &Gpu) -> Result<String> {
+pub fn forward_summary(gpu: &Machine) -> Result<String> {
     let kinds = [
         (&["mha"][..], "papers' grid"),
         (&["gqa"], "GQA 32/8"),
@@ -117,7 +178,7 @@ fn smallest(compared: &[(Call, f64)]) -> f64 {
 }
 
 /// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
-pub fn summary(gpu: &Gpu) -> Result<String> {
+pub fn summary(gpu: &Machine) -> Result<String> {
     let mut table = head(&["calls", "pass", "cells", "geometric mean", "smallest"]);
     for (kinds, name) in [
         (&["mha"][..], "the papers' grid"),
@@ -130,7 +191,7 @@ pub fn summary(gpu: &Gpu) -> Result<String> {
 }
 
 /// A line for each direction.
-fn ratios_to(gpu: &Gpu, peer: &str, kinds: &[&str], name: &str) -> String {
+fn ratios_to(gpu: &Machine, peer: &str, kinds: &[&str], name: &str) -> String {
     let line = |(dir, pass): (&str, &str)| {
         let compared = gpu.compared(peer, kinds, dir);
         let smallest = smallest(&compared);
@@ -140,16 +201,16 @@ fn ratios_to(gpu: &Gpu, peer: &str, kinds: &[&str], name: &str) -> String {
     PASSES.into_iter().filter_map(line).collect()
 }
 
-/// The figures of the papers' grid, and ours over each peer.
-pub fn peers(gpu: &Gpu) -> Result<String> {
+/// The figures of the papers' grid, and our speed relative to each peer.
+pub fn peers(gpu: &Machine) -> Result<String> {
     let figures = ["forward", "backward", "forward-backward"].map(|name| gpu.figure(name, ""));
     let lines: String = PEERS.iter().map(|(peer, name)| ratios_to(gpu, peer, &["mha"], name)).collect();
     let table = head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines;
     Ok(format!("{}\n{table}", figures.join("\n")))
 }
 
-/// Time of a forward and backward, ours and standard attention's.
-pub fn standard(gpu: &Gpu) -> Result<String> {
+/// Time of a forward + backward: ours, and standard attention's.
+pub fn standard(gpu: &Machine) -> Result<String> {
     let seqlens = SEQLENS.map(|seqlen| seqlen.to_string());
     let mut columns = vec!["head_dim", "mask"];
     columns.extend(seqlens.iter().map(String::as_str));
@@ -158,7 +219,7 @@ pub fn standard(gpu: &Gpu) -> Result<String> {
         for (causal, mask) in MASKS {
             let cells = SEQLENS.map(|seqlen| {
                 let call = Call::of_the_grid("fwd+bwd", hdim, causal, seqlen).with_kind("standard");
-                let (ours, standard) = (gpu.record.ours_beside(&call)?.ms?, gpu.record.get("standard", &call)?);
+                let (ours, standard) = (gpu.record.ours_for(&call)?.ms?, gpu.record.get("standard", &call)?);
                 Some(match (standard.ms, standard.failure) {
                     (Some(ms), _) => format!("{ours:.2}, {ms:.2}: {:.1}x", ms / ours),
                     (None, why) => format!("{ours:.2}, {}", why?),
@@ -173,8 +234,8 @@ pub fn standard(gpu: &Gpu) -> Result<String> {
     Ok(if table.is_empty() { table } else { head(&columns) + &table })
 }
 
-/// Memory of a forward and backward at its peak, ours and standard attention's.
-pub fn memory(gpu: &Gpu) -> Result<String> {
+/// Peak memory of a forward + backward: ours, and standard attention's.
+pub fn memory(gpu: &Machine) -> Result<String> {
     let alike = |call: &Call| (call.head_dim, call.causal, call.num_heads);
     let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
     let seqlens: BTreeSet<usize> = calls().map(|call| call.seqlen).collect();
@@ -184,7 +245,7 @@ pub fn memory(gpu: &Gpu) -> Result<String> {
         let here = here(shape);
         let call = here.iter().find(|call| call.seqlen == seqlen)?;
         let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call));
-        // Once it has run out of memory, longer sequences are not tried.
+        // The bench tries no longer sequences after one has run out of memory.
         let standard = match standard.map(|cost| (cost.peak_mib, cost.failure)) {
             Some((Some(peak), _)) => format!("{}: {:.1}x", mib(peak), peak / ours),
             Some((None, why)) => why?.to_string(),
@@ -206,8 +267,8 @@ pub fn memory(gpu: &Gpu) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &lines })
 }
 
-/// Ours with and without one idea of the paper at the longest sequence, and their ratio over all.
-pub fn ablations(gpu: &Gpu) -> Result<String> {
+/// With and without one idea of the paper: both rates at the longest sequence, and the mean ratio over all lengths.
+pub fn ablations(gpu: &Machine) -> Result<String> {
     let record = &gpu.record;
     let mut shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
     shapes.retain(|&(head_dim, _)| {
@@ -220,7 +281,7 @@ pub fn ablations(gpu: &Gpu) -> Result<String> {
                 let of_it = |call: &Call| call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal);
                 let ratios: Vec<_> = ratios(record, variant, ABLATION).filter(|(call, _)| of_it(call)).collect();
                 let longest = ratios.iter().map(|&(call, _)| call).max_by_key(|call| call.seqlen)?;
-                let ours = beside(record, variant, longest)?;
+                let ours = baseline(record, variant, longest)?;
                 let theirs = record.tflops(variant, longest)?;
                 let mean = geometric_mean(ratios.iter().map(|&(_, ratio)| ratio))?;
                 Some(format!("{ours:.0}, {theirs:.0}: {mean:.2}x"))
@@ -237,14 +298,14 @@ pub fn ablations(gpu: &Gpu) -> Result<String> {
     Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
 }
 
-/// Thread blocks for every tile of queries (backward: of keys), against one for each head.
-pub fn heads(gpu: &Gpu) -> Result<String> {
+/// A thread block per tile of queries (backward: of keys), compared with one per head.
+pub fn heads(gpu: &Machine) -> Result<String> {
     let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).collect();
     let Some(seqlen) = all.first().map(|(call, _)| call.seqlen) else { return Ok(String::new()) };
     let mut lines: BTreeMap<(bool, usize, bool), BTreeMap<usize, String>> = BTreeMap::new();
     for (call, ratio) in all.into_iter().filter(|(call, _)| call.seqlen == seqlen) {
         let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);
-        let (ours, theirs) = (tflops(gpu.record.ours_beside(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
+        let (ours, theirs) = (tflops(gpu.record.ours_for(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
         let cells = lines.entry((call.dir == "bwd", call.head_dim, call.causal)).or_default();
         cells.insert(call.batch * call.num_heads, format!("{ours:.0}, {theirs:.0}: {ratio:.1}x"));
     }
@@ -261,8 +322,8 @@ pub fn heads(gpu: &Gpu) -> Result<String> {
     Ok(gpu.figure("heads", "") + &format!("\n{seqlen} tokens; by batch x heads:\n\n") + &table)
 }
 
-/// Training of the GPT example.
-pub fn gpt(gpu: &Gpu) -> Result<String> {
+/// Whole training steps of the GPT example.
+pub fn gpt(gpu: &Machine) -> Result<String> {
     const KINDS: [&str; 4] = ["flash", "standard", "standard-fused", "none"];
     const COLUMNS: [&str; 10] = [
         "layers",
@@ -323,12 +384,12 @@ pub fn gpt(gpu: &Gpu) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
 }
 
-/// Tokens a second of the smallest model by context, with either attention.
-pub fn training(gpu: &Gpu) -> Result<String> {
+/// Tokens/s of the smallest model by context, with either attention.
+pub fn training(gpu: &Machine) -> Result<String> {
     let rows = gpu.rows("gpt", &["layers", "attention", "context", "batch", "tokens_per_s"])?;
     let number = |row: &HashMap<String, String>, column: &str| row[column].parse::<usize>().unwrap_or_default();
     let Some(layers) = rows.iter().map(|row| number(row, "layers")).min() else { return Ok(String::new()) };
-    // The batches of the shortest context are many; those of all contexts hold as many tokens.
+    // The shortest context has several batches. Take the one with as many tokens as the other contexts.
     let tokens = rows.iter().map(|row| number(row, "batch") * number(row, "context")).min();
     let rate = |attention: &str, context: usize| {
         let of_shape = |row: &&HashMap<String, String>| {
@@ -360,8 +421,8 @@ pub fn training(gpu: &Gpu) -> Result<String> {
     Ok(table)
 }
 
-/// What each change brought to the training.
-pub fn gpt_steps(gpu: &Gpu) -> Result<String> {
+/// The speed of training after each change.
+pub fn gpt_steps(gpu: &Machine) -> Result<String> {
     let rows = gpu.rows("gpt-steps", &["change", "expected", "tokens_per_s"])?;
     let (mut table, mut before) = (String::new(), None);
     for row in &rows {

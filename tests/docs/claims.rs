@@ -1,16 +1,16 @@
-//! What the papers say, and what the newest record on a GPU has to say about it.
+//! The papers' claims, compared with the newest record of a GPU.
 
-use super::gpu::Gpu;
-use super::plot::geometric_mean;
-use super::plot::record::Call;
-use super::plot::{ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
+use super::records::Machine;
 use anyhow::Result;
+use figures::geometric_mean;
+use figures::record::Call;
+use figures::{ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
 
-/// bf16 with f32 sums, dense, of the H100's data sheet.
+/// The H100's data sheet: dense bf16 products with f32 sums.
 const PEAK_TFLOPS: f64 = 989.4;
 
-/// Batch x heads from which a thread block for each head keeps all of an H100's 132 multiprocessors at work. With fewer, the
-/// comparison is one of idle multiprocessors, which has a line of its own.
+/// From this batch x heads on, one thread block per head keeps all 132 multiprocessors of an H100 busy. With fewer heads the
+/// comparison mostly measures idle multiprocessors; a claim of its own covers that.
 const FULL: usize = 256;
 
 struct Claim {
@@ -19,8 +19,8 @@ struct Claim {
     holds: bool,
 }
 
-/// A line for each claim that the record can speak to.
-pub fn table(gpu: &Gpu) -> Result<String> {
+/// A line for each claim that the record has rows for.
+pub fn table(gpu: &Machine) -> Result<String> {
     let mut claims = Vec::new();
     for (dir, pass) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
         let all = || ratios(&gpu.record, "ablation_flash1", ABLATION).filter(|(call, _)| call.dir == dir);
@@ -49,7 +49,7 @@ pub fn table(gpu: &Gpu) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { head.to_string() + &lines })
 }
 
-/// Geometric mean, and in words: it, and the extremes if they differ.
+/// The geometric mean; and a text of it, with the extremes if they differ.
 fn spread(values: impl Iterator<Item = f64>) -> Option<(f64, String)> {
     let values: Vec<f64> = values.collect();
     let mean = geometric_mean(values.iter().copied())?;
@@ -67,10 +67,10 @@ fn grid(dir: &'static str) -> impl Iterator<Item = Call> {
     shapes.flat_map(move |(causal, hdim)| SEQLENS.map(|seqlen| Call::of_the_grid(dir, hdim, causal, seqlen)))
 }
 
-fn standard(gpu: &Gpu) -> Option<Claim> {
+fn standard(gpu: &Machine) -> Option<Claim> {
     let ratio = |call: Call| {
         let call = call.with_kind("standard");
-        Some(gpu.record.get("standard", &call)?.ms? / gpu.record.ours_beside(&call)?.ms?)
+        Some(gpu.record.get("standard", &call)?.ms? / gpu.record.ours_for(&call)?.ms?)
     };
     let times: Vec<f64> = grid("fwd+bwd").filter_map(ratio).collect();
     let shapes = times.len();
@@ -80,8 +80,8 @@ fn standard(gpu: &Gpu) -> Option<Claim> {
     Some(Claim { paper, here, holds: mean >= 3.0 })
 }
 
-/// The highest rates.
-fn rates(gpu: &Gpu) -> Vec<Claim> {
+/// The claims about the highest rates.
+fn rates(gpu: &Machine) -> Vec<Claim> {
     let highest = |dir| grid(dir).filter_map(|call| gpu.record.tflops("ours", &call)).reduce(f64::max);
     let of_product = |rate: f64| {
         let share = |product: f64| format!(", {:.0}% of a matrix product's {product:.0}", 100.0 * rate / product);
@@ -110,7 +110,7 @@ fn rates(gpu: &Gpu) -> Vec<Claim> {
     [both, forward, backward].into_iter().flatten().collect()
 }
 
-fn causal(gpu: &Gpu) -> Option<Claim> {
+fn causal(gpu: &Machine) -> Option<Claim> {
     let ms = |hdim, causal| gpu.record.get("ours", &Call::of_the_grid("fwd", hdim, causal, 16384))?.ms;
     let (mean, spread) = spread(HEAD_DIMS.into_iter().filter_map(|hdim| Some(ms(hdim, false)? / ms(hdim, true)?)))?;
     Some(Claim {
@@ -120,7 +120,7 @@ fn causal(gpu: &Gpu) -> Option<Claim> {
     })
 }
 
-fn heads(gpu: &Gpu) -> Option<Claim> {
+fn heads(gpu: &Machine) -> Option<Claim> {
     let blocks = |call: &Call| call.batch * call.num_heads;
     let fewest = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).map(|(call, _)| blocks(call)).min()?;
     let of_few =
@@ -133,7 +133,7 @@ fn heads(gpu: &Gpu) -> Option<Claim> {
     })
 }
 
-fn memory(gpu: &Gpu) -> Option<Claim> {
+fn memory(gpu: &Machine) -> Option<Claim> {
     let calls = gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
     let longer = calls.max_by_key(|call| call.seqlen)?;
     let shorter = Call { seqlen: longer.seqlen / 2, ..longer.clone() };
@@ -148,7 +148,7 @@ fn memory(gpu: &Gpu) -> Option<Claim> {
     })
 }
 
-fn training(gpu: &Gpu) -> Result<Vec<Claim>> {
+fn training(gpu: &Machine) -> Result<Vec<Claim>> {
     let rows = gpu.rows("gpt", &["parameters", "attention", "context", "batch", "tokens_per_s", "model_tflops"])?;
     let mut claims = Vec::new();
     let number = |row: &std::collections::HashMap<String, String>, column: &str| row[column].parse::<f64>().ok();

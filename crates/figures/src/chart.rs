@@ -1,7 +1,7 @@
-//! A figure of several panels over groups: bars side by side, or lines.
+//! A figure of several panels: groups of bars, or lines.
 //!
-//! No background, and greys of middle lightness for words and rules: it reads on a white page and on a dark one. Places are
-//! whole pixels and letters are not measured, so the same rows give the same bytes anywhere.
+//! It has no background, and its words and rules are mid grey, so it can be read on a white page and on a dark one. Positions are
+//! whole pixels and no font is measured, so the same rows give the same bytes on every machine.
 
 use anyhow::{anyhow, Result};
 use plotters::coord::Shift;
@@ -10,19 +10,19 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 pub struct Chart {
     pub title: String,
-    /// What is small under the title.
+    /// The small line under the title.
     pub about: String,
     pub series: Vec<Series>,
     pub panels: Vec<Panel>,
     pub columns: usize,
     pub marks: Marks,
-    /// Of what is up and what is to the right, in a word each.
+    /// The units of the vertical and of the horizontal axis.
     pub units: [&'static str; 2],
-    /// Drawn across each panel.
+    /// A horizontal line across each panel.
     pub level: Option<f64>,
 }
 
-/// What is drawn in one colour.
+/// The bars or the line of one colour.
 #[derive(Clone, Copy)]
 pub struct Series {
     pub name: &'static str,
@@ -32,7 +32,7 @@ pub struct Series {
 #[derive(Clone)]
 pub struct Panel {
     pub title: String,
-    /// Names below the panel, in equal distances.
+    /// Names below the panel, at equal distances.
     pub groups: Vec<String>,
     /// The values of each series, one for each group.
     pub rows: Vec<Vec<Value>>,
@@ -41,27 +41,27 @@ pub struct Panel {
 #[derive(Clone, Copy, PartialEq)]
 pub enum Value {
     Missing,
-    /// Why there is none.
+    /// The reason why there is no value.
     Failed(&'static str),
     Of(f64),
 }
 
 pub enum Marks {
-    /// From zero, each with its value in so many digits after the point.
+    /// Bars from zero, each with its value in `digits` digits after the point.
     Bars { digits: usize },
-    /// MiB on a logarithmic scale.
+    /// Lines on a logarithmic scale of MiB.
     Lines,
 }
 
 const WIDTH: i32 = 1000;
 const MARGIN: i32 = 12;
-/// Below title and remarks, and of each line of the legend.
+/// The top of the legend, below title and small line; and the height of a line of the legend.
 const LEGEND_TOP: i32 = 58;
 const LEGEND_LINE: i32 = 20;
-/// Of a panel, its names included; lines with values at their points take more.
+/// The height of a panel with its names. Lines with a value at each point need more.
 const BARS_HEIGHT: i32 = 224;
 const LINES_HEIGHT: i32 = 300;
-/// Between a panel's edges and its plot.
+/// The space between a panel's edges and its plot.
 const LEFT: i32 = 52;
 const TOP: i32 = 26;
 const BOTTOM: i32 = 26;
@@ -70,10 +70,10 @@ const TEXT: RGBColor = RGBColor(128, 128, 128);
 const TITLE_PX: i32 = 17;
 const TEXT_PX: i32 = 12;
 const VALUE_PX: i32 = 10;
-/// Of a bar: wider ones look like boxes.
+/// The widest bar. A wider one looks like a box.
 const MAX_BAR: i32 = 30;
 
-/// About what a letter or digit is wide, in a font of `px`.
+/// An estimate of the width of `text` in a font of `px`.
 fn width(text: &str, px: i32) -> i32 {
     text.chars().count() as i32 * px * 58 / 100
 }
@@ -94,7 +94,7 @@ impl Value {
     }
 }
 
-/// What is drawn on. Coordinates are pixels of the whole figure.
+/// The drawing area. Coordinates are pixels of the whole figure.
 struct Canvas<'a>(DrawingArea<SVGBackend<'a>, Shift>);
 
 impl Canvas<'_> {
@@ -111,7 +111,7 @@ impl Canvas<'_> {
         (h, v): (HPos, VPos),
         turn: FontTransform,
     ) -> Result<()> {
-        // plotters divides by this.
+        // plotters divides the size by this number.
         let font = ("sans-serif", f64::from(px) * 1.24).into_font().transform(turn);
         let style = TextStyle::from(font).color(&colour).pos(Pos::new(h, v));
         self.0.draw_text(text, &style, at).map_err(|error| anyhow!("{error}"))
@@ -146,7 +146,7 @@ impl Scale {
         bottom + (share * f64::from(top - bottom)).round() as i32
     }
 
-    /// Five or so, at round values.
+    /// About five ticks, at round values.
     fn ticks(&self) -> Vec<f64> {
         if self.log {
             let factor = 2f64.powf(((self.top / self.bottom).log2() / 6.0).ceil().max(1.0));
@@ -163,7 +163,7 @@ impl Scale {
 }
 
 impl Chart {
-    /// Bars in two columns, of what has values: series, panels and groups without any are left out. `None` where nothing is left.
+    /// A chart of bars in two columns. Series, panels and groups without values are left out. `None` if nothing is left.
     pub fn new(
         title: String,
         about: [&str; 2],
@@ -199,7 +199,7 @@ impl Chart {
     }
 
     /// # Errors
-    /// If plotters cannot draw it.
+    /// If plotters cannot draw the chart.
     pub fn svg(&self) -> Result<String> {
         let top = LEGEND_TOP + LEGEND_LINE * self.legend().last().map_or(0, |&(line, _)| line + 1) + 4;
         let rows = self.panels.len().div_ceil(self.columns) as i32;
@@ -253,7 +253,7 @@ impl Chart {
     fn scale(&self, pixels: (i32, i32)) -> Scale {
         let values =
             || self.panels.iter().flat_map(|panel| panel.rows.iter().flatten()).filter_map(|value| value.number());
-        let most = values().fold(f64::MIN, f64::max);
+        let most = values().chain(self.level).fold(f64::MIN, f64::max);
         match self.marks {
             // Room for the number above the highest bar.
             Marks::Bars { .. } => Scale { bottom: 0.0, top: 1.16 * most, log: false, pixels },
@@ -311,7 +311,7 @@ impl Chart {
         }
     }
 
-    /// One group's bars, side by side without a gap where a series has none here.
+    /// The bars of one group, without a gap for a series that has no value here.
     fn bars(
         &self,
         canvas: &Canvas,
@@ -323,7 +323,7 @@ impl Chart {
     ) -> Result<()> {
         let here = self.series.iter().zip(&panel.rows).map(|(series, row)| (series.colour(), row[group]));
         let here: Vec<(RGBColor, Value)> = here.filter(|(_, value)| *value != Value::Missing).collect();
-        // As wide as in the fullest group, so that the bars of a figure are alike.
+        // All bars of a figure are as wide as those of its fullest group.
         let pitch = ((group_width - 10) / self.series.len() as i32).min(MAX_BAR);
         let left = centre - pitch * here.len() as i32 / 2;
         for (index, (colour, value)) in here.into_iter().enumerate() {
@@ -347,7 +347,7 @@ impl Chart {
         Ok(())
     }
 
-    /// Each series as a line through its values, which stand above the upper line and below the others.
+    /// Each series as a line through its values. The numbers are above the upper line and below the others.
     fn lines(&self, canvas: &Canvas, panel: &Panel, centre: &dyn Fn(usize) -> i32, scale: &Scale) -> Result<()> {
         for (series, row) in self.series.iter().zip(&panel.rows) {
             let of = |(group, value): (usize, &Value)| Some((group, value.number()?));
@@ -360,7 +360,7 @@ impl Chart {
                 let others = panel.rows.iter().filter_map(|row| row[group].number());
                 let failed = panel.rows.iter().any(|row| row[group].failure().is_some());
                 let highest = others.fold(f64::MIN, f64::max) <= value && !failed;
-                // Lines rise: there is room above to the left and below to the right.
+                // Lines rise, so there is space above to the left and below to the right.
                 let (x, y, anchor) = if highest {
                     (at.0 + 6, at.1 - 6, (HPos::Right, VPos::Bottom))
                 } else {
@@ -368,7 +368,7 @@ impl Chart {
                 };
                 canvas.text(&mib(value), (x, y), VALUE_PX, series.colour(), anchor)?;
             }
-            // The first that has none.
+            // The first call that failed.
             let failed = |(group, value): (usize, &Value)| Some((group, value.failure()?));
             if let Some((group, why)) = row.iter().enumerate().find_map(failed) {
                 let (x, y) = (centre(group), scale.pixels.1 + 8);
@@ -394,7 +394,7 @@ impl Series {
     }
 }
 
-/// A size in the larger of its units.
+/// A size in MiB, or in GiB if it is at least one.
 pub fn mib(size: f64) -> String {
     let (size, unit) = if size < 1024.0 { (size, "MiB") } else { (size / 1024.0, "GiB") };
     let digits = usize::from(size < 9.95 && size.fract() != 0.0);

@@ -1,11 +1,11 @@
-//! What CSV files in the columns of benches/record hold, by who computed what.
+//! Reads CSV files with the columns of benches/record: costs by implementation and call.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use serde::Deserialize;
 
-/// One call, whoever computes it. The seqlen is that of the keys, of a packed call the longest.
+/// One call, of any implementation. `seqlen` counts keys; in a packed call it is the longest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Call {
     pub kind: String,
@@ -43,13 +43,13 @@ impl Call {
     }
 }
 
-/// What one call costs one peer: medians over the runs that were read.
+/// The cost of one call for one implementation: medians over the runs that were read.
 #[derive(Clone, Copy)]
 pub struct Cost {
     pub ms: Option<f64>,
     pub tflops: Option<f64>,
     pub peak_mib: Option<f64>,
-    /// Why there is none of them.
+    /// Why the numbers are missing.
     pub failure: Option<&'static str>,
 }
 
@@ -57,11 +57,11 @@ pub struct Cost {
 #[derive(Default)]
 pub struct Record {
     costs: BTreeMap<(String, Call), Cost>,
-    /// Of most of the rows; those of other types are left out.
+    /// The type of most rows. Rows of other types are left out.
     pub dtype: String,
 }
 
-/// A row of a file; files of several ages and authors lack one or the other column.
+/// A row of a file. Older files and those of other tools lack some columns.
 #[derive(Deserialize)]
 struct Row {
     peer: String,
@@ -77,26 +77,35 @@ struct Row {
     hkv: Option<usize>,
     ms: Option<f64>,
     tflops: Option<f64>,
-    /// A number, or why there is none.
+    /// A number, or the reason why it is missing.
     #[serde(default)]
     peak_mib: String,
 }
 
-/// What a row without numbers says in its column `peak_mib`, and what that means.
+/// The name of Candle's standard attention in older files.
+const OLD_STANDARD: &str = "unfused";
+
+/// The reasons in the column `peak_mib`, and their meaning.
 const FAILURES: [(&str, &str); 2] = [("oom", "out of memory"), ("uncountable", "too many scores")];
 
 impl Record {
-    /// Of the texts of CSV files. Those that do not say who computed what hold something else, and are passed over.
+    /// Reads the texts of CSV files. Files without the columns `peer`, `kind` and `dir` hold something else and are skipped.
     ///
     /// # Errors
-    /// If a number is none.
+    /// If a number cannot be parsed.
     pub fn read<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Self> {
         let mut rows: Vec<Row> = Vec::new();
         for text in texts {
             let mut reader = csv::ReaderBuilder::new().comment(Some(b'#')).from_reader(text.as_bytes());
             let headers = reader.headers()?.clone();
             if ["peer", "kind", "dir"].iter().all(|column| headers.iter().any(|header| header == *column)) {
-                rows.extend(reader.deserialize().collect::<Result<Vec<Row>, _>>()?);
+                for row in reader.deserialize() {
+                    let mut row: Row = row?;
+                    if row.peer == OLD_STANDARD {
+                        row.peer = "standard".to_string();
+                    }
+                    rows.push(row);
+                }
             }
         }
         let mut rows_of: BTreeMap<&str, usize> = BTreeMap::new();
@@ -112,8 +121,8 @@ impl Record {
         Ok(record)
     }
 
-    /// Forward + backward is the sum of the two where both were timed, as PyTorch's peers are; Candle's standard attention is
-    /// timed as one, through its autograd.
+    /// Adds rows for forward + backward: the sum of the two, where both were timed. Candle's standard attention needs none: its
+    /// forward + backward is timed as one, through autograd.
     fn add_up_passes(&mut self) {
         let forward: Vec<_> = self.costs.iter().filter(|((_, call), _)| call.dir == "fwd").collect();
         let sums: Vec<_> = forward
@@ -137,20 +146,20 @@ impl Record {
         self.get(peer, call)?.tflops
     }
 
-    /// The calls of `peer`, in order.
+    /// The calls of `peer`, sorted.
     pub fn calls<'a>(&'a self, peer: &'a str) -> impl Iterator<Item = &'a Call> {
         self.costs.keys().filter(move |(name, _)| name == peer).map(|(_, call)| call)
     }
 
-    /// Every peer, once.
+    /// Every implementation, once.
     pub fn peers(&self) -> Vec<&str> {
         let mut peers: Vec<&str> = self.costs.keys().map(|(peer, _)| peer.as_str()).collect();
         peers.dedup();
         peers
     }
 
-    /// Ours for a call that a variant was timed on: from the same run where that has it, else from the grid.
-    pub fn ours_beside(&self, call: &Call) -> Option<Cost> {
+    /// Our cost for a call of a variant: of the same kind if there is such a row, otherwise of the grid.
+    pub fn ours_for(&self, call: &Call) -> Option<Cost> {
         self.get("ours", call).or_else(|| self.get("ours", &call.with_kind("mha")))
     }
 }
@@ -183,7 +192,7 @@ impl Cost {
         }
     }
 
-    /// This, then that.
+    /// The cost of this call followed by `next`.
     fn and_then(&self, next: Self) -> Self {
         let ms = self.ms.zip(next.ms).map(|(first, second)| first + second);
         let work = |cost: &Self| Some(cost.tflops? * cost.ms?);
