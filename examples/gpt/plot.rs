@@ -1,6 +1,6 @@
 //! loss.svg: the loss curves of a run.
 //!
-//! No background, and colours of middle lightness: it reads on a white page and on a dark one.
+//! The plot has no background and colours of medium lightness, so it is readable on a white page and on a dark one.
 
 use crate::files::write_atomically;
 use crate::metrics::Row;
@@ -15,7 +15,7 @@ const TEXT: RGBColor = RGBColor(128, 128, 128);
 const TRAIN: RGBColor = RGBColor(62, 137, 214);
 const HELD_OUT: RGBColor = RGBColor(232, 113, 26);
 
-/// More points than this cannot be told apart at this size.
+/// Largest number of points. More would overlap at this size.
 const MAX_POINTS: usize = 400;
 
 pub fn save(dir: &Path, rows: &[Row]) -> Result<()> {
@@ -67,7 +67,7 @@ fn draw(svg: &mut String, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>
     Ok(())
 }
 
-/// The training loss, in means over equal spans of steps where there are many.
+/// The training loss by step. With more than `MAX_POINTS` steps, each point is the mean over an equal number of steps.
 fn thin(rows: &[Row]) -> Vec<(f32, f32)> {
     let span = rows.len().div_ceil(MAX_POINTS).max(1);
     rows.chunks(span)
