@@ -1,8 +1,8 @@
-//! Attention on the host: the paper's algorithm, tile by tile, over tasks that any thread may take.
+//! Attention on the host: the algorithm of the paper, split into tasks that run on any thread.
 //!
-//! The forward cuts the queries into tiles, the backward cuts the keys; each (batch, head, tile) is one task. Within a
-//! task the other side streams past, tiles that the mask hides are skipped, and no matrix of `seqlen x seqlen` exists.
-//! The order of every sum is fixed by the tiles alone, so the bits do not depend on the number of threads.
+//! The forward cuts the queries into tiles and the backward cuts the keys. Each (batch, head, tile) is one task. A task
+//! loops over the tiles of the other side and skips those that the mask hides. It never stores a `seqlen x seqlen` matrix.
+//! The tiles alone fix the order of every sum, so the bits do not depend on the number of threads.
 
 mod backward;
 mod element;
@@ -19,7 +19,7 @@ use crate::op::Output;
 use crate::plan::{Plan, Tile};
 use crate::problem::{Alibi, Problem, Strides};
 
-/// A [`Problem`] together with what the host needs to compute it.
+/// A [`Problem`] and everything else that the host needs to compute it.
 pub(crate) struct Execution<'a> {
     problem: &'a Problem,
     forward: Tile,
@@ -33,7 +33,7 @@ pub(crate) struct Execution<'a> {
 impl<'a> Execution<'a> {
     pub(crate) fn new(problem: &'a Problem, plan: &Plan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
         let &Plan::Cpu { forward, backward } = plan else {
-            unreachable!("Plan::choose gives the host's tensors Plan::Cpu")
+            unreachable!("Plan::choose returns Plan::Cpu for tensors on the host")
         };
         let slopes = match alibi_slopes {
             Some(slopes) => slopes.flatten_all()?.to_vec1()?,
@@ -51,8 +51,9 @@ impl<'a> Execution<'a> {
     }
 }
 
-/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and what the backward needs,
-/// the largest score and the log2 of the sum of each row, one after the other.
+/// Runs the forward over the storages of q, k and v.
+///
+/// Returns the result that `output` asks for, and the two tensors that the backward needs: `row_max` and `log2_row_sum`.
 pub(crate) fn forward(
     execution: &Execution,
     output: Output,
@@ -67,8 +68,9 @@ pub(crate) fn forward(
     }
 }
 
-/// Runs the backward over q, k, v, the result of the forward, its gradient and the two parts of lse: the gradients of those
-/// of q, k and v that are tracked.
+/// Runs the backward over q, k, v, the result of the forward, its gradient, `row_max` and `log2_row_sum`.
+///
+/// Returns the gradients of q, k and v; `None` for an input that is not tracked.
 pub(crate) fn backward(
     execution: &Execution,
     output: Output,
@@ -106,23 +108,22 @@ fn typed_forward<T: Element>(
             T::Acc::to_cpu_storage_owned(both)
         }
     };
-    Ok((result, [lse.max, lse.log2_sum].map(T::Acc::to_cpu_storage_owned)))
+    Ok((result, [lse.row_max, lse.log2_row_sum].map(T::Acc::to_cpu_storage_owned)))
 }
 
 fn typed_backward<T: Element>(
     execution: &Execution,
     output: Output,
-    [q, k, v, result, grad, max, log2_sum]: [&Tensor; 7],
+    [q, k, v, result, grad, row_max, log2_row_sum]: [&Tensor; 7],
 ) -> Result<[Option<CpuStorage>; 3]> {
-    // No gradient is computed for an input that autograd does not ask about.
     let wanted = backward::Wanted { dq: q.track_op(), dk: k.track_op(), dv: v.track_op() };
-    let guards = [q, k, v, result, grad, max, log2_sum].map(|tensor| tensor.storage_and_layout().0);
-    let [q, k, v, result, grad_storage, max, log2_sum] = guards.each_ref().map(|guard| match &**guard {
+    let guards = [q, k, v, result, grad, row_max, log2_row_sum].map(|tensor| tensor.storage_and_layout().0);
+    let [q, k, v, result, grad_storage, row_max, log2_row_sum] = guards.each_ref().map(|guard| match &**guard {
         Storage::Cpu(storage) => storage,
         _ => unreachable!("Problem admits one device"),
     });
     let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
-    let lse = [T::Acc::cpu_storage_as_slice(max)?, T::Acc::cpu_storage_as_slice(log2_sum)?];
+    let lse = [T::Acc::cpu_storage_as_slice(row_max)?, T::Acc::cpu_storage_as_slice(log2_row_sum)?];
     let grads = match output {
         Output::O => {
             let upstream = backward::Upstream {
