@@ -108,7 +108,7 @@ pub fn backward<T: Number>(
     let mut all_draw = Vec::new();
     let delta = dot(&head.do_[i], &forward.o);
     for (n, &j) in forward.keys.iter().enumerate() {
-        let draw = head.draw(i, j, forward.raw[n], forward.p[n], delta);
+        let draw = head.draw(i, forward.raw[n], forward.p[n], head.dp(i, j), delta);
         add_scaled(&mut dq, draw, &head.k[j]);
         add_scaled(&mut dk[j], draw, &head.q[i]);
         add_scaled(&mut dv[j], (head.round)(forward.p[n]), &head.do_[i]);
@@ -133,8 +133,12 @@ impl<T: Number> Head<'_, T> {
         self.alibi_slope.map_or(capped, |slope| capped - slope * T::from_f64(distance))
     }
 
-    pub fn draw(&self, i: usize, j: usize, raw: T, p: T, delta: T) -> T {
-        let ds = p * (dot(&self.do_[i], &self.v[j]) - delta + self.dlse[i]);
+    pub fn dp(&self, i: usize, j: usize) -> T {
+        dot(&self.do_[i], &self.v[j])
+    }
+
+    pub fn draw(&self, i: usize, raw: T, p: T, dp: T, delta: T) -> T {
+        let ds = p * (dp - delta + self.dlse[i]);
         (self.round)(ds * self.slope_of_softcap(raw))
     }
 

@@ -1,5 +1,8 @@
 //! The types that tensors are stored in.
 
+use std::str::FromStr;
+
+use anyhow::{bail, Error, Result};
 use half::{bf16, f16};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +62,21 @@ impl Precision {
             Self::F32 | Self::Bf16 => -126,
             Self::F16 => -14,
         }
+    }
+}
+
+/// By the name that Candle has for the type.
+impl FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Ok(match name {
+            "f64" => Self::F64,
+            "f32" => Self::F32,
+            "f16" => Self::F16,
+            "bf16" => Self::Bf16,
+            _ => bail!("the reference knows no type {name:?}; it knows f64, f32, f16 and bf16"),
+        })
     }
 }
 

@@ -83,8 +83,13 @@ impl Tolerance {
     }
 
     /// Between two results that may each be this far from the reference.
-    pub fn doubled(mut self) -> Self {
-        self.limits.iter_mut().for_each(|limit| *limit *= 2.0);
+    pub fn doubled(self) -> Self {
+        self.scaled(2.0)
+    }
+
+    /// `factor` times each limit.
+    pub fn scaled(mut self, factor: f64) -> Self {
+        self.limits.iter_mut().for_each(|limit| *limit *= factor);
         self
     }
 }

@@ -445,13 +445,7 @@ impl fmt::Display for Case {
 
 /// `dtype` as the reference names it.
 pub fn precision(dtype: DType) -> Precision {
-    match dtype {
-        DType::F64 => Precision::F64,
-        DType::F32 => Precision::F32,
-        DType::F16 => Precision::F16,
-        DType::BF16 => Precision::Bf16,
-        other => panic!("attention has no {other:?}"),
-    }
+    dtype.as_str().parse().expect("a type that attention has")
 }
 
 /// The type that lse is stored in, and everything is summed in, for inputs of `dtype`.
