@@ -291,9 +291,7 @@ fn measure(family: &[Case], gemm: &Gemm, timed: bool, report: &mut Report) -> Re
 /// Prepares every peer of a case and checks its answer, on every number of threads.
 fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
     let inputs = Inputs::draw(case, &Device::Cpu)?;
-    let checked = Reference::choose_rows(case);
-    let restricted = Reference::restrict(case, &checked, &inputs.do_)?;
-    let reference = Reference::new(case, &inputs, checked, &restricted)?;
+    let reference = Reference::new(case, &inputs)?;
     let mut entrants = Vec::new();
     for &peer in &case.peers {
         if let Some(why) = too_large(peer, case) {
@@ -302,7 +300,7 @@ fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
         }
         let contender = Arc::new(peer.prepare(case, &inputs)?);
         let backward = case.has_backward() && peer.computes(Pass::Both);
-        let checked_upstream = if backward { Some(contender.upstream(&restricted)?) } else { None };
+        let checked_upstream = if backward { Some(contender.upstream(&reference.do_)?) } else { None };
         for own_threads in case.pools() {
             let pool = pool(own_threads)?;
             let start = std::time::Instant::now();

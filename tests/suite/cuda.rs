@@ -16,7 +16,7 @@
 use std::collections::BTreeSet;
 
 use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Target};
-use crate::common::compare::{self, round_to};
+use crate::common::compare;
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
@@ -243,7 +243,7 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
         let keys = input.k.len() / head_dim;
         let scale = case.softmax_scale.unwrap_or((head_dim as f64).powf(-0.5));
         for (at, x) in input.k.iter_mut().enumerate().step_by(head_dim) {
-            *x = round_to(case.dtype, (climb.score)(keys - 1 - at / head_dim) / scale);
+            *x = case.precision().round((climb.score)(keys - 1 - at / head_dim) / scale);
         }
         tiled.check_on(case, &input).err().map(|error| format!("scores {}: {error:#}", climb.name))
     });

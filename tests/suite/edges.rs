@@ -1,9 +1,9 @@
 //! The sizes and numbers where implementations break: nothing to see, one token, none, scores that overflow, and values
 //! that are not numbers.
 
-use crate::common::cases::{targets, window, Alibi, Case, Target};
-use crate::common::compare::round_to;
-use crate::common::reference::{visible, Input};
+use crate::common::cases::{precision, targets, window, Alibi, Case, Target};
+use crate::common::reference::attention::visible;
+use crate::common::reference::{Input, Precision};
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::{Attention, Mask};
@@ -84,9 +84,9 @@ fn scores_that_overflow_exp() -> Result<()> {
         // All scores of a row near -100,000: without the row's maximum every exp would be 0.
         let case = Case::new(&target).batch(1, 20, 20).softmax_scale(100.0);
         let mut input = case.draw();
-        input.q.fill(round_to(target.dtype, 8.0));
+        input.q.fill(precision(target.dtype).round(8.0));
         for x in &mut input.k {
-            *x = round_to(target.dtype, -8.0 - x.abs() / 64.0);
+            *x = precision(target.dtype).round(-8.0 - x.abs() / 64.0);
         }
         case.check_on(&input)?;
         // A cap turns any score into a moderate one.
@@ -145,7 +145,7 @@ fn gradients_at_wide_scores() -> Result<()> {
 
 /// q times `gain`, rounded again to the type.
 fn scaled(input: &mut Input, gain: f64) {
-    input.q.iter_mut().for_each(|x| *x = round_to(input.dtype, *x * gain));
+    input.q.iter_mut().for_each(|x| *x = input.precision.round(*x * gain));
 }
 
 /// Scores that grow or fall along the keys move the running maximum in every tile or in none.
@@ -157,7 +157,7 @@ fn scores_that_rise_and_fall_along_the_keys() -> Result<()> {
             let mut input = case.draw();
             input.q.fill(1.0);
             for (at, x) in input.k.iter_mut().enumerate() {
-                *x = round_to(target.dtype, (at / case.head_dim) as f64 / 16.0);
+                *x = precision(target.dtype).round((at / case.head_dim) as f64 / 16.0);
             }
             case.check_on(&input)?;
         }
@@ -322,15 +322,15 @@ fn numbers_near_the_ends_of_f16() -> Result<()> {
         let case = Case::new(&target).batch(1, 6, 9).softmax_scale(1e-9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.k, &mut input.v] {
-            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, x.clamp(-2.0, 2.0) * 30000.0));
+            tensor.iter_mut().for_each(|x| *x = Precision::F16.round(x.clamp(-2.0, 2.0) * 30000.0));
         }
-        input.do_.iter_mut().for_each(|x| *x = round_to(DType::F16, *x / 1e4));
+        input.do_.iter_mut().for_each(|x| *x = Precision::F16.round(*x / 1e4));
         case.check_on(&input)?;
         // The smallest numbers of all, below the normal range.
         let case = Case::new(&target).batch(1, 6, 9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.v, &mut input.do_] {
-            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, *x * 1e-6));
+            tensor.iter_mut().for_each(|x| *x = Precision::F16.round(*x * 1e-6));
         }
         case.check_on(&input)?;
     }

@@ -1,10 +1,9 @@
 //! The operator under test, run on a case: values and gradients in the reference's form.
 
-use super::cases::{first_token, in_layout, Case, Lengths};
-use super::reference::{Input, Output, Rows};
-use super::tolerance::{accumulator, Tolerance};
-use super::{compare, reference};
+use super::cases::{accumulator, first_token, in_layout, Case, Lengths};
+use super::compare;
 use anyhow::{Context, Result};
+use attention_reference::{self as reference, Input, Output, Rows};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Plan, Problem};
 use candle_fa2::Attention;
@@ -87,7 +86,7 @@ impl Case {
         let input = self.draw();
         let got = self.run_forward(&input).with_context(|| format!("case {self}"))?;
         let want = reference::attention(&input);
-        let tolerances = self.tolerances(&input, &want);
+        let tolerances = reference::tolerances(&input, &want);
         compare::close("o", &got.o, &want.o, &tolerances[0], self)?;
         compare::close("lse", &got.lse, &want.lse, &tolerances[1], self)
     }
@@ -176,23 +175,13 @@ impl Case {
     /// The same of several, for the time of one: the reference is what takes it.
     pub fn check_outputs(&self, input: &Input, outputs: &[&Output]) -> Result<()> {
         let want = reference::attention(input);
-        let tolerances = self.tolerances(input, &want);
+        let tolerances = reference::tolerances(input, &want);
         for got in outputs {
             for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(&tolerances) {
                 compare::close(name, got, want, tolerance, self)?;
             }
         }
         Ok(())
-    }
-
-    /// The tolerance of each tensor, in the order of [`Output::named`].
-    pub fn tolerances(&self, input: &Input, want: &Output) -> Vec<Tolerance> {
-        let plain = reference::attention_plain(input);
-        let of = |((name, plain), (_, want)): ((&str, &Rows), (&str, &Rows))| {
-            let dtype = if name == "lse" { accumulator(self.dtype) } else { self.dtype };
-            Tolerance::from(plain, want, dtype)
-        };
-        plain.named().into_iter().zip(want.named()).map(of).collect()
     }
 
     /// A tensor in the shape and layout of o as rows.

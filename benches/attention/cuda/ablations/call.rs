@@ -15,9 +15,8 @@ use half::{bf16, f16};
 use super::super::gpu::Gpu;
 use super::images::{Images, Kernel, RESCALE};
 use crate::cases::{Case, Pass};
-use crate::inputs::{values, Inputs};
+use crate::inputs::{precision, values, Inputs};
 use crate::peers::{self, Answer};
-use crate::sample::rounding_step;
 
 /// Steps of rounding that a row may be apart from that of ours, as a share of its length and the usual one together. In each
 /// of the two, every p or ds is rounded once, by half a step at most, and so is the result: a step each, if all of them
@@ -278,7 +277,7 @@ impl<'a> Call<'a> {
 
     fn compare_lse(&self, got: &Tensor) -> Result<()> {
         // As `sample::check`; f32 alone is far more exact.
-        let limit = 0.5 * rounding_step(self.case.dtype);
+        let limit = 0.5 * precision(self.case.dtype).half_step();
         let (got, want) = (values(got)?, values(&self.lse)?);
         let off = got.iter().zip(&want).map(|(got, want)| (got - want).abs());
         let worst = off.fold(0f64, |worst, off| if off.is_nan() || off > worst { off } else { worst });
@@ -294,7 +293,7 @@ impl<'a> Call<'a> {
         let usual = (lengths.iter().map(|length| length * length).sum::<f64>() / lengths.len() as f64).sqrt();
         let (mut worst, mut at) = (0f64, 0);
         let mut wrong = 0;
-        let limit = STEPS * rounding_step(self.case.dtype);
+        let limit = STEPS * precision(self.case.dtype).half_step();
         for (row, (off, length)) in off.iter().zip(&lengths).enumerate() {
             let share = off / (length + usual);
             if share.is_nan() || share > worst {

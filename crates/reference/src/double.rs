@@ -1,53 +1,12 @@
-//! The number types the reference runs in: f32 and f64 as the machine has them, and pairs of f64 for judging f64
-//! itself.
+//! Pairs of f64, which judge f64 itself.
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
-/// What the naive algorithm asks of a number. The rounding of each operation is the type's own.
-pub trait Real:
-    Copy
-    + PartialOrd
-    + Add<Output = Self>
-    + Sub<Output = Self>
-    + Mul<Output = Self>
-    + Div<Output = Self>
-    + Neg<Output = Self>
-    + AddAssign
-{
-    fn from_f64(x: f64) -> Self;
-    fn to_f64(self) -> f64;
-    fn exp(self) -> Self;
-    fn ln(self) -> Self;
-    fn tanh(self) -> Self;
-}
-
-macro_rules! machine_real {
-    ($t:ty) => {
-        impl Real for $t {
-            fn from_f64(x: f64) -> Self {
-                x as $t
-            }
-            fn to_f64(self) -> f64 {
-                self as f64
-            }
-            fn exp(self) -> Self {
-                self.exp()
-            }
-            fn ln(self) -> Self {
-                self.ln()
-            }
-            fn tanh(self) -> Self {
-                self.tanh()
-            }
-        }
-    };
-}
-machine_real!(f32);
-machine_real!(f64);
+use crate::number::Number;
 
 /// An unevaluated sum `hi + lo` with `|lo|` at most half a rounding step of `hi`: about 32 decimal digits.
 /// The reference of f64 inputs runs in it, since a plain f64 reference is no better than what it would judge.
-/// A value that is not finite lives in `hi` alone.
+/// A non-finite value is in `hi` alone.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct Double {
     hi: f64,
@@ -135,7 +94,10 @@ impl AddAssign for Double {
     }
 }
 
-impl Real for Double {
+impl Number for Double {
+    const ZERO: Self = Self { hi: 0.0, lo: 0.0 };
+    const ONE: Self = ONE;
+
     fn from_f64(x: f64) -> Self {
         Self { hi: x, lo: 0.0 }
     }
@@ -189,7 +151,7 @@ impl Real for Double {
     }
 }
 
-/// Each function of [`Double`] against identities that f64 alone misses by a factor of 1e15.
+/// Identities of each function of [`Double`], which f64 alone misses by a factor of 1e15.
 #[test]
 fn pairs_of_f64_carry_thirty_digits() {
     let close = |what: &str, got: Double, want: Double| {
