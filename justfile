@@ -5,9 +5,9 @@ _default:
 
 # format, lint, documentation and the operator's tests
 check:
-    cargo fmt --check
-    cargo clippy --all-targets -- -D warnings
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
     cargo test --test suite
 
 # all tests, the example's and the documentation's too

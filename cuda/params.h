@@ -1,4 +1,5 @@
-// What the host hands to a kernel. Strides are in elements; `Strides` and the structs have twins in src/cuda/params.rs.
+// What the host hands to a kernel. Strides are in elements. crates/kernel-build parses this file, one field on a line, and generates
+// the same structs in Rust with these comments, and assertions on their layout for both compilers.
 #pragma once
 
 #include <cstdint>
