@@ -5,9 +5,9 @@ _default:
 
 # format, lint, documentation, the tests of the operator and of the documents
 check:
-    cargo fmt --check
-    cargo clippy --all-targets -- -D warnings
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
     cargo test --test suite --test docs
 
 # all tests, the example's and the documentation's too

@@ -1,4 +1,5 @@
-// The parameters of every kernel. Strides are in elements.
+// The parameters of every kernel. Strides are in elements. crates/kernel-build parses this file, one field on a line. It generates the
+// same structs in Rust, with these comments, and assertions on their layout for both compilers.
 #pragma once
 
 #include <cstdint>
