@@ -80,8 +80,8 @@ pub struct Kernel {
     pub block_n: usize,
     /// Warps of a thread block.
     pub warps: usize,
-    /// Whether it applies softcap, ALiBi and factors that are not above 0.
-    pub modified: bool,
+    /// Whether it applies softcap, ALiBi and a softmax_scale that is not above 0.
+    pub score_mod: bool,
     /// The struct of cuda/params.h that is its one argument.
     pub params: &'static str,
     /// How its grid is made.

@@ -415,9 +415,9 @@ fn pick(
     // With a factor below 0 the maximum is where q k is smallest, which the plain kernels do not track; with one of 0, or
     // flushed to it, their first reference is -inf * 0.
     let factor = (problem.softmax_scale * std::f64::consts::LOG2_E) as f32;
-    let modified = problem.softcap.is_some() || problem.alibi.is_some() || factor < f32::MIN_POSITIVE;
+    let score_mod = problem.softcap.is_some() || problem.alibi.is_some() || factor < f32::MIN_POSITIVE;
     let takes = |kernel: &&Kernel| {
-        (kernel.pass, kernel.dtype, kernel.modified) == (pass, problem.dtype, modified)
+        (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
             && kernel.head_dim >= problem.head_dim
             && allow(kernel)
     };

@@ -10,7 +10,7 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, typename ScoreMod_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, typename ScoreMod_>
 struct FwdTraits {
     using T = T_;
     using ScoreMod = ScoreMod_;
@@ -29,7 +29,7 @@ struct FwdTraits {
     static constexpr int kStages = 2;  // pipeline stages of k, and of v
     static constexpr int kControlBytes = 3072;
     static constexpr int kKeyBytes = 2 * kStages * TileK::kBytes;
-    static constexpr int kQStages = 2 * TileQ::kBytes + kKeyBytes + kControlBytes <= kMaxSharedBytes ? 2 : 1;
+    static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
     static constexpr int kMaxTiles = 512;    // work tiles that one block can take
@@ -51,6 +51,8 @@ struct FwdTraits {
 
     static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three consumer warpgroups of 64 rows");
     static_assert(kWarps_ == 4 * (kConsumers + 1), "and one producer warpgroup");
+    static_assert(kQStages == 1 || kQStages == 2, "the producer is at most one tile of q ahead");
+    static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
     static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible keys of a row");
 };

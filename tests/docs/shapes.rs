@@ -8,7 +8,7 @@ use super::tables::head;
 /// One kernel for each line of cuda/instances.def: those of another dtype and of score_mod have the same shape.
 fn lines(arch: Arch, pass: Pass) -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().filter(move |kernel| {
-        (kernel.arch, kernel.pass, kernel.dtype, kernel.modified) == (arch, pass, DType::BF16, false)
+        (kernel.arch, kernel.pass, kernel.dtype, kernel.score_mod) == (arch, pass, DType::BF16, false)
     })
 }
 

@@ -57,15 +57,15 @@ fn tiled_kernels() -> Result<Vec<Tiled>> {
 
 impl Tiled {
     /// A case that this kernel takes; `turn` chooses among its head_dims, the ways to share key heads, to sum dq and to
-    /// give lse a gradient, and, for a modified kernel, among what makes a call a modified one.
+    /// give lse a gradient, and, for a kernel with a score_mod, among the options that need one.
     fn case(&self, turn: usize) -> Case {
-        let Kernel { head_dim, modified, .. } = *self.kernel;
+        let Kernel { head_dim, score_mod, .. } = *self.kernel;
         // The kernel's own, and one that it pads in shared memory.
         let padded = head_dim - chunk(&self.target.device);
         let (num_heads, num_heads_k) = [(1, 1), (2, 1), (3, 3), (4, 2)][turn % 4];
         let case = Case::new(&self.target).heads(num_heads, num_heads_k).head_dim([head_dim, padded][turn / 4 % 2]);
         let case = Case { deterministic: turn / 3 % 2 == 1, dlse: turn % 7 > 3, ..case };
-        match (modified, turn % 5) {
+        match (score_mod, turn % 5) {
             (false, _) => case,
             (true, 0) => case.softcap(1.5),
             (true, 1) => case.alibi(Alibi::PerHead),

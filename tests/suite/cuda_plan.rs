@@ -40,7 +40,7 @@ fn launches(plan: &CudaPlan) -> [(Pass, Launch); 4] {
     ]
 }
 
-/// Every head_dim that the front page promises, in both types, plain and modified: the tightest kernel of each pass.
+/// Every head_dim that the front page promises, in both types, plain and with a score_mod: the tightest kernel of each pass.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
     for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (B200, 227 * 1024), (RTX_3090, 99 * 1024)] {
@@ -129,9 +129,9 @@ fn sums_of_dq_do_not_overlap() -> Result<()> {
 
 /// What the plain kernels leave out: softcap, ALiBi, and factors that turn the order of the scores around.
 #[test]
-fn modified_kernels_where_needed() -> Result<()> {
+fn kernels_with_a_score_mod_where_needed() -> Result<()> {
     let slopes = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
-    for (attention, modified) in [
+    for (attention, score_mod) in [
         (Attention::new(), false),
         (Attention::new().softmax_scale(1e-9), false),
         (Attention::new().softmax_scale(5e-39), true), // flushed to 0
@@ -143,8 +143,8 @@ fn modified_kernels_where_needed() -> Result<()> {
     ] {
         let plan = plan(&problem(&attention, 64, DType::F16)?, &H100)?;
         assert_eq!(
-            (plan.forward.kernel.modified, plan.backward.kernel.modified),
-            (modified, modified),
+            (plan.forward.kernel.score_mod, plan.backward.kernel.score_mod),
+            (score_mod, score_mod),
             "{attention:?}"
         );
     }
@@ -456,7 +456,7 @@ fn calls_without_rows_have_empty_grids() -> Result<()> {
 /// The table itself: what build.rs wrote is what the lines of cuda/instances.def say.
 #[test]
 fn the_table_has_every_variant_once() {
-    let variant = |kernel: &Kernel| (kernel.dtype, kernel.modified);
+    let variant = |kernel: &Kernel| (kernel.dtype, kernel.score_mod);
     for kernel in &KERNELS {
         assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
         let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);

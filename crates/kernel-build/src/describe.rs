@@ -46,7 +46,7 @@ fn describe_kernel(kernel: &Kernel) -> Json {
         ("pass", Json::from(entry.pass)),
         ("dtype", Json::from(dtype.name)),
         ("element_bytes", Json::from(dtype.bytes)),
-        ("modified", Json::Bool(variant.modified)),
+        ("score_mod", Json::Bool(variant.score_mod)),
         ("params", Json::from(entry.params)),
         ("persistent", Json::Bool(entry.grid == Grid::Persistent)),
         ("threads", Json::from(kernel.threads())),

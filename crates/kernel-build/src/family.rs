@@ -54,12 +54,12 @@ impl Grid {
 /// One of the versions of a kernel: its last template argument.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Variant {
-    /// Ends the kernel's name: empty or `_modified`.
+    /// Ends the kernel's name: empty or `_score_mod`.
     pub suffix: &'static str,
     /// The template argument.
     pub argument: &'static str,
     /// Whether it applies a score_mod: softcap, ALiBi, a scale that is not above 0.
-    pub modified: bool,
+    pub score_mod: bool,
 }
 
 /// What a kernel's function is instantiated with.

@@ -50,7 +50,7 @@ fn describe_table(arguments: &[String]) -> Result<()> {
     let mut units = units(&table);
     for unit in &mut units {
         let wanted = |name: &str| dtype.is_none_or(|dtype| dtype == name);
-        unit.kernels.retain(|kernel| wanted(kernel.dtype.name) && !(plain && kernel.variant.modified));
+        unit.kernels.retain(|kernel| wanted(kernel.dtype.name) && !(plain && kernel.variant.score_mod));
     }
     println!("{}", describe(&units, &structs, &cuda)?);
     Ok(())

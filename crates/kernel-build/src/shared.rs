@@ -3,10 +3,7 @@
 
 use crate::table::Line;
 
-/// Shared memory that a thread block of compute capability 9.0 may ask for.
-const SM90_LIMIT: usize = 227 * 1024;
-
-/// Of the sm90 forward: barriers and the lists of tiles.
+/// The control block of the sm90 forward: barriers and work tiles.
 const SM90_CONTROL: usize = 3 * 1024;
 
 /// One tile of q, and one of k or v.
@@ -21,12 +18,10 @@ pub fn fwd_sm80(line: &Line, element_bytes: usize) -> usize {
     tile_q + 2 * tile_k
 }
 
-/// Two stages of k and v, two of q where they fit, and the control block.
+/// Two stages of k and v, those of q, and the control block.
 pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
-    let others = 4 * tile_k + SM90_CONTROL;
-    let q_stages = if 2 * tile_q + others <= SM90_LIMIT { 2 } else { 1 };
-    q_stages * tile_q + others
+    line.get("q_stages") * tile_q + 4 * tile_k + SM90_CONTROL
 }
 
 /// k and v, P, dS (twice where a group is one warp), and for each stage q, do, lse and delta.
@@ -49,9 +44,9 @@ mod tests {
         for (line, kib) in [
             ("KERNEL(fwd, sm80, 128, 128, 64, 4)", 64.0),
             ("KERNEL(fwd, sm80, 192, 64, 96, 4)", 96.0),
-            ("KERNEL(fwd, sm90, 64, 192, 128, 16)", 115.0),
-            ("KERNEL(fwd, sm90, 128, 128, 128, 12)", 195.0),
-            ("KERNEL(fwd, sm90, 256, 128, 80, 12)", 227.0), // one stage of q
+            ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)", 115.0),
+            ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2)", 195.0),
+            ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1)", 227.0),
             ("KERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4)", 72.5), // two buffers of dS
             ("KERNEL(bwd, sm80, 128, 64, 128, 8, 2, 2, 4)", 161.0),
             ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4)", 96.25),

@@ -196,10 +196,10 @@ mod tests {
         let line = &table.lines[0];
         assert_eq!((line.number, line.get("head_dim"), line.get("stages"), line.get("splits")), (3, 64, 2, 0));
         let [backward, convert] = line.family.entries else { panic!("a backward has two entries") };
-        let [plain, modified] = backward.variants else { panic!("a backward has two variants") };
+        let [plain, score_mod] = backward.variants else { panic!("a backward has two variants") };
         let [_, bf16] = line.family.dtypes else { panic!("two element types") };
-        assert_eq!(line.symbol(backward, bf16, modified), "bwd_sm80_bf16_d64_32x128_s2_modified");
-        assert_eq!(line.label(backward, modified), "bwd_sm80_d64_32x128_s2_modified");
+        assert_eq!(line.symbol(backward, bf16, score_mod), "bwd_sm80_bf16_d64_32x128_s2_score_mod");
+        assert_eq!(line.label(backward, score_mod), "bwd_sm80_d64_32x128_s2_score_mod");
         assert_eq!(line.symbol(convert, bf16, plain), "convert_sm80_bf16_d64_32x128_s2");
     }
 
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn only_lines_with_code_are_kept() {
-        let text = "KERNEL(fwd, sm80, 64, 128, 128, 4)\nKERNEL(fwd, sm90, 64, 192, 128, 16)";
+        let text = "KERNEL(fwd, sm80, 64, 128, 128, 4)\nKERNEL(fwd, sm90, 64, 192, 128, 16, 2)";
         for (gpus, kept, without) in
             [("80", 1, vec![]), ("90", 2, vec![]), ("100 120", 1, vec![]), ("70 80", 1, vec![70])]
         {

@@ -140,12 +140,12 @@ fn rust_row(image: usize, kernel: &Kernel) -> String {
     let Entry { pass, params, grid, .. } = entry;
     let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
     format!(
-        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, modified: {}, \
+        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, score_mod: {}, \
          params: {params:?}, grid: Grid::{}, shared_bytes: {shared_bytes} }},\n",
         line.family.arch.sm,
         dtype.rust,
         columns.join(", "),
-        variant.modified,
+        variant.score_mod,
         grid.name(),
     )
 }
@@ -175,10 +175,10 @@ mod tests {
 
     #[test]
     fn a_unit_has_each_dtype_and_variant() {
-        let forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16)");
+        let forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)");
         assert_eq!(forward.name, "fwd_sm90_d64_192x128");
         let names: Vec<&str> = forward.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
-        let want = ["f16_d64_192x128", "f16_d64_192x128_modified", "bf16_d64_192x128", "bf16_d64_192x128_modified"];
+        let want = ["f16_d64_192x128", "f16_d64_192x128_score_mod", "bf16_d64_192x128", "bf16_d64_192x128_score_mod"];
         assert_eq!(names, want.map(|name| format!("fwd_sm90_{name}")));
         // A backward brings the conversion of its dq_accum, plain only.
         let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4)");
@@ -188,15 +188,15 @@ mod tests {
 
     #[test]
     fn a_source_instantiates_and_asserts() {
-        let mut forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16)");
-        forward.kernels.retain(|kernel| kernel.name == "fwd_sm90_bf16_d64_192x128_modified");
+        let mut forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)");
+        forward.kernels.retain(|kernel| kernel.name == "fwd_sm90_bf16_d64_192x128_score_mod");
         let kernel = "\
-using fwd_sm90_bf16_d64_192x128_modified_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, true>;
-static_assert(Same<fwd_sm90_bf16_d64_192x128_modified_traits::kSharedBytes, 117760>::kHere);
-static_assert(Same<fwd_sm90_bf16_d64_192x128_modified_traits::kThreads, 512>::kHere);
-extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_modified_traits::kMinBlocks)
-fwd_sm90_bf16_d64_192x128_modified(const __grid_constant__ fa2::HopperFwdParams params) {
-    fa2::sm90::forward<fwd_sm90_bf16_d64_192x128_modified_traits>(params);
+using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, fa2::SoftcapAlibi>;
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
+extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
+fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::HopperFwdParams params) {
+    fa2::sm90::forward<fwd_sm90_bf16_d64_192x128_score_mod_traits>(params);
 }
 ";
         let source = forward.source(&structs());
@@ -221,11 +221,11 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
 
     #[test]
     fn rust_rows_have_what_a_launch_needs() {
-        let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16)")];
+        let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)")];
         let table = rust_table(&units);
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
-                   dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, modified: false, \
+                   dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
                    params: \"HopperFwdParams\", grid: Grid::Persistent, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
