@@ -277,7 +277,7 @@ fn sweep(dtype: DType) -> Result<()> {
             of_kernel.push(small(at).batch(48, seqlen_q, seqlen_k).mask(window(block_n / 2, 20)));
         }
         for case in of_kernel {
-            // Numbers that are not finite take the careful ways through a kernel.
+            // A non-finite number of v makes a forward recompute its rows.
             let mut input = case.draw();
             for values in [&mut input.k, &mut input.v, &mut input.do_] {
                 let last = values.len() - 1;

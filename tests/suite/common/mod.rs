@@ -3,6 +3,7 @@
 
 pub mod cases;
 pub mod compare;
+pub mod nonfinite;
 mod rule;
 pub mod run;
 
