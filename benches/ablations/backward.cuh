@@ -69,7 +69,7 @@ __device__ __forceinline__ void backward_tile(const BwdParams& params, const Sta
     dk.clear();
     dv.clear();
     block.start_keys();
-    walk_queries(block, dk, dv);
+    walk_queries<false>(block, dk, dv);
     write_keys(static_cast<const BwdBlock<Traits>&>(block), dk, dv);
 }
 

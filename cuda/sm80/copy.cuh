@@ -24,8 +24,8 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Copies tiles of one tensor, all threads together. A thread always copies the same columns, and its rows lie a fixed number apart:
-// it computes its addresses once, and each further row costs one add and one compare.
+// Copies tiles of one tensor, all threads together. A thread always copies the same columns, and its rows lie a fixed number apart.
+// So it computes its addresses once, and each further row costs one add and one compare.
 template <typename Tile, int kThreads, typename T>
 struct TileCopy {
     static constexpr int kRowsPerStep = kThreads / Tile::kChunksPerRow;
@@ -36,14 +36,21 @@ struct TileCopy {
     int row_stride;  // elements
     int row;         // this thread's first row in a tile
     int chunk;
+    uint32_t offset;  // of this thread's first chunk in a tile
     bool active;     // false: the columns lie past head_dim and become zeros
     bool idle;       // true: this thread has no chunk at all
 
     __device__ __forceinline__ TileCopy(const T* rows, int64_t row_stride, int head_dim, int thread)
         : row_stride(int(row_stride)), row(thread / Tile::kChunksPerRow), chunk(thread % Tile::kChunksPerRow),
-          active(chunk * Tile::kChunk < head_dim), idle(thread >= kActive) {
+          offset(Tile::offset(row, chunk)), active(chunk * Tile::kChunk < head_dim), idle(thread >= kActive) {
         // cp.async of 0 bytes still needs an address inside the tensor.
         first = rows + (active ? chunk * Tile::kChunk : 0);
+    }
+
+    // Offset of this thread's chunk of step `step`. The swizzle repeats every 8 rows.
+    __device__ __forceinline__ uint32_t step_offset(int step) const {
+        constexpr bool kRepeats = kRowsPerStep % 8 == 0;
+        return kRepeats ? offset + Tile::row_step(step * kRowsPerStep) : Tile::offset(row + step * kRowsPerStep, chunk);
     }
 
     // Starts the copy of rows first_row .. first_row + kRows. Rows from `seqlen` on become zeros, so that hidden values multiply to 0
@@ -56,7 +63,7 @@ struct TileCopy {
             const int tile_row = row + step * kRowsPerStep;
             if (Tile::kRows % kRowsPerStep == 0 || tile_row < Tile::kRows) {
                 const bool valid = active && first_row + tile_row < seqlen;
-                cp_async_16(shared + Tile::offset(tile_row, chunk), valid ? from : first, valid);
+                cp_async_16(shared + step_offset(step), valid ? from : first, valid);
             }
             from += kRowsPerStep * row_stride;
         }

@@ -83,14 +83,11 @@ struct BlockIndex {
 // first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first
 // tile either, because each starts on its own diagonal (kBlockM <= kBlockN).
 struct DqSemaphores {
-    uint32_t* counters;  // one for each tile, then one that counts started blocks; null: blocks add in any order
-
-    __device__ __forceinline__ bool ordered() const { return counters != nullptr; }
+    uint32_t* counters;  // one for each tile, then one that counts started blocks
 
     // What this block works on. All threads call it together, once, before anything else is in shared memory. The count goes on from one
     // launch to the next; a launch begins at sequence `first_batch`.
     __device__ __forceinline__ BlockIndex block_index(int64_t tiles, int first_batch, uint8_t* shared) const {
-        if (!ordered()) return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
         volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(shared);
         if (threadIdx.x == 0) *to_all = atomicAdd(counters + tiles, 1u);
         __syncthreads();
@@ -101,7 +98,6 @@ struct DqSemaphores {
 
     // Waits until `count` blocks have added to the tile.
     __device__ __forceinline__ void wait(int64_t tile, uint32_t count) const {
-        if (!ordered()) return;
         if (threadIdx.x == 0) {
             uint32_t passed;
             do {
@@ -113,7 +109,6 @@ struct DqSemaphores {
 
     // Lets the next block add to the tile.
     __device__ __forceinline__ void release(int64_t tile) const {
-        if (!ordered()) return;
         __syncthreads();
         // The release also covers what the other threads added before the barrier.
         if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
