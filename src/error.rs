@@ -2,7 +2,8 @@
 
 use candle_core::{DType, DeviceLocation};
 
-use crate::{Mask, PaddingSide, TensorLayout};
+use crate::layout::{PaddingSide, TensorLayout};
+use crate::mask::Mask;
 
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -41,7 +41,7 @@ impl DeviceCaps {
             Device::Cpu => Ok(Self::Cpu),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
-                let mut caps = crate::cuda::device_caps(device)?;
+                let mut caps = crate::cuda::device::caps(device)?;
                 if let (Self::Cuda { shared_bytes_per_block, .. }, Some(limit)) = (&mut caps, shared_limit()?) {
                     *shared_bytes_per_block = limit.min(*shared_bytes_per_block);
                 }

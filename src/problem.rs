@@ -2,12 +2,12 @@
 
 use candle_core::{DType, DeviceLocation, Layout, Tensor};
 
-use crate::attention::Attention;
+use crate::error::{Error, Result};
 use crate::layout::TensorLayout;
 use crate::mask::{Mask, Visibility};
+use crate::options::Options;
 use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
-use crate::{Error, Result};
 
 /// The largest supported size of a head.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -127,7 +127,7 @@ pub struct Sequence {
 
 impl Problem {
     /// Checks one padded call.
-    pub fn padded(options: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+    pub fn padded(options: &Options, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         check_ranks(options.layout, &PADDED, q, k, v)?;
         let (q_dims, k_dims, v_dims) = (q.dims(), k.dims(), v.dims());
         check_sizes(options.layout, &PADDED, |layout| {
@@ -153,7 +153,7 @@ impl Problem {
     }
 
     /// Checks one padded call with q, k and v in one tensor. Also returns the view of q.
-    pub fn fused(options: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
+    pub fn fused(options: &Options, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
         let axes = match options.layout {
             TensorLayout::Bshd => "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)",
             TensorLayout::Bhsd => "(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)",
@@ -177,7 +177,7 @@ impl Problem {
 
     /// Checks one packed call.
     pub fn packed(
-        options: &Attention,
+        options: &Options,
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
@@ -212,7 +212,7 @@ impl Problem {
     }
 
     /// The checks that padded and packed calls share. The heads are checked already.
-    fn checked(options: &Attention, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+    fn checked(options: &Options, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let (dtype, device) = (q.dtype(), q.device().location());
         if !is_float(dtype) {
             return Err(Error::DType { tensor: "q", got: dtype, supported: FLOAT_DTYPES });

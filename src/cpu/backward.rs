@@ -10,14 +10,16 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
+use super::execution::Execution;
 use super::forward::{tile, transpose};
+use super::lse::Lse;
 use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared, Turns};
 use super::scores::{Dot, GradientStep, Scoring, TileMask};
-use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::{Sequence, Strides};
+use crate::tensors::{Gradients, Inputs};
 
 /// The forward's result and what came back for it.
 pub(super) struct Upstream<'a, G> {
@@ -75,11 +77,8 @@ struct Scratch<A> {
 /// What every task reads and writes.
 struct Pass<'a, T: Element, G> {
     execution: &'a Execution<'a>,
-    q: &'a [T],
-    k: &'a [T],
-    v: &'a [T],
-    /// Largest score and log2 of the sum of each row.
-    lse: [&'a [T::Acc]; 2],
+    inputs: Inputs<&'a [T]>,
+    lse: Lse<&'a [T::Acc]>,
     /// rowsum(do * o), less the gradient of lse, in the order of lse.
     delta: Vec<T::Acc>,
     upstream: &'a Upstream<'a, G>,
@@ -93,11 +92,11 @@ struct Pass<'a, T: Element, G> {
 /// Those of dq, dk and dv that are wanted, contiguous in the shapes of q, k and v.
 pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     execution: &Execution,
-    [q, k, v]: [&[T]; 3],
-    lse: [&[T::Acc]; 2],
+    inputs: Inputs<&[T]>,
+    lse: Lse<&[T::Acc]>,
     upstream: &Upstream<G>,
     wanted: Wanted,
-) -> [Option<Vec<T>>; 3] {
+) -> Gradients<Option<Vec<T>>> {
     let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
     let q_len = problem.rows_q() * problem.num_heads * head_dim;
@@ -109,7 +108,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let delta = delta::<G>(execution, upstream);
     let (tasks, query_tiles) = (tasks(execution), query_tiles(execution));
     let turns = turns(&query_tiles, problem.num_heads);
-    let pass = Pass { execution, q, k, v, lse, delta, upstream, wanted, dq: Shared::new(&mut dq), query_tiles, turns };
+    let pass = Pass { execution, inputs, lse, delta, upstream, wanted, dq: Shared::new(&mut dq), query_tiles, turns };
     {
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
         let strides = problem.contiguous_k();
@@ -133,7 +132,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
         let work = |scratch: &mut Scratch<T::Acc>, index: usize| pass.turns.during(|| work(scratch, &tasks[index]));
         for_each_task(tasks.len(), multiply_adds, || pass.scratch(), work);
     }
-    [wanted.dq.then(|| T::from_acc(dq)), wanted.dk.then_some(dk), wanted.dv.then_some(dv)]
+    Gradients { dq: wanted.dq.then(|| T::from_acc(dq)), dk: wanted.dk.then_some(dk), dv: wanted.dv.then_some(dv) }
 }
 
 /// delta = rowsum(do * o) - dlse, in the order of lse.
@@ -248,8 +247,8 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let n = cols.len();
         scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
         scratch.dv[..n * head_dim].fill(T::Acc::ZERO);
-        let k = &self.k[problem.k.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
-        let v = &self.v[problem.v.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
+        let k = &self.inputs.k[problem.k.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
+        let v = &self.inputs.v[problem.v.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
         transpose(k, problem.k.row, (n, head_dim), &mut scratch.k_transposed, n);
         transpose(v, problem.v.row, (n, head_dim), &mut scratch.v_transposed, n);
         let mut k_buffer = std::mem::take(&mut scratch.k);
@@ -289,10 +288,11 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
 
         let q_start = problem.q.start(sequence.batch, sequence.first_q + rows.start, head);
         let do_start = strides.start(sequence.batch, sequence.first_q + rows.start, head);
-        let q = tile(&self.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
+        let q = tile(&self.inputs.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
         let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim), &mut scratch.do_);
         let first_row = problem.lse_start(sequence, head) + rows.start;
-        let [max, log2_sum, delta] = [self.lse[0], self.lse[1], &self.delta].map(|rows| &rows[first_row..][..m]);
+        let [max, log2_sum, delta] =
+            [self.lse.row_max, self.lse.log2_sum, &self.delta].map(|rows| &rows[first_row..][..m]);
 
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);

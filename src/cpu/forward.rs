@@ -9,33 +9,15 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
+use super::execution::Execution;
+use super::lse::Lse;
 use super::matmul::{matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
 use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
-use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
-use crate::problem::Sequence;
-
-/// The log-sum-exp of each row, kept for the backward: as one number it would be rounded at its own size, and
-/// `exp(score - lse)` of a large score would be off by as much.
-pub(super) struct Lse<A> {
-    /// Largest score, times log2 e; minus infinity for a row that sees nothing.
-    pub(super) max: Vec<A>,
-    /// log2 of the sum of `exp(score - max)`.
-    pub(super) log2_sum: Vec<A>,
-}
-
-impl<A: Real> Lse<A> {
-    pub(super) fn new(rows: usize) -> Self {
-        Self { max: vec![A::ZERO; rows], log2_sum: vec![A::ZERO; rows] }
-    }
-
-    /// As one number per row: the natural logarithm.
-    pub(super) fn natural(&self) -> impl Iterator<Item = A> + '_ {
-        self.max.iter().zip(&self.log2_sum).map(|(&max, &log2_sum)| (max + log2_sum) * A::LN_2)
-    }
-}
+use crate::problem::{Sequence, MAX_HEAD_DIM};
+use crate::tensors::Inputs;
 
 /// One tile of queries of one head.
 struct Task {
@@ -59,15 +41,15 @@ struct Scratch<A> {
 /// Fills `o`, contiguous in its layout, and `lse`, `(batch, num_heads, seqlen_q)` or `(num_heads, total_q)`.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     execution: &Execution,
-    [q, k, v]: [&[T]; 3],
+    inputs: Inputs<&[T]>,
     o: &mut [O],
-    lse: &mut Lse<T::Acc>,
+    lse: &mut Lse<Vec<T::Acc>>,
 ) {
     let (problem, tile) = (execution.problem, execution.forward);
     let head_dim = problem.head_dim;
     let tasks = tasks(execution);
     let o_strides = problem.contiguous_o();
-    let (o, max, log2_sum) = (Shared::new(o), Shared::new(&mut lse.max), Shared::new(&mut lse.log2_sum));
+    let (o, max, log2_sum) = (Shared::new(o), Shared::new(&mut lse.row_max), Shared::new(&mut lse.log2_sum));
     let Tile { block_m, block_n } = tile;
     let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };
     let scratch = || Scratch {
@@ -82,7 +64,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     for_each_task(tasks.len(), multiply_adds, scratch, |scratch, index| {
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
-        attend(execution, [q, k, v], task, scratch);
+        attend(execution, inputs, task, scratch);
         let sees = problem.visibility(sequence);
         let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
@@ -122,7 +104,8 @@ fn tasks(execution: &Execution) -> Vec<Task> {
 }
 
 /// Leaves the unnormalised output in `scratch.o`, and maximum and sum in `scratch.softmax`.
-fn attend<T: Element>(execution: &Execution, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
+fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
+    let Inputs { q, k, v } = inputs;
     let (problem, block_n) = (execution.problem, execution.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
@@ -191,7 +174,7 @@ pub(super) fn transpose<T: Element>(
 ) {
     // A strip of rows at a time: each write then fills part of a cache line that the next ones complete.
     const STRIP: usize = 16;
-    let mut strip = [[T::Acc::ZERO; crate::problem::MAX_HEAD_DIM]; STRIP];
+    let mut strip = [[T::Acc::ZERO; MAX_HEAD_DIM]; STRIP];
     for first in (0..rows).step_by(STRIP) {
         let count = STRIP.min(rows - first);
         for (i, wide) in strip[..count].iter_mut().enumerate() {

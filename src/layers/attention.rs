@@ -395,7 +395,7 @@ impl MultiHeadAttention {
         if xs.track_op() {
             return Err(Error::TrackedDecoding { tensor: "xs".into(), way_out: "call .detach() on it" });
         }
-        match self.attention.mask {
+        match self.attention.options.mask {
             Mask::Causal | Mask::Window { right: Some(0), .. } => Ok(()),
             mask => Err(Error::DecodingMask { mask }),
         }

@@ -408,10 +408,10 @@ impl MultiHeadAttentionConfig {
             return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
         }
         self.check_names()?;
-        if self.attention.key_lengths.is_some() {
+        if self.attention.options.key_lengths.is_some() {
             return Err(Error::LayerKeyLengths);
         }
-        match &self.attention.alibi_slopes {
+        match &self.attention.options.alibi_slopes {
             Some(slopes) if slopes.dims() != [num_heads] => {
                 return Err(Error::LayerAlibiShape { num_heads, shape: slopes.dims().to_vec() });
             }
