@@ -34,7 +34,7 @@
 //! let prompt = decoder.forward_cached(&xs.narrow(1, 0, 9)?, &mut cache)?;
 //! let last = decoder.forward_cached(&xs.narrow(1, 9, 1)?, &mut cache)?;
 //! assert_eq!((prompt.dims(), last.dims()), (&[2, 9, 64][..], &[2, 1, 64][..]));
-//! # Ok::<(), candle_fa2::Error>(())
+//! # Ok::<(), candle_fa2::layers::Error>(())
 //! ```
 //!
 //! # Gradients
@@ -80,7 +80,9 @@
 //! it.
 
 mod attention;
+mod checks;
 mod config;
+mod error;
 mod projection;
 mod rotary;
 mod unused;
@@ -93,9 +95,8 @@ use candle_nn::{VarBuilder, VarMap};
 
 pub use attention::MultiHeadAttention;
 pub use config::{MultiHeadAttentionConfig, Projections, QkvOrder, WeightLayout};
+pub use error::{Error, Result};
 pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
-
-use crate::{CuSeqlens, Error, Result};
 
 /// A `VarBuilder` over the variables of `varmap` that hands them out untracked: for building a trained model again, for
 /// inference, where a KV cache is allowed.
@@ -115,7 +116,7 @@ use crate::{CuSeqlens, Error, Result};
 /// # let _ = trained;
 /// let decoder = MultiHeadAttention::new(&config, detached_var_builder(&varmap, DType::F32, &Device::Cpu))?;
 /// # let _ = decoder;
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> VarBuilder<'static> {
     // A poisoned lock means that another thread panicked while it held the map; the map itself is only ever inserted to.
@@ -123,22 +124,4 @@ pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> V
     let tensors: HashMap<String, Tensor> =
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
     VarBuilder::from_tensors(tensors, dtype, device)
-}
-
-/// Whether `xs` has as many axes as `axes`, such as `(batch, seqlen, embed_dim)`, names.
-fn check_rank(xs: &Tensor, axes: &'static str) -> Result<()> {
-    if xs.rank() != axes.split(',').count() {
-        return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
-    }
-    Ok(())
-}
-
-/// Whether packed `xs` has as many rows as `cu_seqlens` describes.
-fn check_packed_rows(xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<()> {
-    let rows = xs.dims()[0];
-    if rows != cu_seqlens.total() {
-        let (end, shape) = (cu_seqlens.total(), xs.dims().to_vec());
-        return Err(Error::PackedRows { cu_seqlens: "cu_seqlens", end, tensor: "xs", rows, shape });
-    }
-    Ok(())
 }
