@@ -2,6 +2,8 @@
 
 use candle_core::Tensor;
 
+use crate::device;
+use crate::environment;
 use crate::error::{Error, Result};
 use crate::layout::TensorLayout;
 use crate::mask::Mask;
@@ -11,7 +13,7 @@ use crate::options::Options;
 use crate::output::{o_and_lse, Output};
 use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
-use crate::plan::{DeviceCaps, Plan};
+use crate::plan::Plan;
 use crate::problem::Problem;
 
 /// Attention of every query over the keys its mask lets it see.
@@ -361,12 +363,12 @@ impl Attention {
 
 /// How the device of q computes `problem`.
 fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
-    Plan::choose(problem, &DeviceCaps::of(q.device())?)
+    Plan::choose(problem, &device::caps(q.device())?)
 }
 
 /// The same for a call that will run.
 pub(crate) fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     let plan = plan(problem, q)?;
-    crate::plan::log(problem, &plan);
+    environment::log(problem, &plan);
     Ok(plan)
 }

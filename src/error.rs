@@ -384,6 +384,14 @@ pub enum Error {
         /// Each kernel that was considered, and why it does not fit.
         rejected: Vec<String>,
     },
+    /// An input is tracked for gradients, but no kernel of the backward fits this GPU.
+    #[error("{tensor}: tracked for gradients, but {error}; for inference alone, call .detach() on the inputs")]
+    NoBackward {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Why no kernel fits: [`Error::NoInstance`].
+        error: Box<Error>,
+    },
     /// The driver refused a kernel.
     #[error("{action} {kernel} failed: {cause}; {detail}")]
     Driver {

@@ -80,6 +80,8 @@ mod attention;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod device;
+mod environment;
 mod error;
 mod instances;
 pub mod layers;

@@ -64,7 +64,8 @@ impl FlashAttention {
     }
 
     fn cpu_call(&self) -> Result<cpu::Execution<'_>> {
-        cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())
+        let Plan::Cpu(plan) = &self.plan else { unreachable!("Plan::choose gives the host's tensors Plan::Cpu") };
+        cpu::Execution::new(&self.problem, plan, self.alibi_slopes.as_ref())
     }
 
     #[cfg(feature = "cuda")]

@@ -90,6 +90,8 @@ pub struct Problem {
     pub alibi: Option<Alibi>,
     /// Whether the same inputs must give the same bits of dq.
     pub deterministic: bool,
+    /// The first input that is tracked for gradients; `None` if no backward will be asked for.
+    pub tracked: Option<&'static str>,
     /// Axis order of q, k, v and of their gradients.
     pub layout: TensorLayout,
     /// Axis order of o and of its gradient.
@@ -172,7 +174,7 @@ impl Problem {
             Error::SwappedAxes { error, .. } => *error,
             error => error,
         })?;
-        Ok((problem, q))
+        Ok((Self { tracked: problem.tracked.map(|_| "qkv"), ..problem }, q))
     }
 
     /// Checks one packed call.
@@ -253,6 +255,7 @@ impl Problem {
             softmax_scale,
             softcap: options.softcap,
             deterministic: options.deterministic,
+            tracked: [("q", q), ("k", k), ("v", v)].into_iter().find(|(_, x)| x.track_op()).map(|(name, _)| name),
             layout: options.layout,
             output_layout: options.layout_of_result(),
             alibi: check_alibi(options.alibi_slopes.as_ref(), batch, num_heads, device)?,

@@ -4,11 +4,14 @@
 use candle_core::{CustomOp3, Tensor};
 
 use crate::attention::logged_plan;
+pub use crate::device::caps as device_caps;
 pub use crate::instances::{Arch, Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 use crate::output::{o_and_lse, Output};
-pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Schedule, Tile};
+pub use crate::plan::{
+    BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Launch, Plan, Reason, Rejection, Schedule, Tile,
+};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
 
@@ -128,6 +131,14 @@ pub fn visibility(mask: Mask, seqlen_q: usize, seqlen_k: usize) -> Visibility {
 /// As [`Attention::forward`].
 pub fn problem(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Problem> {
     Problem::padded(&attention.options, q, k, v)
+}
+
+/// The checked problem of a padded call with q, k and v in one tensor.
+///
+/// # Errors
+/// As [`Attention::forward_qkv`].
+pub fn problem_qkv(attention: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<Problem> {
+    Ok(Problem::fused(&attention.options, qkv, num_heads_k)?.0)
 }
 
 /// The checked problem of a packed call.

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::plan::{Plan, Tile};
+use crate::plan::{CpuPlan, Tile};
 use crate::problem::{Alibi, Problem};
 
 /// A [`Problem`] together with what the host needs to compute it.
@@ -17,10 +17,8 @@ pub(crate) struct Execution<'a> {
 }
 
 impl<'a> Execution<'a> {
-    pub(crate) fn new(problem: &'a Problem, plan: &Plan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
-        let &Plan::Cpu { forward, backward } = plan else {
-            unreachable!("Plan::choose gives the host's tensors Plan::Cpu")
-        };
+    pub(crate) fn new(problem: &'a Problem, plan: &CpuPlan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
+        let &CpuPlan { forward, backward } = plan;
         let slopes = match alibi_slopes {
             Some(slopes) => slopes.flatten_all()?.to_vec1()?,
             None => Vec::new(),

@@ -8,8 +8,9 @@ use super::call::{Call, SideTensors};
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, zeros, Element, Locked};
 use super::params::{BwdParams, ConvertParams, DeltaParams};
+use crate::instances::Pass;
 use crate::output::Output;
-use crate::plan::{aligned, in_reach};
+use crate::plan::{aligned, in_reach, DqTiles, Launch};
 use crate::problem::{Lengths, Problem, Strides};
 use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
@@ -125,7 +126,10 @@ fn queue<T: Element>(
     tensors: &BackwardInputs<Tensor>,
     grads: &mut GradientMemory<T>,
 ) -> Result<()> {
-    let (problem, plan, rows) = (call.problem, call.plan, call.rows());
+    let Some(plan) = &call.plan.backward else {
+        unreachable!("Plan::choose refuses tracked inputs without a backward")
+    };
+    let (problem, rows) = (call.problem, call.rows());
     if rows == 0 {
         return Ok(());
     }
@@ -146,12 +150,19 @@ fn queue<T: Element>(
         do_strides: Strides::of("do", upstream.do_.layout(), problem.output_layout)?,
         o: Locked::of(&upstream.o),
         do_: Locked::of(&upstream.do_),
+        dq_tiles: tiles,
         dlse: upstream.dlse.as_ref().map(Locked::of),
         lse: Locked::of(tensors.lse),
     };
-    kernels.delta::<T>(&mut memory)?;
-    kernels.backward(&mut memory, grads)?;
-    kernels.convert(&memory, grads)
+    for launch in &plan.launches {
+        match launch.kernel.pass {
+            Pass::Delta => kernels.delta::<T>(launch, &mut memory)?,
+            Pass::Backward => kernels.backward(launch, &mut memory, grads)?,
+            Pass::Convert => kernels.convert(launch, &memory, grads)?,
+            Pass::Forward => unreachable!("a backward has no launch of {}", launch.kernel.name),
+        }
+    }
+    Ok(())
 }
 
 /// Memory that the kernels of one backward hand on.
@@ -171,12 +182,13 @@ struct Kernels<'a> {
     o: Locked<'a>,
     do_: Locked<'a>,
     do_strides: Strides,
+    dq_tiles: DqTiles,
     dlse: Option<Locked<'a>>,
     lse: Locked<'a>,
 }
 
 impl Kernels<'_> {
-    fn delta<T: Element>(&self, memory: &mut Memory) -> Result<()> {
+    fn delta<T: Element>(&self, launch: &Launch, memory: &mut Memory) -> Result<()> {
         let stream = self.device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
         let params = DeltaParams {
@@ -188,12 +200,12 @@ impl Kernels<'_> {
             do_strides: self.do_strides.into(),
             shape: self.side.shape(&mut launcher)?,
         };
-        Ok(launcher.launch(&self.call.plan.delta, &params)?)
+        Ok(launcher.launch(launch, &params)?)
     }
 
     /// dk, dv and dq_accum.
-    fn backward<T: Element>(&self, memory: &mut Memory, grads: &mut GradientMemory<T>) -> Result<()> {
-        let (problem, plan) = (self.call.problem, self.call.plan);
+    fn backward<T: Element>(&self, launch: &Launch, memory: &mut Memory, grads: &mut GradientMemory<T>) -> Result<()> {
+        let problem = self.call.problem;
         let stream = self.device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
         let inputs = self.inputs.as_ref().map(Locked::storage);
@@ -216,16 +228,16 @@ impl Kernels<'_> {
             v_strides: problem.v.into(),
             do_strides: self.do_strides.into(),
             dk_strides: dk_strides.into(),
-            dq_tiles: plan.dq_tiles.into(),
+            dq_tiles: self.dq_tiles.into(),
             shape: self.side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
         };
-        Ok(launcher.launch(&plan.backward, &params)?)
+        Ok(launcher.launch(launch, &params)?)
     }
 
     /// dq from dq_accum.
-    fn convert<T: Element>(&self, memory: &Memory, grads: &mut GradientMemory<T>) -> Result<()> {
-        let (problem, plan) = (self.call.problem, self.call.plan);
+    fn convert<T: Element>(&self, launch: &Launch, memory: &Memory, grads: &mut GradientMemory<T>) -> Result<()> {
+        let problem = self.call.problem;
         let stream = self.device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
         let dq_strides = grads.strides.dq;
@@ -233,10 +245,10 @@ impl Kernels<'_> {
             dq_sums: launcher.read(&memory.dq_accum),
             dq: grads.write(&mut launcher).dq,
             dq_strides: dq_strides.into(),
-            dq_tiles: plan.dq_tiles.into(),
+            dq_tiles: self.dq_tiles.into(),
             shape: self.side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
         };
-        Ok(launcher.launch(&plan.convert, &params)?)
+        Ok(launcher.launch(launch, &params)?)
     }
 }

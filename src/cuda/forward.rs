@@ -13,7 +13,7 @@ use super::memory::{uninit, Element};
 use super::params::{FwdParams, HopperFwdParams, Schedule};
 use super::tensor_map;
 use crate::output::Output;
-use crate::plan::CudaPlan;
+use crate::plan::Launch;
 use crate::tensors::Inputs;
 
 /// The result and lse, of elements of type `T` in q, k and v.
@@ -25,7 +25,9 @@ pub(super) fn forward<T: Element>(
     let (device, rows) = (&inputs.q.device, call.rows());
     let mut result = ResultMemory::<T>::new(device, output, rows, call.problem.head_dim)?;
     let mut lse = uninit::<f32>(device, rows)?;
-    queue(call, inputs, &mut result, &mut lse)?;
+    for launch in &call.plan.forward {
+        queue(call, launch, inputs, &mut result, &mut lse)?;
+    }
     let lse = f32::wrap_cuda_slice(lse, device.clone());
     Ok((result.into_storage(&lse, rows, device)?, lse))
 }
@@ -72,16 +74,14 @@ impl<T: Element> ResultMemory<T> {
 
 fn queue<T: Element>(
     call: &Call,
+    launch: &Launch,
     inputs: Inputs<&CudaStorage>,
     result: &mut ResultMemory<T>,
     lse: &mut CudaSlice<f32>,
 ) -> Result<()> {
     let problem = call.problem;
     let (stream, side) = (inputs.q.device.cuda_stream(), call.side_tensors());
-    let &CudaPlan { forward, schedule, .. } = call.plan;
-    // A block for every tile needs no counting.
-    let counted = schedule.is_some_and(|schedule| schedule.tiles > forward.grid.0 as usize);
-    let mut counters = counted.then(|| Counters::of(&stream)).transpose()?;
+    let mut counters = launch.counts_tiles().then(|| Counters::of(&stream)).transpose()?;
     let mut launcher = Launcher::new(&stream);
     let Inputs { q, k, v } = call.read_inputs::<T>(inputs, &mut launcher)?;
     let unrounded = matches!(result, ResultMemory::OAndLse(_));
@@ -98,9 +98,9 @@ fn queue<T: Element>(
         shape: side.shape(&mut launcher)?,
         unrounded: i32::from(unrounded),
     };
-    let Some(schedule) = schedule else { return Ok(launcher.launch(&forward, &params)?) };
+    let Some(schedule) = &launch.schedule else { return Ok(launcher.launch(launch, &params)?) };
     let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;
-    let Inputs { q, k, v } = tensor_map::of_inputs(problem, forward.kernel, &params)?;
-    let schedule = Schedule::new(&schedule, counters);
-    Ok(launcher.launch(&forward, &HopperFwdParams { q, k, v, fwd: params, schedule })?)
+    let Inputs { q, k, v } = tensor_map::of_inputs(problem, launch.kernel, &params)?;
+    let schedule = Schedule::new(schedule, counters);
+    Ok(launcher.launch(launch, &HopperFwdParams { q, k, v, fwd: params, schedule })?)
 }

@@ -62,13 +62,13 @@ impl<'a> Launcher<'a> {
             let mut params = *params;
             params.shape_mut().first_batch = first as i32;
             let (x, y, _) = launch.grid;
-            self.queue(&Launch { kernel: launch.kernel, grid: (x, y, count) }, &params)?;
+            self.queue(&Launch { grid: (x, y, count), ..*launch }, &params)?;
         }
         Ok(())
     }
 
     fn queue<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
-        let Launch { kernel, grid } = *launch;
+        let Launch { kernel, grid, .. } = *launch;
         assert_eq!((kernel.pass, kernel.arch), (P::PASS, P::ARCH), "{} takes other parameters", kernel.name);
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());

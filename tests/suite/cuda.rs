@@ -38,10 +38,10 @@ fn tiled_kernels() -> Result<Vec<Tiled>> {
     let targets = gpu_targets_or_skip();
     for kernel in KERNELS.iter().filter(|kernel| matches!(kernel.pass, Pass::Forward | Pass::Backward)) {
         for target in targets.iter().filter(|target| target.dtype == kernel.dtype) {
-            let DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = DeviceCaps::of(&target.device)? else {
+            let DeviceCaps::Cuda(caps) = testing::device_caps(&target.device)? else {
                 anyhow::bail!("{:?} is no GPU", target.device);
             };
-            if kernel.arch.runs_on(compute_cap) && kernel.shared_bytes <= shared_bytes_per_block {
+            if kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block {
                 runnable.push(Tiled { kernel, target: target.clone() });
             } else {
                 others.push(kernel.name);
@@ -115,8 +115,8 @@ impl Tiled {
     fn run(&self, case: &Case, input: &Input) -> Result<(CudaPlan, Output)> {
         let allow = |other: &Kernel| other.pass != self.kernel.pass || other.name == self.kernel.name;
         let (plan, got) = case.run_with(input, allow).with_context(|| format!("kernel {}", self.kernel.name))?;
-        let Launch { kernel, .. } = if self.kernel.pass == Pass::Forward { plan.forward } else { plan.backward };
-        ensure!(kernel == self.kernel, "{} was asked for, {} came", self.kernel.name, kernel.name);
+        let Launch { kernel, .. } = plan.launch(self.kernel.pass).context("the plan has both passes")?;
+        ensure!(*kernel == self.kernel, "{} was asked for, {} came", self.kernel.name, kernel.name);
         Ok((plan, got))
     }
 
@@ -170,8 +170,8 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
     cases.par_iter().try_for_each(|(tiled, case)| -> Result<()> {
         let input = case.draw();
         let (plan, first) = tiled.run(case, &input)?;
-        let schedule = plan.schedule.context("a persistent kernel has a schedule")?;
-        ensure!(schedule.tiles > plan.forward.grid.0 as usize, "a block for every tile: {plan:?}");
+        let forward = plan.launch(Pass::Forward).context("a plan has a forward")?;
+        ensure!(forward.counts_tiles(), "a block for every tile: {plan:?}");
         for run in 1..RUNS {
             let (_, again) = tiled.run(case, &input)?;
             let what = format!("in run {run}, kernel {}\ncase {case}", tiled.kernel.name);
@@ -284,8 +284,7 @@ fn sweep(dtype: DType) -> Result<()> {
                 values[last] = f64::NAN;
             }
             tiled.check_on(&case, &input)?;
-            let CudaPlan { forward, delta, backward, convert, .. } = tiled.check(&case)?;
-            launched.extend([forward, delta, backward, convert].map(|launch| launch.kernel.name));
+            launched.extend(tiled.check(&case)?.launches().map(|launch| launch.kernel.name));
             cases += 2;
         }
         println!("{} done", tiled.kernel.name);
