@@ -20,7 +20,7 @@ use crate::common::compare::{self, round_to};
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
-use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, KERNELS};
+use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, KERNELS};
 use candle_fa2::{Attention, Mask, PaddingSide};
 use rayon::prelude::*;
 
@@ -452,6 +452,24 @@ fn refusals_on_the_device() -> Result<()> {
                 )
             );
         }
+    }
+    Ok(())
+}
+
+/// A plan without a backward gives the same o to inputs that are not tracked.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn a_forward_runs_without_a_backward() -> Result<()> {
+    for target in &gpu_targets_or_skip() {
+        let case = Case::new(target).heads(4, 2).batch(2, 70, 150).mask(Mask::Causal);
+        let call = case.call(&case.draw())?;
+        let (q, k, v) = (call.q.detach(), call.k.detach(), call.v.detach());
+        let problem = testing::problem(&call.attention, &q, &k, &v)?;
+        let no_backward = |kernel: &Kernel| kernel.pass != Pass::Backward;
+        let plan = CudaPlan::choose(&problem, &testing::device_caps(&target.device)?, no_backward)?;
+        ensure!(plan.backward.is_none(), "{plan:?}");
+        let alone = testing::Call::with_plan(&call.attention, problem, (&q, &k, &v), Plan::Cuda(plan)).forward()?;
+        compare::same_bits("o without a backward", &alone, &call.attention.forward(&q, &k, &v)?, &case)?;
     }
     Ok(())
 }

@@ -2,6 +2,8 @@
 
 mod claims;
 mod gpu;
+#[path = "../docs/import_graph.rs"]
+mod import_graph;
 mod loss;
 mod tables;
 
