@@ -1,4 +1,4 @@
-//! Attention without the scores in memory: the fused operator beside Candle's matmul, softmax, matmul.
+//! Attention without the scores in memory: the fused operator compared with Candle's matmul, softmax, matmul.
 //!
 //! `cargo run --release --example 01_forward`
 
@@ -21,7 +21,7 @@ fn main() -> Result<()> {
         let v = Tensor::randn(0f32, 1f32, shape, &device)?;
 
         let attention = Attention::new().mask(Mask::Causal);
-        attention.forward(&q, &k, &v)?; // warms the caches up
+        attention.forward(&q, &k, &v)?; // warm up
         let start = Instant::now();
         let o = attention.forward(&q, &k, &v)?;
         let fused = start.elapsed();
@@ -38,7 +38,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The usual way: all scores of all heads, masked, normalised, multiplied.
+/// Standard attention: computes all scores, masks them, applies softmax, multiplies by v. All scores are in memory at once.
 fn unfused(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let seqlen = q.dim(1)?;
     let heads_first = |x: &Tensor| x.transpose(1, 2)?.contiguous(); // (batch, num_heads, seqlen, head_dim)

@@ -1,4 +1,4 @@
-//! Attention that learns: each position is to name the token three places back, which only attention can look up.
+//! Attention that learns: the model must output the token three positions back. Only attention can see that token.
 //!
 //! `cargo run --release --example 02_backward`
 
@@ -47,7 +47,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// One line per variable. Behind an operator of Candle's that is cut off from the graph, some would be missing.
+/// Prints one line per variable. If an operator cut the graph, variables before it would have no gradient.
 fn print_gradients(varmap: &VarMap, grads: &GradStore) -> Result<()> {
     println!("norm of each gradient at the first step:");
     let vars = varmap.data().lock().expect("no other thread holds the map");

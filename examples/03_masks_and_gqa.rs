@@ -1,4 +1,4 @@
-//! What each mask shows, read off the operator itself, and grouped queries that share their keys.
+//! Draws each mask from the operator's own output, and shows that query heads can share keys and values.
 //!
 //! `cargo run --release --example 03_masks_and_gqa`
 
@@ -13,7 +13,7 @@ fn main() -> Result<()> {
         ("Window 2, 0", Mask::Window { left: Some(2), right: Some(0) }),
         ("Window 1, 1", Mask::Window { left: Some(1), right: Some(1) }),
     ];
-    println!("{seqlen_q} queries (rows) over {seqlen_k} keys: the last query lines up with the last key\n");
+    println!("{seqlen_q} queries (rows) over {seqlen_k} keys; the last query is aligned with the last key\n");
     let drawn: Vec<Vec<String>> =
         masks.iter().map(|(_, mask)| draw(*mask, seqlen_q, seqlen_k)).collect::<Result<_>>()?;
     println!("{}", masks.map(|(name, _)| format!("{name:18}")).concat().trim_end());
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
         let (q, k, v) = (random(8)?, random(num_heads_k)?, random(num_heads_k)?);
         let attention = Attention::new().mask(Mask::Causal);
         let shared = attention.forward(&q, &k, &v)?;
-        // The same with every key head written out once per query head.
+        // The same attention, with a copy of each key head for every query head that uses it.
         let repeat = |x: &Tensor| {
             let each = x.unsqueeze(3)?.broadcast_as((1, 512, num_heads_k, 8 / num_heads_k, 64))?;
             each.reshape((1, 512, 8, 64))
@@ -41,11 +41,15 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// One row of text per query. With equal scores and the unit vectors as values, `o[i]` is query `i`'s row of softmax.
+/// Draws one row of text per query. All scores are equal and the values are unit vectors, so `o[i]` is query `i`'s row of
+/// softmax: above 0 where the key is visible.
 fn draw(mask: Mask, seqlen_q: usize, seqlen_k: usize) -> Result<Vec<String>> {
     let zeros = |seqlen| Tensor::zeros((1, seqlen, 1, seqlen_k), DType::F32, &Device::Cpu);
     let v = Tensor::eye(seqlen_k, DType::F32, &Device::Cpu)?.reshape((1, seqlen_k, 1, seqlen_k))?;
     let o = Attention::new().mask(mask).forward(&zeros(seqlen_q)?, &zeros(seqlen_k)?, &v)?;
     let rows = o.reshape((seqlen_q, seqlen_k))?.gt(0f32)?.to_vec2::<u8>()?;
-    Ok(rows.into_iter().map(|row| row.into_iter().map(|seen| if seen == 1 { "x " } else { ". " }).collect()).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| row.into_iter().map(|visible| if visible == 1 { "x " } else { ". " }).collect())
+        .collect())
 }

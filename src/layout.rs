@@ -7,12 +7,12 @@
 /// | `Bshd` | `(batch, seqlen, num_heads, head_dim)` | `(total, num_heads, head_dim)` | a projection after `reshape`; FlashAttention |
 /// | `Bhsd` | `(batch, num_heads, seqlen, head_dim)` | `(num_heads, total, head_dim)` | `candle_nn::ops::sdpa`, most models of Candle, PyTorch's `scaled_dot_product_attention` |
 ///
-/// The layout only names the axes. Strides are free in both layouts, so a transposed view is read without a copy. (On a GPU
-/// rows must still begin at multiples of 16 bytes.)
+/// The layout only names the axes. Both layouts accept any strides, so a transposed view is read without a copy. (On a GPU,
+/// rows must be 16-byte aligned.)
 ///
-/// **A wrong layout usually gives no error.** If there are as many queries as keys, the shapes are valid in both layouts, and the
-/// wrong one attends over heads instead of tokens. [`Error::SwappedAxes`](crate::Error::SwappedAxes) comes only where the
-/// shapes fit just the other layout, as in decoding with a cache.
+/// **A wrong layout usually gives no error.** If there are as many queries as keys, the shapes are valid in both layouts. The
+/// wrong layout then computes attention over heads instead of tokens. [`Error::SwappedAxes`](crate::Error::SwappedAxes) is
+/// returned only if the shapes fit the other layout and not this one, as in decoding with a cache.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -21,7 +21,7 @@
 /// let k = Tensor::randn(0f32, 1f32, (1, 2, 5, 64), &Device::Cpu)?;
 /// let attention = Attention::new().mask(Mask::Causal).layout(TensorLayout::Bhsd);
 /// assert_eq!(attention.forward(&q, &k, &k)?.dims(), [1, 8, 3, 64]);
-/// // The result in the other layout, ready for `flatten_from(2)` and the output projection:
+/// // The result in the other layout, for `flatten_from(2)` and the output projection:
 /// let attention = attention.output_layout(TensorLayout::Bshd);
 /// assert_eq!(attention.forward(&q, &k, &k)?.dims(), [1, 3, 8, 64]);
 /// # Ok::<(), candle_core::Error>(())

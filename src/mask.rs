@@ -1,11 +1,11 @@
-//! Which keys a query may see, and what that means for whole tiles.
+//! Masks: the keys that each query sees, and the tiles that hold visible pairs.
 
 use std::ops::Range;
 
 /// Which keys each query sees.
 ///
-/// Masks line up the last query with the last key. With `shift = seqlen_k - seqlen_q` (it may be negative), query `i`
-/// is aligned with key `i + shift`. For `seqlen_q = 3` and `seqlen_k = 5`:
+/// Masks align the last query with the last key. With `shift = seqlen_k - seqlen_q`, which may be negative, query `i` is
+/// aligned with key `i + shift`. For `seqlen_q = 3` and `seqlen_k = 5`:
 ///
 /// ```text
 ///       None              Causal           Window { left: Some(1), right: Some(0) }
@@ -15,8 +15,8 @@ use std::ops::Range;
 /// q2    x  x  x  x  x      x  x  x  x  x      .  .  .  x  x
 /// ```
 ///
-/// With more queries than keys the first rows may see nothing. Their output is 0, their gradients are 0, and their
-/// log-sum-exp is minus infinity. For `seqlen_q = 4`, `seqlen_k = 2`, `Causal`:
+/// If there are more queries than keys, the first rows may see no key. Then their output is 0, their gradients are 0, and
+/// their log-sum-exp is minus infinity. For `seqlen_q = 4`, `seqlen_k = 2` and `Causal`:
 ///
 /// ```text
 ///      k0 k1
@@ -30,14 +30,15 @@ pub enum Mask {
     /// Every query sees every key.
     #[default]
     None,
-    /// Query `i` sees the keys up to `i + shift`. The same as `Window { left: None, right: Some(0) }`.
+    /// Query `i` sees the keys up to `i + shift`. This is the same as `Window { left: None, right: Some(0) }`.
     Causal,
-    /// Query `i` sees the keys from `i + shift - left` to `i + shift + right`, both included. `None` leaves that side
-    /// open; `(Some(0), Some(0))` shows each query its aligned key alone.
+    /// Query `i` sees the keys from `i + shift - left` to `i + shift + right`, both included.
+    ///
+    /// `None` sets no limit on that side. With `left` and `right` of `Some(0)`, each query sees only its aligned key.
     Window {
-        /// How many keys before the aligned one are visible.
+        /// Number of visible keys before the aligned one.
         left: Option<usize>,
-        /// How many keys after the aligned one are visible.
+        /// Number of visible keys after the aligned one.
         right: Option<usize>,
     },
 }
@@ -48,14 +49,14 @@ impl Mask {
         !matches!(self, Mask::None | Mask::Window { left: None, right: None })
     }
 
-    /// The mask laid over one pair of sequences.
+    /// The mask for one sequence of queries and one of keys.
     pub(crate) fn over(self, seqlen_q: usize, seqlen_k: usize) -> Visibility {
         let (left, right) = match self {
             Mask::None => (None, None),
             Mask::Causal => (None, Some(0)),
             Mask::Window { left, right } => (left, right),
         };
-        // Longer windows than both sequences together see no more: the clamp keeps the arithmetic in range.
+        // A window longer than both sequences together shows no more keys. The limit prevents overflow.
         let limit = seqlen_q + seqlen_k;
         let clamp = |side: Option<usize>| side.map(|size| size.min(limit) as isize);
         Visibility {
@@ -68,7 +69,7 @@ impl Mask {
     }
 }
 
-/// How much of a tile the mask shows.
+/// Which part of a tile the mask shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Coverage {
     /// No pair in the tile is visible.
@@ -79,9 +80,9 @@ pub enum Coverage {
     Full,
 }
 
-/// A [`Mask`] over one pair of sequences: which rows see which columns.
+/// A [`Mask`] for one sequence of queries and one of keys: which rows see which columns.
 ///
-/// Both bounds grow with the row, so the visible keys of a row, and the visible queries of a column, are one range.
+/// Both bounds of a row grow with the row. So the visible keys of a row are one range, and so are the queries that see a key.
 #[derive(Clone, Copy, Debug)]
 pub struct Visibility {
     seqlen_q: isize,
@@ -127,13 +128,14 @@ impl Visibility {
         start..end.max(start)
     }
 
-    /// How much of the tile `rows` x `cols` is visible; neither range may be empty.
+    /// Which part of the tile `rows` x `cols` is visible; neither range may be empty.
     pub fn coverage(&self, rows: &Range<usize>, cols: &Range<usize>) -> Coverage {
-        let seen = self.keys_of(rows);
-        if seen.end <= cols.start || cols.end <= seen.start {
+        let visible = self.keys_of(rows);
+        if visible.end <= cols.start || cols.end <= visible.start {
             return Coverage::Hidden;
         }
-        // The last row starts latest and the first row ends earliest: if those two see all columns, every row does.
+        // The range of the last row starts latest, and the range of the first row ends earliest. If both contain all
+        // columns, the ranges of all rows do.
         let full = self.keys(rows.end - 1).start <= cols.start && cols.end <= self.keys(rows.start).end;
         if full {
             Coverage::Full
@@ -143,7 +145,7 @@ impl Visibility {
     }
 }
 
-/// `start..end` cut to `0..len`; an empty range stays inside it.
+/// `start..end` limited to `0..len`. An empty result also lies inside `0..len`.
 fn range_within(start: isize, end: isize, len: isize) -> Range<usize> {
     let start = start.clamp(0, len);
     start as usize..end.clamp(start, len) as usize

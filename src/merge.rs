@@ -7,15 +7,16 @@
 //! o   = sum over i of exp(lse_i - lse) * o_i
 //! ```
 //!
-//! (Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867. Ring attention: Liu et al. 2023, arXiv:2310.01889.) It is
-//! built from Candle's differentiable operators.
+//! (Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867. Ring attention: Liu et al. 2023, arXiv:2310.01889.)
+//!
+//! The merge uses Candle's differentiable operators, so gradients flow to every part.
 
 use candle_core::{DType, Tensor};
 
 use crate::layout::TensorLayout;
 use crate::{Error, Result};
 
-/// Merges parts. o is in `layout`. Both results have the type of lse.
+/// Merges parts `(o, lse)` into one. o has the axis order of `layout`. Both results have the type of lse.
 pub(crate) fn merge(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<(Tensor, Tensor)> {
     check(parts, layout)?;
     if let Some((o, lse)) = parts.first().filter(|(_, lse)| lse.elem_count() == 0) {
@@ -25,14 +26,14 @@ pub(crate) fn merge(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<
     let lse = Tensor::stack(&lse, 0)?; // (parts, ..)
 
     // Subtract the row's largest lse, so that exp does not overflow. If a row has no key in any part, its largest lse is minus
-    // infinity; subtract 0 instead. (A GPU's maximum leaves NaN out, so that it cannot tell such rows.)
+    // infinity, so subtract 0 instead. `max` cannot find these rows: on a GPU it skips NaN, so a row with NaN looks the same.
     let without_keys = lse.eq(f64::NEG_INFINITY)?;
     let empty = without_keys.min(0)?;
     let max = lse.detach().max(0)?;
     let reference = empty.where_cond(&max.zeros_like()?, &max)?;
     let weights = lse.broadcast_sub(&reference)?.exp()?;
     let sum = weights.sum(0)?;
-    // For such a row ln(0) is the correct value, but its gradient is NaN. Take ln(1); `where_cond` below restores -inf.
+    // For a row without keys ln(0) is correct, but its gradient is NaN. So take ln(1); `where_cond` below restores -inf.
     let sum = empty.where_cond(&sum.ones_like()?, &sum)?;
     let merged_lse = (sum.log()? + reference)?;
     let merged_lse = empty.where_cond(&max, &merged_lse)?;
@@ -40,7 +41,7 @@ pub(crate) fn merge(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<
     let mut merged_o: Option<Tensor> = None;
     for (i, (o, _)) in parts.iter().enumerate() {
         let o = o.to_dtype(lse.dtype())?;
-        // A row whose keys all have a score of minus infinity has an o of NaN: 0 times NaN would reach the other parts.
+        // If all scores of a row are minus infinity, its o is NaN. Its weight is 0, but 0 times NaN would make the sum NaN.
         let without_keys = of_rows(&without_keys.get(i)?, layout)?.broadcast_as(o.shape())?;
         let o = without_keys.where_cond(&o.zeros_like()?, &o)?;
         let term = o.broadcast_mul(&of_rows(&(weights.get(i)? / &sum)?, layout)?)?;
@@ -53,7 +54,7 @@ pub(crate) fn merge(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<
     Ok((merged_o, merged_lse))
 }
 
-/// Reshapes numbers of rows, `(batch, num_heads, seqlen)` or packed `(num_heads, total)`, so that they broadcast to o.
+/// Reshapes one number per row, `(batch, num_heads, seqlen)` or packed `(num_heads, total)`, so that it broadcasts to o.
 fn of_rows(numbers: &Tensor, layout: TensorLayout) -> Result<Tensor> {
     let numbers = numbers.unsqueeze(numbers.rank())?;
     Ok(match layout {
@@ -62,7 +63,7 @@ fn of_rows(numbers: &Tensor, layout: TensorLayout) -> Result<Tensor> {
     })
 }
 
-/// Whether all parts have the shapes, types and device of the first, and o fits lse.
+/// Returns an error unless all parts have the shapes, types and device of the first, and o fits lse.
 fn check(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<()> {
     let Some((first_o, first_lse)) = parts.first() else { return Err(Error::MergeNothing) };
     if !matches!(first_o.rank(), 3 | 4) {
@@ -72,7 +73,7 @@ fn check(parts: &[(Tensor, Tensor)], layout: TensorLayout) -> Result<()> {
     if !matches!(first_lse.dtype(), DType::F32 | DType::F64) {
         return Err(Error::DType { tensor: "lse", got: first_lse.dtype(), supported: "F32, F64" });
     }
-    // The shape of lse: o without head_dim, the heads before the tokens.
+    // The shape of lse: the shape of o without head_dim, with the heads before the tokens.
     let mut shape_lse = first_o.dims().to_vec();
     let (rows_axis, heads_axis) = layout.axes(shape_lse.len());
     if rows_axis < heads_axis {

@@ -1,4 +1,4 @@
-//! Packed batches: sequences of different lengths laid end to end, without padding.
+//! Packed batches: sequences of different lengths, end to end, without padding.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ use crate::{Error, Result};
 
 /// Where each sequence of a packed batch begins and ends: `[0, l0, l0 + l1, ..]`, one entry more than sequences.
 ///
-/// Checked once, when it is made from host values. It keeps a host copy, the longest length and a copy on the device,
-/// so that no later call has to read the device.
+/// The constructor checks the values once. It keeps a copy on the host, a copy on the device, and the longest length. So
+/// later calls never read the device.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -32,7 +32,7 @@ pub struct CuSeqlens {
     tensor: Tensor,
 }
 
-/// The sizes alone: there may be thousands of lengths.
+/// Prints only sizes, because a batch may have thousands of lengths.
 impl std::fmt::Debug for CuSeqlens {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let mut debug = f.debug_struct("CuSeqlens");
@@ -42,11 +42,11 @@ impl std::fmt::Debug for CuSeqlens {
 }
 
 impl CuSeqlens {
-    /// From cumulative lengths: the first is 0 and none is smaller than the one before.
+    /// From cumulative lengths. The first is 0, and no other is smaller than the one before it.
     ///
     /// # Errors
-    /// [`Error::CuSeqlens`] if the values are empty, do not start at 0, or fall; an error of Candle if the copy to
-    /// `device` fails.
+    /// - [`Error::CuSeqlens`] if there are no values, if the first is not 0, or if one is smaller than the one before it;
+    /// - an error of Candle if the copy to `device` fails.
     pub fn new(offsets: &[u32], device: &Device) -> Result<Self> {
         let way_out = "CuSeqlens::from_lengths takes plain lengths";
         let refuse = |rule, got: String| Err(Error::CuSeqlens { rule, got, way_out });
@@ -63,11 +63,10 @@ impl CuSeqlens {
         Ok(Self { offsets: offsets.into(), max_seqlen, tensor })
     }
 
-    /// From the length of each sequence; lengths of 0 are fine.
+    /// From the length of each sequence. A length may be 0.
     ///
     /// # Errors
-    /// [`Error::CuSeqlens`] if the lengths add up to more than `u32::MAX`; an error of Candle if the copy to `device`
-    /// fails.
+    /// [`Error::CuSeqlens`] if the sum of the lengths is above `u32::MAX`; an error of Candle if the copy to `device` fails.
     pub fn from_lengths(lengths: &[usize], device: &Device) -> Result<Self> {
         let total: u128 = lengths.iter().map(|&length| length as u128).sum();
         if total > u128::from(u32::MAX) {
@@ -83,7 +82,7 @@ impl CuSeqlens {
         Self::new(&offsets, device)
     }
 
-    /// From a `u32` tensor of cumulative lengths, shape `(batch + 1)`. Reads the device once.
+    /// From a `u32` tensor of cumulative lengths, shape `(batch + 1)`. This reads the tensor from its device once.
     ///
     /// # Errors
     /// [`Error::DType`] if it is not `u32`, [`Error::Rank`] if it has more than one axis, otherwise as [`Self::new`].
@@ -97,11 +96,13 @@ impl CuSeqlens {
         Self::new(&offsets.to_vec1::<u32>()?, offsets.device())
     }
 
-    /// Reads the sequence lengths and the padding side from a padding mask: `(batch, seqlen)`, any type, 1 for a token and 0
-    /// for padding, as `attention_mask` of Hugging Face. (`key_padding_mask` of PyTorch is the opposite: invert it first.)
+    /// Reads the sequence lengths and the padding side from a padding mask.
     ///
-    /// Pass the side to [`Self::unpad`] and [`Self::pad_to`]. Without padding it is [`PaddingSide::Right`]. On a GPU the
-    /// call waits for the device: call it once per batch, not per layer.
+    /// The mask has shape `(batch, seqlen)` and any type. It is 1 for a token and 0 for padding, like `attention_mask` of
+    /// Hugging Face. (`key_padding_mask` of PyTorch is the opposite: invert it first.)
+    ///
+    /// Pass the side to [`Self::unpad`] and [`Self::pad_to`]. Without padding it is [`PaddingSide::Right`]. On a GPU this call
+    /// waits for the device. So call it once per batch, not once per layer.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -117,9 +118,11 @@ impl CuSeqlens {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Rank`] if the mask does not have two axes, [`Error::MaskValue`] if a value is neither 0 nor 1,
-    /// [`Error::MaskHole`] if padding lies between tokens or on both sides of them, [`Error::MaskSides`] if rows are padded
-    /// on different sides; otherwise as [`Self::from_lengths`].
+    /// - [`Error::Rank`] if the mask does not have two axes;
+    /// - [`Error::MaskValue`] if a value is neither 0 nor 1;
+    /// - [`Error::MaskHole`] if a row has padding between tokens or on both sides of them;
+    /// - [`Error::MaskSides`] if rows are padded on different sides;
+    /// - the errors of [`Self::from_lengths`].
     pub fn from_mask(mask: &Tensor) -> Result<(Self, PaddingSide)> {
         let (lengths, side) = read_mask(mask)?;
         Ok((Self::from_lengths(&lengths, mask.device())?, side))
@@ -135,7 +138,7 @@ impl CuSeqlens {
         self.offsets.len() - 1
     }
 
-    /// Rows of the packed tensors: the sum of all lengths.
+    /// Number of rows of the packed tensors: the sum of all lengths.
     pub fn total(&self) -> usize {
         self.offsets.last().map_or(0, |&end| end as usize)
     }
@@ -150,8 +153,8 @@ impl CuSeqlens {
         &self.tensor
     }
 
-    /// The padding mask of this batch, padded to `seqlen`: `u8`, `(batch, seqlen)`, 1 for a token, on the device of these
-    /// lengths.
+    /// The padding mask of this batch, padded to `seqlen`. It is a `u8` tensor of shape `(batch, seqlen)`, 1 for a token and 0
+    /// for padding, on the device of [`Self::tensor`].
     ///
     /// # Errors
     /// [`Error::PaddedSeqlen`] if `seqlen` is shorter than the longest length; an error of Candle if the copy to the device
@@ -165,10 +168,10 @@ impl CuSeqlens {
         Ok(Tensor::from_vec(mask, (self.batch(), seqlen), self.tensor.device())?)
     }
 
-    /// Removes the padding: `(batch, seqlen, ..)` to `(total, ..)`. `side` is the padding side, as [`Self::from_mask`] returns
-    /// it. Gradients flow to the rows that are kept. Each call copies an index of `total` rows to the device.
+    /// Removes the padding: `(batch, seqlen, ..)` to `(total, ..)`. [`Self::from_mask`] returns the padding `side`.
     ///
-    /// Axis 1 must be `seqlen`: transpose `(batch, num_heads, seqlen, head_dim)` first, or unpad before the projections.
+    /// Axis 1 must be `seqlen`. So transpose `(batch, num_heads, seqlen, head_dim)` first, or unpad before the projections.
+    /// Gradients flow to the rows of tokens. Each call copies an index of `total` rows to the device.
     ///
     /// # Errors
     /// [`Error::Rank`] if `padded` has fewer than two axes, [`Error::Axis`] if the batch differs, [`Error::PaddedSeqlen`] if
@@ -187,12 +190,12 @@ impl CuSeqlens {
         Ok(padded.flatten(0, 1)?.contiguous()?.index_select(&index, 0)?)
     }
 
-    /// Adds zeros as padding: `(total, ..)` to `(batch, max_seqlen, ..)`. Gradients flow to the rows. `max_seqlen` can be
-    /// shorter than the batch was; [`Self::pad_to`] restores that.
+    /// Adds padding of zeros: `(total, ..)` to `(batch, max_seqlen, ..)`. Gradients flow to the rows of `packed`.
+    ///
+    /// `max_seqlen` can be smaller than the `seqlen` before [`Self::unpad`]. [`Self::pad_to`] takes that `seqlen`.
     ///
     /// # Errors
-    /// [`Error::Rank`] if `packed` has no axis, [`Error::PackedRows`] if it has another number of rows than the lengths add
-    /// up to.
+    /// [`Error::Rank`] if `packed` has no axis, [`Error::PackedRows`] if its number of rows is not the sum of the lengths.
     pub fn pad(&self, packed: &Tensor, side: PaddingSide) -> Result<Tensor> {
         self.pad_to(packed, self.max_seqlen, side)
     }
@@ -221,7 +224,7 @@ impl CuSeqlens {
         Ok(zeros.index_add(&index, &packed.contiguous()?, 0)?.reshape(padded)?)
     }
 
-    /// Whether the longest sequence fits `seqlen`, axis 1 of a padded `shape`.
+    /// Returns an error unless the longest sequence fits `seqlen`, axis 1 of the padded `shape`.
     fn check_seqlen(&self, seqlen: usize, shape: &[usize]) -> Result<()> {
         if seqlen < self.max_seqlen {
             return Err(Error::PaddedSeqlen { longest: self.max_seqlen, got: seqlen, shape: shape.to_vec() });
@@ -238,7 +241,7 @@ impl CuSeqlens {
         })
     }
 
-    /// [`Self::padded_rows`] as an `i64` tensor on `device`. Built for each call.
+    /// [`Self::padded_rows`] as an `i64` tensor on `device`.
     fn row_index(&self, seqlen: usize, side: PaddingSide, device: &Device) -> Result<Tensor> {
         let rows: Vec<i64> = self.padded_rows(seqlen, side).collect();
         Ok(Tensor::from_vec(rows, self.total(), device)?)

@@ -7,16 +7,16 @@ use candle_core::{DType, Device, Tensor};
 use crate::layout::PaddingSide;
 use crate::{Error, Result};
 
-/// The number of valid keys in each sequence of a padded batch (`seqused_k` or `cache_seqlens` of FlashAttention). The other
-/// keys are ignored, whatever they hold, and their gradients are 0.
+/// The number of valid keys in each sequence of a padded batch (`seqused_k` or `cache_seqlens` of FlashAttention).
 ///
-/// With [`PaddingSide::Right`] the first keys are valid, with [`PaddingSide::Left`] the last ones.
-/// [`Attention::key_lengths`](crate::Attention::key_lengths) says when to use it and how masks align.
+/// The other keys have no effect, even if they are NaN, and their gradients are 0. With [`PaddingSide::Right`] the first
+/// keys are valid, with [`PaddingSide::Left`] the last ones. [`Attention::key_lengths`](crate::Attention::key_lengths) says
+/// when to use this and how masks align.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
 /// # use candle_fa2::{Attention, KeyLengths, Mask, PaddingSide};
-/// // Decoding: a cache of 6 slots, of which the two sequences use 4 and 2, the new token included.
+/// // Decoding: a cache of 6 slots. The two sequences use 4 and 2 slots, with the new token.
 /// let lengths = KeyLengths::new(&[4, 2], PaddingSide::Right, &Device::Cpu)?;
 /// let q = Tensor::randn(0f32, 1f32, (2, 1, 8, 64), &Device::Cpu)?;
 /// let k = Tensor::randn(0f32, 1f32, (2, 6, 8, 64), &Device::Cpu)?;
@@ -26,13 +26,13 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone)]
 pub struct KeyLengths {
-    /// Host copy, which the CPU and the checks read.
+    /// The lengths on the host. The CPU and the checks read them.
     lengths: Arc<[u32]>,
     side: PaddingSide,
     tensor: Tensor,
 }
 
-/// Prints sizes only: a batch may be large.
+/// Prints only sizes, because a batch may have thousands of lengths.
 impl std::fmt::Debug for KeyLengths {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let mut debug = f.debug_struct("KeyLengths");
@@ -42,12 +42,13 @@ impl std::fmt::Debug for KeyLengths {
 }
 
 impl KeyLengths {
-    /// From the number of valid keys of each sequence; 0 is allowed. Copies the lengths to `device`, which must be that of q.
+    /// From the number of valid keys of each sequence; 0 is allowed. Copies the lengths to `device`, the device of q.
     ///
     /// # Errors
-    /// [`Error::KeyLength`] if a length is above `u32::MAX`; an error of Candle if the copy fails. The call of attention
-    /// checks them against its tensors: [`Error::KeyLengthsBatch`], [`Error::KeyLength`], [`Error::KeyLengthAlignment`],
-    /// [`Error::Device`].
+    /// [`Error::KeyLength`] if a length is above `u32::MAX`; an error of Candle if the copy fails.
+    ///
+    /// The attention call checks the lengths against its tensors. Its errors are [`Error::KeyLengthsBatch`],
+    /// [`Error::KeyLength`], [`Error::KeyLengthAlignment`] and [`Error::Device`].
     pub fn new(lengths: &[usize], side: PaddingSide, device: &Device) -> Result<Self> {
         let count = |(sequence, &length): (usize, &usize)| {
             u32::try_from(length).map_err(|_| Error::KeyLength { sequence, length, seqlen_k: u32::MAX as usize })
@@ -57,8 +58,8 @@ impl KeyLengths {
         Ok(Self { lengths: lengths.into(), side, tensor })
     }
 
-    /// From a key-padding mask: `(batch, seqlen_k)`, 1 for a valid key and 0 for padding, as
-    /// [`CuSeqlens::from_mask`](crate::CuSeqlens::from_mask) takes it. On a GPU the call waits for the device.
+    /// From a mask of shape `(batch, seqlen_k)`, 1 for a valid key and 0 for padding, like the mask of
+    /// [`CuSeqlens::from_mask`](crate::CuSeqlens::from_mask). On a GPU this call waits for the device.
     ///
     /// # Errors
     /// Those of [`CuSeqlens::from_mask`](crate::CuSeqlens::from_mask).
@@ -88,8 +89,8 @@ impl KeyLengths {
         (self.side.start(length, seqlen_k), length)
     }
 
-    /// Checks that the last query may be aligned with the last valid key. In self-attention padded on the right, the last
-    /// query is padding.
+    /// Returns an error if aligning the last query with the last valid key would be wrong. In self-attention padded on the
+    /// right, the last query is padding, so its key is not the last valid one.
     pub(crate) fn check_alignment(&self, seqlen_q: usize) -> Result<()> {
         let shifted = |&length: &u32| self.side == PaddingSide::Right && length > 0 && (length as usize) < seqlen_q;
         match self.lengths.iter().position(shifted) {
@@ -100,7 +101,7 @@ impl KeyLengths {
         }
     }
 
-    /// Checks that there are `batch` lengths, each at most `seqlen_k`.
+    /// Returns an error unless there are `batch` lengths, each at most `seqlen_k`.
     pub(crate) fn check(&self, batch: usize, seqlen_k: usize) -> Result<()> {
         if self.batch() != batch {
             return Err(Error::KeyLengthsBatch { got: self.batch(), batch });

@@ -16,7 +16,7 @@ impl<T> Inputs<T> {
         Inputs { q: f(self.q), k: f(self.k), v: f(self.v) }
     }
 
-    /// As [`Self::map`]; the first error ends it.
+    /// As [`Self::map`], but stops at the first error.
     pub(crate) fn try_map<U, E>(self, mut f: impl FnMut(T) -> Result<U, E>) -> Result<Inputs<U>, E> {
         Ok(Inputs { q: f(self.q)?, k: f(self.k)?, v: f(self.v)? })
     }

@@ -1,12 +1,12 @@
-//! Everything a run needs to go on, in one safetensors file.
+//! Checkpoints: everything that a run needs to continue, in one safetensors file.
 //!
-//! | tensor | what it is |
+//! | tensor | content |
 //! | --- | --- |
 //! | `NAME` | the parameter NAME, f32 |
 //! | `adam.m.NAME`, `adam.v.NAME` | its moments, f32 |
-//! | `sha256` | 32 bytes, last in the file: the hash of all bytes before them |
+//! | `sha256` | the last 32 bytes of the file: the hash of all bytes before them |
 //!
-//! Step, configuration, random state, data cursor and the text's hash are JSON in the file's metadata.
+//! The metadata of the file is JSON: step, configuration, state of the random generator, data cursor, and hash of the text.
 
 use crate::config::{name_of, Config};
 use crate::data::Cursor;
@@ -31,18 +31,18 @@ use std::path::{Path, PathBuf};
 
 pub const FILE_NAME: &str = "checkpoint.safetensors";
 
-/// The metadata entry that marks a file as ours. The number changes when old files can no longer be read.
+/// Metadata entry of files of this program. Its number changes if a new version cannot read old files.
 const METADATA_KEY: &str = "candle-fa2-gpt-1";
 
 const SHA256: &str = "sha256";
 const SHA256_BYTES: usize = 32;
 
-/// What a checkpoint knows besides tensors.
+/// The content of a checkpoint besides tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub step: usize,
     pub config: Config,
-    pub vocab_size: usize, // rows of `wte`, padding included
+    pub vocab_size: usize, // rows of `wte`, with padding
     pub text_name: String,
     pub text_sha256: String,
     pub rng: Rng,
@@ -68,7 +68,7 @@ pub fn save(dir: &Path, state: &State, learner: &Learner) -> Result<()> {
     })
 }
 
-/// The head of a safetensors file: its length, and as JSON the state and the place of each tensor.
+/// The header of a safetensors file: its length, then JSON with the state and the place of each tensor.
 fn header(state: &State, tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
     let mut end = 0;
     let mut info = |dtype: Dtype, shape: &[usize], bytes: usize| {
@@ -82,7 +82,7 @@ fn header(state: &State, tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
     infos.push((SHA256.to_string(), info(Dtype::U8, &[SHA256_BYTES], SHA256_BYTES)));
     let metadata = HashMap::from([(METADATA_KEY.to_string(), serde_json::to_string(state)?)]);
     let mut json = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
-    json.resize(json.len().next_multiple_of(8), b' '); // the format wants the tensors aligned
+    json.resize(json.len().next_multiple_of(8), b' '); // safetensors aligns tensors to 8 bytes
     Ok([&(json.len() as u64).to_le_bytes()[..], &json].concat())
 }
 
@@ -102,10 +102,11 @@ fn write(path: &Path, header: &[u8], tensors: &[(String, Tensor)]) -> Result<()>
     Ok(file.commit()?)
 }
 
-/// One tensor after the other, so that no second copy of all of them is in memory.
+/// Writes one tensor at a time, so that memory never holds a second copy of all tensors.
 fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<()> {
     for (_, tensor) in tensors {
-        // Parameters are views of one tensor, and from a GPU Candle fetches all that a view looks at: 0.5 GB for each of 150.
+        // Parameters are views of one tensor. Candle copies the whole tensor of a view from a GPU, here 0.5 GB for each of 150
+        // views. So copy the view on the GPU first.
         let values = tensor.flatten_all()?.force_contiguous()?.to_vec1::<f32>()?;
         let mut bytes = vec![0; size_of_val(values.as_slice())];
         for (bytes, value) in bytes.chunks_exact_mut(4).zip(&values) {
@@ -116,7 +117,7 @@ fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<(
     Ok(())
 }
 
-/// The checkpoint file that `path` means: a run's folder, or the file itself.
+/// The checkpoint file of `path`, which is the folder of a run or the file itself.
 pub fn locate(path: &Path) -> Result<PathBuf> {
     let no_run = |reason: &dyn Display| {
         anyhow!("there is no run in {}: {reason}; give the folder of a run, such as runs/0001", path.display())
@@ -134,15 +135,15 @@ pub fn locate(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Reads the checkpoint `file`, after checking every byte of it.
+/// Reads the checkpoint `file`. Checks the hash of all its bytes first.
 pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
     let bytes = fs::read(file).map_err(|error| anyhow!("cannot read {}: {error}", file.display()))?;
     let refuse = |reason| unusable(file, reason);
-    let damaged = |error| refuse(format!("it is cut short, damaged or no safetensors file ({error})"));
+    let damaged = |error| refuse(format!("it is incomplete, damaged or not a safetensors file ({error})"));
 
     let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
     let state = metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY)).ok_or_else(|| {
-        refuse(format!("it is a safetensors file of something else (no {METADATA_KEY} in its metadata)"))
+        refuse(format!("it is a safetensors file of another program (no {METADATA_KEY} in its metadata)"))
     })?;
     let (body, sha256) = bytes.split_at(bytes.len() - SHA256_BYTES);
     if Sha256::digest(body).as_slice() != sha256 {
@@ -177,14 +178,13 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
     Ok(Checkpoint { state, learner: Learner { parameters, optimizer } })
 }
 
-/// Why the checkpoint `file` cannot be used, and the way out.
+/// The error of a checkpoint `file` that cannot be used.
 pub fn unusable(file: &Path, reason: String) -> anyhow::Error {
     anyhow!("{} cannot be used: {reason}; restore it from a copy or start a new run", file.display())
 }
 
 impl State {
-    /// Checks all fields and reports the first invalid one. The cursor is not checked here, because that needs the text;
-    /// `Batches::at` checks it.
+    /// Checks all fields and reports the first invalid one. `Batches::at` checks the cursor, because that check needs the text.
     fn check(&self) -> Result<(), String> {
         self.config.check()?;
         let Self { step, vocab_size, text_sha256, config, .. } = self;
@@ -205,7 +205,7 @@ impl State {
     }
 }
 
-/// Hashes what it writes.
+/// A writer that also hashes the bytes.
 struct Hashing {
     file: AtomicFile,
     sha256: Sha256,

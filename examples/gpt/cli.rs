@@ -15,10 +15,10 @@ use candle_core::Device;
 use clap::{Arg, Args, Command, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
-/// A GPT that learns to write, attention by candle-fa2
+/// Trains a GPT with attention from candle-fa2
 ///
-/// Without a command it trains: a small model on this repository's own sources and documents, two to three minutes on
-/// two cores, into the next numbered folder of runs/.
+/// Without a command it trains a small model on the sources and documents of this repository. This takes two to three
+/// minutes on two cores. The result is in the next numbered folder of runs/.
 #[derive(Parser)]
 #[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]
 #[command(mut_args(negative_number), mut_subcommands(|command: Command| command.mut_args(negative_number)))]
@@ -31,14 +31,14 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Cmd {
-    /// Train a model; what you get without a command
+    /// Train a model (the default command)
     #[command(after_help = preset_table())]
     Train(Box<TrainArgs>),
-    /// Let a trained model write
+    /// Write text with a trained model
     Sample(SampleArgs),
     /// Measure a trained model's loss on held-out text
     Eval(EvalArgs),
-    /// Measure how fast a model trains here: whole steps on random tokens
+    /// Measure how fast a model trains on this machine, with random tokens
     #[command(after_help = preset_table())]
     Time(Box<TimeArgs>),
 }
@@ -47,7 +47,7 @@ enum Cmd {
 enum DeviceKind {
     /// All cores
     Cpu,
-    /// The first NVIDIA GPU; needs a build with --features cuda
+    /// The first NVIDIA GPU (needs a build with --features cuda)
     Cuda,
 }
 
@@ -70,13 +70,13 @@ impl DeviceKind {
 
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Where the defaults of the options below come from [default: tiny]
+    /// Preset that sets the defaults of the options below [default: tiny]
     #[arg(long)]
     preset: Option<Preset>,
-    /// Text to learn from [default: this repository's .rs, .cu, .cuh and .md files]
+    /// Text to train on [default: this repository's .rs, .cu, .cuh and .md files]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
-    /// Folder of the run: a new one, or an empty one [default: the next of runs/0001, runs/0002, ...]
+    /// Folder of the run, new or empty [default: the next of runs/0001, runs/0002, ...]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Continue the run in DIR from its last checkpoint
@@ -84,8 +84,8 @@ pub struct TrainArgs {
     /// Ctrl-C finishes the current step, saves a checkpoint and stops. Only one process can train in a folder; sample and
     /// eval can read the last checkpoint during training.
     ///
-    /// All options are those of the run. Only three can be given again: --data (if the text has moved; it must be the
-    /// same text), --device, and --steps (a new end, and with it a new schedule).
+    /// A resumed run keeps its options. Only three can be changed: --data (the new path, if the same text has moved),
+    /// --device, and --steps (the new number of steps, which also changes the learning-rate schedule).
     #[arg(long, value_name = "DIR", conflicts_with_all = OPTIONS_OF_A_RUN)]
     resume: Option<PathBuf>,
     /// Device to compute on
@@ -95,7 +95,7 @@ pub struct TrainArgs {
     recipe: RecipeArgs,
 }
 
-/// What `--resume` finds in the checkpoint, and therefore does not take from the command line.
+/// Options that `--resume` reads from the checkpoint. It refuses them on the command line.
 const OPTIONS_OF_A_RUN: [&str; 19] = [
     "preset",
     "out",
@@ -118,62 +118,62 @@ const OPTIONS_OF_A_RUN: [&str; 19] = [
     "checkpoint_interval",
 ];
 
-/// Everything that replaces an ingredient of the preset.
+/// The options that replace fields of the preset.
 #[derive(Args)]
-#[command(next_help_heading = "Recipe (defaults are the preset's)")]
+#[command(next_help_heading = "Recipe (the preset sets the defaults)")]
 struct RecipeArgs {
     /// How text becomes tokens
     #[arg(long)]
     tokenizer: Option<TokenizerKind>,
-    /// Flash, or standard for comparison; none leaves it out
+    /// Kind of attention: flash, or another kind for comparison
     #[arg(long)]
     attention: Option<AttentionKind>,
-    /// Type of the activations; weights and optimizer are f32 always
+    /// Type of the activations; weights and optimizer are always f32
     #[arg(long)]
     dtype: Option<Precision>,
-    /// Optimizer steps
+    /// Number of optimizer steps
     #[arg(long, value_name = "N", value_parser = positive)]
     steps: Option<usize>,
-    /// Tokens that the model sees at once
+    /// Number of tokens that the model sees at once
     #[arg(long, value_name = "N", value_parser = positive)]
     context: Option<usize>,
-    /// Windows of text per batch
+    /// Number of text windows per batch
     #[arg(long, value_name = "N", value_parser = positive)]
     batch: Option<usize>,
-    /// Batches per step, their gradients added up
+    /// Number of batches per step; their gradients are added
     #[arg(long, value_name = "N", value_parser = positive)]
     accumulation: Option<usize>,
     /// Highest learning rate
     #[arg(long, value_name = "RATE", value_parser = above_zero)]
     lr: Option<f64>,
-    /// Learning rate at the end of the cosine [default: a tenth of the highest]
+    /// Learning rate of the last step [default: a tenth of --lr]
     #[arg(long, value_name = "RATE", value_parser = zero_or_above)]
     min_lr: Option<f64>,
-    /// Steps until the highest learning rate is reached [default: the preset's, at most a tenth of the steps]
+    /// Number of steps until the highest learning rate [default: the preset's, at most a tenth of --steps]
     #[arg(long, value_name = "N")]
     warmup: Option<usize>,
-    /// Decoupled weight decay of the matrices
+    /// Decoupled weight decay, of matrices only
     #[arg(long, value_name = "RATE", value_parser = zero_or_above)]
     weight_decay: Option<f64>,
-    /// Decay of the gradient's running mean
+    /// Decay of the running mean of the gradient
     #[arg(long, value_name = "RATE", value_parser = below_one)]
     beta1: Option<f64>,
-    /// Decay of the squared gradient's running mean
+    /// Decay of the running mean of the squared gradient
     #[arg(long, value_name = "RATE", value_parser = below_one)]
     beta2: Option<f64>,
-    /// Largest global norm of the gradient; above, it is scaled down
+    /// Largest global norm of the gradient; a larger gradient is scaled down to it
     #[arg(long, value_name = "NORM", value_parser = above_zero)]
     clip: Option<f64>,
-    /// Seed of everything random
+    /// Seed of all random numbers
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Steps between evaluations; each one also redraws loss.svg
+    /// Number of steps between evaluations; each evaluation also redraws loss.svg
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_interval: Option<usize>,
-    /// Held-out windows per evaluation
+    /// Number of held-out windows per evaluation
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_windows: Option<usize>,
-    /// Steps between checkpoints; Ctrl-C saves one too [default: the evaluation interval]
+    /// Number of steps between checkpoints; Ctrl-C saves one too [default: --eval-interval]
     #[arg(long, value_name = "N", value_parser = positive)]
     checkpoint_interval: Option<usize>,
 }
@@ -195,7 +195,7 @@ impl TrainArgs {
             files::check_free(dir)?;
         }
         sizes::check_training(&config, sizes::memory_of(&device))?;
-        // A checkpoint of any other recipe could not be read again.
+        // A checkpoint is loaded only if its configuration passes this check. So check before training.
         config.check().map_err(anyhow::Error::msg)?;
         // Check all input before the folder is created, so that a refused run leaves no folder.
         let mut run = Run::new(config, device)?;
@@ -234,15 +234,11 @@ impl RecipeArgs {
             ..preset
         };
         if config.warmup >= config.steps {
-            bail!(
-                "--warmup {} leaves none of the {} steps for training at full rate; give fewer, or more --steps",
-                config.warmup,
-                config.steps
-            );
+            bail!("--warmup {} must be below --steps {}; lower --warmup or raise --steps", config.warmup, config.steps);
         }
         if config.min_lr > config.lr {
             bail!(
-                "--min-lr {} is above --lr {}; the schedule falls from the one to the other",
+                "--min-lr {} is above --lr {}, but the learning rate falls from --lr to --min-lr; lower --min-lr",
                 config.min_lr,
                 config.lr
             );
@@ -253,13 +249,13 @@ impl RecipeArgs {
 
 #[derive(Args)]
 struct TrainedArgs {
-    /// Folder of a run, or its checkpoint file [default: the newest of runs/]
+    /// Folder of a run, or its checkpoint file [default: the newest run in runs/]
     #[arg(long, value_name = "DIR")]
     checkpoint: Option<PathBuf>,
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
-    /// Flash, or standard for comparison; none only where it was trained so [default: as trained]
+    /// Kind of attention; none only if the model was trained with none [default: as in training]
     #[arg(long)]
     attention: Option<AttentionKind>,
 }
@@ -281,16 +277,16 @@ struct SampleArgs {
     /// Text to continue
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true)]
     prompt: String,
-    /// Tokens to write
+    /// Number of tokens to write
     #[arg(long, value_name = "N", default_value_t = Sampling::default().tokens, value_parser = positive)]
     tokens: usize,
-    /// Below 1 bolder becomes rarer; 0 takes the likeliest token always
+    /// Lower values make unlikely tokens rarer; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = Sampling::default().temperature, value_parser = zero_or_above)]
     temperature: f64,
-    /// Draw from the K likeliest tokens
+    /// Draw from the K most likely tokens
     #[arg(long, value_name = "K", default_value_t = Sampling::default().top_k, value_parser = positive)]
     top_k: usize,
-    /// Seed of the draws
+    /// Seed of the random draws
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 }
@@ -299,47 +295,47 @@ struct SampleArgs {
 struct EvalArgs {
     #[command(flatten)]
     trained: TrainedArgs,
-    /// Another text, all of it [default: the held-out part of the text the model was trained on]
+    /// Text to evaluate on, as a whole [default: the held-out part of the training text]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
 }
 
 #[derive(Args)]
 struct TimeArgs {
-    /// Where the defaults of the recipe come from; one batch per step unless --accumulation says otherwise
+    /// Preset that sets the defaults of the recipe, except for --accumulation
     #[arg(long, default_value = "tiny")]
     preset: Preset,
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
-    /// Flash, standard for comparison, or none: about what the rest costs
+    /// Kind of attention: flash, another kind for comparison, or none to measure the rest of the model
     #[arg(long)]
     attention: Option<AttentionKind>,
-    /// Type of the activations; weights and optimizer are f32 always
+    /// Type of the activations; weights and optimizer are always f32
     #[arg(long)]
     dtype: Option<Precision>,
-    /// Tokens that the model sees at once
+    /// Number of tokens that the model sees at once
     #[arg(long, value_name = "N", value_parser = positive)]
     context: Option<usize>,
-    /// Windows per batch
+    /// Number of windows per batch
     #[arg(long, value_name = "N", value_parser = positive)]
     batch: Option<usize>,
-    /// Batches per step
+    /// Number of batches per step
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 1)]
     accumulation: usize,
-    /// Steps to time
+    /// Number of timed steps
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 10)]
     steps: usize,
-    /// Steps before them that warm up
+    /// Number of steps before the timed steps, to warm up
     #[arg(long, value_name = "N", default_value_t = 4)]
     warmup: usize,
-    /// The device's peak that MFU is a share of [default: the data sheet's for bf16, for GPUs that are known]
+    /// Peak of the device, to compute MFU [default: the bf16 peak in the data sheet, for known GPUs]
     #[arg(long, value_name = "TFLOPS", value_parser = above_zero)]
     peak: Option<f64>,
-    /// Say where the time of a step goes
+    /// Print where the time of a step goes
     #[arg(long)]
     profile: bool,
-    /// Add a row to this file
+    /// Append the result as a row to this file
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
 }
@@ -383,14 +379,14 @@ impl Cli {
     }
 }
 
-/// Accepts a negative number as the value of an option. Then the rule of the option refuses it, and the error states the
-/// rule.
+/// Lets clap accept a negative number as the value of an option. Then the value parser of the option refuses the number, and
+/// its error states the rule.
 fn negative_number(arg: Arg) -> Arg {
     let takes_value = arg.get_action().takes_values();
     arg.allow_negative_numbers(takes_value)
 }
 
-/// The presets side by side, for `--help`.
+/// A table of the presets, for `--help`.
 fn preset_table() -> String {
     let mut table = format!(
         "Presets:\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
@@ -415,7 +411,7 @@ fn preset_table() -> String {
     table
 }
 
-/// A run may be resumed from another folder, so its text is remembered by its whole path.
+/// An absolute path. A run stores this path of its text, because it may be resumed from another folder.
 fn absolute(path: Option<PathBuf>) -> Result<Option<PathBuf>> {
     path.map(|path| {
         std::path::absolute(&path).map_err(|error| anyhow!("--data {} is not a path: {error}", path.display()))

@@ -1,6 +1,6 @@
-//! What a run is: text, model and training in one value, kept whole in every checkpoint.
+//! The configuration of a run: text, model and training. Every checkpoint contains all of it.
 //!
-//! A preset is a recipe; each command-line option replaces one ingredient.
+//! A preset is a complete configuration. Each command-line option replaces one field.
 
 use crate::tokenizer::TokenizerKind;
 use candle_core::DType;
@@ -28,11 +28,11 @@ pub enum Preset {
 pub enum AttentionKind {
     /// candle-fa2: the scores are never stored
     Flash,
-    /// matmul, softmax, matmul: Candle's operators with Candle's gradients
+    /// matmul, softmax, matmul: Candle's operators and Candle's gradients
     Standard,
-    /// The same with the fused softmax, and its gradient by hand
+    /// As standard, with the fused softmax and a hand-written gradient of it
     StandardFused,
-    /// Left out: q + k + v in its place, some passes over memory of its own; about what the rest costs
+    /// No attention, to measure the cost of the rest: q + k + v, which adds a few passes over memory
     None,
 }
 
@@ -44,7 +44,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// As the option is written.
+/// The name of a value on the command line.
 pub fn name_of(value: impl ValueEnum) -> String {
     value.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
 }
@@ -183,8 +183,8 @@ impl Config {
         }
     }
 
-    // The GPT-3 paper's table of model sizes: half a million tokens per step (a million for the largest), warm-up over
-    // 375 million tokens, and the learning rate of each size. 20,000 steps are ten billion tokens.
+    // Sizes and learning rates are from the table of models in the GPT-3 paper. A step has half a million tokens, or a
+    // million for the largest model. Warm-up takes 375 million tokens. 20,000 steps are ten billion tokens.
     fn gpt_124m() -> Self {
         Self {
             tokenizer: TokenizerKind::Gpt2,
@@ -233,8 +233,8 @@ impl Config {
     }
 }
 
-/// A path in JSON. A Unicode path is a string. Any other path is stored as the operating system's raw units, so it is
-/// restored exactly.
+/// A path in JSON. A Unicode path is a string. Any other path is stored as the raw units of the operating system, so that it
+/// is restored exactly.
 mod any_path {
     use super::{Deserialize, PathBuf, Serialize};
     use serde::{Deserializer, Serializer};

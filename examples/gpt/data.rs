@@ -1,4 +1,4 @@
-//! The text: read, hashed, split into a training and a held-out part, and cut into batches.
+//! Reads the text, hashes it, splits it into a training part and a held-out part, and cuts it into batches.
 
 use crate::config::Config;
 use crate::files::repository;
@@ -14,16 +14,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The repository's own sources and documents, the text when no other is named.
+/// File types of the default text: the sources and documents of this repository.
 const EXTENSIONS: [&str; 4] = ["rs", "cu", "cuh", "md"];
 
-/// One part in `HELD_OUT` of the tokens, at the end of the text, is never trained on.
+/// The last `1 / HELD_OUT` of the tokens is held out: it is never used for training.
 const HELD_OUT: usize = 10;
 
-/// The copy of the default text that a run keeps, for the repository changes while it is worked on.
+/// Name of a run's copy of the default text. The run keeps a copy, because the repository changes.
 pub const KEPT_FILE_NAME: &str = "corpus.txt";
 
-/// How the text of the run in `dir` can be given again, after it was not found where it was.
+/// Advice for an error: how to give the text of the run in `dir` again, after the text moved or changed.
 pub fn way_to_text(dir: &Path) -> String {
     let kept = dir.join(KEPT_FILE_NAME);
     match kept.is_file() {
@@ -58,7 +58,7 @@ impl Text {
     }
 }
 
-/// All sources and documents under `root`, sorted by path, one after the other.
+/// All sources and documents under `root`, sorted by path and concatenated.
 fn read_repository(root: &Path) -> Result<Vec<u8>> {
     if !root.join("Cargo.toml").is_file() {
         bail!(
@@ -81,7 +81,7 @@ fn read_repository(root: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What git tracks; without git (a source archive, say) what lies in the folders.
+/// The text files that git tracks. Without git, for example in a source archive, the text files in all folders.
 pub fn repository_files(root: &Path) -> Result<BTreeSet<PathBuf>> {
     let listed = Command::new("git").arg("-C").arg(root).args(["ls-files", "-z"]).output();
     let tracked = match listed {
@@ -120,12 +120,12 @@ fn is_text(path: &Path) -> bool {
     path.extension().is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known))
 }
 
-/// Folders without sources of ours: what cargo builds, what runs write, and hidden ones.
+/// Whether `folder` has no sources of this repository: the folder of cargo's builds, the folder of runs, hidden folders.
 fn is_ignored(folder: &OsStr) -> bool {
     folder.as_encoded_bytes().starts_with(b".") || folder == "target" || folder == "runs"
 }
 
-/// A text in tokens, split.
+/// The tokens of a text, split into training and held-out part.
 pub struct Corpus {
     pub name: String,
     pub sha256: String,
@@ -138,7 +138,7 @@ impl Corpus {
         let mut train = tokenizer.encode(&text.bytes, &text.name)?;
         let total = train.len();
         let held_out = train.split_off(total - total / HELD_OUT);
-        // A window is `context` tokens and, one further, their targets.
+        // A window has `context` tokens. Its targets are one token further, so it needs `context + 1` tokens.
         if held_out.len() <= context {
             let way_out = match (total / HELD_OUT).saturating_sub(1) {
                 0 => "give a longer text".to_string(),
@@ -155,7 +155,7 @@ impl Corpus {
     }
 }
 
-/// Windows of `tokens` that start at `starts`, and their targets, one token further: u32, both (starts, context).
+/// Windows of `tokens` that begin at `starts`, and their targets, one token further. Both are u32 (starts, context).
 pub fn windows(
     tokens: &[u32],
     starts: &[usize],
@@ -170,17 +170,17 @@ pub fn windows(
     Ok((gather(0)?, gather(1)?))
 }
 
-/// Starts of the windows that lie end to end in `tokens`.
+/// Starts of consecutive windows in a text of `tokens` tokens. The first window begins at `first`.
 pub fn window_starts(tokens: usize, context: usize, first: usize) -> Vec<usize> {
     (first..tokens - context).step_by(context).collect()
 }
 
-/// Where the batches are in the training text. Small, so that a checkpoint can hold it: the order of an epoch follows
-/// from its seed.
+/// The position of the batches in the training text, for a checkpoint. It is small, because the seed of an epoch determines
+/// the order of its windows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cursor {
     epoch_seed: u64,
-    /// Windows of this epoch that have been used.
+    /// Number of windows of this epoch that have been used.
     used: usize,
 }
 

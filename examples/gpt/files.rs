@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-/// The repository: where cargo says it is, else the current folder.
+/// The folder of the repository: the folder that cargo sets, or the current folder without cargo.
 pub fn repository() -> PathBuf {
     let root = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from).unwrap_or_else(|| PathBuf::from("."));
     match std::env::current_dir() {
@@ -26,14 +26,14 @@ pub fn fresh_folder(runs: &Path) -> Result<PathBuf> {
     let last = numbers(runs).last().map_or(0, |&last| u64::from(last));
     for number in last + 1.. {
         let dir = runs.join(format!("{number:04}"));
-        // Creating is also claiming: of two runs that start at once only one succeeds, the other takes the next number.
+        // If two runs start at the same time, only one of them can create this folder. The other takes the next number.
         match fs::create_dir(&dir) {
             Ok(()) => return Ok(dir),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
             Err(error) => bail!("cannot create the folder {}: {error}", dir.display()),
         }
     }
-    unreachable!("numbers do not end")
+    unreachable!("the range has no end")
 }
 
 /// The folder of the newest numbered run that has a checkpoint called `name`.
@@ -48,7 +48,7 @@ pub fn newest_run(runs: &Path, name: &str) -> Result<PathBuf> {
         })
 }
 
-/// The numbers of the folders in `runs`, ascending. Names such as a time stamp are no numbers of runs.
+/// The numbers of the folders in `runs`, ascending. Ignores other names, for example time stamps.
 fn numbers(runs: &Path) -> Vec<u32> {
     let Ok(entries) = fs::read_dir(runs) else { return Vec::new() };
     let number = |name: &str| name.parse().ok().filter(|number: &u32| *name == format!("{number:04}"));
@@ -57,7 +57,7 @@ fn numbers(runs: &Path) -> Vec<u32> {
     numbers
 }
 
-/// Checks that `dir` can be the folder of a new run: it does not exist, or is empty. Creates nothing.
+/// Checks that `dir` can be the folder of a new run: it does not exist, or it is empty. Creates nothing.
 pub fn check_free(dir: &Path) -> Result<()> {
     match fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -84,7 +84,7 @@ pub fn check_free(dir: &Path) -> Result<()> {
 pub struct RunFolder {
     dir: PathBuf,
     lock: Lock,
-    _created: CreatedFolders, // dropped after `lock`: the lock file is in this folder
+    _created: CreatedFolders, // dropped after `lock`, because the lock file is in this folder
 }
 
 impl RunFolder {
@@ -181,7 +181,7 @@ impl Lock {
     fn take(dir: &Path) -> Result<Self> {
         let path = dir.join(LOCK_NAME);
         let id = std::process::id().to_string();
-        // A lock file is a file of its own and holds at most the ID of a process. Anything else is the user's.
+        // A lock file is a regular file that holds at most the ID of a process. Any other file belongs to the user.
         let not_ours = || anyhow!("{} is no lock file of this program; move it away", path.display());
         if fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink()) {
             return Err(not_ours());
@@ -230,7 +230,7 @@ impl Lock {
         }
     }
 
-    /// Whether `path` names the file that is locked. These systems do not remove an open file, and may not let it be read.
+    /// Whether `path` names the file that is locked. These systems do not remove an open file, and may refuse to read it.
     #[cfg(not(unix))]
     fn is_in_place(&self) -> bool {
         self.path.exists()
@@ -240,7 +240,7 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         if self.is_in_place() {
-            let _ = fs::remove_file(&self.path); // a lock file left on disk is harmless: it is not locked
+            let _ = fs::remove_file(&self.path); // a remaining lock file is harmless, because it is not locked
         }
     }
 }
@@ -273,7 +273,7 @@ impl CannotWrite {
 /// replaces the old file.
 pub struct AtomicFile {
     path: PathBuf,
-    file: BufWriter<File>, // dropped before `temporary`: some systems cannot remove an open file
+    file: BufWriter<File>, // dropped before `temporary`, because some systems cannot remove an open file
     temporary: Temporary,
 }
 
@@ -334,7 +334,7 @@ impl Write for AtomicFile {
     }
 }
 
-/// Syncs the folder of `path`. Only then a rename in it is on the disk.
+/// Syncs the folder of `path`. Without this, a rename in the folder may not be on the disk.
 #[cfg(unix)]
 fn sync_folder(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

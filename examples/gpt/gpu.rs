@@ -1,5 +1,5 @@
-//! What the example asks of a GPU beyond Candle's operators, through the cudarc that Candle exports: its name, events, and
-//! the memory pool that Candle allocates from.
+//! GPU functions that Candle does not offer: the device name, events, and the memory pool of Candle's allocations. They use
+//! the cudarc that Candle exports.
 
 use anyhow::Result;
 use candle_core::backend::BackendDevice;
@@ -11,14 +11,14 @@ use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUmemoryPool, CUresu
 use candle_core::cuda::cudarc::driver::{result, CudaEvent, DriverError};
 use candle_core::CudaDevice;
 
-/// The first GPU, set up for one thread that trains on it.
+/// The first GPU, set up for training on one thread.
 pub fn open() -> candle_core::Result<CudaDevice> {
     let device = CudaDevice::new(0)?;
-    // SAFETY: events order the uses of a tensor by several streams, and its freeing behind them. All tensors of this
-    // program are made, used and freed by one thread on the one stream of `device`, which is in order by itself.
+    // SAFETY: Candle's events order the uses of a tensor on several streams, and its release after them. This program
+    // allocates, uses and frees all tensors on one thread and one stream, and a stream runs its work in order.
     unsafe { device.disable_event_tracking() };
-    // What is freed stays with the pool. Otherwise it goes back to the driver at each synchronisation, and the next step
-    // maps all of its memory anew.
+    // The pool keeps freed memory. Otherwise each synchronisation returns it to the driver, and the next step must map all
+    // of its memory again.
     MemoryPool::of(&device)
         .and_then(|pool| pool.map_or(Ok(()), |pool| pool.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)))
         .map_err(|error| candle_core::Error::Msg(format!("its memory pool: {error}")))?;
@@ -29,16 +29,16 @@ pub fn name(device: &CudaDevice) -> Result<String> {
     Ok(device.cuda_stream().context().name()?)
 }
 
-/// An event, with a time, behind all work that is queued.
+/// Records an event with a time, after all work queued so far.
 pub fn event(device: &CudaDevice) -> Result<CudaEvent> {
     Ok(device.cuda_stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
 }
 
-/// The pool that Candle's allocations come from.
+/// The memory pool that Candle allocates from.
 pub struct MemoryPool(CUmemoryPool);
 
 impl MemoryPool {
-    /// Nothing on a GPU that has no pools, as some virtual ones have none: there Candle allocates without.
+    /// The pool of `device`. `None` if the GPU has no pools, as on some virtual GPUs; then Candle allocates without a pool.
     pub fn of(device: &CudaDevice) -> Result<Option<Self>> {
         let stream = device.cuda_stream();
         let context = stream.context();
@@ -53,14 +53,14 @@ impl MemoryPool {
         }
     }
 
-    /// The most bytes that were in use at once since the last [`Self::reset_peak`].
+    /// The largest number of bytes in use at once since the last [`Self::reset_peak`].
     pub fn peak_bytes(&self) -> Result<u64> {
         self.get(CU_MEMPOOL_ATTR_USED_MEM_HIGH)
     }
 
-    /// From here on, a new peak.
+    /// Sets the peak to the bytes in use now.
     pub fn reset_peak(&self) -> Result<()> {
-        self.set(CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0) // the driver takes no other number: the peak becomes what is in use
+        self.set(CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0) // 0 is the only value that the driver accepts here
     }
 
     /// Bytes in use.
@@ -70,14 +70,13 @@ impl MemoryPool {
 
     fn get(&self, attribute: Attribute) -> Result<u64> {
         let mut value = 0u64;
-        // SAFETY: the pool is the device's own, which outlives the process's use of it, and the attributes that are asked for
-        // here are u64.
+        // SAFETY: the pool belongs to the device and outlives the process's use of it. The attributes read here are u64.
         unsafe { result::mem_pool::get_attribute(self.0, attribute, (&raw mut value).cast())? };
         Ok(value)
     }
 
     fn set(&self, attribute: Attribute, mut value: u64) -> Result<()> {
-        // SAFETY: the pool is the device's own, and the attributes that are set here are u64.
+        // SAFETY: the pool belongs to the device. The attributes set here are u64.
         unsafe { result::mem_pool::set_attribute(self.0, attribute, (&raw mut value).cast())? };
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What learns, and one step of it: the same for a run and for a measurement.
+//! The trained state, and one training step. Training and `gpt time` use the same step.
 
 use crate::config::Config;
 use crate::model::Gpt;
@@ -16,11 +16,11 @@ pub struct Learner {
     pub optimizer: AdamW,
 }
 
-/// What a step will have to say of itself. A GPU may still be at it: whoever reads the numbers waits.
+/// The result of a step. A GPU may still be computing it, so [`Outcome::read`] waits.
 pub struct Outcome {
     pub step: usize,
     pub lr: f64,
-    train_loss: Tensor, // f32 (), of the step's batches, before its update
+    train_loss: Tensor, // f32 (), on the batches of the step, before its update
     grad_norm: Tensor,  // f32 (), before clipping
 }
 
@@ -28,8 +28,8 @@ pub struct Outcome {
 pub type Numbers = (f32, f32);
 
 impl Outcome {
-    /// The numbers of each of `outcomes`, waited for at once, up to the first that is not finite; and the error
-    /// that this one is, if there is one.
+    /// Waits once for all `outcomes` and returns their numbers. If one is not finite, returns the numbers before it, and the
+    /// error.
     pub fn read(outcomes: &[Self]) -> Result<(Vec<Numbers>, Result<()>)> {
         if outcomes.is_empty() {
             return Ok((Vec::new(), Ok(())));
@@ -44,13 +44,13 @@ impl Outcome {
         let (train_loss, grad_norm) = pairs[first];
         pairs.truncate(first);
         let what = format!("the loss is {train_loss} and the norm of its gradient {grad_norm}");
-        Ok((pairs, Err(come_apart(outcomes[first].step, &what))))
+        Ok((pairs, Err(diverged(outcomes[first].step, &what))))
     }
 }
 
-/// Training that cannot go on after `step`: `what` is not finite.
-pub fn come_apart(step: usize, what: &str) -> anyhow::Error {
-    anyhow!("step {step}: {what}; the last checkpoint is from before; a smaller --lr or a longer --warmup may help")
+/// The error of a step with a non-finite number. `what` names the number.
+pub fn diverged(step: usize, what: &str) -> anyhow::Error {
+    anyhow!("step {step}: {what}; the last checkpoint is older; a smaller --lr or a longer --warmup may help")
 }
 
 impl Learner {
@@ -59,12 +59,12 @@ impl Learner {
         Ok(Self { parameters, optimizer })
     }
 
-    /// The parameters as they are now, in the type that the model computes in.
+    /// The current parameters, in the type that the model computes in.
     pub fn weights(&self, config: &Config) -> Result<Named> {
         self.parameters.to_dtype(config.precision.dtype())?.named()
     }
 
-    /// One optimizer step on the mean loss over `batches`; `step` counts from 1.
+    /// One optimizer step on the mean loss over `batches`. `step` counts from 1.
     pub fn step(&mut self, config: &Config, step: usize, batches: &[Batch]) -> Result<Outcome> {
         profile::phase("weights")?;
         let model = Gpt::new(config, &self.weights(config)?)?;
@@ -80,7 +80,7 @@ impl Learner {
     }
 }
 
-/// Mean loss over `batches`, and its gradient by parameter: f32.
+/// Mean loss over `batches`, and its gradient for each parameter: f32.
 pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, Named)> {
     let mut losses = Vec::new();
     for (tokens, targets) in batches {

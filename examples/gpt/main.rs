@@ -1,34 +1,34 @@
-//! A GPT that trains with candle-fa2, from text to sample, each file to be read in one sitting.
+//! Trains a GPT with attention from candle-fa2, and samples text from it. Every file is short enough to read in one sitting.
 //!
 //! ```text
 //! cargo run --release --example gpt                               train the tiny model on this repository
-//! cargo run --release --example gpt -- train --data book.txt      ... on a text of yours
-//! cargo run --release --example gpt -- sample --prompt "fn "      let the newest run write
-//! cargo run --release --example gpt -- eval                       its loss on held-out text
+//! cargo run --release --example gpt -- train --data book.txt      train on your own text
+//! cargo run --release --example gpt -- sample --prompt "fn "      sample text from the newest run
+//! cargo run --release --example gpt -- eval                       measure its loss on held-out text
 //! cargo run --release --example gpt -- train --resume runs/0001   resume after Ctrl-C or a crash
-//! cargo run --release --example gpt -- time --preset 124m         how fast a preset trains here, without a text
+//! cargo run --release --example gpt -- time --preset 124m         measure how fast a preset trains here
 //!
 //! cargo run --release --features cuda --example gpt -- train --preset 124m --device cuda --dtype bf16 --batch 16 \
 //!     --accumulation 1 --steps 300 --eval-interval 50 --data book.txt         GPT-2 small on an NVIDIA GPU
 //! ```
 //!
-//! | file | what it holds |
+//! | file | content |
 //! | --- | --- |
-//! | `config.rs` | a run as a recipe, and the presets |
-//! | `model.rs` | GPT-2, with the attention call in plain sight |
-//! | `ops.rs` | what the model is made of besides attention, with gradients by hand |
-//! | `train.rs`, `learner.rs` | the loop, and one step of it |
-//! | `parameters.rs`, `optimizer.rs` | all parameters at once; AdamW, schedule, clipping |
+//! | `config.rs` | the configuration of a run, and the presets |
+//! | `model.rs` | GPT-2, with the attention call |
+//! | `ops.rs` | the other operators of the model, with hand-written gradients |
+//! | `train.rs`, `learner.rs` | the training loop; one training step |
+//! | `parameters.rs`, `optimizer.rs` | all parameters in two tensors; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
-//! | `sample.rs` | a trained model's text and loss |
-//! | `checkpoint.rs`, `files.rs` | checkpoints; the run's folder, its lock, atomic writes |
+//! | `sample.rs` | sampling from a trained model, and its loss on a text |
+//! | `checkpoint.rs`, `files.rs` | checkpoints; the folder of a run, its lock, atomic writes |
 //! | `stop.rs` | Ctrl-C and SIGTERM |
 //! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | metrics, loss curve, progress, printing |
-//! | `time.rs`, `profile.rs` | speed, and where the time goes |
-//! | `gpu.rs`, `blas.rs` | what is asked of a GPU beyond Candle's operators |
-//! | `sizes.rs` | how much memory a recipe needs at least |
-//! | `rng.rs` | all randomness |
-//! | `cli.rs` | options |
+//! | `time.rs`, `profile.rs` | speed; the time of each part of a step |
+//! | `gpu.rs`, `blas.rs` | GPU functions that Candle does not offer |
+//! | `sizes.rs` | a lower bound of the memory that a recipe needs |
+//! | `rng.rs` | all random numbers |
+//! | `cli.rs` | the command line |
 
 #[cfg(feature = "cuda")]
 mod blas;
@@ -77,7 +77,7 @@ fn exit_code(result: Result<()>) -> u8 {
         return stop::exit_code(stopped.signal);
     }
     let error = match error.downcast::<clap::Error>() {
-        // Help arrives as an error too; clap prints it on stdout.
+        // clap returns help as an error too, and prints it on stdout.
         Ok(usage) => match output::check_written(usage.print()) {
             Err(error) if !usage.use_stderr() => error,
             _ => return usage.exit_code() as u8,
@@ -88,7 +88,7 @@ fn exit_code(result: Result<()>) -> u8 {
     1
 }
 
-/// The whole program, given its command line.
+/// Runs the program with a command line.
 fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     cli::Cli::try_parse_from(args)?.run()
 }

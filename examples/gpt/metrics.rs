@@ -1,4 +1,4 @@
-//! metrics.csv: one row per step, in order. Steps are missing only if their rows were lost before a resume.
+//! metrics.csv: one row per step, in order. A step is missing only if its row was lost before a resume.
 
 use crate::files::{write_atomically, CannotWrite};
 use crate::output;
@@ -9,20 +9,20 @@ use std::path::{Path, PathBuf};
 
 pub const FILE_NAME: &str = "metrics.csv";
 
-/// Losses are means in nats per token. Each number is written with the digits that give its bits back.
+/// Losses are means in nats per token. Each number is written with enough digits to restore its bits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Counts from 1.
     pub step: usize,
-    /// Of the step's batch, before its update.
+    /// Loss on the batch of the step, before its update.
     pub train_loss: f32,
-    /// On held-out text, after the update; empty where it was not evaluated.
+    /// Loss on held-out text, after the update. Empty if the step was not evaluated.
     pub val_loss: Option<f32>,
     pub lr: f64,
-    /// Of the gradient before clipping.
+    /// Norm of the gradient before clipping.
     pub grad_norm: f32,
-    /// Evaluation and checkpoint left out; on a GPU the mean over the steps that were read with this one. The one column
-    /// that a clock decides.
+    /// Without the time of evaluations and checkpoints. On a GPU it is the mean over the steps that the host waited for
+    /// together. It is the only column that depends on a clock.
     pub tokens_per_s: u64,
 }
 
@@ -40,8 +40,8 @@ impl Metrics {
         Self::rewrite(dir.join(FILE_NAME), Vec::new())
     }
 
-    /// Continues after `step`. Later rows are dropped, because those steps run again. Training does not need old rows, so
-    /// missing rows are not an error.
+    /// Continues after `step`. Drops later rows, because those steps run again. Missing rows are not an error, because
+    /// training does not need them.
     pub fn resume(dir: &Path, step: usize) -> Result<Self> {
         let path = dir.join(FILE_NAME);
         let rows = match path.try_exists() {
@@ -65,8 +65,8 @@ impl Metrics {
         Self::rewrite(path, rows)
     }
 
-    /// The last row in the file may have been cut when the process ended. So the file is rewritten, and new rows are
-    /// appended to that.
+    /// Rewrites the file, because its last row may be incomplete if the process was killed. New rows are appended to the new
+    /// file.
     fn rewrite(path: PathBuf, rows: Vec<Row>) -> Result<Self> {
         let mut table = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
         table.write_record(COLUMNS)?;
@@ -85,7 +85,7 @@ impl Metrics {
         Ok(())
     }
 
-    /// Puts the rows on the disk. A checkpoint relies on the rows before it.
+    /// Syncs the rows to the disk. Call this before a checkpoint, so that no row before it can be lost.
     pub fn sync(&self) -> Result<()> {
         self.writer.get_ref().sync_all().map_err(|error| self.failed(error))
     }
@@ -99,14 +99,14 @@ impl Metrics {
     }
 }
 
-/// The rows of `path` up to step `last`. May be fewer.
+/// Reads the rows of `path` up to step `last`. Rows may be missing.
 pub fn read(path: &Path, last: usize) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
     let heading = COLUMNS.join(",");
     if !heading.starts_with(text.lines().next().unwrap_or("").trim_start_matches('\u{feff}')) {
         bail!("{} is damaged: its first line is not {heading}", path.display());
     }
-    // A last line without a newline is incomplete; ignore it.
+    // Ignore a last line without a newline, because it is incomplete.
     let whole_lines = text.rfind('\n').map_or(0, |end| end + 1);
     let mut rows: Vec<Row> = Vec::new();
     for row in csv::Reader::from_reader(&text.as_bytes()[..whole_lines]).into_deserialize() {

@@ -1,10 +1,10 @@
-//! GPT-2: learned positions, pre-norm blocks, GELU, and a head that shares the token embedding.
+//! GPT-2: learned positions, pre-norm blocks, GELU, and an output head that shares the token embedding.
 //!
-//! Parameters have GPT-2's names and layout (weights of linear layers are (inputs, outputs)). They are f32 always; a model
-//! is made over a copy of them in the type it computes in.
+//! Parameters have GPT-2's names and layout; weights of linear layers are (inputs, outputs). Parameters are always f32. A
+//! model holds a copy of them in the type that it computes in.
 //!
-//! Several of Candle's fused operators return a detached result, through which no gradient flows: `softmax_last_dim`,
-//! `layer_norm`. What `ops.rs` makes of them has its gradient by hand, and `check_gradients` sees to it.
+//! Some of Candle's fused operators, such as `softmax_last_dim` and `layer_norm`, return a detached result, so no gradient
+//! flows through them. `ops.rs` wraps them with hand-written gradients. `check_gradients` finds a parameter without one.
 
 use crate::config::{AttentionKind, Config};
 use crate::ops::{self, LayerNorm, Linear, Weight};
@@ -29,7 +29,7 @@ enum Init {
 /// Name, shape and initial values of every parameter of the model.
 fn parameter_table(config: &Config, vocab_size: usize) -> Vec<(String, Vec<usize>, Init)> {
     let c = config.embed_dim;
-    // Each block adds twice to the residual stream; this keeps the sum's variance independent of the depth.
+    // Each block adds to the residual stream twice. This factor keeps the variance of the sum independent of the depth.
     let residual = INIT_STD / ((2 * config.num_layers) as f32).sqrt();
     let mut table = vec![
         ("wte".to_string(), vec![vocab_size, c], Init::Normal(INIT_STD)),
@@ -61,7 +61,7 @@ pub fn parameter_shapes(config: &Config, vocab_size: usize) -> BTreeMap<String, 
     parameter_table(config, vocab_size).into_iter().map(|(name, shape, _)| (name, shape)).collect()
 }
 
-/// Fresh parameters, drawn from `rng`.
+/// New parameters, drawn from `rng`.
 pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device: &Device) -> Result<Named> {
     let mut parameters = Named::new();
     for (name, shape, init) in parameter_table(config, vocab_size) {
@@ -85,7 +85,7 @@ struct Block {
     mlp_proj: Linear,
 }
 
-/// Makes layers of parameters, and remembers which weight is whose.
+/// Builds layers from parameters, and records each weight under its name.
 struct Builder<'a> {
     parameters: &'a Named,
     dtype: DType,
@@ -115,21 +115,21 @@ pub struct Gpt {
     wpe: Weight, // (context, embed_dim)
     blocks: Vec<Block>,
     ln_f: LayerNorm,
-    /// What Candle's graph begins at: a variable where the model learns.
+    /// The leaf of Candle's graph. It is a variable if the model is trained.
     anchor: Tensor,
-    /// By the name of the parameter.
+    /// All weights, by the name of the parameter.
     weights: BTreeMap<String, Weight>,
     config: Config,
 }
 
 impl Gpt {
-    /// A model that learns, over `parameters` as they are now.
+    /// A model for training. It copies the current `parameters`.
     pub fn new(config: &Config, parameters: &Named) -> Result<Self> {
         let anchor = Var::zeros(1, DType::F32, parameters["wte"].device())?;
         Self::over(config, parameters, anchor.into_inner())
     }
 
-    /// The same model without gradients: nothing of a forward pass is kept.
+    /// The same model without gradients. A forward pass keeps nothing for a backward.
     pub fn frozen(config: &Config, parameters: &Named) -> Result<Self> {
         let anchor = Tensor::zeros(1, DType::F32, parameters["wte"].device())?;
         Self::over(config, parameters, anchor)
@@ -162,7 +162,7 @@ impl Gpt {
         self.anchor.device()
     }
 
-    /// What the backwards since the last call gathered for each parameter: f32. One that none of them reached is missing.
+    /// Takes the gradients accumulated since the last call, f32. A parameter that no backward reached is missing.
     pub fn take_gradients(&self) -> Named {
         let gradient = |(name, weight): (&String, &Weight)| Some((name.clone(), weight.take_gradient()?));
         self.weights.iter().filter_map(gradient).collect()
@@ -174,14 +174,14 @@ impl Gpt {
         self.loss_after(&self.hidden(tokens)?, targets)
     }
 
-    /// [`Self::loss`] of what [`Self::hidden`] made of the tokens.
+    /// [`Self::loss`] from the result of [`Self::hidden`].
     pub fn loss_after(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let x = ops::layer_norm(hidden, &self.ln_f)?; // (batch * seqlen, embed_dim)
         profile::phase("loss")?;
         Ok(ops::cross_entropy(&x, &self.wte, &targets.flatten_all()?)?)
     }
 
-    /// Logits of the token that follows `tokens`, one for each row of `wte`, padding included.
+    /// Logits of the token after `tokens`, one for each row of `wte`, also for rows of padding.
     pub fn next_token(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         let x = self.hidden(&Tensor::new(tokens, self.device())?.unsqueeze(0)?)?; // (seqlen, embed_dim)
         let last = x.narrow(0, tokens.len() - 1, 1)?; // (1, embed_dim)
@@ -206,8 +206,8 @@ impl Gpt {
         let mut x = ops::embedding(&self.anchor, tokens, &self.wte, &self.wpe)?; // (batch * seqlen, embed_dim)
         for block in &self.blocks {
             let o = self.attention(block, &ops::layer_norm(&x, &block.ln_1)?, (batch, seqlen), mask.as_ref())?;
-            x = ops::linear_onto(&x, &o, &block.attn_proj)?;
-            x = ops::mlp_onto(&x, &ops::layer_norm(&x, &block.ln_2)?, &block.c_fc, &block.mlp_proj)?;
+            x = ops::linear_add(&x, &o, &block.attn_proj)?;
+            x = ops::mlp_add(&x, &ops::layer_norm(&x, &block.ln_2)?, &block.c_fc, &block.mlp_proj)?;
         }
         Ok(x)
     }
@@ -226,7 +226,7 @@ impl Gpt {
         mask: Option<&Tensor>, // for standard attention
     ) -> Result<Tensor> {
         let num_heads = self.config.num_heads;
-        // The heads of q, then those of k, then those of v.
+        // The heads of q, then the heads of k, then the heads of v.
         let qkv = ops::linear(x, &block.c_attn, (batch, seqlen, 3 * num_heads, self.config.head_dim()))?;
         let _part = profile::part(Part::Attention);
         match (self.config.attention, mask) {
@@ -240,9 +240,10 @@ impl Gpt {
     }
 }
 
-/// Causal attention as the formula says it, for comparison: the scores of all queries and keys are stored.
-/// qkv is (batch, seqlen, 3 * num_heads, head_dim), the result (batch, seqlen, num_heads, head_dim), `mask` that of
-/// [`causal_mask`], and `softmax` takes scores (batch, num_heads, seqlen, seqlen) and the mask.
+/// Standard causal attention, for comparison. It stores the scores of all queries and keys.
+///
+/// qkv is (batch, seqlen, 3 * num_heads, head_dim), and the result is (batch, seqlen, num_heads, head_dim). `mask` is a
+/// [`causal_mask`]. `softmax` takes scores (batch, num_heads, seqlen, seqlen) and the mask.
 fn standard_attention(
     qkv: &Tensor,
     mask: &Tensor,
@@ -258,7 +259,7 @@ fn standard_attention(
     Ok(weights.matmul(&v)?.transpose(1, 2)?.contiguous()?)
 }
 
-/// What is added to scores: minus infinity where the key comes after the query, else 0. (seqlen, seqlen)
+/// A mask to add to scores, (seqlen, seqlen): minus infinity if the key comes after the query, else 0.
 fn causal_mask(seqlen: usize, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
     let position = Tensor::arange(0u32, seqlen as u32, device)?;
     let (query, key) = (position.reshape((seqlen, 1))?, position.reshape((1, seqlen))?);
@@ -267,10 +268,10 @@ fn causal_mask(seqlen: usize, dtype: DType, device: &Device) -> candle_core::Res
     hidden.where_cond(&value(f32::NEG_INFINITY)?, &value(0.0)?)
 }
 
-/// Fails with the names of all parameters whose gradient is missing or all zeros.
+/// Returns an error with the names of all parameters whose gradient is missing or all zeros.
 ///
-/// Call it only on a fresh model, where a zero gradient means a broken graph. Later, a model that fits its text perfectly
-/// has zero gradients.
+/// Call it only on a new model, where a zero gradient means a broken graph. A trained model that fits its text perfectly
+/// has zero gradients too.
 pub fn check_gradients<'a>(names: impl IntoIterator<Item = &'a String>, gradients: &Named) -> Result<()> {
     let mut without = Vec::new();
     let mut all = 0;

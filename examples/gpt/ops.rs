@@ -1,13 +1,15 @@
-//! Operators of the model with a gradient by hand: few passes over memory, and these over whole, contiguous tensors.
+//! Operators of the model with hand-written gradients. They make few passes over memory, over whole contiguous tensors.
 //!
-//! On a GPU, time is bytes. Candle's autograd takes a layer norm or a GELU apart into a dozen operators, each with a gradient
-//! of its own, several of them over broadcast operands, whose index is computed by division for each number: 5 to 10
-//! times as slow as a plain pass. Every tensor with a gradient costs two more passes, since Candle adds what comes back to
-//! zeros. So each operator here is one node of the graph. Its value comes from Candle's own operators on detached tensors,
-//! fused ones where Candle has them, and a closure computes the gradient of its input. In bf16 on a GPU the products take
-//! bias, residual and GELU along (`blas.rs`).
+//! On a GPU these operators are limited by memory traffic. Candle's autograd splits a layer norm or a GELU into a dozen
+//! operators, each with its own gradient. Several of them read broadcast operands. For these, Candle computes an index by
+//! division for each element, 5 to 10 times as slow as a plain pass. Every tensor with a gradient costs two more passes,
+//! because Candle adds each gradient to zeros.
 //!
-//! Weights are no part of the graph. A [`Weight`] gathers its gradient itself, in f32.
+//! So each operator here is one node of the graph. Candle's operators compute its value from detached tensors, with a fused
+//! operator if Candle has one. A closure computes the gradient of its input. In bf16 on a GPU the matrix products include
+//! bias, residual and GELU (`blas.rs`).
+//!
+//! Weights are not part of the graph. A [`Weight`] accumulates its gradient itself, in f32.
 
 #[cfg(feature = "cuda")]
 use crate::blas;
@@ -18,7 +20,7 @@ use candle_core::{
 };
 use std::sync::{Arc, Mutex};
 
-/// A parameter in the type that the model computes in, and its gradient, gathered by every backward that reaches it.
+/// A parameter in the type that the model computes in, and its gradient. Every backward that reaches it adds to the gradient.
 #[derive(Clone)]
 pub struct Weight {
     value: Tensor,
@@ -26,7 +28,6 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Over `value`, which is contiguous.
     pub fn new(value: &Tensor) -> Result<Self> {
         Ok(Self { value: value.detach().contiguous()?, gradient: Arc::default() })
     }
@@ -35,8 +36,8 @@ impl Weight {
         &self.value
     }
 
-    /// Adds `gradient`, of any type and in the shape of the weight.
-    fn learn(&self, gradient: &Tensor) -> Result<()> {
+    /// Adds `gradient`. It has the shape of the weight and any type.
+    fn accumulate(&self, gradient: &Tensor) -> Result<()> {
         let gradient = gradient.to_dtype(DType::F32)?;
         let mut sum = self.gradient.lock().expect("no backward panics");
         *sum = Some(match sum.take() {
@@ -46,7 +47,7 @@ impl Weight {
         Ok(())
     }
 
-    /// What was gathered: f32. Nothing, if no backward came here.
+    /// The accumulated gradient, f32. `None` if no backward reached this weight.
     pub fn take_gradient(&self) -> Option<Tensor> {
         self.gradient.lock().expect("no backward panics").take()
     }
@@ -57,7 +58,7 @@ impl Weight {
 pub struct Linear {
     pub weight: Weight, // (inputs, outputs)
     pub bias: Weight,   // (outputs)
-    /// What stands before it in the model, and therefore comes next in a backward: where a profile counts that time.
+    /// The part of the model before this layer. The backward runs it next, so a profile counts the time after this layer there.
     pub before: Part,
 }
 
@@ -69,7 +70,7 @@ pub struct LayerNorm {
     pub epsilon: f32,
 }
 
-/// `Linear`, with the result in `shape`: (.., inputs), any shape with n * inputs numbers -> n * outputs numbers.
+/// Applies `layer`: x of any shape with n * inputs elements -> `shape`, with n * outputs elements.
 ///
 /// ```text
 /// dx = dy W^T          dW = x^T dy          db = 1^T dy
@@ -85,29 +86,29 @@ pub fn linear(x: &Tensor, layer: &Linear, shape: impl Into<Shape>) -> Result<Ten
     })
 }
 
-/// `residual + linear(x)`: both (n, outputs), x any shape with n * inputs numbers.
-pub fn linear_onto(residual: &Tensor, x: &Tensor, layer: &Linear) -> Result<Tensor> {
+/// `residual + linear(x)`: (n, outputs), and x of any shape with n * inputs elements -> (n, outputs).
+pub fn linear_add(residual: &Tensor, x: &Tensor, layer: &Linear) -> Result<Tensor> {
     let _part = profile::part(Part::Linear);
     let (rows, layer) = (as_rows(x, &layer.weight)?, layer.clone());
     let y = layer.product(&rows, Some(residual))?;
     let dims = x.dims().to_vec();
-    node2("linear_onto", residual, x, y, move |_, dy| {
+    node2("linear_add", residual, x, y, move |_, dy| {
         let _part = profile::part_before(Part::Linear, layer.before);
         Ok((dy.clone(), layer.backward(&rows, dy)?.reshape(dims.as_slice())?))
     })
 }
 
-/// The feed-forward half of a block, `residual + proj(gelu(fc(x)))`: (n, width), (n, width) -> (n, width).
+/// The MLP of a block, `residual + proj(gelu(fc(x)))`: (n, width), (n, width) -> (n, width).
 ///
 /// ```text
 /// h = fc(x), g = gelu(h)          dg = dy Wp^T          dh = dg gelu'(h)          dx = dh Wf^T
 /// ```
-pub fn mlp_onto(residual: &Tensor, x: &Tensor, fc: &Linear, proj: &Linear) -> Result<Tensor> {
+pub fn mlp_add(residual: &Tensor, x: &Tensor, fc: &Linear, proj: &Linear) -> Result<Tensor> {
     let (x_, fc, proj) = (x.detach(), fc.clone(), proj.clone());
     let (h, g) = fc.product_and_gelu(&x_)?; // (n, 4 * width)
     let _part = profile::part(Part::Linear);
     let y = proj.product(&g, Some(residual))?;
-    node2("mlp_onto", residual, x, y, move |_, dy| {
+    node2("mlp_add", residual, x, y, move |_, dy| {
         let dh = proj.backward_of_gelu(&h, &g, dy)?; // (n, 4 * width)
         let _part = profile::part(Part::Linear);
         Ok((dy.clone(), fc.backward(&x_, &dh)?))
@@ -119,24 +120,24 @@ impl Linear {
         self.bias.value.elem_count()
     }
 
-    /// x W + b, and + `onto` if there is one: (n, inputs), (n, outputs) -> (n, outputs)
-    fn product(&self, x: &Tensor, onto: Option<&Tensor>) -> Result<Tensor> {
-        let (w, b, onto) = (&self.weight.value, &self.bias.value, onto.map(Tensor::detach));
+    /// x W + b, plus `residual` if there is one: (n, inputs), (n, outputs) -> (n, outputs)
+    fn product(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        let (w, b, residual) = (&self.weight.value, &self.bias.value, residual.map(Tensor::detach));
         #[cfg(feature = "cuda")]
-        if blas::takes(x) {
-            return blas::affine(x, w, b, onto.as_ref());
+        if blas::supports(x) {
+            return blas::affine(x, w, b, residual.as_ref());
         }
         let y = x.matmul(w)?.broadcast_add(b)?;
-        match onto {
-            Some(onto) => y + onto,
+        match residual {
+            Some(residual) => y + residual,
             None => Ok(y),
         }
     }
 
-    /// h = x W + b, and gelu(h): (n, inputs) -> two of (n, outputs)
+    /// h = x W + b, and gelu(h): (n, inputs) -> (n, outputs), (n, outputs)
     fn product_and_gelu(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         #[cfg(feature = "cuda")]
-        if blas::takes(x) {
+        if blas::supports(x) {
             let _part = profile::part(Part::Linear);
             return blas::affine_gelu(x, &self.weight.value, &self.bias.value);
         }
@@ -149,18 +150,18 @@ impl Linear {
         Ok((h, g))
     }
 
-    /// dx; the layer learns.
+    /// Accumulates dW and db, and returns dx.
     fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        self.learn(x, dy)?;
+        self.accumulate(x, dy)?;
         dy.matmul(&self.weight.value.t()?)
     }
 
-    /// dh of a layer that saw g = gelu(h); the layer learns.
+    /// For a layer whose input was g = gelu(h): accumulates dW and db, and returns dh.
     fn backward_of_gelu(&self, h: &Tensor, g: &Tensor, dy: &Tensor) -> Result<Tensor> {
         let _part = profile::part(Part::Linear);
         #[cfg(feature = "cuda")]
-        if blas::takes(dy) {
-            self.learn(g, dy)?;
+        if blas::supports(dy) {
+            self.accumulate(g, dy)?;
             return blas::product_gelu_backward(dy, &self.weight.value.t()?, h);
         }
         let dg = self.backward(g, dy)?;
@@ -168,29 +169,31 @@ impl Linear {
         gelu_backward(h, g, &dg)
     }
 
-    fn learn(&self, x: &Tensor, dy: &Tensor) -> Result<()> {
-        self.bias.learn(&column_sums(dy)?)?;
-        self.weight.learn(&x.t()?.matmul(dy)?)
+    /// Accumulates dW and db.
+    fn accumulate(&self, x: &Tensor, dy: &Tensor) -> Result<()> {
+        self.bias.accumulate(&column_sums(dy)?)?;
+        self.weight.accumulate(&x.t()?.matmul(dy)?)
     }
 }
 
-/// dy gelu'(h), where g = gelu(h) and all are of one shape.
+/// dy gelu'(h), for g = gelu(h). All have one shape.
 ///
-/// GELU in its tanh form is `h s` with `s = sigmoid(2 sqrt(2/pi) (h + 0.044715 h^3))`, which gives
+/// GELU in its tanh form is `h s` with `s = sigmoid(2 sqrt(2/pi) (h + 0.044715 h^3))`. So
 ///
 /// ```text
 /// gelu'(h) = s + g (1 - s) q          q = 2 sqrt(2/pi) (1 + 3 * 0.044715 h^2)
 /// ```
 fn gelu_backward(h: &Tensor, g: &Tensor, dy: &Tensor) -> Result<Tensor> {
     const CUBIC: f64 = 0.044715;
-    let slope = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
-    let square = (h * h)?;
-    let s = candle_nn::ops::sigmoid(&(square.affine(slope * CUBIC, slope)? * h)?)?;
-    let bend = (s.affine(-1.0, 1.0)? * g)?;
-    dy * (s + (square.affine(3.0 * slope * CUBIC, slope)? * bend)?)?
+    let linear = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
+    let h2 = (h * h)?;
+    let s = candle_nn::ops::sigmoid(&(h2.affine(linear * CUBIC, linear)? * h)?)?;
+    let g_1_minus_s = (s.affine(-1.0, 1.0)? * g)?;
+    let q = h2.affine(3.0 * linear * CUBIC, linear)?;
+    dy * (s + (q * g_1_minus_s)?)?
 }
 
-/// `LayerNorm`: (n, width) -> (n, width). The sums run in f32; what a bf16 backward keeps of a row is rounded to bf16.
+/// Applies `layer`: (n, width) -> (n, width). Sums are in f32. A bf16 backward rounds its row statistics to bf16.
 ///
 /// ```text
 /// xhat = (x - mean) rstd          dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),  dxhat = weight dy
@@ -213,26 +216,26 @@ impl LayerNorm {
         let xhat = candle_nn::ops::layer_norm(x, &weight.ones_like()?, &weight.zeros_like()?, self.epsilon)?;
         let (ones, weight) = (repeated(&weight.ones_like()?)?, repeated(weight)?);
 
-        // The fused kernel knew rstd and did not tell. As xhat has no mean, s = mean(xhat x) = variance rstd, and
-        // r = 1 / rstd solves s = r - epsilon / r.
-        let s = row_sums(&(&xhat * x)?, &ones)?; // width times
-        let root = (s.sqr()? + 4.0 * f64::from(self.epsilon) * width * width)?.sqrt()?;
-        let rstd = ((s + root)?.recip()? * (2.0 * width))?;
+        // The fused kernel does not return rstd, so compute it from xhat. The mean of xhat is 0, so
+        // s = mean(xhat x) = variance rstd. With variance = r^2 - epsilon, r = 1 / rstd solves s = r - epsilon / r.
+        let width_s = row_sums(&(&xhat * x)?, &ones)?;
+        let root = (width_s.sqr()? + 4.0 * f64::from(self.epsilon) * width * width)?.sqrt()?;
+        let rstd = ((width_s + root)?.recip()? * (2.0 * width))?;
 
         let dy_xhat = (dy * &xhat)?;
-        self.weight.learn(&column_sums(&dy_xhat)?)?;
-        self.bias.learn(&column_sums(dy)?)?;
-        let share = (&rstd * (-1.0 / width))?;
-        let shift = (row_sums(dy, &weight)? * &share)?; // -rstd mean(dxhat)
-        let tilt = (row_sums(&dy_xhat, &weight)? * &share)?; // -rstd mean(dxhat xhat)
+        self.weight.accumulate(&column_sums(&dy_xhat)?)?;
+        self.bias.accumulate(&column_sums(dy)?)?;
+        let minus_rstd_over_width = (&rstd * (-1.0 / width))?;
+        let constant = (row_sums(dy, &weight)? * &minus_rstd_over_width)?; // -rstd mean(dxhat)
+        let of_xhat = (row_sums(&dy_xhat, &weight)? * &minus_rstd_over_width)?; // -rstd mean(dxhat xhat)
         drop(dy_xhat);
-        ((dy * outer(&rstd, &weight)?)? + (xhat * outer(&tilt, &ones)?)?)? + outer(&shift, &ones)?
+        ((dy * outer(&rstd, &weight)?)? + (xhat * outer(&of_xhat, &ones)?)?)? + outer(&constant, &ones)?
     }
 }
 
-/// Token and position: `wte[token] + wpe[position]`, tokens u32 (batch, seqlen) -> (batch * seqlen, width).
+/// The embedding of token and position, `wte[token] + wpe[position]`: u32 (batch, seqlen) -> (batch * seqlen, width).
 ///
-/// It has no input to send a gradient to. `anchor` is the leaf that makes Candle keep the graph above it: one number.
+/// No input of this node has a gradient. `anchor` is a variable with one element. Candle keeps the graph because of it.
 pub fn embedding(anchor: &Tensor, tokens: &Tensor, wte: &Weight, wpe: &Weight) -> Result<Tensor> {
     let _part = profile::part(Part::Embedding);
     let ((batch, seqlen), width) = (tokens.dims2()?, wte.value.dim(1)?);
@@ -242,27 +245,28 @@ pub fn embedding(anchor: &Tensor, tokens: &Tensor, wte: &Weight, wpe: &Weight) -
     let x = embedded.broadcast_add(&positions)?.reshape((batch * seqlen, width))?;
     node_without_gradient("embedding", anchor, x, move |_, dx| {
         let _part = profile::part(Part::Embedding);
-        let dx = dx.to_dtype(DType::F32)?; // sums over many tokens
-        wte.learn(&rows_added_up(&dx, &ids, wte.value.dim(0)?)?)?;
-        let seen = dx.reshape((batch, seqlen, width))?.sum(0)?;
-        wpe.learn(&seen.pad_with_zeros(0, 0, wpe.value.dim(0)? - seqlen)?)
+        let dx = dx.to_dtype(DType::F32)?; // f32, because the sums run over many tokens
+        wte.accumulate(&index_add(&dx, &ids, wte.value.dim(0)?)?)?;
+        let per_position = dx.reshape((batch, seqlen, width))?.sum(0)?;
+        wpe.accumulate(&per_position.pad_with_zeros(0, 0, wpe.value.dim(0)? - seqlen)?)
     })
 }
 
-/// Row i of `x` added to row `ids[i]` of `count` rows of zeros: f32 (n, width), u32 (n) -> f32 (count, width).
-fn rows_added_up(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
+/// Adds row i of `x` to row `ids[i]` of `count` rows of zeros: f32 (n, width), u32 (n) -> f32 (count, width).
+fn index_add(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
     match on_gpu(x) && x.dim(0)?.is_multiple_of(TABLES) {
-        true => rows_added_up_in_tables(x, ids, count),
+        true => index_add_in_tables(x, ids, count),
         false => Tensor::zeros((count, x.dim(1)?), x.dtype(), x.device())?.index_add(ids, x, 0),
     }
 }
 
-/// Even, and few: each is as large as the embedding.
+/// Number of tables of [`index_add_in_tables`]: even, and small, because each table is as large as the embedding.
 const TABLES: usize = 4;
 
-/// On a GPU, Candle gives each column one thread, which takes row after row. Parts of the rows in tables of their own are
-/// as many threads more; the tables are added at the end.
-pub fn rows_added_up_in_tables(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
+/// As [`index_add`], for a GPU. Each of `TABLES` parts of the rows is added to its own table, and the tables are added last.
+///
+/// Candle's kernel uses one thread per column, which adds one row after another. Tables multiply the number of threads.
+pub fn index_add_in_tables(x: &Tensor, ids: &Tensor, count: usize) -> Result<Tensor> {
     let (n, width) = x.dims2()?;
     let part = (TABLES, n / TABLES, width);
     let tables = Tensor::zeros((TABLES, count, width), x.dtype(), x.device())?;
@@ -272,16 +276,17 @@ pub fn rows_added_up_in_tables(x: &Tensor, ids: &Tensor, count: usize) -> Result
     halves.get(0)? + halves.get(1)?
 }
 
-/// Numbers in the largest piece of logits that is looked at at once: in f32, 2 GiB.
+/// Largest number of logits in memory at once. In f32 they take 2 GiB.
 const LOGITS_AT_ONCE: usize = 1 << 29;
 
-/// Keeps the logarithm of a probability that f32 rounds to 0 finite.
+/// Added to a probability before its logarithm. So the logarithm is finite even if f32 rounded the probability to 0.
 const TINY: f64 = 1e-37;
 
 /// Mean cross-entropy of logits `x wte^T` against `targets`, in nats: x (n, width), targets u32 (n) -> f32 ().
 ///
-/// No more than about `LOGITS_AT_ONCE` logits are there at once. For each piece of rows, the forward computes the logits, their
-/// softmax p in f32, and from p both the loss and the gradient, which the backward only has to scale:
+/// The rows are processed in pieces, so that at most about `LOGITS_AT_ONCE` logits are in memory. For each piece, the forward
+/// computes the logits and their softmax p in f32, and from p the loss and the gradient. The backward only scales the
+/// gradient:
 ///
 /// ```text
 /// loss = -1/n sum of ln p[target]          d = p - onehot(target)          dx = d wte / n          dwte = d^T x / n
@@ -290,12 +295,12 @@ pub fn cross_entropy(x: &Tensor, wte: &Weight, targets: &Tensor) -> Result<Tenso
     cross_entropy_in_pieces(x, wte, targets, LOGITS_AT_ONCE)
 }
 
-/// [`cross_entropy`], of pieces with about `logits_at_once` numbers.
+/// [`cross_entropy`] with about `logits_at_once` logits per piece.
 pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logits_at_once: usize) -> Result<Tensor> {
     let _part = profile::part(Part::Loss);
     let (n, vocab_size) = (x.dim(0)?, wte.value.dim(0)?);
     let pieces = (n * vocab_size).div_ceil(logits_at_once).min(n);
-    let learns = x.track_op();
+    let tracked = x.track_op();
     let (mut losses, mut dx, mut dwte) = (Vec::new(), Vec::new(), None);
     let mut start = 0;
     while start < n {
@@ -304,7 +309,7 @@ pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logit
         let targets = targets.narrow(0, start, len)?.reshape((len, 1))?.contiguous()?;
         let p = candle_nn::ops::softmax_last_dim(&x.matmul(&wte.value.t()?)?.to_dtype(DType::F32)?)?; // (len, vocab_size)
         losses.push((p.gather(&targets, 1)? + TINY)?.log()?.sum_all()?);
-        if learns {
+        if tracked {
             p.scatter_add_set(&targets, &Tensor::full(-1f32, (len, 1), p.device())?, 1)?;
             let d = p.to_dtype(x.dtype())?;
             drop(p);
@@ -323,12 +328,12 @@ pub fn cross_entropy_in_pieces(x: &Tensor, wte: &Weight, targets: &Tensor, logit
     node("cross_entropy", x, loss, move |_, dloss| {
         let _part = profile::part(Part::Loss);
         let scale = dloss.affine(1.0 / n as f64, 0.0)?; // f32 ()
-        wte.learn(&dwte.broadcast_mul(&scale)?)?;
+        wte.accumulate(&dwte.broadcast_mul(&scale)?)?;
         dx.to_dtype(DType::F32)?.broadcast_mul(&scale)?.to_dtype(dtype)
     })
 }
 
-/// The three thirds of `x` along `axis`, added up: what stands in the place of attention that is left out.
+/// The sum of the three thirds of `x` along `axis`. It replaces attention if attention is left out.
 pub fn sum_of_thirds(x: &Tensor, axis: usize) -> Result<Tensor> {
     let thirds = x.detach().chunk(3, axis)?.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
     let sum = ((&thirds[0] + &thirds[1])? + &thirds[2])?;
@@ -352,14 +357,14 @@ pub fn softmax(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     })
 }
 
-// Sums and products with a row or a column.
+// Sums over rows and columns, and outer products, as matrix products.
 
 fn on_gpu(x: &Tensor) -> bool {
     x.device().is_cuda()
 }
 
-/// How often a vector is repeated, side by side, where a matrix product stands in for a pass over memory: on a GPU, tensor
-/// cores take operands whose rows are multiples of 16 bytes.
+/// The number of copies of a vector in the matrices below. On a GPU it is 8, because tensor cores need rows of a multiple of
+/// 16 bytes.
 fn lanes(x: &Tensor) -> usize {
     match on_gpu(x) {
         true => 8,
@@ -382,7 +387,8 @@ pub fn row_sums(x: &Tensor, row: &Tensor) -> Result<Tensor> {
     x.matmul(row)?.to_dtype(DType::F32)
 }
 
-/// column[i] row[j]: f32 (n, lanes), (m, lanes) -> (n, m) in the type of `row`, which adds up equal shares, one per lane.
+/// column[i] row[j]: f32 (n, lanes), (m, lanes) -> (n, m) in the type of `row`. The product sums over the lanes, so each lane
+/// holds an equal share of `column`.
 pub fn outer(column: &Tensor, row: &Tensor) -> Result<Tensor> {
     let shares = (column * (1.0 / row.dim(1)? as f64))?;
     shares.to_dtype(row.dtype())?.matmul(&row.t()?)
@@ -398,14 +404,14 @@ pub fn column_sums_in(lanes: usize, x: &Tensor) -> Result<Tensor> {
     Tensor::ones((lanes, x.dim(0)?), x.dtype(), x.device())?.matmul(x)?.narrow(0, 0, 1)?.squeeze(0)
 }
 
-/// `x` without its graph, as rows that `weight` multiplies.
+/// `x` without its graph, as (n, inputs) of `weight`.
 fn as_rows(x: &Tensor, weight: &Weight) -> Result<Tensor> {
     x.detach().reshape(((), weight.value.dim(0)?))
 }
 
 // Nodes of Candle's graph.
 
-/// Gradients of the inputs from the result and its gradient.
+/// Computes the gradients of the inputs from the result and its gradient.
 type Backward = Box<dyn Fn(&Tensor, &Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync>;
 
 struct Node {
@@ -414,8 +420,8 @@ struct Node {
     backward: Backward,
 }
 
-/// `value`, which was computed from `x` without a graph, as a result of `x` with the gradient `backward`. Nobody else
-/// may hold the memory of `value`.
+/// Puts `value` into the graph as a result of `x` with the gradient `backward`. `value` was computed without a graph, and no
+/// other tensor may share its memory.
 fn node<B>(name: &'static str, x: &Tensor, value: Tensor, backward: B) -> Result<Tensor>
 where
     B: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
@@ -423,7 +429,7 @@ where
     x.apply_op1(Node::new(name, value, move |y, dy| Ok([Some(backward(y, dy)?), None])))
 }
 
-/// As [`node`], of two inputs.
+/// As [`node`], with two inputs.
 fn node2<B>(name: &'static str, x1: &Tensor, x2: &Tensor, value: Tensor, backward: B) -> Result<Tensor>
 where
     B: Fn(&Tensor, &Tensor) -> Result<(Tensor, Tensor)> + Send + Sync + 'static,
@@ -432,7 +438,7 @@ where
     x1.apply_op2(x2, Node::new(name, value, both))
 }
 
-/// As [`node`], where weights learn and `x` does not.
+/// As [`node`], but `x` receives no gradient. `backward` only accumulates gradients of weights.
 fn node_without_gradient<B>(name: &'static str, x: &Tensor, value: Tensor, backward: B) -> Result<Tensor>
 where
     B: Fn(&Tensor, &Tensor) -> Result<()> + Send + Sync + 'static,
@@ -448,10 +454,11 @@ impl Node {
         Self { name, value: Mutex::new(Some(value)), backward: Box::new(backward) }
     }
 
-    /// The memory of the value, and its shape: Candle wants the one from an operator, and gives the other away to none.
+    /// Takes the memory out of the value. A Candle operator must return owned memory, but Candle offers no way to take a
+    /// tensor's memory; see [`Taken`].
     fn take<S>(&self, memory: impl Fn(&Taken) -> Option<S>) -> Result<(S, Shape)> {
         let value = self.value.lock().expect("a forward does not panic").take();
-        let Some(value) = value else { bail!("{} runs forward once", self.name) };
+        let Some(value) = value else { bail!("{}: its forward has already run", self.name) };
         if !value.is_contiguous() || value.layout().start_offset() != 0 {
             bail!("{}: its value is a view", self.name);
         }
@@ -510,7 +517,7 @@ impl CustomOp2 for Node {
     }
 }
 
-/// Moves the memory of a tensor out and leaves next to nothing in its place.
+/// An in-place operator that moves the memory out of a tensor. It leaves one element or none in the tensor.
 #[derive(Default)]
 struct Taken {
     cpu: Mutex<Option<CpuStorage>>,
@@ -529,7 +536,7 @@ impl InplaceOp1 for Taken {
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
-        // SAFETY: nobody reads it. The tensor that gets it is the node's own, and goes when `Node::take` returns.
+        // SAFETY: nobody reads this memory. Only the node has the tensor that gets it, and `Node::take` drops that tensor.
         let one = unsafe { storage.device().alloc_uninit(&Shape::from(1), storage.dtype())? };
         let memory = std::mem::replace(storage, one);
         *self.cuda.lock().expect("nothing panics") = Some(memory);

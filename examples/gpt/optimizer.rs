@@ -1,7 +1,7 @@
 //! AdamW, the learning-rate schedule and gradient clipping.
 //!
-//! candle_nn's AdamW keeps its moments private, and a run that cannot save them cannot be resumed; hence this one.
-//! Weights and moments are f32, whatever type the model computes in. Nothing here waits for a GPU.
+//! candle_nn's AdamW keeps its moments private. A run must save them to be resumed, so this module has its own AdamW.
+//! Weights and moments are always f32, also if the model computes in bf16. Nothing here waits for a GPU.
 
 use crate::config::Config;
 use crate::parameters::Flat;
@@ -9,14 +9,14 @@ use anyhow::Result;
 use candle_core::Tensor;
 use std::f64::consts::PI;
 
-/// Keeps the division finite where a gradient has always been zero.
+/// Keeps the division finite if a gradient has always been zero.
 const EPSILON: f64 = 1e-8;
 
-/// What a learning rate of 0 counts as where one is divided by: it moves a weight by next to nothing. 1 / 0 is infinite, and
-/// infinity times a `v` of 0 no number.
+/// Replaces a learning rate of 0 as a divisor; the change of a weight is then nearly 0. The inverse of 0 is infinite, and
+/// infinity times a `v` of 0 is NaN.
 const LEAST_RATE: f64 = 1e-30;
 
-/// Partial sums of a sum over a whole tensor. Candle gives each sum one block of threads, and one block alone leaves most
+/// Number of partial sums of a sum over a whole tensor. Candle uses one thread block per sum, and a single block leaves most
 /// of a GPU idle.
 const PARTIAL_SUMS: usize = 1024;
 
@@ -30,7 +30,7 @@ impl AdamW {
         Ok(Self { m: parameters.zeros_like()?, v: parameters.zeros_like()? })
     }
 
-    /// One update of all `parameters` by `gradient`, whose numbers count `factor` times; `step` counts from 1.
+    /// Updates all `parameters` with `factor` times `gradient`. `step` counts from 1.
     ///
     /// ```text
     /// m = beta1 m + (1 - beta1) g                 v = beta2 v + (1 - beta2) g^2
@@ -48,14 +48,14 @@ impl AdamW {
         let Config { beta1, beta2, .. } = *config;
         let c1 = 1.0 - beta1.powf(step as f64);
         let c2 = 1.0 - beta2.powf(step as f64);
-        let factor = (factor * (1.0 - beta1))?; // f32 (): clipping's factor, which only the device knows, times (1 - beta1)
+        let factor = (factor * (1.0 - beta1))?; // f32 (), on the device: reading it would wait for a GPU
         let divisor = lr.max(LEAST_RATE);
         let update = |group: usize, weight_decay: f64| -> candle_core::Result<[Tensor; 3]> {
             let [g, w, m, v] = [gradient, parameters, &self.m, &self.v].map(|flat| flat.groups()[group]);
             let g = g.broadcast_mul(&factor)?; // (1 - beta1) times the gradient
             let m = ((m * beta1)? + &g)?;
             let v = ((v * beta2)? + (g.sqr()? * ((1.0 - beta2) / (1.0 - beta1).powi(2)))?)?;
-            // -lr (m / c1) / (sqrt(v / c2) + epsilon), its constants in one pass with epsilon
+            // -lr (m / c1) / (sqrt(v / c2) + epsilon). The constants move into the divisor, so one pass applies them.
             let change = (&m / v.sqrt()?.affine(-c1 / (divisor * c2.sqrt()), -c1 * EPSILON / divisor)?)?;
             let w = ((w * (1.0 - lr * weight_decay))? + change)?;
             Ok([w, m, v])
@@ -79,7 +79,7 @@ pub fn learning_rate(config: &Config, step: usize) -> f64 {
     config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + (PI * progress.min(1.0)).cos())
 }
 
-/// The global norm of `gradient`, and the factor that brings it to at most `limit`: both f32 ().
+/// The global norm of `gradient`, and the factor that reduces it to at most `limit`: both f32 ().
 pub fn clip(gradient: &Flat, limit: f64) -> Result<(Tensor, Tensor)> {
     let [matrices, vectors] = gradient.groups();
     let norm = (sum_of_squares(matrices)? + sum_of_squares(vectors)?)?.sqrt()?;

@@ -25,7 +25,7 @@ pub fn result(text: impl Display) -> Result<()> {
     check_written(print(text))
 }
 
-/// Returns an error if a write to stdout failed. A closed pipe is not an error: its reader has seen enough.
+/// Returns an error if a write to stdout failed. A closed pipe is not an error: its reader wants no more output.
 pub fn check_written(written: io::Result<()>) -> Result<()> {
     match written {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {

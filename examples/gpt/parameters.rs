@@ -1,4 +1,4 @@
-//! All parameters in two tensors, so that the optimizer needs a few large kernels instead of thousands of small ones.
+//! All parameters in two tensors. So the optimizer runs a few large kernels instead of thousands of small ones.
 
 use anyhow::{anyhow, bail, Result};
 use candle_core::{DType, Tensor};
@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// Tensors by the name of their parameter.
 pub type Named = BTreeMap<String, Tensor>;
 
-/// Where a parameter lies.
+/// The place of a parameter in the two tensors.
 #[derive(Debug)]
 struct Place {
     group: usize,
@@ -16,13 +16,14 @@ struct Place {
     shape: Vec<usize>,
 }
 
-/// A number for every number of every parameter: the parameters themselves, their gradient, or a moment of it.
-/// Matrices lie one after the other in the one tensor and vectors in the other, both sorted by name; AdamW treats them
-/// differently. There is at least one of each.
+/// One value for each element of each parameter: the parameters, their gradient, or a moment of the gradient.
+///
+/// One tensor holds all matrices, the other all vectors, both sorted by name. AdamW treats the two differently. There is at
+/// least one matrix and one vector.
 #[derive(Clone)]
 pub struct Flat {
     places: Arc<BTreeMap<String, Place>>,
-    groups: [Tensor; 2], // (numbers of all matrices), (numbers of all vectors)
+    groups: [Tensor; 2], // (elements of all matrices), (elements of all vectors)
 }
 
 /// Tensors with one axis are vectors: biases, and the weights of norms.
@@ -31,7 +32,7 @@ fn group_of(shape: &[usize]) -> usize {
 }
 
 impl Flat {
-    /// Copies `tensors`, which are of one type on one device.
+    /// Copies `tensors`. They have one type and are on one device.
     pub fn new(tensors: &Named) -> Result<Self> {
         let mut places = BTreeMap::new();
         let mut parts = [Vec::new(), Vec::new()];
@@ -46,7 +47,7 @@ impl Flat {
         Ok(Self { places: Arc::new(places), groups: [concatenated(matrices)?, concatenated(vectors)?] })
     }
 
-    /// As many numbers, made from the tensors by `f`.
+    /// Applies `f` to both tensors. `f` keeps their shape.
     pub fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
         let [matrices, vectors] = &self.groups;
         Ok(Self { places: self.places.clone(), groups: [f(matrices)?, f(vectors)?] })
@@ -56,12 +57,12 @@ impl Flat {
         self.map(Tensor::zeros_like)
     }
 
-    /// In the type `dtype`; itself, if it is of that type.
+    /// Converts to `dtype`, without a copy if it already has that type.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         self.map(|group| group.to_dtype(dtype))
     }
 
-    /// Views, each in the shape of its parameter.
+    /// A view of each parameter, in its shape.
     pub fn named(&self) -> Result<Named> {
         self.places
             .iter()
@@ -72,7 +73,7 @@ impl Flat {
             .collect()
     }
 
-    /// The matrices' numbers, then the vectors'.
+    /// The tensor of all matrices and the tensor of all vectors.
     pub fn groups(&self) -> [&Tensor; 2] {
         self.groups.each_ref()
     }
@@ -81,12 +82,12 @@ impl Flat {
         self.groups = groups;
     }
 
-    /// How many numbers.
+    /// Number of elements of all parameters.
     pub fn count(&self) -> usize {
         self.groups.iter().map(Tensor::elem_count).sum()
     }
 
-    /// The gradients `tensors` in the places of `self`, one for each parameter.
+    /// Copies the gradients `tensors`, one for each parameter, to the places of `self`.
     pub fn gradient(&self, mut tensors: Named) -> Result<Self> {
         let mut parts = [Vec::new(), Vec::new()];
         for (name, place) in self.places.iter() {
@@ -101,7 +102,7 @@ impl Flat {
     }
 }
 
-/// `parts` one after the other, in memory of their own.
+/// Copies `parts` into one tensor.
 fn concatenated(parts: &[Tensor]) -> Result<Tensor> {
     match parts {
         [one] => Ok(one.copy()?),

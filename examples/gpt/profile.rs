@@ -1,12 +1,14 @@
-//! Where the time of a step goes, when it is asked for; otherwise every call here does nothing.
+//! Measures where the time of a step goes. Without [`start`], every call here does nothing.
 //!
-//! Time is a row of stretches. Each belongs to a phase of the step, the one that was named last, and to a part of the
-//! model: what an operator with a gradient by hand does, forward and backward, is its part's; all that lies between them
-//! is Candle's autograd: zeros, and the sums of gradients into them. The backward of attention is no operator of ours: it
-//! is the time from the backward of the layer behind it to that of the layer before it, the sums between them included.
+//! Marks divide time into intervals. Each interval belongs to a phase of the step, the phase that was named last, and to a
+//! part of the model. The forward and the backward of an operator in `ops.rs` belong to the part of that operator. The time
+//! between such operators is Candle's autograd, which allocates zeros and adds gradients to them.
 //!
-//! On a GPU a mark is an event in the stream, so that nothing waits for it and a stretch is what the GPU needed, its idle
-//! time included.
+//! The backward of attention is not an operator of `ops.rs`. Its time is the time between the backward of the layer after
+//! it and the backward of the layer before it, including Candle's sums of gradients.
+//!
+//! On a GPU a mark is an event in the stream, so nothing waits for it. An interval is then time on the GPU, including its
+//! idle time.
 
 use anyhow::Result;
 use candle_core::Device;
@@ -23,11 +25,11 @@ pub enum Part {
     Attention,
     Linear,
     Norm,
-    /// Where it is not inside the products, and counted with them: in bf16 on a GPU.
+    /// In bf16 on a GPU, GELU is inside the matrix products and counts as `Linear`.
     Gelu,
     Embedding,
     Loss,
-    /// Zeros, sums and copies of autograd, and what is not named above.
+    /// Zeros, sums and copies of autograd, and everything else.
     Rest,
 }
 
@@ -39,7 +41,7 @@ struct Profile {
 }
 
 impl Profile {
-    /// What follows belongs to `self.phase` and `self.part`.
+    /// Begins an interval of `self.phase` and `self.part`.
     fn mark(&mut self) -> Result<()> {
         let mark = Mark::new(&self.device)?;
         self.marks.push((self.phase, self.part, mark));
@@ -73,12 +75,12 @@ impl Mark {
     }
 }
 
-/// From here on, marks are kept.
+/// Begins a profile.
 pub fn start(device: &Device) {
     PROFILE.set(Some(Profile { device: device.clone(), phase: "", part: Part::Rest, marks: Vec::new() }));
 }
 
-/// What follows belongs to the phase `name`.
+/// Begins the phase `name`.
 pub fn phase(name: &'static str) -> Result<()> {
     PROFILE.with_borrow_mut(|profile| {
         let Some(profile) = profile else { return Ok(()) };
@@ -87,13 +89,13 @@ pub fn phase(name: &'static str) -> Result<()> {
     })
 }
 
-/// What follows belongs to `part`, until the guard goes; then to none.
+/// Begins an interval of `part`. It ends when the guard is dropped; after it comes [`Part::Rest`].
 #[must_use]
 pub fn part(part: Part) -> Guard {
     part_before(part, Part::Rest)
 }
 
-/// What follows belongs to `part`, until the guard goes; then to `next`.
+/// Begins an interval of `part`. It ends when the guard is dropped; after it comes `next`.
 #[must_use]
 pub fn part_before(part: Part, next: Part) -> Guard {
     set_part(part);
@@ -104,7 +106,7 @@ fn set_part(part: Part) {
     PROFILE.with_borrow_mut(|profile| {
         let Some(profile) = profile else { return };
         profile.part = part;
-        // A device that takes no event any more refuses the next operator too, which says so.
+        // If the device cannot record an event, the next operator fails too and reports the error.
         let _ = profile.mark();
     });
 }
@@ -122,30 +124,30 @@ impl Drop for Guard {
 /// Seconds by name.
 pub type Seconds = Vec<(String, f64)>;
 
-/// Seconds of each phase and of each part since [`start`], in the order in which they first came. The last mark only
-/// ends a stretch.
+/// Ends the profile. Returns the seconds of each phase and of each part, in the order of their first interval. The last mark
+/// begins no interval.
 pub fn finish() -> Result<(Seconds, Seconds)> {
     let (mut phases, mut parts) = (Seconds::new(), Seconds::new());
     let Some(profile) = PROFILE.take() else { return Ok((phases, parts)) };
     profile.device.synchronize()?;
     for pair in profile.marks.windows(2) {
         let [(phase, part, start), (_, _, end)] = pair else { unreachable!("windows of two") };
-        let stretch = start.seconds_until(end)?;
-        // The optimizer is no part of the model.
+        let seconds = start.seconds_until(end)?;
+        // The optimizer is not a part of the model.
         let part = match (*part, *phase) {
             (Part::Rest, "weights" | "optimizer") => "optimizer, weights".to_string(),
             (Part::Rest, _) => "autograd, rest".to_string(),
             (part, _) => format!("{part:?}").to_lowercase(),
         };
-        add(&mut phases, phase.to_string(), stretch);
-        add(&mut parts, part, stretch);
+        add(&mut phases, phase.to_string(), seconds);
+        add(&mut parts, part, seconds);
     }
     Ok((phases, parts))
 }
 
-fn add(seconds: &mut Seconds, name: String, more: f64) {
-    match seconds.iter_mut().find(|(known, _)| *known == name) {
-        Some((_, sum)) => *sum += more,
-        None => seconds.push((name, more)),
+fn add(sums: &mut Seconds, name: String, seconds: f64) {
+    match sums.iter_mut().find(|(known, _)| *known == name) {
+        Some((_, sum)) => *sum += seconds,
+        None => sums.push((name, seconds)),
     }
 }

@@ -1,4 +1,4 @@
-//! Progress on a terminal as a bar, elsewhere as plain lines.
+//! Shows progress: as a bar on a terminal, otherwise as plain lines.
 
 use crate::metrics::Row;
 use crate::output;
@@ -6,11 +6,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{stderr, IsTerminal};
 use std::time::{Duration, Instant};
 
-/// Without a terminal, at most one line in this time.
+/// Shortest time between two lines of progress without a terminal.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
 pub struct Progress {
-    first: usize, // steps that were done before
+    first: usize, // number of steps done before this process
     steps: usize,
     started: Instant,
     bar: Option<ProgressBar>,
@@ -19,7 +19,7 @@ pub struct Progress {
 
 impl Progress {
     pub fn new(done: usize, steps: usize) -> Self {
-        // Tests on a terminal keep their output clean.
+        // Tests show no bar, so that their output stays readable on a terminal.
         let bar = (stderr().is_terminal() && !cfg!(test)).then(|| {
             let style =
                 ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
@@ -30,8 +30,8 @@ impl Progress {
         Self { first: done, steps, started: Instant::now(), bar, last_line: None }
     }
 
-    /// Shows the progress up to the step of `row`; call it right after that step is done. Prints a line if the step was
-    /// evaluated, and without a terminal every few seconds.
+    /// Shows the progress up to the step of `row`. Call it right after that step. Prints a line if the step was evaluated, and
+    /// without a terminal every few seconds.
     pub fn step(&mut self, row: &Row) {
         let Row { step, train_loss, lr, tokens_per_s, .. } = *row;
         if let Some(bar) = &self.bar {
@@ -64,7 +64,7 @@ impl Progress {
     }
 }
 
-/// Minutes and seconds, and hours where there are any.
+/// Minutes and seconds, or hours and minutes.
 pub fn clock(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds / 3600 {

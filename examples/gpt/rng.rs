@@ -1,6 +1,6 @@
-//! The one source of randomness: seeded, and its state goes into every checkpoint.
+//! The only source of randomness. It is seeded, and every checkpoint stores its state.
 //!
-//! Candle's CPU `randn` cannot be seeded, so initial weights, the order of the batches and samples are all drawn here.
+//! Candle's `randn` has no seed on a CPU. So this module draws the initial weights, the order of the batches, and the samples.
 
 use rand::seq::SliceRandom;
 use rand::{Rng as _, SeedableRng};
@@ -26,7 +26,7 @@ impl Rng {
         self.0.random()
     }
 
-    /// A seed for a generator of its own.
+    /// A seed for another generator.
     pub fn seed(&mut self) -> u64 {
         self.0.random()
     }

@@ -1,4 +1,4 @@
-//! What a trained model is for: text drawn from it, and its loss on a text.
+//! Uses of a trained model: text sampled from it, and its loss on a text.
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{name_of, AttentionKind, Precision};
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug)]
 pub struct Sampling {
     pub tokens: usize,
-    pub temperature: f64, // 0: always the likeliest token
+    pub temperature: f64, // 0: always the most likely token
     pub top_k: usize,
 }
 
@@ -24,8 +24,8 @@ impl Default for Sampling {
     }
 }
 
-/// Continues `prompt` by `sampling.tokens` tokens, which are returned without it. The model may know more tokens than
-/// the tokenizer's `vocab_size`, which mean nothing.
+/// Samples `sampling.tokens` tokens after `prompt` and returns them, without the prompt. The model may have more tokens than
+/// the tokenizer's `vocab_size`; these are padding and are never sampled.
 pub fn generate(
     model: &Gpt,
     vocab_size: usize,
@@ -35,14 +35,14 @@ pub fn generate(
 ) -> Result<Vec<u32>> {
     let mut tokens = prompt.to_vec();
     for _ in 0..sampling.tokens {
-        // Positions are learned up to `context`: older tokens are out of sight.
-        let seen = &tokens[tokens.len().saturating_sub(model.config().context)..];
-        tokens.push(draw(&model.next_token(seen)?[..vocab_size], sampling, rng));
+        // The model has `context` learned positions, so it sees only the last `context` tokens.
+        let visible = &tokens[tokens.len().saturating_sub(model.config().context)..];
+        tokens.push(draw(&model.next_token(visible)?[..vocab_size], sampling, rng));
     }
     Ok(tokens.split_off(prompt.len()))
 }
 
-/// A token drawn from softmax(logits / temperature) over the `top_k` likeliest.
+/// Draws a token from softmax(logits / temperature) over the `top_k` most likely tokens.
 fn draw(logits: &[f32], sampling: &Sampling, rng: &mut Rng) -> u32 {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a])); // stable: ties go to the smaller token
@@ -58,10 +58,10 @@ fn draw(logits: &[f32], sampling: &Sampling, rng: &mut Rng) -> u32 {
             return *token as u32;
         }
     }
-    order[order.len() - 1] as u32 // rounding may leave a little
+    order[order.len() - 1] as u32 // rounding can leave `left` at 0 or a little above
 }
 
-/// A trained model, ready to be asked.
+/// A trained model, for sampling and evaluation.
 pub struct Trained {
     pub model: Gpt,
     pub tokenizer: Tokenizer,
@@ -71,18 +71,18 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// The model of the run or checkpoint file `path`; `attention` replaces the one it was trained with by
-    /// another that computes the same.
+    /// Loads the model from `path`, a run's folder or a checkpoint file. `attention` replaces the kind of attention by another
+    /// kind that computes the same function.
     pub fn load(path: &Path, attention: Option<AttentionKind>, device: &Device) -> Result<Self> {
         let file = checkpoint::locate(path)?;
         let Checkpoint { state, learner } = checkpoint::load(&file, device)?;
         let mut config = state.config;
         let (trained, asked) = (config.attention, attention.unwrap_or(config.attention));
-        // The other kinds compute the same; without attention it is another function.
+        // All kinds compute the same function, except that a model without attention is another function.
         if (trained == AttentionKind::None) != (asked == AttentionKind::None) {
             bail!(
-                "--attention {} is not what {} was trained with, {}: to leave attention out makes another model; leave \
-                 the option out instead",
+                "--attention {} does not fit {}, which was trained with {}: with or without attention is another model; \
+                 remove the option",
                 name_of(asked),
                 file.display(),
                 name_of(trained),
@@ -90,7 +90,7 @@ impl Trained {
         }
         config.attention = asked;
         if device.is_cpu() {
-            config.precision = Precision::F32; // faster there; the weights are f32 anyway
+            config.precision = Precision::F32; // faster on a CPU, and the weights are f32 anyway
         }
         Ok(Self {
             tokenizer: Tokenizer::new(config.tokenizer),
@@ -101,7 +101,7 @@ impl Trained {
         })
     }
 
-    /// The prompt and what the model makes of it.
+    /// The prompt and the model's continuation of it.
     pub fn sample(&self, prompt: &str, sampling: &Sampling, rng: &mut Rng) -> Result<String> {
         let prompt = self.tokenizer.encode(prompt.as_bytes(), "--prompt")?;
         if prompt.is_empty() {
@@ -111,7 +111,7 @@ impl Trained {
         Ok(String::from_utf8_lossy(&self.tokenizer.decode(&[prompt, continuation].concat())?).into_owned())
     }
 
-    /// Loss on all held-out windows of the text the model was trained on, or on all of another text.
+    /// Loss on the held-out part of the text that the model was trained on, or on all of another text.
     pub fn evaluate(&self, data: Option<&Path>) -> Result<Evaluation> {
         let config = self.model.config();
         let text = Text::read(data.or(config.data.as_deref()))?;
@@ -142,7 +142,7 @@ impl Trained {
         }
         let starts = window_starts(tokens.len(), config.context, 0);
         let loss = f64::from(mean_loss(&self.model, &tokens, &starts)?);
-        // A token may stand for several bytes; bits per byte compares models of different vocabularies.
+        // A token may have several bytes. Bits per byte compare models with different vocabularies.
         let bytes_per_token = self.tokenizer.decode(&tokens)?.len() as f64 / tokens.len() as f64;
         Ok(Evaluation {
             text: name,

@@ -1,9 +1,9 @@
-//! Refuses recipes that need more memory than there is, before anything is allocated. A failed allocation would end the
-//! process.
+//! Refuses recipes that need more memory than the machine has, before anything is allocated. A failed allocation would end
+//! the process.
 //!
-//! The estimate is a lower bound, so a recipe that fits is never refused. In five measurements it was a sixth to a half of
-//! the peak. It is computed in f64, which does not overflow. A recipe that passes needs at most `ADDRESSABLE` bytes, so the
-//! products of its sizes fit a usize.
+//! The estimate is a lower bound, so a recipe that fits is never refused. In five measurements the estimate was a sixth to a
+//! half of the peak. It is computed in f64, so it does not overflow. An accepted recipe needs at most `ADDRESSABLE` bytes, so
+//! the products of its sizes fit a usize.
 
 use crate::config::{AttentionKind, Config};
 use crate::model::parameter_shapes;
@@ -13,7 +13,7 @@ use anyhow::{bail, Result};
 use candle_core::Device;
 use std::fs;
 
-/// More than a process can address on any machine.
+/// More bytes than a process can address on any machine.
 const ADDRESSABLE: f64 = (1u64 << 48) as f64;
 
 /// A parameter and its two moments, f32.
@@ -22,11 +22,11 @@ const BYTES_PER_PARAMETER: f64 = 12.0;
 /// A token and its target, u32.
 const BYTES_PER_TOKEN: f64 = 8.0;
 
-/// A sampled token is stored twice, u32 both: where it was drawn, and in the answer.
+/// A sampled token is stored twice as u32: in the list of tokens, and in the result.
 const BYTES_PER_SAMPLED_TOKEN: f64 = 8.0;
 
-/// Numbers that a block keeps for the backward of one token, in units of the model's width: its input, q, k, v, and four
-/// each before and after the GELU. The real number is a bit larger.
+/// Elements that a block keeps per token for the backward, in units of the model's width. These are its input, q, k, v, and
+/// four each before and after the GELU. The real number is a bit larger.
 const KEPT_WIDTHS: f64 = 12.0;
 
 /// Memory for one purpose, and how the user can reduce it.
@@ -41,7 +41,7 @@ pub fn check_training(config: &Config, memory: f64) -> Result<()> {
     fits(&training(config, &[]), memory)
 }
 
-/// Checks that a measurement can fit into `memory` bytes. It draws the tokens of all steps beforehand.
+/// Checks that a measurement can fit into `memory` bytes. A measurement draws the tokens of all steps first.
 pub fn check_timing(config: &Config, plan: &Plan, memory: f64) -> Result<()> {
     fits(&training(config, &[("--steps", plan.steps), ("--warmup", plan.warmup)]), memory)
 }
@@ -52,8 +52,8 @@ pub fn check_sampling(tokens: usize, memory: f64) -> Result<()> {
     fits(&[Need { bytes, what: "the text", way_out: format!("lower --tokens {tokens}") }], memory)
 }
 
-/// What training keeps in memory at once. `steps` are the options that say for how many steps tokens are drawn beforehand.
-/// If it is empty, the tokens of one step are in memory.
+/// The memory that training needs at once. A measurement draws the tokens of all steps first; `steps` are the options with
+/// the number of these steps. If `steps` is empty, the tokens of one step are in memory.
 fn training(config: &Config, steps: &[(&str, usize)]) -> Vec<Need> {
     let number = |number: usize| number as f64;
     let Config { context, batch, accumulation, num_layers, num_heads, embed_dim, .. } = *config;
@@ -104,7 +104,7 @@ fn fits(needs: &[Need], memory: f64) -> Result<()> {
     }
 }
 
-/// The text of `bytes` in an error.
+/// `bytes` as text for an error.
 fn gib(bytes: f64) -> String {
     match bytes / f64::from(1 << 30) {
         gib if gib < 1e6 => format!("{gib:.1} GiB"),
@@ -112,8 +112,8 @@ fn gib(bytes: f64) -> String {
     }
 }
 
-/// Bytes that a run on `device` cannot exceed. For a GPU only the limit of addresses counts: its driver reports when memory
-/// runs out.
+/// Bytes that a run on `device` cannot exceed. For a GPU this is only the limit of addresses, because its driver reports an
+/// error when memory runs out.
 pub fn memory_of(device: &Device) -> f64 {
     match device.is_cpu() {
         true => memory(),
@@ -129,7 +129,7 @@ pub fn memory() -> f64 {
     memory_said(&read("/proc/meminfo"), &limits)
 }
 
-/// [`memory`] from the texts of the system: that of `/proc/meminfo`, and those of the files with a container's limit.
+/// [`memory`], from the text of `/proc/meminfo` and the texts of the files with a container's limits.
 pub fn memory_said(meminfo: &str, limits: &[String]) -> f64 {
     let kib = |name: &str| -> Option<f64> {
         meminfo.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?.trim().parse().ok()

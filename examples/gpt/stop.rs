@@ -39,7 +39,7 @@ impl Stop {
         Ok(Self(Arc::default()))
     }
 
-    /// Call this when training has finished. After it, the first signal ends the process.
+    /// Call this when training has finished. From then on, the first signal ends the process.
     pub fn end(&self) {
         self.0.store(i32::MAX, Ordering::SeqCst);
     }

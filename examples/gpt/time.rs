@@ -1,8 +1,11 @@
-//! How fast a model trains: whole optimizer steps on random tokens, without a text.
+//! Measures how fast a model trains: whole optimizer steps on random tokens, without a text.
 //!
-//! The steps are queued one after the other and the clock is read around all of them, after some that warm up. FLOPs are
-//! the model's, 6 N + 6 L d T per token: N parameters, L layers of width d, T tokens of context, of which causal attention
-//! sees half. Without attention (`--attention none`) they are 6 N. MFU is their share of the device's peak.
+//! After the warm-up, the clock is read once before and once after all timed steps. In between, steps are queued without
+//! waiting.
+//!
+//! The number of FLOPs per token is that of the model: 6 N + 6 L d T for N parameters, L layers of width d, and a context of
+//! T tokens. Causal attention sees half of the context. Without attention (`--attention none`) it is 6 N. MFU is the share
+//! of the device's peak.
 
 use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
@@ -19,11 +22,11 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Dense bf16 peaks of the data sheets in TFLOP/s, by a word of the GPU's name; the first that fits counts.
+/// Dense bf16 peaks from the data sheets in TFLOP/s, by a part of the GPU's name. The first match is used.
 const PEAKS: [(&str, f64); 6] =
     [("H100 PCIe", 756.0), ("H100", 989.0), ("H200", 989.0), ("A100", 312.0), ("L40S", 362.0), ("RTX 4090", 165.0)];
 
-/// What to measure besides the recipe.
+/// How to measure.
 pub struct Plan {
     pub steps: usize,
     pub warmup: usize,
@@ -44,23 +47,23 @@ pub struct Timing {
     batch: usize,
     accumulation: usize,
     steps: usize,
-    /// What follows is empty where the memory of the device did not suffice.
+    /// This and the following fields are empty if the device ran out of memory.
     ms_per_step: Option<f64>,
     tokens_per_s: Option<f64>,
     model_tflops: Option<f64>,
     mfu_percent: Option<f64>,
-    /// The most memory in use during the timed steps.
+    /// Peak of the memory in use during the timed steps.
     peak_gib: Option<f64>,
-    /// What is in use between steps: parameters, moments, batches.
+    /// Memory in use between steps: parameters, moments, batches.
     resident_gib: Option<f64>,
     last_loss: Option<f32>,
     #[serde(skip)]
-    pub profile: [Seconds; 2], // phases and parts, of all steps
+    pub profile: [Seconds; 2], // phases and parts, sums over all steps
 }
 
-/// At most so many bytes of the first line of `--csv` are read, because it may be any file. The heading is shorter.
+/// Number of bytes read of the first line of `--csv`. There is a limit because it may be any file. The heading is shorter.
 const LONGEST_LINE: u64 = 1000;
-/// At most so many characters of that line are shown in an error.
+/// Number of characters of that line shown in an error.
 const MOST_SHOWN: usize = 60;
 
 /// Times `plan.steps` steps of the recipe `config`.
@@ -85,7 +88,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
     }
 }
 
-/// Everything that takes memory of the device; what it measures goes into `timing`.
+/// Runs the steps and writes the measurements into `timing`. All memory of the device is used in here.
 fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing: &mut Timing) -> Result<()> {
     let mut rng = Rng::new(config.seed);
     let mut learner = Learner::new(Flat::new(&init_parameters(config, vocab_size, &mut rng, device)?)?)?;
@@ -100,7 +103,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
             })
             .collect()
     };
-    // Drawn beforehand: a run's batches cost next to nothing, random numbers on the host do not.
+    // Draw all tokens first. In training a batch costs almost nothing, but random numbers on the host take time.
     let steps = (0..plan.warmup + plan.steps).map(|_| batches()).collect::<Result<Vec<_>>>()?;
     let (warmup, timed) = steps.split_at(plan.warmup);
 
@@ -172,16 +175,16 @@ impl Table {
     /// Appends the row of `timing`. An empty file gets the heading first.
     pub fn append(mut self, timing: &Timing) -> Result<()> {
         let fail = |error| anyhow!("cannot write --csv {}: {error}", self.path.display());
-        let (is_empty, line_is_open) = match last_byte(&self.file).map_err(fail)? {
+        let (is_empty, line_is_incomplete) = match last_byte(&self.file).map_err(fail)? {
             None => (true, false),
-            Some(byte) => (false, byte != b'\n'), // some editors do not end the last line
+            Some(byte) => (false, byte != b'\n'), // some editors write no newline after the last line
         };
-        let text = if line_is_open { "\n" } else { "" }.to_string() + &table(timing, is_empty)?;
+        let text = if line_is_incomplete { "\n" } else { "" }.to_string() + &table(timing, is_empty)?;
         self.file.write_all(text.as_bytes()).map_err(fail)
     }
 }
 
-/// The row of `timing`, after the names of its fields if `with_heading`.
+/// The row of `timing` as CSV. With `with_heading`, the names of its fields come first.
 fn table(timing: &Timing, with_heading: bool) -> Result<String> {
     let mut rows = csv::WriterBuilder::new().has_headers(with_heading).from_writer(Vec::new());
     rows.serialize(timing)?;
@@ -261,18 +264,18 @@ fn device_name(device: &Device) -> Result<String> {
     }
 }
 
-/// Candle has no variant for it: the driver's and cuBLAS's own words.
+/// Whether the device ran out of memory. Candle has no error variant for this, so search the names of the driver and cuBLAS.
 fn is_out_of_memory(error: &anyhow::Error) -> bool {
     let text = format!("{error:?}");
     ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|words| text.contains(words))
 }
 
-/// Memory of a GPU, counted by its pool; of a CPU, and of a GPU without pools, nothing is known.
+/// Memory of a GPU, from its pool. For a CPU, and for a GPU without pools, it is not known.
 mod memory {
     use anyhow::Result;
     use candle_core::Device;
 
-    /// Bytes in use now, from where on a new peak is looked for.
+    /// Bytes in use now. Resets the peak.
     pub fn start(device: &Device) -> Result<Option<u64>> {
         match device {
             #[cfg(feature = "cuda")]
@@ -285,7 +288,7 @@ mod memory {
         }
     }
 
-    /// The most bytes in use since [`start`].
+    /// The largest number of bytes in use at once since [`start`].
     pub fn peak(device: &Device) -> Result<Option<u64>> {
         match device {
             #[cfg(feature = "cuda")]

@@ -1,4 +1,4 @@
-//! Text to tokens and back: raw bytes, or GPT-2's byte-pair encoding.
+//! Converts text to tokens and back: raw bytes, or GPT-2's byte-pair encoding.
 
 use anyhow::{anyhow, Result};
 use clap::ValueEnum;
@@ -22,7 +22,7 @@ impl Tokenizer {
     pub fn new(kind: TokenizerKind) -> Self {
         match kind {
             TokenizerKind::Bytes => Tokenizer::Bytes,
-            // r50k_base is the vocabulary that GPT-2 was trained with; tiktoken-rs carries it.
+            // r50k_base is GPT-2's vocabulary. The crate tiktoken-rs contains it.
             TokenizerKind::Gpt2 => Tokenizer::Gpt2(tiktoken_rs::r50k_base_singleton()),
         }
     }
@@ -34,13 +34,13 @@ impl Tokenizer {
         }
     }
 
-    /// The vocabulary of a model: padded to rows of whole 128 bytes in bf16, without which a GPU's tensor cores are slow or
-    /// idle. A checkpoint says which it has.
+    /// The vocabulary size of a model, padded to a multiple of 64. Rows in bf16 are then multiples of 128 bytes. With other
+    /// sizes a GPU's tensor cores are slow or idle. A checkpoint stores its size.
     pub fn padded_vocab_size(&self) -> usize {
         self.vocab_size().next_multiple_of(64)
     }
 
-    /// Tokens of `text`; `name` is what an error calls it.
+    /// Tokens of `text`. An error calls the text `name`.
     pub fn encode(&self, text: &[u8], name: &str) -> Result<Vec<u32>> {
         match self {
             Tokenizer::Bytes => Ok(text.iter().map(|&byte| u32::from(byte)).collect()),
@@ -52,13 +52,13 @@ impl Tokenizer {
                         error.valid_up_to()
                     )
                 })?;
-                // Ordinary: "<|endoftext|>" in a text is these 13 characters, not a control token.
+                // `encode_ordinary` has no control tokens: "<|endoftext|>" in a text is these 13 characters.
                 Ok(pieces(text).flat_map(|piece| bpe.encode_ordinary(piece)).collect())
             }
         }
     }
 
-    /// The bytes that `tokens` stand for. A token can be a part of a character, so they need not be UTF-8.
+    /// The bytes of `tokens`. They may be invalid UTF-8, because a token can be a part of a character.
     pub fn decode(&self, tokens: &[u32]) -> Result<Vec<u8>> {
         match self {
             Tokenizer::Bytes => Ok(tokens.iter().map(|&token| token as u8).collect()),
@@ -69,16 +69,16 @@ impl Tokenizer {
     }
 }
 
-/// Splits `text` into pieces. The tokens of the pieces, one piece after the other, are the tokens of the whole text.
+/// Splits `text` into pieces. The tokens of the pieces, concatenated, are the tokens of the whole text.
 ///
 /// A piece ends before the last character of a run of two or more white-space characters, or at the end of the text.
-/// GPT-2's pattern splits the text there too. It joins the last character of such a run to the next word if it is a space.
-/// Otherwise that character is a match of its own. No match depends on text beyond the split: white space ends a word as the
-/// end of a text does, and a run at the end of a text stays whole.
+/// GPT-2's pattern splits the text there too. If the last character of the run is a space, the pattern joins it to the next
+/// word; otherwise the character is its own match. No match depends on text after the split: white space ends a word like
+/// the end of a text does, and a run at the end of a text is one match.
 ///
-/// Without the pieces, long runs fail. The pattern matches them with `\s+(?!\S)`, which steps back from the end of the run.
-/// For that the regex engine stores a position for each character, and it fails after a million. In a piece only the
-/// run at the end is long, and the pattern matches that one without stepping back.
+/// Without pieces, a long run fails. The pattern matches a run with `\s+(?!\S)`, which backtracks from the end of the run. To
+/// backtrack, the regex engine stores a position for each character, and it fails after a million. In a piece, a long run
+/// can only be at the end, and there the pattern does not backtrack.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -88,10 +88,10 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Where the first piece of `text` ends. `None` if `text` is empty.
+/// The end of the first piece of `text`. `None` if `text` is empty.
 fn end_of_piece(text: &str) -> Option<usize> {
     let mut run = 0; // number of white-space characters before this character
-    let mut last = 0; // where the previous character starts
+    let mut last = 0; // start of the previous character
     for (start, character) in text.char_indices() {
         match character.is_whitespace() {
             true => run += 1,

@@ -1,10 +1,10 @@
-//! Training, from the first step or from a checkpoint. Both use the same loop, so their results are identical on a CPU.
+//! Training, from the first step or from a checkpoint. Both use the same loop, so on a CPU their results are identical.
 
 use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
 use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::{write_atomically, CannotWrite, RunFolder};
-use crate::learner::{come_apart, mean_gradients, Learner, Outcome};
+use crate::learner::{diverged, mean_gradients, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt};
@@ -23,15 +23,16 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Tokens of the sample that is printed when training ends; the tests train dozens of models and read no sample.
+/// Number of tokens in the sample at the end of training. The tests train dozens of models and read no sample.
 const SAMPLE_TOKENS: usize = if cfg!(test) { 10 } else { 400 };
 
-/// Number of steps queued on a GPU before the host waits for all of them. After each wait the GPU is idle until the host
-/// has queued the next step, so the host waits for one step in ten only. With a larger number, progress and the error for a
-/// non-finite loss would come later.
+/// Number of steps queued on a GPU before the host waits for all of them.
+///
+/// After each wait the GPU is idle until the host has queued the next step. So the host waits only once in ten steps. With a
+/// larger number, progress and the error of a non-finite loss would come later.
 const STEPS_AHEAD: usize = 10;
 
-/// 1 on a CPU: its operators are done when they return.
+/// 1 on a CPU, because its operators have finished when they return.
 fn steps_ahead(device: &Device) -> usize {
     match device.is_cpu() {
         true => 1,
@@ -39,7 +40,7 @@ fn steps_ahead(device: &Device) -> usize {
     }
 }
 
-/// A run in memory: what is needed for the next step.
+/// A run in memory: everything that the next step needs.
 pub struct Run {
     config: Config,
     tokenizer: Tokenizer,
@@ -48,14 +49,14 @@ pub struct Run {
     learner: Learner,
     rng: Rng,
     batches: Batches,
-    step: usize,            // steps done, or queued
-    queued: Vec<Outcome>,   // of the steps since the last wait
+    step: usize,            // number of steps done or queued
+    queued: Vec<Outcome>,   // steps queued since the last wait
     clock: Instant,         // started after the last wait
     pub steps_ahead: usize, // steps to queue before a wait
 }
 
 impl Run {
-    /// A run at its first step.
+    /// A new run, before its first step.
     pub fn new(config: Config, device: Device) -> Result<Self> {
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
@@ -80,7 +81,7 @@ impl Run {
         Ok(run)
     }
 
-    /// Loads the run in `folder` from its checkpoint. `data` overrides the path of the text, `steps` the last step.
+    /// Loads the run in `folder` from its checkpoint. `data` replaces the path of the text, and `steps` the number of steps.
     pub fn resume(folder: &RunFolder, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
         let dir = folder.path();
         let file = checkpoint::locate(dir)?;
@@ -111,8 +112,7 @@ impl Run {
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
         let batches = Batches::at(&config, &corpus, cursor).map_err(|reason| checkpoint::unusable(&file, reason))?;
-        // Do not check gradients here: a trained model may have zero gradients. A missing gradient fails in the step
-        // itself.
+        // Do not check gradients here, because a trained model may have zero gradients. A step with a missing gradient fails.
         Ok(Self {
             config,
             tokenizer,
@@ -161,14 +161,14 @@ impl Run {
                 folder.check()?;
             }
             if evaluate {
-                plot::save(dir, metrics.rows())?; // before the checkpoint: a run with its last one is whole
+                plot::save(dir, metrics.rows())?; // before the checkpoint, so that the last checkpoint completes the run
             }
             if save || signal.is_some() {
                 if !evaluate {
-                    self.held_out_loss(1)?; // never save a checkpoint of a model with a non-finite loss
+                    self.held_out_loss(1)?; // an error if the loss is not finite: do not save such a model
                 }
                 metrics.sync()?;
-                self.checkpoint(dir)?; // after the metrics: steps after the checkpoint run again on resume
+                self.checkpoint(dir)?; // after the metrics, so that they have all steps that a resume does not run again
             }
             if let Some(signal) = signal {
                 progress.finish();
@@ -190,7 +190,7 @@ impl Run {
 
     /// Writes the files of a new run: checkpoint, text (if kept), empty metrics.
     pub fn begin(&self, dir: &Path) -> Result<Metrics> {
-        // Write the checkpoint first. If it fails, the folder is removed. After it, the run can be resumed.
+        // Write the checkpoint first. If this fails, the folder is removed. If a later file fails, the run can be resumed.
         self.checkpoint(dir)?;
         if self.config.data.is_none() {
             let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
@@ -255,12 +255,12 @@ impl Run {
         Ok(rows.remove(0))
     }
 
-    /// What the model writes now, from a new line on.
+    /// A sample of the model's text. The prompt is a line break.
     fn sample(&self) -> Result<String> {
         let model = Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?;
         let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
         let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
-        // A clone of the generator: a sample must not change how a resumed run goes on.
+        // Use a clone of the generator, so that the sample does not change the batches of a resumed run.
         let tokens = generate(&model, self.tokenizer.vocab_size(), &prompt, &sampling, &mut self.rng.clone())?;
         Ok(String::from_utf8_lossy(&self.tokenizer.decode(&tokens)?).into_owned())
     }
@@ -274,11 +274,11 @@ impl Run {
         let model = Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?;
         match mean_loss(&model, &self.corpus.held_out, &starts)? {
             loss if loss.is_finite() => Ok(loss),
-            loss => Err(come_apart(self.step, &format!("the held-out loss after it is {loss}"))),
+            loss => Err(diverged(self.step, &format!("the held-out loss after it is {loss}"))),
         }
     }
 
-    /// One backward pass, whose gradients must reach every parameter.
+    /// Runs one backward pass and checks that its gradients reach every parameter.
     fn check_gradients(&self) -> Result<()> {
         let starts = window_starts(self.corpus.train.len(), self.config.context, 0);
         let (tokens, targets) = windows(&self.corpus.train, &starts[..1], self.config.context, &self.device)?;

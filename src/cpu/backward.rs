@@ -1,11 +1,11 @@
-//! dq, dk and dv, one task per (tile of keys, batch, key head); P is recomputed from lse.
+//! dq, dk and dv, one task per (key tile, batch, key head). P is recomputed from lse.
 //!
 //! Pipeline   for each head of the group and each query tile that sees the keys:
 //!            S = q k^T, P = exp2(S - lse) | dP = do v^T, dS = P (dP - delta) | dv += P^T do | dk += dS^T q | dq += dS k
-//! Scratch    k^T, v^T, dk and dv of one tile, S and dP; q, k and do too where they are not in the accumulator's type.
-//! Shared     dq: tasks of neighbouring keys add to the same rows, one after the other in the order of the keys.
-//! Layout     S has one row per query, so that the lanes of a vector are keys and only k and v are transposed, once.
-//! Expects    what `Problem` has checked; lse of the same inputs.
+//! Scratch    k^T, v^T, dk and dv of one tile, S and dP; also q, k and do if their type is not the accumulator's type.
+//! Shared     dq_accum: several tasks add to the same rows. Semaphores order them by key tile.
+//! Layout     S has one row per query. So vector lanes are keys, and only k and v are transposed, once per task.
+//! Expects    a checked `Problem`, and lse of the same inputs.
 
 use std::ops::Range;
 
@@ -14,26 +14,26 @@ use super::execution::Execution;
 use super::forward::{tile, transpose};
 use super::lse::Lse;
 use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
-use super::parallel::{for_each_task, Shared, Turns};
-use super::scores::{Dot, GradientStep, Scoring, TileMask};
+use super::parallel::{for_each_task, Semaphores, Shared};
+use super::scores::{Dot, GradientStep, ScoreMod, TileMask};
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::{Sequence, Strides};
 use crate::tensors::{Gradients, Inputs};
 
-/// The forward's result and what came back for it.
+/// The output of the forward and the gradients of its outputs.
 pub(super) struct Upstream<'a, G> {
     /// Output of the forward, contiguous.
     pub(super) o: &'a [G],
-    /// Its gradient.
+    /// Gradient of o.
     pub(super) do_: &'a [G],
-    /// Where the gradient's elements lie.
+    /// Strides of `do_`.
     pub(super) do_strides: Strides,
-    /// Gradient of lse, in the order of lse.
+    /// Gradient of lse, in the order of lse. `None` if the call does not return lse.
     pub(super) dlse: Option<&'a [G]>,
 }
 
-/// Which gradients are asked for.
+/// Which gradients to compute: those that autograd tracks.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted {
     pub(super) dq: bool,
@@ -41,25 +41,25 @@ pub(super) struct Wanted {
     pub(super) dv: bool,
 }
 
-/// One tile of keys of one key head.
+/// One key tile of one key head.
 struct Task {
     sequence: Sequence,
     head_k: usize,
     n_block: usize,
     cols: Range<usize>,
-    /// Pairs of a query and a key in the tiles that it walks, for one head: its cost.
+    /// Number of (query, key) pairs in the query tiles that the task visits, for one head. This is its cost.
     pairs: usize,
 }
 
-/// The tiles of queries of one sequence.
+/// The query tiles of one sequence.
 struct QueryTiles {
-    /// Their rows, and the tiles of keys that those see.
+    /// For each tile: its rows, and the range of `n_block` that these rows see.
     m_blocks: Vec<(Range<usize>, Range<usize>)>,
-    /// Where they begin among all sums of dq: head by head, each with one sum per tile.
-    first_sum: usize,
+    /// Index of the sequence's first semaphore. Each head has one semaphore per query tile.
+    first_semaphore: usize,
 }
 
-/// Buffers of one thread, for one task after the other.
+/// Buffers of one thread. All its tasks reuse them.
 struct Scratch<A> {
     k: Vec<A>,
     k_transposed: Vec<A>,
@@ -68,28 +68,28 @@ struct Scratch<A> {
     do_: Vec<A>,
     p: Vec<A>,
     ds: Vec<A>,
-    /// Derivative of the softcap for one query.
+    /// Derivatives of the softcap, for the keys of one query.
     derivative: Vec<A>,
     dk: Vec<A>,
     dv: Vec<A>,
 }
 
-/// What every task reads and writes.
+/// The inputs and outputs of one backward call. All its tasks share them.
 struct Pass<'a, T: Element, G> {
     execution: &'a Execution<'a>,
     inputs: Inputs<&'a [T]>,
     lse: Lse<&'a [T::Acc]>,
-    /// rowsum(do * o), less the gradient of lse, in the order of lse.
+    /// rowsum(do * o) - dlse, in the order of lse.
     delta: Vec<T::Acc>,
     upstream: &'a Upstream<'a, G>,
     wanted: Wanted,
-    dq: Shared<'a, T::Acc>,
-    /// Of each sequence.
+    dq_accum: Shared<'a, T::Acc>,
+    /// One entry for each sequence.
     query_tiles: Vec<QueryTiles>,
-    turns: Turns,
+    dq_semaphores: Semaphores,
 }
 
-/// Those of dq, dk and dv that are wanted, contiguous in the shapes of q, k and v.
+/// Computes the wanted ones of dq, dk and dv, contiguous in the shapes of q, k and v.
 pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     execution: &Execution,
     inputs: Inputs<&[T]>,
@@ -101,14 +101,24 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
     let q_len = problem.rows_q() * problem.num_heads * head_dim;
     let len_if = |wanted: bool, len: usize| if wanted { len } else { 0 };
-    let mut dq = vec![T::Acc::ZERO; len_if(wanted.dq, q_len)];
+    let mut dq_accum = vec![T::Acc::ZERO; len_if(wanted.dq, q_len)];
     let mut dk = vec![T::default(); len_if(wanted.dk, k_len)];
     let mut dv = vec![T::default(); len_if(wanted.dv, k_len)];
 
     let delta = delta::<G>(execution, upstream);
     let (tasks, query_tiles) = (tasks(execution), query_tiles(execution));
-    let turns = turns(&query_tiles, problem.num_heads);
-    let pass = Pass { execution, inputs, lse, delta, upstream, wanted, dq: Shared::new(&mut dq), query_tiles, turns };
+    let dq_semaphores = dq_semaphores(&query_tiles, problem.num_heads);
+    let pass = Pass {
+        execution,
+        inputs,
+        lse,
+        delta,
+        upstream,
+        wanted,
+        dq_accum: Shared::new(&mut dq_accum),
+        query_tiles,
+        dq_semaphores,
+    };
     {
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
         let strides = problem.contiguous_k();
@@ -129,17 +139,19 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
                 }
             }
         };
-        let work = |scratch: &mut Scratch<T::Acc>, index: usize| pass.turns.during(|| work(scratch, &tasks[index]));
+        let work =
+            |scratch: &mut Scratch<T::Acc>, index: usize| pass.dq_semaphores.guard(|| work(scratch, &tasks[index]));
         for_each_task(tasks.len(), multiply_adds, || pass.scratch(), work);
     }
-    Gradients { dq: wanted.dq.then(|| T::from_acc(dq)), dk: wanted.dk.then_some(dk), dv: wanted.dv.then_some(dv) }
+    Gradients { dq: wanted.dq.then(|| T::from_acc(dq_accum)), dk: wanted.dk.then_some(dk), dv: wanted.dv.then_some(dv) }
 }
 
 /// delta = rowsum(do * o) - dlse, in the order of lse.
 ///
-/// The gradient of a score is `p * (dp - delta)` for o, and `p * dlse` for lse: one subtraction serves both.
+/// The gradient of a score is `p * (dp - rowsum(do * o))` through o, and `p * dlse` through lse. Their sum is
+/// `p * (dp - delta)`.
 fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Acc> {
-    // Rows per task: enough work to be worth handing out.
+    // Rows per task. The work of a task must outweigh the cost of handing it to a thread.
     const ROWS: usize = 256;
     let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let o_strides = problem.contiguous_o();
@@ -175,16 +187,18 @@ fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Ac
     delta
 }
 
-/// All tasks, earlier keys first in all sequences and heads: under a causal mask those are seen by the most queries, and
-/// tasks that add to the same tile of dq are far apart.
+/// All tasks, in the order of their key tiles: first the first tile of every sequence and head, then the second.
+///
+/// Under a causal mask the most queries see the first keys, so the longest tasks start first. In this order, tasks that
+/// add to the same tile of `dq_accum` are far apart.
 fn tasks(execution: &Execution) -> Vec<Task> {
     let (problem, block_n) = (execution.problem, execution.backward.block_n);
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
-        let sees = problem.visibility(&sequence);
+        let visibility = problem.visibility(&sequence);
         for (n_block, start) in (0..sequence.seqlen_k).step_by(block_n).enumerate() {
             let cols = start..(start + block_n).min(sequence.seqlen_k);
-            let pairs = cols.len() * sees.queries_of(&cols).len();
+            let pairs = cols.len() * visibility.queries_of(&cols).len();
             let task = |head_k| Task { sequence, head_k, n_block, cols: cols.clone(), pairs };
             tasks.extend((0..problem.num_heads_k).map(task));
         }
@@ -193,31 +207,31 @@ fn tasks(execution: &Execution) -> Vec<Task> {
     tasks
 }
 
-/// The tiles of queries of all sequences.
+/// The query tiles of each sequence.
 fn query_tiles(execution: &Execution) -> Vec<QueryTiles> {
     let (problem, tile) = (execution.problem, execution.backward);
-    let mut first_sum = 0;
+    let mut first_semaphore = 0;
     let mut query_tiles = Vec::with_capacity(problem.batch());
     for sequence in problem.sequences() {
-        let sees = problem.visibility(&sequence);
+        let visibility = problem.visibility(&sequence);
         let m_block = |start: usize| {
             let rows = start..(start + tile.block_m).min(sequence.seqlen_q);
-            let keys = sees.keys_of(&rows);
+            let keys = visibility.keys_of(&rows);
             let n_blocks = keys.start / tile.block_n..keys.end.div_ceil(tile.block_n);
             (rows, if keys.is_empty() { 0..0 } else { n_blocks })
         };
         let m_blocks: Vec<_> = (0..sequence.seqlen_q).step_by(tile.block_m).map(m_block).collect();
-        let sums = m_blocks.len() * problem.num_heads;
-        query_tiles.push(QueryTiles { m_blocks, first_sum });
-        first_sum += sums;
+        let semaphores = m_blocks.len() * problem.num_heads;
+        query_tiles.push(QueryTiles { m_blocks, first_semaphore });
+        first_semaphore += semaphores;
     }
     query_tiles
 }
 
-/// Each tile of dq receives the shares of the tiles of keys that it sees, in the order of the keys.
-fn turns(query_tiles: &[QueryTiles], num_heads: usize) -> Turns {
+/// One semaphore for each query tile of each head. Key tiles add to it in ascending order, from the first that it sees.
+fn dq_semaphores(query_tiles: &[QueryTiles], num_heads: usize) -> Semaphores {
     let firsts = |tiles: &QueryTiles| tiles.m_blocks.iter().map(|(_, n_blocks)| n_blocks.start).collect::<Vec<_>>();
-    Turns::new(query_tiles.iter().flat_map(|tiles| firsts(tiles).repeat(num_heads)))
+    Semaphores::new(query_tiles.iter().flat_map(|tiles| firsts(tiles).repeat(num_heads)))
 }
 
 impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
@@ -240,7 +254,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         }
     }
 
-    /// Adds the task's share to dq, and leaves dk and dv of its keys in the scratch.
+    /// Computes one task: adds to `dq_accum`, and leaves dk and dv of the task's keys in `scratch`.
     fn run(&self, task: &Task, scratch: &mut Scratch<T::Acc>) {
         let problem = self.execution.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
@@ -254,35 +268,35 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let mut k_buffer = std::mem::take(&mut scratch.k);
         let k_tile = tile(k, problem.k.row, (n, head_dim), &mut k_buffer);
 
-        let QueryTiles { m_blocks, first_sum } = &self.query_tiles[sequence.batch];
+        let QueryTiles { m_blocks, first_semaphore } = &self.query_tiles[sequence.batch];
         let group = problem.group_size();
         for head in task.head_k * group..(task.head_k + 1) * group {
             for (m_block, (rows, n_blocks)) in m_blocks.iter().enumerate() {
                 if n_blocks.contains(&task.n_block) {
-                    let sum = first_sum + head * m_blocks.len() + m_block;
-                    self.step(task, head, rows, sum, k_tile, scratch);
+                    let semaphore = first_semaphore + head * m_blocks.len() + m_block;
+                    self.step(task, head, rows, semaphore, k_tile, scratch);
                 }
             }
         }
         scratch.k = k_buffer;
     }
 
-    /// One tile of queries against the task's keys.
+    /// One query tile against the task's keys.
     fn step(
         &self,
         task: &Task,
         head: usize,
         rows: &Range<usize>,
-        sum: usize,
+        semaphore: usize,
         k: Mat<T::Acc>,
         scratch: &mut Scratch<T::Acc>,
     ) {
         let problem = self.execution.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let (m, n) = (rows.len(), cols.len());
-        let sees = problem.visibility(sequence);
-        let partial = sees.coverage(rows, cols) != Coverage::Full;
-        let scoring = Scoring::<T::Acc>::new(problem, self.execution.slope(sequence.batch, head));
+        let visibility = problem.visibility(sequence);
+        let partial = visibility.coverage(rows, cols) != Coverage::Full;
+        let score_mod = ScoreMod::<T::Acc>::new(problem, self.execution.slope(sequence.batch, head));
         let scale = T::Acc::from_f64_lossy(problem.softmax_scale);
         let strides = &self.upstream.do_strides;
 
@@ -291,20 +305,20 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let q = tile(&self.inputs.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
         let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim), &mut scratch.do_);
         let first_row = problem.lse_start(sequence, head) + rows.start;
-        let [max, log2_sum, delta] =
-            [self.lse.row_max, self.lse.log2_sum, &self.delta].map(|rows| &rows[first_row..][..m]);
+        let [row_max, log2_row_sum, delta] =
+            [self.lse.row_max, self.lse.log2_row_sum, &self.delta].map(|rows| &rows[first_row..][..m]);
 
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul_scores(self.execution.arch, p, (m, n, head_dim), scoring.product_factor, q, k_transposed);
-        // dv needs P alone.
+        matmul_scores(self.execution.arch, p, (m, n, head_dim), score_mod.softmax_scale_log2, q, k_transposed);
+        // dv needs only P.
         if self.wanted.dq || self.wanted.dk {
             matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
         }
-        let mask = TileMask { rows, cols, sees, partial };
+        let mask = TileMask { rows, cols, visibility, partial };
         let derivative = &mut scratch.derivative;
-        self.execution.arch.dispatch(GradientStep { scoring, mask, p, ds, derivative, max, log2_sum, delta });
+        self.execution.arch.dispatch(GradientStep { score_mod, mask, p, ds, derivative, row_max, log2_row_sum, delta });
         let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
         let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;
@@ -323,9 +337,9 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let dq_strides = problem.contiguous_q();
         let dq_start = dq_strides.start(sequence.batch, sequence.first_q + rows.start, head);
         let dq_span = (m - 1) * dq_strides.row + head_dim;
-        self.turns.take(sum, task.n_block, || {
-            // SAFETY: these rows of this head belong to the sum whose turn this is.
-            let dq = unsafe { Out::between(self.dq.block(dq_start, dq_span), dq_span, dq_strides.row) };
+        self.dq_semaphores.in_order(semaphore, task.n_block, || {
+            // SAFETY: the semaphore gives this task alone access to these rows of this head.
+            let dq = unsafe { Out::interleaved(self.dq_accum.block(dq_start, dq_span), dq_span, dq_strides.row) };
             matmul_visible(dq, (m, head_dim, n), scale, ds, k, keys);
         });
     }

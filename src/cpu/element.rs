@@ -1,11 +1,11 @@
-//! The element types, and the arithmetic type that each is summed in.
+//! The element types of tensors, and the accumulator type that each is computed in.
 
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// The type of scores, sums and products: f32, or f64 for f64 inputs.
+/// An accumulator type, for scores, sums and products: f32, or f64 for f64 inputs.
 pub(super) trait Real:
     Element<Acc = Self> + Copy + PartialOrd + std::ops::Neg<Output = Self> + std::ops::DivAssign
 {
@@ -18,7 +18,7 @@ pub(super) trait Real:
     fn log2(self) -> Self;
     fn finite(self) -> bool;
 
-    /// `2^self`. NaN stays NaN. In f32, results below the smallest normal number are 0, and from 2^127.999 on infinite.
+    /// `2^self`. NaN stays NaN. In f32, results below 2^-126 are 0, and results above 2^127.999 are infinite.
     fn exp2(self) -> Self;
 
     /// The hyperbolic tangent.
@@ -28,28 +28,28 @@ pub(super) trait Real:
     fn mul_add(self, a: Self, b: Self) -> Self;
 }
 
-/// A type that tensors come in.
+/// An element type of tensors.
 pub(super) trait Element: WithDType + Default {
-    /// The type it is computed in.
+    /// The accumulator type.
     type Acc: Real;
 
-    /// Whether `Acc` is the type itself: tiles are then read in place.
+    /// Whether `Acc` is this type. Tiles are then read in place.
     const IN_PLACE: bool;
 
-    /// Converts exactly to the accumulator's type.
+    /// Converts to the accumulator type, exactly.
     fn widen(from: &[Self], to: &mut [Self::Acc]);
 
-    /// Rounds to nearest, ties to even.
+    /// Converts from the accumulator type. Rounds to nearest, ties to even.
     fn narrow(from: &[Self::Acc], to: &mut [Self]);
 
-    /// The same slice, seen as accumulators, if `IN_PLACE`.
+    /// The same slice as accumulators; `None` unless `IN_PLACE`.
     fn as_acc(_: &[Self]) -> Option<&[Self::Acc]> {
         None
     }
 
     /// Rounds a whole tensor on all threads, as [`Self::narrow`] does.
     fn from_acc(from: Vec<Self::Acc>) -> Vec<Self> {
-        // Elements per task: 64 KB of f32, large against the cost of handing it out.
+        // Elements per task: 64 KB of f32. This is large compared with the cost of handing a task to a thread.
         const CHUNK: usize = 1 << 14;
         let mut to = vec![Self::default(); from.len()];
         to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| Self::narrow(from, to));
@@ -103,7 +103,7 @@ impl Element for bf16 {
     type Acc = f32;
     const IN_PLACE: bool = false;
 
-    // A bf16 is the upper half of an f32; written out, this is one shift that the compiler vectorises.
+    // A bf16 is the upper half of an f32. The compiler vectorises this shift.
     fn widen(from: &[Self], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = f32::from_bits(u32::from(from.to_bits()) << 16);
@@ -166,18 +166,18 @@ impl Real for f32 {
         self.is_finite()
     }
 
-    /// `x = n + f` with `n` whole and `f` in [-1/2, 1/2]; `2^f` is a polynomial of degree 6 whose relative error is
-    /// 1.9e-9 (minimax by a Remez iteration), far below the 6e-8 of one rounding; `2^n` is made in the exponent.
+    /// Splits `x = n + f` with an integer `n` and `f` in [-1/2, 1/2]. `2^n` is built from its exponent bits.
     ///
-    /// No branch and no table, so that a loop over it becomes vector instructions.
+    /// `2^f` is a polynomial of degree 6, minimax by a Remez iteration. Its relative error is 1.9e-9; one rounding to f32
+    /// is 6e-8. The code has no branch and no table, so the compiler can vectorise a loop over it.
     #[inline(always)]
     #[allow(clippy::excessive_precision)] // the digits of the Remez run
     fn exp2(self) -> Self {
-        // Adding 1.5 * 2^23 leaves n in the low bits of the sum, rounded to nearest.
+        // x + 1.5 * 2^23 is rounded to an integer: n is in its low bits.
         const ROUND: f32 = 12_582_912.0;
         const SMALLEST: f32 = -126.0;
         const LARGEST: f32 = 127.999;
-        // Comparisons with NaN are false: NaN passes both, and comes out of the polynomial as NaN.
+        // Comparisons with NaN are false. So NaN passes both, and the polynomial returns NaN.
         let x = if self < SMALLEST { SMALLEST } else { self };
         let x = if x > LARGEST { LARGEST } else { x };
         let shifted = x + ROUND;
@@ -189,7 +189,7 @@ impl Real for f32 {
         let p = p.mul_add(f, 0.240_226_468_906_455_21);
         let p = p.mul_add(f, 0.693_147_205_737_195_75);
         let p = p.mul_add(f, 1.000_000_000_554_164_8);
-        // 127 is the bias of the exponent. n is at most 128, whose factor does not exist: 2 * 2^127 stands for it.
+        // 127 is the bias of the exponent. 2^n overflows for n = 128, the largest n. So 2^n is applied as two factors.
         let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
         let half = n >> 1;
         let factor = |n: i32| f32::from_bits(((n.wrapping_add(127)) as u32) << 23);
@@ -203,7 +203,7 @@ impl Real for f32 {
         }
     }
 
-    /// Odd polynomial below 0.625 (relative error 4.4e-9), `1 - 2 / (exp(2x) + 1)` above.
+    /// An odd polynomial for `|x| < 0.625` (relative error 4.4e-9), else `1 - 2 / (exp(2|x|) + 1)` with the sign of `x`.
     #[inline(always)]
     #[allow(clippy::excessive_precision)] // the digits of the Remez run
     fn tanh(self) -> Self {

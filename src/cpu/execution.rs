@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::plan::{CpuPlan, Tile};
 use crate::problem::{Alibi, Problem};
 
-/// A [`Problem`] together with what the host needs to compute it.
+/// A [`Problem`] and everything else that the host needs to compute it.
 pub(crate) struct Execution<'a> {
     pub(super) problem: &'a Problem,
     pub(super) forward: Tile,

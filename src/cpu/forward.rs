@@ -1,10 +1,10 @@
-//! o = softmax(mask(softmax_scale * q k^T)) v, one task per (tile of queries, batch, head).
+//! o = softmax(mask(softmax_scale * q k^T)) v, one task per (query tile, batch, head).
 //!
 //! Pipeline   for each visible key tile, last first: S^T = k q^T | softcap, ALiBi, mask | softmax | o = o * rescale + P v
-//! Scratch    q^T, S^T and o of one tile; k and v too where they are not already in the accumulator's type.
-//! Layout     S^T has one row per key, so that the lanes of a vector are queries and q^T is the only transposed tile.
-//! Numerics   scores, maximum, sum, o in the accumulator's type; o is divided by the sum once, at the end.
-//! Expects    what `Problem` has checked.
+//! Scratch    q^T, S^T and o of one tile; also k and v if their type is not the accumulator's type.
+//! Layout     S^T has one row per key. So vector lanes are queries, and q^T is the only transposed tile.
+//! Numerics   scores, row_max, row_sum and o in the accumulator's type; o is divided by row_sum once, at the end.
+//! Expects    a checked `Problem`.
 
 use std::ops::Range;
 
@@ -13,22 +13,22 @@ use super::execution::Execution;
 use super::lse::Lse;
 use super::matmul::{matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
-use super::scores::{OnlineSoftmax, Scoring, SoftmaxStep, TileMask};
+use super::scores::{OnlineSoftmax, ScoreMod, SoftmaxStep, TileMask};
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::{Sequence, MAX_HEAD_DIM};
 use crate::tensors::Inputs;
 
-/// One tile of queries of one head.
+/// One query tile of one head.
 struct Task {
     sequence: Sequence,
     head: usize,
     rows: Range<usize>,
-    /// Pairs of a query and a key in the tiles that it walks: its cost.
+    /// Number of (query, key) pairs in the key tiles that the task visits. This is its cost.
     pairs: usize,
 }
 
-/// Buffers of one thread, for one task after the other.
+/// Buffers of one thread. All its tasks reuse them.
 struct Scratch<A> {
     q_transposed: Vec<A>,
     k: Vec<A>,
@@ -38,7 +38,7 @@ struct Scratch<A> {
     softmax: OnlineSoftmax<A>,
 }
 
-/// Fills `o`, contiguous in its layout, and `lse`, `(batch, num_heads, seqlen_q)` or `(num_heads, total_q)`.
+/// Computes `o`, contiguous in its layout, and `lse`, `(batch, num_heads, seqlen_q)` or `(num_heads, total_q)`.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     execution: &Execution,
     inputs: Inputs<&[T]>,
@@ -49,7 +49,8 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let head_dim = problem.head_dim;
     let tasks = tasks(execution);
     let o_strides = problem.contiguous_o();
-    let (o, max, log2_sum) = (Shared::new(o), Shared::new(&mut lse.row_max), Shared::new(&mut lse.log2_sum));
+    let (o, row_max, log2_row_sum) =
+        (Shared::new(o), Shared::new(&mut lse.row_max), Shared::new(&mut lse.log2_row_sum));
     let Tile { block_m, block_n } = tile;
     let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };
     let scratch = || Scratch {
@@ -65,21 +66,22 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
         attend(execution, inputs, task, scratch);
-        let sees = problem.visibility(sequence);
+        let visibility = problem.visibility(sequence);
         let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
-        let (max, log2_sum) = unsafe { (max.slice(first, rows.len()), log2_sum.slice(first, rows.len())) };
+        let (row_max, log2_row_sum) =
+            unsafe { (row_max.slice(first, rows.len()), log2_row_sum.slice(first, rows.len())) };
         for (i, row) in rows.clone().enumerate() {
             let start = o_strides.start(sequence.batch, sequence.first_q + row, task.head);
             // SAFETY: as above.
             let o = unsafe { o.slice(start, head_dim) };
             let unscaled = &mut scratch.o[i * head_dim..][..head_dim];
-            if sees.keys(row).is_empty() {
-                (max[i], log2_sum[i]) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
+            if visibility.keys(row).is_empty() {
+                (row_max[i], log2_row_sum[i]) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
                 unscaled.fill(T::Acc::ZERO);
             } else {
-                let (row_max, sum) = scratch.softmax.finish(i);
-                (max[i], log2_sum[i]) = (row_max, sum.log2());
+                let (max, sum) = scratch.softmax.finish(i);
+                (row_max[i], log2_row_sum[i]) = (max, sum.log2());
                 unscaled.iter_mut().for_each(|x| *x /= sum);
             }
             O::narrow(unscaled, o);
@@ -87,15 +89,15 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     });
 }
 
-/// All tasks, those with the most visible keys first: a long task started last would leave the other threads idle.
+/// All tasks, the longest first. A long task that started last would leave the other threads idle.
 fn tasks(execution: &Execution) -> Vec<Task> {
     let problem = execution.problem;
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
-        let sees = problem.visibility(&sequence);
+        let visibility = problem.visibility(&sequence);
         for start in (0..sequence.seqlen_q).step_by(execution.forward.block_m) {
             let rows = start..(start + execution.forward.block_m).min(sequence.seqlen_q);
-            let pairs = rows.len() * sees.keys_of(&rows).len();
+            let pairs = rows.len() * visibility.keys_of(&rows).len();
             tasks.extend((0..problem.num_heads).map(|head| Task { sequence, head, rows: rows.clone(), pairs }));
         }
     }
@@ -103,19 +105,19 @@ fn tasks(execution: &Execution) -> Vec<Task> {
     tasks
 }
 
-/// Leaves the unnormalised output in `scratch.o`, and maximum and sum in `scratch.softmax`.
+/// Computes one task: the unnormalised output in `scratch.o`, and row_max and row_sum in `scratch.softmax`.
 fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
     let Inputs { q, k, v } = inputs;
     let (problem, block_n) = (execution.problem, execution.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
-    let scoring = Scoring::new(problem, execution.slope(sequence.batch, task.head));
-    let sees = problem.visibility(sequence);
+    let score_mod = ScoreMod::new(problem, execution.slope(sequence.batch, task.head));
+    let visibility = problem.visibility(sequence);
     let m = rows.len();
 
     scratch.softmax.reset();
     scratch.o[..m * head_dim].fill(T::Acc::ZERO);
-    let visible = sees.keys_of(rows);
+    let visible = visibility.keys_of(rows);
     if visible.is_empty() {
         return;
     }
@@ -123,10 +125,10 @@ fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, 
     transpose(&q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q_transposed, m);
     let q_transposed = Mat::rows(&scratch.q_transposed, m);
 
-    // Last first: under a causal mask the diagonal, whose scores are the most recent, then sets the maximum early.
+    // The last key tile goes first. Under a causal mask it holds the most recent keys of each query, so row_max settles early.
     for n_block in (visible.start / block_n..visible.end.div_ceil(block_n)).rev() {
         let cols = (n_block * block_n).max(visible.start)..((n_block + 1) * block_n).min(visible.end);
-        let coverage = sees.coverage(rows, &cols);
+        let coverage = visibility.coverage(rows, &cols);
         let n = cols.len();
         let k_start = problem.k.start(sequence.batch, sequence.first_k + cols.start, head_k);
         let v_start = problem.v.start(sequence.batch, sequence.first_k + cols.start, head_k);
@@ -134,11 +136,11 @@ fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, 
         let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
-        matmul_scores(execution.arch, scores, (n, m, head_dim), scoring.product_factor, k_tile, q_transposed);
+        matmul_scores(execution.arch, scores, (n, m, head_dim), score_mod.softmax_scale_log2, k_tile, q_transposed);
         let o = &mut scratch.o[..m * head_dim];
-        let mask = TileMask { rows, cols: &cols, sees, partial: coverage == Coverage::Partial };
+        let mask = TileMask { rows, cols: &cols, visibility, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;
-        execution.arch.dispatch(SoftmaxStep { scoring, mask, scores, softmax, o, head_dim });
+        execution.arch.dispatch(SoftmaxStep { score_mod, mask, scores, softmax, o, head_dim });
         let keys = |row: usize| mask.keys(row);
         let keys: Option<&dyn Fn(usize) -> Range<usize>> = mask.partial.then_some(&keys);
         let p = Mat::rows(scores, m).transposed();
@@ -146,7 +148,9 @@ fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, 
     }
 }
 
-/// `rows x cols` elements whose rows lie `stride` apart, in the accumulator's type: in place, or widened into `buffer`.
+/// A tile of `rows x cols` elements in the accumulator's type. The rows of `from` are `stride` apart.
+///
+/// The tile is read in place if `T` is the accumulator's type. Otherwise the elements are converted into `buffer`.
 pub(super) fn tile<'a, T: Element>(
     from: &'a [T],
     stride: usize,
@@ -164,7 +168,7 @@ pub(super) fn tile<'a, T: Element>(
     }
 }
 
-/// Writes the transpose of `rows x cols` elements, widened: column `c` becomes row `c`, `to_stride` apart.
+/// Writes the transpose of `rows x cols` elements, in the accumulator's type. The rows of `to` are `to_stride` apart.
 pub(super) fn transpose<T: Element>(
     from: &[T],
     stride: usize,
@@ -172,7 +176,7 @@ pub(super) fn transpose<T: Element>(
     to: &mut [T::Acc],
     to_stride: usize,
 ) {
-    // A strip of rows at a time: each write then fills part of a cache line that the next ones complete.
+    // One strip of rows at a time. Each write then fills part of a cache line, and the next writes complete it.
     const STRIP: usize = 16;
     let mut strip = [[T::Acc::ZERO; MAX_HEAD_DIM]; STRIP];
     for first in (0..rows).step_by(STRIP) {

@@ -1,4 +1,4 @@
-//! Matrix products of tiles, through the `gemm` crate on one thread.
+//! Matrix products of tiles. The `gemm` crate computes them on one thread.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -14,7 +14,7 @@ pub(super) struct Mat<'a, A> {
 }
 
 impl<'a, A: Real> Mat<'a, A> {
-    /// Rows of contiguous elements, `stride` apart.
+    /// A matrix with contiguous rows, `stride` elements apart.
     pub(super) fn rows(data: &'a [A], stride: usize) -> Self {
         Self { data, row_stride: stride, col_stride: 1 }
     }
@@ -24,15 +24,15 @@ impl<'a, A: Real> Mat<'a, A> {
         Self { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
     }
 
-    /// Whether no infinity or NaN is among its first `rows x cols` elements.
+    /// Whether the first `rows x cols` elements are all finite.
     fn all_finite(&self, rows: usize, cols: usize) -> bool {
-        assert_eq!(self.col_stride, 1, "reads rows");
-        // No early exit within a row: without one the loop is vectorised, and nearly every tile is finite.
+        assert_eq!(self.col_stride, 1, "rows must be contiguous");
+        // The loop reads a whole row before it can stop. So the compiler can vectorise it, and nearly every tile is finite.
         let finite = |row: &[A]| row.iter().fold(true, |all, x| all & x.finite());
         (0..rows).all(|row| finite(&self.data[row * self.row_stride..][..cols]))
     }
 
-    /// The part from `(row, col)` on.
+    /// The part that begins at `(row, col)`.
     fn from(self, row: usize, col: usize) -> Self {
         Self { data: &self.data[row * self.row_stride + col * self.col_stride..], ..self }
     }
@@ -45,7 +45,7 @@ impl<'a, A: Real> Mat<'a, A> {
     }
 }
 
-/// Where a product goes: rows of contiguous elements, `row_stride` apart.
+/// A matrix to write: contiguous rows, `row_stride` elements apart.
 pub(super) struct Out<'a, A> {
     start: *mut A,
     len: usize,
@@ -54,20 +54,20 @@ pub(super) struct Out<'a, A> {
 }
 
 impl<'a, A> Out<'a, A> {
-    /// Rows that begin with `data`.
+    /// A matrix whose first row begins at `data[0]`.
     pub(super) fn rows(data: &'a mut [A], row_stride: usize) -> Self {
         Self { start: data.as_mut_ptr(), len: data.len(), row_stride, borrow: PhantomData }
     }
 
-    /// Rows of a block that other threads may write between.
+    /// A matrix in a block of `len` elements. Other threads may write between its rows.
     ///
     /// # Safety
-    /// For `'a`, `start` points to `len` elements, and no one else accesses those that a product into it writes.
-    pub(super) unsafe fn between(start: *mut A, len: usize, row_stride: usize) -> Self {
+    /// For the lifetime `'a`, `start` points to `len` elements, and nobody else accesses the elements of the rows.
+    pub(super) unsafe fn interleaved(start: *mut A, len: usize, row_stride: usize) -> Self {
         Self { start, len, row_stride, borrow: PhantomData }
     }
 
-    /// The rows from `row` on.
+    /// The rows that begin with `row`.
     fn from(&mut self, row: usize) -> Out<'_, A> {
         let skipped = row * self.row_stride;
         assert!(skipped <= self.len, "row {row} begins at {skipped} of {}", self.len);
@@ -78,7 +78,7 @@ impl<'a, A> Out<'a, A> {
 
     fn assert_holds(&self, rows: usize, cols: usize) {
         if rows > 0 && cols > 0 {
-            assert!(cols <= self.row_stride || rows == 1, "rows of {cols} overlap, {} apart", self.row_stride);
+            assert!(cols <= self.row_stride || rows == 1, "rows of {cols}, {} apart, overlap", self.row_stride);
             let last = (rows - 1) * self.row_stride + cols - 1;
             assert!(last < self.len, "{rows} x {cols} reaches element {last} of {}", self.len);
         }
@@ -97,7 +97,7 @@ pub(super) fn matmul<A: Real>(
     lhs.assert_holds(m, k);
     rhs.assert_holds(k, n);
     out.assert_holds(m, n);
-    // SAFETY: all three hold their elements (asserted), and `out` is an exclusive borrow, the operands shared ones.
+    // SAFETY: the asserts keep all accesses in bounds. `out` is borrowed exclusively, so it does not alias the operands.
     unsafe {
         gemm::gemm(
             m,
@@ -123,10 +123,11 @@ pub(super) fn matmul<A: Real>(
     }
 }
 
-/// `out += factor * lhs rhs`, where row `i` of `lhs` counts only in the columns `visible(i)`.
+/// `out += factor * lhs rhs`, where row `i` of `lhs` uses only the columns `visible(i)`.
 ///
-/// Elements outside are 0 in `lhs`, so this is [`matmul`] as long as `rhs` is finite. Where it is not, 0 times a hidden
-/// infinity would be NaN, and hidden rows must stay without effect: then each row is multiplied by itself.
+/// `lhs` is 0 in all other columns. So [`matmul`] computes this as long as `rhs` is finite. But 0 times a non-finite
+/// element is NaN, and hidden rows of `rhs` must have no effect. So if `rhs` has a non-finite element, each row of `lhs`
+/// is multiplied on its own, with its visible rows of `rhs` alone.
 pub(super) fn matmul_visible<A: Real>(
     mut out: Out<'_, A>,
     (m, n, k): (usize, usize, usize),
@@ -149,10 +150,11 @@ pub(super) fn matmul_visible<A: Real>(
     }
 }
 
-/// `out = factor * lhs rhs`, dense, for scores: the same bits for a pair of rows in whatever tile, forward and backward.
+/// `out = factor * lhs rhs`, contiguous. A score has the same bits in every tile, in the forward and in the backward.
 ///
-/// The backward subtracts the forward's maximum from scores of its own. The `gemm` crate sums over `k` one after the other
-/// in tiles, and in other orders in products that are vectors or have hardly any depth; those are done here, in its order.
+/// The backward needs this: it recomputes scores and subtracts the `row_max` of the forward.
+/// For most products the `gemm` crate adds the terms of a sum in order, from the first to the last. For vectors, and for
+/// products with `k` below 3, it uses other orders. [`ThinProduct`] computes these in the first order.
 pub(super) fn matmul_scores<A: Real>(
     arch: pulp::Arch,
     out: &mut [A],
@@ -168,7 +170,7 @@ pub(super) fn matmul_scores<A: Real>(
     }
 }
 
-/// A product with one row, one column, or little depth.
+/// A product with `m` or `n` of 1, or with `k` of 1 or 2. See [`matmul_scores`].
 struct ThinProduct<'a, A> {
     out: &'a mut [A],
     size: (usize, usize, usize),
@@ -183,7 +185,7 @@ impl<A: Real> pulp::NullaryFnOnce for ThinProduct<'_, A> {
     #[inline(always)]
     fn call(self) {
         let Self { out, size: (m, n, k), factor, lhs, rhs } = self;
-        // Rows at once: their sums do not wait for each other.
+        // Number of rows at once. Their sums are independent, so the processor overlaps them.
         const ROWS: usize = 8;
         if n == 1 {
             for (first, out) in (0..m).step_by(ROWS).zip(out[..m].chunks_mut(ROWS)) {

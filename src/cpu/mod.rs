@@ -1,8 +1,8 @@
-//! Attention on the host: the paper's algorithm, tile by tile, over tasks that any thread may take.
+//! Attention on the host: the algorithm of the paper, split into tasks that run on any thread.
 //!
-//! The forward cuts the queries into tiles, the backward cuts the keys; each (batch, head, tile) is one task. Within a
-//! task the other side streams past, tiles that the mask hides are skipped, and no matrix of `seqlen x seqlen` exists.
-//! The order of every sum is fixed by the tiles alone, so the bits do not depend on the number of threads.
+//! The forward cuts the queries into tiles and the backward cuts the keys. Each (batch, head, tile) is one task. A task
+//! loops over the tiles of the other side and skips those that the mask hides. It never stores a `seqlen x seqlen` matrix.
+//! The tiles alone fix the order of every sum, so the bits do not depend on the number of threads.
 
 mod backward;
 mod element;
@@ -23,7 +23,9 @@ use crate::output::Output;
 use crate::problem::{Problem, Strides};
 use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
-/// Runs the forward over the storages of q, k and v: the result as `output` asks for it, and lse for the backward.
+/// Runs the forward over the storages of q, k and v.
+///
+/// Returns the result that `output` asks for, and the lse that the backward reads.
 pub(crate) fn forward(
     execution: &Execution,
     output: Output,
@@ -38,7 +40,9 @@ pub(crate) fn forward(
     }
 }
 
-/// Runs the backward: the gradients of those of q, k and v that are tracked.
+/// Runs the backward.
+///
+/// Returns the gradients of q, k and v; `None` for an input that is not tracked.
 pub(crate) fn backward(
     execution: &Execution,
     output: Output,
@@ -61,7 +65,7 @@ fn typed_forward<T: Element>(
     let inputs = inputs.try_map(T::cpu_storage_as_slice)?;
     let rows = execution.problem.rows_q() * execution.problem.num_heads;
     let o_len = rows * execution.problem.head_dim;
-    let mut lse = Lse { row_max: vec![T::Acc::ZERO; rows], log2_sum: vec![T::Acc::ZERO; rows] };
+    let mut lse = Lse { row_max: vec![T::Acc::ZERO; rows], log2_row_sum: vec![T::Acc::ZERO; rows] };
     let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
@@ -72,8 +76,8 @@ fn typed_forward<T: Element>(
             let mut both = vec![T::Acc::ZERO; o_len + rows];
             let (o, natural) = both.split_at_mut(o_len);
             forward::forward(execution, inputs, o, &mut lse);
-            for ((natural, &row_max), &log2_sum) in natural.iter_mut().zip(&lse.row_max).zip(&lse.log2_sum) {
-                *natural = (row_max + log2_sum) * T::Acc::LN_2;
+            for ((natural, &row_max), &log2_row_sum) in natural.iter_mut().zip(&lse.row_max).zip(&lse.log2_row_sum) {
+                *natural = (row_max + log2_row_sum) * T::Acc::LN_2;
             }
             T::Acc::to_cpu_storage_owned(both)
         }
@@ -87,7 +91,6 @@ fn typed_backward<T: Element>(
     BackwardInputs { inputs, result, grad, lse }: BackwardInputs<Lse<Tensor>>,
 ) -> Result<Gradients<Option<CpuStorage>>> {
     let problem = execution.problem;
-    // No gradient is computed for an input that autograd does not ask about.
     let wanted = backward::Wanted { dq: inputs.q.track_op(), dk: inputs.k.track_op(), dv: inputs.v.track_op() };
     let grad = readable(problem, output, grad)?;
     let grad_start = grad.layout().start_offset();

@@ -1,16 +1,18 @@
-//! Tasks handed to threads in order, outputs that several tasks write to, and turns for sums that they share.
+//! Tasks that threads take in a fixed order, slices that several tasks write to, and semaphores that order their additions.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Multiply-adds below which a call is over before a second thread has woken up (some 10 us on one core).
-const WORTH_A_THREAD: usize = 1 << 19;
+/// A call with fewer multiply-adds runs on one thread. It takes less than 10 us there, and a second thread takes longer to
+/// wake up.
+const MIN_PARALLEL_MULTIPLY_ADDS: usize = 1 << 19;
 
-/// Calls `work` for each task `0..count` on the threads of the current rayon pool; together they take about
-/// `multiply_adds`.
+/// Calls `work` for each task of `0..count` on the threads of the current rayon pool.
 ///
-/// Threads take tasks in ascending order, so the heaviest belong first, and a task may wait for one before it: that one
-/// has been taken by a thread that is running. Each thread makes its `scratch` once.
+/// `multiply_adds` is the cost of all tasks together. It decides whether more than one thread runs.
+///
+/// Threads take the tasks in ascending order, so the most expensive tasks belong first. A task may wait for an earlier
+/// one, because a running thread has already taken that one. Each thread makes its `scratch` once.
 pub(super) fn for_each_task<S>(
     count: usize,
     multiply_adds: usize,
@@ -19,7 +21,7 @@ pub(super) fn for_each_task<S>(
 ) {
     let next = AtomicUsize::new(0);
     let run = || {
-        // Before a task is taken: what unwinds here leaves no task undone that others wait for.
+        // Before the first task is taken: if `scratch` panics, no other task waits for one that this thread has taken.
         let mut scratch = scratch();
         loop {
             let task = next.fetch_add(1, Ordering::Relaxed);
@@ -29,7 +31,8 @@ pub(super) fn for_each_task<S>(
             work(&mut scratch, task);
         }
     };
-    let threads = if multiply_adds < WORTH_A_THREAD { 1 } else { rayon::current_num_threads().min(count) };
+    let parallel = multiply_adds >= MIN_PARALLEL_MULTIPLY_ADDS;
+    let threads = if parallel { rayon::current_num_threads().min(count) } else { 1 };
     match threads {
         0 => {}
         1 => run(),
@@ -37,14 +40,14 @@ pub(super) fn for_each_task<S>(
     }
 }
 
-/// A slice that tasks write to in places that never overlap at the same time.
+/// A slice that several tasks write to at the same time, each to other elements.
 pub(super) struct Shared<'a, T> {
     start: *mut T,
     len: usize,
     borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it hands out parts of one exclusive borrow; the callers of its unsafe methods keep those parts apart.
+// SAFETY: all parts belong to one exclusive borrow. Callers of the unsafe methods promise that the parts do not overlap.
 unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
@@ -56,7 +59,7 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Safety
     /// No other reference to any of these elements may exist while the result is in use.
-    #[allow(clippy::mut_from_ref)] // that is what the type is for
+    #[allow(clippy::mut_from_ref)] // the caller promises exclusive access
     pub(super) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "{start} + {len} is past {}", self.len);
         // SAFETY: within the borrowed slice; exclusive by the caller's promise.
@@ -71,29 +74,32 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
-/// Lets tasks add to shared sums one after the other in a fixed order, so that rounding never depends on timing.
-pub(super) struct Turns {
+/// Semaphores that let tasks add to shared tiles in a fixed order. So rounding does not depend on timing.
+pub(super) struct Semaphores {
+    /// For each semaphore, the number that may add next.
     next: Vec<AtomicUsize>,
-    abandoned: AtomicBool,
+    /// Whether a task panicked. Semaphores that it holds or waits for never advance again.
+    poisoned: AtomicBool,
 }
 
-impl Turns {
-    /// One sum for each item; the item is the number whose turn comes first.
+impl Semaphores {
+    /// One semaphore for each item of `first`. The item is the number that may add first.
     pub(super) fn new(first: impl Iterator<Item = usize>) -> Self {
-        Self { next: first.map(AtomicUsize::new).collect(), abandoned: AtomicBool::new(false) }
+        Self { next: first.map(AtomicUsize::new).collect(), poisoned: AtomicBool::new(false) }
     }
 
-    /// Runs `add` once every earlier number has run on this sum, then passes the turn on.
+    /// Waits until `number` is next on this semaphore, runs `add`, and lets `number + 1` go next.
     ///
     /// # Panics
-    /// If a task with an earlier number panicked: its turn would never be passed on.
-    pub(super) fn take<R>(&self, sum: usize, number: usize, add: impl FnOnce() -> R) -> R {
-        // Neighbouring tasks of one head walk the same tiles, one step behind each other: at the start a thread waits for
-        // as many steps as there are threads ahead of it, and then hardly ever.
+    /// If another task panicked: this one might wait forever.
+    pub(super) fn in_order<R>(&self, semaphore: usize, number: usize, add: impl FnOnce() -> R) -> R {
+        // Tasks of neighbouring key tiles of a head visit the same query tiles, each one step after the other. So a thread
+        // waits at its first query tile, one step for each thread that started earlier, and later hardly ever.
         const SPINS: usize = 1 << 12;
+        let next = &self.next[semaphore];
         let mut tries = 0;
-        while self.next[sum].load(Ordering::Acquire) != number {
-            assert!(!self.abandoned.load(Ordering::Relaxed), "a task ahead of this one panicked");
+        while next.load(Ordering::Acquire) != number {
+            assert!(!self.poisoned.load(Ordering::Relaxed), "an earlier task panicked");
             tries += 1;
             if tries < SPINS {
                 std::hint::spin_loop();
@@ -102,21 +108,21 @@ impl Turns {
             }
         }
         let result = add();
-        self.next[sum].store(number + 1, Ordering::Release);
+        next.store(number + 1, Ordering::Release);
         result
     }
 
-    /// Runs a task that takes turns; if it panics, those who wait for its turns panic too instead of waiting for ever.
-    pub(super) fn during<R>(&self, task: impl FnOnce() -> R) -> R {
-        struct Abandon<'a>(&'a AtomicBool);
-        impl Drop for Abandon<'_> {
+    /// Runs a task that uses the semaphores. If it panics, tasks that wait for it panic too instead of waiting forever.
+    pub(super) fn guard<R>(&self, task: impl FnOnce() -> R) -> R {
+        struct PoisonOnDrop<'a>(&'a AtomicBool);
+        impl Drop for PoisonOnDrop<'_> {
             fn drop(&mut self) {
                 self.0.store(true, Ordering::Relaxed);
             }
         }
-        let abandon = Abandon(&self.abandoned);
+        let poison = PoisonOnDrop(&self.poisoned);
         let result = task();
-        std::mem::forget(abandon);
+        std::mem::forget(poison);
         result
     }
 }

@@ -1,11 +1,10 @@
-//! What happens to a tile of scores between the matrix products: softcap, ALiBi, online softmax, and P from lse.
+//! The steps between the matrix products: score_mod (softcap, ALiBi), mask, online softmax, and P from lse.
 //!
-//! Scores live in the log2 domain (`softmax_scale * log2 e` is folded into the product that makes them), so that every
-//! exponential is an `exp2`. One vector lane is one query in the forward and one key in the backward, so no sum or maximum
-//! crosses lanes.
+//! Scores are in the log2 domain: the product q k^T is scaled by `softmax_scale * log2 e`. So every exponential is an `exp2`.
+//! A vector lane is one query in the forward and one key in the backward. So no sum and no maximum crosses lanes.
 //!
-//! The loops are plain; run by `pulp::Arch::dispatch` they become the widest vector instructions that the machine has.
-//! Each entry point is a struct whose `call` is always inlined: a closure would be compiled without those instructions.
+//! The loops are plain Rust. `pulp::Arch::dispatch` runs them with the widest vector instructions of the machine. Each
+//! entry point is a struct whose `call` is always inlined. A closure would be compiled without these instructions.
 
 use std::ops::Range;
 
@@ -13,36 +12,38 @@ use super::element::Real;
 use crate::mask::Visibility;
 use crate::problem::Problem;
 
-/// From products of queries and keys to scores in the log2 domain.
+/// Computes scores in the log2 domain from products of queries and keys: softcap and ALiBi.
 #[derive(Clone, Copy)]
-pub(super) struct Scoring<A> {
-    /// Factor of the product `q . k` itself.
-    pub(super) product_factor: A,
+pub(super) struct ScoreMod<A> {
+    /// Factor of `q . k`: `softmax_scale * log2 e`. With a softcap it is `softmax_scale / softcap`, so that the product is
+    /// the argument of tanh.
+    pub(super) softmax_scale_log2: A,
+    /// `softcap * log2 e`.
     softcap_log2: Option<A>,
+    /// ALiBi slope * log2 e.
     slope_log2: Option<A>,
 }
 
-impl<A: Real> Scoring<A> {
+impl<A: Real> ScoreMod<A> {
     pub(super) fn new(problem: &Problem, slope: Option<f32>) -> Self {
         let log2_e = std::f64::consts::LOG2_E;
-        // Under a softcap the product becomes the argument of tanh, and the cap carries log2 e.
-        let product_factor = match problem.softcap {
+        let softmax_scale_log2 = match problem.softcap {
             None => problem.softmax_scale * log2_e,
             Some(softcap) => problem.softmax_scale / softcap,
         };
         Self {
-            product_factor: A::from_f64_lossy(product_factor),
+            softmax_scale_log2: A::from_f64_lossy(softmax_scale_log2),
             softcap_log2: problem.softcap.map(|softcap| A::from_f64_lossy(softcap * log2_e)),
             slope_log2: slope.map(|slope| A::from_f64_lossy(f64::from(slope) * log2_e)),
         }
     }
 
-    /// Whether the products are the scores already.
+    /// Whether the scaled products are the scores.
     fn is_identity(&self) -> bool {
         self.softcap_log2.is_none() && self.slope_log2.is_none()
     }
 
-    /// Turns products into scores. Lane `l` is `|l + distance|` positions away from its aligned partner.
+    /// Turns scaled products into scores. In lane `l`, the query's aligned key and the key are `|l + distance|` apart.
     #[inline(always)]
     fn apply(&self, products: &mut [A], distance: isize) {
         if let Some(softcap) = self.softcap_log2 {
@@ -53,7 +54,7 @@ impl<A: Real> Scoring<A> {
         self.add_alibi(products, distance);
     }
 
-    /// As [`Self::apply`], and keeps the softcap's derivative `1 - tanh^2` of each score.
+    /// As [`Self::apply`]. Also writes the softcap's derivative, `1 - tanh^2`, of each score.
     #[inline(always)]
     fn apply_keeping_derivative(&self, products: &mut [A], derivative: &mut [A], distance: isize) {
         if let Some(softcap) = self.softcap_log2 {
@@ -77,15 +78,17 @@ impl<A: Real> Scoring<A> {
     }
 }
 
-/// Running maximum and sum of a tile of queries, one lane each; the division by the sum is left to the end.
+/// `row_max` and `row_sum` of a query tile, one lane per query. Each step updates them with the scores of one key tile.
 pub(super) struct OnlineSoftmax<A> {
     /// Largest score so far.
-    max: Vec<A>,
-    /// Sum so far of `exp2(score - max)`.
-    sum: Vec<A>,
-    /// By what the step just taken multiplies earlier sums.
+    row_max: Vec<A>,
+    /// Sum so far of `exp2(score - row_max)`.
+    row_sum: Vec<A>,
+    /// `exp2(old row_max - new row_max)` of the last step: the factor of earlier sums and of the output so far.
     rescale: Vec<A>,
+    /// Scratch of a step: the maximum that it subtracts.
     step_max: Vec<A>,
+    /// Scratch of a step: the sum over its key tile.
     step_sum: Vec<A>,
 }
 
@@ -93,33 +96,35 @@ impl<A: Real> OnlineSoftmax<A> {
     /// Room for `block_m` queries.
     pub(super) fn new(block_m: usize) -> Self {
         let zeros = || vec![A::ZERO; block_m];
-        Self { max: zeros(), sum: zeros(), rescale: zeros(), step_max: zeros(), step_sum: zeros() }
+        Self { row_max: zeros(), row_sum: zeros(), rescale: zeros(), step_max: zeros(), step_sum: zeros() }
     }
 
-    /// Begins a tile of queries.
+    /// Begins a query tile.
     pub(super) fn reset(&mut self) {
-        self.max.fill(A::NEG_INFINITY);
-        self.sum.fill(A::ZERO);
+        self.row_max.fill(A::NEG_INFINITY);
+        self.row_sum.fill(A::ZERO);
     }
 
-    /// Turns scores, one row per key with `rows` lanes, into `exp2(score - max)`, and updates maximum and sum.
+    /// Updates `row_max` and `row_sum`, and replaces each score by `exp2(score - row_max)`. `scores` has one row per key,
+    /// with `rows` lanes.
     #[inline(always)]
     fn step(&mut self, scores: &mut [A], rows: usize) {
-        let (max, sum, rescale) = (&mut self.max[..rows], &mut self.sum[..rows], &mut self.rescale[..rows]);
+        let (row_max, row_sum) = (&mut self.row_max[..rows], &mut self.row_sum[..rows]);
+        let rescale = &mut self.rescale[..rows];
         let (step_max, step_sum) = (&mut self.step_max[..rows], &mut self.step_sum[..rows]);
-        step_max.copy_from_slice(max);
+        step_max.copy_from_slice(row_max);
         for key in scores.chunks_exact(rows) {
             for (max, &score) in step_max.iter_mut().zip(key) {
-                // False for NaN, which leaves its mark in the sum instead.
+                // The comparison is false for NaN. So row_max skips NaN, and row_sum becomes NaN.
                 *max = if score > *max { score } else { *max };
             }
         }
-        for ((rescale, max), step_max) in rescale.iter_mut().zip(max).zip(step_max.iter_mut()) {
-            // With nothing but minus infinity so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
-            let reference = if *step_max == A::NEG_INFINITY { A::ZERO } else { *step_max };
-            *rescale = (*max - reference).exp2();
-            *max = *step_max;
-            *step_max = reference;
+        for ((rescale, row_max), step_max) in rescale.iter_mut().zip(row_max).zip(step_max.iter_mut()) {
+            // If all scores so far are minus infinity, subtract 0: exp2(-inf - 0) is 0, and exp2(-inf + inf) would be NaN.
+            let subtracted = if *step_max == A::NEG_INFINITY { A::ZERO } else { *step_max };
+            *rescale = (*row_max - subtracted).exp2();
+            *row_max = *step_max;
+            *step_max = subtracted;
         }
         step_sum.fill(A::ZERO);
         for key in scores.chunks_exact_mut(rows) {
@@ -129,12 +134,12 @@ impl<A: Real> OnlineSoftmax<A> {
                 *sum += p;
             }
         }
-        for ((sum, &step_sum), &rescale) in sum.iter_mut().zip(step_sum.iter()).zip(rescale.iter()) {
-            *sum = sum.mul_add(rescale, step_sum);
+        for ((row_sum, &step_sum), &rescale) in row_sum.iter_mut().zip(step_sum.iter()).zip(rescale.iter()) {
+            *row_sum = row_sum.mul_add(rescale, step_sum);
         }
     }
 
-    /// Multiplies the rows of the unnormalised output, `head_dim` elements each, as the last step asks.
+    /// Multiplies each row of the unnormalised output, of `head_dim` elements, by the factor of the last step.
     #[inline(always)]
     fn rescale(&self, o: &mut [A], head_dim: usize) {
         for (row, &rescale) in o.chunks_exact_mut(head_dim).zip(&self.rescale) {
@@ -146,19 +151,19 @@ impl<A: Real> OnlineSoftmax<A> {
         }
     }
 
-    /// Maximum and sum of query `row`. Where all its scores are minus infinity, so is the maximum, and the sum is 0.
+    /// `row_max` and `row_sum` of query `row`. If all its scores are minus infinity, these are minus infinity and 0.
     pub(super) fn finish(&self, row: usize) -> (A, A) {
-        (self.max[row], self.sum[row])
+        (self.row_max[row], self.row_sum[row])
     }
 }
 
-/// Queries `rows` against keys `cols`, and how the mask lies over them.
+/// The mask over one tile: queries `rows` against keys `cols`.
 #[derive(Clone, Copy)]
 pub(super) struct TileMask<'a> {
     pub(super) rows: &'a Range<usize>,
     pub(super) cols: &'a Range<usize>,
-    pub(super) sees: Visibility,
-    /// Whether some pairs of the tile are hidden.
+    pub(super) visibility: Visibility,
+    /// Whether the mask hides some pairs of the tile.
     pub(super) partial: bool,
 }
 
@@ -166,7 +171,7 @@ impl TileMask<'_> {
     /// The keys that query `row` of the tile sees, counted from the tile's first key.
     pub(super) fn keys(&self, row: usize) -> Range<usize> {
         if self.partial {
-            within(&self.sees.keys(self.rows.start + row), self.cols)
+            within(&self.visibility.keys(self.rows.start + row), self.cols)
         } else {
             0..self.cols.len()
         }
@@ -175,28 +180,28 @@ impl TileMask<'_> {
     /// The queries that see key `col` of the tile, counted from the tile's first query.
     pub(super) fn queries(&self, col: usize) -> Range<usize> {
         if self.partial {
-            within(&self.sees.queries(self.cols.start + col), self.rows)
+            within(&self.visibility.queries(self.cols.start + col), self.rows)
         } else {
             0..self.rows.len()
         }
     }
 
-    /// The position of the tile's first query, aligned with the keys, less that of its first key.
+    /// The aligned key of the tile's first query, minus the tile's first key.
     fn distance(&self) -> isize {
-        self.rows.start as isize + self.sees.shift() - self.cols.start as isize
+        self.rows.start as isize + self.visibility.shift() - self.cols.start as isize
     }
 }
 
-/// The part of `range` inside `window`, counted from the start of `window`; empty ranges stay inside it.
+/// The part of `range` inside `window`, counted from the start of `window`. An empty result also lies inside `window`.
 fn within(range: &Range<usize>, window: &Range<usize>) -> Range<usize> {
     let start = range.start.clamp(window.start, window.end) - window.start;
     let end = range.end.clamp(window.start, window.end) - window.start;
     start..end.max(start)
 }
 
-/// Forward, between the two products: scores to unnormalised P, and the output so far rescaled to the new maximum.
+/// The forward between its two products: turns scores into unnormalised P, and rescales the output so far.
 pub(super) struct SoftmaxStep<'a, A> {
-    pub(super) scoring: Scoring<A>,
+    pub(super) score_mod: ScoreMod<A>,
     pub(super) mask: TileMask<'a>,
     /// S^T: one row per key, one column per query.
     pub(super) scores: &'a mut [A],
@@ -212,9 +217,9 @@ impl<A: Real> pulp::NullaryFnOnce for SoftmaxStep<'_, A> {
     #[inline(always)]
     fn call(self) {
         let rows = self.mask.rows.len();
-        if self.mask.partial || !self.scoring.is_identity() {
+        if self.mask.partial || !self.score_mod.is_identity() {
             for (col, scores) in self.scores.chunks_exact_mut(rows).enumerate() {
-                self.scoring.apply(scores, self.mask.distance() - col as isize);
+                self.score_mod.apply(scores, self.mask.distance() - col as isize);
                 let seen = self.mask.queries(col);
                 scores[..seen.start].fill(A::NEG_INFINITY);
                 scores[seen.end..].fill(A::NEG_INFINITY);
@@ -225,21 +230,21 @@ impl<A: Real> pulp::NullaryFnOnce for SoftmaxStep<'_, A> {
     }
 }
 
-/// Backward, between the products: scores to P, and dP to dS.
+/// The backward between its products: turns scores into P, and dP into dS.
 pub(super) struct GradientStep<'a, A> {
-    pub(super) scoring: Scoring<A>,
+    pub(super) score_mod: ScoreMod<A>,
     pub(super) mask: TileMask<'a>,
     /// S, then P: one row per query, one column per key.
     pub(super) p: &'a mut [A],
     /// dP, then dS, in the same layout.
     pub(super) ds: &'a mut [A],
-    /// Room for one row of derivatives, used under a softcap.
+    /// Scratch for one row of derivatives of the softcap.
     pub(super) derivative: &'a mut [A],
-    /// Largest score of each of the tile's queries, log2.
-    pub(super) max: &'a [A],
-    /// log2 of the sum of `exp2(score - max)` of each of the tile's queries.
-    pub(super) log2_sum: &'a [A],
-    /// Of the tile's queries.
+    /// Largest score of each query, in the log2 domain.
+    pub(super) row_max: &'a [A],
+    /// log2 of the sum of `exp2(score - row_max)` of each query.
+    pub(super) log2_row_sum: &'a [A],
+    /// delta of each query.
     pub(super) delta: &'a [A],
 }
 
@@ -251,51 +256,56 @@ impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
         let cols = self.mask.cols.len();
         let rows = self.p.chunks_exact_mut(cols).zip(self.ds.chunks_exact_mut(cols));
         for (row, (p, ds)) in rows.enumerate() {
-            let statistics = RowStatistics { max: self.max[row], log2_sum: self.log2_sum[row], delta: self.delta[row] };
+            let statistics = RowStatistics {
+                row_max: self.row_max[row],
+                log2_row_sum: self.log2_row_sum[row],
+                delta: self.delta[row],
+            };
             let seen = self.mask.keys(row);
             for outside in [0..seen.start, seen.end..cols] {
                 p[outside.clone()].fill(A::ZERO);
                 ds[outside].fill(A::ZERO);
             }
-            // Lane l of the visible part is key seen.start + l of the tile.
+            // Lane l of the visible part is the tile's key seen.start + l.
             let distance = seen.start as isize - (self.mask.distance() + row as isize);
             let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
-            if self.scoring.softcap_log2.is_some() {
+            if self.score_mod.softcap_log2.is_some() {
                 let derivative = &mut self.derivative[..seen.len()];
-                self.scoring.apply_keeping_derivative(p, derivative, distance);
+                self.score_mod.apply_keeping_derivative(p, derivative, distance);
                 gradients(p, ds, statistics);
                 ds.iter_mut().zip(derivative).for_each(|(ds, derivative)| *ds *= *derivative);
             } else {
-                self.scoring.apply(p, distance);
+                self.score_mod.apply(p, distance);
                 gradients(p, ds, statistics);
             }
         }
     }
 }
 
-/// What the backward knows of one query.
+/// Row statistics of one query, and its delta.
 #[derive(Clone, Copy)]
 struct RowStatistics<A> {
-    max: A,
-    log2_sum: A,
+    row_max: A,
+    log2_row_sum: A,
     delta: A,
 }
 
-/// Of one query: `p = exp2(score - lse)` and `ds = p * (dp - delta)`, in place of score and dp.
+/// For one query, replaces score by `p = exp2(score - lse)` and dp by `ds = p * (dp - delta)`.
 #[inline(always)]
-fn gradients<A: Real>(p: &mut [A], ds: &mut [A], RowStatistics { max, log2_sum, delta }: RowStatistics<A>) {
+fn gradients<A: Real>(p: &mut [A], ds: &mut [A], RowStatistics { row_max, log2_row_sum, delta }: RowStatistics<A>) {
     for (p, ds) in p.iter_mut().zip(ds) {
-        // The maximum first: it is one of the scores, and the difference exact where p matters. Against their sum, rounded,
-        // p would be off by the rounding of a large number. A product of another shape than the forward's may round a score
-        // above the maximum; NaN passes the comparison.
-        let above_max = *p - max;
+        // row_max is one of the scores, so `score - row_max` is exact where p matters. `row_max + log2_row_sum` would be
+        // rounded, and with large scores p would inherit a large error.
+        // A product of another shape than the forward's may round a score to more than row_max, so the difference is
+        // clamped to 0. The comparison is false for NaN, so NaN stays.
+        let above_max = *p - row_max;
         let above_max = if above_max > A::ZERO { A::ZERO } else { above_max };
-        *p = (above_max - log2_sum).exp2();
+        *p = (above_max - log2_row_sum).exp2();
         *ds = *p * (*ds - delta);
     }
 }
 
-/// The sum of products of two rows.
+/// The dot product of two rows.
 pub(super) struct Dot<'a, A> {
     pub(super) a: &'a [A],
     pub(super) b: &'a [A],
@@ -304,7 +314,7 @@ pub(super) struct Dot<'a, A> {
 impl<A: Real> pulp::NullaryFnOnce for Dot<'_, A> {
     type Output = A;
 
-    /// In several lanes, so that it can be vectorised; the lanes are added in pairs.
+    /// The sum is split into lanes so that the compiler can vectorise it. At the end the lanes are added in pairs.
     #[inline(always)]
     fn call(self) -> A {
         const LANES: usize = 16;

@@ -139,8 +139,8 @@ fn queue<T: Element>(
     let mut memory = Memory {
         delta: uninit(device, rows)?,
         dq_accum: zeros(device, tiles.count * tiles.elements)?,
-        // One counter for each tile, and one that numbers the thread blocks.
-        semaphore: problem.deterministic.then(|| zeros(device, tiles.count + 1)).transpose()?,
+        // One counter for each tile, and one that counts started blocks.
+        semaphores: problem.deterministic.then(|| zeros(device, tiles.count + 1)).transpose()?,
     };
     let kernels = Kernels {
         call,
@@ -169,8 +169,8 @@ fn queue<T: Element>(
 struct Memory {
     delta: CudaSlice<f32>,
     dq_accum: CudaSlice<f32>,
-    /// Orders the sums into dq_accum, if the call is deterministic.
-    semaphore: Option<CudaSlice<u32>>,
+    /// They order the sums into dq_accum, if the call is deterministic.
+    semaphores: Option<CudaSlice<u32>>,
 }
 
 /// The kernels of one backward, and the tensors that they read.
@@ -219,8 +219,8 @@ impl Kernels<'_> {
             do_: self.do_.read::<T>(&mut launcher)?,
             lse: self.lse.read::<f32>(&mut launcher)?,
             delta: launcher.read(&memory.delta),
-            dq_sums: launcher.write(&mut memory.dq_accum),
-            turns: address_or_null(memory.semaphore.as_mut(), |semaphore| Ok(launcher.write(semaphore)))?,
+            dq_accum: launcher.write(&mut memory.dq_accum),
+            semaphores: address_or_null(memory.semaphores.as_mut(), |semaphores| Ok(launcher.write(semaphores)))?,
             dk,
             dv,
             q_strides: problem.q.into(),
@@ -242,7 +242,7 @@ impl Kernels<'_> {
         let mut launcher = Launcher::new(&stream);
         let dq_strides = grads.strides.dq;
         let params = ConvertParams {
-            dq_sums: launcher.read(&memory.dq_accum),
+            dq_accum: launcher.read(&memory.dq_accum),
             dq: grads.write(&mut launcher).dq,
             dq_strides: dq_strides.into(),
             dq_tiles: self.dq_tiles.into(),

@@ -84,7 +84,7 @@ fn queue<T: Element>(
     let mut counters = launch.counts_tiles().then(|| Counters::of(&stream)).transpose()?;
     let mut launcher = Launcher::new(&stream);
     let Inputs { q, k, v } = call.read_inputs::<T>(inputs, &mut launcher)?;
-    let unrounded = matches!(result, ResultMemory::OAndLse(_));
+    let o_is_f32 = matches!(result, ResultMemory::OAndLse(_));
     let params = FwdParams {
         q,
         k,
@@ -96,7 +96,7 @@ fn queue<T: Element>(
         v_strides: problem.v.into(),
         o_strides: problem.contiguous_o().into(),
         shape: side.shape(&mut launcher)?,
-        unrounded: i32::from(unrounded),
+        o_is_f32: i32::from(o_is_f32),
     };
     let Some(schedule) = &launch.schedule else { return Ok(launcher.launch(launch, &params)?) };
     let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;

@@ -19,7 +19,8 @@ use crate::problem::{is_float, split_qkv, FLOAT_DTYPES};
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
 const SEQLEN_AXIS: usize = 1;
 
-/// Multi-head self-attention: projects `xs` to q, k and v, rotates q and k by their positions, attends, projects back.
+/// Multi-head self-attention: projects `xs` to q, k and v, rotates q and k by their positions, computes attention, and
+/// projects the output back to `embed_dim`.
 ///
 /// ```text
 /// xs (batch, seqlen, embed_dim)
@@ -31,15 +32,15 @@ const SEQLEN_AXIS: usize = 1;
 ///
 /// | call | `xs` | gradients |
 /// | --- | --- | --- |
-/// | [`forward`](Self::forward), candle's [`Module`] | `(batch, seqlen, embed_dim)` | `xs` and every weight and bias |
+/// | [`forward`](Self::forward), Candle's [`Module`] | `(batch, seqlen, embed_dim)` | `xs` and every weight and bias |
 /// | [`forward_packed`](Self::forward_packed) | `(total, embed_dim)`, sequences end to end | `xs` and every weight and bias |
 /// | [`forward_cached`](Self::forward_cached) | `(batch, new tokens, embed_dim)` | none: tracked input is refused |
 ///
-/// `xs` has the dtype and the device of the weights.
+/// `xs` must have the dtype and the device of the weights.
 ///
 /// # Padded batches
 ///
-/// The layer takes no padding mask. What to do instead depends on the call:
+/// The layer takes no padding mask. Use one of these calls instead:
 ///
 /// | batch | call |
 /// | --- | --- |
@@ -47,8 +48,8 @@ const SEQLEN_AXIS: usize = 1;
 /// | any other padding or mask | [`CuSeqlens::from_mask`], [`unpad`](CuSeqlens::unpad), [`forward_packed`](Self::forward_packed), [`pad_to`](CuSeqlens::pad_to) |
 /// | decoding | [`forward_cached`](Self::forward_cached) with prompts of one length |
 ///
-/// In the first row no token sees the padding, because the padding comes later. In the second row the padding is removed,
-/// and the positions of each sequence begin at 0 on both sides of padding:
+/// In the first row no token sees the padding, because the padding comes later. In the second row `unpad` removes the
+/// padding, so the positions of each sequence begin at 0, with padding on the left too:
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -68,7 +69,7 @@ const SEQLEN_AXIS: usize = 1;
 ///
 /// # Examples
 ///
-/// The [module's page](crate::layers) has an example of training and decoding. GPT-2's weights load as they are:
+/// The [module's page](crate::layers) has an example of training and decoding. Weights of GPT-2 load without conversion:
 ///
 /// ```
 /// # use std::collections::HashMap;
@@ -102,7 +103,7 @@ pub struct MultiHeadAttention {
     rotary: Option<Rotary>,
 }
 
-/// Where q, k and v come from.
+/// The projections to q, k and v.
 #[derive(Clone, Debug)]
 enum QkvProjection {
     Separate { q: Projection, k: Projection, v: Projection },
@@ -112,11 +113,11 @@ enum QkvProjection {
 impl MultiHeadAttention {
     /// Loads the weights that `config` names from `vb`, or draws them if `vb` makes new variables.
     ///
-    /// Returns an error if `vb` has known tensors below its prefix that would change the result and that `config` does not
-    /// use. Examples: an unconfigured bias, norms of q and k, attention sinks, scales of quantized weights.
-    /// [`MultiHeadAttentionConfig::allow_unused`] ignores one. A `VarBuilder` cannot list its names, so the layer can find
-    /// known names only. Mask and rotary buffers (`bias`, `masked_bias`, `rotary_emb.inv_freq`) are ignored, because the
-    /// layer computes them.
+    /// The layer looks below the prefix of `vb` for tensors that change the result but that `config` does not use. Examples
+    /// are an unconfigured bias, norms of q and k, attention sinks, and scales of quantized weights. If it finds one, it
+    /// returns an error; [`MultiHeadAttentionConfig::allow_unused`] allows it. It finds known names only, because a
+    /// `VarBuilder` cannot list its names. It ignores buffers of masks and rotary embeddings (`bias`, `masked_bias`,
+    /// `rotary_emb.inv_freq`), because it computes them itself.
     ///
     /// # Errors
     /// In the configuration:
@@ -146,11 +147,11 @@ impl MultiHeadAttention {
             }
         }
         // Check the options of the operator with one token, so that a bad option fails here and not in the first forward.
-        // All heads of that token share one head in memory.
+        // All heads of this token share the memory of one head.
         let head = Tensor::zeros((1, 1, 1, head_dim), vb.dtype(), vb.device())?;
         let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
         let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;
-        // The layer creates q, k and v itself, always in Bshd. The layout options of the caller are ignored.
+        // The layer creates q, k and v itself, always in Bshd. So it ignores the layout options of the caller.
         let attention = config.attention.clone().layout(TensorLayout::Bshd).output_layout(TensorLayout::Bshd);
         attention.supports(&q, &k, &k)?;
         unused::check(config, &vb)?;
@@ -193,8 +194,8 @@ impl MultiHeadAttention {
         self.project_back(&self.attention.forward(&q, &k, &v)?)
     }
 
-    /// Attention over packed sequences: `xs` and the result are `(total, embed_dim)`, sequences laid end to end as
-    /// `cu_seqlens` says. No sequence sees another, and positions begin at 0 in each.
+    /// Attention over packed sequences: `xs` and the result are `(total, embed_dim)`. `cu_seqlens` says where each sequence
+    /// begins and ends. No sequence sees another one. Positions begin at 0 in each sequence.
     ///
     /// Gradients flow to `xs` and to every weight and bias.
     ///
@@ -222,26 +223,29 @@ impl MultiHeadAttention {
         self.project_back(&self.attention.forward_packed(&q, &k, &v, cu_seqlens, cu_seqlens)?)
     }
 
-    /// Attention of the tokens in `xs` over themselves and all tokens of earlier calls with this `cache`: `xs` and the
-    /// result are `(batch, new tokens, embed_dim)`, one token or several at a time. The first new token is at position
-    /// `cache.current_seq_len()`.
+    /// Attention of the new tokens in `xs` over themselves and over all tokens of earlier calls with this `cache`.
     ///
-    /// Any split of a sequence into calls gives what [`Self::forward`] gives over the whole of it, up to rounding. Each
-    /// layer has its own cache ([`Self::new_cache`]); `cache.reset()` begins a new sequence. A clone of a cache shares
-    /// its storage, so that only one of the two can be continued.
+    /// `xs` and the result are `(batch, new tokens, embed_dim)`, with one or more new tokens. The first new token has
+    /// position `cache.current_seq_len()`.
+    ///
+    /// A sequence may be split into calls in any way. The results equal those of one [`Self::forward`] over the whole
+    /// sequence, up to rounding.
+    ///
+    /// Each layer needs its own cache ([`Self::new_cache`]). `cache.reset()` begins a new sequence. A clone of a cache shares
+    /// its storage, so append to only one of the two.
     ///
     /// The cache has one length for the whole batch. So all prompts of a batch need the same length, without padding.
     ///
-    /// Writes to a cache are not tracked by autograd, so this is for decoding alone: tracked input is refused. Use
-    /// [`Self::detach`] after training. On an error the cache is as it was before.
+    /// This call is for decoding only. Autograd does not track writes to a cache, so tracked input is refused. Use
+    /// [`Self::detach`] after training. After an error the cache is as it was before the call.
     ///
     /// # Errors
     /// - [`Error::TrackedDecoding`] if `xs` or a weight is tracked for gradients;
-    /// - [`Error::DecodingMask`] if the mask lets a query see later keys, which no cache holds yet: [`Mask::Causal`], or
-    ///   a window whose `right` is `Some(0)`, is needed;
+    /// - [`Error::DecodingMask`] if the mask lets a query see later keys, because the cache does not hold them yet. Use
+    ///   [`Mask::Causal`] or a window whose `right` is `Some(0)`;
     /// - [`Error::CacheAxis`], [`Error::CacheCapacity`], [`Error::CacheLengths`] or [`Error::CacheMismatch`] if the cache
     ///   was made for another layer, batch or layout;
-    /// - otherwise as [`Self::forward`]; with a rotary embedding the tables bound the length of the cache.
+    /// - the errors of [`Self::forward`]; the rotary tables must cover the length of the cache plus the new tokens.
     pub fn forward_cached(&self, xs: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
         self.check_decoding(xs)?;
@@ -253,23 +257,23 @@ impl MultiHeadAttention {
         let offset = cache.current_seq_len();
         let rows = self.rotary.as_ref().map(|rotary| rotary.rows(offset, seqlen)).transpose()?;
         let (q, k, v) = self.project(xs, rows.as_ref())?;
-        // The copy shares the storage and keeps the lengths: what lies behind a length is never read.
+        // The clone shares the storage and keeps the old lengths. Nothing reads past a length, so the clone restores the cache.
         let before = cache.clone();
         self.attend_cached(&q, &k, &v, cache).inspect_err(|_| *cache = before)
     }
 
-    /// Appends k and v to the cache, attends, projects back.
+    /// Appends k and v to the cache, computes attention, and projects the output back.
     fn attend_cached(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
-        // Cache writes take contiguous tensors alone; k of a fused projection or after the rotary embedding is a view.
+        // The cache takes only contiguous tensors. k and v are views if the projection is fused.
         let (k, v) = cache.append(&k.contiguous()?, &v.contiguous()?)?;
         self.project_back(&self.attention.forward(q, &k, &v)?)
     }
 
-    /// The same layer with weights that are not tracked for gradients: for [`Self::forward_cached`] after, or between
-    /// the steps of, training.
+    /// The same layer with weights that are not tracked for gradients. [`Self::forward_cached`] needs it, after training or
+    /// between training steps.
     ///
-    /// Nothing is copied. The weights share their storage with this layer's, so an optimizer step on the variables of
-    /// a `VarMap` reaches the detached layer as well.
+    /// Nothing is copied. Both layers share the storage of the weights. So if an optimizer updates the variables of a
+    /// `VarMap`, the detached layer has the new values too.
     pub fn detach(&self) -> Self {
         let qkv = match &self.qkv {
             QkvProjection::Separate { q, k, v } => {
@@ -280,8 +284,10 @@ impl MultiHeadAttention {
         Self { qkv, o: self.o.detach(), ..self.clone() }
     }
 
-    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens, at least 1. It grows by as many again
-    /// when they are used up, which copies all of it; one with room for 0 cannot grow, and `forward_cached` refuses it.
+    /// An empty cache for [`Self::forward_cached`], with room for `max_seqlen` tokens.
+    ///
+    /// A full cache grows by `max_seqlen` tokens, and Candle then copies all of it. `max_seqlen` must be at least 1: a cache
+    /// of size 0 cannot grow, and `forward_cached` refuses it.
     pub fn new_cache(&self, max_seqlen: usize) -> KvCache {
         KvCache::new(SEQLEN_AXIS, max_seqlen)
     }
@@ -306,7 +312,7 @@ impl MultiHeadAttention {
         self.head_dim
     }
 
-    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`, q and k rotated.
+    /// `(.., embed_dim)` to q `(.., num_heads, head_dim)` and k, v `(.., num_heads_k, head_dim)`. q and k are rotated.
     fn project(&self, xs: &Tensor, rows: Option<&RotaryRows>) -> Result<(Tensor, Tensor, Tensor)> {
         let (num_heads, num_heads_k) = (self.num_heads, self.num_heads_k);
         let (q, k, v) = match &self.qkv {
@@ -335,7 +341,7 @@ impl MultiHeadAttention {
 
     /// q, k and v from `(.., num_heads + 2 * num_heads_k, head_dim)` in the order [`QkvOrder::ByKeyHead`].
     ///
-    /// k and v are views. q is a view if each key head has one query head; otherwise q is copied, because its heads are not
+    /// k and v are views. q is a view if each key head has one query head. Otherwise q is copied, because its heads are not
     /// evenly spaced.
     fn split_by_key_head(&self, heads: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let group_size = self.num_heads / self.num_heads_k;
@@ -364,7 +370,7 @@ impl MultiHeadAttention {
         self.o.forward(&o.flatten_from(D::Minus2)?)
     }
 
-    /// All weights, in the order in which they are used.
+    /// All projections, in the order of their use.
     fn projections(&self) -> Vec<&Projection> {
         match &self.qkv {
             QkvProjection::Separate { q, k, v } => vec![q, k, v, &self.o],
@@ -372,7 +378,7 @@ impl MultiHeadAttention {
         }
     }
 
-    /// Whether `xs` has these axes, the last one of `embed_dim`, and the dtype and device of the weights.
+    /// Returns an error unless `xs` has these axes, `embed_dim` values in the last one, and the dtype and device of the weights.
     fn check_input(&self, xs: &Tensor, axes: &'static str) -> Result<()> {
         check_rank(xs, axes)?;
         let shape = xs.dims().to_vec();
@@ -392,7 +398,7 @@ impl MultiHeadAttention {
         Ok(())
     }
 
-    /// Whether nothing is tracked and the mask hides later keys.
+    /// Returns an error if a weight or `xs` is tracked, or if the mask shows later keys.
     fn check_decoding(&self, xs: &Tensor) -> Result<()> {
         if let Some(tensor) = self.projections().into_iter().find_map(Projection::tracked) {
             return Err(Error::TrackedDecoding { tensor, way_out: "decode with the layer that .detach() returns" });
@@ -406,14 +412,14 @@ impl MultiHeadAttention {
         }
     }
 
-    /// Whether the cache was made for this layer and for the batch of `xs`.
+    /// Returns an error unless the cache fits this layer and the batch of `xs`.
     fn check_cache(&self, xs: &Tensor, cache: &KvCache) -> Result<()> {
         let (k, v) = (cache.k_cache(), cache.v_cache());
         for (tensor, side) in [("k", k), ("v", v)] {
             if side.dim() != SEQLEN_AXIS {
                 return Err(Error::CacheAxis { tensor, axis: side.dim() });
             }
-            // Such a cache would try to grow by 0 for ever.
+            // Such a cache would try to grow by 0 tokens forever.
             if side.max_seq_len() == 0 {
                 return Err(Error::CacheCapacity { tensor });
             }
@@ -449,7 +455,7 @@ fn matches_cache(data: &Tensor, xs: &Tensor, expected: (usize, usize, usize)) ->
     shape && data.dtype() == xs.dtype() && data.device().location() == xs.device().location()
 }
 
-/// The shape of what a cache holds.
+/// The shape of the filled part of a cache.
 fn cached_shape(data: &Tensor, cache: &Cache) -> String {
     let sizes = data.dims().iter().enumerate();
     let sizes = sizes.map(|(axis, &size)| if axis == cache.dim() { cache.current_seq_len() } else { size });
@@ -457,7 +463,7 @@ fn cached_shape(data: &Tensor, cache: &Cache) -> String {
     format!("({})", sizes.join(", "))
 }
 
-/// A shape with the dtype and device that go with it, as an error tells it.
+/// `shape` with the dtype and device of `tensor`, for an error text.
 fn describe(tensor: &Tensor, shape: String) -> String {
     format!("{shape} {:?} on {:?}", tensor.dtype(), tensor.device().location())
 }

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use crate::error::{Error, Result};
 use crate::packed::CuSeqlens;
 
-/// Whether `xs` has as many axes as `axes`, such as `(batch, seqlen, embed_dim)`, names.
+/// Returns an error unless `xs` has one axis for each name in `axes`, for example `(batch, seqlen, embed_dim)`.
 pub(super) fn check_rank(xs: &Tensor, axes: &'static str) -> Result<()> {
     if xs.rank() != axes.split(',').count() {
         return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
@@ -13,7 +13,7 @@ pub(super) fn check_rank(xs: &Tensor, axes: &'static str) -> Result<()> {
     Ok(())
 }
 
-/// Whether packed `xs` has as many rows as `cu_seqlens` describes.
+/// Returns an error unless packed `xs` has as many rows as `cu_seqlens` describes.
 pub(super) fn check_packed_rows(xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<()> {
     let rows = xs.dims()[0];
     if rows != cu_seqlens.total() {

@@ -1,4 +1,4 @@
-//! What a multi-head attention layer is made of.
+//! The configuration of a multi-head attention layer.
 
 use candle_core::Tensor;
 use candle_nn::{init, Init};
@@ -12,10 +12,10 @@ use crate::problem::MAX_HEAD_DIM;
 /// How a checkpoint lays out the weight of a projection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum WeightLayout {
-    /// `(out, in)`, as `candle_nn::Linear` and most checkpoints have it.
+    /// `(out, in)`, as in `candle_nn::Linear` and most checkpoints.
     #[default]
     OutIn,
-    /// `(in, out)`, as GPT-2's Conv1D has it. It loads as it is: nothing is transposed or copied.
+    /// `(in, out)`, as in GPT-2's Conv1D. The layer uses the weight as it is, without a transpose or a copy.
     InOut,
 }
 
@@ -28,7 +28,8 @@ impl WeightLayout {
         }
     }
 
-    /// `init` for a weight in this layout. Candle reads the fan-in of an [`Init::Kaiming`] from the second axis.
+    /// `init` for a weight in this layout. Candle takes the second axis as the fan-in of [`Init::Kaiming`], so `InOut` swaps
+    /// fan-in and fan-out.
     pub(super) fn init(self, init: Init) -> Init {
         match (self, init) {
             (WeightLayout::InOut, Init::Kaiming { dist, fan, non_linearity }) => {
@@ -45,20 +46,20 @@ impl WeightLayout {
 
 /// The order of the heads of q, k and v in the output of a fused projection.
 ///
-/// A checkpoint uses one order. The other order also loads, but gives wrong results. Example with `num_heads = 4` and
-/// `num_heads_k = 2`:
+/// A checkpoint uses one order. With the other order it loads too, but the results are wrong. Example with `num_heads = 4`
+/// and `num_heads_k = 2`:
 ///
 /// ```text
 /// Concatenated   q0 q1 q2 q3 k0 k1 v0 v1
 /// ByKeyHead      q0 q1 k0 v0 q2 q3 k1 v1
 /// ```
 ///
-/// With one key head (multi-query attention) the two are the same.
+/// With one key head (multi-query attention) both orders are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum QkvOrder {
-    /// All heads of q, then all of k, then all of v: GPT-2, Phi-3, MPT.
+    /// All heads of q, then all of k, then all of v. Used by GPT-2, Phi-3, MPT.
     ///
-    /// Other libraries split this output into three: `chunk(3)` or `split`.
+    /// Other libraries split this output into three parts, with `chunk(3)` or `split`.
     Concatenated,
     /// For each key head: its query heads, its k, its v. Used by GPT-NeoX, BLOOM, Falcon 40B, Megatron.
     ///
@@ -71,8 +72,8 @@ pub enum QkvOrder {
 /// Names of the projections. The layer loads `NAME.weight`, and `NAME.bias` if the bias is enabled, below the prefix of the
 /// `VarBuilder`. A name can contain dots (`"self.query"`).
 ///
-/// The table lists Hugging Face checkpoints. By default: no biases, [`WeightLayout::OutIn`], no mask, no positions. So a
-/// row is complete only with all calls of its last two columns:
+/// The table lists Hugging Face checkpoints. By default there are no biases, no mask and no positions, and the layout is
+/// [`WeightLayout::OutIn`]. So call all methods in the last two columns of a row:
 ///
 /// | model | projections | order | mask and positions | also |
 /// | --- | --- | --- | --- | --- |
@@ -85,16 +86,16 @@ pub enum QkvOrder {
 /// | Falcon 40B | as GPT-NeoX | `ByKeyHead` | `.mask(Mask::Causal)`, `.rotary(..)` | `.num_heads_k(8)` |
 /// | Falcon 7B | as GPT-NeoX | either order (one key head) | `.mask(Mask::Causal)`, `.rotary(..)` | `.num_heads_k(1)` |
 ///
-/// [`MultiHeadAttentionConfig::gpt2`] and [`MultiHeadAttentionConfig::gpt_neox`] set all of their row.
+/// [`MultiHeadAttentionConfig::gpt2`] and [`MultiHeadAttentionConfig::gpt_neox`] set everything in their rows.
 ///
-/// A model with a sliding window (Mistral 7B v0.1, Phi-3 mini) takes [`Mask::Window`] instead of [`Mask::Causal`]. Up to
-/// the length of the window both give the same.
+/// A model with a sliding window (Mistral 7B v0.1, Phi-3 mini) needs [`Mask::Window`] instead of [`Mask::Causal`]. For
+/// sequences up to the length of the window, both masks are the same.
 ///
 /// ```
 /// # use candle_core::Device;
 /// # use candle_fa2::layers::{MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig};
 /// # use candle_fa2::Mask;
-/// // Phi-3 mini (4k), for sequences up to 2047 tokens, its sliding window.
+/// // Phi-3 mini (4k), for sequences up to 2047 tokens, the length of its sliding window.
 /// let projections =
 ///     Projections::Fused { qkv: "qkv_proj".into(), o: "o_proj".into(), order: QkvOrder::Concatenated };
 /// let rotary = Rotary::new(&RotaryConfig::new(96, 2047), &Device::Cpu)?;
@@ -152,14 +153,14 @@ pub(super) struct NamedProjection<'a> {
     pub(super) bias: bool,
 }
 
-/// What a [`MultiHeadAttention`](super::MultiHeadAttention) is built from: sizes, names of the weights, mask, scale,
+/// The configuration of a [`MultiHeadAttention`](super::MultiHeadAttention): sizes, names of the weights, mask, scale,
 /// rotary embedding.
 ///
 /// ```
 /// # use candle_core::Device;
 /// # use candle_fa2::layers::{MultiHeadAttentionConfig, Rotary, RotaryConfig};
 /// # use candle_fa2::Mask;
-/// // Qwen2 0.5B: 14 query heads share 2 key heads, biases on q, k and v alone.
+/// // Qwen2 0.5B: 14 query heads share 2 key heads; only q, k and v have biases.
 /// let rotary = Rotary::new(&RotaryConfig::new(64, 4096).theta(1_000_000.0), &Device::Cpu)?;
 /// let config = MultiHeadAttentionConfig::new(896, 14).num_heads_k(2).qkv_bias(true).mask(Mask::Causal).rotary(&rotary);
 /// # let _ = config;
@@ -184,8 +185,10 @@ pub struct MultiHeadAttentionConfig {
 }
 
 impl MultiHeadAttentionConfig {
-    /// `num_heads` heads of `embed_dim / num_heads` values for q, k and v alike; Llama's names and weight layout, no
-    /// biases, no mask, no rotary embedding, scale `1 / sqrt(head_dim)`.
+    /// A layer with `num_heads` heads of size `embed_dim / num_heads` for each of q, k and v.
+    ///
+    /// The other defaults are Llama's names and weight layout, no biases, no mask, no rotary embedding, and the scale
+    /// `1 / sqrt(head_dim)`.
     pub fn new(embed_dim: usize, num_heads: usize) -> Self {
         Self {
             embed_dim,
@@ -205,8 +208,10 @@ impl MultiHeadAttentionConfig {
         }
     }
 
-    /// GPT-2's attention: causal, one fused projection `c_attn` and `c_proj`, both with biases and with weights laid out
-    /// `(in, out)`. New weights are drawn from a normal distribution with deviation 0.02, new biases are 0.
+    /// GPT-2's attention: causal, with the fused projection `c_attn` and the output projection `c_proj`.
+    ///
+    /// Both projections have biases and weights of shape `(in, out)`. New weights are drawn from a normal distribution with
+    /// standard deviation 0.02. New biases are 0.
     pub fn gpt2(embed_dim: usize, num_heads: usize) -> Self {
         Self::new(embed_dim, num_heads)
             .projections(Projections::gpt2())
@@ -217,13 +222,15 @@ impl MultiHeadAttentionConfig {
             .mask(Mask::Causal)
     }
 
-    /// GPT-NeoX's attention (Pythia): causal, one fused projection `query_key_value` and `dense`, both with biases, and a
-    /// rotary embedding. Published models rotate the first quarter of each head (`rotary_pct` 0.25).
+    /// GPT-NeoX's attention (Pythia): causal, with the fused projection `query_key_value` and the output projection `dense`.
+    ///
+    /// Both projections have biases. q and k get a rotary embedding. Published models rotate the first quarter of each head
+    /// (`rotary_pct` 0.25).
     ///
     /// ```
     /// # use candle_core::Device;
     /// # use candle_fa2::layers::{MultiHeadAttentionConfig, Rotary, RotaryConfig};
-    /// // Pythia 160M: a quarter of heads of 64 values.
+    /// // Pythia 160M: 16 of 64 values of each head rotate.
     /// let rotary = Rotary::new(&RotaryConfig::new(16, 2048), &Device::Cpu)?;
     /// let config = MultiHeadAttentionConfig::gpt_neox(768, 12, &rotary);
     /// # let _ = config;
@@ -238,32 +245,32 @@ impl MultiHeadAttentionConfig {
             .rotary(rotary)
     }
 
-    /// Number of key and value heads; `num_heads` must be a multiple of it. 1 is multi-query attention.
+    /// Number of heads of k and v. `num_heads` must be a multiple of it. 1 is multi-query attention.
     pub fn num_heads_k(mut self, num_heads_k: usize) -> Self {
         self.num_heads_k = Some(num_heads_k);
         self
     }
 
-    /// Size of each head, where it is not `embed_dim / num_heads`.
+    /// Size of each head, if it is not `embed_dim / num_heads`.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
         self.head_dim = Some(head_dim);
         self
     }
 
-    /// Sets the projection names, separate or fused, and for fused the order of the heads.
+    /// Names of the projections. For a fused projection also the order of the heads.
     pub fn projections(mut self, projections: Projections) -> Self {
         self.projections = projections;
         self
     }
 
-    /// How the weights are laid out.
+    /// Layout of the weights.
     pub fn weight_layout(mut self, weight_layout: WeightLayout) -> Self {
         self.weight_layout = weight_layout;
         self
     }
 
-    /// How new weights are drawn, and biases set to 0. Without it both are drawn as `candle_nn::linear` does. It has no
-    /// say over weights that are loaded.
+    /// Distribution of new weights. New biases are then 0. By default weights and biases are drawn as in
+    /// `candle_nn::linear`. Loaded weights are not affected.
     pub fn weight_init(mut self, weight_init: Init) -> Self {
         self.weight_init = Some(weight_init);
         self
@@ -281,7 +288,7 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Whether the projection of k has a bias (Whisper has none here, but has one on q and v).
+    /// Whether the projection of k has a bias. (In Whisper q and v have biases, but k has none.)
     pub fn k_bias(mut self, bias: bool) -> Self {
         self.k_bias = bias;
         self
@@ -299,10 +306,10 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// All options of the operator at once, in place of those set so far. The next four set one each.
+    /// Replaces all options of the operator. The next four methods set one option each.
     ///
     /// The layer ignores [`Attention::layout`] and [`Attention::output_layout`], because it creates q, k and v itself.
-    /// It refuses [`Attention::key_lengths`] ([`Error::KeyLengths`]). For batches with padding see
+    /// It refuses [`Attention::key_lengths`] ([`Error::KeyLengths`]). For padded batches see
     /// [`MultiHeadAttention`](super::MultiHeadAttention#padded-batches).
     pub fn attention(mut self, attention: Attention) -> Self {
         self.attention = attention;
@@ -339,17 +346,18 @@ impl MultiHeadAttentionConfig {
         self
     }
 
-    /// Ignores the tensor `name` if the layer does not use it. `name` is below the prefix of the `VarBuilder`, such as
-    /// `"q_proj.bias"`. Without this, [`MultiHeadAttention::new`](super::MultiHeadAttention::new) returns an error.
+    /// Allows the tensor `name` in the checkpoint although the layer does not use it. Without this,
+    /// [`MultiHeadAttention::new`](super::MultiHeadAttention::new) returns an error. `name` is relative to the prefix of the
+    /// `VarBuilder`, for example `"q_proj.bias"`.
     ///
-    /// The result then differs from the trained model, unless the tensor has no effect: a bias of 0, or a weight of another
-    /// layer with the same prefix.
+    /// The result then differs from the trained model, unless the tensor has no effect. A bias of 0 has no effect, and
+    /// neither has a weight of another layer with the same prefix.
     pub fn allow_unused(mut self, name: impl Into<String>) -> Self {
         self.allowed_unused.push(name.into());
         self
     }
 
-    /// The projections in the order in which they are used: o comes last.
+    /// The projections in the order of their use; o comes last.
     pub(super) fn named_projections(&self) -> Vec<NamedProjection<'_>> {
         let named = |role, name, bias| NamedProjection { role, name, bias };
         match &self.projections {
@@ -363,7 +371,7 @@ impl MultiHeadAttentionConfig {
         }
     }
 
-    /// Whether each projection has a name of its own.
+    /// Returns an error if two projections have the same name.
     fn check_names(&self) -> Result<()> {
         let projections = self.named_projections();
         for (at, second) in projections.iter().enumerate() {
@@ -375,7 +383,7 @@ impl MultiHeadAttentionConfig {
         Ok(())
     }
 
-    /// Checks the sizes and works out those that were left open: `(num_heads_k, head_dim)`.
+    /// Checks the configuration. Returns `(num_heads_k, head_dim)`, with defaults for sizes that were not set.
     pub(super) fn resolve(&self) -> Result<(usize, usize)> {
         let (embed_dim, num_heads) = (self.embed_dim, self.num_heads);
         let num_heads_k = self.num_heads_k.unwrap_or(num_heads);
@@ -396,8 +404,8 @@ impl MultiHeadAttentionConfig {
         if head_dim > MAX_HEAD_DIM {
             return Err(crate::Error::HeadDim { head_dim, max: MAX_HEAD_DIM }.into());
         }
-        // The largest weight is that of a fused projection. No allocation exceeds isize::MAX bytes, and f64 is the
-        // widest type.
+        // The fused projection has the largest weight. In f64, the widest type, it must not exceed isize::MAX bytes, the
+        // largest allocation.
         let heads = num_heads_k.checked_mul(2).and_then(|heads_k| heads_k.checked_add(num_heads));
         let elements = heads.and_then(|heads| heads.checked_mul(head_dim)?.checked_mul(embed_dim));
         if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {

@@ -1,9 +1,8 @@
 //! Multi-head attention as a layer: projections, rotary embedding, the fused operator, a cache for decoding.
 //!
 //! [`MultiHeadAttention`] takes `xs` of shape `(batch, seqlen, embed_dim)` and returns the same shape, as Candle's other
-//! layers do. It loads Llama-style weights (`q_proj`, `k_proj`, `v_proj`, `o_proj`), GPT-2's (`c_attn`, `c_proj`),
-//! GPT-NeoX's (`query_key_value`, `dense`) and others ([`Projections`] has a table), and every one of its weights receives
-//! a gradient.
+//! layers do. It loads the weights of Llama (`q_proj`, `k_proj`, `v_proj`, `o_proj`), GPT-2 (`c_attn`, `c_proj`),
+//! GPT-NeoX (`query_key_value`, `dense`) and other models; [`Projections`] has a table. Every weight receives a gradient.
 //!
 //! ```
 //! # use candle_core::{DType, Device, Tensor};
@@ -28,7 +27,7 @@
 //! let grads = ys.sqr()?.sum_all()?.backward()?;
 //! assert!(varmap.all_vars().iter().all(|var| grads.get(var.as_tensor()).is_some()));
 //!
-//! // Decode: the prompt at once, then one token at a time.
+//! // Decode: first the whole prompt, then one token at a time.
 //! let decoder = layer.detach();
 //! let mut cache = decoder.new_cache(128);
 //! let prompt = decoder.forward_cached(&xs.narrow(1, 0, 9)?, &mut cache)?;
@@ -39,8 +38,8 @@
 //!
 //! # Gradients
 //!
-//! Several of Candle's fast operators return a result that is cut off from the graph, without an error. The loss still
-//! falls, because the layers after the cut learn. The weights before the cut never change.
+//! Several of Candle's fast operators cut their result off from the graph, without an error. The weights before the cut
+//! then never change. The loss still falls, because the layers after the cut learn.
 //!
 //! | cut off | keeps the gradient | here |
 //! | --- | --- | --- |
@@ -49,9 +48,9 @@
 //! | `candle_nn::ops::softmax_last_dim` | `candle_nn::ops::softmax` | [`Attention`](crate::Attention) |
 //! | `candle_nn::kv_cache`, `Tensor::slice_set` | | refused: [`MultiHeadAttention::forward_cached`] |
 //!
-//! In the rest of a model, `candle_nn::LayerNorm` (with a bias) and `candle_nn::RmsNorm` are cut off as well when their
-//! input is contiguous; `candle_nn::ops::{layer_norm_slow, rms_norm_slow}` and `RmsNorm::forward_diff` are not. After the
-//! first backward, check that each variable has a gradient, as the example does.
+//! In the rest of a model, `candle_nn::LayerNorm` (with a bias) and `candle_nn::RmsNorm` also cut the graph if their
+//! input is contiguous. `candle_nn::ops::{layer_norm_slow, rms_norm_slow}` and `RmsNorm::forward_diff` keep the gradient.
+//! After the first backward, check that each variable has a gradient, as the example does.
 //!
 //! # Loading mistakes
 //!
@@ -70,14 +69,13 @@
 //!
 //! # Decoding with trained weights
 //!
-//! Weights from a `VarMap` are variables, hence tracked; writes to a cache are not, so a cached call would lose
-//! gradients silently. It is refused instead. There are two ways out:
+//! Weights from a `VarMap` are variables, so autograd tracks them. But autograd does not track writes to a cache, so a
+//! cached call would lose gradients silently. The layer returns an error instead. There are two ways to decode:
 //!
-//! - [`MultiHeadAttention::detach`] gives one layer without tracking;
-//! - [`detached_var_builder`] builds the whole model, norms and embeddings included, a second time without tracking.
+//! - [`MultiHeadAttention::detach`] returns one layer without tracking.
+//! - [`detached_var_builder`] builds the whole model, with norms and embeddings, a second time without tracking.
 //!
-//! Both share the storage of the variables: nothing is copied, and a decoder built before training sees each step of
-//! it.
+//! Both share the storage of the variables and copy nothing. A decoder built before training sees each training step.
 
 mod attention;
 mod checks;
@@ -98,12 +96,12 @@ pub use config::{MultiHeadAttentionConfig, Projections, QkvOrder, WeightLayout};
 pub use error::{Error, Result};
 pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
 
-/// A `VarBuilder` over the variables of `varmap` that hands them out untracked: for building a trained model again, for
-/// inference, where a KV cache is allowed.
+/// A `VarBuilder` that returns the variables of `varmap` without tracking. With it, build a trained model a second time,
+/// for inference with a KV cache.
 ///
-/// Values that already have the builder's dtype and device share the storage of their variable: they cost nothing and
-/// follow its training. Others are converted copies, taken when the model is built. Variables that the map lacks are an
-/// error rather than new ones.
+/// If a variable has the dtype and device of the builder, the new model shares its storage and follows its training.
+/// Otherwise the builder converts a copy when the model is built. If the map lacks a variable, the builder returns an
+/// error and makes no new one.
 ///
 /// ```
 /// # use candle_core::{DType, Device};
@@ -119,7 +117,7 @@ pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
 /// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> VarBuilder<'static> {
-    // A poisoned lock means that another thread panicked while it held the map; the map itself is only ever inserted to.
+    // A poisoned lock means that another thread panicked while it held the map. The map is still valid: Candle only inserts.
     let vars = varmap.data().lock().unwrap_or_else(PoisonError::into_inner);
     let tensors: HashMap<String, Tensor> =
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();

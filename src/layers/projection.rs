@@ -1,4 +1,4 @@
-//! One affine map of the last axis, with its weight in either layout.
+//! A linear projection of the last axis, with a weight in either layout.
 
 use candle_core::{Tensor, D};
 use candle_nn::{init, Init, VarBuilder};
@@ -6,11 +6,13 @@ use candle_nn::{init, Init, VarBuilder};
 use super::config::{MultiHeadAttentionConfig, WeightLayout};
 use super::error::Result;
 
-/// `xs w + b` over the last axis. Unlike `candle_nn::Linear` it takes weights laid out `(in, out)` as they are, and never
-/// repeats the weight per batch when `xs` is not contiguous.
+/// `xs w + b` over the last axis.
+///
+/// There are two differences to `candle_nn::Linear`. A weight of shape `(in, out)` is used as it is. And if `xs` is not
+/// contiguous, the weight is not repeated per batch.
 #[derive(Clone, Debug)]
 pub(super) struct Projection {
-    /// With the prefix of the builder, as a checkpoint has it.
+    /// Full name in the checkpoint, with the prefix of the builder.
     name: String,
     weight: Tensor,
     bias: Option<Tensor>,
@@ -18,7 +20,7 @@ pub(super) struct Projection {
 }
 
 impl Projection {
-    /// Loads `name.weight` and, where `bias` says so, `name.bias`; draws them if the builder makes new variables.
+    /// Loads `name.weight`, and `name.bias` if `bias` is true. A builder that makes new variables draws them.
     pub(super) fn new(
         config: &MultiHeadAttentionConfig,
         name: &str,
@@ -35,7 +37,7 @@ impl Projection {
             (false, _) => None,
             (true, Some(_)) => Some(vb.get_with_hints(out_dim, "bias", init::ZERO)?),
             (true, None) => {
-                // As candle_nn::linear draws it.
+                // The same distribution as in candle_nn::linear.
                 let bound = (in_dim as f64).sqrt().recip();
                 Some(vb.get_with_hints(out_dim, "bias", Init::Uniform { lo: -bound, up: bound })?)
             }
@@ -52,7 +54,7 @@ impl Projection {
             WeightLayout::InOut => self.weight.clone(),
         };
         shape.push(weight.dim(D::Minus1)?);
-        // (.., in) -> (rows, in): one product instead of one per batch.
+        // (.., in) -> (rows, in): one matrix product instead of one per batch.
         let rows = xs.elem_count() / in_dim;
         let ys = xs.contiguous()?.reshape((rows, in_dim))?.matmul(&weight)?;
         let ys = match &self.bias {
@@ -62,7 +64,7 @@ impl Projection {
         Ok(ys.reshape(shape)?)
     }
 
-    /// The same map without tracking; shares the storage.
+    /// The same projection without tracking. It shares the storage.
     pub(super) fn detach(&self) -> Self {
         Self { weight: self.weight.detach(), bias: self.bias.as_ref().map(Tensor::detach), ..self.clone() }
     }
@@ -72,7 +74,7 @@ impl Projection {
         &self.weight
     }
 
-    /// The full name of the first of its tensors that is tracked for gradients.
+    /// The full name of the weight or bias that is tracked for gradients; the weight if both are.
     pub(super) fn tracked(&self) -> Option<String> {
         let bias = self.bias.as_ref().filter(|bias| bias.track_op()).map(|_| "bias");
         let part = if self.weight.track_op() { Some("weight") } else { bias };

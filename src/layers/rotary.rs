@@ -1,4 +1,4 @@
-//! Rotary position embedding that keeps its gradient.
+//! Rotary position embedding with a backward.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -11,13 +11,14 @@ use super::error::{Error, Result};
 use crate::packed::CuSeqlens;
 use crate::problem::{is_float, FLOAT_DTYPES};
 
-/// Most values in one of the two tables, 1 GiB of f32: 4,194,304 positions of a head of 128. A `max_seqlen` that stands
-/// for "no limit" is refused instead of filling the memory.
+/// The largest number of values in each of the two tables: 1 GiB of f32, or 4,194,304 positions with `rotary_dim` 128.
+/// Without this limit, a huge `max_seqlen` that means "no limit" would fill the memory.
 const MAX_TABLE_VALUES: usize = 1 << 28;
 
-/// Which two values of a head form the pair that is rotated together.
+/// Which two values of a head form a pair. The two values of a pair rotate together.
 ///
-/// Weights are trained for one of the two and give nonsense with the other, without any error. For `rotary_dim = 8`:
+/// A model is trained with one of the two layouts. With the other layout its results are wrong, without any error. For
+/// `rotary_dim = 8`:
 ///
 /// ```text
 /// value          0  1  2  3  4  5  6  7
@@ -26,14 +27,14 @@ const MAX_TABLE_VALUES: usize = 1 << 28;
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum RotaryLayout {
-    /// Llama, Mistral, Qwen and GPT-NeoX weights as the Hugging Face hub holds them.
+    /// Weights of Llama, Mistral, Qwen and GPT-NeoX from the Hugging Face hub.
     #[default]
     HalfSplit,
-    /// GPT-J weights, and Llama weights as Meta publishes them.
+    /// Weights of GPT-J, and weights of Llama from Meta.
     Interleaved,
 }
 
-/// What a [`Rotary`] is built from: how many values of each head rotate, how fast, in which pairs, up to which position.
+/// The configuration of a [`Rotary`]: how many values of each head rotate, how fast, in which pairs, up to which position.
 #[derive(Clone, Debug)]
 pub struct RotaryConfig {
     rotary_dim: usize,
@@ -47,16 +48,16 @@ pub struct RotaryConfig {
 enum Frequencies {
     /// `theta^(-2 i / rotary_dim)` for pair `i`.
     Theta(f64),
-    /// Given one by one.
+    /// One value per pair.
     Each(Vec<f64>),
 }
 
 impl RotaryConfig {
-    /// The original form: all of `rotary_dim` values (usually `head_dim`) rotate, `theta` is 10,000, pairs are
-    /// [`RotaryLayout::HalfSplit`].
+    /// The first `rotary_dim` values of each head rotate, usually all `head_dim` of them. By default `theta` is 10,000 and the
+    /// layout is [`RotaryLayout::HalfSplit`].
     ///
-    /// Positions `0..max_seqlen` can be used. [`Rotary::new`] computes tables for all of them, so give the longest
-    /// sequence in use; it refuses more than 2^28 values of `max_seqlen * rotary_dim / 2`.
+    /// [`Rotary::new`] computes tables for the positions `0..max_seqlen`. So set `max_seqlen` to the longest sequence in use.
+    /// A table with more than 2^28 values (`max_seqlen * rotary_dim / 2`) is an error.
     pub fn new(rotary_dim: usize, max_seqlen: usize) -> Self {
         let (layout, frequencies) = (RotaryLayout::default(), Frequencies::Theta(10_000.0));
         Self { rotary_dim, max_seqlen, layout, frequencies }
@@ -68,8 +69,10 @@ impl RotaryConfig {
         self
     }
 
-    /// Radians per position of each pair, `rotary_dim / 2` values, in place of [`Self::theta`]: for checkpoints that
-    /// stretch their context by scaling frequencies (linear scaling by `f` is the frequencies divided by `f`).
+    /// Radians per position of each pair, `rotary_dim / 2` values. They replace [`Self::theta`].
+    ///
+    /// Some checkpoints extend their context by scaled frequencies. With linear scaling by `f`, each frequency is divided by
+    /// `f`.
     pub fn frequencies(mut self, radians_per_position: Vec<f64>) -> Self {
         self.frequencies = Frequencies::Each(radians_per_position);
         self
@@ -81,20 +84,20 @@ impl RotaryConfig {
         self
     }
 
-    /// Whether there are pairs, and tables for them fit under the limit.
+    /// Returns an error unless `rotary_dim` is a number of pairs and the tables are within the limit.
     fn check_sizes(&self) -> Result<()> {
         let (rotary_dim, max_seqlen, limit) = (self.rotary_dim, self.max_seqlen, MAX_TABLE_VALUES);
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(Error::RotaryDim { rotary_dim });
         }
-        // Without any position there are still the frequencies.
+        // With 0 positions there are still the frequencies of one.
         match (rotary_dim / 2).checked_mul(max_seqlen.max(1)) {
             Some(values) if values <= limit => Ok(()),
             _ => Err(Error::RotaryTables { max_seqlen, rotary_dim, limit }),
         }
     }
 
-    /// Radians per position of each pair, checked.
+    /// Radians per position of each pair. Returns an error if one is not usable.
     fn radians_per_position(&self) -> Result<Vec<f64>> {
         let rotary_dim = self.rotary_dim;
         let frequencies = match &self.frequencies {
@@ -116,8 +119,8 @@ impl RotaryConfig {
     }
 }
 
-/// Rotary position embedding: rotates each pair of values of q and k by an angle that grows with the position, so that
-/// a score depends on how far apart query and key are.
+/// Rotary position embedding: rotates each pair of values of q and k by an angle that grows with the position. So a score
+/// depends on the distance between query and key.
 ///
 /// For a pair `(x, y)` at position `p` with frequency `f`:
 ///
@@ -126,13 +129,14 @@ impl RotaryConfig {
 /// y' = x sin(p f) + y cos(p f)
 /// ```
 ///
-/// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) return a result that is cut off from the
-/// graph, without a word: the layers before it never learn. This one runs on the same kernels and adds the backward, a
-/// rotation by the opposite angles; gradients flow to `xs`.
+/// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) cut their result off from the graph, without
+/// an error. The layers before them never learn. `Rotary` uses the same kernels and adds the backward, a rotation by the
+/// opposite angles. Gradients flow to `xs`.
 ///
-/// The tables of cos and sin are computed in f64, rounded once to f32 and kept on the device,
-/// `(max_seqlen, rotary_dim / 2)` each. Cloning shares them: build one and hand a clone to every layer. f16 and bf16
-/// tensors are rotated in f32 and rounded once; f64 tensors are rotated in f64 by the same f32 tables.
+/// The tables of cos and sin have shape `(max_seqlen, rotary_dim / 2)`. They are computed in f64, rounded once to f32, and
+/// kept on the device. Clones share them, so build one `Rotary` for all layers.
+///
+/// f16 and bf16 tensors are rotated in f32 and rounded once. f64 tensors are rotated in f64, with the same f32 tables.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
@@ -143,7 +147,7 @@ impl RotaryConfig {
 /// let grads = rotated.sum_all()?.backward()?;
 /// assert!(grads.get(q.as_tensor()).is_some());
 ///
-/// // Position 10 alone, as decoding meets it, is what the whole sequence has there.
+/// // In decoding, the token at position 10 comes alone. Its result is the same as in the whole sequence.
 /// let one = rotary.apply(&q.narrow(1, 10, 1)?, 10)?;
 /// assert_eq!(one.flatten_all()?.to_vec1::<f32>()?, rotated.narrow(1, 10, 1)?.flatten_all()?.to_vec1::<f32>()?);
 /// # Ok::<(), candle_fa2::layers::Error>(())
@@ -157,7 +161,7 @@ pub struct Rotary {
     layout: RotaryLayout,
 }
 
-/// The rows of the tables for the positions of one call, `(seqlen, rotary_dim / 2)` each.
+/// The rows of both tables for the positions of one call, `(seqlen, rotary_dim / 2)` each.
 pub(super) struct RotaryRows {
     cos: Tensor,
     sin: Tensor,
@@ -168,12 +172,12 @@ impl Rotary {
     ///
     /// # Errors
     /// [`Error::RotaryDim`], [`Error::RotaryTables`], [`Error::RotaryTheta`], [`Error::RotaryFrequencies`] or
-    /// [`Error::RotaryFrequency`] if the configuration holds a value out of range.
+    /// [`Error::RotaryFrequency`] if a value of the configuration is out of range.
     pub fn new(config: &RotaryConfig, device: &Device) -> Result<Self> {
         config.check_sizes()?;
         let frequencies = config.radians_per_position()?;
         let shape = (config.max_seqlen, frequencies.len());
-        // f32 angles would be off by 0.004 radians at position 100,000: only the rounded cos and sin are f32.
+        // The angles are f64, because f32 angles would be off by 0.004 radians at position 100,000.
         let angles = (0..config.max_seqlen).flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) =
             angles.map(f64::sin_cos).map(|(sin, cos)| (sin as f32, cos as f32)).unzip();
@@ -181,12 +185,12 @@ impl Rotary {
         Ok(Self { cos, sin, layout: config.layout })
     }
 
-    /// How many values of each head rotate; the rest of the head passes through.
+    /// Number of values of each head that rotate. The others stay as they are.
     pub fn rotary_dim(&self) -> usize {
         2 * self.cos.dims()[1]
     }
 
-    /// Positions `0..max_seqlen` have a row in the tables.
+    /// Number of positions in the tables: `0..max_seqlen`.
     pub fn max_seqlen(&self) -> usize {
         self.cos.dims()[0]
     }
@@ -201,8 +205,9 @@ impl Rotary {
         self.cos.device()
     }
 
-    /// Rotates `xs` of shape `(batch, seqlen, num_heads, head_dim)`, whose first token is at position `offset`: 0
-    /// for training, the length of the cache for decoding. The result has the shape of `xs`.
+    /// Rotates `xs` of shape `(batch, seqlen, num_heads, head_dim)`. The result has the same shape.
+    ///
+    /// The first token has position `offset`. In training this is 0; in decoding it is the length of the cache.
     ///
     /// # Errors
     /// [`Rank`](crate::Error::Rank); [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`;
@@ -214,7 +219,7 @@ impl Rotary {
         self.rotate(xs, &self.rows(offset, xs.dims()[1])?)
     }
 
-    /// Rotates packed `xs` of shape `(total, num_heads, head_dim)`: positions begin at 0 in every sequence.
+    /// Rotates packed `xs` of shape `(total, num_heads, head_dim)`. Positions begin at 0 in every sequence.
     ///
     /// # Errors
     /// As [`Self::apply`], and [`PackedRows`](crate::Error::PackedRows) if `cu_seqlens` does not end at `total`.
@@ -241,7 +246,7 @@ impl Rotary {
         Ok(RotaryRows { cos: self.cos.index_select(&positions, 0)?, sin: self.sin.index_select(&positions, 0)? })
     }
 
-    /// Rotates `xs`, `(batch, seqlen, num_heads, head_dim)` or `(seqlen, num_heads, head_dim)`, by one row per token. The
+    /// Rotates `xs`, `(batch, seqlen, num_heads, head_dim)` or `(total, num_heads, head_dim)`, with one row per token. The
     /// result is contiguous.
     pub(super) fn rotate(&self, xs: &Tensor, rows: &RotaryRows) -> Result<Tensor> {
         let (head_dim, rotary_dim) = (xs.dims()[xs.rank() - 1], self.rotary_dim());
@@ -266,7 +271,7 @@ impl Rotary {
         Ok(xs.apply_op1(Rotate { back, layout: self.layout, rotated: Mutex::new(Some(rotated)) })?)
     }
 
-    /// Whether positions `start..start + seqlen` have rows.
+    /// Returns an error unless the tables have rows for positions `start..start + seqlen`.
     fn check_positions(&self, start: usize, seqlen: usize) -> Result<()> {
         let (end, max_seqlen) = (start.saturating_add(seqlen), self.max_seqlen());
         if end > max_seqlen {
@@ -276,7 +281,7 @@ impl Rotary {
     }
 }
 
-/// Rotates `xs` outside the graph. Candle's fast kernels do the work, in f32 for the narrow types.
+/// Rotates `xs` outside the graph, with Candle's fast kernels. f16 and bf16 are rotated in f32.
 fn rotated(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core::Result<Tensor> {
     let (shape, dtype) = (xs.shape(), xs.dtype());
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -287,7 +292,7 @@ fn rotated(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core:
     let part = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
     let rotated = match layout {
         RotaryLayout::HalfSplit => rotary_emb::rope_thd(&part.contiguous()?, &cos, &sin)?,
-        // This one takes (batch, num_heads, seqlen, rotary_dim).
+        // rope_i takes (batch, num_heads, seqlen, rotary_dim).
         RotaryLayout::Interleaved => {
             rotary_emb::rope_i(&part.transpose(1, 2)?.contiguous()?, &cos, &sin)?.transpose(1, 2)?
         }
@@ -301,22 +306,22 @@ fn rotated(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core:
     rotated.contiguous()?.reshape(shape)
 }
 
-/// The rotation as one node of the graph. It is linear and its inverse rotates by the opposite angles, so that the
-/// backward needs neither the input nor the result.
+/// The rotation as one node of the graph. Its backward rotates the gradient by the opposite angles. It needs neither the
+/// input nor the result.
 struct Rotate {
-    /// The rows that rotate back.
+    /// Rows of the opposite angles.
     back: RotaryRows,
     layout: RotaryLayout,
-    /// The result, computed before there was a node. The forward takes it out: the graph shall not hold it twice.
+    /// The result, computed before the node existed. The forward takes it out, so that the graph does not hold it twice.
     rotated: Mutex<Option<Tensor>>,
 }
 
 impl Rotate {
-    /// The storage of the result, which `of` finds for its device.
+    /// Takes out the result and returns its storage. `of` selects the storage type of the device.
     fn take<S: BackendStorage>(&self, of: impl Fn(&Storage) -> Option<&S>) -> candle_core::Result<(S, Shape)> {
         let rotated = self.rotated.lock().unwrap_or_else(PoisonError::into_inner).take();
         let rotated =
-            rotated.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has run before"))?;
+            rotated.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has already run"))?;
         let (storage, layout) = rotated.storage_and_layout();
         let storage = of(&storage).ok_or_else(|| candle_core::Error::msg("rotary: the result changed its device"))?;
         Ok((storage.try_clone(layout)?, layout.shape().clone()))

@@ -1,7 +1,7 @@
 //! Finds tensors that the layer would ignore although they change the result.
 //!
-//! A `VarBuilder` cannot list its names, only say whether it has one. So the layer asks for names that checkpoints are
-//! known to use.
+//! A `VarBuilder` cannot list its names; it can only say whether it has a given one. So the layer asks for the names that
+//! known checkpoints use.
 
 use candle_nn::VarBuilder;
 
@@ -96,8 +96,7 @@ impl Unused<'_> {
     fn check_names(&self) -> Result<()> {
         let known = |names: &[&str]| self.found(names.iter().map(|name| self.next_to_q(name)));
         let (qkv, o) = (known(&KNOWN_QKV), known(&KNOWN_O));
-        // The usual case. Test it before asking for the layer's own weights: some builders read a tensor to answer
-        // `contains_tensor`.
+        // The usual case. It is tested first, because some builders read a whole tensor to answer `contains_tensor`.
         if qkv.is_empty() && o.is_empty() {
             return Ok(());
         }

@@ -191,8 +191,7 @@ impl Graph {
         let mut text = String::new();
         for wanted in rooms {
             let of_room = || self.0.iter().filter(|(module, _)| room(module) == *wanted);
-            let imported: BTreeSet<&str> =
-                of_room().flat_map(|(_, imports)| imports).map(|import| room(import)).collect();
+            let imported: BTreeSet<&str> = of_room().flat_map(|(_, imports)| imports).map(room).collect();
             let below = rooms.iter().copied().filter(|room| room != wanted && imported.contains(room));
             text += &line(wanted, below.map(String::from));
             for (module, imports) in of_room().filter(|(module, _)| module.len() > 1) {

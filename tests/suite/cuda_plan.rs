@@ -45,7 +45,7 @@ fn backward(plan: &CudaPlan) -> Launch {
     launch(plan, Pass::Backward)
 }
 
-/// Every head_dim that the front page promises, in both types, plain and modified: the tightest kernel of each pass.
+/// Every head_dim that the front page promises, in both types, plain and with a score_mod: the tightest kernel of each pass.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
     for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (B200, 227 * 1024), (RTX_3090, 99 * 1024)] {
@@ -140,9 +140,9 @@ fn tiles_of_dq_accum_do_not_overlap() -> Result<()> {
 
 /// What the plain kernels leave out: softcap, ALiBi, and factors that turn the order of the scores around.
 #[test]
-fn modified_kernels_where_needed() -> Result<()> {
+fn kernels_with_a_score_mod_where_needed() -> Result<()> {
     let slopes = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
-    for (attention, modified) in [
+    for (attention, score_mod) in [
         (Attention::new(), false),
         (Attention::new().softmax_scale(1e-9), false),
         (Attention::new().softmax_scale(5e-39), true), // flushed to 0
@@ -154,8 +154,8 @@ fn modified_kernels_where_needed() -> Result<()> {
     ] {
         let plan = plan(&problem(&attention, 64, DType::F16)?, &H100)?;
         assert_eq!(
-            (forward(&plan).kernel.modified, backward(&plan).kernel.modified),
-            (modified, modified),
+            (forward(&plan).kernel.score_mod, backward(&plan).kernel.score_mod),
+            (score_mod, score_mod),
             "{attention:?}"
         );
     }
@@ -331,7 +331,7 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
         // Each kernel of the call's type is either launched or rejected.
         let computes = |kernel: &&Kernel| {
             matches!(kernel.pass, Pass::Forward | Pass::Backward)
-                && (kernel.dtype, kernel.modified) == (DType::BF16, false)
+                && (kernel.dtype, kernel.score_mod) == (DType::BF16, false)
                 && kernel.head_dim >= head_dim
         };
         assert_eq!(rejected.len() + 2, KERNELS.iter().filter(computes).count());
@@ -537,7 +537,7 @@ fn calls_without_rows_have_empty_grids() -> Result<()> {
 /// The table itself: what build.rs wrote is what the lines of cuda/instances.def say.
 #[test]
 fn the_table_has_every_variant_once() {
-    let variant = |kernel: &Kernel| (kernel.dtype, kernel.modified);
+    let variant = |kernel: &Kernel| (kernel.dtype, kernel.score_mod);
     for kernel in &KERNELS {
         assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
         let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);

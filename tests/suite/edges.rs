@@ -1,9 +1,11 @@
 //! The sizes and numbers where implementations break: nothing to see, one token, none, scores that overflow, and values
 //! that are not numbers.
 
-use crate::common::cases::{targets, window, Alibi, Case, Target};
-use crate::common::compare::round_to;
-use crate::common::reference::{visible, Input};
+use crate::common::cases::{precision, targets, window, Alibi, Case, Target};
+use crate::common::compare;
+use crate::common::nonfinite::Nonfinite;
+use crate::common::reference::attention::visible;
+use crate::common::reference::{Input, Precision, Rows};
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::{Attention, Mask};
@@ -84,9 +86,9 @@ fn scores_that_overflow_exp() -> Result<()> {
         // All scores of a row near -100,000: without the row's maximum every exp would be 0.
         let case = Case::new(&target).batch(1, 20, 20).softmax_scale(100.0);
         let mut input = case.draw();
-        input.q.fill(round_to(target.dtype, 8.0));
+        input.q.fill(precision(target.dtype).round(8.0));
         for x in &mut input.k {
-            *x = round_to(target.dtype, -8.0 - x.abs() / 64.0);
+            *x = precision(target.dtype).round(-8.0 - x.abs() / 64.0);
         }
         case.check_on(&input)?;
         // A cap turns any score into a moderate one.
@@ -145,7 +147,7 @@ fn gradients_at_wide_scores() -> Result<()> {
 
 /// q times `gain`, rounded again to the type.
 fn scaled(input: &mut Input, gain: f64) {
-    input.q.iter_mut().for_each(|x| *x = round_to(input.dtype, *x * gain));
+    input.q.iter_mut().for_each(|x| *x = input.precision.round(*x * gain));
 }
 
 /// Scores that grow or fall along the keys move the running maximum in every tile or in none.
@@ -157,7 +159,7 @@ fn scores_that_rise_and_fall_along_the_keys() -> Result<()> {
             let mut input = case.draw();
             input.q.fill(1.0);
             for (at, x) in input.k.iter_mut().enumerate() {
-                *x = round_to(target.dtype, (at / case.head_dim) as f64 / 16.0);
+                *x = precision(target.dtype).round((at / case.head_dim) as f64 / 16.0);
             }
             case.check_on(&input)?;
         }
@@ -226,8 +228,8 @@ fn masks_and_lengths(target: &Target) -> Vec<Case> {
     ]
 }
 
-/// One NaN or infinity in q, k, v, do or dlse: NaN and infinities come out exactly where the reference has them, and
-/// every other number is right. What no query sees, or sits in another sequence or head, reaches nothing.
+/// One NaN or infinity in q, k, v, do or dlse: NaN and infinities come out exactly where the reference has them, and every other
+/// number is right. Gradients on a GPU may hold more NaN, as `Nonfinite` says.
 #[test]
 fn one_value_that_is_not_a_number() -> Result<()> {
     for target in targets() {
@@ -264,9 +266,45 @@ fn hidden_keys_do_not_leak() -> Result<()> {
                     input.k[col * 8..][..8].fill(intruder);
                     input.v[col * 8..][..8].fill(intruder);
                 }
-                // Against the reference of the clean input.
                 let got = case.run(&input)?;
-                case.check_output(&clean, &got).map_err(|error| error.context(format!("hidden keys of {intruder}")))?;
+                case.check_hidden(&clean, &input, &got)
+                    .map_err(|error| error.context(format!("hidden keys of {intruder}")))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A non-finite number in one sequence and one group of heads. Every row of the others, in o, lse and all gradients, keeps its bits.
+#[test]
+fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
+    for target in targets() {
+        for head_dim in [8, 64, 128, 256] {
+            let case = || Case { deterministic: true, ..Case::new(&target).heads(4, 2).head_dim(head_dim) };
+            for case in [
+                case().packed(&[(9, 40), (70, 130), (33, 7)]).mask(Mask::Causal),
+                case().batch(3, 37, 50).mask(window(9, 4)).dlse(),
+            ] {
+                let clean = case.draw();
+                let want = case.run(&clean)?;
+                for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
+                    let mut input = clean.clone();
+                    let values = tensor(&mut input);
+                    let at = values.len() / 2;
+                    values[at] = if name == "k" { f64::INFINITY } else { f64::NAN };
+                    let nonfinite = Nonfinite::of(&input);
+                    let got = case.run(&input)?;
+                    for ((output, got), (_, want)) in got.named().into_iter().zip(want.named()) {
+                        let reached = nonfinite.reaches(got);
+                        ensure!(reached.contains(&true) && reached.contains(&false), "{name} reaches all of {output}");
+                        let others = |rows: &Rows| -> Vec<f64> {
+                            let kept = rows.values.chunks(rows.width).zip(&reached).filter(|(_, reached)| !**reached);
+                            kept.flat_map(|(row, _)| row.to_vec()).collect()
+                        };
+                        let what = format!("with {name}[{at}] not finite\ncase {case}");
+                        compare::same_rows(output, &others(got), &others(want), &what)?;
+                    }
+                }
             }
         }
     }
@@ -322,15 +360,15 @@ fn numbers_near_the_ends_of_f16() -> Result<()> {
         let case = Case::new(&target).batch(1, 6, 9).softmax_scale(1e-9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.k, &mut input.v] {
-            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, x.clamp(-2.0, 2.0) * 30000.0));
+            tensor.iter_mut().for_each(|x| *x = Precision::F16.round(x.clamp(-2.0, 2.0) * 30000.0));
         }
-        input.do_.iter_mut().for_each(|x| *x = round_to(DType::F16, *x / 1e4));
+        input.do_.iter_mut().for_each(|x| *x = Precision::F16.round(*x / 1e4));
         case.check_on(&input)?;
         // The smallest numbers of all, below the normal range.
         let case = Case::new(&target).batch(1, 6, 9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.v, &mut input.do_] {
-            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, *x * 1e-6));
+            tensor.iter_mut().for_each(|x| *x = Precision::F16.round(*x * 1e-6));
         }
         case.check_on(&input)?;
     }

@@ -1,30 +1,30 @@
-//! Products with what is around them, on a GPU, against their formulas in f32 on the CPU.
+//! Matrix products with an epilogue on a GPU, compared with their formulas in f32 on the CPU.
 
 use crate::blas;
 use crate::rng::Rng;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
-/// Half a unit in the last of the 8 bits of a bf16, relative: the most that rounding to it changes.
+/// The largest relative error of rounding to bf16: half a unit in the last of its 8 bits.
 const ROUNDING: f32 = 1.0 / 256.0;
 
-/// What the hardware's tanh may be off by, which GELU and its slope are made of.
+/// The largest error of the hardware's tanh. GELU and its slope use tanh.
 const TANH: f32 = 1.0 / 1024.0;
 
-/// Of sums of 48 f32 of up to about 10 in another order.
+/// The largest error of a sum of 48 f32 values of up to about 10, added in another order.
 const SUMS: f32 = 1e-4;
 
-/// Sizes that are no powers of two, in whole 16 bytes.
+/// Sizes that are not powers of two. Their rows are multiples of 16 bytes.
 const K: usize = 48;
 const N: usize = 80;
 
-/// Normal numbers that a bf16 holds: f32 on the CPU.
+/// Normally distributed numbers that bf16 holds exactly, as f32 on the CPU.
 fn normal(rng: &mut Rng, shape: &[usize], std: f32) -> Result<Tensor> {
     let tensor = Tensor::from_vec(rng.normal(shape.iter().product(), std), shape, &Device::Cpu)?;
     Ok(tensor.to_dtype(DType::BF16)?.to_dtype(DType::F32)?)
 }
 
-/// `got`, in bf16 on a GPU, is `want` within two roundings, and where tanh is in it `scale` times its error.
+/// Asserts that `got`, in bf16 on a GPU, equals `want` up to two roundings and `scale` times the error of tanh.
 fn assert_close(what: &str, got: &Tensor, want: &Tensor, scale: Option<&Tensor>) -> Result<()> {
     assert_eq!((got.dtype(), got.dims()), (DType::BF16, want.dims()), "{what}");
     let values = |tensor: &Tensor| -> Result<Vec<f32>> {
@@ -63,33 +63,33 @@ fn products_follow_their_formulas() -> Result<()> {
     for m in [1, 5, 128] {
         let mut rng = Rng::new(m as u64);
         let (x, w) = (normal(&mut rng, &[m, K], 1.0)?, normal(&mut rng, &[K, N], 0.3)?);
-        let (bias, onto) = (normal(&mut rng, &[N], 1.0)?, normal(&mut rng, &[m, N], 1.0)?);
-        let (x_, w_, bias_, onto_) = (on_gpu(&x)?, on_gpu(&w)?, on_gpu(&bias)?, on_gpu(&onto)?);
-        // As it lies, and as the transpose of what lies so.
-        for (lies, w_) in [("w", &w_), ("w transposed", &w_.t()?.contiguous()?.t()?)] {
-            let what = |name: &str| format!("{name}, m {m}, {lies}");
+        let (bias, residual) = (normal(&mut rng, &[N], 1.0)?, normal(&mut rng, &[m, N], 1.0)?);
+        let (x_, w_, bias_, residual_) = (on_gpu(&x)?, on_gpu(&w)?, on_gpu(&bias)?, on_gpu(&residual)?);
+        // w as it is, and w as the transpose of a contiguous tensor.
+        for (layout, w_) in [("w", &w_), ("w transposed", &w_.t()?.contiguous()?.t()?)] {
+            let what = |name: &str| format!("{name}, m {m}, {layout}");
             let xw = x.matmul(&w)?;
             let h = xw.broadcast_add(&bias)?;
             assert_close(&what("affine"), &blas::affine(&x_, w_, &bias_, None)?, &h, None)?;
-            let got = blas::affine(&x_, w_, &bias_, Some(&onto_))?;
-            assert_close(&what("affine onto"), &got, &(&h + &onto)?, None)?;
+            let got = blas::affine(&x_, w_, &bias_, Some(&residual_))?;
+            assert_close(&what("affine residual"), &got, &(&h + &residual)?, None)?;
 
             let (got_h, got_g) = blas::affine_gelu(&x_, w_, &bias_)?;
             assert_close(&what("h of affine_gelu"), &got_h, &h, None)?;
             let g = (&h * candle_nn::ops::sigmoid(&inside(&h)?.0)?)?;
-            // GELU may be taken of what h is rounded to: as far from it as tanh is, and four times.
+            // GELU may use the rounded h. That error is up to four times the error of tanh, so allow five times in total.
             assert_close(&what("g of affine_gelu"), &got_g, &g, Some(&(&h * 5.0)?))?;
 
-            let dy_w = blas::product_gelu_backward(&x_, w_, &onto_)?;
-            let want = (&xw * gelu_slope(&onto)?)?;
-            // In the slope, tanh is multiplied by up to as much.
+            let dy_w = blas::product_gelu_backward(&x_, w_, &residual_)?;
+            let want = (&xw * gelu_slope(&residual)?)?;
+            // The slope multiplies tanh by up to 5.
             assert_close(&what("product_gelu_backward"), &dy_w, &want, Some(&(&xw * 5.0)?))?;
         }
     }
     Ok(())
 }
 
-/// What does not fit is named. Nothing is asked of a GPU before.
+/// An error names the operand that does not fit. The check needs no GPU.
 #[test]
 fn operands_that_do_not_fit_are_named() -> Result<()> {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::BF16, &Device::Cpu);
@@ -104,16 +104,16 @@ fn operands_that_do_not_fit_are_named() -> Result<()> {
     );
     assert_eq!(
         text(blas::affine(&x, &w, &zeros(&[48])?, None)),
-        "bias: expected shape [80], contiguous, beside x [5, 48] and w [48, 80], got shape [48] with strides [1]"
+        "bias: must be contiguous with shape [80] for x [5, 48] and w [48, 80], got shape [48] with strides [1]"
     );
     assert_eq!(
         text(blas::affine(&x, &w, &bias, Some(&zeros(&[80, 5])?.t()?))),
-        "onto: expected shape [5, 80], contiguous, beside x [5, 48] and w [48, 80], got shape [5, 80] with strides [1, 5]"
+        "residual: must be contiguous with shape [5, 80] for x [5, 48] and w [48, 80], got shape [5, 80] with strides [1, 5]"
     );
     assert_eq!(
         text(blas::product_gelu_backward(&x, &w, &zeros(&[5, 80])?.to_dtype(DType::F32)?)),
         "h: dtype F32 is not supported (supported: BF16)"
     );
-    assert_eq!(text(blas::affine(&x, &w, &bias, None)), "products with something around them are for a GPU");
+    assert_eq!(text(blas::affine(&x, &w, &bias, None)), "products with an epilogue need tensors on a GPU");
     Ok(())
 }

@@ -123,11 +123,11 @@ fn options_that_make_no_sense() {
     );
     assert_eq!(
         message(&["--steps", "10", "--warmup", "10"]),
-        "--warmup 10 leaves none of the 10 steps for training at full rate; give fewer, or more --steps"
+        "--warmup 10 must be below --steps 10; lower --warmup or raise --steps"
     );
     assert_eq!(
         message(&["--lr", "1e-3", "--min-lr", "1e-2"]),
-        "--min-lr 0.01 is above --lr 0.001; the schedule falls from the one to the other"
+        "--min-lr 0.01 is above --lr 0.001, but the learning rate falls from --lr to --min-lr; lower --min-lr"
     );
 }
 
@@ -167,7 +167,7 @@ fn a_loss_that_is_not_finite_stops_the_run() {
     let args = ["--data", &room.string("text.txt"), "--out", &room.string("out"), "--context", "8", "--steps", "20"];
     assert_eq!(
         message(&[&args[..], &["--lr", "1e30"]].concat()),
-        "step 1: the held-out loss after it is NaN; the last checkpoint is from before; a smaller --lr or a longer \
+        "step 1: the held-out loss after it is NaN; the last checkpoint is older; a smaller --lr or a longer \
          --warmup may help"
     );
     // The step itself was finite and is recorded. The checkpoint from before it stays.
@@ -223,15 +223,18 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
     };
     let refused = |reason: &str| format!("{name} cannot be used: {reason}; restore it from a copy or start a new run");
 
-    assert_eq!(say(b""), refused("it is cut short, damaged or no safetensors file (header too small)"));
+    assert_eq!(say(b""), refused("it is incomplete, damaged or not a safetensors file (header too small)"));
     assert_eq!(
         say(&good[..good.len() / 2]),
-        refused("it is cut short, damaged or no safetensors file (incomplete metadata, file not fully covered)")
+        refused("it is incomplete, damaged or not a safetensors file (incomplete metadata, file not fully covered)")
     );
-    assert_eq!(say(&good[..100]), refused("it is cut short, damaged or no safetensors file (invalid header length)"));
+    assert_eq!(
+        say(&good[..100]),
+        refused("it is incomplete, damaged or not a safetensors file (invalid header length)")
+    );
     assert_eq!(
         say("not what you think. ".repeat(50).as_bytes()),
-        refused("it is cut short, damaged or no safetensors file (header too large)")
+        refused("it is incomplete, damaged or not a safetensors file (header too large)")
     );
     let mut flipped = good.clone();
     let middle = flipped.len() / 2;
@@ -242,7 +245,7 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
     let foreign = safetensors::serialize([("wte", &foreign)], None)?;
     assert_eq!(
         say(&foreign),
-        refused("it is a safetensors file of something else (no candle-fa2-gpt-1 in its metadata)")
+        refused("it is a safetensors file of another program (no candle-fa2-gpt-1 in its metadata)")
     );
     Ok(())
 }
@@ -254,8 +257,8 @@ fn attention_is_left_out_where_it_was_in_training() {
     let out = trained(&room);
     let refused = |out: &str, asked: &str, trained: &str| {
         let said = format!(
-            "--attention {asked} is not what {out}/checkpoint.safetensors was trained with, {trained}: to leave attention \
-             out makes another model; leave the option out instead"
+            "--attention {asked} does not fit {out}/checkpoint.safetensors, which was trained with {trained}: with or without \
+             attention is another model; remove the option"
         );
         for command in ["sample", "eval"] {
             assert_eq!(message(&[command, "--checkpoint", out, "--attention", asked]), said);

@@ -95,7 +95,7 @@ fn linear_is_a_product_and_a_sum() -> Result<()> {
     assert_same_function(
         &[residual.clone(), x.clone()],
         &weights,
-        || ops::linear_onto(&residual, &x, &layer),
+        || ops::linear_add(&residual, &x, &layer),
         || residual.as_tensor() + straight()?,
     )
 }
@@ -115,7 +115,7 @@ fn mlp_is_two_layers_and_a_gelu() -> Result<()> {
     assert_same_function(
         &[residual.clone(), x.clone()],
         &[("fc weight", &fc_weight), ("fc bias", &fc_bias), ("proj weight", &proj_weight), ("proj bias", &proj_bias)],
-        || ops::mlp_onto(&residual, &x, &fc, &proj),
+        || ops::mlp_add(&residual, &x, &fc, &proj),
         || {
             let g = gelu(&straight_linear(&x, &fc_weight, &fc_bias)?)?;
             residual.as_tensor() + straight_linear(&g, &proj_weight, &proj_bias)?
@@ -295,5 +295,5 @@ fn products_stand_in_for_sums() -> Result<()> {
     let ids: Vec<u32> = (0..24).map(|at| at * at % 7).collect(); // some several times, in one part and across
     let ids = Tensor::new(ids, &Device::Cpu)?;
     let plain = Tensor::zeros((9, 16), DType::F32, &Device::Cpu)?.index_add(&ids, &x, 0)?;
-    assert_close("rows added up", &ops::rows_added_up_in_tables(&x, &ids, 9)?, &plain)
+    assert_close("index_add", &ops::index_add_in_tables(&x, &ids, 9)?, &plain)
 }

@@ -262,7 +262,7 @@ fn a_non_finite_model_is_never_saved() -> Result<()> {
     let config = Config { checkpoint_interval: Some(1), ..config };
     let error = train(&room, "run", &config).unwrap_err().to_string();
     let step = checkpoint::load(&room.path("run").join(checkpoint::FILE_NAME), &Device::Cpu)?.state.step;
-    let rest = "the last checkpoint is from before; a smaller --lr or a longer --warmup may help";
+    let rest = "the last checkpoint is older; a smaller --lr or a longer --warmup may help";
     assert_eq!(error, format!("step {}: the held-out loss after it is NaN; {rest}", step + 1));
     assert!(step > 2, "its loss was finite before");
     let trained = Trained::load(&room.path("run"), None, &Device::Cpu)?;

@@ -58,7 +58,7 @@ fn check_semaphore(backward: &Launch) -> Result<()> {
 /// The kernel of a pass that leaves no choice.
 fn companion(pass: Pass, is_it: impl Fn(&Kernel) -> bool) -> &'static Kernel {
     let found = KERNELS.iter().find(|kernel| kernel.pass == pass && is_it(kernel));
-    found.expect("build.rs makes delta for every element type, and a conversion with every backward")
+    found.expect("cuda/instances.def has delta, and every backward brings its conversion")
 }
 
 /// dq_accum, the f32 sums of dq: tiles of `block_m` queries and `head_dim` columns of the backward's kernel, a whole number of

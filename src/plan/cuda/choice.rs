@@ -10,7 +10,7 @@ use crate::plan::caps::CudaCaps;
 use crate::problem::Problem;
 
 /// The spec of an architecture.
-pub(super) fn spec(arch: Arch) -> &'static dyn Spec {
+fn spec(arch: Arch) -> &'static dyn Spec {
     match arch {
         Arch::Sm80 => &Sm80,
         Arch::Sm90 => &Sm90,
@@ -45,13 +45,12 @@ pub(super) struct Choice {
     pub rejected: Vec<Rejection>,
 }
 
-/// Chooses among the kernels of a tiled pass that `allow` lets pass: of those that can compute `problem` on this GPU, one with
-/// the smallest head_dim that fits; of these one that suits the call; of these one for the newest GPUs; of these the first in
-/// cuda/instances.def.
+/// Chooses among the kernels of a tiled pass that `allow` accepts and that can compute `problem` on this GPU. It prefers the
+/// smallest head_dim, then a kernel that suits the call, then one for the newest GPUs, then the first in cuda/instances.def.
 pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
-    let modified = needs_modified(problem);
+    let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
-        (kernel.pass, kernel.dtype, kernel.modified) == (pass, problem.dtype, modified)
+        (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
             && kernel.head_dim >= problem.head_dim
             && allow(kernel)
     });
@@ -73,9 +72,10 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
     Choice { kernel: chosen, rejected }
 }
 
-/// Whether only the kernels with softcap and ALiBi compute `problem`. With a scale below 0 the maximum is where q k is
-/// smallest, which the plain kernels do not track; with one of 0, or flushed to it, their first reference is -inf * 0.
-fn needs_modified(problem: &Problem) -> bool {
+/// Whether `problem` needs the kernels with a score_mod: for softcap, ALiBi, or a scale that is not above 0. With a scale below
+/// 0 the maximum is where q k is smallest, which the plain kernels do not track. With a scale of 0, or one that f32 flushes to
+/// 0, the plain kernels would compute -inf * 0.
+fn needs_score_mod(problem: &Problem) -> bool {
     let softmax_scale_log2 = (problem.softmax_scale * std::f64::consts::LOG2_E) as f32;
     problem.softcap.is_some() || problem.alibi.is_some() || softmax_scale_log2 < f32::MIN_POSITIVE
 }

@@ -1,5 +1,6 @@
 //! One launch of one kernel.
 
+use super::schedule::Schedule;
 use crate::instances::Kernel;
 
 /// One launch of one kernel.
@@ -40,16 +41,4 @@ impl std::fmt::Debug for Launch {
             Some(schedule) => write!(f, "{} ({self}, {schedule:?})", self.kernel.name),
         }
     }
-}
-
-/// How the blocks of a persistent kernel share its work tiles. A tile is `block_m` queries of one head of one sequence.
-/// Tiles are numbered by section; in a section by block of queries, the last first; there by head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Schedule {
-    /// All tiles.
-    pub tiles: usize,
-    /// Blocks of queries: of a sequence if padded, at most those of all sequences if packed.
-    pub m_blocks: usize,
-    /// Heads whose tiles are taken together, so that their keys and values stay in L2: of all sequences if padded.
-    pub section_heads: usize,
 }

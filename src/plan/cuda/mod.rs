@@ -4,17 +4,20 @@
 
 mod backward;
 mod choice;
+mod forward;
 mod launch;
 mod limits;
+mod schedule;
 mod sm80;
 mod sm90;
 mod spec;
 
 pub use self::backward::{BackwardPlan, DqTiles};
 pub use self::choice::Rejection;
-pub use self::launch::{Launch, Schedule};
+pub use self::launch::Launch;
 #[cfg(feature = "cuda")]
 pub(crate) use self::limits::{aligned, axes, in_reach, MAX_SEQLEN};
+pub use self::schedule::Schedule;
 pub use self::spec::Reason;
 use super::caps::{CudaCaps, DeviceCaps};
 use crate::error::{Error, Result};
@@ -43,19 +46,19 @@ impl CudaPlan {
             return Err(Error::NoKernel { dtype: problem.dtype, device: problem.device });
         };
         limits::check(problem, caps.compute_cap)?;
-        let forward = choice::choose(problem, Pass::Forward, caps, &allow);
-        let backward = choice::choose(problem, Pass::Backward, caps, &allow);
-        let Some(kernel) = forward.kernel else {
-            return Err(no_instance(problem, "forward", caps, &forward.rejected));
+        let of_forward = choice::choose(problem, Pass::Forward, caps, &allow);
+        let of_backward = choice::choose(problem, Pass::Backward, caps, &allow);
+        let Some(kernel) = of_forward.kernel else {
+            return Err(no_instance(problem, "forward", caps, &of_forward.rejected));
         };
-        if let (None, Some(tensor)) = (backward.kernel, problem.tracked) {
-            let error = no_instance(problem, "backward", caps, &backward.rejected);
+        if let (None, Some(tensor)) = (of_backward.kernel, problem.tracked) {
+            let error = no_instance(problem, "backward", caps, &of_backward.rejected);
             return Err(Error::NoBackward { tensor, error: Box::new(error) });
         }
         Ok(Self {
-            forward: vec![choice::spec(kernel.arch).forward(problem, kernel, caps)],
-            backward: backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel)).transpose()?,
-            rejected: [forward.rejected, backward.rejected].concat(),
+            forward: forward::launches(problem, kernel, caps),
+            backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel)).transpose()?,
+            rejected: [of_forward.rejected, of_backward.rejected].concat(),
         })
     }
 

@@ -1,15 +1,10 @@
 //! What the kernels of one architecture ask of a call. Each architecture implements it once.
 
-use super::launch::Launch;
 use crate::instances::{Arch, Kernel};
-use crate::plan::caps::CudaCaps;
 use crate::problem::Problem;
 
 /// The kernels of one architecture.
 pub(super) trait Spec {
-    /// The launch of a forward kernel.
-    fn forward(&self, problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Launch;
-
     /// Why `kernel` cannot compute `problem` on any GPU, though it keeps the limits of all CUDA kernels.
     fn refuses(&self, _problem: &Problem, _kernel: &Kernel) -> Option<Reason> {
         None
