@@ -355,7 +355,7 @@ impl Attention {
     }
 
     /// The operator of one checked call.
-    pub(crate) fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
+    fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
         let plan = logged_plan(&problem, q)?;
         Ok(FlashAttention::new(problem, plan, self.options.alibi_slopes.clone(), output))
     }
