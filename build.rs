@@ -19,7 +19,7 @@
 //! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where the compiler is, in this order, as for Candle's own kernels |
 //! | `CUDA_COMPUTE_CAP` | the GPU to compile for, as Candle takes it: `90`; without it nvidia-smi is asked |
 //! | `CANDLE_FA2_CUDA_ARCHS` | several of them instead: `80,86,89,90` |
-//! | `CANDLE_FA2_SPILLS` | `warn`: local memory that instances.def does not allow is a warning; `strict`: so is an error a LOCAL line without need |
+//! | `CANDLE_FA2_SPILLS` | `warn`: local memory that instances.def does not allow is no error; `strict`: a LOCAL line without need is one |
 
 use std::process::ExitCode;
 

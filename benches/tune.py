@@ -1,25 +1,28 @@
 #!/usr/bin/env python3
-"""Times variants of the kernels beside PyTorch's FlashAttention-2, without Rust: on a machine with a GPU, nvcc and PyTorch.
+"""Times variants of the kernels next to PyTorch's FlashAttention-2, without Rust: on a machine with a GPU, nvcc and PyTorch.
 
-    tune.py                                   the kernels of cuda/instances.def
-    tune.py --lines FILE                      those of another list: tiles to try
-    tune.py --cuda cuda copy/cuda             each of them from several copies of the sources, named _0, _1, .. in this order
-    tune.py --points full:4096 causal:512     mask and seqlen; 16,384 tokens, heads x head_dim = 2048 (16 heads of 96 and 192)
-    tune.py --deterministic                   each backward once more, in turns at dq
-    tune.py --compile-only --out DIR          compiles into DIR; needs no GPU
-    tune.py --reuse --out DIR                 takes from DIR what was compiled there, as it is
+    cargo run --bin kernel-build -- describe --dtype bf16 --plain > kernels.json     on a machine with Rust
+    tune.py kernels.json                        the kernels of cuda/instances.def
+    tune.py kernels.json --points full:4096 causal:512
+    tune.py kernels.json --deterministic        each backward once more, adding to dq_accum in a fixed order
+    tune.py kernels.json --compile-only         needs no GPU
+    tune.py kernels.json --reuse                takes from --out what was compiled there, as it is
 
-bf16 and plain kernels alone. Prints registers and local memory of each kernel, its largest relative error against f64 over
-three small shapes, and TFLOP/s (4 s^2 d h b, half if causal; backward 2.5 times that) with the L2 cache flushed before each
-call. A backward is zeroing, delta, main kernel and conversion.
+`describe --table FILE` takes other lines, tiles to try; `describe --cuda DIR` another copy of the sources. Each JSON file holds
+sources, headers and layouts, so several of them can be given: their kernels are then named _0, _1, .. in this order.
+
+Takes bf16 and plain kernels. A point is a mask and seqlen, at 16,384 tokens and heads x head_dim = 2048 (16 heads of 96 and 192).
+Prints what ptxas says of each kernel, its largest relative error against f64 over three small shapes, and TFLOP/s (4 s^2 d h b,
+half if causal; backward 2.5 times that) with the L2 cache flushed before each call. A backward is zeroing, delta, main kernel and
+conversion.
 """
 
 import argparse
 import ctypes
+import json
 import math
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -32,133 +35,149 @@ OPEN_SIDE = 1 << 29  # MAX_SEQLEN of src/plan.rs: a window that hides nothing
 FLUSH_BYTES = 192 << 20
 REPEAT_MS, PAUSE_S = 60, 0.05
 WORST_ERROR = 6e-3  # relative; bf16 rounding leaves 2.7e-3
+NULL = 0
 
 
-# The structs of cuda/params.h; nvcc asserts their sizes.
-def struct(name, fields):
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+def ceil_div(a, b):
+    return -(-a // b)
 
 
-def of(ctype, names):
-    return [(name, ctype) for name in names.split()]
+class Structs:
+    """The parameter structs, as ctypes, from their described layout."""
+
+    SCALARS = {
+        "i32": ctypes.c_int32,
+        "u32": ctypes.c_uint32,
+        "i64": ctypes.c_int64,
+        "u64": ctypes.c_uint64,
+        "f32": ctypes.c_float,
+        "pointer": ctypes.c_uint64,
+    }
+
+    def __init__(self, described):
+        self.described, self.types = described, {}
+        for name, struct in described.items():  # a struct comes after those that it contains
+            self.types[name] = self.make(name, struct)
+
+    def make(self, name, struct):
+        fields, end = [], 0
+
+        def pad(to):
+            if to > end:
+                fields.append((f"padding_{end}", ctypes.c_char * (to - end)))
+
+        for field in struct["fields"]:
+            ctype = self.types[field["struct"]] if "struct" in field else self.SCALARS[field["type"]]
+            ctype = ctype * field["count"] if "count" in field else ctype
+            pad(field["offset"])
+            fields.append((field["name"], ctype))
+            end = field["offset"] + ctypes.sizeof(ctype)
+        pad(struct["size"])
+        # Packed, because the padding is explicit: ctypes knows no alignas.
+        return type(name, (ctypes.Structure,), {"_pack_": 1, "_layout_": "ms", "_fields_": fields})
+
+    def fill(self, name, values):
+        """A struct with these values by field: numbers, dicts for structs, sequences for arrays."""
+        params, fields = self.types[name](), {field["name"]: field for field in self.described[name]["fields"]}
+        if fields.keys() != values.keys():
+            sys.exit(f"{name} has the fields {', '.join(fields)}, but tune.py fills {', '.join(values)}")
+        for field, value in values.items():
+            if "struct" in fields[field]:
+                value = self.fill(fields[field]["struct"], value)
+            elif "count" in fields[field]:
+                value = type(getattr(params, field))(*value)
+            setattr(params, field, value)
+        return params
 
 
-POINTER, I64, I32, F32 = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-Strides = struct("Strides", of(I64, "batch row head"))
-Shape = struct(
-    "Shape",
-    of(POINTER, "cu_seqlens_q cu_seqlens_k key_lengths alibi_slopes")
-    + of(I64, "lse_batch lse_head")
-    + of(I32, "alibi_batch batch first_batch keys_at_end seqlen_q seqlen_k num_heads num_heads_k head_dim window_left window_right")
-    + of(F32, "product_factor softcap_log2"),
-)
-DqTiles = struct("DqTiles", of(I64, "batch head count"))
-FwdParams = struct(
-    "FwdParams",
-    of(POINTER, "q k v o lse")
-    + of(Strides, "q_strides k_strides v_strides o_strides")
-    + [("shape", Shape), ("unrounded", I32)],
-)
-DeltaParams = struct(
-    "DeltaParams", of(POINTER, "o do_ dlse delta") + of(Strides, "o_strides do_strides") + [("shape", Shape)]
-)
-BwdParams = struct(
-    "BwdParams",
-    of(POINTER, "q k v do_ lse delta dq_sums turns dk dv")
-    + of(Strides, "q_strides k_strides v_strides do_strides dk_strides")
-    + [("dq_tiles", DqTiles), ("shape", Shape), ("softmax_scale", F32)],
-)
-ConvertParams = struct(
-    "ConvertParams",
-    of(POINTER, "dq_sums dq")
-    + [("dq_strides", Strides), ("dq_tiles", DqTiles), ("shape", Shape), ("softmax_scale", F32)],
-)
+class Kernel:
+    """A kernel of a unit: what its launch takes, as described."""
+
+    def __init__(self, row, image):
+        self.image = image
+        self.name, self.params, self.persistent = row["name"], row["params"], row["persistent"]
+        self.threads, self.shared_bytes = row["threads"], row["shared_bytes"]
+        self.element_bytes = row["element_bytes"]
+        self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
 
 
 class Line:
-    """KERNEL(pass, arch, head_dim, block_m, block_n, warps[, stages, warps_m, warps_n]), compiled from one copy of cuda/."""
+    """The kernels of one line of a table, compiled together."""
 
-    def __init__(self, direction, numbers, sources, tag):
-        self.direction, self.numbers, self.sources, self.tag = direction, numbers, sources, tag
-        self.head_dim, self.block_m, self.block_n, self.warps = numbers[:4]
-        layout = "_".join(map(str, numbers[1:]))
-        self.name = f"{direction}_d{self.head_dim}_{layout}{tag}"
-        self.threads = 32 * self.warps
-        tile_q, tile_k = 2 * self.block_m * self.head_dim, 2 * self.block_n * self.head_dim
-        if direction == "fwd":
-            self.shared_bytes = tile_q + 2 * tile_k
-        else:
-            stages, warps_m, _ = numbers[4:]
-            scores = (3 if warps_m == 1 else 2) * 2 * self.block_m * self.block_n
-            self.shared_bytes = 2 * tile_k + scores + stages * (2 * tile_q + 8 * self.block_m)
+    def __init__(self, unit, description):
+        self.unit, self.description = unit, description
+        self.name = unit["name"] + description.tag
+        self.image = description.folder / f"{unit['name']}.cubin"
+        self.kernels = {row["pass"]: Kernel(row, self.image) for row in unit["kernels"]}
+        if len(self.kernels) != len(unit["kernels"]):
+            sys.exit(f"{self.name} has kernels of several types or variants; describe it with --dtype bf16 --plain")
+        self.kind = unit["kernels"][0]["pass"]
+        self.main = self.kernels[self.kind]
+        self.head_dim = self.main.head_dim
 
-    def source(self):
-        arguments = ", ".join(map(str, self.numbers))
-        traits, function, params = {
-            "fwd": ("FwdTraits", "forward", "FwdParams"),
-            "bwd": ("BwdTraits", "backward", "BwdParams"),
-        }[self.direction]
-        header = "sm80/fwd.cuh" if self.direction == "fwd" else "convert.cuh"
-        text = f'#include "{header}"\n#include "delta.cuh"\nusing Traits = fa2::{traits}<fa2::bf16, {arguments}, false>;\n'
-        text += f"static_assert(Traits::kSharedBytes == {self.shared_bytes});\n"
-        for params_struct in (FwdParams, DeltaParams, BwdParams, ConvertParams):
-            text += f"static_assert(sizeof(fa2::{params_struct.__name__}) == {ctypes.sizeof(params_struct)});\n"
-
-        def kernel(bounds, name, params, call):
-            return (
-                f'extern "C" __global__ void __launch_bounds__({bounds}) {name}(const __grid_constant__ fa2::{params} params) '
-                f"{{ fa2::{call}(params); }}\n"
-            )
-
-        text += kernel(f"{self.threads}, Traits::kMinBlocks", self.name, params, f"{function}<Traits>")
-        if self.direction == "bwd":
-            text += kernel(self.threads, "convert", "ConvertParams", "convert<Traits>")
-            text += kernel("fa2::kDeltaThreads", "delta", "DeltaParams", "delta<fa2::bf16>")
-        return text
-
-    def compile(self, nvcc, arch, out, reuse):
-        """Writes the image, and returns what ptxas says of it."""
-        self.image, report = out / f"{self.name}.cubin", out / f"{self.name}.txt"
+    def compile(self, nvcc, arch, reuse):
+        """Writes the image, and returns what ptxas says of the kernel."""
+        log = self.image.with_suffix(".txt")
         if not reuse:
-            source = out / f"{self.name}.cu"
-            source.write_text(self.source())
-            command = [nvcc, "-std=c++17", "-O3", "--use_fast_math", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin"]
-            run = subprocess.run(
-                [*command, "-I", self.sources, "-o", self.image, source], capture_output=True, text=True, check=False
-            )
+            source = self.image.with_suffix(".cu")
+            source.write_text(self.unit["source"])
+            target = f"-arch=sm_{arch}{'a' if self.unit['exact'] else ''}"
+            command = [nvcc, *self.description.flags, target, "-cubin", "-I", self.description.folder, "-o", self.image, source]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode != 0:
                 raise SystemExit(f"{self.name} does not compile:\n{run.stderr}")
-            report.write_text(run.stderr)
-        about = report.read_text().split(f"Function properties for {self.name}\n")[1]
-        registers = re.search(r"Used (\d+) registers", about)[1]
-        stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", about).groups()
-        return f"{registers} registers, {stack} bytes local ({stores} / {loads} spilled), {self.shared_bytes} bytes shared"
+            log.write_text(run.stdout + run.stderr)
+        elif not (self.image.exists() and log.exists()):
+            sys.exit(f"{self.image} is not there to be reused; run without --reuse first")
+        lines = log.read_text().split(f"Function properties for {self.main.name}\n")[1].splitlines()
+        used = next(line for line in lines if "Used" in line).partition("Used")[2]
+        return f"{lines[0].strip()}, used{used}, {self.main.shared_bytes} bytes shared"
 
 
-def lines(path, folders):
-    found, skipped = [], 0
-    for match in re.finditer(r"^KERNEL\((\w+),\s*sm(\d+),([\d,\s]+)\)", path.read_text(), re.MULTILINE):
-        if match[2] != "80":
-            skipped += 1
-            continue
-        numbers = [int(number) for number in match[3].split(",")]
-        for index, folder in enumerate(folders):
-            found.append(Line(match[1], numbers, folder.resolve(), f"_{index}" if len(folders) > 1 else ""))
-    if skipped:
-        print(f"{skipped} lines of {path} are not of sm80, whose templates alone are compiled here: skipped")
-    if not found:
-        sys.exit(f"{path} has no line such as KERNEL(fwd, sm80, 64, 128, 128, 4)")
-    lacking = {line.head_dim for line in found} - {line.head_dim for line in found if line.direction == "fwd"}
+class Description:
+    """A file that kernel-build wrote, with its headers unpacked into a folder."""
+
+    def __init__(self, path, folder, tag):
+        described = json.loads(path.read_text())
+        self.folder, self.tag, self.flags, self.structs = folder, tag, described["flags"], Structs(described["structs"])
+        for name, text in described["headers"].items():
+            header = folder / name
+            header.parent.mkdir(parents=True, exist_ok=True)
+            header.write_text(text)
+        self.lines = [Line(unit, self) for unit in described["units"]]
+
+    def runs_on(self, line, arch):
+        return arch == line.unit["sm"] if line.unit["exact"] else arch >= line.unit["sm"]
+
+    def delta(self):
+        found = [line for line in self.lines if line.kind == "Delta"]
+        return found[0] if found else sys.exit("the table has no line such as KERNEL(delta, sm80, 8), which a backward needs")
+
+
+def read(paths, out, arch):
+    """The lines of all files that the GPU runs."""
+    lines = []
+    for index, path in enumerate(paths):
+        tag = f"_{index}" if len(paths) > 1 else ""
+        description = Description(path, out / f"cuda{tag}", tag)
+        for line in description.lines:
+            if description.runs_on(line, arch):
+                lines.append(line)
+            else:
+                print(f"{line.name} does not run on sm_{arch}: skipped")
+    forwards = {line.head_dim for line in lines if line.kind == "Forward"}
+    lacking = {line.head_dim for line in lines if line.kind == "Backward"} - forwards
     if lacking:
-        sys.exit(f"{path} has no forward of head_dim {sorted(lacking)}, which a backward needs")
-    return found
+        sys.exit(f"there is no forward of head_dim {sorted(lacking)}, which a backward needs")
+    return lines
 
 
 class Driver:
-    """Images, loaded once, and their launches on PyTorch's stream."""
+    """Images, loaded once, their launches on PyTorch's stream, and tensor maps."""
 
     def __init__(self, torch):
         self.torch, self.cuda, self.functions = torch, ctypes.CDLL("libcuda.so.1"), {}
+        self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
 
     def check(self, result, what):
         if result != 0:
@@ -166,26 +185,50 @@ class Driver:
             self.cuda.cuGetErrorName(result, ctypes.byref(name))
             raise RuntimeError(f"{what}: {name.value}")
 
-    def function(self, image, name, shared_bytes):
-        if (image, name) not in self.functions:
+    def function(self, kernel):
+        key = (kernel.image, kernel.name)
+        if key not in self.functions:
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
-            self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), image.read_bytes()), image)
-            self.check(self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
+            self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), kernel.image.read_bytes()), kernel.image)
+            self.check(self.cuda.cuModuleGetFunction(ctypes.byref(function), module, kernel.name.encode()), kernel.name)
             max_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.check(self.cuda.cuFuncSetAttribute(function, max_dynamic_shared_bytes, shared_bytes), name)
-            self.functions[image, name] = function
-        return self.functions[image, name]
+            self.check(self.cuda.cuFuncSetAttribute(function, max_dynamic_shared_bytes, kernel.shared_bytes), kernel.name)
+            self.functions[key] = function
+        return self.functions[key]
 
-    def launch(self, image, name, grid, threads, shared_bytes, params):
-        function = self.function(image, name, shared_bytes)
+    def launch(self, kernel, grid, params):
+        function = self.function(kernel)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
-        result = self.cuda.cuLaunchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, arguments, None)
-        self.check(result, name)
+        launch = self.cuda.cuLaunchKernel
+        self.check(launch(function, *grid, kernel.threads, 1, 1, kernel.shared_bytes, stream, arguments, None), kernel.name)
+
+    def tensor_map(self, kernel, tensor, box_rows):
+        """What TMA reads a tensor by, as src/cuda/tensor_map.rs encodes it: (head_dim, rows, heads, batch)."""
+        bfloat16, no_interleave, promotion_256b, fill_zeros = 9, 0, 3, 0  # of the enums CUtensorMap..
+        columns, swizzle = (64, 3) if kernel.head_dim % 64 == 0 else (32, 2)  # SWIZZLE_128B, SWIZZLE_64B
+        batch, rows, heads, head_dim = tensor.shape
+        strides = [tensor.stride(axis) * kernel.element_bytes for axis in (1, 2, 0)]
+        # cuTensorMapEncodeTiled wants the map at a multiple of 64 bytes.
+        memory = (ctypes.c_uint64 * 24)()
+        address = ceil_div(ctypes.addressof(memory), 64) * 64
+        encoded = self.cuda.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(address),
+            bfloat16,
+            4,
+            ctypes.c_void_p(tensor.data_ptr()),
+            (ctypes.c_uint64 * 4)(head_dim, rows, heads, batch),
+            (ctypes.c_uint64 * 3)(*strides),
+            (ctypes.c_uint32 * 4)(columns, box_rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            *(no_interleave, swizzle, promotion_256b, fill_zeros),
+        )
+        self.check(encoded, f"a tensor map of {tuple(tensor.shape)} for {kernel.name}")
+        return {"words": (ctypes.c_uint64 * 16).from_address(address)[:]}
 
 
 def strides(tensor):
-    return Strides(*tensor.stride()[:3])
+    return dict(zip(("batch", "row", "head"), tensor.stride()))
 
 
 class Call:
@@ -194,6 +237,8 @@ class Call:
     def __init__(self, driver, batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, causal):
         torch = driver.torch
         self.driver, self.causal, self.softmax_scale = driver, causal, 1 / math.sqrt(head_dim)
+        self.batch, self.seqlen_q, self.seqlen_k = batch, seqlen_q, seqlen_k
+        self.num_heads, self.num_heads_k, self.head_dim = num_heads, num_heads_k, head_dim
         generator = torch.Generator("cuda").manual_seed(seqlen_q * 31 + seqlen_k)
 
         def draw(seqlen, heads):
@@ -205,65 +250,152 @@ class Call:
         self.o, self.dq = (torch.full_like(self.q, math.nan) for _ in range(2))
         self.dk, self.dv = (torch.full_like(self.k, math.nan) for _ in range(2))
         self.lse, self.delta = (torch.full((batch, num_heads, seqlen_q), math.nan, device="cuda") for _ in range(2))
-        self.shape = Shape(
-            lse_batch=num_heads * seqlen_q,
-            lse_head=seqlen_q,
-            batch=batch,
-            seqlen_q=seqlen_q,
-            seqlen_k=seqlen_k,
-            num_heads=num_heads,
-            num_heads_k=num_heads_k,
-            head_dim=head_dim,
-            window_left=OPEN_SIDE,
-            window_right=0 if causal else OPEN_SIDE,
-            product_factor=self.softmax_scale * LOG2_E,
-        )
+        self.shape = {
+            "cu_seqlens_q": NULL,
+            "cu_seqlens_k": NULL,
+            "key_lengths": NULL,
+            "alibi_slopes": NULL,
+            "lse_batch": num_heads * seqlen_q,
+            "lse_head": seqlen_q,
+            "alibi_batch": 0,
+            "batch": batch,
+            "first_batch": 0,
+            "keys_at_end": 0,
+            "seqlen_q": seqlen_q,
+            "seqlen_k": seqlen_k,
+            "num_heads": num_heads,
+            "num_heads_k": num_heads_k,
+            "head_dim": head_dim,
+            "window_left": OPEN_SIDE,
+            "window_right": 0 if causal else OPEN_SIDE,
+            "softmax_scale_log2": self.softmax_scale * LOG2_E,
+            "softcap_log2": 0,
+            "softmax_scale_over_softcap": 0,
+        }
+
+    def launch(self, line, kernel, grid, values):
+        """A launch, to be called any number of times."""
+        params = line.description.structs.fill(kernel.params, values)
+        return lambda: self.driver.launch(kernel, grid, params)
 
     def forward(self, line):
-        shape = self.shape
-        tensors = (self.q, self.k, self.v, self.o)
-        params = FwdParams(*[x.data_ptr() for x in (*tensors, self.lse)], *map(strides, tensors), shape)
-        grid = (-(-shape.seqlen_q // line.block_m), shape.num_heads, shape.batch)
-        return lambda: self.driver.launch(line.image, line.name, grid, line.threads, line.shared_bytes, params)
+        kernel, m_blocks = line.main, ceil_div(self.seqlen_q, line.main.block_m)
+        values = {
+            "q": self.q.data_ptr(),
+            "k": self.k.data_ptr(),
+            "v": self.v.data_ptr(),
+            "o": self.o.data_ptr(),
+            "lse": self.lse.data_ptr(),
+            "q_strides": strides(self.q),
+            "k_strides": strides(self.k),
+            "v_strides": strides(self.v),
+            "o_strides": strides(self.o),
+            "shape": self.shape,
+            "o_is_f32": 0,
+        }
+        if not kernel.persistent:
+            return self.launch(line, kernel, (m_blocks, self.num_heads, self.batch), values)
+        tiles = m_blocks * self.num_heads * self.batch
+        blocks = max(min(tiles, self.driver.multiprocessors), ceil_div(tiles, 256))  # as src/plan.rs
+        # The kernel finds zeros and leaves zeros. A block for every tile needs no counting.
+        self.counters = self.driver.torch.zeros(2, dtype=self.driver.torch.int32, device="cuda")
+        persistent = {
+            "q": self.driver.tensor_map(kernel, self.q, kernel.block_m),
+            "k": self.driver.tensor_map(kernel, self.k, kernel.block_n),
+            "v": self.driver.tensor_map(kernel, self.v, kernel.block_n),
+            "fwd": values,
+            "schedule": {
+                "counters": self.counters.data_ptr() if tiles > blocks else NULL,
+                "tiles": tiles,
+                "m_blocks": m_blocks,
+                "section_heads": self.section_heads(m_blocks),
+            },
+        }
+        return self.launch(line, kernel, (blocks, 1, 1), persistent)
+
+    def section_heads(self, m_blocks):
+        """Some four tiles to a multiprocessor; src/plan.rs also evens out the last section, which the points here do not need."""
+        if not self.causal:
+            return 1
+        heads = self.num_heads * self.batch
+        return max(1, min(32, heads, round(4 * self.driver.multiprocessors / m_blocks)))
 
     def backward(self, line, deterministic):
-        torch, shape, launch = self.driver.torch, self.shape, self.driver.launch
-        m_blocks, n_blocks = -(-shape.seqlen_q // line.block_m), -(-shape.seqlen_k // line.block_n)
-        tiles = DqTiles(shape.num_heads * m_blocks, m_blocks, shape.batch * shape.num_heads * m_blocks)
-        sums = torch.empty(tiles.count * line.block_m * line.head_dim, device="cuda")
-        turns = torch.zeros(tiles.count + 1, dtype=torch.int32, device="cuda") if deterministic else None
-        delta = DeltaParams(
-            *(self.o.data_ptr(), self.do.data_ptr(), 0, self.delta.data_ptr()), strides(self.o), strides(self.do), shape
-        )
-        inputs = (self.q, self.k, self.v, self.do)
-        main = BwdParams(
-            *[x.data_ptr() for x in (*inputs, self.lse, self.delta, sums)],
-            turns.data_ptr() if deterministic else 0,
-            *(self.dk.data_ptr(), self.dv.data_ptr()),
-            *map(strides, (*inputs, self.dk)),
-            *(tiles, shape, self.softmax_scale),
-        )
-        convert = ConvertParams(
-            sums.data_ptr(), self.dq.data_ptr(), strides(self.dq), tiles, shape, self.softmax_scale
-        )
+        torch, shape = self.driver.torch, self.shape
+        kernel, delta = line.main, line.description.delta()
+        m_blocks, n_blocks = ceil_div(self.seqlen_q, kernel.block_m), ceil_div(self.seqlen_k, kernel.block_n)
+        heads = (self.num_heads, self.batch)
+        tiles = {"batch": self.num_heads * m_blocks, "head": m_blocks, "count": math.prod(heads) * m_blocks}
+        dq_accum = torch.empty(tiles["count"] * kernel.block_m * kernel.head_dim, device="cuda")
+        semaphores = torch.zeros(tiles["count"] + 1, dtype=torch.int32, device="cuda") if deterministic else None
         # As src/plan.rs: a row has a power of two of threads, 8 elements each, and at least 4.
-        lanes = max(4, 1 << (-(-shape.head_dim // 8) - 1).bit_length())
-        delta_grid = (-(-shape.seqlen_q // (256 // lanes)), shape.num_heads, shape.batch)
+        lanes = max(4, 1 << (ceil_div(self.head_dim, 8) - 1).bit_length())
+        run_delta = self.launch(
+            delta,
+            delta.main,
+            (ceil_div(self.seqlen_q, delta.main.threads // lanes), *heads),
+            {
+                "o": self.o.data_ptr(),
+                "do_": self.do.data_ptr(),
+                "dlse": NULL,
+                "delta": self.delta.data_ptr(),
+                "o_strides": strides(self.o),
+                "do_strides": strides(self.do),
+                "shape": shape,
+            },
+        )
+        run_main = self.launch(
+            line,
+            kernel,
+            (n_blocks, self.num_heads_k, self.batch),
+            {
+                "q": self.q.data_ptr(),
+                "k": self.k.data_ptr(),
+                "v": self.v.data_ptr(),
+                "do_": self.do.data_ptr(),
+                "lse": self.lse.data_ptr(),
+                "delta": self.delta.data_ptr(),
+                "dq_accum": dq_accum.data_ptr(),
+                "semaphores": semaphores.data_ptr() if deterministic else NULL,
+                "dk": self.dk.data_ptr(),
+                "dv": self.dv.data_ptr(),
+                "q_strides": strides(self.q),
+                "k_strides": strides(self.k),
+                "v_strides": strides(self.v),
+                "do_strides": strides(self.do),
+                "dk_strides": strides(self.dk),
+                "dq_tiles": tiles,
+                "shape": shape,
+                "softmax_scale": self.softmax_scale,
+            },
+        )
+        run_convert = self.launch(
+            line,
+            line.kernels["Convert"],
+            (m_blocks, *heads),
+            {
+                "dq_accum": dq_accum.data_ptr(),
+                "dq": self.dq.data_ptr(),
+                "dq_strides": strides(self.dq),
+                "dq_tiles": tiles,
+                "shape": shape,
+                "softmax_scale": self.softmax_scale,
+            },
+        )
 
         def run():
-            sums.zero_()
+            dq_accum.zero_()
             if deterministic:
-                turns.zero_()
-            launch(line.image, "delta", delta_grid, 256, 0, delta)
-            grid = (n_blocks, shape.num_heads_k, shape.batch)
-            launch(line.image, line.name, grid, line.threads, line.shared_bytes, main)
-            launch(line.image, "convert", (m_blocks, shape.num_heads, shape.batch), line.threads, 0, convert)
+                semaphores.zero_()
+            run_delta()
+            run_main()
+            run_convert()
 
         return run
 
     def reference(self):
         """o, dq, dk and dv in f64."""
-        torch, group = self.driver.torch, self.shape.num_heads // self.shape.num_heads_k
+        torch, group = self.driver.torch, self.num_heads // self.num_heads_k
         heads = lambda x: x.double().transpose(1, 2)
         repeated = lambda x: heads(x).repeat_interleave(group, 1)
         q, k, v = (x.detach().requires_grad_() for x in (heads(self.q), repeated(self.k), repeated(self.v)))
@@ -282,9 +414,9 @@ def error(line, forward, driver, deterministic):
     d, worst = line.head_dim, 0.0
     for sizes in [(2, 333, 333, 4, 2, d, True), (1, 200, 515, 4, 4, d, False), (1, 2050, 2050, 2, 1, d - 8, True)]:
         call = Call(driver, *sizes)
-        call.forward(line if line.direction == "fwd" else forward)()
+        call.forward(line if line.kind == "Forward" else forward)()
         results = [call.o]
-        if line.direction == "bwd":
+        if line.kind == "Backward":
             call.backward(line, deterministic)()
             results += [call.dq, call.dk, call.dv]
         for got, want in zip(results, call.reference()):
@@ -315,74 +447,73 @@ def median_ms(torch, flush, run):
     return times[len(times) // 2]
 
 
-def flash_ms(torch, flush, call, direction):
+def flash_ms(torch, flush, call, kind):
     """FlashAttention-2 as PyTorch has it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (call.q, call.k, call.v))
     attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=call.causal)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        if direction == "fwd":
+        if kind == "Forward":
             with torch.no_grad():
                 return median_ms(torch, flush, attend)
         o, do = attend(), call.do.transpose(1, 2)
         return median_ms(torch, flush, lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
 
 
-def measure(found, points, deterministic):
+def measure(lines, points, deterministic):
     import torch
 
     driver, flush = Driver(torch), torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     print(torch.cuda.get_device_name())
     # The first of each head_dim gives every backward its o and lse.
-    forwards = {line.head_dim: line for line in reversed(found) if line.direction == "fwd"}
-    variants = [(line, False) for line in found]
-    variants += [(line, True) for line in found if deterministic and line.direction == "bwd"]
-    for line, in_turns in variants:
-        off = error(line, forwards[line.head_dim], driver, in_turns)
+    forwards = {line.head_dim: line for line in reversed(lines) if line.kind == "Forward"}
+    variants = [(line, False, line.name) for line in lines if line.kind != "Delta"]
+    if deterministic:
+        variants += [(line, True, f"{line.name} in order") for line in lines if line.kind == "Backward"]
+    for line, in_order, name in variants:
+        off = error(line, forwards[line.head_dim], driver, in_order)
         note = "" if off < WORST_ERROR else "   WRONG"
-        print(f"{line.name}{' in turns' if in_turns else ''}: error {off:.1e}{note}", flush=True)
-    for head_dim in sorted({line.head_dim for line in found}):
+        print(f"{name}: error {off:.1e}{note}", flush=True)
+    for head_dim in sorted({line.head_dim for line, *_ in variants}):
         num_heads = 16 if head_dim in (96, 192) else min(WIDTH // head_dim, 32)
         for mask, seqlen in points:
             causal, batch = mask == "causal", TOKENS // seqlen
             call = Call(driver, batch, seqlen, seqlen, num_heads, num_heads, head_dim, causal)
             call.forward(forwards[head_dim])()
             flop = 4 * seqlen**2 * head_dim * num_heads * batch / (2 if causal else 1)
-            for direction, factor in [("fwd", 1.0), ("bwd", 2.5)]:
+            for kind, factor in [("Forward", 1.0), ("Backward", 2.5)]:
                 cells = []
-                for line, in_turns in variants:
-                    if (line.head_dim, line.direction) == (head_dim, direction):
-                        run = call.forward(line) if direction == "fwd" else call.backward(line, in_turns)
+                for line, in_order, name in variants:
+                    if (line.head_dim, line.kind) == (head_dim, kind):
+                        run = call.forward(line) if kind == "Forward" else call.backward(line, in_order)
                         rate = factor * flop / median_ms(torch, flush, run) / 1e9
-                        cells.append(f"{line.name}{' in turns' if in_turns else ''} {rate:.0f}")
+                        cells.append(f"{name} {rate:.0f}")
                 if cells:
-                    rate = factor * flop / flash_ms(torch, flush, call, direction) / 1e9
-                    print(f"d{head_dim} {mask} {seqlen} {direction}: FlashAttention-2 {rate:.0f}; {', '.join(cells)}", flush=True)
+                    rate = factor * flop / flash_ms(torch, flush, call, kind) / 1e9
+                    print(f"d{head_dim} {mask} {seqlen} {kind}: FlashAttention-2 {rate:.0f}; {', '.join(cells)}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=pathlib.Path, default=ROOT / "cuda" / "instances.def")
-    parser.add_argument("--cuda", type=pathlib.Path, nargs="+", default=[ROOT / "cuda"])
+    parser.add_argument("kernels", type=pathlib.Path, nargs="+", help="what `kernel-build describe` printed")
     parser.add_argument("--points", nargs="+", default=["full:4096", "causal:4096", "causal:512"])
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "target" / "tune")
     parser.add_argument("--nvcc", default=os.environ.get("NVCC", "nvcc"))
-    parser.add_argument("--arch", default="90", help="compute capability times ten")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
     options = parser.parse_args()
 
-    found = lines(options.lines, options.cuda)
-    options.out.mkdir(parents=True, exist_ok=True)
+    lines = read(options.kernels, options.out, options.arch)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(lambda line: line.compile(options.nvcc, options.arch, options.out, options.reuse), found)
-        for line, about in zip(found, compiled):
+        compiled = pool.map(lambda line: line.compile(options.nvcc, options.arch, options.reuse), lines)
+        for line, about in zip(lines, compiled):
             print(f"{line.name}: {about}", flush=True)
     if not options.compile_only:
         points = [point.split(":") for point in options.points]
-        measure(found, [(mask, int(seqlen)) for mask, seqlen in points], options.deterministic)
+        measure(lines, [(mask, int(seqlen)) for mask, seqlen in points], options.deterministic)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@
 //! assert_eq!(kernel.name, "fwd_sm80_f16_d128_128x64");
 //! assert_eq!((kernel.threads(), kernel.shared_bytes), (128, 65536));
 //! let source = units[0].source(&structs);
-//! assert!(source.contains("fa2::forward<fwd_sm80_f16_d128_128x64_traits>(params);"));
+//! assert!(source.contains("fa2::sm80::forward<fwd_sm80_f16_d128_128x64_traits>(params);"));
 //! assert!(source.contains("static_assert(offsetof(fa2::FwdParams, q) == 0"));
 //! assert!(kernel_build::units::rust_table(&units).contains("params: \"FwdParams\""));
 //! # Ok::<(), kernel_build::Error>(())
