@@ -1,22 +1,10 @@
-//! The cases of `benches/cases.toml`: what is measured, and the targets that the results are held against.
+//! A case: one call of attention, the passes of it that are measured, and who computes them.
 
 use std::ops::Range;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::DType;
 use serde::{Deserialize, Deserializer};
-
-use crate::peers::Peer;
-
-/// All of `benches/cases.toml`, which explains every field.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Cases {
-    #[serde(rename = "case")]
-    pub cases: Vec<Case>,
-    #[serde(rename = "target")]
-    pub targets: Vec<Target>,
-}
 
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,15 +69,15 @@ pub enum Pass {
     Memory,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Target {
-    pub what: String,
-    pub ratio: Option<[String; 2]>,
-    pub gemm_share: Option<String>,
-    pub at_least: Option<f64>,
-    pub at_most: Option<f64>,
-    pub stretch: Option<f64>,
+/// Who computes attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Peer {
+    Ours,
+    /// Candle's matmul, mask added, softmax, matmul.
+    Standard,
+    /// `candle_nn::attention::flash_attn`.
+    CandleFlash,
 }
 
 /// One sequence of a case: where its rows begin among all rows of q, and of k and v.
@@ -124,26 +112,6 @@ fn forward_and_both() -> Vec<Pass> {
 /// Enough to meet every tile of 128 queries at 8k tokens, few enough to cost a second in plain f64 loops at 32k.
 fn some_rows() -> usize {
     64
-}
-
-impl Cases {
-    /// The cases and targets of `text`.
-    ///
-    /// # Errors
-    /// If it is not TOML of that form, or a case or target makes no sense.
-    pub fn parse(text: &str) -> Result<Self> {
-        let cases: Self = toml::from_str(text)?;
-        for (index, case) in cases.cases.iter().enumerate() {
-            case.validate().with_context(|| format!("case {}", case.name))?;
-            let twice = cases.cases[..index].iter().any(|other| other.name == case.name);
-            ensure!(!twice, "two cases are named {}", case.name);
-        }
-        let rows: Vec<String> = cases.cases.iter().flat_map(Case::rows).collect();
-        for target in &cases.targets {
-            target.validate(&rows).with_context(|| format!("target {}", target.what))?;
-        }
-        Ok(cases)
-    }
 }
 
 impl Case {
@@ -338,6 +306,55 @@ impl Case {
     }
 }
 
+impl Peer {
+    pub fn computes(self, pass: Pass) -> bool {
+        match self {
+            Peer::Ours => true,
+            Peer::Standard => pass != Pass::Operator,
+            Peer::CandleFlash => pass == Pass::Forward,
+        }
+    }
+
+    /// Whether it can run `case` at all.
+    ///
+    /// # Errors
+    /// The reason, if it cannot.
+    pub fn accepts(self, case: &Case) -> Result<()> {
+        let packed = !case.lengths.is_empty();
+        let types: &[DType] = match self {
+            Peer::Ours => &[DType::F64, DType::F32, DType::F16, DType::BF16],
+            Peer::Standard => &[DType::F64, DType::F32, DType::F16, DType::BF16],
+            Peer::CandleFlash => &[DType::F32, DType::F16],
+        };
+        ensure!(types.contains(&case.dtype), "has no {:?}", case.dtype);
+        ensure!(self != Peer::Standard || !packed, "has no packed form");
+        let window = matches!(case.mask, Mask::Window { .. });
+        ensure!(self != Peer::CandleFlash || !window, "has no window");
+        Ok(())
+    }
+
+    /// Bytes that it keeps at least, beside its inputs, for the passes of `case`.
+    pub fn needed_bytes(self, case: &Case) -> usize {
+        // Matrices of scores that live at once: before a step of the forward and after it, or in Candle's autograd, there
+        // 17.1 in bench memory/2k, 17.0 in memory/8k.
+        let matrices = if case.has_backward() { 17 } else { 2 };
+        match self {
+            Peer::Standard => matrices * case.scores() * case.dtype.size_in_bytes(),
+            Peer::Ours | Peer::CandleFlash => 0,
+        }
+    }
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.pad(match self {
+            Peer::Ours => "ours",
+            Peer::Standard => "standard",
+            Peer::CandleFlash => "candle_flash",
+        })
+    }
+}
+
 /// Two sizes as `a/b`, or the one if they are equal.
 fn slashed(a: usize, b: usize) -> String {
     if a == b {
@@ -364,22 +381,6 @@ impl std::fmt::Display for Mask {
 pub fn row_name(case: &str, peer: Peer, pass: Pass, threads: Option<usize>) -> String {
     let threads = threads.map_or(String::new(), |threads| format!(" threads={threads}"));
     format!("{case} {peer} {pass}{threads}")
-}
-
-impl Target {
-    fn validate(&self, rows: &[String]) -> Result<()> {
-        ensure!(self.ratio.is_some() != self.gemm_share.is_some(), "give either ratio or gemm_share");
-        ensure!(self.at_least.is_some() != self.at_most.is_some(), "give either at_least or at_most");
-        for name in self.names() {
-            ensure!(rows.contains(name), "no case gives the row {name:?}");
-        }
-        Ok(())
-    }
-
-    /// The rows that it is computed from.
-    pub fn names(&self) -> impl Iterator<Item = &String> {
-        self.ratio.iter().flatten().chain(&self.gemm_share)
-    }
 }
 
 impl std::fmt::Display for Pass {

@@ -4,8 +4,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
 use serde::{Deserialize, Deserializer};
 
-use crate::cases::{self, Case, Mask, Pass};
-use crate::peers::Peer;
+use crate::cases::{self, Case, Mask, Pass, Peer};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

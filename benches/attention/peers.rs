@@ -1,6 +1,6 @@
 //! Who computes attention: this crate, and what a user of Candle has without it.
 
-use anyhow::{bail, ensure, Result};
+use anyhow::{bail, Result};
 #[cfg(feature = "cuda")]
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
@@ -11,20 +11,9 @@ use candle_fa2::testing::Call;
 use candle_fa2::{Attention, CuSeqlens};
 use candle_nn::attention::{flash_attn, flash_attn_varlen_cpu, AttnMask};
 use half::f16;
-use serde::Deserialize;
 
-use crate::cases::{Case, Mask, Pass};
+use crate::cases::{Case, Mask, Peer};
 use crate::inputs::Inputs;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Peer {
-    Ours,
-    /// Candle's matmul, mask added, softmax, matmul.
-    Standard,
-    /// `candle_nn::attention::flash_attn`.
-    CandleFlash,
-}
 
 type Attend = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync>;
 
@@ -69,43 +58,6 @@ pub struct Answer {
 }
 
 impl Peer {
-    pub fn computes(self, pass: Pass) -> bool {
-        match self {
-            Peer::Ours => true,
-            Peer::Standard => pass != Pass::Operator,
-            Peer::CandleFlash => pass == Pass::Forward,
-        }
-    }
-
-    /// Whether it can run `case` at all.
-    ///
-    /// # Errors
-    /// The reason, if it cannot.
-    pub fn accepts(self, case: &Case) -> Result<()> {
-        let packed = !case.lengths.is_empty();
-        let types: &[DType] = match self {
-            Peer::Ours => &[DType::F64, DType::F32, DType::F16, DType::BF16],
-            Peer::Standard => &[DType::F64, DType::F32, DType::F16, DType::BF16],
-            Peer::CandleFlash => &[DType::F32, DType::F16],
-        };
-        ensure!(types.contains(&case.dtype), "has no {:?}", case.dtype);
-        ensure!(self != Peer::Standard || !packed, "has no packed form");
-        let window = matches!(case.mask, Mask::Window { .. });
-        ensure!(self != Peer::CandleFlash || !window, "has no window");
-        Ok(())
-    }
-
-    /// Bytes that it keeps at least, beside its inputs, for the passes of `case`.
-    pub fn needed_bytes(self, case: &Case) -> usize {
-        // Matrices of scores that live at once: before a step of the forward and after it, or in Candle's autograd, there
-        // 17.1 in bench memory/2k, 17.0 in memory/8k.
-        let matrices = if case.has_backward() { 17 } else { 2 };
-        match self {
-            Peer::Standard => matrices * case.scores() * case.dtype.size_in_bytes(),
-            Peer::Ours | Peer::CandleFlash => 0,
-        }
-    }
-
     pub fn prepare(self, case: &Case, inputs: &Inputs) -> Result<Contender> {
         let (infer, train) = match self {
             Peer::Ours => (ours(case, inputs)?, ours(case, inputs)?),
@@ -124,16 +76,6 @@ impl Peer {
         let var = |tensor: &Tensor| Var::from_tensor(&inputs_as.swap(tensor)?);
         let (q, k, v) = (var(&inputs.q)?, var(&inputs.k)?, var(&inputs.v)?);
         Ok(Contender { q, k, v, infer, train, inputs: inputs_as, outputs: outputs_as })
-    }
-}
-
-impl std::fmt::Display for Peer {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.pad(match self {
-            Peer::Ours => "ours",
-            Peer::Standard => "standard",
-            Peer::CandleFlash => "candle_flash",
-        })
     }
 }
 

@@ -20,10 +20,10 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::cases::{Case, Mask, Pass, Sequence};
+use crate::cases::{Case, Mask, Pass, Peer, Sequence};
 use crate::check::spread_over;
 use crate::inputs::{self, values, Inputs};
-use crate::peers::{self, Answer, Peer};
+use crate::peers::{self, Answer};
 
 /// Relative errors `||got - want|| / ||want||` over the sampled rows.
 pub struct Errors {

@@ -1,8 +1,10 @@
 //! Times: several jobs in turns, warm, median and spread of enough runs.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
+use rayon::ThreadPool;
 
 /// Something to time. It takes its own time, in seconds, so that what it times leaves out what surrounds it.
 pub struct Job<'a> {
@@ -102,4 +104,21 @@ fn waited_seconds() -> Option<f64> {
         text.split_whitespace().nth(1)?.parse().ok()
     };
     tasks.map(nanoseconds).sum::<Option<f64>>().map(|nanoseconds| nanoseconds / 1e9)
+}
+
+/// A pool of that many threads; without a number, none of its own.
+pub fn pool(threads: Option<usize>) -> Result<Option<Arc<ThreadPool>>> {
+    let build = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().map(Arc::new);
+    Ok(threads.map(build).transpose()?)
+}
+
+/// `run` on the threads of `pool`, or on those that a user gets.
+pub fn on_pool<'a, R: Send>(
+    pool: Option<Arc<ThreadPool>>,
+    run: impl Fn() -> R + Send + Sync + 'a,
+) -> Box<dyn Fn() -> R + 'a> {
+    Box::new(move || match &pool {
+        Some(pool) => pool.install(&run),
+        None => run(),
+    })
 }

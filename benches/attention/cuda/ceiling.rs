@@ -44,7 +44,7 @@ pub fn datasheet(name: &str) -> Option<f64> {
 }
 
 /// Rows and columns of the product.
-pub const SIZE: usize = 8192;
+const SIZE: usize = 8192;
 
 /// Checks the product by Candle's matmul, then times it and the copy.
 ///

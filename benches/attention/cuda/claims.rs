@@ -1,6 +1,5 @@
 //! What the papers claim, and what this crate aims at, held against the rows of this run.
 
-use super::ceiling::SIZE;
 use crate::rows::{CsvRow, OUT_OF_MEMORY};
 
 /// What a claim needs of a row.
@@ -116,7 +115,8 @@ fn standard_from_2k(facts: &[Fact]) -> Vec<Claim> {
 
 /// The paper's shares are of an A100's datasheet.
 fn rates(facts: &[Fact], datasheet: Option<f64>) -> Vec<Claim> {
-    let product = facts.iter().find(|fact| fact.kind == format!("matmul{SIZE}")).and_then(|fact| fact.tflops);
+    let is_product = |fact: &&Fact| fact.peer == "ceiling" && fact.kind.starts_with("matmul");
+    let product = facts.iter().find(is_product).and_then(|fact| fact.tflops);
     let mut claims = Vec::new();
     for (dir, name, share) in [("fwd", "forward", 0.73), ("bwd", "backward", 0.63)] {
         let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.dir == dir);

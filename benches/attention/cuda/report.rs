@@ -5,12 +5,9 @@ use std::path::Path;
 use anyhow::Result;
 use candle_core::DType;
 
-use super::ceiling::SIZE;
 use super::claims::{self, Fact};
 use super::gpu::Cost;
-use super::standard::{Done, Outcome};
-use crate::cases::{Case, Mask, Pass};
-use crate::peers::Peer;
+use crate::cases::{Case, Mask, Pass, Peer};
 use crate::rows::{mib, ms, significant, spread, Csv, CsvRow, OUT_OF_MEMORY, UNCOUNTABLE};
 use crate::sample::Errors;
 use crate::timing::Timing;
@@ -23,6 +20,30 @@ pub struct Row {
     pub autograd: Option<Timing>,
     /// The largest relative error of what the pass computes.
     pub error: f64,
+}
+
+/// How a pass of a peer ended.
+pub enum Outcome {
+    Done(Done),
+    /// With the bytes that it needs about, where it was not even tried.
+    OutOfMemory(Option<usize>),
+    /// Candle's kernels cannot count the scores.
+    Uncountable,
+}
+
+pub struct Done {
+    /// Where it was timed.
+    pub cost: Option<Cost>,
+    /// The largest relative error of what the pass computes, where it was checked.
+    pub error: Option<f64>,
+    pub peak_bytes: usize,
+}
+
+impl Done {
+    /// Of one run, where it was timed.
+    pub fn seconds(&self) -> Option<f64> {
+        self.cost.as_ref().map(|cost| cost.timing.median())
+    }
 }
 
 /// Everything measured so far.
@@ -311,7 +332,7 @@ impl Report {
             ..CsvRow::default()
         };
         let (seqlen_q, seqlen_k) = (size, size);
-        let kind = format!("matmul{SIZE}");
+        let kind = format!("matmul{size}");
         self.keep(CsvRow { kind, seqlen_q, seqlen_k, tflops: significant(tflops), ..row(product) })?;
         self.keep(CsvRow { kind: "memcpy".into(), gbps: significant(gbps), ..row(copy) })
     }

@@ -6,36 +6,12 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::gpu::{Cost, Gpu};
-use super::report::Report;
-use crate::cases::{Case, Pass};
+use super::gpu::Gpu;
+use super::report::{Done, Outcome, Report};
+use crate::cases::{Case, Pass, Peer};
 use crate::inputs::Inputs;
-use crate::peers::{self, Peer};
+use crate::peers;
 use crate::sample;
-
-/// How a pass of a peer ended.
-pub enum Outcome {
-    Done(Done),
-    /// With the bytes that it needs about, where it was not even tried.
-    OutOfMemory(Option<usize>),
-    /// Candle's kernels cannot count the scores.
-    Uncountable,
-}
-
-pub struct Done {
-    /// Where it was timed.
-    pub cost: Option<Cost>,
-    /// The largest relative error of what the pass computes, where it was checked.
-    pub error: Option<f64>,
-    pub peak_bytes: usize,
-}
-
-impl Done {
-    /// Of one run, where it was timed.
-    pub fn seconds(&self) -> Option<f64> {
-        self.cost.as_ref().map(|cost| cost.timing.median())
-    }
-}
 
 /// Candle's element-wise kernels step through elements by an `unsigned int` as wide as all threads, which are as many as
 /// elements, and its fused softmax finds them by an `int`: with more, the ones may never end and the other leaves its tensor.

@@ -15,9 +15,10 @@ use self::call::Call;
 use self::images::{Images, Kernel, Variant};
 use super::gpu::{Cost, Gpu};
 use super::report::{dtype_of_peers, flop, Report};
-use crate::cases::{Case, Mask, Pass};
+use crate::cases::{Case, Mask, Pass, Peer};
 use crate::inputs::Inputs;
-use crate::peers::{self, Answer, Peer};
+use crate::options::Options;
+use crate::peers::{self, Answer};
 use crate::rows::{significant, spread, CsvRow};
 use crate::sample;
 
@@ -75,7 +76,7 @@ pub fn cases(dtype: DType) -> Vec<Case> {
 ///
 /// # Errors
 /// If the kernels do not compile. After the last case, if any answer was wrong.
-pub fn run(cases: &[Case], gpu: &mut Gpu, options: &crate::Options, report: &mut Report) -> Result<()> {
+pub fn run(cases: &[Case], gpu: &mut Gpu, options: &Options, report: &mut Report) -> Result<()> {
     let nvcc = match Nvcc::find() {
         Ok(nvcc) => nvcc,
         Err(error) => {
@@ -124,7 +125,7 @@ fn kind(case: &Case) -> &'static str {
 struct Bench<'a> {
     images: Images,
     gpu: &'a mut Gpu,
-    options: &'a crate::Options,
+    options: &'a Options,
     report: &'a mut Report,
     grid: Table,
     by_heads: Table,

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::cases::{row_name, Case, Pass, Target};
+use super::machine::Gemm;
+use super::targets::Target;
+use crate::cases::{row_name, Case, Pass, Peer};
 use crate::check::Checked;
-use crate::machine::Gemm;
-use crate::peers::Peer;
 use crate::rows::{mib, significant, spread, Csv, CsvRow};
 use crate::timing::Timing;
 

@@ -6,7 +6,7 @@ use anyhow::{ensure, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::timing::{seconds, Job};
+use crate::timing::{on_pool, seconds, Job};
 
 /// Cores, rayon's threads and the CPU's name, in one line.
 pub fn describe() -> String {
@@ -58,7 +58,7 @@ impl Gemm {
             })
         };
         let threads = pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads());
-        Job { run: crate::on_pool(pool, multiply), known: None, threads }
+        Job { run: on_pool(pool, multiply), known: None, threads }
     }
 
     fn multiply(&self, parallelism: gemm::Parallelism) {
