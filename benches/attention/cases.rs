@@ -227,21 +227,40 @@ impl Case {
     }
 
     /// Visible pairs of query and key, of one head.
-    pub fn visible_pairs(&self) -> usize {
+    fn visible_pairs(&self) -> f64 {
         let pairs = |sequence: &Sequence| -> usize {
             (0..sequence.seqlen_q).map(|row| self.visible_keys(sequence, row).len()).sum()
         };
-        self.sequences().iter().map(pairs).sum()
+        self.sequences().iter().map(pairs).sum::<usize>() as f64
     }
 
-    /// Floating-point operations of `pass`, by the rule that the papers use and the report states.
+    /// Floating-point operations of `pass`, of the visible pairs of query and key.
     pub fn flop(&self, pass: Pass) -> f64 {
-        let forward = 4.0 * self.head_dim as f64 * self.visible_pairs() as f64 * self.num_heads as f64;
-        match pass {
-            Pass::Forward => forward,
-            Pass::Backward => 2.5 * forward,
-            Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
-        }
+        self.flop_of(self.visible_pairs(), pass)
+    }
+
+    /// Floating-point operations of `pass` as the papers count them: of all pairs of query and key of a sequence, or of half
+    /// of them under a causal mask. Those are fewer than are visible, by half of the diagonal.
+    #[cfg(feature = "cuda")]
+    pub fn papers_flop(&self, pass: Pass) -> f64 {
+        let all: usize = self.sequences().iter().map(|sequence| sequence.seqlen_q * sequence.seqlen_k).sum();
+        let pairs = match self.mask {
+            Mask::None => all as f64,
+            Mask::Causal => 0.5 * all as f64,
+            Mask::Window { .. } => self.visible_pairs(),
+        };
+        self.flop_of(pairs, pass)
+    }
+
+    /// The forward has two matrix products and the backward five, of 2 * head_dim operations for each pair and head.
+    fn flop_of(&self, pairs: f64, pass: Pass) -> f64 {
+        let product = 2.0 * self.head_dim as f64 * self.num_heads as f64 * pairs;
+        product
+            * match pass {
+                Pass::Forward => 2.0,
+                Pass::Backward => 5.0,
+                Pass::Both | Pass::Operator | Pass::Memory => 7.0,
+            }
     }
 
     /// Pairs of query and key of all heads of a padded case, visible or not.

@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::claims::{self, Fact};
 use super::gpu::Cost;
-use crate::cases::{Case, Mask, Pass, Peer};
+use crate::cases::{Case, Pass, Peer};
 use crate::rows::{mib, ms, significant, spread, Csv, CsvRow, OUT_OF_MEMORY, UNCOUNTABLE};
 use crate::sample::Errors;
 use crate::timing::Timing;
@@ -71,28 +71,6 @@ const BANDWIDTHS: &str = "GB/s at seqlen of the keys";
 const TIMES: &str = "standard's time over ours at seqlen";
 const PEAKS: &str = "MiB at the peak, at seqlen";
 const SWEEP: &str = "MiB at the peak of one sequence of";
-
-/// Floating-point operations as the papers count them: all pairs of query and key of a sequence, or
-/// half of them under a causal mask, which is less than are visible by half of the diagonal.
-pub fn flop(case: &Case, pass: Pass) -> f64 {
-    let pairs: f64 = match case.mask {
-        Mask::None | Mask::Causal => {
-            let all = case.sequences().iter().map(|sequence| (sequence.seqlen_q * sequence.seqlen_k) as f64).sum();
-            if case.mask == Mask::Causal {
-                0.5 * all
-            } else {
-                all
-            }
-        }
-        Mask::Window { .. } => case.visible_pairs() as f64,
-    };
-    let forward = 4.0 * case.head_dim as f64 * case.num_heads as f64 * pairs;
-    match pass {
-        Pass::Forward => forward,
-        Pass::Backward => 2.5 * forward,
-        Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
-    }
-}
 
 /// A record calls f16 fp16, as PyTorch's users do.
 pub fn dtype_of_peers(dtype: DType) -> &'static str {
@@ -158,7 +136,7 @@ impl Report {
     /// Prints a row, and keeps it for the tables.
     pub fn row(&mut self, case: &Case, row: &Row) -> Result<()> {
         let Cost { timing, host, gauges } = &row.cost;
-        let tflops = flop(case, row.pass) / timing.median() / 1e12;
+        let tflops = case.papers_flop(row.pass) / timing.median() / 1e12;
         let decodes = row.pass == Pass::Forward && case.seqlens().0 == 1;
         let gbps = decodes.then(|| case.forward_bytes() / timing.median() / 1e9);
         let autograd = row.autograd.as_ref().map(Timing::median);
@@ -237,7 +215,7 @@ impl Report {
                     let timed = CsvRow::timed(case, &cost.timing);
                     self.keep(CsvRow {
                         ms: timed.ms,
-                        tflops: significant(flop(case, pass) / cost.timing.median() / 1e12),
+                        tflops: significant(case.papers_flop(pass) / cost.timing.median() / 1e12),
                         ms_min: timed.ms_min,
                         reps: timed.reps,
                         sm_mhz: cost.gauges.sm_mhz.clone(),
@@ -272,7 +250,7 @@ impl Report {
         let theirs = ours.filter(|ours| !std::ptr::eq(*ours, done));
         let mut text = String::new();
         if let Some(cost) = &done.cost {
-            let tflops = flop(case, pass) / cost.timing.median() / 1e12;
+            let tflops = case.papers_flop(pass) / cost.timing.median() / 1e12;
             text += &format!("{:>24} ms, {:>3} runs, {tflops:>6.1} TFLOP/s", spread(&cost.timing), cost.timing.runs());
             text += &format!(" {:>4}, ", self.of_peak(tflops));
         }

@@ -14,7 +14,7 @@ use kernel_build::nvcc::Nvcc;
 use self::call::Call;
 use self::images::{Images, Kernel, Variant};
 use super::gpu::{Cost, Gpu};
-use super::report::{dtype_of_peers, flop, Report};
+use super::report::{dtype_of_peers, Report};
 use crate::cases::{Case, Mask, Pass, Peer};
 use crate::inputs::Inputs;
 use crate::options::Options;
@@ -195,7 +195,7 @@ impl Bench<'_> {
     /// Prints and writes a time, and gives back its TFLOP/s. In the file, errors are against f64: only ours has one.
     fn record(&mut self, case: &Case, pass: Pass, peer: &str, error: Option<f64>, cost: &Cost) -> Result<f64> {
         let Cost { timing, gauges, .. } = cost;
-        let tflops = flop(case, pass) / timing.median() / 1e12;
+        let tflops = case.papers_flop(pass) / timing.median() / 1e12;
         let error = error.context("a case with a backward has checked gradients")?;
         println!(
             "{:<22} {pass:<4} {peer:<20} {:>24} ms {:>4} runs {tflops:>7.1} TFLOP/s {:>5} MHz {:>5} W, error {error:.1e}",
