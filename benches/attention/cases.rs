@@ -51,17 +51,17 @@ pub enum Mask {
     },
 }
 
-/// What of a case is measured.
+/// A pass of a case that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum Pass {
     #[serde(rename = "fwd")]
     Forward,
-    /// The backward alone, over a graph that is already there.
+    /// The backward alone. The graph of its forward is built before the clock starts.
     #[serde(rename = "bwd")]
     Backward,
     #[serde(rename = "fwd+bwd")]
     Both,
-    /// Forward and backward of the operator alone, without the zero that Candle's autograd adds each gradient to.
+    /// Forward and backward of the operator alone. Candle's autograd also adds each gradient to a tensor of zeros.
     #[serde(rename = "op")]
     Operator,
     /// Bytes allocated at the peak of forward and backward.
@@ -109,13 +109,13 @@ fn forward_and_both() -> Vec<Pass> {
     vec![Pass::Forward, Pass::Both]
 }
 
-/// Enough to meet every tile of 128 queries at 8k tokens, few enough to cost a second in plain f64 loops at 32k.
+/// Reaches every tile of 128 queries at 8k tokens, and costs plain f64 loops about a second at 32k.
 fn some_rows() -> usize {
     64
 }
 
 impl Case {
-    /// One of ours alone, a forward and a backward over a batch of one; its lengths are left to say.
+    /// Forward and backward of ours alone, with a batch of one. The caller sets the lengths.
     pub fn new(name: String, why: &str, (num_heads, head_dim): (usize, usize), dtype: DType) -> Self {
         Self {
             name,
@@ -158,7 +158,7 @@ impl Case {
         Ok(())
     }
 
-    /// The part of the name that cases timed in turns have in common.
+    /// The first part of the name. Cases of one family are timed in turns.
     pub fn family(&self) -> &str {
         self.name.split('/').next().unwrap_or(&self.name)
     }
@@ -239,8 +239,8 @@ impl Case {
         self.flop_of(self.visible_pairs(), pass)
     }
 
-    /// Floating-point operations of `pass` as the papers count them: of all pairs of query and key of a sequence, or of half
-    /// of them under a causal mask. Those are fewer than are visible, by half of the diagonal.
+    /// Floating-point operations of `pass` as the papers count them: of all pairs of query and key of a sequence, or of
+    /// half of them under a causal mask. Half of the pairs is half a diagonal less than the visible pairs.
     #[cfg(feature = "cuda")]
     pub fn papers_flop(&self, pass: Pass) -> f64 {
         let all: usize = self.sequences().iter().map(|sequence| sequence.seqlen_q * sequence.seqlen_k).sum();
@@ -269,14 +269,14 @@ impl Case {
         self.batch * self.num_heads * seqlen_q * seqlen_k
     }
 
-    /// Bytes of q, k, v and o: what a forward reads and writes at the least.
+    /// Bytes of q, k, v and o. A forward reads and writes each of them at least once.
     pub fn forward_bytes(&self) -> f64 {
         let (rows_q, rows_k) = self.sequences().iter().fold((0, 0), |(q, k), s| (q + s.seqlen_q, k + s.seqlen_k));
         let rows = 2 * rows_q * self.num_heads + 2 * rows_k * self.num_heads_k();
         (rows * self.head_dim * self.dtype.size_in_bytes()) as f64
     }
 
-    /// What a record calls such a call.
+    /// The column `kind` of a record.
     pub fn kind(&self) -> String {
         let shared_heads = self.num_heads != self.num_heads_k();
         let kind = match (!self.lengths.is_empty(), shared_heads) {
@@ -286,7 +286,7 @@ impl Case {
             (false, false) => "mha",
             (false, true) => "gqa",
         };
-        // Their columns have no place for a window.
+        // A record has no column for a window.
         let window = if matches!(self.mask, Mask::Window { .. }) { "_window" } else { "" };
         format!("{kind}{window}")
     }
@@ -308,12 +308,12 @@ impl Case {
         format!("{mask} {} d{} {batch} h{heads} {seqlen}", self.dtype.as_str(), self.head_dim)
     }
 
-    /// Whether `word`, of the command line, chooses it.
+    /// Whether the word of the command line chooses the case.
     pub fn contains(&self, word: &str) -> bool {
         self.name.contains(word) || self.label().contains(word)
     }
 
-    /// The rows that it gives, named as targets name them.
+    /// The names of its rows, as targets spell them.
     pub fn rows(&self) -> Vec<String> {
         let mut rows = Vec::new();
         for &peer in &self.peers {
@@ -352,10 +352,10 @@ impl Peer {
         Ok(())
     }
 
-    /// Bytes that it keeps at least, beside its inputs, for the passes of `case`.
+    /// Bytes that it needs at least for the passes of `case`, without its inputs.
     pub fn needed_bytes(self, case: &Case) -> usize {
-        // Matrices of scores that live at once: before a step of the forward and after it, or in Candle's autograd, there
-        // 17.1 in bench memory/2k, 17.0 in memory/8k.
+        // Matrices of scores that live at once. A forward holds two: the input and the result of a step. Candle's
+        // autograd was measured to hold 17.1 in memory/2k and 17.0 in memory/8k.
         let matrices = if case.has_backward() { 17 } else { 2 };
         match self {
             Peer::Standard => matrices * case.scores() * case.dtype.size_in_bytes(),

@@ -1,17 +1,17 @@
-//! Attention, timed: on the CPU beside what Candle has without this crate, on a GPU over the papers' grid.
+//! Times attention: on the CPU next to Candle's own attention, on a GPU over the papers' grid.
 //!
 //! ```text
 //! cargo bench                          every case of benches/cases.toml, in 2 to 3 minutes on 2 cores
 //! cargo bench -- --quick               the reference case alone
 //! cargo bench -- causal decode         the cases whose name or call contains one of these words
 //! cargo bench -- --csv FILE            rows in the columns of benches/record, too
-//! cargo bench -- --plots DIR --from A.csv B.csv    draws such rows, ours and others', and measures nothing
+//! cargo bench -- --plots DIR --from A.csv B.csv    draws the rows of these files and measures nothing
 //! cargo test --bench attention         only checks the answers
 //! ```
 //!
-//! With the feature `cuda` the GPU takes the CPU's place, and the same options choose from the cases of benches/cuda.toml.
-//! They come in parts. A word that is the name of a part runs that part, any other word chooses among the cases of the
-//! parts that run; there are a few more options (`--help`):
+//! With the feature `cuda` the GPU takes the CPU's place, and the same options choose from the cases of
+//! benches/cuda.toml. They come in parts. The name of a part runs that part. Any other word chooses among the cases of
+//! the parts that run. `--help` lists more options:
 //!
 //! ```text
 //! cargo bench --features cuda                              every part, in seven to eight minutes on an H100
@@ -23,22 +23,22 @@
 //! ```
 //!
 //! ```text
-//! host       time to the first call, and what a call costs the host
+//! host       the time of the first call, and the host's time for a call
 //! ceiling    the rate of a large matrix product, and of a copy in memory
 //! grid       the grid of the papers, and head sizes between
 //! gqa        query heads that share key heads
 //! packed     sequences of uneven lengths end to end
 //! f16        some of the grid in f16
 //! decode     one query against a cache of keys, in GB/s
-//! ablations  beside kernels without FlashAttention-2's contributions; needs nvcc
-//! standard   beside Candle's matmul, softmax, matmul: time and peak memory
-//! memory     the peak of forward and backward against the length of the sequence
+//! ablations  next to kernels without FlashAttention-2's contributions; needs nvcc
+//! standard   next to Candle's matmul, softmax, matmul: time and peak memory
+//! memory     peak memory of forward and backward, by the length of the sequence
 //! ```
 //!
-//! At the end the claims of the papers are held against what was measured.
+//! At the end the bench compares the claims of the papers with its own measurements.
 //!
-//! Each answer is checked against naive attention in f64 before it is timed; a wrong one fails the run. A missed target is
-//! printed and is no error: it depends on the machine.
+//! The bench checks each answer against naive attention in f64 before it times it. A wrong answer fails the run. A
+//! missed target is printed but is no error, because it depends on the machine.
 
 mod cases;
 mod check;
@@ -71,7 +71,7 @@ fn main() -> ExitCode {
         options.csv = Some(plots.join("rows.csv"));
     }
     let result = if options.from.is_empty() { measured(&options) } else { Ok(()) };
-    // What failed must not cost the others their figures.
+    // If some cases failed, the others are still drawn.
     let drawn =
         if result.is_ok() || options.csv.as_ref().is_some_and(|csv| csv.is_file()) { draw(&options) } else { Ok(()) };
     match result.and(drawn) {
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs what the options ask for, on the device that they name.
+/// Runs the chosen cases on the chosen device.
 fn measured(options: &Options) -> Result<()> {
     if let Some(plots) = &options.plots {
         std::fs::create_dir_all(plots).with_context(|| plots.display().to_string())?;
@@ -95,7 +95,7 @@ fn measured(options: &Options) -> Result<()> {
     cpu::run(options)
 }
 
-/// Draws the rows that were asked for, if any were.
+/// Draws figures, if the options ask for them.
 fn draw(options: &Options) -> Result<()> {
     let Some(plots) = options.plots.as_deref().filter(|_| options.bench && !options.list) else { return Ok(()) };
     let files = if options.from.is_empty() { options.csv.as_slice() } else { &options.from };

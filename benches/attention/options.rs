@@ -53,18 +53,18 @@ pub enum Where {
 }
 
 impl Options {
-    /// Whether `case` is to run, if `filters` are the words that choose among cases.
+    /// Whether `case` runs, given the words that choose among cases.
     pub fn wants(&self, case: &Case, filters: &[String]) -> bool {
         (!self.quick || case.quick) && (filters.is_empty() || filters.iter().any(|filter| case.contains(filter)))
     }
 
-    /// What an error calls a case of `file` that may run.
+    /// Names a case of `file` in an error: `quick case of benches/cases.toml`.
     pub fn case_of(&self, file: &str) -> String {
         format!("{}case of {file}", if self.quick { "quick " } else { "" })
     }
 }
 
-/// What only the GPU's part takes.
+/// Options of the GPU's bench.
 #[cfg(feature = "cuda")]
 #[derive(clap::Args)]
 pub struct CudaOptions {

@@ -19,6 +19,7 @@ use crate::check::{Checked, Reference};
 use crate::inputs::Inputs;
 use crate::options::Options;
 use crate::peers::Contender;
+use crate::rows::gib;
 use crate::timing::{in_turns, on_pool, pool, seconds, Job};
 use crate::{filters, grid, sample};
 
@@ -42,7 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     println!("{}", machine::describe());
     if !options.bench {
-        // Of what times a GPU, the part that needs none.
+        // This part of the GPU's bench needs no GPU.
         for dtype in [DType::BF16, DType::F16] {
             let cases = grid::cases(dtype)?.len();
             let errors = sample::prove(dtype).with_context(|| format!("check of benches/cuda.toml in {dtype:?}"))?;
@@ -67,17 +68,17 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// A peer at work on a case, on one number of threads.
+/// A peer that computes a case on one number of threads.
 struct Entrant {
     peer: Peer,
-    /// Size of its own pool, where the case asks for one.
+    /// Size of its own pool, if the case asks for one.
     own_threads: Option<usize>,
     pool: Option<Arc<ThreadPool>>,
     contender: Arc<Contender>,
     /// The gradient of o that is timed, in the peer's layout.
     upstream: Tensor,
     checked: Checked,
-    /// Seconds of the run that was checked, if that was a forward and a backward.
+    /// Seconds of the checked run, if it was a forward and a backward.
     both: Option<f64>,
     peak_bytes: usize,
 }
@@ -172,11 +173,10 @@ fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
     Ok(entrants)
 }
 
-/// Why a peer has to leave a case out, if it would not fit.
+/// The reason why a peer leaves a case out, if the case does not fit into memory.
 fn too_large(peer: Peer, case: &Case) -> Option<String> {
     // Larger ones run for minutes where they fit at all.
     const MOST: usize = 16 << 30;
-    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let needed = peer.needed_bytes(case);
     let available = memory::available_bytes().unwrap_or(MOST).min(MOST);
     (needed > available).then(|| {
@@ -189,12 +189,12 @@ impl Entrant {
         self.own_threads.unwrap_or_else(rayon::current_num_threads)
     }
 
-    /// What of `case` it computes, in the order of the rows.
+    /// The passes of `case` that it computes, in the order of the rows.
     fn passes<'a>(&'a self, case: &'a Case) -> impl Iterator<Item = Pass> + 'a {
         case.passes.iter().copied().filter(|&pass| self.peer.computes(pass))
     }
 
-    /// Times `pass` once: from handles to inputs until the last result is dropped.
+    /// A job that times `pass` once, until the last result is dropped. The inputs are ready before.
     fn job<'a>(&'a self, case: &'a Case, pass: Pass) -> Result<Job<'a>> {
         let (contender, upstream) = (&self.contender, &self.upstream);
         let (run, known): (Box<dyn Fn() -> Result<f64> + Send + Sync>, _) = match pass {

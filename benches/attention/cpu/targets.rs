@@ -1,4 +1,4 @@
-//! The cases of `benches/cases.toml`, and the targets that the results are held against.
+//! The cases and the targets of `benches/cases.toml`.
 
 use anyhow::{ensure, Context, Result};
 use serde::Deserialize;
@@ -56,7 +56,7 @@ impl Target {
         Ok(())
     }
 
-    /// The rows that it is computed from.
+    /// The rows that the target needs.
     pub fn names(&self) -> impl Iterator<Item = &String> {
         self.ratio.iter().flatten().chain(&self.gemm_share)
     }

@@ -7,6 +7,7 @@ mod gpu;
 mod pool;
 mod report;
 mod standard;
+mod table;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
@@ -21,7 +22,7 @@ use crate::options::{self, Options};
 use crate::peers::{self, Answer};
 use crate::sample::{self, Errors};
 
-/// The chosen parts in their order, each with its chosen cases: none of a part that has none in the file.
+/// The chosen parts in their order, each with its chosen cases. A part without cases in the file has none.
 ///
 /// # Errors
 /// If a word of the command line chooses nothing.
@@ -91,7 +92,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let mut gpu = match Gpu::new() {
         Ok(gpu) => gpu,
-        // As the tests do, which may run anywhere.
+        // As the tests do, which must pass on any machine.
         Err(error) if !options.bench => {
             eprintln!("SKIPPED: no CUDA device: {error:#}");
             return Ok(());
@@ -114,7 +115,7 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Runs one part, and adds to `failed` what gave a wrong answer or none: that must not cost the others' numbers.
+/// Runs one part. Cases with a wrong answer or none go to `failed`, and the others are still measured.
 fn run_part(
     part: Part,
     cases: &[Case],
@@ -134,13 +135,13 @@ fn run_part(
         println!("\n{}", part.name());
     }
     match part {
-        // Times alone: the same calls are checked in other parts.
+        // This part only times. Other parts check the same calls.
         Part::Host if !bench => {}
         Part::Host => judge(part.name(), host(gpu, dtype, report)),
         Part::Ceiling => judge(part.name(), ceiling::measure(gpu, dtype, (bench, rep_ms), report)),
         Part::Standard => {
             for case in cases {
-                judge(&case.name, standard::beside(case, gpu, bench.then_some(rep_ms), report));
+                judge(&case.name, standard::measure(case, gpu, bench.then_some(rep_ms), report));
             }
         }
         Part::Ablations => judge(part.name(), ablations::run(cases, gpu, options, report)),
@@ -200,8 +201,8 @@ fn measure(case: &Case, gpu: &mut Gpu, options: &Options, report: &mut Report) -
     Ok(())
 }
 
-/// What a call costs the host, where the GPU has next to nothing to do: the first of each pass, which loads the kernels,
-/// and any later one.
+/// The host's time for a call that gives the GPU almost nothing to do: for the first call of each pass, which loads the
+/// kernels, and for later ones.
 fn host(gpu: &Gpu, dtype: DType, report: &mut Report) -> Result<()> {
     let why = "one tile of one head: the GPU is done before the next call is queued";
     let case = Case { seqlen_q: Some(64), ..Case::new("host".into(), why, (1, 64), dtype) };

@@ -1,9 +1,9 @@
 //! Files of inputs, answers and limits, for programs in other languages: they only compare.
 //!
 //! A folder holds `fixtures.json` and, for each tensor of each case, one file of its numbers in row-major order, little
-//! endian: inputs in the type of the case, everything else in f32. Shapes are those of the operator: q, k, v, o and their
-//! gradients `(batch, seqlen, heads, head_dim)`, lse `(batch, num_heads, seqlen_q)`. A tensor of answers has limits, one for
-//! each row: `(batch, seqlen, heads)`, of lse one for each number.
+//! endian: inputs in the type of the case, everything else in f32. Shapes are those of the operator: q, k, v, o and
+//! their gradients `(batch, seqlen, heads, head_dim)`, lse `(batch, num_heads, seqlen_q)`. A tensor of answers has
+//! limits, one for each row: `(batch, seqlen, heads)`, of lse one for each number.
 
 use std::fs;
 use std::path::Path;
@@ -30,8 +30,8 @@ pub struct Fixture {
     pub causal: bool,
 }
 
-/// Three calls that find most mistakes of a kernel for `head_dim`, which is in their names: ragged tiles with shared heads,
-/// more keys than queries, and many tiles of a head_dim that is 8 less.
+/// Three calls that find most mistakes of a kernel for `head_dim`, which is in their names: ragged tiles with shared
+/// heads, more keys than queries, and many tiles of a head_dim that is 8 less.
 pub fn of_kernel(precision: Precision, head_dim: usize) -> Vec<Fixture> {
     let fixture = |name: &str, batch, (seqlen_q, seqlen_k), (num_heads, num_heads_k), causal| Fixture {
         name: format!("d{head_dim}-{name}"),

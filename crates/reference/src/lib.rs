@@ -11,8 +11,8 @@
 //! | [`draw`] | random inputs |
 //! | [`fixtures`] | files of inputs, answers and limits for programs in other languages |
 //!
-//! The crate shares no line with candle-fa2 and does not depend on it. The suite of candle-fa2 tests the rule itself: it
-//! must reject lost keys and accept honest implementations. It also holds the gradients against finite differences.
+//! The crate shares no line with candle-fa2 and does not depend on it. The suite of candle-fa2 tests the rule itself:
+//! it must reject lost keys and accept honest implementations. It also holds the gradients against finite differences.
 
 pub mod attention;
 pub mod call;

@@ -1,5 +1,5 @@
-//! `cargo run --release -p attention-reference -- fixtures DIR [HEAD_DIM..]` writes inputs, answers and limits in bf16 into
-//! DIR, for the kernels of each head_dim: benches/tune.py reads them.
+//! `cargo run --release -p attention-reference -- fixtures DIR [HEAD_DIM..]` writes inputs, answers and limits in bf16
+//! into DIR, for the kernels of each head_dim: benches/tune.py reads them.
 
 use std::path::Path;
 use std::process::ExitCode;
