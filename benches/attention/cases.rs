@@ -1,22 +1,10 @@
-//! The cases of `benches/cases.toml`: what is measured, and the targets that the results are held against.
+//! A case: one call of attention, the passes of it that are measured, and who computes them.
 
 use std::ops::Range;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::DType;
 use serde::{Deserialize, Deserializer};
-
-use crate::peers::Peer;
-
-/// All of `benches/cases.toml`, which explains every field.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Cases {
-    #[serde(rename = "case")]
-    pub cases: Vec<Case>,
-    #[serde(rename = "target")]
-    pub targets: Vec<Target>,
-}
 
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -63,17 +51,17 @@ pub enum Mask {
     },
 }
 
-/// What of a case is measured.
+/// A pass of a case that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum Pass {
     #[serde(rename = "fwd")]
     Forward,
-    /// The backward alone, over a graph that is already there.
+    /// The backward alone. The graph of its forward is built before the clock starts.
     #[serde(rename = "bwd")]
     Backward,
     #[serde(rename = "fwd+bwd")]
     Both,
-    /// Forward and backward of the operator alone, without the zero that Candle's autograd adds each gradient to.
+    /// Forward and backward of the operator alone. Candle's autograd also adds each gradient to a tensor of zeros.
     #[serde(rename = "op")]
     Operator,
     /// Bytes allocated at the peak of forward and backward.
@@ -81,15 +69,15 @@ pub enum Pass {
     Memory,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Target {
-    pub what: String,
-    pub ratio: Option<[String; 2]>,
-    pub gemm_share: Option<String>,
-    pub at_least: Option<f64>,
-    pub at_most: Option<f64>,
-    pub stretch: Option<f64>,
+/// Who computes attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Peer {
+    Ours,
+    /// Candle's matmul, mask added, softmax, matmul.
+    Standard,
+    /// `candle_nn::attention::flash_attn`.
+    CandleFlash,
 }
 
 /// One sequence of a case: where its rows begin among all rows of q, and of k and v.
@@ -121,33 +109,13 @@ fn forward_and_both() -> Vec<Pass> {
     vec![Pass::Forward, Pass::Both]
 }
 
-/// Enough to meet every tile of 128 queries at 8k tokens, few enough to cost a second in plain f64 loops at 32k.
+/// Reaches every tile of 128 queries at 8k tokens, and costs plain f64 loops about a second at 32k.
 fn some_rows() -> usize {
     64
 }
 
-impl Cases {
-    /// The cases and targets of `text`.
-    ///
-    /// # Errors
-    /// If it is not TOML of that form, or a case or target makes no sense.
-    pub fn parse(text: &str) -> Result<Self> {
-        let cases: Self = toml::from_str(text)?;
-        for (index, case) in cases.cases.iter().enumerate() {
-            case.validate().with_context(|| format!("case {}", case.name))?;
-            let twice = cases.cases[..index].iter().any(|other| other.name == case.name);
-            ensure!(!twice, "two cases are named {}", case.name);
-        }
-        let rows: Vec<String> = cases.cases.iter().flat_map(Case::rows).collect();
-        for target in &cases.targets {
-            target.validate(&rows).with_context(|| format!("target {}", target.what))?;
-        }
-        Ok(cases)
-    }
-}
-
 impl Case {
-    /// One of ours alone, a forward and a backward over a batch of one; its lengths are left to say.
+    /// Forward and backward of ours alone, with a batch of one. The caller sets the lengths.
     pub fn new(name: String, why: &str, (num_heads, head_dim): (usize, usize), dtype: DType) -> Self {
         Self {
             name,
@@ -190,7 +158,7 @@ impl Case {
         Ok(())
     }
 
-    /// The part of the name that cases timed in turns have in common.
+    /// The first part of the name. Cases of one family are timed in turns.
     pub fn family(&self) -> &str {
         self.name.split('/').next().unwrap_or(&self.name)
     }
@@ -259,21 +227,40 @@ impl Case {
     }
 
     /// Visible pairs of query and key, of one head.
-    pub fn visible_pairs(&self) -> usize {
+    fn visible_pairs(&self) -> f64 {
         let pairs = |sequence: &Sequence| -> usize {
             (0..sequence.seqlen_q).map(|row| self.visible_keys(sequence, row).len()).sum()
         };
-        self.sequences().iter().map(pairs).sum()
+        self.sequences().iter().map(pairs).sum::<usize>() as f64
     }
 
-    /// Floating-point operations of `pass`, by the rule that the papers use and the report states.
+    /// Floating-point operations of `pass`, of the visible pairs of query and key.
     pub fn flop(&self, pass: Pass) -> f64 {
-        let forward = 4.0 * self.head_dim as f64 * self.visible_pairs() as f64 * self.num_heads as f64;
-        match pass {
-            Pass::Forward => forward,
-            Pass::Backward => 2.5 * forward,
-            Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
-        }
+        self.flop_of(self.visible_pairs(), pass)
+    }
+
+    /// Floating-point operations of `pass` as the papers count them: of all pairs of query and key of a sequence, or of
+    /// half of them under a causal mask. Half of the pairs is half a diagonal less than the visible pairs.
+    #[cfg(feature = "cuda")]
+    pub fn papers_flop(&self, pass: Pass) -> f64 {
+        let all: usize = self.sequences().iter().map(|sequence| sequence.seqlen_q * sequence.seqlen_k).sum();
+        let pairs = match self.mask {
+            Mask::None => all as f64,
+            Mask::Causal => 0.5 * all as f64,
+            Mask::Window { .. } => self.visible_pairs(),
+        };
+        self.flop_of(pairs, pass)
+    }
+
+    /// The forward has two matrix products and the backward five, of 2 * head_dim operations for each pair and head.
+    fn flop_of(&self, pairs: f64, pass: Pass) -> f64 {
+        let product = 2.0 * self.head_dim as f64 * self.num_heads as f64 * pairs;
+        product
+            * match pass {
+                Pass::Forward => 2.0,
+                Pass::Backward => 5.0,
+                Pass::Both | Pass::Operator | Pass::Memory => 7.0,
+            }
     }
 
     /// Pairs of query and key of all heads of a padded case, visible or not.
@@ -282,14 +269,14 @@ impl Case {
         self.batch * self.num_heads * seqlen_q * seqlen_k
     }
 
-    /// Bytes of q, k, v and o: what a forward reads and writes at the least.
+    /// Bytes of q, k, v and o. A forward reads and writes each of them at least once.
     pub fn forward_bytes(&self) -> f64 {
         let (rows_q, rows_k) = self.sequences().iter().fold((0, 0), |(q, k), s| (q + s.seqlen_q, k + s.seqlen_k));
         let rows = 2 * rows_q * self.num_heads + 2 * rows_k * self.num_heads_k();
         (rows * self.head_dim * self.dtype.size_in_bytes()) as f64
     }
 
-    /// What a record calls such a call.
+    /// The column `kind` of a record.
     pub fn kind(&self) -> String {
         let shared_heads = self.num_heads != self.num_heads_k();
         let kind = match (!self.lengths.is_empty(), shared_heads) {
@@ -299,7 +286,7 @@ impl Case {
             (false, false) => "mha",
             (false, true) => "gqa",
         };
-        // Their columns have no place for a window.
+        // A record has no column for a window.
         let window = if matches!(self.mask, Mask::Window { .. }) { "_window" } else { "" };
         format!("{kind}{window}")
     }
@@ -321,12 +308,12 @@ impl Case {
         format!("{mask} {} d{} {batch} h{heads} {seqlen}", self.dtype.as_str(), self.head_dim)
     }
 
-    /// Whether `word`, of the command line, chooses it.
+    /// Whether the word of the command line chooses the case.
     pub fn contains(&self, word: &str) -> bool {
         self.name.contains(word) || self.label().contains(word)
     }
 
-    /// The rows that it gives, named as targets name them.
+    /// The names of its rows, as targets spell them.
     pub fn rows(&self) -> Vec<String> {
         let mut rows = Vec::new();
         for &peer in &self.peers {
@@ -335,6 +322,55 @@ impl Case {
             }
         }
         rows
+    }
+}
+
+impl Peer {
+    pub fn computes(self, pass: Pass) -> bool {
+        match self {
+            Peer::Ours => true,
+            Peer::Standard => pass != Pass::Operator,
+            Peer::CandleFlash => pass == Pass::Forward,
+        }
+    }
+
+    /// Whether it can run `case` at all.
+    ///
+    /// # Errors
+    /// The reason, if it cannot.
+    pub fn accepts(self, case: &Case) -> Result<()> {
+        let packed = !case.lengths.is_empty();
+        let types: &[DType] = match self {
+            Peer::Ours => &[DType::F64, DType::F32, DType::F16, DType::BF16],
+            Peer::Standard => &[DType::F64, DType::F32, DType::F16, DType::BF16],
+            Peer::CandleFlash => &[DType::F32, DType::F16],
+        };
+        ensure!(types.contains(&case.dtype), "has no {:?}", case.dtype);
+        ensure!(self != Peer::Standard || !packed, "has no packed form");
+        let window = matches!(case.mask, Mask::Window { .. });
+        ensure!(self != Peer::CandleFlash || !window, "has no window");
+        Ok(())
+    }
+
+    /// Bytes that it needs at least for the passes of `case`, without its inputs.
+    pub fn needed_bytes(self, case: &Case) -> usize {
+        // Matrices of scores that live at once. A forward holds two: the input and the result of a step. Candle's
+        // autograd was measured to hold 17.1 in memory/2k and 17.0 in memory/8k.
+        let matrices = if case.has_backward() { 17 } else { 2 };
+        match self {
+            Peer::Standard => matrices * case.scores() * case.dtype.size_in_bytes(),
+            Peer::Ours | Peer::CandleFlash => 0,
+        }
+    }
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.pad(match self {
+            Peer::Ours => "ours",
+            Peer::Standard => "standard",
+            Peer::CandleFlash => "candle_flash",
+        })
     }
 }
 
@@ -364,22 +400,6 @@ impl std::fmt::Display for Mask {
 pub fn row_name(case: &str, peer: Peer, pass: Pass, threads: Option<usize>) -> String {
     let threads = threads.map_or(String::new(), |threads| format!(" threads={threads}"));
     format!("{case} {peer} {pass}{threads}")
-}
-
-impl Target {
-    fn validate(&self, rows: &[String]) -> Result<()> {
-        ensure!(self.ratio.is_some() != self.gemm_share.is_some(), "give either ratio or gemm_share");
-        ensure!(self.at_least.is_some() != self.at_most.is_some(), "give either at_least or at_most");
-        for name in self.names() {
-            ensure!(rows.contains(name), "no case gives the row {name:?}");
-        }
-        Ok(())
-    }
-
-    /// The rows that it is computed from.
-    pub fn names(&self) -> impl Iterator<Item = &String> {
-        self.ratio.iter().flatten().chain(&self.gemm_share)
-    }
 }
 
 impl std::fmt::Display for Pass {

@@ -1,7 +1,7 @@
-//! The answer: what a peer computed, held against the reference.
+//! Compares the answer of a peer with the reference.
 //!
-//! The loss sums over the checked queries only. So the reference needs only those rows to compute the full gradients, and
-//! every row of dq, dk and dv is compared.
+//! The loss sums over the checked queries only. So the reference needs only those rows to compute the full gradients,
+//! and every row of dq, dk and dv is compared.
 
 use anyhow::Result;
 use attention_reference::{Closeness, Input, Output, Rows, Tolerance};
@@ -13,9 +13,9 @@ use crate::cases::Case;
 use crate::inputs::{self, values, Inputs};
 use crate::peers::Answer;
 
-/// The share of the rule's limits that a peer may use. No error of a peer over benches/cases.toml takes more than 21% of
-/// the rule's limit (EPYC, 2 cores). With half of it, o shows each single key that is lost among 32k; the whole limit
-/// would let some of them pass (16 keys tried, f32, head_dim 64, 128 and 256).
+/// The share of the rule's limits that a peer may use. No error of a peer over benches/cases.toml takes more than 21%
+/// of the rule's limit (EPYC, 2 cores). With half of it, o shows each single key that is lost among 32k; the whole
+/// limit would let some of them pass (16 keys tried, f32, head_dim 64, 128 and 256).
 const SHARE_OF_THE_RULE: f64 = 0.5;
 
 /// What the answer of a case must be, at the checked queries.

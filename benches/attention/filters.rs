@@ -2,8 +2,8 @@
 
 use anyhow::{bail, Result};
 
-/// Checks that each of `words` has something to run, by `chooses`: a word that is misspelt would leave out cases in silence.
-/// `cases` names what they choose from, and `known` says what there is.
+/// Checks with `chooses` that each of `words` chooses a case: a misspelt word would silently leave cases out. `cases`
+/// names the list of cases in the error, and `known` says which words exist.
 pub fn check(words: &[String], chooses: impl Fn(&str) -> bool, cases: &str, known: &str) -> Result<()> {
     let idle: Vec<&String> = words.iter().filter(|word| !chooses(word)).collect();
     if idle.is_empty() {

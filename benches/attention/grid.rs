@@ -4,8 +4,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
 use serde::{Deserialize, Deserializer};
 
-use crate::cases::{self, Case, Mask, Pass};
-use crate::peers::Peer;
+use crate::cases::{self, Case, Mask, Pass, Peer};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -15,7 +14,7 @@ struct Grids {
     grids: Vec<Grid>,
 }
 
-/// What of the GPU's bench can be asked for by name.
+/// A part of the GPU's bench, which the command line can name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Part {
@@ -26,15 +25,15 @@ pub enum Part {
     Decode,
     Standard,
     Memory,
-    /// Ours beside kernels that lack one of FlashAttention-2's contributions; no case of the file.
+    /// Ours next to kernels that lack one of FlashAttention-2's contributions. The file has no case of it.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
     Ablations,
-    /// What a call costs the host; no case of the file.
+    /// The host's time for a call. The file has no case of it.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
     Host,
-    /// What the GPU is able to; no case of the file.
+    /// The rates that the GPU can reach. The file has no case of it.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
     Ceiling,
@@ -42,7 +41,8 @@ pub enum Part {
 
 #[cfg(feature = "cuda")]
 impl Part {
-    /// In the order that they run in: the first calls of the process before anything else, what fills the memory last.
+    /// In the order of the run. `Host` times the first calls of the process, so it comes first. `Memory` fills the GPU,
+    /// so it comes last.
     pub const ALL: [Part; 10] = [
         Part::Host,
         Part::Ceiling,
@@ -71,23 +71,23 @@ impl Part {
         }
     }
 
-    /// What it measures, beyond the cases of the file.
+    /// Describes a part that measures more than the cases of the file.
     pub fn what(self) -> Option<&'static str> {
         match self {
             Part::Host => Some("the first calls of the process, and what queueing a small call takes"),
             Part::Ceiling => Some("a large matrix product, and a copy in the GPU's memory"),
-            Part::Ablations => Some("ours beside kernels without FlashAttention-2's contributions; needs nvcc"),
+            Part::Ablations => Some("ours next to kernels without FlashAttention-2's contributions; needs nvcc"),
             _ => None,
         }
     }
 
-    /// Whether it is one measurement, and not many cases.
+    /// Whether the part is one measurement instead of a list of cases.
     pub fn has_no_cases(self) -> bool {
         matches!(self, Part::Host | Part::Ceiling)
     }
 }
 
-/// Many cases in one.
+/// A grid of cases: one for each combination of its fields.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Grid {
@@ -211,5 +211,5 @@ impl Grid {
     }
 }
 
-/// Queries of each sampled head that are checked. Over 4 heads of 16k keys and head_dim 128 that is 1 GFLOP.
+/// Number of queries checked in each sampled head. With 4 heads, 16k keys and head_dim 128 the check takes 1 GFLOP.
 const CHECKED_ROWS: usize = 16;

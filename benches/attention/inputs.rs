@@ -29,8 +29,8 @@ impl Inputs {
         })
     }
 
-    /// As [`Self::draw`], by the device's own generator: the host would take seconds for what a GPU is given to do. The
-    /// same values for the same case on the same kind of device.
+    /// As [`Self::draw`], but the device's own generator draws: the host would take seconds for the large cases. The
+    /// values are the same for the same case on the same kind of device.
     #[cfg(feature = "cuda")]
     pub fn draw_on_device(case: &Case, device: &Device) -> Result<Self> {
         device.set_seed(rng(case).random())?;
@@ -50,7 +50,7 @@ impl Inputs {
     }
 }
 
-/// A generator of the case's own.
+/// The generator of a case. Its name is the seed.
 pub fn rng(case: &Case) -> ChaCha8Rng {
     draw::generator(&case.name)
 }

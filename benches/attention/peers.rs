@@ -1,6 +1,6 @@
-//! Who computes attention: this crate, and what a user of Candle has without it.
+//! Who computes attention: this crate, and the attention that Candle has without it.
 
-use anyhow::{bail, ensure, Result};
+use anyhow::{bail, Result};
 #[cfg(feature = "cuda")]
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
@@ -11,31 +11,20 @@ use candle_fa2::testing::Call;
 use candle_fa2::{Attention, CuSeqlens};
 use candle_nn::attention::{flash_attn, flash_attn_varlen_cpu, AttnMask};
 use half::f16;
-use serde::Deserialize;
 
-use crate::cases::{Case, Mask, Pass};
+use crate::cases::{Case, Mask, Peer};
 use crate::inputs::Inputs;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Peer {
-    Ours,
-    /// Candle's matmul, mask added, softmax, matmul.
-    Standard,
-    /// `candle_nn::attention::flash_attn`.
-    CandleFlash,
-}
 
 type Attend = Box<dyn Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + Send + Sync>;
 
 /// One peer, ready to compute one case.
 ///
-/// Each peer gets its inputs in the layout that suits it best, and its mask ready made: none of that is timed.
+/// Each peer gets its inputs in the layout that suits it best, and its mask already built. Neither is timed.
 pub struct Contender {
     q: Var,
     k: Var,
     v: Var,
-    /// For the forward alone, where nothing has to be kept for a backward.
+    /// A forward without a backward, which keeps nothing.
     infer: Attend,
     /// For a forward that a backward follows.
     train: Attend,
@@ -53,7 +42,7 @@ enum Axes {
 }
 
 impl Axes {
-    /// From the order of [`Inputs`], or back to it.
+    /// Between the order of [`Inputs`] and this one, either way.
     fn swap(self, tensor: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Axes::SeqlenFirst => Ok(tensor.clone()),
@@ -62,50 +51,13 @@ impl Axes {
     }
 }
 
-/// o, and where the case has a backward dq, dk and dv, in the layout of [`Inputs`].
+/// o, and dq, dk and dv if the case has a backward, in the layout of [`Inputs`].
 pub struct Answer {
     pub o: Tensor,
     pub grads: Option<[Tensor; 3]>,
 }
 
 impl Peer {
-    pub fn computes(self, pass: Pass) -> bool {
-        match self {
-            Peer::Ours => true,
-            Peer::Standard => pass != Pass::Operator,
-            Peer::CandleFlash => pass == Pass::Forward,
-        }
-    }
-
-    /// Whether it can run `case` at all.
-    ///
-    /// # Errors
-    /// The reason, if it cannot.
-    pub fn accepts(self, case: &Case) -> Result<()> {
-        let packed = !case.lengths.is_empty();
-        let types: &[DType] = match self {
-            Peer::Ours => &[DType::F64, DType::F32, DType::F16, DType::BF16],
-            Peer::Standard => &[DType::F64, DType::F32, DType::F16, DType::BF16],
-            Peer::CandleFlash => &[DType::F32, DType::F16],
-        };
-        ensure!(types.contains(&case.dtype), "has no {:?}", case.dtype);
-        ensure!(self != Peer::Standard || !packed, "has no packed form");
-        let window = matches!(case.mask, Mask::Window { .. });
-        ensure!(self != Peer::CandleFlash || !window, "has no window");
-        Ok(())
-    }
-
-    /// Bytes that it keeps at least, beside its inputs, for the passes of `case`.
-    pub fn needed_bytes(self, case: &Case) -> usize {
-        // Matrices of scores that live at once: before a step of the forward and after it, or in Candle's autograd, there
-        // 17.1 in bench memory/2k, 17.0 in memory/8k.
-        let matrices = if case.has_backward() { 17 } else { 2 };
-        match self {
-            Peer::Standard => matrices * case.scores() * case.dtype.size_in_bytes(),
-            Peer::Ours | Peer::CandleFlash => 0,
-        }
-    }
-
     pub fn prepare(self, case: &Case, inputs: &Inputs) -> Result<Contender> {
         let (infer, train) = match self {
             Peer::Ours => (ours(case, inputs)?, ours(case, inputs)?),
@@ -127,16 +79,6 @@ impl Peer {
     }
 }
 
-impl std::fmt::Display for Peer {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.pad(match self {
-            Peer::Ours => "ours",
-            Peer::Standard => "standard",
-            Peer::CandleFlash => "candle_flash",
-        })
-    }
-}
-
 impl Contender {
     /// `do_` in the layout of this peer's output.
     pub fn upstream(&self, do_: &Tensor) -> Result<Tensor> {
@@ -148,7 +90,7 @@ impl Contender {
         (self.infer)(&q, &k, &v)
     }
 
-    /// Forward and backward by hand, from the same q, k, v and `upstream`; ours alone.
+    /// Our operator without autograd, with the same q, k, v and `upstream`.
     pub fn operator(&self, case: &Case, upstream: &Tensor) -> Result<Operator> {
         let (attention, q, k, v) = (attention(case), &self.q, &self.k, &self.v);
         let call = match cu_seqlens(case, q)? {
@@ -158,7 +100,7 @@ impl Contender {
         Ok(Operator { call, upstream: upstream.clone() })
     }
 
-    /// o, with the graph behind it.
+    /// o and the graph that computes its backward.
     #[cfg(feature = "cuda")]
     pub fn tracked_forward(&self) -> Result<Tensor> {
         (self.train)(&self.q, &self.k, &self.v)
@@ -176,7 +118,7 @@ impl Contender {
         Ok((o, loss))
     }
 
-    /// A forward, and with an `upstream` the backward: what is checked, and what the peak of memory is taken over.
+    /// A forward, and the backward if there is an `upstream`. Checks and peak memory are taken of this.
     pub fn run(&self, upstream: Option<&Tensor>) -> Result<(Tensor, Option<GradStore>)> {
         match upstream {
             None => Ok((self.forward()?, None)),
@@ -188,7 +130,7 @@ impl Contender {
         }
     }
 
-    /// What [`Self::run`] gave, in the layout of [`Inputs`].
+    /// The result of [`Self::run`] in the layout of [`Inputs`].
     pub fn answer(&self, (o, grads): (Tensor, Option<GradStore>)) -> Result<Answer> {
         let grad = |grads: &GradStore, (name, var): (&str, &Var)| -> Result<Tensor> {
             let grad = grads.get(var).ok_or_else(|| anyhow::anyhow!("{name} got no gradient"))?;
@@ -221,7 +163,7 @@ impl Operator {
         Ok(self.call.forward()?)
     }
 
-    /// dq, dk and dv, from the o of a forward before.
+    /// dq, dk and dv, given the o of a forward.
     pub fn backward(&self, o: &Tensor) -> Result<[Tensor; 3]> {
         match self.call.backward(o, &self.upstream)? {
             (Some(dq), Some(dk), Some(dv)) => Ok([dq, dk, dv]),
@@ -262,7 +204,7 @@ fn ours(case: &Case, inputs: &Inputs) -> Result<Attend> {
     })
 }
 
-/// The attention of Candle's models. Where no gradient is asked for, the softmax is the fused one, which has none.
+/// The attention of Candle's models. Without gradients it uses Candle's fused softmax, which has no backward.
 fn standard(case: &Case, mask: Option<Tensor>, train: bool) -> Attend {
     let softmax_scale = case.softmax_scale();
     let group = case.num_heads / case.num_heads_k();
@@ -291,7 +233,7 @@ fn additive_mask(case: &Case, inputs: &Inputs) -> Result<Option<Tensor>> {
     Ok(Some(mask.to_dtype(case.dtype)?))
 }
 
-/// Each head `group` times in a row: Candle's matmul knows nothing of shared heads.
+/// Repeats each head `group` times: Candle's matmul does not share heads.
 fn repeat_heads(tensor: &Tensor, group: usize) -> Result<Tensor> {
     if group == 1 {
         return Ok(tensor.clone());
@@ -335,8 +277,8 @@ fn candle_flash(case: &Case, inputs: &Inputs) -> Result<Attend> {
     }))
 }
 
-/// Where a backward starts: its gradient for o is `do_`, whatever its own value. The passes over o that a loss made of
-/// Candle's operators takes would count as attention.
+/// A loss whose gradient for o is `do_`; its value is meaningless. A loss made of Candle's operators would add passes
+/// over o to the time of attention.
 struct Upstream {
     do_: Tensor,
 }

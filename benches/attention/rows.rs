@@ -1,4 +1,4 @@
-//! Rows of a record, and how numbers are written.
+//! The rows of a record, and the format of numbers.
 
 use std::fs::File;
 use std::path::Path;
@@ -40,8 +40,8 @@ pub struct CsvRow<'a> {
     pub autograd_ms: String,
     /// Time that the host takes to queue the call.
     pub host_us: String,
-    /// Bytes allocated at the peak beyond those before the pass, in MiB; or why there is none: [`OUT_OF_MEMORY`],
-    /// [`UNCOUNTABLE`].
+    /// Peak memory of the pass in MiB, without the bytes allocated before it. If there is none, the reason:
+    /// [`OUT_OF_MEMORY`] or [`UNCOUNTABLE`].
     pub peak_mib: String,
 }
 
@@ -61,7 +61,7 @@ impl Csv {
         Ok(Self(csv.transpose()?))
     }
 
-    /// Writes the row through to the file, so that a run that is cut off leaves what it has measured.
+    /// Writes and flushes the row, so that an interrupted run keeps its measurements.
     pub fn write(&mut self, row: CsvRow) -> Result<()> {
         if let Some(csv) = &mut self.0 {
             csv.serialize(row)?;
@@ -120,6 +120,11 @@ pub fn ms(seconds: f64) -> String {
 /// Bytes as MiB.
 pub fn mib(bytes: usize) -> String {
     significant(bytes as f64 / f64::from(1 << 20))
+}
+
+/// Bytes in GiB.
+pub fn gib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 /// Five significant digits.

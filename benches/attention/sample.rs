@@ -1,16 +1,17 @@
-//! The answer: naive attention in f64 at a sample of queries and keys, cheap enough to check every case of a grid.
+//! Compares an answer with the reference's formulas at a sample of queries and keys. That is cheap enough for every
+//! case of a grid.
 //!
-//! A query's row of o and dq needs nothing but q, k, v and do. A key's row of dk and dv needs the softmax of every query
-//! that sees the key: the lse and the o that the GPU returned, which are themselves checked at the sampled queries. So a
-//! row of either kind costs one walk over a sequence, and a lost tile shows in every row that it belongs to.
+//! A query's row of o and dq needs only q, k, v and do. A key's row of dk and dv needs lse and o of every query that
+//! sees the key. The check takes those from the GPU, since it compares them at the sampled queries. So a row of either
+//! kind costs one pass over a sequence, and a lost tile shows in every row that it belongs to.
 //!
 //! # How far a row may be off
 //!
-//! A row of o is `sum of p[j] v[j]`: each p is rounded to the tensors' type before the product, and so is the sum after
-//! it. Roundings of different terms are independent, so their errors add up as squares do, and the row's error is below
-//! one step of `noise + ||o||`, with `noise^2 = sum of (p[j] ||v[j]||)^2`. The same holds for dv with do in the place of
-//! v. In dq and dk the terms are `ds[j] k[j]` and `ds[i] q[i]`, where `ds = softmax_scale * p * (dp - delta)` loses digits
-//! when it cancels: each term counts with `softmax_scale * p * (|dp| + ||do|| ||o||)`, as o is rounded before delta.
+//! A row of o is `sum of p[j] v[j]`. A kernel rounds each p to the tensors' type, and then the sum. The roundings of
+//! the terms are independent, so the squares of their errors add up. The row's error is then below one step of `noise +
+//! ||o||`, with `noise^2 = sum of (p[j] ||v[j]||)^2`. The same holds for dv, with do instead of v. In dq and dk the
+//! terms are `ds[j] k[j]` and `ds[i] q[i]`, and `ds = softmax_scale * p * (dp - delta)` may cancel. Since o is rounded
+//! before delta, each term counts with `softmax_scale * p * (|dp| + ||do|| ||o||)`.
 
 use anyhow::{ensure, Context, Result};
 use attention_reference::attention::{forward, Head, PLAIN};
@@ -20,10 +21,10 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::cases::{Case, Mask, Pass, Sequence};
+use crate::cases::{Case, Mask, Pass, Peer, Sequence};
 use crate::check::spread_over;
 use crate::inputs::{self, values, Inputs};
-use crate::peers::{self, Answer, Peer};
+use crate::peers::{self, Answer};
 
 /// Relative errors `||got - want|| / ||want||` over the sampled rows.
 pub struct Errors {
@@ -36,7 +37,7 @@ pub struct Errors {
 /// every run.
 ///
 /// # Errors
-/// If a tensor is farther off than rounding can bring it.
+/// If a tensor is off by more than rounding explains.
 pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Tensor) -> Result<Errors> {
     let mut rng = inputs::rng(case);
     let mut all = [Distance::default(); 4];
@@ -76,12 +77,12 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
         }
     }
 
-    // An error of lse scales every probability by as much: by less than a probability's own rounding, then.
+    // An error of lse is the relative error of every p. This limit keeps it below the rounding of p.
     let step = inputs::precision(case.dtype).half_step();
     ensure!(lse_error <= 0.5 * step, "lse is off by up to {lse_error:.2e}, limit {:.2e}", 0.5 * step);
     let computed = if answer.grads.is_some() { 4 } else { 1 };
     for (name, distance) in ["o", "dq", "dk", "dv"].into_iter().zip(&all).take(computed) {
-        // NaN fails every comparison, and is refused.
+        // NaN fails every comparison, so it is refused.
         ensure!(
             distance.of_noise <= steps(peer) * step,
             "{name} differs from the reference: [row {}, head {}] is off by {:.2e} of its length and noise, limit {:.2e}; \
@@ -97,7 +98,8 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
     Ok(Errors { o, grads: answer.grads.is_some().then(|| worse(dq, worse(dk, dv))) })
 }
 
-/// Shows on a small case, on the CPU, that [`check`] lets a right answer pass, and none with a tile of keys or queries left out.
+/// Shows on a small case on the CPU that [`check`] accepts a right answer and rejects one that lacks a tile of keys or
+/// queries.
 ///
 /// # Errors
 /// If it does not.
@@ -124,8 +126,9 @@ pub fn prove(dtype: DType) -> Result<Errors> {
     let (got, lse) = (answer(&right)?, peers::lse(&case, &right)?);
     let errors = accepts(got.clone(), &lse).context("a right answer is refused")?;
 
-    // Rows of 0 add nothing: without v of some keys, o and dq are as if the tile were lost; without do of some queries,
-    // dk and dv are. The longest sequence loses its first tile of keys, which later queries see, or its last of queries.
+    // Rows of 0 add nothing. With v = 0 in a tile of keys, o and dq are as if a kernel lost the tile. With do = 0 in a
+    // tile of queries, dk and dv are. The longest sequence loses its first tile of keys, which later queries see, or
+    // its last tile of queries.
     let without_tile = |x: &Tensor, first: usize| -> Result<Tensor> {
         let rows = Tensor::arange(0, x.dim(0)? as u32, x.device())?;
         let kept = (rows.lt(first as u32)? + rows.ge((first + TILE) as u32)?)?.to_dtype(x.dtype())?;
@@ -151,9 +154,9 @@ pub fn prove(dtype: DType) -> Result<Errors> {
 /// Ours rounds each of p, ds, o and the result once. A tile of 64 keys lost among 16k makes 8 steps of bf16, and more
 /// among fewer.
 ///
-/// Standard attention rounds after every operator: the scores three times on their way to the exponential, where a step
-/// of a score between 4 and 8 is 4 to 8 steps of its p. That is too much for a lost tile to show, but not for a mask or a
-/// scale that is another.
+/// Standard attention rounds after every operator. It rounds the scores three times before the exponential, and one
+/// step of a score between 4 and 8 is 4 to 8 steps of its p. This limit does not show a lost tile, but it shows a wrong
+/// mask or scale.
 fn steps(peer: Peer) -> f64 {
     match peer {
         Peer::Standard => 32.0,
@@ -170,10 +173,10 @@ fn worse(a: f64, b: f64) -> f64 {
     }
 }
 
-/// How far rows are off.
+/// The distance of rows from the right ones.
 #[derive(Clone, Copy, Default)]
 struct Distance {
-    /// Sums of squares over all rows: of the error, and of what is right.
+    /// Sums of squares over all rows: of the errors, and of the right values.
     error: f64,
     want: f64,
     /// The largest error of a row, as a share of its length and noise, and where that row is.
@@ -196,10 +199,10 @@ impl std::fmt::Display for Errors {
 }
 
 impl Distance {
-    /// Of one row; `noise` is the square that the head of this file has.
+    /// Of one row. `noise` is `noise^2` of the comment at the top of this file.
     fn between(place: Place, got: &[f64], want: &[f64], noise: f64) -> Self {
         let error: f64 = got.iter().zip(want).map(|(got, want)| (got - want) * (got - want)).sum();
-        // A row that nothing adds to must be 0 exactly.
+        // A row without terms must be 0 exactly.
         let of_noise = if error == 0.0 { 0.0 } else { error.sqrt() / (norm(want) + noise.sqrt()) };
         Self { error, want: dot(want, want), of_noise, place }
     }
@@ -219,7 +222,7 @@ impl std::ops::Add for Distance {
     }
 }
 
-/// Sequences and key heads to look at: the first of both, the last of both, the longest sequence, and one by chance.
+/// The sampled sequences and key heads: the first of both, the last of both, the longest sequence, and a random one.
 fn heads(case: &Case, rng: &mut ChaCha8Rng) -> Vec<(Sequence, usize)> {
     let sequences = case.sequences();
     let longest = (0..sequences.len()).max_by_key(|&index| sequences[index].seqlen_k).unwrap_or(0);
@@ -236,7 +239,7 @@ struct KeyHead<'a> {
     head_k: usize,
     /// The heads of the group.
     heads: Vec<Head<'a, f64>>,
-    /// What the peer and our forward gave for each of them.
+    /// The results of the peer and of our forward for each of them.
     answers: Vec<HeadAnswer>,
     /// `(seqlen_k, head_dim)`; empty without a backward.
     dk: Matrix<f64>,
@@ -250,8 +253,8 @@ struct HeadAnswer {
     lse: Vec<f64>,
 }
 
-/// Reads the rows of one key head, and of its query heads, from tensors of a case. It gathers them on the device, so that
-/// only they travel.
+/// Reads the rows of one key head, and of its query heads, from tensors of a case. It selects them on the device, so
+/// that only these rows are copied to the host.
 struct Reader<'a> {
     case: &'a Case,
     sequence: Sequence,

@@ -1,13 +1,15 @@
-//! Times: several jobs in turns, warm, median and spread of enough runs.
+//! Times several jobs in turns: warm, enough runs for a median and a spread. Also thread pools to run them on.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
+use rayon::ThreadPool;
 
-/// Something to time. It takes its own time, in seconds, so that what it times leaves out what surrounds it.
+/// A job to time. It returns its own seconds, so that it can leave out setup.
 pub struct Job<'a> {
     pub run: Box<dyn Fn() -> Result<f64> + 'a>,
-    /// Seconds of a run that was already made; a job that is known to be slow is not warmed up once more.
+    /// Seconds of an earlier run, if there was one. A job known to be slow gets no warm-up.
     pub known: Option<f64>,
     /// Threads that it runs on.
     pub threads: usize,
@@ -18,9 +20,9 @@ pub struct Job<'a> {
 pub struct Timing {
     /// Seconds, ascending; never empty.
     runs: Vec<f64>,
-    /// Share of its threads' time in which threads of this process were ready to run and had no core: what a crowded
-    /// machine adds. Threads that only look for work count too, so that it may be less. `None` where the system does
-    /// not tell.
+    /// Share of the time in which threads of this process were ready to run but had no core, because the machine was
+    /// busy. Idle threads that look for work count too, so that the jobs may have waited less. `None` if the system
+    /// does not tell.
     pub waited: Option<f64>,
 }
 
@@ -58,13 +60,14 @@ pub fn seconds<R>(run: impl FnOnce() -> Result<R>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Times `jobs` in turns: each round gives every job its share of runs, so that all of them meet the same machine.
+/// Times `jobs` in turns. Each round gives every job its share of runs, so that a slow moment of the machine affects
+/// all jobs alike.
 ///
 /// # Errors
 /// The first error of a job.
 pub fn in_turns(jobs: &[Job]) -> Result<Vec<Timing>> {
     const ROUNDS: usize = 5;
-    // Seconds that a job runs for in all, within 5 to 100 runs; one that takes longer than that for one runs 3 times.
+    // Total seconds of a job, with 5 to 100 runs. A job whose single run takes longer runs 3 times.
     const SECONDS: f64 = 1.5;
     let mut counts = Vec::new();
     for job in jobs {
@@ -94,7 +97,7 @@ pub fn in_turns(jobs: &[Job]) -> Result<Vec<Timing>> {
     Ok(runs.into_iter().enumerate().map(|(index, runs)| timing(index, runs)).collect())
 }
 
-/// Seconds that the threads of this process, taken together, have waited for a core. Linux keeps them.
+/// Seconds that all threads of this process have waited for a core, as Linux counts them.
 fn waited_seconds() -> Option<f64> {
     let tasks = std::fs::read_dir("/proc/self/task").ok()?;
     let nanoseconds = |task: std::io::Result<std::fs::DirEntry>| -> Option<f64> {
@@ -102,4 +105,21 @@ fn waited_seconds() -> Option<f64> {
         text.split_whitespace().nth(1)?.parse().ok()
     };
     tasks.map(nanoseconds).sum::<Option<f64>>().map(|nanoseconds| nanoseconds / 1e9)
+}
+
+/// A pool of that many threads. `None` stands for rayon's global pool.
+pub fn pool(threads: Option<usize>) -> Result<Option<Arc<ThreadPool>>> {
+    let build = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().map(Arc::new);
+    Ok(threads.map(build).transpose()?)
+}
+
+/// `run` on the threads of `pool`, or on rayon's global pool.
+pub fn on_pool<'a, R: Send>(
+    pool: Option<Arc<ThreadPool>>,
+    run: impl Fn() -> R + Send + Sync + 'a,
+) -> Box<dyn Fn() -> R + 'a> {
+    Box::new(move || match &pool {
+        Some(pool) => pool.install(&run),
+        None => run(),
+    })
 }

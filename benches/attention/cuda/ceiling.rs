@@ -1,4 +1,4 @@
-//! What the GPU is able to: by its datasheet, by a large matrix product, and by a copy in its memory.
+//! The rates that the GPU can reach: by its datasheet, in a large matrix product, and in a copy in its memory.
 
 use anyhow::{ensure, Result};
 use attention_reference::matrix::{dot, norm};
@@ -8,11 +8,10 @@ use super::gpu::Gpu;
 use super::report::Report;
 use crate::inputs::{precision, values};
 
-/// FLOP/s in units of 10^12 that datasheets promise for dense products of bf16 or f16 with sums in f32, by how the
-/// driver calls the GPU.
+/// TFLOP/s that datasheets promise for dense products of bf16 or f16 with sums in f32, by the driver's name of the GPU.
 ///
-/// Where NVIDIA's product briefs give the rate with sparsity it is halved. GeForce: appendix of the architecture's
-/// whitepaper, "with FP32 accumulate".
+/// Where NVIDIA's product briefs give only the rate with sparsity, this is half of it. GeForce: appendix of the
+/// architecture's whitepaper, "with FP32 accumulate".
 const DATASHEETS: [(&str, f64); 17] = [
     ("NVIDIA A100", 312.0),
     ("NVIDIA A30", 165.0),
@@ -44,7 +43,7 @@ pub fn datasheet(name: &str) -> Option<f64> {
 }
 
 /// Rows and columns of the product.
-pub const SIZE: usize = 8192;
+const SIZE: usize = 8192;
 
 /// Checks the product by Candle's matmul, then times it and the copy.
 ///
@@ -60,7 +59,7 @@ pub fn measure(gpu: &mut Gpu, dtype: DType, (bench, rep_ms): (bool, f64), report
         let rhs = values(&rhs.narrow(1, col, 1)?.force_contiguous()?)?;
         let got = values(&product.narrow(0, row, 1)?)?[col];
         let want = dot(&lhs, &rhs);
-        // The result is rounded once; the sums run in f32, whose roundings are small beside the rows' lengths.
+        // The result is rounded once. The sums run in f32, so their error is small relative to the norms of the rows.
         let limit = precision(dtype).half_step() * want.abs() + 1e-5 * norm(&lhs) * norm(&rhs);
         ensure!((got - want).abs() <= limit, "matmul: {got} where {want} is right, at [row {row}, col {col}]");
     }

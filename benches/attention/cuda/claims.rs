@@ -1,9 +1,8 @@
-//! What the papers claim, and what this crate aims at, held against the rows of this run.
+//! Compares the claims of the papers, and the aims of this crate, with the rows of this run.
 
-use super::ceiling::SIZE;
 use crate::rows::{CsvRow, OUT_OF_MEMORY};
 
-/// What a claim needs of a row.
+/// The columns of a row that claims need.
 pub struct Fact {
     peer: String,
     kind: String,
@@ -14,7 +13,7 @@ pub struct Fact {
     out_of_memory: bool,
 }
 
-/// A pass of a call, whoever runs it.
+/// A pass of a call, by any peer.
 #[derive(Clone, PartialEq)]
 struct Cell {
     dir: String,
@@ -62,11 +61,11 @@ struct Claim {
     what: String,
     got: String,
     place: String,
-    /// `None` where there is nothing to hold it against.
+    /// `None` if there is nothing to compare with.
     holds: Option<bool>,
 }
 
-/// Prints the claims that the rows of this run speak to.
+/// Prints the claims that the rows of this run can answer.
 pub fn print(facts: &[Fact], datasheet: Option<f64>) {
     let claims = [speed(facts), standard_from_2k(facts), rates(facts, datasheet), flash1(facts), memory(facts)];
     let claims: Vec<Claim> = claims.into_iter().flatten().collect();
@@ -80,7 +79,7 @@ pub fn print(facts: &[Fact], datasheet: Option<f64>) {
     }
 }
 
-/// How many times as long as ours `peer` takes in each cell of `kind`; ours is of the same kind, or of the grid.
+/// The time of `peer` over ours in each cell of `kind`. Our row is of the same kind, or of the grid.
 fn ratios<'a>(facts: &'a [Fact], peer: &'a str, kind: &'a str) -> impl Iterator<Item = (f64, &'a Cell)> {
     let theirs = facts.iter().filter(move |fact| fact.peer == peer && fact.kind == kind);
     theirs.filter_map(move |fact| {
@@ -116,7 +115,8 @@ fn standard_from_2k(facts: &[Fact]) -> Vec<Claim> {
 
 /// The paper's shares are of an A100's datasheet.
 fn rates(facts: &[Fact], datasheet: Option<f64>) -> Vec<Claim> {
-    let product = facts.iter().find(|fact| fact.kind == format!("matmul{SIZE}")).and_then(|fact| fact.tflops);
+    let is_product = |fact: &&Fact| fact.peer == "ceiling" && fact.kind.starts_with("matmul");
+    let product = facts.iter().find(is_product).and_then(|fact| fact.tflops);
     let mut claims = Vec::new();
     for (dir, name, share) in [("fwd", "forward", 0.73), ("bwd", "backward", 0.63)] {
         let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.dir == dir);
@@ -135,7 +135,8 @@ fn rates(facts: &[Fact], datasheet: Option<f64>) -> Vec<Claim> {
 }
 
 fn flash1(facts: &[Fact]) -> Vec<Claim> {
-    /// Thread blocks that keep any GPU so far at work: with fewer, one for each head leaves it idle, and would flatter ours.
+    /// Thread blocks that fill any GPU so far. FlashAttention-1 has one for each head: with fewer heads it would leave
+    /// multiprocessors idle, and the comparison would favor ours.
     const FULL: usize = 256;
     let full = |dir| {
         let of_dir = move |(_, cell): &(f64, &Cell)| {
@@ -149,7 +150,7 @@ fn flash1(facts: &[Fact]) -> Vec<Claim> {
 }
 
 fn memory(facts: &[Fact]) -> Vec<Claim> {
-    /// How far off the line the longest may be: tiles that are not full weigh more at the shortest.
+    /// How far the longest sequence may be from linear growth. Tiles that are not full count more at the shortest.
     const SLACK: f64 = 1.05;
     let of = |peer: &str| -> Vec<(usize, f64)> {
         let sweep = facts.iter().filter(|fact| fact.peer == peer && fact.kind == "memory");

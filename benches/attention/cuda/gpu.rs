@@ -1,6 +1,6 @@
-//! The GPU: events around calls, and what nvidia-smi says meanwhile.
+//! The GPU: events around calls, and nvidia-smi's clock and power during them.
 //!
-//! Candle queues on the calling thread's own stream: all of this runs on the thread that made the device.
+//! Candle queues on the calling thread's own stream. So all of this runs on the thread that made the device.
 
 use std::cell::Cell;
 use std::process::{Child, Command, Stdio};
@@ -19,17 +19,17 @@ use crate::timing::Timing;
 pub struct Gpu {
     pub device: Device,
     stream: Arc<CudaStream>,
-    /// Where Candle's tensors come from; `None` on a GPU that has no such pools.
+    /// The memory pool of Candle's tensors; `None` on a GPU without memory pools.
     pool: Option<Pool>,
-    /// Zeroed before each timed call, so that nothing of its inputs is left in the L2 cache.
+    /// Zeroed before each timed call, so that its inputs are not in the L2 cache.
     flush: CudaSlice<u8>,
-    /// How nvidia-smi names this GPU, whatever CUDA numbers it.
+    /// nvidia-smi's name of this GPU. It does not depend on CUDA's numbering.
     uuid: String,
-    /// Whether nvidia-smi has answered so far. It is not asked again after it has not.
+    /// Whether nvidia-smi has answered so far. After its first failure the bench does not ask again.
     answers: Cell<bool>,
 }
 
-/// What one call costs.
+/// The cost of one call.
 pub struct Cost {
     /// On the GPU, between events.
     pub timing: Timing,
@@ -38,7 +38,7 @@ pub struct Cost {
     pub gauges: Gauges,
 }
 
-/// Read under the load of the timed call; empty without nvidia-smi.
+/// Clock and power under the load of the timed call; empty without nvidia-smi.
 #[derive(Default)]
 pub struct Gauges {
     pub sm_mhz: String,
@@ -48,18 +48,18 @@ pub struct Gauges {
 /// More than the L2 cache of any GPU so far (50 MB on an H100).
 const FLUSH_BYTES: usize = 192 << 20;
 
-/// Lets the GPU cool off between points: its clock depends on the power that it has drawn.
+/// A pause between points, because the clock depends on the power drawn before.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Timed calls of a point, at least and at most, whatever time they take.
+/// The smallest and the largest number of timed calls of a point.
 const RUNS: std::ops::RangeInclusive<f64> = 7.0..=100.0;
 
-/// A call that takes longer is timed [`SLOW_RUNS`] times at least: standard attention has some of half a second.
+/// A call that takes longer is timed at least [`SLOW_RUNS`] times. Some calls of standard attention take half a second.
 const SLOW_MS: f64 = 50.0;
 const SLOW_RUNS: f64 = 3.0;
 
-/// Calls whose queueing is timed. With about a thousand launches the queue is full, and the host waits for the GPU: so
-/// many calls, with all that they launch, stay far below.
+/// Calls whose queueing is timed. The queue is full after about a thousand launches, and then the host waits for the
+/// GPU. This many calls launch far fewer kernels.
 const HOST_CALLS: usize = 16;
 
 impl Gpu {
@@ -103,7 +103,7 @@ impl Gpu {
         Ok(self.stream.context().total_mem()?)
     }
 
-    /// The result of `run`, and by how many bytes the memory of all tensors rose at most on the way.
+    /// The result of `run`, and the most bytes of tensors that it had allocated at once.
     pub fn peak_bytes<R>(&self, run: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {
         let pool =
             self.pool.as_ref().context("this GPU has no memory pools, which are what tells the peak of a pass")?;
@@ -115,7 +115,7 @@ impl Gpu {
         Ok((result, peak.saturating_sub(before)))
     }
 
-    /// After a call that memory did not suffice for, and when all that it made has been dropped: gives back what is free.
+    /// Returns free memory to the driver. Called after a call ran out of memory and its tensors were dropped.
     pub fn recover(&self) -> Result<()> {
         self.stream.synchronize()?;
         self.pool.as_ref().map_or(Ok(()), Pool::trim)
@@ -130,13 +130,13 @@ impl Gpu {
         Ok((result, begun.elapsed().as_secs_f64()))
     }
 
-    /// Times `call` for `milliseconds` or so: warm, after a pause, with the L2 cache flushed before each run.
+    /// Times `call` for about `milliseconds`: warm, after a pause, with the L2 cache flushed before each run.
     pub fn time<R>(&mut self, milliseconds: f64, call: impl Fn() -> Result<R>) -> Result<Cost> {
         call()?;
         self.stream.synchronize()?;
         std::thread::sleep(PAUSE);
 
-        // Memory that was freed before a synchronisation has gone back to the driver. The first of the two fetches it.
+        // A synchronisation returns freed memory to the driver. The first of the two calls allocates it again.
         let marks = [self.event()?, self.event()?, self.event()?];
         marks[0].record(&self.stream)?;
         for mark in &marks[1..] {
@@ -167,7 +167,7 @@ impl Gpu {
         Ok(Cost { timing, host: Timing::new(queued, None).median(), gauges })
     }
 
-    /// Median seconds until `call` has been queued, in rounds that are too short to fill the queue.
+    /// Median seconds until `call` has been queued. A round is too short to fill the queue.
     pub fn host<R>(&self, call: impl Fn() -> Result<R>) -> Result<f64> {
         const ROUNDS: usize = 20;
         let mut queued = Vec::new();
@@ -191,8 +191,8 @@ impl Gpu {
         Ok(self.stream.context().new_event(Some(CU_EVENT_DEFAULT))?)
     }
 
-    /// Clock and power. Until nvidia-smi has answered, the GPU goes on with the same work, not timed: calls of
-    /// `milliseconds` each, several at once, as the first one after a synchronisation waits for its memory.
+    /// Clock and power. Until nvidia-smi answers, the GPU repeats the same call, which takes `milliseconds`, without
+    /// timing it. Several calls are queued at once, because the first one after a synchronisation waits for its memory.
     fn gauges<R>(&self, milliseconds: f64, call: impl Fn() -> Result<R>) -> Result<Gauges> {
         const PATIENCE: Duration = Duration::from_secs(2);
         const AT_ONCE_MS: f64 = 20.0;
@@ -210,12 +210,12 @@ impl Gpu {
         }
         let answer = self.answer(question);
         let (sm_mhz, watts) = answer.split_once(", ").unwrap_or_default();
-        // What a GPU does not tell comes in brackets.
+        // nvidia-smi puts in brackets what the GPU does not tell.
         let told = |value: &str| if value.starts_with('[') { String::new() } else { value.to_string() };
         Ok(Gauges { sm_mhz: told(sm_mhz), watts: told(watts) })
     }
 
-    /// Asks nvidia-smi; `None` where it is missing or has not answered before.
+    /// Asks nvidia-smi; `None` if it is missing or did not answer before.
     fn ask(&self, fields: &str) -> Option<Child> {
         let mut command = Command::new("nvidia-smi");
         command.arg(format!("--id={}", self.uuid)).arg(format!("--query-gpu={fields}"));
@@ -225,7 +225,7 @@ impl Gpu {
         question
     }
 
-    /// The one line that nvidia-smi says; nothing if it fails.
+    /// The line that nvidia-smi prints; empty if it fails.
     fn answer(&self, question: Child) -> String {
         let line = match question.wait_with_output() {
             Ok(output) if output.status.success() => {

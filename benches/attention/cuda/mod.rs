@@ -7,62 +7,26 @@ mod gpu;
 mod pool;
 mod report;
 mod standard;
+mod table;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::DType;
-use clap::Args;
 
 use self::gpu::Gpu;
 use self::report::{Report, Row};
-use crate::cases::{Case, Pass};
+use crate::cases::{Case, Pass, Peer};
 use crate::filters;
 use crate::grid::{self, Part};
 use crate::inputs::Inputs;
-use crate::peers::{self, Answer, Peer};
+use crate::options::{self, Options};
+use crate::peers::{self, Answer};
 use crate::sample::{self, Errors};
 
-/// What only the GPU's part takes.
-#[derive(Args)]
-pub struct CudaOptions {
-    /// GPU: type of the tensors, bf16 or f16; the part f16 has its own
-    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
-    dtype: DType,
-    /// GPU: passes to time, of fwd, bwd and fwd+bwd
-    #[arg(
-        long,
-        value_name = "PASSES",
-        value_delimiter = ',',
-        default_values = ["fwd", "bwd", "fwd+bwd"],
-        value_parser = pass
-    )]
-    dirs: Vec<Pass>,
-    /// GPU: milliseconds to time each pass of each case for
-    #[arg(long, value_name = "MS", default_value_t = 100.0)]
-    rep_ms: f64,
-}
-
-fn dtype(text: &str) -> Result<DType, String> {
-    match text {
-        "bf16" => Ok(DType::BF16),
-        "f16" => Ok(DType::F16),
-        other => Err(format!("{other} has no GPU kernels; bf16 and f16 have")),
-    }
-}
-
-fn pass(text: &str) -> Result<Pass, String> {
-    match text {
-        "fwd" => Ok(Pass::Forward),
-        "bwd" => Ok(Pass::Backward),
-        "fwd+bwd" => Ok(Pass::Both),
-        other => Err(format!("{other} is not timed by itself on a GPU; fwd, bwd and fwd+bwd are")),
-    }
-}
-
-/// The chosen parts in their order, each with its chosen cases: none of a part that has none in the file.
+/// The chosen parts in their order, each with its chosen cases. A part without cases in the file has none.
 ///
 /// # Errors
 /// If a word of the command line chooses nothing.
-fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
+fn choose(options: &Options) -> Result<Vec<(Part, Vec<Case>)>> {
     let part = |word: &str| Part::ALL.into_iter().find(|part| part.name() == word);
     let named: Vec<Part> = options.filters.iter().filter_map(|word| part(word)).collect();
     let words: Vec<String> = options.filters.iter().filter(|word| part(word).is_none()).cloned().collect();
@@ -91,7 +55,7 @@ fn choose(options: &crate::Options) -> Result<Vec<(Part, Vec<Case>)>> {
     let cases = format!("{case} with a pass of --dirs {}", passes(&options.cuda.dirs));
     let parts = Part::ALL.map(Part::name).join(", ");
     // `--dirs fwd bwd` gives the option one pass, and `bwd` is a word of its own.
-    let commas = match options.filters.iter().any(|word| pass(word).is_ok()) {
+    let commas = match options.filters.iter().any(|word| options::pass(word).is_ok()) {
         true => "; --dirs takes passes with a comma between them, as in --dirs fwd,bwd",
         false => "",
     };
@@ -119,7 +83,7 @@ fn list(parts: &[(Part, Vec<Case>)]) {
 ///
 /// # Errors
 /// After the last case, if any of them gave a wrong answer or none at all.
-pub fn run(options: &crate::Options) -> Result<()> {
+pub fn run(options: &Options) -> Result<()> {
     ensure!(options.cuda.rep_ms > 0.0, "--rep-ms {} leaves no time to measure", options.cuda.rep_ms);
     let parts = choose(options)?;
     if options.list {
@@ -128,7 +92,7 @@ pub fn run(options: &crate::Options) -> Result<()> {
     }
     let mut gpu = match Gpu::new() {
         Ok(gpu) => gpu,
-        // As the tests do, which may run anywhere.
+        // As the tests do, which must pass on any machine.
         Err(error) if !options.bench => {
             eprintln!("SKIPPED: no CUDA device: {error:#}");
             return Ok(());
@@ -151,12 +115,12 @@ pub fn run(options: &crate::Options) -> Result<()> {
     Ok(())
 }
 
-/// Runs one part, and adds to `failed` what gave a wrong answer or none: that must not cost the others' numbers.
+/// Runs one part. Cases with a wrong answer or none go to `failed`, and the others are still measured.
 fn run_part(
     part: Part,
     cases: &[Case],
     gpu: &mut Gpu,
-    options: &crate::Options,
+    options: &Options,
     report: &mut Report,
     failed: &mut Vec<String>,
 ) {
@@ -171,13 +135,13 @@ fn run_part(
         println!("\n{}", part.name());
     }
     match part {
-        // Times alone: the same calls are checked in other parts.
+        // This part only times. Other parts check the same calls.
         Part::Host if !bench => {}
         Part::Host => judge(part.name(), host(gpu, dtype, report)),
         Part::Ceiling => judge(part.name(), ceiling::measure(gpu, dtype, (bench, rep_ms), report)),
         Part::Standard => {
             for case in cases {
-                judge(&case.name, standard::beside(case, gpu, bench.then_some(rep_ms), report));
+                judge(&case.name, standard::measure(case, gpu, bench.then_some(rep_ms), report));
             }
         }
         Part::Ablations => judge(part.name(), ablations::run(cases, gpu, options, report)),
@@ -200,7 +164,7 @@ fn run_part(
 }
 
 /// Checks a case, then times its passes.
-fn measure(case: &Case, gpu: &mut Gpu, options: &crate::Options, report: &mut Report) -> Result<()> {
+fn measure(case: &Case, gpu: &mut Gpu, options: &Options, report: &mut Report) -> Result<()> {
     let inputs = Inputs::draw_on_device(case, &gpu.device)?;
     let contender = Peer::Ours.prepare(case, &inputs)?;
     let operator = contender.operator(case, &inputs.do_)?;
@@ -237,8 +201,8 @@ fn measure(case: &Case, gpu: &mut Gpu, options: &crate::Options, report: &mut Re
     Ok(())
 }
 
-/// What a call costs the host, where the GPU has next to nothing to do: the first of each pass, which loads the kernels,
-/// and any later one.
+/// The host's time for a call that gives the GPU almost nothing to do: for the first call of each pass, which loads the
+/// kernels, and for later ones.
 fn host(gpu: &Gpu, dtype: DType, report: &mut Report) -> Result<()> {
     let why = "one tile of one head: the GPU is done before the next call is queued";
     let case = Case { seqlen_q: Some(64), ..Case::new("host".into(), why, (1, 64), dtype) };

@@ -1,4 +1,4 @@
-//! Memory: the pool that Candle's tensors come from, and how much of it is in use.
+//! The memory pool of Candle's tensors, and how much of it is in use.
 
 use std::ffi::c_void;
 
@@ -14,7 +14,7 @@ use candle_core::cuda::cudarc::driver::CudaContext;
 pub struct Pool(CUmemoryPool);
 
 impl Pool {
-    /// `None` if tensors do not come from a pool on this device.
+    /// `None` if the device has no memory pools.
     pub fn of(context: &CudaContext) -> Result<Option<Self>> {
         if !context.has_async_alloc() {
             return Ok(None);
@@ -23,9 +23,9 @@ impl Pool {
         Ok(Some(Self(unsafe { device::get_mem_pool(context.cu_device())? })))
     }
 
-    /// Bytes in use; from here on [`Self::highest`] looks for more.
+    /// Bytes in use. Restarts the maximum that [`Self::highest`] returns.
     pub fn watch(&self) -> Result<usize> {
-        // The one value that the driver accepts. It begins anew with what is in use.
+        // The driver accepts only 0, and sets the maximum to the bytes in use.
         let mut zero = 0u64;
         // SAFETY: the attribute is a 64-bit count, and the pool is the device's.
         unsafe { mem_pool::set_attribute(self.0, CU_MEMPOOL_ATTR_USED_MEM_HIGH, (&raw mut zero).cast::<c_void>())? };
@@ -37,7 +37,7 @@ impl Pool {
         self.read(CU_MEMPOOL_ATTR_USED_MEM_HIGH)
     }
 
-    /// Gives back to the driver what is not in use.
+    /// Returns unused memory to the driver.
     pub fn trim(&self) -> Result<()> {
         // SAFETY: the pool is the device's.
         unsafe { mem_pool::trim_to(self.0, 0)? };

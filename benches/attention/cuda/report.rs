@@ -1,17 +1,15 @@
-//! Rows as they are measured, as CSV, and as a table at the end.
+//! Prints rows, writes them as CSV, and prints tables of them at the end.
 
 use std::path::Path;
 
 use anyhow::Result;
 use candle_core::DType;
 
-use super::ceiling::SIZE;
 use super::claims::{self, Fact};
 use super::gpu::Cost;
-use super::standard::{Done, Outcome};
-use crate::cases::{Case, Mask, Pass};
-use crate::peers::Peer;
-use crate::rows::{mib, ms, significant, spread, Csv, CsvRow, OUT_OF_MEMORY, UNCOUNTABLE};
+use super::table::{Table, PACKED};
+use crate::cases::{Case, Pass, Peer};
+use crate::rows::{gib, mib, ms, significant, spread, Csv, CsvRow, OUT_OF_MEMORY, UNCOUNTABLE};
 use crate::sample::Errors;
 use crate::timing::Timing;
 
@@ -21,59 +19,65 @@ pub struct Row {
     pub cost: Cost,
     /// The same backward through Candle's autograd.
     pub autograd: Option<Timing>,
-    /// The largest relative error of what the pass computes.
+    /// The largest relative error of the results of the pass.
     pub error: f64,
+}
+
+/// How a pass of a peer ended.
+pub enum Outcome {
+    Done(Done),
+    /// About how many bytes it needs, if it was not even tried.
+    OutOfMemory(Option<usize>),
+    /// Candle's kernels cannot count the scores.
+    Uncountable,
+}
+
+pub struct Done {
+    /// `None` if it was not timed.
+    pub cost: Option<Cost>,
+    /// The largest relative error of the results of the pass; `None` if it was not checked.
+    pub error: Option<f64>,
+    pub peak_bytes: usize,
+}
+
+impl Done {
+    /// Of one run; `None` if it was not timed.
+    pub fn seconds(&self) -> Option<f64> {
+        self.cost.as_ref().map(|cost| cost.timing.median())
+    }
 }
 
 /// Everything measured so far.
 pub struct Report {
     csv: Csv,
-    cells: Vec<Cell>,
+    /// By [`Summary`].
+    tables: [Table; 5],
     facts: Vec<Fact>,
-    /// FLOP/s that the datasheet promises, in units of 10^12.
+    /// TFLOP/s that the datasheet promises.
     datasheet: Option<f64>,
 }
 
-/// Stands for no seqlen, in the last column.
-const PACKED: usize = usize::MAX;
-
-/// A cell of a table at the end.
-struct Cell {
-    table: &'static str,
-    line: String,
-    seqlen: usize,
-    text: String,
+/// The tables at the end, in their order.
+#[derive(Clone, Copy)]
+enum Summary {
+    Rates,
+    Bandwidths,
+    Times,
+    Peaks,
+    Sweep,
 }
 
-const RATES: &str = "TFLOP/s at seqlen";
-const BANDWIDTHS: &str = "GB/s at seqlen of the keys";
-const TIMES: &str = "standard's time over ours at seqlen";
-const PEAKS: &str = "MiB at the peak, at seqlen";
-const SWEEP: &str = "MiB at the peak of one sequence of";
-
-/// Floating-point operations as the papers count them: all pairs of query and key of a sequence, or
-/// half of them under a causal mask, which is less than are visible by half of the diagonal.
-pub fn flop(case: &Case, pass: Pass) -> f64 {
-    let pairs: f64 = match case.mask {
-        Mask::None | Mask::Causal => {
-            let all = case.sequences().iter().map(|sequence| (sequence.seqlen_q * sequence.seqlen_k) as f64).sum();
-            if case.mask == Mask::Causal {
-                0.5 * all
-            } else {
-                all
-            }
-        }
-        Mask::Window { .. } => case.visible_pairs() as f64,
-    };
-    let forward = 4.0 * case.head_dim as f64 * case.num_heads as f64 * pairs;
-    match pass {
-        Pass::Forward => forward,
-        Pass::Backward => 2.5 * forward,
-        Pass::Both | Pass::Operator | Pass::Memory => 3.5 * forward,
-    }
+impl Summary {
+    const TITLES: [&str; 5] = [
+        "TFLOP/s at seqlen",
+        "GB/s at seqlen of the keys",
+        "standard's time over ours at seqlen",
+        "MiB at the peak, at seqlen",
+        "MiB at the peak of one sequence of",
+    ];
 }
 
-/// A record calls f16 fp16, as PyTorch's users do.
+/// The type's name in a record: f16 is fp16 there, as users of PyTorch call it.
 pub fn dtype_of_peers(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "fp16",
@@ -81,7 +85,7 @@ pub fn dtype_of_peers(dtype: DType) -> &'static str {
     }
 }
 
-/// What is printed of a call in the tables, before its pass.
+/// The start of a line of a table, before the pass.
 fn line(name: &str, case: &Case) -> String {
     format!("{name:<10} {:<4} d{:<3} h{:<5} {:<6}", case.dtype.as_str(), case.head_dim, case.heads(), case.mask)
 }
@@ -90,10 +94,11 @@ impl Report {
     /// # Errors
     /// If `csv` cannot be created; a file that is already there is replaced.
     pub fn new(csv: Option<&Path>, datasheet: Option<f64>) -> Result<Self> {
-        Ok(Self { csv: Csv::create(csv)?, cells: Vec::new(), facts: Vec::new(), datasheet })
+        let tables = Summary::TITLES.map(|title| Table::new(title, (52, 11)));
+        Ok(Self { csv: Csv::create(csv)?, tables, facts: Vec::new(), datasheet })
     }
 
-    /// Keeps a row for the claims, and as CSV. Whatever is measured goes through here.
+    /// Keeps a row for the claims and writes it as CSV. Every measurement goes through here.
     pub fn keep(&mut self, row: CsvRow) -> Result<()> {
         self.facts.push(Fact::from(&row));
         self.csv.write(row)
@@ -137,7 +142,7 @@ impl Report {
     /// Prints a row, and keeps it for the tables.
     pub fn row(&mut self, case: &Case, row: &Row) -> Result<()> {
         let Cost { timing, host, gauges } = &row.cost;
-        let tflops = flop(case, row.pass) / timing.median() / 1e12;
+        let tflops = case.papers_flop(row.pass) / timing.median() / 1e12;
         let decodes = row.pass == Pass::Forward && case.seqlens().0 == 1;
         let gbps = decodes.then(|| case.forward_bytes() / timing.median() / 1e9);
         let autograd = row.autograd.as_ref().map(Timing::median);
@@ -158,12 +163,12 @@ impl Report {
         match gbps {
             Some(gbps) => {
                 let line = format!("{} b{}", line(&case.kind(), case), case.batch);
-                self.cell(BANDWIDTHS, line, case.seqlens().1, format!("{gbps:.0}"));
+                self.cell(Summary::Bandwidths, line, case.seqlens().1, format!("{gbps:.0}"));
             }
             None => {
                 let seqlen = if case.lengths.is_empty() { case.seqlens().0 } else { PACKED };
                 let line = format!("{} {}", line(&case.kind(), case), row.pass);
-                self.cell(RATES, line, seqlen, format!("{tflops:.0}"));
+                self.cell(Summary::Rates, line, seqlen, format!("{tflops:.0}"));
             }
         }
         self.keep(CsvRow {
@@ -182,7 +187,7 @@ impl Report {
     }
 
     /// Prints how a pass of each peer ended, and keeps it for the tables.
-    pub fn beside(&mut self, case: &Case, pass: Pass, outcomes: &[(Peer, &Outcome)]) -> Result<()> {
+    pub fn outcomes(&mut self, case: &Case, pass: Pass, outcomes: &[(Peer, &Outcome)]) -> Result<()> {
         let ours = outcomes.iter().find_map(|(peer, outcome)| match outcome {
             Outcome::Done(done) if *peer == Peer::Ours => Some(done),
             _ => None,
@@ -191,7 +196,6 @@ impl Report {
             let (shown, peak_mib) = match outcome {
                 Outcome::Done(done) => (self.done(case, pass, done, ours), mib(done.peak_bytes)),
                 Outcome::OutOfMemory(needed) => {
-                    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
                     let needed = needed.map_or(String::new(), |bytes| format!(": needs about {:.0} GiB", gib(bytes)));
                     (format!("out of memory{needed}"), OUT_OF_MEMORY.to_string())
                 }
@@ -216,7 +220,7 @@ impl Report {
                     let timed = CsvRow::timed(case, &cost.timing);
                     self.keep(CsvRow {
                         ms: timed.ms,
-                        tflops: significant(flop(case, pass) / cost.timing.median() / 1e12),
+                        tflops: significant(case.papers_flop(pass) / cost.timing.median() / 1e12),
                         ms_min: timed.ms_min,
                         reps: timed.reps,
                         sm_mhz: cost.gauges.sm_mhz.clone(),
@@ -230,7 +234,7 @@ impl Report {
             }
             let peak = peak_mib.parse().map_or(peak_mib, |mib: f64| format!("{mib:.0}"));
             let passes = if pass == Pass::Memory { Pass::Both } else { pass };
-            let table = if pass == Pass::Memory { SWEEP } else { PEAKS };
+            let table = if pass == Pass::Memory { Summary::Sweep } else { Summary::Peaks };
             self.cell(table, format!("{} {passes:<7} {peer}", line(kind, case)), seqlen, peak);
         }
         if let Some((ours, theirs)) = ours.zip(outcomes.iter().find(|(peer, _)| *peer == Peer::Standard)) {
@@ -240,18 +244,18 @@ impl Report {
                 _ => None,
             };
             if let Some(ratio) = ratio {
-                self.cell(TIMES, format!("{} {pass}", line("standard", case)), case.seqlens().0, ratio);
+                self.cell(Summary::Times, format!("{} {pass}", line("standard", case)), case.seqlens().0, ratio);
             }
         }
         Ok(())
     }
 
-    /// What there is to say of one pass beside `ours`.
+    /// The text about one pass, with the ratios to `ours`.
     fn done(&self, case: &Case, pass: Pass, done: &Done, ours: Option<&Done>) -> String {
         let theirs = ours.filter(|ours| !std::ptr::eq(*ours, done));
         let mut text = String::new();
         if let Some(cost) = &done.cost {
-            let tflops = flop(case, pass) / cost.timing.median() / 1e12;
+            let tflops = case.papers_flop(pass) / cost.timing.median() / 1e12;
             text += &format!("{:>24} ms, {:>3} runs, {tflops:>6.1} TFLOP/s", spread(&cost.timing), cost.timing.runs());
             text += &format!(" {:>4}, ", self.of_peak(tflops));
         }
@@ -274,8 +278,8 @@ impl Report {
         self.datasheet.map_or(String::new(), |peak| format!("{:.0}%", 100.0 * tflops / peak))
     }
 
-    fn cell(&mut self, table: &'static str, line: String, seqlen: usize, text: String) {
-        self.cells.push(Cell { table, line, seqlen, text });
+    fn cell(&mut self, table: Summary, line: String, seqlen: usize, text: String) {
+        self.tables[table as usize].add(line, seqlen, text);
     }
 
     /// Prints the errors of a case that is not timed.
@@ -291,7 +295,7 @@ impl Report {
         (bytes, copy): (usize, &Cost),
     ) -> Result<()> {
         let tflops = 2.0 * (size as f64).powi(3) / product.timing.median() / 1e12;
-        // Read and written.
+        // The copy reads and writes each byte.
         let gbps = 2.0 * bytes as f64 / copy.timing.median() / 1e9;
         let dtype = dtype_of_peers(dtype);
         println!(
@@ -311,7 +315,7 @@ impl Report {
             ..CsvRow::default()
         };
         let (seqlen_q, seqlen_k) = (size, size);
-        let kind = format!("matmul{SIZE}");
+        let kind = format!("matmul{size}");
         self.keep(CsvRow { kind, seqlen_q, seqlen_k, tflops: significant(tflops), ..row(product) })?;
         self.keep(CsvRow { kind: "memcpy".into(), gbps: significant(gbps), ..row(copy) })
     }
@@ -353,35 +357,7 @@ impl Report {
 
     /// Prints the tables, a line for each call and pass and a column for each seqlen, and the claims.
     pub fn summary(&self) {
-        for table in [RATES, BANDWIDTHS, TIMES, PEAKS, SWEEP] {
-            let cells: Vec<&Cell> = self.cells.iter().filter(|cell| cell.table == table).collect();
-            print_table(table, &cells);
-        }
+        self.tables.iter().for_each(Table::print);
         claims::print(&self.facts, self.datasheet);
-    }
-}
-
-fn print_table(title: &str, cells: &[&Cell]) {
-    let (mut lines, mut seqlens): (Vec<&str>, Vec<usize>) = (Vec::new(), Vec::new());
-    for cell in cells {
-        if !lines.contains(&cell.line.as_str()) {
-            lines.push(&cell.line);
-        }
-        seqlens.push(cell.seqlen);
-    }
-    seqlens.sort_unstable();
-    seqlens.dedup();
-    if lines.is_empty() {
-        return;
-    }
-    let name =
-        |&seqlen: &usize| format!(" {:>11}", if seqlen == PACKED { "packed".into() } else { seqlen.to_string() });
-    println!("\n{title:<52}{}", seqlens.iter().map(name).collect::<String>());
-    for line in lines {
-        let text = |&seqlen: &usize| {
-            let cell = cells.iter().find(|cell| cell.line == line && cell.seqlen == seqlen);
-            format!(" {:>11}", cell.map_or("-", |cell| &cell.text))
-        };
-        println!("{line:<52}{}", seqlens.iter().map(text).collect::<String>());
     }
 }

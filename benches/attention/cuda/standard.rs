@@ -1,51 +1,28 @@
-//! Ours beside Candle's standard attention: time and the peak of memory.
+//! Ours next to Candle's standard attention: time and peak memory.
 //!
-//! Both go through the same calls: forward, and forward with Candle's autograd behind it. Running out of memory is a
-//! result.
+//! Both run the same calls: a forward, and a forward with a backward through Candle's autograd. Running out of memory
+//! is a result.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::gpu::{Cost, Gpu};
-use super::report::Report;
-use crate::cases::{Case, Pass};
+use super::gpu::Gpu;
+use super::report::{Done, Outcome, Report};
+use crate::cases::{Case, Pass, Peer};
 use crate::inputs::Inputs;
-use crate::peers::{self, Peer};
+use crate::peers;
 use crate::sample;
 
-/// How a pass of a peer ended.
-pub enum Outcome {
-    Done(Done),
-    /// With the bytes that it needs about, where it was not even tried.
-    OutOfMemory(Option<usize>),
-    /// Candle's kernels cannot count the scores.
-    Uncountable,
-}
-
-pub struct Done {
-    /// Where it was timed.
-    pub cost: Option<Cost>,
-    /// The largest relative error of what the pass computes, where it was checked.
-    pub error: Option<f64>,
-    pub peak_bytes: usize,
-}
-
-impl Done {
-    /// Of one run, where it was timed.
-    pub fn seconds(&self) -> Option<f64> {
-        self.cost.as_ref().map(|cost| cost.timing.median())
-    }
-}
-
-/// Candle's element-wise kernels step through elements by an `unsigned int` as wide as all threads, which are as many as
-/// elements, and its fused softmax finds them by an `int`: with more, the ones may never end and the other leaves its tensor.
+/// The most scores that Candle's kernels can index. Its element-wise kernels add the number of threads, about one for
+/// each element, to an `unsigned int` index; with more elements the loop may never end. Its fused softmax has an `int`
+/// index; with more elements it leaves the tensor.
 const MOST_SCORES: usize = 1 << 31;
 
 /// Runs each pass of `case` by each of its peers: checked, then timed if `rep_ms` says how long.
 ///
 /// # Errors
-/// If an answer is wrong, or for any reason but memory there is none.
-pub fn beside(case: &Case, gpu: &mut Gpu, rep_ms: Option<f64>, report: &mut Report) -> Result<()> {
+/// If an answer is wrong, or a pass fails for a reason other than memory.
+pub fn measure(case: &Case, gpu: &mut Gpu, rep_ms: Option<f64>, report: &mut Report) -> Result<()> {
     let inputs = Inputs::draw_on_device(case, &gpu.device)?;
     let lse = peers::lse(case, &inputs)?;
     let mut columns = Vec::new();
@@ -55,7 +32,7 @@ pub fn beside(case: &Case, gpu: &mut Gpu, rep_ms: Option<f64>, report: &mut Repo
     for (index, &pass) in case.passes.iter().enumerate() {
         let outcomes: Vec<(Peer, &Outcome)> =
             case.peers.iter().zip(&columns).map(|(&peer, column)| (peer, &column[index])).collect();
-        report.beside(case, pass, &outcomes)?;
+        report.outcomes(case, pass, &outcomes)?;
     }
     Ok(())
 }
@@ -89,7 +66,8 @@ fn passes(
     Ok(outcomes)
 }
 
-/// The peak of one forward and backward by each peer; those that a shorter sequence was too much for are not tried again.
+/// Peak memory of one forward and backward by each peer. A peer that ran out of memory at a shorter sequence is not
+/// tried again.
 ///
 /// # Errors
 /// If a pass fails for any other reason.
@@ -114,10 +92,10 @@ pub fn peak(case: &Case, gpu: &mut Gpu, exhausted: &mut Vec<Peer>, report: &mut 
         outcomes.push((peer, outcome));
     }
     let outcomes: Vec<(Peer, &Outcome)> = outcomes.iter().map(|(peer, outcome)| (*peer, outcome)).collect();
-    report.beside(case, Pass::Memory, &outcomes)
+    report.outcomes(case, Pass::Memory, &outcomes)
 }
 
-/// What becomes of `run`, which is not even tried where it would bring the GPU down.
+/// The outcome of `run`. A call that Candle's kernels cannot index is not tried, because it may hang the GPU.
 fn attempt(
     case: &Case,
     (peer, pass): (Peer, Pass),
@@ -140,7 +118,7 @@ fn attempt(
     }
 }
 
-/// Candle passes errors of the driver and of cuBLAS on as boxes of several kinds, with their names in the text.
+/// Candle boxes errors of the driver and of cuBLAS in several ways, so this looks for their names in the text.
 fn is_out_of_memory(error: &anyhow::Error) -> bool {
     let text = format!("{error:#}");
     ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|name| text.contains(name))

@@ -13,8 +13,8 @@
 //! dq_i = softmax_scale sum_j draw_ij k_j      dk_j = softmax_scale sum_i draw_ij q_i      dv_j = sum_i p_ij do_i
 //! ```
 //!
-//! A hidden key takes part in nothing, whatever it holds. Infinities and NaN among the visible keys go through the plain
-//! arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
+//! A hidden key takes part in nothing, whatever it holds. Infinities and NaN among the visible keys go through the
+//! plain arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
 
 use crate::matrix::{add_scaled, dot, Matrix};
 use crate::number::Number;

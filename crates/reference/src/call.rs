@@ -32,8 +32,8 @@ pub struct Input {
     pub do_: Vec<f64>,
     /// The gradient of lse, `(total_q, num_heads)`.
     pub dlse: Vec<f64>,
-    /// Which of the `total_q` queries are computed; all of them if `None`. The others must have `do_` and dlse 0, so that
-    /// the gradients are those of the whole call.
+    /// Which of the `total_q` queries are computed; all of them if `None`. The others must have `do_` and dlse 0, so
+    /// that the gradients are those of the whole call.
     pub queries: Option<Vec<bool>>,
 }
 
@@ -66,8 +66,8 @@ impl Output {
     }
 }
 
-/// The right answer and the error model of each row: in f64, and in pairs of f64 where f64 itself is judged, since a plain
-/// f64 reference would be no better than what it judges. No result is rounded to the input type.
+/// The right answer and the error model of each row: in f64, and in pairs of f64 where f64 itself is judged, since a
+/// plain f64 reference would be no better than what it judges. No result is rounded to the input type.
 pub fn attention(input: &Input) -> Output {
     match input.precision {
         Precision::F64 => attend::<Double>(input, &PLAIN, |x| x),
@@ -75,8 +75,8 @@ pub fn attention(input: &Input) -> Output {
     }
 }
 
-/// The same formulas as anyone would run them in `input.precision`: arithmetic in f32 (f64 for f64); o, dq, dk, dv and the
-/// operands of every matrix product (q, k, v, `do_`, p, draw) rounded to the type.
+/// The same formulas as anyone would run them in `input.precision`: arithmetic in f32 (f64 for f64); o, dq, dk, dv and
+/// the operands of every matrix product (q, k, v, `do_`, p, draw) rounded to the type.
 pub fn attention_plain(input: &Input) -> Output {
     attention_variant(input, &PLAIN)
 }

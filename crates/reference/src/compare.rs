@@ -16,8 +16,9 @@ pub struct Closeness {
     pub share_of_limit: f64,
 }
 
-/// Compares the tensor `name` of `case`. `want` is the reference, so it is not rounded to the type: a value past the type's
-/// largest is expected as infinity. Rows whose limit is [`NOT_COMPARED`](crate::tolerance::NOT_COMPARED) are left out.
+/// Compares the tensor `name` of `case`. `want` is the reference, so it is not rounded to the type: a value past the
+/// type's largest is expected as infinity. Rows whose limit is [`NOT_COMPARED`](crate::tolerance::NOT_COMPARED) are
+/// left out.
 ///
 /// # Errors
 /// If an element is off by more than its limit: the worst one and its coordinates.

@@ -9,15 +9,17 @@
 //! | [`compare`] | the comparison, and what it says of a wrong answer |
 //! | [`precision`], [`number`], [`double`], [`matrix`] | number types, and rows of numbers |
 //! | [`draw`] | random inputs |
+//! | [`fixtures`] | files of inputs, answers and limits for programs in other languages |
 //!
-//! The crate shares no line with candle-fa2 and does not depend on it. The suite of candle-fa2 tests the rule itself: it
-//! must reject lost keys and accept honest implementations. It also holds the gradients against finite differences.
+//! The crate shares no line with candle-fa2 and does not depend on it. The suite of candle-fa2 tests the rule itself:
+//! it must reject lost keys and accept honest implementations. It also holds the gradients against finite differences.
 
 pub mod attention;
 pub mod call;
 pub mod compare;
 pub mod double;
 pub mod draw;
+pub mod fixtures;
 pub mod matrix;
 pub mod number;
 pub mod precision;

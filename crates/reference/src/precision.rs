@@ -1,5 +1,6 @@
 //! The types that tensors are stored in.
 
+use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{bail, Error, Result};
@@ -62,6 +63,17 @@ impl Precision {
             Self::F32 | Self::Bf16 => -126,
             Self::F16 => -14,
         }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.pad(match self {
+            Self::F64 => "f64",
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
     }
 }
 

@@ -10,10 +10,11 @@ use crate::precision::Precision;
 /// What is known of the error of one row. A row is one token and head.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RowError {
-    /// A bound on the largest sum of absolute terms in the row. Each term counts as often as the rounding of its factors
-    /// does. The error of the row is proportional to this, whatever cancels.
+    /// A bound on the largest sum of absolute terms in the row. Each term counts as often as the rounding of its
+    /// factors does. The error of the row is proportional to this, whatever cancels.
     pub magnitude: f64,
-    /// The sum of squares of what rounding the operands does to each term: half a step of each p, draw, or o (in delta).
+    /// The sum of squares of what rounding the operands does to each term: half a step of each p, draw, or o (in
+    /// delta).
     squared_rounding: f64,
     /// What the row loses where exp returns 0 for a p below the smallest normal number.
     flushed: f64,

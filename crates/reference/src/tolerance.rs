@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A bound over a whole tensor is set by its worst row and lets 64 lost keys pass at 8k; a bound for each row does not.
-//! The last two terms are for rows where the plain implementation was lucky. The suite of candle-fa2 tests what all four
-//! together still catch.
+//! The last two terms are for rows where the plain implementation was lucky. The suite of candle-fa2 tests what all
+//! four together still catch.
 
 use crate::call::{attention_plain, Input, Output, Rows};
 use crate::matrix::max_abs;
@@ -19,16 +19,16 @@ use crate::precision::Precision;
 const PLAIN_ERRORS: f64 = 2.0;
 /// One step for rounding the result, one for whatever is rounded on the way to it.
 const RESULT_STEPS: f64 = 2.0;
-/// The plain implementation rounds each p, draw and o once. Another rounds them elsewhere (p before it is divided by the
-/// row sum) and so draws other errors. Where `dp - delta` cancels, the plain draw can be near zero. Without this term, 284
-/// of 881,422 elements of dq in bf16 on the CPU path pass the limit, by up to 16 times, and 369 of an implementation that
-/// divides last. With it the worst reaches 0.6.
+/// The plain implementation rounds each p, draw and o once. Another rounds them elsewhere (p before it is divided by
+/// the row sum) and so draws other errors. Where `dp - delta` cancels, the plain draw can be near zero. Without this
+/// term, 284 of 881,422 elements of dq in bf16 on the CPU path pass the limit, by up to 16 times, and 369 of an
+/// implementation that divides last. With it the worst reaches 0.6.
 const OPERAND_ROUNDINGS: f64 = 2.0;
 /// A row may be far smaller than its terms. `dq` of a query with one key is a difference of two equal numbers. `lse` is
-/// near zero when the largest score is near `-ln(keys)`. `exp(s - lse)` turns steps of s and lse into a factor of p. Any
-/// other order of the same arithmetic then moves the row by steps of the accumulator. Without this term the CPU path in
-/// f32 passes the limit in 3,132 of 881,422 elements of dq and 289 of 42,067 lse (in bf16, by up to 376 times). With two
-/// steps a plain sum of 2,048 keys, taken backwards, just reaches the limit of lse.
+/// near zero when the largest score is near `-ln(keys)`. `exp(s - lse)` turns steps of s and lse into a factor of p.
+/// Any other order of the same arithmetic then moves the row by steps of the accumulator. Without this term the CPU
+/// path in f32 passes the limit in 3,132 of 881,422 elements of dq and 289 of 42,067 lse (in bf16, by up to 376 times).
+/// With two steps a plain sum of 2,048 keys, taken backwards, just reaches the limit of lse.
 const ACCUMULATOR_STEPS: f64 = 4.0;
 
 /// Stands for the limit of a row that the reference did not compute.
@@ -42,8 +42,8 @@ pub struct Tolerance {
     pub limits: Vec<f64>,
 }
 
-/// The tolerance of each tensor, in the order of [`Output::named`]. `want` is the reference's answer to `input`. o and lse
-/// of a query that was not computed are [`NOT_COMPARED`].
+/// The tolerance of each tensor, in the order of [`Output::named`]. `want` is the reference's answer to `input`. o and
+/// lse of a query that was not computed are [`NOT_COMPARED`].
 pub fn tolerances(input: &Input, want: &Output) -> [Tolerance; 5] {
     let plain = attention_plain(input);
     let [o, lse, dq, dk, dv] = [

@@ -1,5 +1,5 @@
-//! What is tested: one call of the operator as a value that prints, draws its own numbers, and knows nothing of how it
-//! will be computed. A device, or a kernel of one, joins every test of the suite by joining [`targets`].
+//! A case: one call of the operator as a value that prints itself and draws its own numbers. It does not say how the
+//! call is computed. A device that joins [`targets`] joins every test of the suite.
 
 use anyhow::Result;
 use attention_reference::draw::{generator, normal};
@@ -32,8 +32,8 @@ pub fn cpu_targets() -> Vec<Target> {
 /// The types that a GPU has kernels for.
 pub const GPU_DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 
-/// The first GPU with each of its types; nothing without the feature `cuda` or without a GPU. With
-/// `CANDLE_FA2_REQUIRE_GPU` in the environment that ends the run: a machine that has one must not skip its tests.
+/// The first GPU with each of its types. Without the feature `cuda` or without a GPU the list is empty, unless the
+/// environment has `CANDLE_FA2_REQUIRE_GPU`: then the run fails, because a machine with a GPU must not skip its tests.
 pub fn gpu_targets() -> Vec<Target> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
     let find = || match Device::new_cuda(0) {
@@ -45,7 +45,7 @@ pub fn gpu_targets() -> Vec<Target> {
     GPU_DTYPES.into_iter().filter_map(target).collect()
 }
 
-/// [`gpu_targets`], or nothing and a word about it.
+/// [`gpu_targets`]. Prints SKIPPED if the list is empty.
 pub fn gpu_targets_or_skip() -> Vec<Target> {
     let targets = gpu_targets();
     if targets.is_empty() {
@@ -54,20 +54,19 @@ pub fn gpu_targets_or_skip() -> Vec<Target> {
     targets
 }
 
-/// The first GPU once more, as a device of the caller's own: with a cuBLAS handle, whose workspace the threads of one device
-/// would share, and with errors that no other test meets.
+/// A device of the caller's own on the first GPU. Threads that use one device share the workspace of its cuBLAS handle,
+/// and an error of one test reaches the others.
 pub fn own_gpu() -> Option<Device> {
     let found = !gpu_targets_or_skip().is_empty();
     found.then(|| Device::new_cuda(0).expect("the GPU that was found before"))
 }
 
-/// The target of one type on the host, for tests of what the types share.
+/// The target of one type on the host, for tests that one type is enough for.
 pub fn cpu(dtype: DType) -> Target {
     Target { device: Device::Cpu, dtype }
 }
 
-/// What the kernels of `device` count rows and heads in: a GPU's read 8 elements at once. Head_dims are multiples of it,
-/// and so are offsets and strides.
+/// Head_dims, offsets and strides on `device` are multiples of this: the kernels of a GPU read 8 elements at once.
 pub fn chunk(device: &Device) -> usize {
     if device.is_cpu() {
         1
@@ -85,7 +84,7 @@ pub fn max_head_dim(device: &Device) -> usize {
     }
 }
 
-/// How tokens are shared out over sequences.
+/// The lengths of the sequences of a batch.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Lengths {
     Padded {
@@ -111,9 +110,9 @@ pub struct Case {
     pub device: Device,
     pub dtype: DType,
     pub lengths: Lengths,
-    /// How many keys of each padded sequence count, and on which side the others are.
+    /// The number of keys in each padded sequence, and the side of its padding.
     pub key_lengths: Option<(Vec<usize>, PaddingSide)>,
-    /// Of q, k and v, and of o.
+    /// The layout of q, k and v, and that of o.
     pub layouts: (TensorLayout, TensorLayout),
     pub num_heads: usize,
     pub num_heads_k: usize,
@@ -160,7 +159,7 @@ impl Case {
         self
     }
 
-    /// As many keys of each sequence count; those on `side` do not.
+    /// Each sequence has this many keys, and padding on `side`.
     pub fn key_lengths(mut self, lengths: &[usize], side: PaddingSide) -> Self {
         self.key_lengths = Some((lengths.to_vec(), side));
         self
@@ -176,7 +175,7 @@ impl Case {
         self
     }
 
-    /// `head_dim`, or on a GPU the nearest that it has a kernel for, so that one list of cases serves all devices.
+    /// `head_dim`, or on a GPU the nearest that has a kernel. So one list of cases serves all devices.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
         self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device));
         self
@@ -212,8 +211,8 @@ impl Case {
         self
     }
 
-    /// Whether Candle can hold the case's tensors: on a GPU it fails to allocate one without elements. What is left out
-    /// for that is named, with a running count, in the output of its test.
+    /// Whether Candle can allocate the case's tensors. On a GPU it cannot allocate a tensor without elements. The test
+    /// prints the cases left out for that reason, with a running count.
     pub fn fits(&self) -> bool {
         static LEFT_OUT: AtomicUsize = AtomicUsize::new(0);
         let empty = [self.shape_q(), self.shape_k()].concat().contains(&0);
@@ -225,7 +224,7 @@ impl Case {
         fits
     }
 
-    /// `(seqlen_q, seqlen_k)` of each sequence, without keys that do not count.
+    /// `(seqlen_q, seqlen_k)` of each sequence, without padding.
     pub fn sequences(&self) -> Vec<(usize, usize)> {
         match &self.lengths {
             &Lengths::Padded { batch, seqlen_q, seqlen_k } => match &self.key_lengths {
@@ -237,7 +236,7 @@ impl Case {
     }
 
     /// Standard normal q, k, v, do and dlse, slopes between 0 and 1/2, all rounded to their types. The name of the case
-    /// seeds them, so that a failure repeats wherever its case runs.
+    /// is the seed, so that a failure repeats on every machine.
     pub fn draw(&self) -> Input {
         let mut rng = generator(&self.to_string());
         let lengths = self.sequences();
@@ -312,7 +311,7 @@ impl Case {
                 Alibi::PerBatchAndHead => &[batch, self.num_heads],
                 _ => &[self.num_heads],
             };
-            // A batch of nothing has no slopes of its own, but its heads still have theirs.
+            // Slopes per head are needed even if the batch has no sequence.
             let slopes: Vec<f64> =
                 slopes.iter().copied().chain(std::iter::repeat(0.0)).take(shape.iter().product()).collect();
             let slopes = Tensor::from_vec(slopes, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
@@ -347,7 +346,7 @@ impl Case {
         in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.0)
     }
 
-    /// k or v as the call takes it. Keys that do not count are NaN in every second sequence, and large in the others.
+    /// k or v as the call takes it. Padding is NaN in every second sequence, and large in the others.
     pub fn key_tensor(&self, values: &[f64]) -> Result<Tensor> {
         let row = self.num_heads_k * self.head_dim;
         let all = match (&self.lengths, &self.key_lengths) {
@@ -378,9 +377,9 @@ impl Case {
         Ok(Tensor::from_slice(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
-    /// The score tiles that forward and backward would walk this case in.
+    /// The score tiles of forward and backward.
     pub fn tiles(&self) -> Result<Vec<Tile>> {
-        // Long enough that no tile is cut to the sequences; the rows are one and the same.
+        // The sequences are long enough that no tile is cut to fit. All rows share the memory of one.
         let zeros = |num_heads| -> Result<Tensor> {
             let row = Tensor::zeros((1, 1, num_heads, self.head_dim), self.dtype, &self.device)?;
             Ok(row.expand((1, LONGEST, num_heads, self.head_dim))?)
@@ -524,7 +523,7 @@ pub fn options(target: &Target) -> Vec<Case> {
     for (m, &mask) in masks.iter().enumerate() {
         for (l, &(seqlen_q, seqlen_k)) in lengths.iter().enumerate() {
             for (n, option) in options.iter().enumerate() {
-                // Heads, head_dim and batch turn at periods of their own, so that each meets each mask and option.
+                // Heads, head_dim and batch change with different periods, so that each meets each mask and option.
                 let (num_heads, num_heads_k) = heads[(m + l + n) % heads.len()];
                 let head_dim = head_dims[(2 * m + l + 3 * n) % head_dims.len()];
                 let case = Case::new(target).batch(1 + (l + n) % 2, seqlen_q, seqlen_k).heads(num_heads, num_heads_k);
@@ -556,7 +555,7 @@ pub fn around_tiles(target: &Target, head_dim: usize) -> Result<Vec<Case>> {
     Ok(edges.iter().flat_map(with_masks).collect())
 }
 
-/// Widths that fill vectors and tiles, miss them by one, and reach both ends of what is supported.
+/// Head_dims that fill vectors and tiles or miss them by one, and the smallest and largest supported.
 pub fn head_dims(target: &Target) -> Vec<Case> {
     let dims = [1, 2, 3, 7, 8, 9, 31, 32, 33, 40, 64, 80, 96, 128, 129, 192, 256, 257, 511, 512];
     let case = |head_dim| Case::new(target).batch(1, 13, 21).heads(2, 1).mask(Mask::Causal).head_dim(head_dim);

@@ -52,13 +52,13 @@ fn rejects_one_lost_key_tile_at_8k_keys() -> Result<()> {
     Ok(())
 }
 
-/// One key dropped, wherever it lies, from the last eighth of the queries: from a single one up to 15.
+/// One key dropped from the last eighth of the queries: the first key, a middle one, and the last.
 #[test]
 fn rejects_one_lost_key_at_short_seqlens() -> Result<()> {
     for target in cpu_targets() {
         for seqlen in [2, 5, 16, 48] {
-            // Weights near 1 / seqlen: a key that hardly counts is below the rounding of bf16, and no rule could
-            // miss it.
+            // The small scale gives every key a weight near 1 / seqlen. With a much smaller weight, the loss of a key
+            // would be below the rounding of bf16, and no rule could see it.
             let case = Case::new(&target).heads(1, 1).batch(1, seqlen, seqlen).softmax_scale(0.05);
             let losing = (seqlen / 8).max(1);
             for lost in [0, seqlen / 2, seqlen - 1] {

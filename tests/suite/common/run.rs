@@ -53,7 +53,7 @@ impl Case {
         })
     }
 
-    /// The scalar whose gradient with respect to o is `do`, and, where the case says so, with respect to lse is `dlse`.
+    /// The scalar whose gradient with respect to o is `do`, and with respect to lse is `dlse` if the case asks for it.
     pub fn loss(&self, input: &Input, o: &Tensor, lse: &Tensor) -> Result<Tensor> {
         let do_ = self.output_tensor(&input.do_)?;
         let loss = (o * do_)?.sum_all()?.to_dtype(accumulator(self.dtype))?;
@@ -99,7 +99,7 @@ impl Case {
         let o = self.forward(&attention, &q, &k, &v)?;
         compare::same_bits("o with and without lse", &o_with_lse, &o, self)?;
         anyhow::ensure!(lse.dtype() == accumulator(self.dtype), "lse is {:?}\ncase {self}", lse.dtype());
-        // Through lse only where the case asks for it: both results have a backward of their own.
+        // The loss depends on lse only if the case asks for it: with and without lse are two operators.
         let loss = self.loss(input, if self.dlse { &o_with_lse } else { &o }, &lse)?;
         let grads = loss.backward()?;
         let grad = |name: &str, var: &Var| -> Result<Rows> {
@@ -127,8 +127,7 @@ impl Case {
         })
     }
 
-    /// On a GPU, what [`Self::run`] gives, from the kernels that `allow` lets pass and without autograd around them; and the
-    /// plan.
+    /// The results of [`Self::run`] on a GPU, from kernels that `allow` accepts and without autograd; and the plan.
     pub fn run_with(&self, input: &Input, allow: impl Fn(&Kernel) -> bool) -> Result<(CudaPlan, Output)> {
         let call = self.call(input)?;
         let problem = self.problem(&call)?;
@@ -157,7 +156,7 @@ impl Case {
         Ok((plan, got))
     }
 
-    /// Runs the case on `input` and holds all five results against the reference.
+    /// Runs the case on `input` and compares all five results with the reference.
     pub fn check_on(&self, input: &Input) -> Result<()> {
         let got = self.run(input).with_context(|| format!("case {self}"))?;
         self.check_output(input, &got)
@@ -173,15 +172,15 @@ impl Case {
         self.check_outputs(input, &[got])
     }
 
-    /// The output of `input`, in which only hidden keys differ from `clean`: it is that of `clean`. On a GPU, gradients may be NaN where
-    /// `input` has a non-finite number in the sequence and group of heads.
+    /// The output of `input`, in which only hidden keys differ from `clean`: it is that of `clean`. On a GPU, gradients
+    /// may be NaN where `input` has a non-finite number in the sequence and group of heads.
     pub fn check_hidden(&self, clean: &Input, input: &Input, got: &Output) -> Result<()> {
         let want = reference::attention(clean);
         let tolerances = reference::tolerances(clean, &want);
         self.close(&Nonfinite::of(input), got, &want, &tolerances)
     }
 
-    /// The same of several, for the time of one: the reference is what takes it.
+    /// The same of several outputs. The reference takes most of the time, and runs once.
     pub fn check_outputs(&self, input: &Input, outputs: &[&Output]) -> Result<()> {
         let want = reference::attention(input);
         let tolerances = reference::tolerances(input, &want);
@@ -209,8 +208,8 @@ impl Case {
         self.rows(&in_layout(grad, self.layouts.0)?, queries)
     }
 
-    /// A tensor in the shape of q, or of k, with the tokens before the heads, as rows. Those of keys that do not count must
-    /// be 0, and are left out.
+    /// A tensor in the shape of q, or of k, with the tokens before the heads, as rows. Rows of padding must be 0, and
+    /// are left out.
     fn rows(&self, tensor: &Tensor, queries: bool) -> Result<Rows> {
         let lengths = self.sequences();
         let lengths = lengths.iter().map(|l| if queries { l.0 } else { l.1 }).collect();

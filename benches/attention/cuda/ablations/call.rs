@@ -1,4 +1,4 @@
-//! One call of attention, launched by hand: its parameters for any kernel, and what each one makes of it.
+//! One call of attention, launched by hand: the parameters for any kernel, and the check of its results.
 
 use std::sync::Arc;
 
@@ -18,9 +18,9 @@ use crate::cases::{Case, Pass};
 use crate::inputs::{precision, values, Inputs};
 use crate::peers::{self, Answer};
 
-/// Steps of rounding that a row may be apart from that of ours, as a share of its length and the usual one together. In each
-/// of the two, every p or ds is rounded once, by half a step at most, and so is the result: a step each, if all of them
-/// are as far off as may be. A tile of 64 keys lost among 16k makes 8, and more among fewer.
+/// The rounding steps by which a row may differ from ours, relative to the sum of its norm and that of a usual row.
+/// Each of the two results rounds every p or ds by at most half a step, and then the result: at most one step each. A
+/// tile of 64 keys lost among 16k makes 8 steps, and more among fewer keys.
 const STEPS: f64 = 3.0;
 
 /// The second argument of every kernel of ablations.cu: `Statistics` of benches/ablations/softmax.cuh.
@@ -45,7 +45,7 @@ pub struct Call<'a> {
     pub plan: CudaPlan,
     pub stream: Arc<CudaStream>,
     inputs: &'a Inputs,
-    /// What ours made of it.
+    /// Our results.
     answer: Answer,
     lse: Tensor,
     problem: Problem,
@@ -57,7 +57,7 @@ pub struct Call<'a> {
 pub struct Work {
     params: Params,
     statistics: Statistics,
-    /// What `statistics` leads to; a backward has the maximum in the place of lse.
+    /// The tensors of `statistics`. A backward takes the maximum in place of lse.
     max: Tensor,
     sum: Tensor,
     outputs: Outputs,
@@ -77,7 +77,7 @@ impl<'a> Call<'a> {
     pub fn new(case: &'a Case, inputs: &'a Inputs, answer: Answer, lse: Tensor, gpu: &Gpu) -> Result<Self> {
         let problem = testing::problem(&peers::attention(case), &inputs.q, &inputs.k, &inputs.v)?;
         ensure!(case.num_heads_k() == case.num_heads, "the variants' grids are for heads that share no keys");
-        // The variants are made from the templates in cuda/sm80, and are held against those.
+        // The variants use the templates in cuda/sm80, so they are compared with the kernels of sm80.
         let plan = CudaPlan::choose(&problem, &testing::device_caps(&gpu.device)?, |kernel| kernel.arch == Arch::Sm80)?;
         let stream = gpu.device.as_cuda_device()?.cuda_stream();
         let mut call = Self { case, plan, stream, inputs, answer, lse, problem, delta: None };
@@ -104,10 +104,10 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Holds the kernel's answer against ours: the worst row of [`Self::compare`].
+    /// Compares the kernel's results with ours: the worst row of [`Self::compare`].
     ///
     /// # Errors
-    /// If a row is farther off than rounding can bring it.
+    /// If a row is off by more than rounding explains.
     pub fn check(&self, kernel: &Kernel, work: &Work, images: &Images) -> Result<f64> {
         match &work.outputs {
             Outputs::Forward { o, lse } => {
@@ -199,7 +199,7 @@ impl<'a> Call<'a> {
         let (case, Inputs { q, k, v, do_ }) = (self.case, self.inputs);
         let (batch, num_heads) = (case.batch, case.num_heads);
         let delta = self.delta.as_ref().context("a case with a backward has a delta")?;
-        // The maximum stands in the place of lse.
+        // The maximum takes the place of lse.
         let (max, sum) = match kernel.max_and_sum() {
             true => self.max_and_sum(images)?,
             false => (self.lse.clone(), self.statistics()?),
@@ -249,7 +249,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// What the forward that keeps them makes of this call.
+    /// The row maxima and row sums, from the forward that keeps them.
     fn max_and_sum(&self, images: &Images) -> Result<(Tensor, Tensor)> {
         let kernel = images.kernel(self.case, &RESCALE)?.context("the forward with maximum and sum does not fit")?;
         let work = self.forward()?;
@@ -274,15 +274,15 @@ impl<'a> Call<'a> {
         if let Some(statistics) = statistics {
             builder.arg(statistics);
         }
-        // SAFETY: the kernel takes these arguments: the parameters of its pass, and a variant the statistics. Their addresses
-        // are of tensors that `Call` and `Work` hold, in the shapes of `Problem`; Candle's stream runs one kernel after the
-        // other.
+        // SAFETY: the kernel takes these arguments: the parameters of its pass, and a variant the statistics. Their
+        // addresses are of tensors that `Call` and `Work` hold, in the shapes of `Problem`; Candle's stream runs one
+        // kernel after the other.
         unsafe { builder.launch(config)? };
         Ok(())
     }
 
     fn compare_lse(&self, got: &Tensor) -> Result<()> {
-        // As `sample::check`; f32 alone is far more exact.
+        // As in `sample::check`. Kernels that compute lse in f32 are far more exact.
         let limit = 0.5 * precision(self.case.dtype).half_step();
         let (got, want) = (values(got)?, values(&self.lse)?);
         let off = got.iter().zip(&want).map(|(got, want)| (got - want).abs());
@@ -291,7 +291,7 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    /// The row that is farthest off, as a share of its length and that of a usual row.
+    /// The largest error of a row, relative to the sum of its norm and that of a usual row.
     fn compare(&self, name: &str, got: &Tensor, want: &Tensor) -> Result<f64> {
         let (got, want) = (got.to_dtype(DType::F32)?, want.to_dtype(DType::F32)?);
         let lengths = |rows: Tensor| anyhow::Ok(values(&rows.sqr()?.sum(D::Minus1)?.sqrt()?)?);

@@ -1,8 +1,8 @@
-//! What each of FlashAttention-2's contributions is worth: `cargo bench --features cuda -- ablations`.
+//! The gain of each of FlashAttention-2's contributions: `cargo bench --features cuda -- ablations`.
 //!
-//! Ours beside the kernels of benches/ablations, which are ours with one contribution taken away, or all of them
-//! (ablations.cu says which). They are no part of the crate: nvcc compiles them here, for the GPU at hand. A variant's
-//! answer is held against ours, row by row, and ours against f64; then both are timed alike, the launch alone.
+//! Compares our kernels with those of benches/ablations. A variant is our kernel without one contribution, or without
+//! all of them (ablations.cu says which). They are not part of the crate: nvcc compiles them here, for this GPU. The
+//! bench compares a variant's answer with ours, row by row, and ours with f64. Then it times one launch of each.
 
 mod call;
 mod images;
@@ -14,34 +14,36 @@ use kernel_build::nvcc::Nvcc;
 use self::call::Call;
 use self::images::{Images, Kernel, Variant};
 use super::gpu::{Cost, Gpu};
-use super::report::{dtype_of_peers, flop, Report};
-use crate::cases::{Case, Mask, Pass};
+use super::report::{dtype_of_peers, Report};
+use super::table::Table;
+use crate::cases::{Case, Mask, Pass, Peer};
 use crate::inputs::Inputs;
-use crate::peers::{self, Answer, Peer};
+use crate::options::Options;
+use crate::peers::{self, Answer};
 use crate::rows::{significant, spread, CsvRow};
 use crate::sample;
 
 /// The head sizes that ablations.cu has tiles for.
 const HEAD_DIMS: [usize; 2] = [64, 128];
 
-/// The papers' grid: so many tokens and columns, whatever the shape.
+/// The papers' grid: every case has this many tokens, and heads x head_dim of this width.
 const TOKENS: usize = 16384;
 const WIDTH: usize = 2048;
 const SEQLENS: [usize; 3] = [1024, 4096, 16384];
 const QUICK_SEQLEN: usize = 4096;
 
-/// Where only the number of heads differs, by batch and num_heads: long enough that a head has many tiles, short enough
-/// that one thread block takes all of them in some 20 ms.
+/// Cases that differ only in the number of heads, by batch and num_heads. At this seqlen a head has many tiles, and one
+/// thread block computes all of them in about 20 ms.
 const LONG: usize = 8192;
 const HEADS: [(usize, usize); 8] = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)];
 
-/// Begins the names of these cases.
+/// The start of the names of these cases.
 const BY_HEADS: &str = "ablations/heads/";
 
-/// The variant that they are about.
+/// The variant that these cases measure.
 const HEADS_ONLY: &str = "heads_only";
 
-/// Queries of each sampled head that ours is checked at.
+/// Number of queries checked in each sampled head.
 const CHECKED_ROWS: usize = 16;
 
 /// All cases, in tensors of `dtype`.
@@ -71,11 +73,11 @@ pub fn cases(dtype: DType) -> Vec<Case> {
     cases
 }
 
-/// Checks and times ours and every variant over `cases`; says so and does nothing where there is no nvcc.
+/// Checks and times ours and every variant in each of `cases`. Without nvcc it prints that and does nothing.
 ///
 /// # Errors
 /// If the kernels do not compile. After the last case, if any answer was wrong.
-pub fn run(cases: &[Case], gpu: &mut Gpu, options: &crate::Options, report: &mut Report) -> Result<()> {
+pub fn run(cases: &[Case], gpu: &mut Gpu, options: &Options, report: &mut Report) -> Result<()> {
     let nvcc = match Nvcc::find() {
         Ok(nvcc) => nvcc,
         Err(error) => {
@@ -86,32 +88,24 @@ pub fn run(cases: &[Case], gpu: &mut Gpu, options: &crate::Options, report: &mut
     let images = Images::compile(&nvcc, options.cuda.dtype, cases, gpu)?;
     if options.bench {
         println!("ms and TFLOP/s of one launch: of the backward without delta, zeroing and the conversion of dq.");
-        println!("error: ours against f64, ||got - want|| / ||want||; variants against ours, the worst of all rows.\n");
+        println!("error: ours against f64, ||got - want|| / ||want||; variants against ours, the worst of all rows.");
+        println!("Tables: TFLOP/s of ours / of the variant = ratio.\n");
     }
-    let mut bench = Bench {
-        images,
-        gpu,
-        options,
-        report,
-        grid: Table::new("TFLOP/s, ours / variant = ratio, by seqlen"),
-        by_heads: Table::new("TFLOP/s, ours / variant = ratio, by batch x heads at one seqlen"),
-        failed: Vec::new(),
-    };
+    let mut bench = Bench { images, gpu, options, report, ratios: Vec::new(), failed: Vec::new() };
     for case in cases {
-        // One wrong case must not cost the others' numbers.
+        // After a wrong case the others are still measured.
         if let Err(error) = bench.measure(case) {
             bench.fail(&case.name, &error);
         }
     }
-    bench.grid.print();
-    bench.by_heads.print();
+    bench.print_ratios();
     if !bench.failed.is_empty() {
         bail!("{} answers are wrong or missing: {}", bench.failed.len(), bench.failed.join(", "));
     }
     Ok(())
 }
 
-/// What a record calls a case: those by number of heads are no sample of the papers' grid.
+/// The column `kind` of a record. Cases by number of heads are not part of the papers' grid.
 fn kind(case: &Case) -> &'static str {
     if case.name.starts_with(BY_HEADS) {
         "ablation_heads"
@@ -120,15 +114,23 @@ fn kind(case: &Case) -> &'static str {
     }
 }
 
+/// The rates of ours and of a variant in one case, in TFLOP/s.
+struct Ratio {
+    by_heads: bool,
+    line: String,
+    /// The seqlen, or batch x heads.
+    column: usize,
+    rates: [f64; 2],
+}
+
 /// One run of this part.
 struct Bench<'a> {
     images: Images,
     gpu: &'a mut Gpu,
-    options: &'a crate::Options,
+    options: &'a Options,
     report: &'a mut Report,
-    grid: Table,
-    by_heads: Table,
-    /// What was wrong so far.
+    ratios: Vec<Ratio>,
+    /// The failures so far.
     failed: Vec<String>,
 }
 
@@ -163,7 +165,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Checks and times a variant beside the rate of ours.
+    /// Checks and times a variant. `ours` is our rate.
     fn compare(&mut self, call: &Call, variant: &'static Variant, ours: Option<f64>) -> Result<()> {
         let case = call.case;
         let Some(kernel) = self.images.kernel(case, variant)? else { return Ok(()) };
@@ -173,16 +175,31 @@ impl Bench<'_> {
             return Ok(());
         };
         let rate = self.record(case, variant.pass, &format!("ablation_{}", variant.name), Some(error), &cost)?;
-        let line = format!("{:<12} {} d{:<3} {}", variant.name, variant.pass, case.head_dim, case.mask);
-        if case.name.starts_with(BY_HEADS) {
-            self.by_heads.add(line, case.batch * case.num_heads, [ours, rate]);
-        } else {
-            self.grid.add(line, case.seqlens().0, [ours, rate]);
-        }
+        let by_heads = case.name.starts_with(BY_HEADS);
+        self.ratios.push(Ratio {
+            by_heads,
+            line: format!("{:<12} {} d{:<3} {}", variant.name, variant.pass, case.head_dim, case.mask),
+            column: if by_heads { case.batch * case.num_heads } else { case.seqlens().0 },
+            rates: [ours, rate],
+        });
         Ok(())
     }
 
-    /// The worst row of what a kernel computes, and with `--bench` its time.
+    /// Prints the tables at the end, the lines of a variant together.
+    fn print_ratios(&mut self) {
+        self.ratios.sort_by(|a, b| a.line.cmp(&b.line));
+        for (by_heads, title) in [(false, "TFLOP/s and ratio, by seqlen"), (true, "TFLOP/s and ratio, by heads")] {
+            let mut table = Table::new(title, (28, 21));
+            for Ratio { line, column, rates: [ours, variant], .. } in
+                self.ratios.iter().filter(|ratio| ratio.by_heads == by_heads)
+            {
+                table.add(line.clone(), *column, format!("{ours:.1} / {variant:.1} = {:.2}", ours / variant));
+            }
+            table.print();
+        }
+    }
+
+    /// The error of the worst row of a kernel's results, and with `--bench` its time.
     fn run(&mut self, call: &Call, kernel: &Kernel) -> Result<(f64, Option<Cost>)> {
         let work = call.work(kernel, &self.images)?;
         call.launch(kernel, &work)?;
@@ -191,10 +208,10 @@ impl Bench<'_> {
         Ok((error, self.options.bench.then(timed).transpose()?))
     }
 
-    /// Prints and writes a time, and gives back its TFLOP/s. In the file, errors are against f64: only ours has one.
+    /// Prints and writes a time, and returns its TFLOP/s. The file has errors against f64 only, so only ours has one.
     fn record(&mut self, case: &Case, pass: Pass, peer: &str, error: Option<f64>, cost: &Cost) -> Result<f64> {
         let Cost { timing, gauges, .. } = cost;
-        let tflops = flop(case, pass) / timing.median() / 1e12;
+        let tflops = case.papers_flop(pass) / timing.median() / 1e12;
         let error = error.context("a case with a backward has checked gradients")?;
         println!(
             "{:<22} {pass:<4} {peer:<20} {:>24} ms {:>4} runs {tflops:>7.1} TFLOP/s {:>5} MHz {:>5} W, error {error:.1e}",
@@ -216,52 +233,5 @@ impl Bench<'_> {
             ..CsvRow::timed(case, timing)
         })?;
         Ok(tflops)
-    }
-}
-
-/// Rates of ours and of variants: a line for each variant, pass, head_dim and mask.
-struct Table {
-    title: &'static str,
-    cells: Vec<Cell>,
-}
-
-struct Cell {
-    line: String,
-    column: usize,
-    /// TFLOP/s of ours and of the variant.
-    rates: [f64; 2],
-}
-
-impl Table {
-    fn new(title: &'static str) -> Self {
-        Self { title, cells: Vec::new() }
-    }
-
-    fn add(&mut self, line: String, column: usize, rates: [f64; 2]) {
-        self.cells.push(Cell { line, column, rates });
-    }
-
-    fn print(&self) {
-        let mut lines: Vec<&str> = self.cells.iter().map(|cell| cell.line.as_str()).collect();
-        lines.sort_unstable();
-        lines.dedup();
-        let mut columns: Vec<usize> = self.cells.iter().map(|cell| cell.column).collect();
-        columns.sort_unstable();
-        columns.dedup();
-        if lines.is_empty() {
-            return;
-        }
-        let heads: String = columns.iter().map(|column| format!("{column:>22}")).collect();
-        println!("\n{}\n{:<28}{heads}", self.title, "");
-        for line in lines {
-            let cell = |&column: &usize| {
-                let cell = self.cells.iter().find(|cell| cell.line == line && cell.column == column);
-                let text = cell.map(|Cell { rates: [ours, variant], .. }| {
-                    format!("{ours:.1} / {variant:.1} = {:.2}", ours / variant)
-                });
-                format!("{:>22}", text.as_deref().unwrap_or("-"))
-            };
-            println!("{line:<28}{}", columns.iter().map(cell).collect::<String>());
-        }
     }
 }

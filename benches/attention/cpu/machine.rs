@@ -1,4 +1,4 @@
-//! The machine: what it calls itself, and how fast it multiplies matrices.
+//! The machine: its name, and its rate of matrix products.
 
 use std::sync::Mutex;
 
@@ -6,7 +6,7 @@ use anyhow::{ensure, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::timing::{seconds, Job};
+use crate::timing::{on_pool, seconds, Job};
 
 /// Cores, rayon's threads and the CPU's name, in one line.
 pub fn describe() -> String {
@@ -25,7 +25,7 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// Rows and columns: large enough for the crate's best rate, small enough for 20 ms on two cores.
+    /// Rows and columns. The `gemm` crate reaches its best rate at this size; a product takes 20 ms on two cores.
     pub const SIZE: usize = 1024;
     pub const FLOP: f64 = 2.0 * (Self::SIZE * Self::SIZE * Self::SIZE) as f64;
 
@@ -58,7 +58,7 @@ impl Gemm {
             })
         };
         let threads = pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads());
-        Job { run: crate::on_pool(pool, multiply), known: None, threads }
+        Job { run: on_pool(pool, multiply), known: None, threads }
     }
 
     fn multiply(&self, parallelism: gemm::Parallelism) {
@@ -99,7 +99,7 @@ impl Gemm {
                 |inner: usize| f64::from(self.lhs[row * size + inner]) * f64::from(self.rhs[inner * size + col]);
             let want: f64 = (0..size).map(product).sum();
             let got = f64::from(out[index]);
-            // One rounding step at 1 per addition: far more than rounding makes, far less than one lost product.
+            // One rounding step at 1 for each addition: rounding adds far less, one lost product far more.
             let limit = size as f64 * f64::from(f32::EPSILON);
             ensure!((got - want).abs() <= limit, "gemm: {got} where {want} is right, at [row {row}, col {col}]");
         }

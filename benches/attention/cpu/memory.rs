@@ -1,14 +1,14 @@
-//! Peak memory: an allocator that counts, while it is asked to.
+//! Peak memory: an allocator that counts bytes when asked.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering::Relaxed};
 
-/// The system's allocator, with the bytes that live counted during [`peak_bytes`].
+/// The system's allocator. During [`peak_bytes`] it counts the bytes that are allocated.
 pub struct Counting;
 
 /// Off while times are taken: threads that share a counter would slow each other down.
 static COUNTING: AtomicBool = AtomicBool::new(false);
-/// Bytes allocated less bytes freed since counting began; below 0 if older blocks are freed.
+/// Bytes allocated minus bytes freed since counting began. Below 0 if older blocks are freed.
 static LIVE: AtomicIsize = AtomicIsize::new(0);
 static PEAK: AtomicIsize = AtomicIsize::new(0);
 
@@ -47,7 +47,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// The result of `run`, and by how many bytes the memory allocated in this process rose at most on the way.
+/// The result of `run`, and the most bytes that it had allocated at once.
 pub fn peak_bytes<R>(run: impl FnOnce() -> R) -> (R, usize) {
     LIVE.store(0, Relaxed);
     PEAK.store(0, Relaxed);
@@ -57,7 +57,7 @@ pub fn peak_bytes<R>(run: impl FnOnce() -> R) -> (R, usize) {
     (result, PEAK.load(Relaxed) as usize)
 }
 
-/// Memory that the system could still hand out, where it says so.
+/// Free memory of the system, if it tells.
 pub fn available_bytes() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -1,13 +1,13 @@
-//! Rows as they are printed, as CSV, and held against the targets.
+//! Prints rows, writes them as CSV, and compares them with the targets.
 
 use std::path::Path;
 
 use anyhow::Result;
 
-use crate::cases::{row_name, Case, Pass, Target};
+use super::machine::Gemm;
+use super::targets::Target;
+use crate::cases::{row_name, Case, Pass, Peer};
 use crate::check::Checked;
-use crate::machine::Gemm;
-use crate::peers::Peer;
 use crate::rows::{mib, significant, spread, Csv, CsvRow};
 use crate::timing::Timing;
 
@@ -16,14 +16,14 @@ pub struct Row {
     pub peer: Peer,
     pub pass: Pass,
     pub threads: usize,
-    /// Size of its own pool, where the case asks for one.
+    /// Size of its own pool, if the case asks for one.
     pub own_threads: Option<usize>,
     pub value: Value,
     pub checked: Checked,
 }
 
 impl Row {
-    /// The largest error of what its pass computes: o, or dq, dk and dv.
+    /// The largest error of the results of its pass: o, or dq, dk and dv.
     fn error(&self) -> Option<f64> {
         match self.pass {
             Pass::Forward => Some(self.checked.o_error),
@@ -189,7 +189,7 @@ impl Report {
 
     fn time_csv(&mut self, case: &Case, row: &Row, timing: &Timing) -> Result<()> {
         let (peer, dir) = (row.peer.to_string(), row.pass.to_string());
-        // The columns have no place for threads: what they cannot say goes into the kind.
+        // A record has no column for threads, so they go into the kind.
         let threads = row.own_threads.map_or(String::new(), |threads| format!("_threads{threads}"));
         let bytes = (row.pass == Pass::Forward && case.seqlens().0 == 1).then(|| case.forward_bytes());
         self.csv.write(CsvRow {
@@ -203,7 +203,7 @@ impl Report {
         })
     }
 
-    /// Prints each target that the chosen `cases` speak to: reached, by how much it is missed, or what was left out.
+    /// Prints each target of the chosen `cases`: reached, missed by how much, or not measured.
     pub fn targets(&self, targets: &[Target], cases: &[Case]) {
         let result = |name: &String| self.results.iter().find(|(row, ..)| row == name);
         let rows: Vec<String> = cases.iter().flat_map(Case::rows).collect();
@@ -244,7 +244,7 @@ fn verdict(target: &Target, got: f64) -> String {
     format!("{:<70} {:>8}, {bound} {}: {reached}{stretch}", target.what, show(got), show(aim))
 }
 
-/// Share of the threads' time that other programs had.
+/// The share of the time in which the threads waited for a core.
 fn waited(timing: &Timing) -> String {
     timing.waited.map_or(String::new(), |waited| format!("{:.0}%", 100.0 * waited))
 }
