@@ -1,5 +1,5 @@
-//! Every refusal as its user reads it: one line per message, compared as text. Each is given by `supports` before
-//! anything runs, by all ways to call, and unchanged through Candle's error.
+//! Every error text, as the user reads it. Every call and `supports` return the same text, before anything runs. Candle's error
+//! type does not change it.
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, IndexOp, Tensor, Var};
@@ -10,7 +10,7 @@ fn zeros(shape: &[usize]) -> Tensor {
     Tensor::zeros(shape, DType::F32, &Device::Cpu).expect("zeros on the host")
 }
 
-/// Text of the error of a call that must not succeed.
+/// Text of the error of a call that must fail.
 fn text<T>(result: candle_fa2::Result<T>) -> String {
     match result {
         Ok(_) => "no error".to_string(),
@@ -24,7 +24,7 @@ fn text<T>(result: candle_fa2::Result<T>) -> String {
     }
 }
 
-/// The one text that `supports`, `forward` and `forward_with_lse` give.
+/// The text that `supports`, `forward` and `forward_with_lse` all return.
 fn refused(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> String {
     let answer = text(attention.supports(q, k, v));
     assert_eq!(text(attention.forward(q, k, v)), answer, "forward and supports disagree");
@@ -32,7 +32,7 @@ fn refused(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> String 
     answer
 }
 
-/// The same of a packed call.
+/// The same for a packed call.
 fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, lengths_k]: [&CuSeqlens; 2]) -> String {
     let answer = text(attention.supports_packed(q, k, v, lengths_q, lengths_k));
     let forward = text(attention.forward_packed(q, k, v, lengths_q, lengths_k));
@@ -42,7 +42,7 @@ fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, le
     answer
 }
 
-/// Shapes of q, k and v, and what is wrong with them.
+/// Shapes of q, k and v, and the error text.
 const PADDED: [([&[usize]; 3], &str); 16] = [
     (
         [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
@@ -82,7 +82,7 @@ const PADDED: [([&[usize]; 3], &str); 16] = [
         [&[2, 3, 1, 0], &[2, 4, 1, 0], &[2, 4, 1, 0]],
         "head_dim 0 is not supported (supported: 1 to 512); choose num_heads so that it is",
     ),
-    // The first rule that is broken speaks, in the order of q, k, v.
+    // The error names the first broken rule, in the order of q, k, v.
     ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]], "no error"),
 ];
@@ -129,7 +129,7 @@ fn shapes_of_one_tensor_of_q_k_and_v() {
     }
 }
 
-/// The tensor that the caller has is named, not its parts.
+/// The error names the tensor of the caller, not the views q, k and v of it.
 #[test]
 fn strides_of_one_tensor_of_q_k_and_v() -> Result<()> {
     let qkv = zeros(&[2, 3, 64, 6]).transpose(2, 3)?;
@@ -141,7 +141,7 @@ fn strides_of_one_tensor_of_q_k_and_v() -> Result<()> {
     Ok(())
 }
 
-/// A broadcast tensor costs nothing, but its gradient would.
+/// A broadcast tensor uses almost no memory, but its gradient would be too large.
 #[test]
 fn more_elements_than_memory() -> Result<()> {
     let row = zeros(&[1, 1, 2, 8]);
@@ -248,7 +248,7 @@ fn options() -> Result<()> {
     ] {
         assert_eq!(refused(&Attention::new().softcap(softcap), &x, &x, &x), message);
     }
-    // Finite as given, and not in the type that scores are computed in.
+    // These values are finite in f64, but not in the type of the scores.
     for (attention, message) in [
         (
             Attention::new().softmax_scale(1e39),
@@ -265,7 +265,7 @@ fn options() -> Result<()> {
         refused(&Attention::new().softcap(f64::MAX), &wide, &wide, &wide),
         "softcap 1.7976931348623157e308 is out of range for F64; leave it out for no cap"
     );
-    // The aligned key alone, and windows of any width, are legal.
+    // A window of only the aligned key is valid, and so is a window of any width.
     for (left, right) in [(Some(0), Some(0)), (Some(usize::MAX), None)] {
         assert_eq!(refused(&Attention::new().mask(Mask::Window { left, right }), &x, &x, &x), "no error");
     }
@@ -427,7 +427,7 @@ fn key_lengths() -> Result<()> {
     Ok(())
 }
 
-/// If the shapes fit only the other layout, the error names it.
+/// If the shapes fit only the other layout, the error says so.
 #[test]
 fn swapped_axes() -> Result<()> {
     let heads_first = "if q is (batch, num_heads, seqlen_q, head_dim), call .layout(TensorLayout::Bhsd)";
@@ -446,7 +446,7 @@ fn swapped_axes() -> Result<()> {
     let groups =
         "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head serves equally many query heads";
     assert_eq!(refused(&other, &q, &k, &k), format!("{groups}; {tokens_first}"));
-    // What fits neither has no hint.
+    // Shapes that fit neither layout get no such hint.
     let k = zeros(&[2, 5, 3, 64]);
     assert_eq!(
         refused(&Attention::new(), &q, &k, &k),
@@ -522,7 +522,7 @@ fn merging() -> Result<()> {
     Ok(())
 }
 
-/// Errors that a host without a GPU cannot bring about.
+/// Errors that cannot occur on a machine without a GPU.
 #[test]
 fn devices() {
     let gpu = DeviceLocation::Cuda { gpu_id: 1 };
@@ -540,7 +540,7 @@ fn devices() {
     );
 }
 
-/// An error of Candle passes through both ways as it is.
+/// An error of Candle does not change when it is converted to this crate's error and back.
 #[test]
 fn errors_of_candle() -> Result<()> {
     let inner = zeros(&[2, 3]).matmul(&zeros(&[2, 3])).expect_err("shapes do not fit");
@@ -551,7 +551,7 @@ fn errors_of_candle() -> Result<()> {
     Ok(())
 }
 
-/// `RUST_BACKTRACE` adds nothing to any text: the other tests of this file pass under it too.
+/// `RUST_BACKTRACE` adds nothing to any text. The other tests of this file pass with it too.
 #[test]
 fn backtraces_stay_out_of_the_text() -> Result<()> {
     let child = Command::new(std::env::current_exe()?)
