@@ -3,12 +3,12 @@
 _default:
     @just --list
 
-# format, lint, documentation and the operator's tests
+# format, lint, documentation, the tests of the operator and of the documents
 check:
-    cargo fmt --check
-    cargo clippy --all-targets -- -D warnings
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
-    cargo test --test suite
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+    cargo test --test suite --test docs
 
 # all tests, the example's and the documentation's too
 test:
@@ -26,9 +26,9 @@ bench *filter:
 bench-cuda *args:
     cargo bench --features cuda --bench attention -- {{ args }}
 
-# rewrite what is generated: tables and docs/plots from the records, docs/kernels.md from a compilation
+# rewrite what is generated: the documents' tables and docs/plots, docs/kernels.md from a compilation
 tables:
-    CANDLE_FA2_UPDATE=1 cargo test --test suite house
+    CANDLE_FA2_UPDATE=1 cargo test --test docs
     .ci/kernel-table --update
 
 # lint the feature `cuda` and compile its kernels, without a GPU or a CUDA toolkit

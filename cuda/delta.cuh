@@ -1,10 +1,10 @@
-// delta = rowsum(do * o) - dlse, one f32 per query and head. The backward's dS is P (dP - delta), for o and lse at once.
+// delta = rowsum(do * o) - dlse, one f32 per query and head. With it, dS = P (dP - delta) holds for the gradients of o and lse together.
 //
 // Grid       (any, num_heads, batch); blocks stride over the rows.
-// Work       8 elements a thread; the threads of a row are neighbours, a power of two of them.
+// Work       8 elements a thread. The threads of a row are neighbours; their number is a power of two.
 #pragma once
 
-#include "core/mask.cuh"
+#include "core/sequence.cuh"
 #include "core/types.cuh"
 #include "params.h"
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     const int chunk = threadIdx.x % lanes;
     const T* gO = row_of<const T>(params.o, params.o_strides, batch, sequence.first_q, head);
     const T* gDo = row_of<const T>(params.do_, params.do_strides, batch, sequence.first_q, head);
-    const int64_t statistics = sequence.statistics(shape, head);
+    const int64_t lse_offset = sequence.lse_offset(shape, head);
 
     const int first = blockIdx.x * rows_per_block + threadIdx.x / lanes;
     for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {
@@ -40,8 +40,8 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
         }
         for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
         if (chunk == 0 && row < sequence.seqlen_q) {
-            const float dlse = params.dlse == nullptr ? 0.f : params.dlse[statistics + row];
-            params.delta[statistics + row] = sum - dlse;
+            const float dlse = params.dlse == nullptr ? 0.f : params.dlse[lse_offset + row];
+            params.delta[lse_offset + row] = sum - dlse;
         }
     }
 }

@@ -1,4 +1,5 @@
-// What the host hands to a kernel. Strides are in elements; `Strides` and the structs have twins in src/cuda/params.rs.
+// The parameters of every kernel. Strides are in elements. crates/kernel-build parses this file, one field on a line. It generates the
+// same structs in Rust, with these comments, and assertions on their layout for both compilers.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +13,18 @@ struct Strides {
     int64_t head;
 };
 
-// The sequences of one call and what is visible in them: the same for every kernel.
+// The sequences of one call and what is visible in them. Every kernel gets it.
 struct Shape {
     const uint32_t* cu_seqlens_q;  // (batch + 1), or null: padded
     const uint32_t* cu_seqlens_k;  // (batch + 1), or null: padded
-    const uint32_t* key_lengths;   // (batch): the keys that count of each padded sequence; or null: all
+    const uint32_t* key_lengths;   // (batch): number of valid keys of each padded sequence; or null: all are valid
     const float* alibi_slopes;     // (num_heads) or (batch, num_heads), or null
     int64_t lse_batch;             // stride of lse and delta, 0 for packed
     int64_t lse_head;              // stride of lse and delta
     int32_t alibi_batch;           // stride of the slopes, 0 for one per head
     int32_t batch;
     int32_t first_batch;  // the sequence of blockIdx.z 0; a grid holds at most 65,535 sequences
-    int32_t keys_at_end;  // 1: the keys that count are the last ones; 0: the first
+    int32_t keys_at_end;  // 1: the valid keys are the last ones; 0: the first
     int32_t seqlen_q;  // the longest, if packed
     int32_t seqlen_k;  // the longest, if packed
     int32_t num_heads;
@@ -31,39 +32,40 @@ struct Shape {
     int32_t head_dim;       // a multiple of 8, at most the kernel's kHeadDim
     int32_t window_left;    // keys before the aligned one that are visible
     int32_t window_right;   // keys after the aligned one that are visible
-    float product_factor;   // softmax_scale * log2 e; under a softcap softmax_scale / softcap
-    float softcap_log2;     // softcap * log2 e, or 0: none
+    float softmax_scale_log2;          // softmax_scale * log2 e
+    float softcap_log2;                // softcap * log2 e, or 0: no softcap
+    float softmax_scale_over_softcap;  // softmax_scale / softcap; not read without a softcap
 };
 
 struct FwdParams {
     const void* q;  // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
     const void* k;  // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
     const void* v;  // as k
-    void* o;        // as q, in f32 if `unrounded`
+    void* o;        // as q; f32 if `o_is_f32`
     float* lse;     // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     Strides q_strides;
     Strides k_strides;
     Strides v_strides;
     Strides o_strides;
     Shape shape;
-    int32_t unrounded;  // 1: o is f32; 0: o has the type of q
+    int32_t o_is_f32;  // 1: o is f32; 0: o has the type of q
 };
 
-// What the driver encodes for TMA: CUtensorMap, 128 bytes that only it reads.
+// A CUtensorMap: 128 bytes that the driver encodes and TMA reads.
 struct alignas(64) TensorMap {
     uint64_t words[16];
 };
 
-// How the blocks of a persistent kernel come by their tiles: block_m queries of one head of one sequence each. Tiles are numbered by
-// section, in a section by m_block, the last first, and there by head.
+// The order in which the blocks of a persistent kernel take work tiles. A work tile is block_m queries of one head of one
+// sequence. Tiles are numbered by section, then by m_block from the last to the first, then by head.
 struct Schedule {
-    uint32_t* counters;     // the next tile, and the blocks that are done; both 0 between launches. null: block i has tile i
-    int32_t tiles;          // m_blocks * heads; heads of all sequences if padded, of one if packed
-    int32_t m_blocks;       // of a sequence if padded; if packed of all of them at the most: total_q / block_m + batch
+    uint32_t* counters;     // the next tile, and the number of finished blocks; both 0 between launches. null: block i takes tile i
+    int32_t tiles;          // m_blocks * heads; a padded call counts the heads of all sequences, a packed call those of one
+    int32_t m_blocks;       // padded: of one sequence; packed: at most so many of all sequences, total_q / block_m + batch
     int32_t section_heads;  // heads whose tiles are taken together, so that their keys and values stay in L2
 };
 
-// The forward on Hopper's units.
+// The forward of sm90.
 struct HopperFwdParams {
     TensorMap q;  // (head_dim, rows, heads, batch), boxes of 64 columns (32 if kHeadDim is not a multiple of 64) ..
     TensorMap k;  // .. and block_m rows of q, block_n rows of k and v
@@ -83,11 +85,11 @@ struct DeltaParams {
     Shape shape;
 };
 
-// The f32 sums of dq: tiles of block_m x kHeadDim of the backward's kernel. Strides are in tiles.
+// Where the tiles of dq_accum lie. A tile is block_m x kHeadDim f32 of the backward's kernel. Strides are in tiles.
 struct DqTiles {
     int64_t batch;  // 0 for packed tensors
     int64_t head;
-    int64_t count;  // of all of them
+    int64_t count;  // number of tiles
 };
 
 struct BwdParams {
@@ -97,8 +99,8 @@ struct BwdParams {
     const void* do_;     // as q
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
-    float* dq_sums;      // tiles of f32, zeros at the start
-    uint32_t* turns;     // (tiles + 1), zeros at the start: blocks add to dq_sums in one order; or null: in any
+    float* dq_accum;     // tiles of f32, zeros at the start
+    uint32_t* semaphores;  // (tiles + 1), zeros at the start: blocks add to each tile in one order; or null: in any order
     void* dk;            // as k, contiguous
     void* dv;            // as k, contiguous
     Strides q_strides;
@@ -108,12 +110,12 @@ struct BwdParams {
     Strides dk_strides;  // of dk and dv
     DqTiles dq_tiles;
     Shape shape;
-    float softmax_scale;  // of dk; dq receives it with its conversion
+    float softmax_scale;  // of dk; the conversion applies it to dq
 };
 
-// dq = softmax_scale * its sums, rounded; runs after the main kernel.
+// dq = softmax_scale * dq_accum, rounded; runs after the main kernel.
 struct ConvertParams {
-    const float* dq_sums;
+    const float* dq_accum;
     void* dq;  // as q, contiguous
     Strides dq_strides;
     DqTiles dq_tiles;

@@ -105,7 +105,7 @@ impl Attention {
     /// Whether the same inputs give the same bits of the gradient of `q` each time.
     ///
     /// Everything else always does, and on the CPU that gradient too. On a GPU, blocks of keys add to it in the order in which
-    /// they come; with this they take turns, which costs 16 to 28% of the backward's speed (docs/cuda.md).
+    /// they come; with this they take turns, which costs 16 to 28% of the backward's speed (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.deterministic = deterministic;
         self

@@ -50,12 +50,21 @@ impl std::fmt::Display for Arch {
     }
 }
 
+/// How a kernel's thread blocks come by their work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grid {
+    /// One block for each tile of work, as its place in the grid says.
+    Tiles,
+    /// As many blocks as the GPU runs at once, which share the tiles.
+    Persistent,
+}
+
 /// One CUDA kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// Its symbol.
     pub name: &'static str,
-    /// Index of the image that holds it: one for each line of cuda/instances.def, and one for delta.
+    /// Index of the image that holds it: one for each line of cuda/instances.def.
     pub image: usize,
     /// What it computes.
     pub pass: Pass,
@@ -71,8 +80,12 @@ pub struct Kernel {
     pub block_n: usize,
     /// Warps of a thread block.
     pub warps: usize,
-    /// Whether it applies softcap, ALiBi and factors that are not above 0.
-    pub modified: bool,
+    /// Whether it applies softcap, ALiBi and a softmax_scale that is not above 0.
+    pub score_mod: bool,
+    /// The struct of cuda/params.h that is its one argument.
+    pub params: &'static str,
+    /// How its grid is made.
+    pub grid: Grid,
     /// Dynamic shared memory of a thread block.
     pub shared_bytes: usize,
 }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, OnceLock};
 
 use candle_core::{DType, Device, DeviceLocation};
 
-use crate::instances::{Arch, Kernel, Pass, KERNELS};
+use crate::instances::{Arch, Grid, Kernel, Pass, KERNELS};
 use crate::mask::Mask;
 use crate::problem::{Lengths, Problem, Strides};
 use crate::{Error, Result};
@@ -281,7 +281,7 @@ impl CudaPlan {
         }
         // The threads of a row are a power of two. Any number of blocks is right: they stride over the rows.
         let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
-        let schedule = (forward.arch == Arch::Sm90).then(|| Schedule::new(problem, forward, multiprocessors));
+        let schedule = (forward.grid == Grid::Persistent).then(|| Schedule::new(problem, forward, multiprocessors));
         Ok(Self {
             forward: match &schedule {
                 Some(schedule) => Launch { kernel: forward, grid: (schedule.blocks(multiprocessors) as u32, 1, 1) },
@@ -415,9 +415,9 @@ fn pick(
     // With a factor below 0 the maximum is where q k is smallest, which the plain kernels do not track; with one of 0, or
     // flushed to it, their first reference is -inf * 0.
     let factor = (problem.softmax_scale * std::f64::consts::LOG2_E) as f32;
-    let modified = problem.softcap.is_some() || problem.alibi.is_some() || factor < f32::MIN_POSITIVE;
+    let score_mod = problem.softcap.is_some() || problem.alibi.is_some() || factor < f32::MIN_POSITIVE;
     let takes = |kernel: &&Kernel| {
-        (kernel.pass, kernel.dtype, kernel.modified) == (pass, problem.dtype, modified)
+        (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
             && kernel.head_dim >= problem.head_dim
             && allow(kernel)
     };
@@ -450,7 +450,7 @@ fn pick(
 /// The kernel of a pass that leaves no choice.
 fn companion(pass: Pass, is_it: impl Fn(&Kernel) -> bool) -> &'static Kernel {
     let found = KERNELS.iter().find(|kernel| kernel.pass == pass && is_it(kernel));
-    found.expect("build.rs makes delta for every element type, and a conversion with every backward")
+    found.expect("cuda/instances.def has delta, and every backward brings its conversion")
 }
 
 /// S, and the tiles of q, k, v and o beside it, stay within 1 MB in f32 up to head_dim 256, half of a server core's L2.

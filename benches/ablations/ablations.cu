@@ -1,30 +1,31 @@
-// FlashAttention-2's three contributions, each taken away, and all of them: kernels that only the benchmark knows.
+// The kernels of the benchmark without FlashAttention-2's three contributions: each of the three is left out, and then all of them.
 //
 //     variant      rescales o           a block takes    warps split
 //     none         at the end, by lse   a tile           queries        as ours: shows what else differs from our kernels
 //     rescale      at every step        a tile           queries        non-matmul work (paper, 3.1)
 //     heads_only   at the end, by lse   a head           queries        parallelism (3.2)
 //     split_k      at the end, by lse   a tile           keys           work of warps (3.3)
-//     flash1       at every step        a head           keys           FlashAttention-1, but for the order of its loops
+//     flash1       at every step        a head           keys           FlashAttention-1, except for the order of its loops
 //
-// In the backward max_and_sum stands for rescale (P from maximum and sum instead of lse), and flash1 is it with heads_only.
+// In the backward, max_and_sum takes the place of rescale: P comes from max and sum instead of lse. flash1 is that with heads_only.
 //
 // Compiled for one element type and head_dim at a time, with -I cuda: -DABLATION_TYPE=bf16 -DABLATION_HEAD_DIM=128.
 #include "backward.cuh"
 #include "forward.cuh"
 
 using namespace fa2;
+using namespace fa2::sm80;
 using namespace fa2::ablations;
 
-// The tiles of cuda/instances.def: what is taken away is all that differs.
+// The tiles of cuda/instances.def, so that nothing else differs.
 #if ABLATION_HEAD_DIM == 64
-using SplitQ = FwdTraits<ABLATION_TYPE, 64, 128, 128, 4, false>;
-using FromLse = BwdTraits<ABLATION_TYPE, 64, 32, 128, 4, 2, 1, 4, false>;
+using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 64, 128, 128, 4, NoScoreMod>;
+using FromLse = sm80::BwdTraits<ABLATION_TYPE, 64, 32, 128, 4, 2, 1, 4, NoScoreMod>;
 #elif ABLATION_HEAD_DIM == 128
-using SplitQ = FwdTraits<ABLATION_TYPE, 128, 128, 64, 4, false>;
-using FromLse = BwdTraits<ABLATION_TYPE, 128, 64, 128, 8, 2, 2, 4, false>;
+using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 128, 128, 64, 4, NoScoreMod>;
+using FromLse = sm80::BwdTraits<ABLATION_TYPE, 128, 64, 128, 8, 2, 2, 4, NoScoreMod>;
 #endif
-using SplitK = SplitKTraits<ABLATION_TYPE, ABLATION_HEAD_DIM>;
+using SplitKeys = SplitKTraits<ABLATION_TYPE, ABLATION_HEAD_DIM>;
 using FromMaxAndSum = MaxAndSumTraits<FromLse>;
 
 // What the host must know of a kernel: tile of queries, tile of keys, threads and bytes of shared memory.
@@ -35,28 +36,28 @@ using FromMaxAndSum = MaxAndSumTraits<FromLse>;
     LAUNCH(name, Traits)                                                                            \
     extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)              \
     name(const __grid_constant__ FwdParams params, const __grid_constant__ Statistics statistics) { \
-        forward<Traits, kRescale, kGrid>(params, statistics);                                       \
+        ablations::forward<Traits, kRescale, kGrid>(params, statistics);                                       \
     }
 
-#define BACKWARD(name, Traits, kGrid)                                                               \
+#define BACKWARD(name, Block, Traits, kGrid)                                                            \
     LAUNCH(name, Traits)                                                                            \
     extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)              \
     name(const __grid_constant__ BwdParams params, const __grid_constant__ Statistics statistics) { \
-        backward<Traits, kGrid>(params, statistics);                                                \
+        ablations::backward<Block<Traits>, kGrid>(params, statistics);                                                \
     }
 
 FORWARD(fwd_none, SplitQ, Rescale::kAtTheEnd, Grid::kTiles)
 FORWARD(fwd_rescale, SplitQ, Rescale::kEveryStep, Grid::kTiles)
 FORWARD(fwd_heads_only, SplitQ, Rescale::kAtTheEnd, Grid::kHeads)
-FORWARD(fwd_split_k, SplitK, Rescale::kAtTheEnd, Grid::kTiles)
-FORWARD(fwd_flash1, SplitK, Rescale::kEveryStep, Grid::kHeads)
+FORWARD(fwd_split_k, SplitKeys, Rescale::kAtTheEnd, Grid::kTiles)
+FORWARD(fwd_flash1, SplitKeys, Rescale::kEveryStep, Grid::kHeads)
 
-BACKWARD(bwd_none, FromLse, Grid::kTiles)
-BACKWARD(bwd_max_and_sum, FromMaxAndSum, Grid::kTiles)
-BACKWARD(bwd_heads_only, FromLse, Grid::kHeads)
-BACKWARD(bwd_flash1, FromMaxAndSum, Grid::kHeads)
+BACKWARD(bwd_none, LseBlock, FromLse, Grid::kTiles)
+BACKWARD(bwd_max_and_sum, MaxAndSumBlock, FromMaxAndSum, Grid::kTiles)
+BACKWARD(bwd_heads_only, LseBlock, FromLse, Grid::kHeads)
+BACKWARD(bwd_flash1, MaxAndSumBlock, FromMaxAndSum, Grid::kHeads)
 
-// dq of all of them: its sums lie in the same order.
+// dq of all variants: their dq_accum has the same order.
 extern "C" __global__ void __launch_bounds__(FromLse::kThreads) bwd_convert(const __grid_constant__ ConvertParams params) {
     convert<FromLse>(params);
 }

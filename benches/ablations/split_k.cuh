@@ -1,13 +1,13 @@
-// The forward's walk with warps that split the keys: each has all queries of the tile and a quarter of the keys of each tile,
-// as in FlashAttention-1. The maxima of rows and the parts of P v then cross warps in every step, through shared memory.
+// The forward's walk with warps that split the keys, as in FlashAttention-1: each warp has all queries of the tile and a quarter of the
+// keys. The row maxima and the parts of P v then cross warps in every step, through shared memory.
 //
-// Tile       64 queries, for S of all of them and the parts of P v live in the registers of each warp: of 128 queries, they do
-//            not fit beside o. 128 keys, twice ours at head_dim 128: what crosses warps does so once for each tile of keys.
-// Rows       of o, and their statistics, are kept by one warp each: 16 of them. It adds up the parts of all four.
+// Tile       64 queries, because each warp holds S of all of them and its part of P v in registers; with 128 queries they do not fit
+//            together with o. 128 keys, twice ours at head_dim 128, because the exchange happens once for each key tile.
+// Rows       each warp keeps o and the row statistics of 16 rows, and adds up the parts of all four warps for them.
 // Pipeline   wait k | start v | S = q k^T of own keys | mask | own maxima | wait v, maxima | start next k | P | for some
-//            columns at a time: P v of own keys | hand it out | barrier | o += parts. The next columns are multiplied while the
-//            barrier is waited for: there are two buffers of parts.
-// Shared     as sm80/fwd.cuh; the maxima and sums of 64 rows by warp; two buffers of parts.
+//            columns at a time: P v of own keys | hand it out | barrier | o += parts. With two buffers of parts, a warp multiplies the next
+//            columns while it waits for the barrier.
+// Shared     as sm80/fwd.cuh; row maxima and sums of 64 rows by warp; two buffers of parts.
 #pragma once
 
 #include "sm80/fwd.cuh"
@@ -15,9 +15,13 @@
 
 namespace fa2::ablations {
 
+using namespace fa2::sm80;
+
+struct SplitK {};
+
 template <typename T, int kHeadDim>
-struct SplitKTraits : FwdTraits<T, kHeadDim, 64, 128, 4, false> {
-    using Base = FwdTraits<T, kHeadDim, 64, 128, 4, false>;
+struct SplitKTraits : FwdTraits<T, kHeadDim, 64, 128, 4, NoScoreMod>, SplitK {
+    using Base = FwdTraits<T, kHeadDim, 64, 128, 4, NoScoreMod>;
     static constexpr int kRowTiles = Base::kBlockM / 16;            // S, parts: m16 tiles, the same in all warps
     static constexpr int kWarpKeys = Base::kBlockN / Base::kWarps;
     static constexpr int kKeyTiles = kWarpKeys / 8;                 // S: n8 tiles of a warp
@@ -124,105 +128,88 @@ struct Parts {
     }
 };
 
-// o and the statistics of each warp's 16 rows, over every tile of keys. softmax.sum is that of whole rows; o is normalised with
-// Rescale::kEveryStep alone.
+// o and the row statistics of each warp's 16 rows, over every key tile. row_sum is that of whole rows.
 template <typename Traits, Rescale kRescale>
-__device__ __forceinline__ void walk_split_k(const FwdParams& params, const FwdContext<Traits>& block,
-                                             const Scoring<false>& scoring, Accumulator<1, Traits::kDTiles>& o,
+__device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accumulator<1, Traits::kDTiles>& o,
                                              Softmax<kRescale, 1>& softmax) {
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
-    using CopyK = TileCopy<TileK, Traits::kThreads, T>;
     constexpr bool kEveryStep = kRescale == Rescale::kEveryStep;
     constexpr uint32_t sQ = Traits::sQ, sK = Traits::sK, sV = Traits::sV;
-    const uint32_t base = block.base;
-    const int thread = block.thread, lane = block.lane, seqlen_k = block.sequence.seqlen_k;
-    const int warp = thread / kWarpSize, first_key = warp * Traits::kWarpKeys;  // of a tile
-    const Visibility& sees = block.sees;
-    const Range rows = block.rows, common = sees.common_keys(rows);
-    const CopyK k_copy(block.gK, params.k_strides.row, block.shape.head_dim, thread);
-    const CopyK v_copy(block.gV, params.v_strides.row, block.shape.head_dim, thread);
-    const ByWarp<Traits> maxima{reinterpret_cast<float*>(block.shared + Traits::sMax)};
-    const ByWarp<Traits> sums{reinterpret_cast<float*>(block.shared + Traits::sSum)};
-    const Parts<Traits> parts{reinterpret_cast<float4*>(block.shared + Traits::sParts), warp, lane};
-    // Of all rows: the maximum, which all warps know, and until the end the sum over this thread's columns.
+    const uint32_t shared = block.shared;
+    const float scale_log2 = NoScoreMod::scale_log2(block.params.shape);
+    const int lane = block.lane, seqlen_k = block.sequence.seqlen_k;
+    const int warp = block.thread / kWarpSize, first_key = warp * Traits::kWarpKeys;  // of a tile
+    const Range common = block.sees.common_keys(block.rows);
+    const auto k_copy = block.copy_of(block.params.k, block.params.k_strides);
+    const auto v_copy = block.copy_of(block.params.v, block.params.v_strides);
+    const ByWarp<Traits> maxima{reinterpret_cast<float*>(block.bytes + Traits::sMax)};
+    const ByWarp<Traits> sums{reinterpret_cast<float*>(block.bytes + Traits::sSum)};
+    const Parts<Traits> parts{reinterpret_cast<float4*>(block.bytes + Traits::sParts), warp, lane};
+    // Of all rows: row_max, which all warps know, and the row_sum of this thread's columns.
     OnlineSoftmax<Traits::kRowTiles> all;
     all.clear();
     const int n_first = block.keys.begin / Traits::kBlockN;
     int n_block = (block.keys.end - 1) / Traits::kBlockN;
-    TileCopy<TileQ, Traits::kThreads, T>(block.gQ, params.q_strides.row, block.shape.head_dim, thread)
-        .start(base + sQ, 0, rows.end - rows.begin);
-    k_copy.start(base + sK, n_block * Traits::kBlockN, seqlen_k);
+    block.start_q();
+    k_copy.start(shared + sK, n_block * Traits::kBlockN, seqlen_k);
     cp_async_commit();
     for (; n_block >= n_first; --n_block) {
         cp_async_wait<0>();
-        __syncthreads();  // k has arrived, and every warp is done with the v, the maxima and the parts before
+        __syncthreads();  // k has arrived, and every warp is done with the v, the maxima and the parts of the step before
         const int first_col = n_block * Traits::kBlockN;
-        v_copy.start(base + sV, first_col, seqlen_k);
+        v_copy.start(shared + sV, first_col, seqlen_k);
         cp_async_commit();
         Accumulator<Traits::kRowTiles, Traits::kKeyTiles> s;
         s.clear();
         multiply_ahead<T, Traits::kHeadDim / 16>(
-            s, OperandA<TileQ, Order::kContiguousK>(base, sQ, 0, lane),
-            OperandB<TileK, Order::kContiguousK, Traits::kWarpKeys>(base, sK, first_key, lane));
-        if (first_col < common.begin || first_col + Traits::kBlockN > common.end) {
-#pragma unroll
-            for (int i = 0; i < Traits::kRowTiles; ++i)
-#pragma unroll
-                for (int j = 0; j < Traits::kKeyTiles; ++j)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int row = rows.begin + 16 * i + fragment_row(lane, e / 2);
-                        const int col = first_col + first_key + fragment_col(lane, j) + e % 2;
-                        if (!sees.visible(row, col)) s.x[i][j][e] = -INFINITY;
-                    }
-        }
+            s, OperandA<TileQ, Order::kContiguousK>(shared, sQ, 0, lane),
+            OperandB<TileK, Order::kContiguousK, Traits::kWarpKeys>(shared, sK, first_key, lane));
+        if (first_col < common.begin || first_col + Traits::kBlockN > common.end)
+            hide(s, block.sees, block.rows.begin, first_col + first_key, lane, -INFINITY);
 #pragma unroll
         for (int i = 0; i < Traits::kRowTiles; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float largest = row_max(s.x[i], half);
+                const float largest = quad_max(all.max_of(s, i, half));
                 if (lane % 4 == 0) maxima.set(16 * i + fragment_row(lane, half), warp, largest);
             }
         cp_async_wait<0>();
         __syncthreads();  // v has arrived, and so have the maxima; every warp is done with k
-        if (n_block > n_first) k_copy.start(base + sK, first_col - Traits::kBlockN, seqlen_k);
+        if (n_block > n_first) k_copy.start(shared + sK, first_col - Traits::kBlockN, seqlen_k);
         cp_async_commit();
 
-        float kept[2] = {1.f, 1.f};  // of o, in this warp's own rows
+        float kept[2] = {1.f, 1.f};  // factors of o, for this warp's own rows
 #pragma unroll
         for (int i = 0; i < Traits::kRowTiles; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = 16 * i + fragment_row(lane, half);
-                const float largest = fmaxf(all.max[i][half], maxima.max(row));
-                const float reference = reference_of(largest, scoring.factor);
-                const float rescale = exp2_approx(all.max[i][half] * scoring.factor - reference);
-                all.max[i][half] = largest;
-                const float sum = exponentials(s.x[i], half, scoring.factor, reference);
+                const float factor = all.raise_max(i, half, maxima.max(row), scale_log2);
+                if (i == warp) kept[half] = factor;
+                if constexpr (kEveryStep) all.row_sum[i][half] = 0.f;
+                all.exponentiate(s, i, half, scale_log2, factor);
                 if constexpr (kEveryStep) {
-                    const float of_warp = quad_sum(sum);
+                    const float of_warp = quad_sum(all.row_sum[i][half]);
                     if (lane % 4 == 0) sums.set(row, warp, of_warp);
-                } else {
-                    all.sum[i][half] = fmaf(all.sum[i][half], rescale, sum);
                 }
-                if (i == warp) kept[half] = rescale;
             }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if constexpr (kEveryStep) {
-                softmax.sum[0][half] *= kept[half];
-                scale_row(o.x[0], half, softmax.sum[0][half]);
+                softmax.rescale(o, 0, half, inverse(softmax.row_sum[0][half]));
+                softmax.row_sum[0][half] *= kept[half];
+                softmax.rescale(o, 0, half, softmax.row_sum[0][half]);
             } else {
-                scale_row(o.x[0], half, kept[half]);
+                softmax.rescale(o, 0, half, kept[half]);
             }
         }
 
         // S: 64 x 32 of this warp -> A operand, 2 steps
         const OwnP<Traits> p(s);
         // The rows of v that are this warp's keys.
-        const OperandB<TileK, Order::kTransposed, Traits::kHeadDim> v(base + TileK::row_step(first_key), sV, 0, lane);
+        const OperandB<TileK, Order::kTransposed, Traits::kHeadDim> v(shared + TileK::row_step(first_key), sV, 0, lane);
         const auto multiply_v = [&](typename Parts<Traits>::Part& part, int exchange) {
             part.clear();
             multiply_ahead<T, OwnP<Traits>::kSteps>(
@@ -234,16 +221,13 @@ __device__ __forceinline__ void walk_split_k(const FwdParams& params, const FwdC
         for (int exchange = 0; exchange < Traits::kExchanges; ++exchange) {
             parts.send(o, part[exchange % 2], exchange);
             if (exchange + 1 < Traits::kExchanges) multiply_v(part[(exchange + 1) % 2], exchange + 1);
-            __syncthreads();  // these parts are there, and every warp is done with those before, whose buffer is the next
+            __syncthreads();  // these parts have arrived, and every warp is done with the buffer of the next ones
             parts.receive(o, exchange);
         }
         if constexpr (kEveryStep) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                // Their sums came with the parts.
-                softmax.sum[0][half] += sums.sum(16 * warp + fragment_row(lane, half));
-                scale_row(o.x[0], half, inverse(softmax.sum[0][half]));
-            }
+            for (int half = 0; half < 2; ++half)
+                softmax.row_sum[0][half] += sums.sum(16 * warp + fragment_row(lane, half));  // they came with the parts
         }
     }
 
@@ -251,17 +235,18 @@ __device__ __forceinline__ void walk_split_k(const FwdParams& params, const FwdC
     for (int i = 0; i < Traits::kRowTiles; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (i == warp) softmax.max[0][half] = all.max[i][half];
+            if (i == warp) softmax.row_max[0][half] = all.row_max[i][half];
             if constexpr (!kEveryStep) {
-                const float of_warp = quad_sum(all.sum[i][half]);
+                const float of_warp = quad_sum(all.row_sum[i][half]);
                 if (lane % 4 == 0) sums.set(16 * i + fragment_row(lane, half), warp, of_warp);
             }
         }
-    __syncthreads();  // the sums are there, and every warp is done with the rest of shared memory
+    __syncthreads();  // the sums have arrived
     if constexpr (!kEveryStep) {
+        // finish() adds up four threads of a row: one of them gets the sum of the whole row.
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            softmax.sum[0][half] = sums.sum(16 * warp + fragment_row(lane, half));
+            softmax.row_sum[0][half] = lane % 4 == 0 ? sums.sum(16 * warp + fragment_row(lane, half)) : 0.f;
     }
 }
 

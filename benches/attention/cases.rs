@@ -199,6 +199,11 @@ impl Case {
         self.num_heads_k.unwrap_or(self.num_heads)
     }
 
+    /// The operator's default.
+    pub fn softmax_scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+
     /// Thread counts to run on; `None` stands for the threads that a user gets.
     pub fn pools(&self) -> Vec<Option<usize>> {
         if self.threads.is_empty() {
@@ -234,13 +239,18 @@ impl Case {
         pairs.into_iter().map(sequence).collect()
     }
 
-    /// The keys of `sequence` that its query `row` sees.
-    pub fn visible_keys(&self, sequence: &Sequence, row: usize) -> Range<usize> {
-        let (left, right) = match self.mask {
+    /// How many keys a query sees before and after the aligned one; `None` is all of them.
+    pub fn window(&self) -> (Option<usize>, Option<usize>) {
+        match self.mask {
             Mask::None => (None, None),
             Mask::Causal => (None, Some(0)),
             Mask::Window { left, right } => (left, right),
-        };
+        }
+    }
+
+    /// The keys of `sequence` that its query `row` sees.
+    pub fn visible_keys(&self, sequence: &Sequence, row: usize) -> Range<usize> {
+        let (left, right) = self.window();
         let aligned = (row + sequence.seqlen_k) as isize - sequence.seqlen_q as isize;
         let within = |key: isize| key.clamp(0, sequence.seqlen_k as isize) as usize;
         let start = left.map_or(0, |left| within(aligned - left as isize));

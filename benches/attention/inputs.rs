@@ -1,12 +1,11 @@
 //! Random inputs of a case.
 
 use anyhow::Result;
+use attention_reference::{draw, Precision};
 use candle_core::{DType, Device, Tensor};
 #[cfg(feature = "cuda")]
 use rand::Rng;
-use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 
 use crate::cases::Case;
 
@@ -25,7 +24,7 @@ impl Inputs {
     pub fn draw(case: &Case, device: &Device) -> Result<Self> {
         let mut rng = rng(case);
         Self::fill(case, |shape| {
-            let values = StandardNormal.sample_iter(&mut rng).take(shape.iter().product()).collect::<Vec<f32>>();
+            let values = draw::normal(&mut rng, precision(case.dtype), shape.iter().product());
             Tensor::from_vec(values, shape, device)?.to_dtype(case.dtype)
         })
     }
@@ -53,9 +52,12 @@ impl Inputs {
 
 /// A generator of the case's own.
 pub fn rng(case: &Case) -> ChaCha8Rng {
-    let mut seed = [0u8; 32];
-    case.name.bytes().zip((0..seed.len()).cycle()).for_each(|(byte, at)| seed[at] ^= byte);
-    ChaCha8Rng::from_seed(seed)
+    draw::generator(&case.name)
+}
+
+/// `dtype` as the reference names it.
+pub fn precision(dtype: DType) -> Precision {
+    dtype.as_str().parse().expect("a type that attention has")
 }
 
 /// The elements of a tensor in order, exactly.

@@ -50,7 +50,6 @@ mod inputs;
 mod machine;
 mod memory;
 mod peers;
-mod plot;
 mod report;
 mod rows;
 mod sample;
@@ -166,13 +165,13 @@ fn draw(options: &Options) -> Result<()> {
     let files = if options.from.is_empty() { options.csv.as_slice() } else { &options.from };
     let read = |file: &PathBuf| std::fs::read_to_string(file).with_context(|| file.display().to_string());
     let texts = files.iter().map(read).collect::<Result<Vec<_>>>()?;
-    let record = plot::record::Record::read(texts.iter().map(String::as_str))?;
+    let record = figures::record::Record::read(texts.iter().map(String::as_str))?;
     let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let names: Vec<String> = files.iter().map(name).collect();
-    let figures = plot::figures(&record, &format!("From {}", names.join(", ")))?;
-    ensure!(!figures.is_empty(), "{} has no rows of the papers' grid, of memory or of ablations", names.join(", "));
-    plot::save(plots, &figures)?;
-    for (name, _) in &figures {
+    let drawn = figures::of_record(&record, &format!("From {}", names.join(", ")))?;
+    ensure!(!drawn.is_empty(), "{} has no rows that a figure shows", names.join(", "));
+    figures::save(plots, &drawn)?;
+    for (name, _) in &drawn {
         println!("{}", plots.join(name).with_extension("svg").display());
     }
     Ok(())
@@ -292,9 +291,7 @@ fn measure(family: &[Case], gemm: &Gemm, timed: bool, report: &mut Report) -> Re
 /// Prepares every peer of a case and checks its answer, on every number of threads.
 fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
     let inputs = Inputs::draw(case, &Device::Cpu)?;
-    let checked = Reference::choose_rows(case);
-    let restricted = Reference::restrict(case, &checked, &inputs.do_)?;
-    let reference = Reference::new(case, &inputs, checked, &restricted)?;
+    let reference = Reference::new(case, &inputs)?;
     let mut entrants = Vec::new();
     for &peer in &case.peers {
         if let Some(why) = too_large(peer, case) {
@@ -303,7 +300,7 @@ fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
         }
         let contender = Arc::new(peer.prepare(case, &inputs)?);
         let backward = case.has_backward() && peer.computes(Pass::Both);
-        let checked_upstream = if backward { Some(contender.upstream(&restricted)?) } else { None };
+        let checked_upstream = if backward { Some(contender.upstream(&reference.do_)?) } else { None };
         for own_threads in case.pools() {
             let pool = pool(own_threads)?;
             let start = std::time::Instant::now();

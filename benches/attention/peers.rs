@@ -264,7 +264,7 @@ fn ours(case: &Case, inputs: &Inputs) -> Result<Attend> {
 
 /// The attention of Candle's models. Where no gradient is asked for, the softmax is the fused one, which has none.
 fn standard(case: &Case, mask: Option<Tensor>, train: bool) -> Attend {
-    let softmax_scale = 1.0 / (case.head_dim as f64).sqrt();
+    let softmax_scale = case.softmax_scale();
     let group = case.num_heads / case.num_heads_k();
     Box::new(move |q, k, v| {
         let (k, v) = (repeat_heads(k, group)?, repeat_heads(v, group)?);
@@ -302,7 +302,7 @@ fn repeat_heads(tensor: &Tensor, group: usize) -> Result<Tensor> {
 }
 
 fn candle_flash(case: &Case, inputs: &Inputs) -> Result<Attend> {
-    let softmax_scale = 1.0 / (case.head_dim as f32).sqrt();
+    let softmax_scale = case.softmax_scale() as f32;
     let causal = case.mask == Mask::Causal;
     let (seqlen_q, seqlen_k) = case.seqlens();
     if !case.lengths.is_empty() {

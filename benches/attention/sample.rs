@@ -13,13 +13,15 @@
 //! when it cancels: each term counts with `softmax_scale * p * (|dp| + ||do|| ||o||)`, as o is rounded before delta.
 
 use anyhow::{ensure, Context, Result};
+use attention_reference::attention::{forward, Head, PLAIN};
+use attention_reference::matrix::{add_scaled, dot, norm, Matrix};
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::cases::{Case, Mask, Pass, Sequence};
-use crate::check::{add_scaled, dot, norm};
+use crate::check::spread_over;
 use crate::inputs::{self, values, Inputs};
 use crate::peers::{self, Answer, Peer};
 
@@ -40,21 +42,34 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
     let mut all = [Distance::default(); 4];
     let mut lse_error = 0f64;
     for (sequence, head_k) in heads(case, &mut rng) {
-        let head = Head::read(case, sequence, head_k, inputs, answer, lse)?;
         let group = case.num_heads / case.num_heads_k();
+        let reader = Reader { case, sequence, head_k, group };
+        let (k, v) = (reader.key_rows(&inputs.k)?, reader.key_rows(&inputs.v)?);
+        let (dk, dv) = match &answer.grads {
+            Some([_, dk, dv]) => (reader.key_rows(dk)?, reader.key_rows(dv)?),
+            None => (Matrix::zeros(0, 0), Matrix::zeros(0, 0)),
+        };
+        let key_head = KeyHead {
+            sequence,
+            head_k,
+            heads: (0..group).map(|member| reader.head(inputs, (&k, &v), member)).collect::<Result<_>>()?,
+            answers: (0..group).map(|member| reader.answer(answer, lse, member)).collect::<Result<_>>()?,
+            dk,
+            dv,
+        };
         let queries: Vec<(usize, usize)> = spread_over(sequence.seqlen_q, case.checked_rows, &mut rng)
             .into_iter()
             .map(|row| (row, rng.random_range(0..group)))
             .collect();
         let (errors, [o, dq]) = queries
             .par_iter()
-            .map(|&(row, member)| head.check_query(row, member))
+            .map(|&(row, member)| key_head.check_query(row, member))
             .reduce(<(f64, [Distance; 2])>::default, |a, b| (worse(a.0, b.0), [a.1[0] + b.1[0], a.1[1] + b.1[1]]));
         lse_error = worse(lse_error, errors);
         let keys = if answer.grads.is_some() { case.checked_rows / 2 } else { 0 };
         let [dk, dv] = spread_over(sequence.seqlen_k, keys, &mut rng)
             .par_iter()
-            .map(|&col| head.check_key(col))
+            .map(|&col| key_head.check_key(col))
             .reduce(<[Distance; 2]>::default, |a, b| [a[0] + b[0], a[1] + b[1]]);
         for (sum, part) in all.iter_mut().zip([o, dq, dk, dv]) {
             *sum = *sum + part;
@@ -62,7 +77,7 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
     }
 
     // An error of lse scales every probability by as much: by less than a probability's own rounding, then.
-    let step = rounding_step(case.dtype);
+    let step = inputs::precision(case.dtype).half_step();
     ensure!(lse_error <= 0.5 * step, "lse is off by up to {lse_error:.2e}, limit {:.2e}", 0.5 * step);
     let computed = if answer.grads.is_some() { 4 } else { 1 };
     for (name, distance) in ["o", "dq", "dk", "dv"].into_iter().zip(&all).take(computed) {
@@ -146,15 +161,6 @@ fn steps(peer: Peer) -> f64 {
     }
 }
 
-/// The largest relative error of one rounding.
-pub fn rounding_step(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => 2f64.powi(-11),
-        DType::BF16 => 2f64.powi(-8),
-        other => unreachable!("no GPU kernel takes {other:?}"),
-    }
-}
-
 /// The larger, or NaN if either is.
 fn worse(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b {
@@ -224,154 +230,158 @@ fn heads(case: &Case, rng: &mut ChaCha8Rng) -> Vec<(Sequence, usize)> {
     chosen.into_iter().map(|(sequence, head_k)| (sequences[sequence], head_k)).collect()
 }
 
-/// The first, the last and one drawn from each of equal stretches between, `count` of `0..len` in all, or all of them.
-fn spread_over(len: usize, count: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
-    if len <= count {
-        return (0..len).collect();
-    }
-    let mut row = |stretch: usize| match stretch {
-        0 => 0,
-        _ if stretch == count - 1 => len - 1,
-        _ => rng.random_range(stretch * len / count..(stretch + 1) * len / count),
-    };
-    (0..count).map(&mut row).collect()
+/// One key head of one sequence with the query heads that share it, and a peer's answer there.
+struct KeyHead<'a> {
+    sequence: Sequence,
+    head_k: usize,
+    /// The heads of the group.
+    heads: Vec<Head<'a, f64>>,
+    /// What the peer and our forward gave for each of them.
+    answers: Vec<HeadAnswer>,
+    /// `(seqlen_k, head_dim)`; empty without a backward.
+    dk: Matrix<f64>,
+    dv: Matrix<f64>,
 }
 
-/// One key head of one sequence, with the query heads that share it, in f64 on the host.
-struct Head<'a> {
+/// `(seqlen_q, head_dim)` each; `dq` is empty without a backward.
+struct HeadAnswer {
+    o: Matrix<f64>,
+    dq: Matrix<f64>,
+    lse: Vec<f64>,
+}
+
+/// Reads the rows of one key head, and of its query heads, from tensors of a case. It gathers them on the device, so that
+/// only they travel.
+struct Reader<'a> {
     case: &'a Case,
     sequence: Sequence,
     head_k: usize,
     group: usize,
-    /// `(seqlen_q, group, head_dim)`.
-    q: Vec<f64>,
-    do_: Vec<f64>,
-    o: Vec<f64>,
-    dq: Vec<f64>,
-    /// `(group, seqlen_q)`.
-    lse: Vec<f64>,
-    /// `(seqlen_k, head_dim)`.
-    k: Vec<f64>,
-    v: Vec<f64>,
-    dk: Vec<f64>,
-    dv: Vec<f64>,
 }
 
-impl<'a> Head<'a> {
-    /// Gathers the head on the device, so that only its own elements travel.
-    fn read(
-        case: &'a Case,
-        sequence: Sequence,
-        head_k: usize,
+impl Reader<'_> {
+    fn key_rows(&self, tensor: &Tensor) -> Result<Matrix<f64>> {
+        let (first, rows, heads) = (self.sequence.first_k, self.sequence.seqlen_k, self.case.num_heads_k());
+        self.rows(tensor, (first, rows), self.head_k, heads)
+    }
+
+    fn query_rows(&self, tensor: &Tensor, member: usize) -> Result<Matrix<f64>> {
+        let (first, rows) = (self.sequence.first_q, self.sequence.seqlen_q);
+        self.rows(tensor, (first, rows), self.head_k * self.group + member, self.case.num_heads)
+    }
+
+    fn rows(&self, tensor: &Tensor, (first, rows): (usize, usize), head: usize, heads: usize) -> Result<Matrix<f64>> {
+        let head_dim = self.case.head_dim;
+        let tokens = tensor.elem_count() / (heads * head_dim);
+        let of_head = tensor.reshape((tokens, heads, head_dim))?.narrow(0, first, rows)?.narrow(1, head, 1)?;
+        Ok(Matrix::of_head(&values(&of_head.force_contiguous()?)?, (1, head_dim), 0, 0, rows))
+    }
+
+    /// Of lse as our forward has it: `(batch, num_heads, seqlen_q)`, packed `(num_heads, rows)`.
+    fn lse(&self, lse: &Tensor, member: usize) -> Result<Vec<f64>> {
+        let (head, Sequence { first_q, seqlen_q, .. }) = (self.head_k * self.group + member, self.sequence);
+        let of_head = match lse.dims() {
+            &[_, _, seqlen_q] => lse.narrow(0, first_q / seqlen_q, 1)?.narrow(1, head, 1)?,
+            _ => lse.narrow(0, head, 1)?.narrow(1, first_q, seqlen_q)?,
+        };
+        Ok(values(&of_head.force_contiguous()?)?)
+    }
+
+    fn head<'k>(
+        &self,
         inputs: &Inputs,
-        answer: &Answer,
-        lse: &Tensor,
-    ) -> Result<Self> {
-        let group = case.num_heads / case.num_heads_k();
-        type Span = (usize, usize);
-        let read = |tensor: &Tensor, (first, rows): Span, (head, heads): Span, num_heads: usize| -> Result<Vec<f64>> {
-            let tokens = tensor.elem_count() / (num_heads * case.head_dim);
-            let tensor = tensor.reshape((tokens, num_heads, case.head_dim))?;
-            Ok(values(&tensor.narrow(0, first, rows)?.narrow(1, head, heads)?.force_contiguous()?)?)
-        };
-        let of_q = |tensor: &Tensor| {
-            read(tensor, (sequence.first_q, sequence.seqlen_q), (head_k * group, group), case.num_heads)
-        };
-        let of_k =
-            |tensor: &Tensor| read(tensor, (sequence.first_k, sequence.seqlen_k), (head_k, 1), case.num_heads_k());
-        let lse = match lse.dims() {
-            &[_, _, seqlen_q] => lse.narrow(0, sequence.first_q / seqlen_q, 1)?.narrow(1, head_k * group, group)?,
-            _ => lse.narrow(0, head_k * group, group)?.narrow(1, sequence.first_q, sequence.seqlen_q)?,
-        };
-        let [dq, dk, dv] = match &answer.grads {
-            Some([dq, dk, dv]) => [of_q(dq)?, of_k(dk)?, of_k(dv)?],
-            None => Default::default(),
-        };
-        Ok(Self {
-            case,
-            sequence,
-            head_k,
-            group,
-            q: of_q(&inputs.q)?,
-            do_: of_q(&inputs.do_)?,
-            o: of_q(&answer.o)?,
-            dq,
-            lse: values(&lse.force_contiguous()?)?,
-            k: of_k(&inputs.k)?,
-            v: of_k(&inputs.v)?,
-            dk,
-            dv,
+        (k, v): (&'k Matrix<f64>, &'k Matrix<f64>),
+        member: usize,
+    ) -> Result<Head<'k, f64>> {
+        Ok(Head {
+            q: self.query_rows(&inputs.q, member)?,
+            k,
+            v,
+            do_: self.query_rows(&inputs.do_, member)?,
+            dlse: vec![0.0; self.sequence.seqlen_q],
+            window: self.case.window(),
+            softmax_scale: self.case.softmax_scale(),
+            softcap: None,
+            alibi_slope: None,
+            round: |x| x,
         })
     }
 
-    fn softmax_scale(&self) -> f64 {
-        1.0 / (self.case.head_dim as f64).sqrt()
+    fn answer(&self, answer: &Answer, lse: &Tensor, member: usize) -> Result<HeadAnswer> {
+        let dq = match &answer.grads {
+            Some([dq, ..]) => self.query_rows(dq, member)?,
+            None => Matrix::zeros(0, 0),
+        };
+        Ok(HeadAnswer { o: self.query_rows(&answer.o, member)?, dq, lse: self.lse(lse, member)? })
     }
+}
 
-    fn row_q<'b>(&self, of: &'b [f64], row: usize, member: usize) -> &'b [f64] {
-        &of[(row * self.group + member) * self.case.head_dim..][..self.case.head_dim]
-    }
-
-    fn row_k<'b>(&self, of: &'b [f64], col: usize) -> &'b [f64] {
-        &of[col * self.case.head_dim..][..self.case.head_dim]
-    }
-
-    /// The error of lse, and the distances of o and dq, at query `row` of head `member` of the group.
-    fn check_query(&self, row: usize, member: usize) -> (f64, [Distance; 2]) {
-        let keys = self.case.visible_keys(&self.sequence, row);
-        let (q, do_) = (self.row_q(&self.q, row, member), self.row_q(&self.do_, row, member));
-        let mut p: Vec<f64> = keys.clone().map(|col| self.softmax_scale() * dot(q, self.row_k(&self.k, col))).collect();
-        let max = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let lse = max + p.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
-        p.iter_mut().for_each(|p| *p = (*p - lse).exp());
-
-        let (mut o, mut o_noise) = (vec![0.0; q.len()], 0.0);
-        for (col, &p) in keys.clone().zip(&p) {
-            let v = self.row_k(&self.v, col);
-            add_scaled(&mut o, p, v);
-            o_noise += p * p * dot(v, v);
-        }
-        let place = Place { row: self.sequence.first_q + row, head: self.head_k * self.group + member };
-        let o_distance = Distance::between(place, self.row_q(&self.o, row, member), &o, o_noise);
-        let lse_error = (self.lse[member * self.sequence.seqlen_q + row] - lse).abs();
-        if self.dq.is_empty() {
+impl KeyHead<'_> {
+    /// The error of lse, and the distances of o and dq, at query `i` of head `member` of the group.
+    fn check_query(&self, i: usize, member: usize) -> (f64, [Distance; 2]) {
+        let (head, got) = (&self.heads[member], &self.answers[member]);
+        let place = Place { row: self.sequence.first_q + i, head: self.head_k * self.heads.len() + member };
+        let want = forward(head, i, &PLAIN);
+        let o_noise = want.keys.iter().zip(&want.p).map(|(&j, p)| (p * norm(&head.v[j])).powi(2)).sum();
+        let o_distance = Distance::between(place, &got.o[i], &want.o, o_noise);
+        let lse_error = (got.lse[i] - want.lse).abs();
+        if got.dq.rows() == 0 {
             return (lse_error, [o_distance, Distance::default()]);
         }
-
-        let (delta, delta_noise) = (dot(&o, do_), norm(do_) * norm(&o));
-        let (mut dq, mut dq_noise) = (vec![0.0; q.len()], 0.0);
-        for (col, &p) in keys.zip(&p) {
-            let (k, dp) = (self.row_k(&self.k, col), dot(do_, self.row_k(&self.v, col)));
-            let factor = self.softmax_scale() * p;
-            add_scaled(&mut dq, factor * (dp - delta), k);
-            dq_noise += (factor * (dp.abs() + delta_noise)).powi(2) * dot(k, k);
+        let (mut dq, mut dq_noise) = (vec![0.0; head.q.width()], 0.0);
+        let delta = Delta::new(head, i, &want.o);
+        for (n, &j) in want.keys.iter().enumerate() {
+            let term = Term::new(head, (i, j), (want.raw[n], want.p[n]), &delta);
+            add_scaled(&mut dq, term.ds, &head.k[j]);
+            dq_noise += term.noise * dot(&head.k[j], &head.k[j]);
         }
-        (lse_error, [o_distance, Distance::between(place, self.row_q(&self.dq, row, member), &dq, dq_noise)])
+        (lse_error, [o_distance, Distance::between(place, &got.dq[i], &dq, dq_noise)])
     }
 
-    /// The distances of dk and dv at key `col`.
-    fn check_key(&self, col: usize) -> [Distance; 2] {
-        let (k, v) = (self.row_k(&self.k, col), self.row_k(&self.v, col));
-        let (mut dk, mut dk_noise) = (vec![0.0; k.len()], 0.0);
-        let (mut dv, mut dv_noise) = (vec![0.0; v.len()], 0.0);
-        let sees = |row: &usize| self.case.visible_keys(&self.sequence, *row).contains(&col);
-        for row in (0..self.sequence.seqlen_q).filter(sees) {
-            for member in 0..self.group {
-                let [q, do_, o] = [&self.q, &self.do_, &self.o].map(|of| self.row_q(of, row, member));
-                let lse = self.lse[member * self.sequence.seqlen_q + row];
-                let p = (self.softmax_scale() * dot(q, k) - lse).exp();
-                add_scaled(&mut dv, p, do_);
-                dv_noise += p * p * dot(do_, do_);
-                let (dp, delta, delta_noise) = (dot(do_, v), dot(do_, o), norm(do_) * norm(o));
-                let factor = self.softmax_scale() * p;
-                add_scaled(&mut dk, factor * (dp - delta), q);
-                dk_noise += (factor * (dp.abs() + delta_noise)).powi(2) * dot(q, q);
+    /// The distances of dk and dv at key `j`.
+    fn check_key(&self, j: usize) -> [Distance; 2] {
+        let width = self.dk.width();
+        let (mut dk, mut dk_noise) = (vec![0.0; width], 0.0);
+        let (mut dv, mut dv_noise) = (vec![0.0; width], 0.0);
+        for i in (0..self.sequence.seqlen_q).filter(|&i| self.heads[0].sees(i, j)) {
+            for (head, got) in self.heads.iter().zip(&self.answers) {
+                let raw = head.raw(i, j);
+                let p = (head.score(i, j, raw) - got.lse[i]).exp();
+                add_scaled(&mut dv, p, &head.do_[i]);
+                dv_noise += p * p * dot(&head.do_[i], &head.do_[i]);
+                let term = Term::new(head, (i, j), (raw, p), &Delta::new(head, i, &got.o[i]));
+                add_scaled(&mut dk, term.ds, &head.q[i]);
+                dk_noise += term.noise * dot(&head.q[i], &head.q[i]);
             }
         }
-        let place = Place { row: self.sequence.first_k + col, head: self.head_k };
-        [
-            Distance::between(place, self.row_k(&self.dk, col), &dk, dk_noise),
-            Distance::between(place, self.row_k(&self.dv, col), &dv, dv_noise),
-        ]
+        let place = Place { row: self.sequence.first_k + j, head: self.head_k };
+        [Distance::between(place, &self.dk[j], &dk, dk_noise), Distance::between(place, &self.dv[j], &dv, dv_noise)]
+    }
+}
+
+/// delta of a query, and the size that its error is proportional to.
+struct Delta {
+    value: f64,
+    size: f64,
+}
+
+impl Delta {
+    fn new(head: &Head<f64>, i: usize, o: &[f64]) -> Self {
+        Self { value: dot(&head.do_[i], o), size: norm(&head.do_[i]) * norm(o) }
+    }
+}
+
+/// The factor of one term of dq or dk, and the square of what rounding may do to it.
+struct Term {
+    ds: f64,
+    noise: f64,
+}
+
+impl Term {
+    /// Of query `i` and key `j`.
+    fn new(head: &Head<f64>, (i, j): (usize, usize), (raw, p): (f64, f64), delta: &Delta) -> Self {
+        let dp = head.dp(i, j);
+        let size = head.softmax_scale * p * (dp.abs() + delta.size);
+        Self { ds: head.softmax_scale * head.draw(i, raw, p, dp, delta.value), noise: size * size }
     }
 }

@@ -3,7 +3,10 @@
 
 namespace fa2 {
 
-// Waits until kThreads threads have come to named barrier `id`.
+// Barrier 0 is __syncthreads(). A kernel numbers its own barriers from this one; a block has 16.
+constexpr int kFirstNamedBarrier = 1;
+
+// Waits until kThreads threads have reached named barrier `id`.
 template <int kThreads>
 __device__ __forceinline__ void bar_sync(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");

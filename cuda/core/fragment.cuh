@@ -1,7 +1,6 @@
-// The f32 accumulator of mma.sync m16n8 (and of wgmma m64nN, seen from one warp), and its way to the next A operand.
+// The f32 accumulator of mma.sync m16n8 (and, for one warp, of wgmma m64nN), and how it becomes the next A operand.
 //
-// Of a 16 x 8j tile a thread holds rows lane / 4 and lane / 4 + 8, columns 8j + 2 (lane % 4) + {0, 1}:
-// element e of n-tile j is row lane / 4 + 8 (e / 2), column 8j + 2 (lane % 4) + e % 2.
+// Element e of n-tile j is row lane / 4 + 8 (e / 2), column 8j + 2 (lane % 4) + e % 2. So a thread holds two rows of each 16.
 #pragma once
 
 #include "types.cuh"
@@ -47,7 +46,7 @@ struct Accumulator {
 __device__ __forceinline__ int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }
 __device__ __forceinline__ int fragment_col(int lane, int n_tile) { return 8 * n_tile + 2 * (lane % 4); }
 
-// The A operand of k-step `k_step` (16 columns) from accumulators of the same rows: no shuffle, only rounding.
+// The A operand of k-step `k_step` (16 columns), from accumulators of the same rows. It needs rounding, but no shuffle.
 template <typename T, int kNTiles>
 __device__ __forceinline__ void to_a_operand(uint32_t (&a)[4], const float (&x)[kNTiles][4], int k_step) {
     a[0] = pack2<T>(x[2 * k_step][0], x[2 * k_step][1]);
@@ -56,13 +55,13 @@ __device__ __forceinline__ void to_a_operand(uint32_t (&a)[4], const float (&x)[
     a[3] = pack2<T>(x[2 * k_step + 1][2], x[2 * k_step + 1][3]);
 }
 
-// Four neighbouring lanes hold 4 bytes of each of four 16-byte chunks of their row; afterwards lane i of them holds chunk i.
+// Four neighbouring lanes hold 4 bytes of each of four 16-byte chunks of their row. Afterwards lane i of the four holds chunk i.
 __device__ __forceinline__ void gather_chunks(uint32_t (&x)[4], int lane) {
     const bool odd = lane & 1, upper = lane & 2;
-    // Between lanes 1 apart: the even one takes the first of each pair of chunks. Then the same with pairs, 2 apart.
+    // Lanes 1 apart exchange first: the even lane takes the first chunk of each pair. Then lanes 2 apart exchange pairs.
     const uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
-    const uint32_t low0 = odd ? a : x[0], low1 = odd ? x[1] : a;    // columns of lanes 0, 1 (or 2, 3) of chunk `odd`
-    const uint32_t high0 = odd ? b : x[2], high1 = odd ? x[3] : b;  // the same of chunk 2 + odd
+    const uint32_t low0 = odd ? a : x[0], low1 = odd ? x[1] : a;    // chunk `odd`, from lanes 0, 1 (or 2, 3)
+    const uint32_t high0 = odd ? b : x[2], high1 = odd ? x[3] : b;  // chunk 2 + odd, from the same lanes
     const uint32_t c = __shfl_xor_sync(~0u, upper ? low0 : high0, 2), d = __shfl_xor_sync(~0u, upper ? low1 : high1, 2);
     x[0] = upper ? c : low0;
     x[1] = upper ? d : low1;

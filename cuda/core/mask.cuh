@@ -1,49 +1,10 @@
-// Which keys a query sees, and which tiles that leaves: the device's twin of src/mask.rs.
+// Which keys a query sees, and which tiles that leaves. src/mask.rs is the twin of this file.
 #pragma once
 
-#include "../params.h"
-#include "types.cuh"
+#include "fragment.cuh"
+#include "sequence.cuh"
 
 namespace fa2 {
-
-// One sequence of the call. With shift = seqlen_k - seqlen_q, query row is aligned with key row + shift.
-struct Sequence {
-    int first_q;  // rows of q before its first one, 0 if padded
-    int first_k;  // rows of k and v before its first one, 0 if padded, unless on the left
-    int seqlen_q;
-    int seqlen_k;
-    int batch;
-    bool packed;
-
-    Sequence() = default;
-
-    __device__ __forceinline__ Sequence(const Shape& shape, int batch)
-        : first_q(0), first_k(0), seqlen_q(shape.seqlen_q), seqlen_k(shape.seqlen_k), batch(batch),
-          packed(shape.cu_seqlens_q != nullptr) {
-        if (packed) {
-            first_q = shape.cu_seqlens_q[batch];
-            first_k = shape.cu_seqlens_k[batch];
-            seqlen_q = int(shape.cu_seqlens_q[batch + 1]) - first_q;
-            seqlen_k = int(shape.cu_seqlens_k[batch + 1]) - first_k;
-        } else if (shape.key_lengths != nullptr) {
-            seqlen_k = shape.key_lengths[batch];
-            first_k = shape.keys_at_end ? shape.seqlen_k - seqlen_k : 0;
-        }
-    }
-
-    __device__ __forceinline__ int shift() const { return seqlen_k - seqlen_q; }
-
-    // Index of the first lse, or delta, of one head.
-    __device__ __forceinline__ int64_t statistics(const Shape& shape, int head) const {
-        return batch * shape.lse_batch + head * shape.lse_head + first_q;
-    }
-};
-
-// Row `row` of one head of one sequence of a tensor.
-template <typename T, typename Pointer>
-__device__ __forceinline__ T* row_of(Pointer* tensor, const Strides& strides, int batch, int row, int head) {
-    return static_cast<T*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
-}
 
 // Half-open range of rows, keys or tiles.
 struct Range {
@@ -53,9 +14,9 @@ struct Range {
     __device__ __forceinline__ bool empty() const { return end <= begin; }
 };
 
-// The mask over one sequence. Both bounds grow with the row, so what a row sees is one range.
+// The mask over one sequence. Both bounds grow with the row, so each row sees one range of keys.
 struct Visibility {
-    int left;   // first visible key of row r is r - left ..
+    int left;   // the first visible key of row r is r - left ..
     int right;  // .. and one past the last is r + right + 1, both cut to the sequence
     int seqlen_q;
     int seqlen_k;
@@ -85,5 +46,21 @@ struct Visibility {
         return {max(cols.begin - right, 0), min(cols.end + left, seqlen_q)};
     }
 };
+
+// Writes `value` over every element that the mask hides. The block begins at (first_row, first_col) of the sequence.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ void hide(Accumulator<kMTiles, kNTiles>& block, const Visibility& sees, int first_row,
+                                     int first_col, int lane, float value) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = first_row + 16 * i + fragment_row(lane, e / 2);
+                const int col = first_col + fragment_col(lane, j) + e % 2;
+                if (!sees.visible(row, col)) block.x[i][j][e] = value;
+            }
+}
 
 }  // namespace fa2

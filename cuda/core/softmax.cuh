@@ -1,5 +1,5 @@
-// Online softmax over the accumulators of S: the division by the sum is left to the end, and only lse is kept
-// (FlashAttention-2, 3.1).
+// Online softmax over the accumulators of S. The division by the row sum waits until the end, and only lse is kept
+// (FlashAttention-2, section 3.1).
 #pragma once
 
 #include "fragment.cuh"
@@ -7,103 +7,112 @@
 
 namespace fa2 {
 
-// The largest of three numbers, as bits, of which `bits` is not negative: those order as integers do, but for two that are negative.
-// A NaN counts as the largest, or as negative. One instruction from 9.0 on (VIMNMX3), where floats take two. In one asm, so that x and
-// y are not copied to other registers.
-__device__ __forceinline__ int largest_bits(int bits, float x, float y) {
+// Maximum of three floats, computed on their bit patterns as signed integers. That is correct if at least one of the three is not
+// negative; the caller guarantees it for `bits`. A positive NaN counts as the largest, a negative one as negative. From 9.0 on it is
+// one instruction (VIMNMX3); floats take two. One asm block, because with two ptxas copies x and y to other registers.
+__device__ __forceinline__ int max3_bits(int bits, float x, float y) {
     asm("{\n.reg .s32 a, b;\nmov.b32 a, %1;\nmov.b32 b, %2;\nmax.s32 a, a, b;\nmax.s32 %0, %0, a;\n}" : "+r"(bits) : "f"(x), "f"(y));
     return bits;
 }
 
-// Running maximum and sum of the rows that a thread holds: two for each 16 rows of its warp.
+// The maximum that a row's exponents are taken relative to, in the log2 domain. A row that has seen no key yet gets 0: any finite
+// number gives exp2(-inf) = 0 there, and -inf would give NaN. The product is rounded on its own, not fused into a later
+// multiply-add, so that an unchanged maximum gives the same number again and leaves the row sum as it is.
+__device__ __forceinline__ float exponent_offset(float row_max, float scale_log2) {
+    return row_max == -INFINITY ? 0.f : __fmul_rn(row_max, scale_log2);
+}
+
+// The four threads that hold a row are neighbours.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Row statistics of the rows that a thread holds: two for each 16 rows of its warp.
 template <int kMTiles>
 struct OnlineSoftmax {
-    float max[kMTiles][2];  // of the scores, before the factor
-    float sum[kMTiles][2];  // this thread's columns only, until finish()
+    float row_max[kMTiles][2];  // of the scores, before scale_log2
+    float row_sum[kMTiles][2];  // of this thread's columns, until finish()
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                max[i][half] = -INFINITY;
-                sum[i][half] = 0.f;
+                row_max[i][half] = -INFINITY;
+                row_sum[i][half] = 0.f;
             }
     }
 
-    // Turns scores into exp2(factor * (score - max)), and rescales the sums and the output so far. factor > 0.
+    // Turns scores into P = exp2(scale_log2 * (score - row_max)), and rescales the row sums and o. scale_log2 > 0.
     template <int kNTiles, int kDTiles>
-    __device__ __forceinline__ void step(Accumulator<kMTiles, kNTiles>& s, Accumulator<kMTiles, kDTiles>& o, float factor) {
+    __device__ __forceinline__ void step(Accumulator<kMTiles, kNTiles>& s, Accumulator<kMTiles, kDTiles>& o, float scale_log2) {
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) rescale(o, i, half, scores(s, i, half, factor));
+            for (int half = 0; half < 2; ++half) rescale(o, i, half, step_row(s, i, half, scale_log2));
     }
 
-    // Turns the scores of one row into exp2(factor * (score - max)), and rescales its sum. Returns the factor of its output so far.
+    // Turns the scores of one row into P and rescales its sum. Returns the factor by which the caller rescales the row of o.
     template <int kNTiles>
-    __device__ __forceinline__ float scores(Accumulator<kMTiles, kNTiles>& s, int i, int half, float factor) {
-        const float rescale = raise(i, half, largest(s, i, half), factor);
-        weights(s, i, half, factor, rescale);
-        return rescale;
+    __device__ __forceinline__ float step_row(Accumulator<kMTiles, kNTiles>& s, int i, int half, float scale_log2) {
+        const float factor = raise_max(i, half, quad_max(max_of(s, i, half)), scale_log2);
+        exponentiate(s, i, half, scale_log2, factor);
+        return factor;
     }
 
-    // The largest of the maximum so far and this thread's scores of one row.
+    // The maximum of the row so far and of this thread's new scores.
     template <int kNTiles>
-    __device__ __forceinline__ float largest(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
-        float most = max[i][half];
+    __device__ __forceinline__ float max_of(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
+        float most = row_max[i][half];
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j) most = fmaxf(most, fmaxf(s.x[i][j][2 * half], s.x[i][j][2 * half + 1]));
         return most;
     }
 
-    // The same where the maximum so far is not negative.
+    // The same, if the maximum of the row so far is not negative.
     template <int kNTiles>
-    __device__ __forceinline__ float largest_from_positive(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
-        int most = __float_as_int(max[i][half]);
+    __device__ __forceinline__ float max_of_nonnegative(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
+        int most = __float_as_int(row_max[i][half]);
 #pragma unroll
-        for (int j = 0; j < kNTiles; ++j) most = largest_bits(most, s.x[i][j][2 * half], s.x[i][j][2 * half + 1]);
+        for (int j = 0; j < kNTiles; ++j) most = max3_bits(most, s.x[i][j][2 * half], s.x[i][j][2 * half + 1]);
         return __int_as_float(most);
     }
 
-    // Whether no maximum of this warp's rows is negative.
-    __device__ __forceinline__ bool positive(int i) const {
-        return !__any_sync(~0u, (__float_as_int(max[i][0]) | __float_as_int(max[i][1])) < 0);
+    // Whether no row of this warp has a negative maximum.
+    __device__ __forceinline__ bool all_nonnegative(int i) const {
+        return !__any_sync(~0u, (__float_as_int(row_max[i][0]) | __float_as_int(row_max[i][1])) < 0);
     }
 
-    // The maximum of one row becomes the largest of its four threads'. Returns the factor of its sum and its output so far.
-    __device__ __forceinline__ float raise(int i, int half, float row_max, float factor) {
-        // The four threads of a row are neighbours.
-        row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 1));
-        row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, 2));
-        // Rounded as the reference is, not a fused multiply-add: a maximum that stays leaves the sum as it is.
-        const float before = __fmul_rn(max[i][half], factor);
-        max[i][half] = row_max;
-        return exp2_approx(before - reference(i, half, factor));
+    // Sets the maximum of one row. Returns the factor by which its sum and its o must be rescaled.
+    __device__ __forceinline__ float raise_max(int i, int half, float new_max, float scale_log2) {
+        const float before = __fmul_rn(row_max[i][half], scale_log2);
+        row_max[i][half] = new_max;
+        return exp2_approx(before - exponent_offset(new_max, scale_log2));
     }
 
-    // Scores of one row become exp2(factor * score - reference), and are summed up.
+    // Turns the scores of one row into P with the maximum of raise_max(), and adds them to the row sum, rescaled by `factor`.
     template <int kNTiles>
-    __device__ __forceinline__ void weights(Accumulator<kMTiles, kNTiles>& s, int i, int half, float factor, float rescale) {
-        const float from = reference(i, half, factor);
-        float row_sum = 0.f;
+    __device__ __forceinline__ void exponentiate(Accumulator<kMTiles, kNTiles>& s, int i, int half, float scale_log2, float factor) {
+        const float offset = exponent_offset(row_max[i][half], scale_log2);
+        float sum = 0.f;
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float& x = s.x[i][j][2 * half + e];
-                x = exp2_approx(fmaf(x, factor, -from));
-                row_sum += x;
+                x = exp2_approx(fmaf(x, scale_log2, -offset));
+                sum += x;
             }
-        sum[i][half] = fmaf(sum[i][half], rescale, row_sum);
+        row_sum[i][half] = fmaf(row_sum[i][half], factor, sum);
     }
 
-    // With nothing visible so far, any finite reference gives exp2(-inf) = 0 instead of NaN.
-    __device__ __forceinline__ float reference(int i, int half, float factor) const {
-        return max[i][half] == -INFINITY ? 0.f : __fmul_rn(max[i][half], factor);
-    }
-
-    // One row of the output, multiplied.
+    // Multiplies one row of o.
     template <int kDTiles>
     __device__ __forceinline__ static void rescale(Accumulator<kMTiles, kDTiles>& o, int i, int half, float factor) {
 #pragma unroll
@@ -113,20 +122,17 @@ struct OnlineSoftmax {
         }
     }
 
-    // Adds up the sums of a row's four threads; every thread then has its rows' sums.
+    // Adds up the sums of a row's four threads. Afterwards every thread has the sums of its rows.
     __device__ __forceinline__ void finish() {
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 1);
-                sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 2);
-            }
+            for (int half = 0; half < 2; ++half) row_sum[i][half] = quad_sum(row_sum[i][half]);
     }
 
     // Natural logarithm of the row's sum of exp(score).
-    __device__ __forceinline__ float lse(int i, int half, float factor) const {
-        return (max[i][half] * factor + log2f(sum[i][half])) * kLn2;
+    __device__ __forceinline__ float lse(int i, int half, float scale_log2) const {
+        return (row_max[i][half] * scale_log2 + log2f(row_sum[i][half])) * kLn2;
     }
 };
 

@@ -1,7 +1,7 @@
 // A tile in shared memory: rows of 16-bit elements in panels of 64 (or 32) columns, 16-byte chunks swizzled.
 //
-// A panel holds all rows of its columns, so a row of a panel is 128 (64) bytes: eight rows of one ldmatrix then differ only
-// in the swizzled chunk and touch each bank once.
+// A panel holds all rows of its columns, so a row of a panel has 128 (64) bytes. The eight rows of an ldmatrix then differ only in the
+// swizzled chunk, and they touch each bank once.
 #pragma once
 
 #include "types.cuh"
@@ -28,8 +28,8 @@ struct Tile {
         return uint32_t(panel * kRows * kPanel * 2 + row * kPanel * 2 + swizzled * 16);
     }
 
-    // From `offset(row, chunk)` to `offset(row, chunk + step)`, where the addition carries no bit within a panel. The row's
-    // swizzle stays in the base, so that a loop over columns needs one register and one instruction a step.
+    // From `offset(row, chunk)` to `offset(row, chunk + step)`. `chunk + step` must not carry within a panel. The row's swizzle stays in the
+    // base, so a loop over columns needs one register and one instruction a step.
     __device__ __forceinline__ static uint32_t advance(uint32_t base, int step) {
         constexpr int kPanelChunks = kPanel / kChunk;
         return (base ^ uint32_t(step % kPanelChunks * 16)) + uint32_t(step / kPanelChunks * kRows * kPanel * 2);

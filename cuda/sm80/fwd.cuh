@@ -1,37 +1,38 @@
 // o = softmax(mask(softmax_scale * q k^T)) v on mma.sync. One thread block, one (batch, head, m_block).
 //
-// Work       kBlockM query rows against every tile of keys that the mask leaves visible, last tile first: the ragged and
-//            diagonal tiles come first and pay for masking, the full ones skip it.
+// Work       kBlockM query rows against every key tile that the mask leaves visible, last tile first: the ragged and diagonal
+//            tiles come first and pay for masking, the full ones skip it.
 // Warps      each owns kBlockM / kWarps rows and all keys (split Q): no sum crosses warps.
 // Pipeline   wait k | start v | S = q k^T | mask | wait v | start next k | softmax | o += P v
-// Shared     sQ kBlockM x kHeadDim, sK and sV kBlockN x kHeadDim each; the epilogue reuses sQ for o.
+// Shared     sQ kBlockM x kHeadDim, sK and sV kBlockN x kHeadDim each.
 // Registers  o and S in f32; P is packed from S as it is used.
-// Numerics   scores, maximum, sum, o in f32; P is rounded to the input type before P v.
-// Numbers    of v that are not finite must not reach a row that they are hidden from, and 0 times NaN is NaN. The first walk over
-//            the keys does not care; where its o is not finite, a careful one takes its place.
+// Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v.
+// Nonfinite  numbers of v must not reach a row that does not see them: see core/nonfinite.cuh.
 // Expects    head_dim <= kHeadDim, a multiple of 8; rows that begin at multiples of 16 bytes. The host has checked them.
 #pragma once
 
+#include "../core/epilogue.cuh"
 #include "../core/fragment.cuh"
 #include "../core/mask.cuh"
-#include "../core/scores.cuh"
+#include "../core/nonfinite.cuh"
+#include "../core/score_mod.cuh"
+#include "../core/sequence.cuh"
 #include "../core/softmax.cuh"
 #include "../core/tile.cuh"
 #include "../params.h"
 #include "copy.cuh"
 #include "matmul.cuh"
-#include "mma.cuh"
 
-namespace fa2 {
+namespace fa2::sm80 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, bool kModified_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, typename ScoreMod_>
 struct FwdTraits {
     using T = T_;
+    using ScoreMod = ScoreMod_;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;
     static constexpr int kWarps = kWarps_;
-    static constexpr bool kModified = kModified_;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kWarpRows = kBlockM / kWarps;
     static constexpr int kMTiles = kWarpRows / 16;
@@ -39,7 +40,7 @@ struct FwdTraits {
     static constexpr int kDTiles = kHeadDim / 8;
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
-    // Blocks to a multiprocessor that the registers must allow. (full mask, 4k tokens, H100: 220 TFLOP/s with two.)
+    // Blocks to a multiprocessor that the registers must allow. (head_dim 32, full mask, 4k tokens, H100: 220 TFLOP/s with two.)
     static constexpr int kMinBlocks = kHeadDim <= 32 ? 3 : 1;
     static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileK::kBytes;
     static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
@@ -49,192 +50,101 @@ struct FwdTraits {
 
 // What one thread block works on, as each thread knows it.
 template <typename Traits>
-struct FwdContext {
+struct FwdBlock {
     using T = typename Traits::T;
+    using CopyQ = TileCopy<typename Traits::TileQ, Traits::kThreads, T>;
+    using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads, T>;
 
-    const Shape& shape;
-    uint8_t* shared;
-    uint32_t base;  // of shared memory
+    const FwdParams& params;
+    uint8_t* bytes;   // shared memory ..
+    uint32_t shared;  // .. and its address
     int thread, lane;
-    int warp_row;   // first row of this warp in the tile
-    int m_block, head, batch;
+    int warp_row;  // first row of this warp in the tile
+    int head;
     Sequence sequence;
     Visibility sees;
     Range rows;  // queries of this block
-    Range keys;  // that any of them sees
-    const T *gQ, *gK, *gV;  // q at the block's first row, k and v at the sequence's first key
+    Range keys;  // keys that any of them sees
 
-    __device__ __forceinline__ FwdContext(const FwdParams& params, uint8_t* shared, const Place& place)
-        : shape(params.shape), shared(shared), base(uint32_t(__cvta_generic_to_shared(shared))), thread(place.thread),
-          lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows),
-          // The last rows see the most keys under a causal mask: they are started first.
-          m_block(gridDim.x - 1 - place.x), head(place.y), batch(shape.first_batch + place.z), sequence(shape, batch), sees(shape, sequence),
-          rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)}, keys(sees.keys_of(rows)) {
-        const int head_k = head / (shape.num_heads / shape.num_heads_k);
-        gQ = row_of<const T>(params.q, params.q_strides, batch, sequence.first_q + rows.begin, head);
-        gK = row_of<const T>(params.k, params.k_strides, batch, sequence.first_k, head_k);
-        gV = row_of<const T>(params.v, params.v_strides, batch, sequence.first_k, head_k);
+    __device__ __forceinline__ FwdBlock(const FwdParams& params, uint8_t* bytes, int m_block, int head, int batch)
+        : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(threadIdx.x),
+          lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows), head(head), sequence(params.shape, batch),
+          sees(params.shape, sequence),
+          rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)}, keys(sees.keys_of(rows)) {}
+
+    __device__ __forceinline__ void start_q() const {
+        const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + rows.begin, head);
+        CopyQ(q, params.q_strides.row, params.shape.head_dim, thread).start(shared + Traits::sQ, 0, rows.end - rows.begin);
+    }
+    __device__ __forceinline__ CopyK copy_of(const void* tensor, const Strides& strides) const {
+        const int head_k = key_head(params.shape, head);
+        return CopyK(row_of<const T>(tensor, strides, sequence.batch, sequence.first_k, head_k), strides.row,
+                     params.shape.head_dim, thread);
     }
 };
 
-// o, unnormalised, and the statistics of its rows, over every tile of keys.
-//
-// kCareful: what is not finite in v does not reach a row that it is hidden from, where 0 times NaN would be NaN. It is left out of
-// the tiles that are only partly visible.
-template <typename Traits, bool kCareful>
-__device__ __forceinline__ void walk(const FwdParams& params, const FwdContext<Traits>& block,
-                                     const Scoring<Traits::kModified>& scoring,
-                                     Accumulator<Traits::kMTiles, Traits::kDTiles>& o, OnlineSoftmax<Traits::kMTiles>& softmax) {
+// o before the division by its row sums, and row statistics, over every key tile that `block` sees.
+template <typename Traits, typename Softmax>
+__device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumulator<Traits::kMTiles, Traits::kDTiles>& o,
+                                          Softmax& softmax) {
     using T = typename Traits::T;
-    using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
-    using CopyK = TileCopy<TileK, Traits::kThreads, T>;
-    constexpr uint32_t sQ = Traits::sQ, sK = Traits::sK, sV = Traits::sV;
-    const uint32_t base = block.base;
-    const int thread = block.thread, lane = block.lane, seqlen_k = block.sequence.seqlen_k;
-    const Visibility& sees = block.sees;
-    const Range rows = block.rows, common = sees.common_keys(rows);
-    const CopyK k_copy(block.gK, params.k_strides.row, block.shape.head_dim, thread);
-    const CopyK v_copy(block.gV, params.v_strides.row, block.shape.head_dim, thread);
+    using ScoreMod = typename Traits::ScoreMod;
+    const Shape& shape = block.params.shape;
+    const uint32_t shared = block.shared;
+    const int lane = block.lane, seqlen_k = block.sequence.seqlen_k, first_row = block.rows.begin + block.warp_row;
+    const Range common = block.sees.common_keys(block.rows);
+    const auto k_copy = block.copy_of(block.params.k, block.params.k_strides);
+    const auto v_copy = block.copy_of(block.params.v, block.params.v_strides);
+    const ScoreMod score_mod(shape, block.sequence, block.head);
     const int n_first = block.keys.begin / Traits::kBlockN;
     int n_block = (block.keys.end - 1) / Traits::kBlockN;
-    TileCopy<TileQ, Traits::kThreads, T>(block.gQ, params.q_strides.row, block.shape.head_dim, thread)
-        .start(base + sQ, 0, rows.end - rows.begin);
-    k_copy.start(base + sK, n_block * Traits::kBlockN, seqlen_k);
+    block.start_q();
+    k_copy.start(shared + Traits::sK, n_block * Traits::kBlockN, seqlen_k);
     cp_async_commit();
     for (; n_block >= n_first; --n_block) {
-        cp_async_wait<0>();
-        __syncthreads();  // k has arrived, and every warp is done with the v before
         const int first_col = n_block * Traits::kBlockN;
-        const bool partial = first_col < common.begin || first_col + Traits::kBlockN > common.end;
-        if (kCareful && partial) {
-            v_copy.copy_finite(block.shared + sV, first_col, seqlen_k);
-        } else {
-            v_copy.start(base + sV, first_col, seqlen_k);
-        }
+        cp_async_wait<0>();
+        __syncthreads();  // k has arrived, and every warp is done with the v of the step before
+        v_copy.start(shared + Traits::sV, first_col, seqlen_k);
         cp_async_commit();
         Accumulator<Traits::kMTiles, Traits::kNTiles> s;
         s.clear();
         multiply_ahead<T, Traits::kHeadDim / 16>(
-            s, OperandA<TileQ, Order::kContiguousK>(base, sQ, block.warp_row, lane),
-            OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(base, sK, 0, lane));
-
-        if (Traits::kModified || partial) {
-#pragma unroll
-            for (int i = 0; i < Traits::kMTiles; ++i)
-#pragma unroll
-                for (int j = 0; j < Traits::kNTiles; ++j)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int row = rows.begin + block.warp_row + 16 * i + fragment_row(lane, e / 2);
-                        const int col = first_col + fragment_col(lane, j) + e % 2;
-                        float& x = s.x[i][j][e];
-                        x = !partial || sees.visible(row, col) ? scoring.apply(x, row, col) : -INFINITY;
-                    }
-        }
+            s, OperandA<typename Traits::TileQ, Order::kContiguousK>(shared, Traits::sQ, block.warp_row, lane),
+            OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(shared, Traits::sK, 0, lane));
+        if constexpr (ScoreMod::kModifies) apply(score_mod, s, first_row, first_col, lane);
+        if (first_col < common.begin || first_col + Traits::kBlockN > common.end)
+            hide(s, block.sees, first_row, first_col, lane, -INFINITY);
         cp_async_wait<0>();
         __syncthreads();  // v has arrived, and every warp is done with k
-        if (n_block > n_first) k_copy.start(base + sK, first_col - Traits::kBlockN, seqlen_k);
+        if (n_block > n_first) k_copy.start(shared + Traits::sK, first_col - Traits::kBlockN, seqlen_k);
         cp_async_commit();
-        softmax.step(s, o, scoring.factor);
+        softmax.step(s, o, ScoreMod::scale_log2(shape));
         // S: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
         multiply_ahead<T, Traits::kBlockN / 16>(
             o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
-            OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(base, sV, 0, lane));
+            OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(shared, Traits::sV, 0, lane));
     }
-    __syncthreads();  // every warp is done with shared memory
-}
-
-// All of the block's work. Returns false, with nothing written, if a careful pass has to take its place.
-template <typename Traits, bool kCareful>
-__device__ __forceinline__ bool forward_pass(const FwdParams& params, uint8_t* shared) {
-    using T = typename Traits::T;
-    using TileQ = typename Traits::TileQ;
-    Accumulator<Traits::kMTiles, Traits::kDTiles> o;
-    OnlineSoftmax<Traits::kMTiles> softmax;
-    o.clear();
-    softmax.clear();
-    {
-        const FwdContext<Traits> block(params, shared, Place());
-        if (block.rows.empty()) return true;
-        const Scoring<Traits::kModified> scoring(block.shape, block.sequence, block.batch, block.head);
-        if (!block.keys.empty()) walk<Traits, kCareful>(params, block, scoring, o, softmax);
-    }
-    if (!kCareful && __syncthreads_or(!o.finite())) return false;
-
-    const FwdContext<Traits> block(params, shared, Place());
-    const Scoring<Traits::kModified> scoring(block.shape, block.sequence, block.batch, block.head);
-    const Range rows = block.rows;
-    const Visibility& sees = block.sees;
-
-    // Epilogue: o / sum through shared memory, so that global memory is written in 16-byte pieces.
-    softmax.finish();
-    float* gLse = params.lse + block.sequence.statistics(block.shape, block.head);
-#pragma unroll
-    for (int i = 0; i < Traits::kMTiles; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = rows.begin + block.warp_row + 16 * i + fragment_row(block.lane, half);
-            const bool blind = sees.keys(row).empty();
-            const float scale = blind ? 0.f : 1.f / softmax.sum[i][half];
-            if (block.lane % 4 == 0 && row < rows.end)
-                gLse[row] = blind ? -INFINITY : softmax.lse(i, half, scoring.factor);
-#pragma unroll
-            for (int j = 0; j < Traits::kDTiles; ++j) {
-                o.x[i][j][2 * half] *= scale;
-                o.x[i][j][2 * half + 1] *= scale;
-            }
-        }
-    store_fragment<T, TileQ>(block.base, Traits::sQ, o, block.warp_row, 0, block.lane);
-    __syncthreads();
-    if (kCareful) {
-        add_special<TileQ, Traits::kThreads, false>(shared + Traits::sQ, rows.end - rows.begin, block.gV, params.v_strides.row,
-                                             block.keys, block.shape.head_dim, block.thread,
-                                             [&](int row, int key) { return sees.visible(rows.begin + row, key); });
-    }
-    if (params.unrounded) {
-        if (kCareful) __syncthreads();  // a thread reads here what others have added
-        float* gO = row_of<float>(params.o, params.o_strides, block.batch, block.sequence.first_q + rows.begin, block.head);
-#pragma unroll
-        for (int i = 0; i < Traits::kMTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int j = 0; j < Traits::kDTiles; ++j) {
-                    const int row = block.warp_row + 16 * i + fragment_row(block.lane, half), col = fragment_col(block.lane, j);
-                    float2 x = {o.x[i][j][2 * half], o.x[i][j][2 * half + 1]};
-                    if (kCareful) {
-                        // What add_special() has added shows in the rounded tile alone.
-                        const uint32_t pair = *reinterpret_cast<const uint32_t*>(
-                            shared + Traits::sQ + TileQ::offset(row, col / TileQ::kChunk) + col % TileQ::kChunk * sizeof(T));
-                        const uint32_t carry = carry_of_special<T>(pair);
-                        if (carry & 0x8000u) x.x = unpack2<T>(pair).x;
-                        if (carry & 0x80000000u) x.y = unpack2<T>(pair).y;
-                    }
-                    if (row < rows.end - rows.begin && col < block.shape.head_dim)
-                        *reinterpret_cast<float2*>(gO + row * params.o_strides.row + col) = x;
-                }
-        return true;
-    }
-    T* gO = row_of<T>(params.o, params.o_strides, block.batch, block.sequence.first_q + rows.begin, block.head);
-    store_tile<TileQ, Traits::kThreads>(gO, params.o_strides.row, shared + Traits::sQ, rows.end - rows.begin,
-                                        block.shape.head_dim, block.thread);
-    return true;
-}
-
-// A function of its own: the usual pass then has the registers to itself. (bench mha/d128/full/s4096 fwd, H100: 374 TFLOP/s,
-// 349 in one body.)
-template <typename Traits>
-__device__ __noinline__ void careful_forward(const FwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    forward_pass<Traits, true>(params, shared);
 }
 
 template <typename Traits>
 __device__ __forceinline__ void forward(const FwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    // A hidden NaN or infinity shows in o: where o is finite, none has reached it.
-    if (!forward_pass<Traits, false>(params, shared)) careful_forward<Traits>(params);
+    extern __shared__ __align__(1024) uint8_t bytes[];
+    // The last rows see the most keys under a causal mask, so they start first.
+    const int m_block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, batch = params.shape.first_batch + blockIdx.z;
+    const FwdBlock<Traits> block(params, bytes, m_block, head, batch);
+    if (block.rows.empty()) return;
+    Accumulator<Traits::kMTiles, Traits::kDTiles> o;
+    OnlineSoftmax<Traits::kMTiles> softmax;
+    o.clear();
+    softmax.clear();
+    if (!block.keys.empty()) walk_keys(block, o, softmax);
+    const bool nonfinite = __any_sync(~0u, !o.finite());
+    const int first_row = block.rows.begin + block.warp_row;
+    write_rows<typename Traits::T>(params, block.sequence, head, first_row, block.lane, o, softmax,
+                                   Traits::ScoreMod::scale_log2(params.shape));
+    if (nonfinite) recompute_rows<Traits>(params, batch, head, first_row, Traits::kWarpRows);
 }
 
-}  // namespace fa2
+}  // namespace fa2::sm80

@@ -5,21 +5,21 @@
 #include "../core/tile.cuh"
 #include "mma.cuh"
 
-namespace fa2 {
+namespace fa2::sm80 {
 
-// Which way an operand lies in shared memory: rows of k contiguous, or rows of its outer axis contiguous ("transposed").
+// How an operand lies in shared memory: its rows run along k, or along its outer axis ("transposed").
 enum class Order { kContiguousK, kTransposed };
 
 // Addresses of one warp's A operand: 16 x 16 fragments at (row 16 i, k-step).
 //
-// `base` is where the lane would read if the tile began at `shared`; how far the tile lies behind that is added last, as a
-// constant in the instruction. Operands of the same shape then share one register.
+// `base` is the address that the lane would read if the tile began at `shared`. The tile's own offset is added last, as a constant in
+// the instruction. Operands of the same shape then share one register.
 template <typename Tile, Order kOrder>
 struct OperandA {
     uint32_t base;
     uint32_t tile;
 
-    // shared: a multiple of 128. tile: bytes behind it. first_row: of the A matrix, a multiple of 16.
+    // shared: a multiple of 128. tile: offset from it in bytes. first_row: of the A matrix, a multiple of 16.
     __device__ __forceinline__ OperandA(uint32_t shared, uint32_t tile, int first_row, int lane) : tile(tile) {
         if constexpr (kOrder == Order::kContiguousK) {
             base = shared + Tile::offset(first_row + lane % 16, lane / 16);
@@ -43,7 +43,7 @@ template <typename Tile, Order kOrder, int kWidth>
 struct OperandB {
     uint32_t base;
     uint32_t tile;
-    int chunk;  // of the first column; used where columns begin inside a panel
+    int chunk;  // of the first column; 0 unless kAcrossPanels
 
     // The columns of a warp may begin inside a panel and run into the next one.
     static constexpr bool kAcrossPanels =
@@ -70,7 +70,7 @@ struct OperandB {
 
 // acc += a b over kSteps of 16.
 //
-// Fragments are loaded one group of products ahead: with two warps to a scheduler nothing else hides ldmatrix' latency.
+// Fragments are loaded one group of products ahead. With two warps to a scheduler, nothing else hides the latency of ldmatrix.
 // (bench mha/d128/full/s4096 fwd, H200: 331 TFLOP/s without, 363 with.)
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& ac
     }
 }
 
-// The same without loading ahead: for products beside which other accumulators live.
+// The same without loading ahead. It needs fewer registers, for products that run while other accumulators are live.
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");
@@ -147,7 +147,7 @@ __device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, c
                              pack2<T>(acc.x[i][j][2 * half], acc.x[i][j][2 * half + 1]));
 }
 
-// Accumulators of a warp's rows, rounded as they are used, as the A operand of the next product.
+// Accumulators as the A operand of the next product. They are rounded as they are used.
 template <typename T, int kMTiles, int kNTiles>
 struct AccumulatorA {
     const Accumulator<kMTiles, kNTiles>& acc;
@@ -157,4 +157,4 @@ struct AccumulatorA {
     }
 };
 
-}  // namespace fa2
+}  // namespace fa2::sm80

@@ -3,7 +3,7 @@
 
 #include "../core/types.cuh"
 
-namespace fa2 {
+namespace fa2::sm80 {
 
 // d += a b, m16n8k16, f32 accumulators.
 template <typename T>
@@ -41,4 +41,4 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                  : "memory");
 }
 
-}  // namespace fa2
+}  // namespace fa2::sm80

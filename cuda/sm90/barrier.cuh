@@ -9,19 +9,19 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Behind the inits, before a barrier of the block: TMA sees them.
+// After the inits and before a barrier of the block: makes them visible to TMA.
 __device__ __forceinline__ void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One arrival, and the phase also waits for `bytes` of TMA.
+// One arrival. The phase also waits for `bytes` of TMA.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase of parity `parity`. A new barrier counts as one whose phase of parity 1 has ended.
+// Waits for the end of the phase of parity `parity`. For a new barrier, the phase of parity 1 has ended already.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
     asm volatile(
         "{\n"
@@ -34,7 +34,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// What all warps of the warpgroup call together, each side of a kernel with its share of the registers.
+// Sets the number of registers of a thread. All warps of the warpgroup call it together.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -45,10 +45,10 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Buffers in a ring, each with a barrier: where a reader or writer stands.
+// Position of a reader or writer in a ring of pipeline stages.
 template <int kStages>
 struct Ring {
-    uint32_t passed = 0;  // buffers so far
+    uint32_t passed = 0;  // number of stages passed
 
     __device__ __forceinline__ uint32_t stage() const { return passed % kStages; }
     __device__ __forceinline__ uint32_t parity() const { return passed / kStages % 2; }

@@ -1,52 +1,69 @@
-// o = softmax(mask(softmax_scale * q k^T)) v on wgmma, fed by TMA. Persistent: a block takes tile after tile.
+// o = softmax(mask(softmax_scale * q k^T)) v on wgmma, fed by TMA. Persistent: a block takes work tile after work tile.
 //
-// Work       a tile: kBlockM query rows of one head against the keys that the mask leaves visible, last tile of keys first.
-// Warps      warpgroup 0 loads, with one warp; each of the others owns 64 rows and all keys (split Q): no sum crosses warps.
-// Pipeline   of a warpgroup, step i:  start S = q k_i^T | start o += P v_(i-1) | wait S | mask, softmax | wait o | round P
-//            so its softmax runs under the products of the other warpgroups, and in part under its own o += P v. With two buffers of
-//            q the first S of a tile is started behind the last product of the one before, and o is written under it.
-// Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then barriers, the tiles on their way, and the list of those taken.
+// Work       a tile: kBlockM query rows of one head against the keys that the mask leaves visible, last key tile first.
+// Warps      warpgroup 0 is the producer, with one warp; each consumer warpgroup owns 64 rows and all keys (split Q): no sum crosses warps.
+// Pipeline   of a consumer, step i:  start S = q k_i^T | start o += P v_(i-1) | wait S | mask, softmax | wait o | round P
+//            so its softmax runs during the products of the other consumers, and in part during its own o += P v. With two stages of q,
+//            the first S of a tile starts right after the last product of the tile before, and o is written while it runs.
+// Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then Control.
 // Registers  S and o in f32, P packed: it is the A operand of the step after the one that computes it.
-// Numerics   scores, maximum, sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
-// Numbers    of v that are not finite: see mend.cuh.
-// Expects    head_dim <= kHeadDim, a multiple of 8; at most kMaxTiles tiles for a block that no other can take.
+// Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
+// Nonfinite  numbers of v: see core/nonfinite.cuh. A call needs registers, so a block recomputes its tiles after all others are done.
+// Expects    head_dim <= kHeadDim, a multiple of 8; a schedule that leaves no block more than kMaxTiles tiles.
 #pragma once
 
 #include "../core/barrier.cuh"
+#include "../core/nonfinite.cuh"
 #include "barrier.cuh"
 #include "fwd_consumer.cuh"
 #include "fwd_producer.cuh"
-#include "mend.cuh"
 #include "tma.cuh"
 
 namespace fa2::sm90 {
 
 template <typename Traits>
+__device__ __forceinline__ void init_barriers(Control<Traits>& control) {
+    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    for (int i = 0; i < Traits::kStages; ++i) {
+        mbarrier_init(shared_address(&control.k_full[i]), 1);
+        mbarrier_init(shared_address(&control.v_full[i]), 1);
+        mbarrier_init(shared_address(&control.k_empty[i]), kConsumerWarps);
+        mbarrier_init(shared_address(&control.v_empty[i]), kConsumerWarps);
+    }
+    for (int i = 0; i < Traits::kQStages; ++i) {
+        mbarrier_init(shared_address(&control.q_full[i]), 1);
+        mbarrier_init(shared_address(&control.q_empty[i]), kConsumerWarps);
+    }
+    mbarrier_fence_init();
+}
+
+// The rows of one consumer warp in all tiles of this block that have a nonfinite o.
+template <typename Traits>
+__device__ __forceinline__ void recompute_tiles(const HopperFwdParams& params, const Control<Traits>& control, int warp_row, int lane) {
+#pragma unroll 1
+    for (int number = 0; number < Traits::kMaxTiles; ++number) {
+        if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
+        const WorkTile tile = work_tile<Traits::kBlockM>(params.fwd.shape, params.schedule, control.taken[number], lane);
+        const int first_row = tile.m_block * Traits::kBlockM + warp_row;
+        recompute_rows<Traits>(params.fwd, tile.sequence.batch, tile.head, first_row, 16);
+    }
+}
+
+template <typename Traits>
 __device__ __forceinline__ void forward(const HopperFwdParams& params) {
     extern __shared__ __align__(1024) uint8_t shared[];
     Control<Traits>& control = *reinterpret_cast<Control<Traits>*>(shared + Traits::kSharedBytes - Traits::kControlBytes);
-    static_assert(sizeof(Control<Traits>) <= Traits::kControlBytes, "it must fit behind the tiles");
+    static_assert(sizeof(Control<Traits>) <= Traits::kControlBytes, "Control must fit after the tiles");
     const uint32_t base = shared_address(shared);
-    // One value for all lanes: branches on it are the warp's.
+    // All lanes take the warp index from one lane, so the compiler knows that branches on it are uniform.
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
     if (threadIdx.x == 0) {
-        constexpr int kWarpsThatRead = 4 * Traits::kConsumers;
-        for (int i = 0; i < Traits::kStages; ++i) {
-            mbarrier_init(shared_address(&control.k_full[i]), 1);
-            mbarrier_init(shared_address(&control.v_full[i]), 1);
-            mbarrier_init(shared_address(&control.k_empty[i]), kWarpsThatRead);
-            mbarrier_init(shared_address(&control.v_empty[i]), kWarpsThatRead);
-        }
-        for (int i = 0; i < Traits::kQStages; ++i) {
-            mbarrier_init(shared_address(&control.q_full[i]), 1);
-            mbarrier_init(shared_address(&control.q_empty[i]), kWarpsThatRead);
-        }
-        mbarrier_fence_init();
+        init_barriers(control);
         tma_prefetch(params.q);
         tma_prefetch(params.k);
         tma_prefetch(params.v);
     }
-    if (threadIdx.x < Traits::kMaxTiles / 32) control.noted[threadIdx.x] = 0;
+    if (threadIdx.x < Traits::kMaxTiles / 32) control.nonfinite[threadIdx.x] = 0;
     __syncthreads();
     if (warp < 4) {
         give_registers<Traits::kProducerRegisters>();
@@ -56,10 +73,10 @@ __device__ __forceinline__ void forward(const HopperFwdParams& params) {
     take_registers<Traits::kConsumerRegisters>();
     const int group = warp / 4 - 1;
     Consumer<Traits>{params, control, base, group, warp % 4, lane}.run();
-    bar_sync<128 * Traits::kConsumers>(1);  // 0 is __syncthreads; what any warp has noted is there
+    bar_sync<128 * Traits::kConsumers>(kFirstNamedBarrier);  // all consumers have set their bits and written their rows
     uint32_t any = 0;
-    for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.noted[i];
-    if (any != 0) mend<Traits>(params, control.noted, control.taken, Traits::kGroupRows * group + 16 * (warp % 4), lane);
+    for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
+    if (any != 0) recompute_tiles(params, control, Traits::kGroupRows * group + 16 * (warp % 4), lane);
 }
 
 }  // namespace fa2::sm90

@@ -1,7 +1,8 @@
-// What the warps of a block of the forward share: tile shapes, shared memory, and who does what of a tile.
+// What the warps of a forward's block share: tile shapes, shared memory, and each warpgroup's part of a work tile.
 #pragma once
 
 #include "../core/mask.cuh"
+#include "../core/score_mod.cuh"
 #include "../core/tile.cuh"
 #include "../core/types.cuh"
 #include "../params.h"
@@ -9,13 +10,13 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, bool kModified_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, typename ScoreMod_>
 struct FwdTraits {
     using T = T_;
+    using ScoreMod = ScoreMod_;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;
-    static constexpr bool kModified = kModified_;
     static constexpr int kThreads = kWarps_ * kWarpSize;
     static constexpr int kMinBlocks = 1;
     static constexpr int kGroupRows = 64;  // of a warpgroup
@@ -25,37 +26,44 @@ struct FwdTraits {
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
 
-    static constexpr int kStages = 2;  // of k, and of v
-    static constexpr int kMaxShared = 232448, kControlBytes = 3072;
+    static constexpr int kStages = 2;  // pipeline stages of k, and of v
+    static constexpr int kControlBytes = 3072;
     static constexpr int kKeyBytes = 2 * kStages * TileK::kBytes;
-    static constexpr int kQStages = 2 * TileQ::kBytes + kKeyBytes + kControlBytes <= kMaxShared ? 2 : 1;
+    static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
-    static constexpr int kMaxTiles = 512;  // of a block
-    static constexpr int kWorks = 4;       // tiles on their way through the block
-    static constexpr int kParts = 2;       // of them, in a warp that multiplies
-    // Where to wait for o and to rescale it, by measurement: see docs/hopper.md. kHolds: between the softmax of a thread's two rows;
-    // otherwise where ptxas puts the wait, which is in front. kDefers: behind the start of the next S; otherwise in front of it.
-    static constexpr bool kHolds = kHeadDim > 64;
-    static constexpr bool kDefers = kHolds && kHeadDim <= 128;
+    static constexpr int kMaxTiles = 512;    // work tiles that one block can take
+    static constexpr int kWorkStages = 4;    // work tiles that the producer may be ahead
+    static constexpr int kPartStages = 2;    // work tiles that a consumer warp has in progress
 
-    // Registers of a thread: what the driver gives a block at its launch, moved from the warpgroup that loads to the others.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    // Where to wait for o and where to rescale it, as measured (docs/log/hopper.md).
+    // kWaitsBetweenRows: wait for o between the softmax of a thread's first and second row. If false, ptxas places the wait, which is
+    // before both. kRescalesLate: rescale o after the next S has started. If false, before it.
+    static constexpr bool kWaitsBetweenRows = kHeadDim > 64;
+    static constexpr bool kRescalesLate = kWaitsBetweenRows && kHeadDim <= 128;
 
-    static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three warpgroups of 64 rows");
-    static_assert(kWarps_ == 4 * (kConsumers + 1), "and one that loads");
+    // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer gives up
+    // all but kLeast of them, and the consumers share what that frees.
+    static constexpr int kLeast = 32;
+    static constexpr int kLaunchRegisters = kRegistersPerSm / kThreads / 8 * 8;
+    static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
+    static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
+
+    static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three consumer warpgroups of 64 rows");
+    static_assert(kWarps_ == 4 * (kConsumers + 1), "and one producer warpgroup");
+    static_assert(kQStages == 1 || kQStages == 2, "the producer is at most one tile of q ahead");
+    static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
-    static_assert(2 * kNTiles <= 32, "what a row sees of a tile is one word of bits a thread");
+    static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible keys of a row");
 };
 
-// What a warpgroup does for one tile; the rest is in the tile's Work. In tiles of keys.
+// What one warpgroup does for a work tile. Ranges and counts are in key tiles.
 struct Part {
-    Range own;           // that this warpgroup's rows see; if it has rows, at least one where any warpgroup sees one
-    Range plain;         // of its steps but the first, those where nothing is hidden
-    bool plain_at_first; // nothing is hidden in the first
-    int before;          // that the producer loads before its own ..
-    int behind;          // .. and behind
+    Range own;             // key tiles that this warpgroup's rows see; at least one if it has rows and any warpgroup sees a tile
+    Range unmasked;        // of its steps after the first, those where nothing is hidden
+    bool first_unmasked;   // nothing is hidden in the first step
+    int before;            // tiles that the producer loads before `own` ..
+    int after;             // .. and after it
 };
 
 // What follows the tiles in shared memory.
@@ -63,16 +71,16 @@ template <typename Traits>
 struct Control {
     uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
     uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
-    uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: also the tile's Work is there
-    Work works[Traits::kWorks];
-    Part parts[4 * Traits::kConsumers][Traits::kParts];
-    uint32_t noted[Traits::kMaxTiles / 32];  // tiles to mend, by their number in this block
-    int taken[Traits::kMaxTiles];
+    uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
+    WorkTile tiles[Traits::kWorkStages];
+    Part parts[4 * Traits::kConsumers][Traits::kPartStages];
+    uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
+    int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// Tiles of keys that some row of a tile of queries sees.
+// Key tiles that any of `rows` sees.
 template <typename Traits>
 __device__ __forceinline__ Range key_tiles(const Visibility& sees, Range rows) {
     const Range keys = sees.keys_of(rows);
@@ -81,8 +89,8 @@ __device__ __forceinline__ Range key_tiles(const Visibility& sees, Range rows) {
 }
 
 template <typename Traits>
-__device__ __forceinline__ Range rows_of(const Work& work) {
-    return {work.m_block * Traits::kBlockM, min((work.m_block + 1) * Traits::kBlockM, work.seqlen_q)};
+__device__ __forceinline__ Range rows_of(const WorkTile& tile) {
+    return {tile.m_block * Traits::kBlockM, min((tile.m_block + 1) * Traits::kBlockM, tile.sequence.seqlen_q)};
 }
 
 }  // namespace fa2::sm90

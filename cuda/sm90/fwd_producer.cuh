@@ -1,4 +1,4 @@
-// The warp of the forward that loads.
+// The producer warp of the forward: it takes work tiles and loads q, k and v.
 #pragma once
 
 #include "barrier.cuh"
@@ -19,60 +19,65 @@ struct Producer {
     const int lane;
     Ring<Traits::kStages> k, v;
     Ring<Traits::kQStages> q;
-    int number = 0;   // tiles published
-    int wanted = 0;   // tiles taken, and at most kMaxTiles
-    int ticket = 0;   // lane 0: the next tile's index, perhaps still on its way from memory
-    int index = 0;    // of the tile taken last
+    int published = 0;   // number of tiles handed to the consumers
+    int taken = 0;       // number of tiles taken, at most kMaxTiles
+    int next_index = 0;  // lane 0: index of the next tile; its load may still be in flight
+    int index = 0;       // of the tile taken last
 
+    // Asks for the index of the next tile.
     __device__ __forceinline__ void request() {
         const Schedule& schedule = params.schedule;
-        if (wanted == Traits::kMaxTiles || (schedule.counters == nullptr && wanted > 0)) {
-            ticket = schedule.tiles;
+        if (taken == Traits::kMaxTiles || (schedule.counters == nullptr && taken > 0)) {
+            next_index = schedule.tiles;
         } else if (schedule.counters == nullptr) {
-            ticket = int(blockIdx.x);
+            next_index = int(blockIdx.x);
         } else if (lane == 0) {
-            ticket = int(atomicAdd(schedule.counters, 1u));
+            next_index = int(atomicAdd(schedule.counters, 1u));
         }
     }
 
     // The tile of the last request().
-    __device__ __forceinline__ Work take() {
+    __device__ __forceinline__ WorkTile take() {
         while (true) {
-            index = __shfl_sync(~0u, ticket, 0);
+            index = __shfl_sync(~0u, next_index, 0);
             if (uint32_t(index) >= uint32_t(params.schedule.tiles)) break;  // each block counts one past the end
-            const Work work = tile_at<Traits::kBlockM>(params.fwd.shape, params.schedule, index, lane);
-            if (work.m_block >= 0 && !rows_of<Traits>(work).empty()) {
-                ++wanted;
-                return work;
+            const WorkTile tile = work_tile<Traits::kBlockM>(params.fwd.shape, params.schedule, index, lane);
+            if (tile.exists() && !rows_of<Traits>(tile).empty()) {
+                ++taken;
+                return tile;
             }
             if (params.schedule.counters == nullptr) break;
             request();
         }
-        Work end = {};
+        WorkTile end = {};
         end.m_block = -1;
         return end;
     }
 
-    // Hands a tile, or the end, to the consumers, and starts the copy of its q if they will need it.
-    __device__ __forceinline__ void publish(Work work, bool copy) {
+    // Hands a tile, or the end, to the consumers. Starts the copy of its q if they will need it.
+    __device__ __forceinline__ void publish(WorkTile tile, bool copy) {
         mbarrier_wait(shared_address(&control.q_empty[q.stage()]), q.parity() ^ 1);
         if (lane == 0) {
             const uint32_t full = shared_address(&control.q_full[q.stage()]);
-            work.number = number;
-            control.works[number % Traits::kWorks] = work;
-            if (work.m_block >= 0) control.taken[number] = index;
+            tile.number = published;
+            control.tiles[published % Traits::kWorkStages] = tile;
+            if (tile.exists()) control.taken[published] = index;
             if (copy) {
                 mbarrier_arrive_expect(full, TileQ::kBytes);
                 tma_load_tile<TileQ>(base + Traits::sQ + q.stage() * TileQ::kBytes, params.q, full,
-                                     work.first_q + work.m_block * Traits::kBlockM, work.head,
-                                     params.fwd.shape.cu_seqlens_q == nullptr ? work.batch : 0);
+                                     tile.sequence.first_q + tile.m_block * Traits::kBlockM, tile.head, batch_of(tile));
             } else {
                 mbarrier_arrive(full);
             }
         }
         __syncwarp();
         q.advance();
-        ++number;
+        ++published;
+    }
+
+    // The tensors of a packed call have one batch entry.
+    __device__ __forceinline__ int batch_of(const WorkTile& tile) const {
+        return is_packed(params.fwd.shape) ? 0 : tile.sequence.batch;
     }
 
     __device__ __forceinline__ void load(Ring<Traits::kStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
@@ -87,55 +92,54 @@ struct Producer {
         ring.advance();
     }
 
-    __device__ __forceinline__ Range tiles_of(const Work& work) const {
-        if (work.m_block < 0) return {0, 0};
-        return key_tiles<Traits>(Visibility(params.fwd.shape, work.sequence(params.fwd.shape)), rows_of<Traits>(work));
+    __device__ __forceinline__ Range tiles_of(const WorkTile& tile) const {
+        if (!tile.exists()) return {0, 0};
+        return key_tiles<Traits>(Visibility(params.fwd.shape, tile.sequence), rows_of<Traits>(tile));
     }
 
     __device__ __forceinline__ void run() {
-        const Shape& shape = params.fwd.shape;
-        // v of a step is loaded behind k of the next one: S never waits for a v.
-        bool v_owed = false;
+        constexpr bool kPublishesEarly = Traits::kQStages > 1;
+        // v of a step is loaded after k of the next step, so that S never waits for a v.
+        bool owes_v = false;
         int v_row = 0, v_head = 0, v_batch = 0;
         const auto load_v = [&] {
-            if (v_owed) load(v, control.v_full, control.v_empty, Traits::sV, params.v, v_row, v_head, v_batch);
-            v_owed = false;
+            if (owes_v) load(v, control.v_full, control.v_empty, Traits::sV, params.v, v_row, v_head, v_batch);
+            owes_v = false;
         };
         request();
-        Work next = take();
-        if (Traits::kQStages > 1) publish(next, !tiles_of(next).empty());
-        while (next.m_block >= 0) {
-            const Work work = next;
-            const Range tiles = tiles_of(work);
-            bool taken = false, published = Traits::kQStages > 1;
+        WorkTile next = take();
+        if (kPublishesEarly) publish(next, !tiles_of(next).empty());
+        while (next.exists()) {
+            const WorkTile tile = next;
+            const Range tiles = tiles_of(tile);
+            bool has_next = false, is_published = kPublishesEarly;
             request();
-            const auto go_on = [&] {
+            const auto take_next = [&] {
                 next = take();
-                if (Traits::kQStages > 1) publish(next, !tiles_of(next).empty());
-                taken = true;
+                if (kPublishesEarly) publish(next, !tiles_of(next).empty());
+                has_next = true;
             };
-            const int head = work.head / (shape.num_heads / shape.num_heads_k);
-            const int batch = shape.cu_seqlens_q == nullptr ? work.batch : 0;
+            const int head = key_head(params.fwd.shape, tile.head), batch = batch_of(tile);
             for (int n = tiles.end - 1; n >= tiles.begin; --n) {
-                const int row = work.first_k + n * Traits::kBlockN;
+                const int row = tile.sequence.first_k + n * Traits::kBlockN;
                 load(k, control.k_full, control.k_empty, Traits::sK, params.k, row, head, batch);
                 load_v();
-                v_owed = true, v_row = row, v_head = head, v_batch = batch;
-                if (!published) publish(work, true);
-                published = true;
-                if (!taken && n < tiles.end - 1) go_on();
+                owes_v = true, v_row = row, v_head = head, v_batch = batch;
+                if (!is_published) publish(tile, true);
+                is_published = true;
+                if (!has_next && n < tiles.end - 1) take_next();
             }
-            // A warpgroup without rows lets v go by before it gives up its tile, for which publish() waits.
+            // publish() waits until every warpgroup has given up its tile, and a warpgroup without rows gives it up only after the last v.
             if (tiles.empty()) load_v();
-            if (!published) publish(work, false);
-            if (!taken) go_on();
+            if (!is_published) publish(tile, false);
+            if (!has_next) take_next();
         }
         load_v();
-        if (Traits::kQStages == 1) publish(next, false);
+        if (!kPublishesEarly) publish(next, false);
         finish();
     }
 
-    // The last block to come here leaves the counters as it found them.
+    // The last block resets the counters to zero.
     __device__ __forceinline__ void finish() const {
         uint32_t* counters = params.schedule.counters;
         if (counters == nullptr || lane != 0) return;

@@ -1,35 +1,27 @@
-// Which tiles a block of a persistent kernel takes, and in what order: the longest of a section of heads first.
+// Which work tiles a block of a persistent kernel takes, and in which order: the longest of a section of heads first.
 #pragma once
 
-#include "../core/mask.cuh"
+#include "../core/sequence.cuh"
+#include "../core/types.cuh"
 #include "../params.h"
 
 namespace fa2::sm90 {
 
 // kBlockM queries of one head of one sequence.
-struct Work {
-    int m_block;  // -1: nothing more
+struct WorkTile {
+    Sequence sequence;
     int head;
-    int batch;
-    int first_q, first_k, seqlen_q, seqlen_k;
-    int number;  // of this block's tiles
+    int m_block;  // -1: there is no further tile
+    int number;   // counts the tiles of this block
 
-    __device__ __forceinline__ Sequence sequence(const Shape& shape) const {
-        Sequence sequence;
-        sequence.first_q = first_q;
-        sequence.first_k = first_k;
-        sequence.seqlen_q = seqlen_q;
-        sequence.seqlen_k = seqlen_k;
-        sequence.batch = batch;
-        sequence.packed = shape.cu_seqlens_q != nullptr;
-        return sequence;
-    }
+    __device__ __forceinline__ bool exists() const { return m_block >= 0; }
 };
 
-// Tile `index`; all lanes of a warp call it together. m_block is -1 where a packed batch has fewer tiles than `schedule` allows for.
+// Tile `index` of the schedule. All lanes of a warp call it together. The tile does not exist where a packed batch has fewer tiles than
+// the schedule allows for.
 template <int kBlockM>
-__device__ __forceinline__ Work tile_at(const Shape& shape, const Schedule& schedule, int index, int lane) {
-    const bool packed = shape.cu_seqlens_q != nullptr;
+__device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule& schedule, int index, int lane) {
+    const bool packed = is_packed(shape);
     const int heads = packed ? shape.num_heads : shape.num_heads * shape.batch;
     const int section = index / (schedule.section_heads * schedule.m_blocks);
     const int first_head = section * schedule.section_heads;
@@ -37,26 +29,20 @@ __device__ __forceinline__ Work tile_at(const Shape& shape, const Schedule& sche
     const int rest = index - first_head * schedule.m_blocks;
     const int head = first_head + rest % in_section;
     int m_block = schedule.m_blocks - 1 - rest / in_section;
-    Work work;
-    work.number = 0;
+    WorkTile tile;
+    tile.number = 0;
+    tile.head = packed ? head : head % shape.num_heads;
+    tile.m_block = m_block;
     if (!packed) {
-        work.head = head % shape.num_heads;
-        work.batch = head / shape.num_heads;
-        work.m_block = m_block;
-        const Sequence sequence(shape, work.batch);
-        work.first_q = 0;
-        work.first_k = sequence.first_k;
-        work.seqlen_q = shape.seqlen_q;
-        work.seqlen_k = sequence.seqlen_k;
-        return work;
+        tile.sequence = Sequence(shape, head / shape.num_heads);
+        return tile;
     }
-    work.head = head;
-    // Blocks of rows are numbered through the sequences: 32 of them are looked through at a time.
+    // m_block counts through all sequences. Look for its sequence among 32 of them at a time.
     for (int first = 0; first < shape.batch; first += kWarpSize) {
         const int batch = min(first + lane, shape.batch - 1);
         const int begin = shape.cu_seqlens_q[batch], length = int(shape.cu_seqlens_q[batch + 1]) - begin;
         const int blocks = first + lane < shape.batch ? ceil_div(length, kBlockM) : 0;
-        int end = blocks;  // blocks of this sequence and those before it
+        int end = blocks;  // blocks of this sequence and of those before it
 #pragma unroll
         for (int step = 1; step < kWarpSize; step *= 2) {
             const int before = __shfl_up_sync(~0u, end, step);
@@ -65,18 +51,14 @@ __device__ __forceinline__ Work tile_at(const Shape& shape, const Schedule& sche
         const uint32_t found = __ballot_sync(~0u, m_block < end);
         if (found != 0) {
             const int owner = __ffs(found) - 1;
-            work.batch = first + owner;
-            work.m_block = __shfl_sync(~0u, m_block - (end - blocks), owner);
-            work.first_q = __shfl_sync(~0u, begin, owner);
-            work.seqlen_q = __shfl_sync(~0u, length, owner);
-            work.first_k = shape.cu_seqlens_k[work.batch];
-            work.seqlen_k = int(shape.cu_seqlens_k[work.batch + 1]) - work.first_k;
-            return work;
+            tile.m_block = __shfl_sync(~0u, m_block - (end - blocks), owner);
+            tile.sequence = Sequence(shape, first + owner);
+            return tile;
         }
         m_block -= __shfl_sync(~0u, end, kWarpSize - 1);
     }
-    work.m_block = -1;
-    return work;
+    tile.m_block = -1;
+    return tile;
 }
 
 }  // namespace fa2::sm90

@@ -1,5 +1,5 @@
-// TMA loads (PTX ISA, "cp.async.bulk.tensor"): one thread copies a box of a tensor into shared memory, swizzled, with zeros where
-// it reaches past the tensor; an mbarrier counts the bytes.
+// TMA loads (PTX ISA, "cp.async.bulk.tensor"). One thread copies a box of a tensor into shared memory, swizzled. Elements outside the
+// tensor become zeros. An mbarrier counts the bytes.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The box that begins at column `col`, row `row` of one head of one sequence.
+// Loads the box that begins at column `col`, row `row` of one head of one sequence.
 __device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int col, int row, int head,
                                          int batch) {
     asm volatile(
@@ -22,7 +22,7 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, 
         : "memory");
 }
 
-// A whole tile, one box for each of its panels.
+// Loads a whole tile, one box for each of its panels.
 template <typename Tile>
 __device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch) {
 #pragma unroll

@@ -1,8 +1,8 @@
-// wgmma (PTX ISA, "Asynchronous warpgroup level matrix instructions"): four warps multiply 64 rows with a tile in shared memory
-// while they go on.
+// wgmma (PTX ISA, "Asynchronous warpgroup level matrix instructions"): the four warps of a warpgroup multiply 64 rows with a tile in
+// shared memory. The instruction runs asynchronously.
 //
-// The accumulator of one warp is Accumulator<1, N / 8> of core/fragment.cuh. Between wgmma_commit() and the wait for it neither
-// accumulators nor A operands in registers may be touched; build.rs fails on what ptxas says where it then waits after each one.
+// The accumulator of one warp is Accumulator<1, N / 8> of core/fragment.cuh. Between wgmma_commit() and its wait, nothing may touch the
+// accumulators or the A operands in registers. Otherwise ptxas runs the wgmmas one by one and says so, and the build fails.
 #pragma once
 
 #include <type_traits>
@@ -13,19 +13,19 @@
 
 namespace fa2::sm90 {
 
-// Before the first wgmma behind any change to accumulators or A operands.
+// Call it before a wgmma whose accumulators or A operands have changed since the last wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// The wgmmas since the last call become one group.
+// Makes one group of the wgmmas since the last call.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most kPending groups are under way.
+// Waits until at most kPending groups are still running.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps reads of an accumulator behind the wait for it.
+// Keeps the compiler from moving reads of an accumulator before the wait for it.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void wgmma_arrived(Accumulator<kMTiles, kNTiles>& acc) {
 #pragma unroll
@@ -36,7 +36,7 @@ __device__ __forceinline__ void wgmma_arrived(Accumulator<kMTiles, kNTiles>& acc
             for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(acc.x[i][j][e])::"memory");
 }
 
-// A tile as an operand (PTX ISA, "matrix descriptor"), both as TMA writes it. All fields count 16 bytes.
+// The descriptor of a tile as an operand (PTX ISA, "matrix descriptor"), for tiles as TMA writes them. Its fields are in units of 16 bytes.
 template <typename Tile>
 struct Descriptor {
     static constexpr uint64_t kSwizzle = Tile::kPanel == 64 ? 1 : 2;  // 128 or 64 bytes
@@ -48,17 +48,17 @@ struct Descriptor {
     // shared: a multiple of 1024, below 256 KB.
     __device__ __forceinline__ static uint64_t of(uint32_t shared) { return kFields | (shared >> 4); }
 
-    // From the first 16 columns to those of step `step`: rows of k contiguous.
+    // Added to a descriptor: moves to the 16 columns of step `step`. For operands whose rows run along k.
     __device__ __forceinline__ static constexpr uint64_t columns(int step) {
         constexpr int kSteps = Tile::kPanel / 16;
         return uint64_t((step / kSteps * kPanelBytes + step % kSteps * 32) / 16);
     }
 
-    // From the first 16 rows to those of step `step`: rows of the outer axis contiguous ("transposed").
+    // Added to a descriptor: moves to the 16 rows of step `step`. For operands whose rows run along the outer axis ("transposed").
     __device__ __forceinline__ static constexpr uint64_t rows(int step) { return uint64_t(step * 16 * kRowBytes / 16); }
 };
 
-// Operands of an instruction: the registers of an accumulator, in order.
+// The registers of an accumulator as operands of an instruction, in order.
 #define FA2_REGISTERS_0_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -92,11 +92,11 @@ struct Descriptor {
     "{\n.reg .pred add;\nsetp.ne.b32 add, %" scale ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
     " {" FA2_REGISTERS_##count "}, " operands ";\n}\n"
 
-// One step of 16: d (64 x kN) = rows columns, or that and d.
+// One step of 16: d = rows * columns, or d += rows * columns. d is 64 x kN.
 template <typename T, int kN>
 struct WgmmaShared;
 
-// Both in shared memory, k contiguous.
+// Both operands are in shared memory, with rows along k.
 #define FA2_WGMMA_SHARED(n, count, tiles, a, b, add) \
     template <typename T> \
     struct WgmmaShared<T, n> { \
@@ -112,7 +112,7 @@ struct WgmmaShared;
 FA2_WGMMA_SHARED(80, 40, 10, "40", "41", "42")
 FA2_WGMMA_SHARED(128, 64, 16, "64", "65", "66")
 
-// The same with rows in registers, and columns in shared memory that lie along the outer axis ("transposed").
+// The same with `rows` in registers, and with `columns` in shared memory along the outer axis ("transposed").
 template <typename T, int kN>
 struct WgmmaRegisters;
 

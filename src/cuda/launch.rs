@@ -57,7 +57,7 @@ impl<'a> Launcher<'a> {
 
     fn queue<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         let Launch { kernel, grid } = *launch;
-        assert_eq!((kernel.pass, kernel.arch), (P::PASS, P::ARCH), "{} takes other parameters", kernel.name);
+        assert_eq!(kernel.params, P::NAME, "{} takes other parameters", kernel.name);
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
@@ -69,8 +69,7 @@ impl<'a> Launcher<'a> {
         };
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(params);
-        // SAFETY: kernels of this pass and arch take one argument, this struct (asserted above; its layout is asserted in
-        // params.rs). Its addresses are of memory that `self` borrows, or of counters that are never freed, in the shapes and
+        // SAFETY: the kernel takes one argument, this struct (asserted above; both compilers assert its layout). Its addresses are of memory that `self` borrows, or of counters that are never freed, in the shapes and
         // strides that `Problem` and `Plan` checked (of do that `readable` did), and only what came from `write` is written,
         // and the counters. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
         let queued = unsafe { builder.launch(config) };

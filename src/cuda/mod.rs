@@ -222,7 +222,7 @@ fn typed_forward<T: Element>(
             v_strides: problem.v.into(),
             o_strides: problem.contiguous_o().into(),
             shape: side.shape(&mut launcher)?,
-            unrounded: i32::from(output == Output::OAndLse),
+            o_is_f32: i32::from(output == Output::OAndLse),
         };
         match schedule {
             None => launcher.launch(&forward, &params)?,
@@ -274,9 +274,9 @@ fn typed_backward<T: Element>(
     };
     let mut delta = uninit::<f32>(device, rows)?;
     let tiles = plan.dq_tiles;
-    let mut dq_sums = device.alloc_zeros::<f32>(tiles.count * tiles.elements)?;
-    // One counter for each tile and one for tickets.
-    let mut turns = problem.deterministic.then(|| device.alloc_zeros::<u32>(tiles.count + 1)).transpose()?;
+    let mut dq_accum = device.alloc_zeros::<f32>(tiles.count * tiles.elements)?;
+    // One counter for each tile, and one that counts started blocks.
+    let mut semaphores = problem.deterministic.then(|| device.alloc_zeros::<u32>(tiles.count + 1)).transpose()?;
     // No tile covers keys that are not valid, so no kernel writes their gradients: they are zeros from the start.
     let hides_keys = matches!(problem.lengths, Lengths::Padded { key_lengths: Some(_), .. });
     let memory = |len: usize| if hides_keys { device.alloc_zeros::<T>(len.max(1)) } else { uninit::<T>(device, len) };
@@ -309,8 +309,8 @@ fn typed_backward<T: Element>(
             do_: do_.read::<T>(&mut launcher)?,
             lse: lse.read::<f32>(&mut launcher)?,
             delta: launcher.read(&delta, 0),
-            dq_sums: launcher.write(&mut dq_sums),
-            turns: turns.as_mut().map_or(NULL, |turns| launcher.write(turns)),
+            dq_accum: launcher.write(&mut dq_accum),
+            semaphores: semaphores.as_mut().map_or(NULL, |semaphores| launcher.write(semaphores)),
             dk,
             dv,
             q_strides: problem.q.into(),
@@ -327,7 +327,7 @@ fn typed_backward<T: Element>(
         let mut launcher = Launcher::new(&stream);
         let [dq, ..] = grads.write(&mut launcher);
         let params = ConvertParams {
-            dq_sums: launcher.read(&dq_sums, 0),
+            dq_accum: launcher.read(&dq_accum, 0),
             dq,
             dq_strides: strides[0].into(),
             dq_tiles: tiles.into(),

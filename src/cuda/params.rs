@@ -1,159 +1,29 @@
-//! What a kernel is handed: the twins of the structs in cuda/params.h, which has the shapes. Strides are in elements.
-#![allow(missing_docs)] // cuda/params.h has them; only `testing` hands the structs on
+//! The parameters of kernels, and how they follow from a [`Problem`] and a plan. Strides are in elements.
+#![allow(missing_docs)] // cuda/params.h explains its structs where a name does not; only `testing` hands them on
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
 
-use crate::instances::{Arch, Pass};
 use crate::mask::Mask;
 use crate::padding::PaddingSide;
 use crate::plan::{self, MAX_SEQLEN};
 use crate::problem::{self, Alibi, Lengths, Problem};
 
-/// A parameter struct, and the kernels that take it as their one argument.
+// The structs, with their layout asserted: generated from cuda/params.h, on which nvcc asserts the same.
+include!(concat!(env!("OUT_DIR"), "/params.rs"));
+
+/// A parameter struct: the one argument of the kernels whose row in the table has its name.
 pub(super) trait Params: DeviceRepr + Copy {
-    const PASS: Pass;
-    const ARCH: Arch;
+    const NAME: &'static str;
     fn shape_mut(&mut self) -> &mut Shape;
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Strides {
-    pub batch: i64,
-    pub row: i64,
-    pub head: i64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub cu_seqlens_q: CUdeviceptr,
-    pub cu_seqlens_k: CUdeviceptr,
-    pub key_lengths: CUdeviceptr,
-    pub alibi_slopes: CUdeviceptr,
-    pub lse_batch: i64,
-    pub lse_head: i64,
-    pub alibi_batch: i32,
-    pub batch: i32,
-    pub first_batch: i32,
-    pub keys_at_end: i32,
-    pub seqlen_q: i32,
-    pub seqlen_k: i32,
-    pub num_heads: i32,
-    pub num_heads_k: i32,
-    pub head_dim: i32,
-    pub window_left: i32,
-    pub window_right: i32,
-    pub product_factor: f32,
-    pub softcap_log2: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct FwdParams {
-    pub q: CUdeviceptr,
-    pub k: CUdeviceptr,
-    pub v: CUdeviceptr,
-    pub o: CUdeviceptr,
-    pub lse: CUdeviceptr,
-    pub q_strides: Strides,
-    pub k_strides: Strides,
-    pub v_strides: Strides,
-    pub o_strides: Strides,
-    pub shape: Shape,
-    pub unrounded: i32,
-}
-
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug)]
-pub struct TensorMap {
-    pub words: [u64; 16],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Schedule {
-    pub counters: CUdeviceptr,
-    pub tiles: i32,
-    pub m_blocks: i32,
-    pub section_heads: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct HopperFwdParams {
-    pub q: TensorMap,
-    pub k: TensorMap,
-    pub v: TensorMap,
-    pub fwd: FwdParams,
-    pub schedule: Schedule,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct DeltaParams {
-    pub o: CUdeviceptr,
-    pub do_: CUdeviceptr,
-    pub dlse: CUdeviceptr,
-    pub delta: CUdeviceptr,
-    pub o_strides: Strides,
-    pub do_strides: Strides,
-    pub shape: Shape,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct DqTiles {
-    pub batch: i64,
-    pub head: i64,
-    pub count: i64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct BwdParams {
-    pub q: CUdeviceptr,
-    pub k: CUdeviceptr,
-    pub v: CUdeviceptr,
-    pub do_: CUdeviceptr,
-    pub lse: CUdeviceptr,
-    pub delta: CUdeviceptr,
-    pub dq_sums: CUdeviceptr,
-    pub turns: CUdeviceptr,
-    pub dk: CUdeviceptr,
-    pub dv: CUdeviceptr,
-    pub q_strides: Strides,
-    pub k_strides: Strides,
-    pub v_strides: Strides,
-    pub do_strides: Strides,
-    pub dk_strides: Strides,
-    pub dq_tiles: DqTiles,
-    pub shape: Shape,
-    pub softmax_scale: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ConvertParams {
-    pub dq_sums: CUdeviceptr,
-    pub dq: CUdeviceptr,
-    pub dq_strides: Strides,
-    pub dq_tiles: DqTiles,
-    pub shape: Shape,
-    pub softmax_scale: f32,
-}
-
-// The same sizes and offsets are asserted by nvcc on cuda/params.h.
-include!(concat!(env!("OUT_DIR"), "/layout.rs"));
-
 macro_rules! params {
-    ($($name:ident: $pass:ident on $arch:ident, $($shape:ident).+;)*) => {$(
+    ($($name:ident: $($shape:ident).+;)*) => {$(
         // SAFETY: `#[repr(C)]`, integers and floats only, laid out as the kernels' struct of the same name.
         unsafe impl DeviceRepr for $name {}
         impl Params for $name {
-            const PASS: Pass = Pass::$pass;
-            const ARCH: Arch = Arch::$arch;
+            const NAME: &'static str = stringify!($name);
             fn shape_mut(&mut self) -> &mut Shape {
                 &mut self.$($shape).+
             }
@@ -161,11 +31,11 @@ macro_rules! params {
     )*};
 }
 params!(
-    FwdParams: Forward on Sm80, shape;
-    HopperFwdParams: Forward on Sm90, fwd.shape;
-    DeltaParams: Delta on Sm80, shape;
-    BwdParams: Backward on Sm80, shape;
-    ConvertParams: Convert on Sm80, shape;
+    FwdParams: shape;
+    HopperFwdParams: fwd.shape;
+    DeltaParams: shape;
+    BwdParams: shape;
+    ConvertParams: shape;
 );
 
 /// Stands for no pointer.
@@ -229,10 +99,6 @@ impl Shape {
         // An open side reaches past every sequence, and so does a longer window.
         let side = |side: Option<usize>| side.unwrap_or(MAX_SEQLEN).min(MAX_SEQLEN) as i32;
         let log2_e = std::f64::consts::LOG2_E;
-        let product_factor = match problem.softcap {
-            None => problem.softmax_scale * log2_e,
-            Some(softcap) => problem.softmax_scale / softcap,
-        };
         // 0 stands for none, and the device takes what is below the normal range for it.
         let softcap_log2 = problem.softcap.map_or(0.0, |softcap| (softcap * log2_e).max(f64::from(f32::MIN_POSITIVE)));
         Self {
@@ -253,8 +119,9 @@ impl Shape {
             head_dim: problem.head_dim as i32,
             window_left: side(left),
             window_right: side(right),
-            product_factor: product_factor as f32,
+            softmax_scale_log2: (problem.softmax_scale * log2_e) as f32,
             softcap_log2: softcap_log2 as f32,
+            softmax_scale_over_softcap: problem.softcap.map_or(0.0, |softcap| problem.softmax_scale / softcap) as f32,
         }
     }
 }

@@ -2,12 +2,12 @@
 //! The other modules run on the GPU too, because `cases::targets` contains it.
 //!
 //! These tests need the feature `cuda` and a GPU. Without the feature they are ignored. Without a GPU each prints SKIPPED and
-//! passes. The suite is one binary. With `--skip house` it does not read the repository, so it can be copied to another machine.
+//! passes. The suite is one binary that reads no file of the repository, so it can be copied to a machine with a GPU.
 //!
 //! ```sh
 //! cargo test --features cuda --test suite --no-run         # prints where the binary is, $SUITE below
-//! $SUITE --skip house --nocapture                          # everything, and how much of it ran on the GPU
-//! CANDLE_FA2_SHARED_LIMIT=101376 $SUITE --skip house       # on the kernels of GPUs with 99 KB of shared memory
+//! $SUITE --nocapture                                       # everything, and how much of it ran on the GPU
+//! CANDLE_FA2_SHARED_LIMIT=101376 $SUITE                    # on the kernels of GPUs with 99 KB of shared memory
 //! for tool in memcheck racecheck initcheck synccheck; do
 //!     compute-sanitizer --tool $tool --error-exitcode 1 $SUITE sanitizer_sweep --nocapture
 //! done
@@ -16,7 +16,7 @@
 use std::collections::BTreeSet;
 
 use crate::common::cases::{self, chunk, gpu_targets_or_skip, window, Alibi, Case, Target};
-use crate::common::compare::{self, round_to};
+use crate::common::compare;
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
@@ -59,13 +59,13 @@ impl Tiled {
     /// A case for this kernel. `variant` chooses the head_dim, the number of key heads, `deterministic`, a gradient of lse,
     /// and the score_mod if the kernel has one.
     fn case(&self, variant: usize) -> Case {
-        let Kernel { head_dim, modified, .. } = *self.kernel;
+        let Kernel { head_dim, score_mod, .. } = *self.kernel;
         // The head_dim of the kernel, and a smaller one that it pads in shared memory.
         let padded = head_dim - chunk(&self.target.device);
         let (num_heads, num_heads_k) = [(1, 1), (2, 1), (3, 3), (4, 2)][variant % 4];
         let case = Case::new(&self.target).heads(num_heads, num_heads_k).head_dim([head_dim, padded][variant / 4 % 2]);
         let case = Case { deterministic: variant / 3 % 2 == 1, dlse: variant % 7 > 3, ..case };
-        match (modified, variant % 5) {
+        match (score_mod, variant % 5) {
             (false, _) => case,
             (true, 0) => case.softcap(1.5),
             (true, 1) => case.alibi(Alibi::PerHead),
@@ -252,7 +252,7 @@ fn scores_that_grow_from_tile_to_tile() -> Result<()> {
         let keys = input.k.len() / head_dim;
         let scale = case.softmax_scale.unwrap_or((head_dim as f64).powf(-0.5));
         for (at, x) in input.k.iter_mut().enumerate().step_by(head_dim) {
-            *x = round_to(case.dtype, (scores.score)(keys - 1 - at / head_dim) / scale);
+            *x = case.precision().round((scores.score)(keys - 1 - at / head_dim) / scale);
         }
         tiled.check_on(case, &input).err().map(|error| format!("scores {}: {error:#}", scores.name))
     });
@@ -289,7 +289,7 @@ fn sweep(dtype: DType) -> Result<()> {
             of_kernel.push(small(at).batch(48, seqlen_q, seqlen_k).mask(window(block_n / 2, 20)));
         }
         for case in of_kernel {
-            // NaN runs the non-finite handling of a kernel.
+            // NaN in v makes a forward recompute its rows.
             let mut input = case.draw();
             for values in [&mut input.k, &mut input.v, &mut input.do_] {
                 let last = values.len() - 1;

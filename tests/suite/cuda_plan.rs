@@ -131,9 +131,9 @@ fn sums_of_dq_do_not_overlap() -> Result<()> {
 
 /// Calls that need a kernel with score_mod: softcap, ALiBi, and scales that do not keep the order of the scores.
 #[test]
-fn modified_kernels_where_needed() -> Result<()> {
+fn kernels_with_a_score_mod_where_needed() -> Result<()> {
     let slopes = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
-    for (attention, modified) in [
+    for (attention, score_mod) in [
         (Attention::new(), false),
         (Attention::new().softmax_scale(1e-9), false),
         (Attention::new().softmax_scale(5e-39), true), // flushed to 0
@@ -145,8 +145,8 @@ fn modified_kernels_where_needed() -> Result<()> {
     ] {
         let plan = plan(&problem(&attention, 64, DType::F16)?, &H100)?;
         assert_eq!(
-            (plan.forward.kernel.modified, plan.backward.kernel.modified),
-            (modified, modified),
+            (plan.forward.kernel.score_mod, plan.backward.kernel.score_mod),
+            (score_mod, score_mod),
             "{attention:?}"
         );
     }
@@ -458,7 +458,7 @@ fn calls_without_rows_have_empty_grids() -> Result<()> {
 /// The table of kernels equals the lines of cuda/instances.def.
 #[test]
 fn the_table_has_every_variant_once() {
-    let variant = |kernel: &Kernel| (kernel.dtype, kernel.modified);
+    let variant = |kernel: &Kernel| (kernel.dtype, kernel.score_mod);
     for kernel in &KERNELS {
         assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
         let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);

@@ -1,9 +1,11 @@
 //! Sizes and values where implementations often fail: no visible key, one token, no token, scores that overflow, and
 //! non-finite values.
 
-use crate::common::cases::{targets, window, Alibi, Case, Target};
-use crate::common::compare::round_to;
-use crate::common::reference::{visible, Input};
+use crate::common::cases::{precision, targets, window, Alibi, Case, Target};
+use crate::common::compare;
+use crate::common::nonfinite::Nonfinite;
+use crate::common::reference::attention::visible;
+use crate::common::reference::{Input, Precision, Rows};
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::{Attention, Mask};
@@ -85,9 +87,9 @@ fn scores_that_overflow_exp() -> Result<()> {
         // All scores of a row are near -100,000. Without subtracting row_max, every exp would be 0.
         let case = Case::new(&target).batch(1, 20, 20).softmax_scale(100.0);
         let mut input = case.draw();
-        input.q.fill(round_to(target.dtype, 8.0));
+        input.q.fill(precision(target.dtype).round(8.0));
         for x in &mut input.k {
-            *x = round_to(target.dtype, -8.0 - x.abs() / 64.0);
+            *x = precision(target.dtype).round(-8.0 - x.abs() / 64.0);
         }
         case.check_on(&input)?;
         // A softcap limits every score.
@@ -148,7 +150,7 @@ fn gradients_at_wide_scores() -> Result<()> {
 
 /// Multiplies q by `gain` and rounds it to the type again.
 fn scaled(input: &mut Input, gain: f64) {
-    input.q.iter_mut().for_each(|x| *x = round_to(input.dtype, *x * gain));
+    input.q.iter_mut().for_each(|x| *x = input.precision.round(*x * gain));
 }
 
 /// Scores that grow or fall along the keys. So row_max changes in every tile, or in none after the first.
@@ -160,7 +162,7 @@ fn scores_that_rise_and_fall_along_the_keys() -> Result<()> {
             let mut input = case.draw();
             input.q.fill(1.0);
             for (at, x) in input.k.iter_mut().enumerate() {
-                *x = round_to(target.dtype, (at / case.head_dim) as f64 / 16.0);
+                *x = precision(target.dtype).round((at / case.head_dim) as f64 / 16.0);
             }
             case.check_on(&input)?;
         }
@@ -207,7 +209,7 @@ fn one_key_repeated() -> Result<()> {
 }
 
 /// The value that replaces an element.
-const INTRUDERS: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+const NONFINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
 
 /// Accesses the elements of one tensor of an input.
 type Values = fn(&mut Input) -> &mut Vec<f64>;
@@ -230,19 +232,19 @@ fn masks_and_lengths(target: &Target) -> Vec<Case> {
 }
 
 /// One NaN or infinity in q, k, v, do or dlse. The results are non-finite exactly where the reference is, and every other
-/// element is right. A key that no query sees has no effect, and nothing reaches another sequence or head.
+/// element is right. Gradients on a GPU may have more NaN; see `Nonfinite`.
 #[test]
 fn one_value_that_is_not_a_number() -> Result<()> {
     for target in targets() {
         for case in masks_and_lengths(&target) {
             for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
-                for intruder in INTRUDERS {
+                for nonfinite in NONFINITE {
                     for part in [0, 1, 2, 3] {
                         let mut input = case.draw();
                         let values = tensor(&mut input);
                         let at = part * (values.len() - 1) / 3;
-                        values[at] = intruder;
-                        case.check_on(&input).map_err(|error| error.context(format!("{intruder} in {name}[{at}]")))?;
+                        values[at] = nonfinite;
+                        case.check_on(&input).map_err(|error| error.context(format!("{nonfinite} in {name}[{at}]")))?;
                     }
                 }
             }
@@ -255,7 +257,7 @@ fn one_value_that_is_not_a_number() -> Result<()> {
 #[test]
 fn hidden_keys_do_not_leak() -> Result<()> {
     for target in targets() {
-        for intruder in INTRUDERS {
+        for nonfinite in NONFINITE {
             // The window ends before the last keys and begins after the first.
             for (mask, lengths, hidden) in
                 [(window(2, 0), (4, 200), 0..150), (window(0, 0), (3, 9), 0..6), (window(5, 2), (140, 300), 0..120)]
@@ -264,34 +266,71 @@ fn hidden_keys_do_not_leak() -> Result<()> {
                 let clean = case.draw();
                 let mut input = clean.clone();
                 for col in hidden {
-                    input.k[col * 8..][..8].fill(intruder);
-                    input.v[col * 8..][..8].fill(intruder);
+                    input.k[col * 8..][..8].fill(nonfinite);
+                    input.v[col * 8..][..8].fill(nonfinite);
                 }
-                // Compare with the reference of the input without them.
                 let got = case.run(&input)?;
-                case.check_output(&clean, &got).map_err(|error| error.context(format!("hidden keys of {intruder}")))?;
+                case.check_hidden(&clean, &input, &got)
+                    .map_err(|error| error.context(format!("hidden keys of {nonfinite}")))?;
             }
         }
     }
     Ok(())
 }
 
-/// Whole rows of such a value. A query of NaN makes its own row NaN, and the gradients of the keys that it sees. A key of -inf
-/// has the effect of a hidden key.
+/// A non-finite value in one sequence and one group of heads. All rows of other sequences and groups keep their bits, in o, lse
+/// and all gradients.
+#[test]
+fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
+    for target in targets() {
+        for head_dim in [8, 64, 128, 256] {
+            let case = || Case { deterministic: true, ..Case::new(&target).heads(4, 2).head_dim(head_dim) };
+            for case in [
+                case().packed(&[(9, 40), (70, 130), (33, 7)]).mask(Mask::Causal),
+                case().batch(3, 37, 50).mask(window(9, 4)).dlse(),
+            ] {
+                let clean = case.draw();
+                let want = case.run(&clean)?;
+                for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
+                    let mut input = clean.clone();
+                    let values = tensor(&mut input);
+                    let at = values.len() / 2;
+                    values[at] = if name == "k" { f64::INFINITY } else { f64::NAN };
+                    let nonfinite = Nonfinite::of(&input);
+                    let got = case.run(&input)?;
+                    for ((output, got), (_, want)) in got.named().into_iter().zip(want.named()) {
+                        let reached = nonfinite.reaches(got);
+                        ensure!(reached.contains(&true) && reached.contains(&false), "{name} reaches all of {output}");
+                        let others = |rows: &Rows| -> Vec<f64> {
+                            let kept = rows.values.chunks(rows.width).zip(&reached).filter(|(_, reached)| !**reached);
+                            kept.flat_map(|(row, _)| row.to_vec()).collect()
+                        };
+                        let what = format!("with {name}[{at}] not finite\ncase {case}");
+                        compare::same_rows(output, &others(got), &others(want), &what)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whole rows of a non-finite value. A query of NaN makes its own row NaN, and the gradients of the keys that it sees. A key
+/// of -inf has the effect of a hidden key.
 #[test]
 fn rows_that_are_not_numbers() -> Result<()> {
     for target in targets() {
         for case in masks_and_lengths(&target) {
             for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
-                for intruder in INTRUDERS {
+                for nonfinite in NONFINITE {
                     let mut input = case.draw();
                     let head_dim = case.head_dim;
                     let values = tensor(&mut input);
                     let width = if name == "dlse" { 1 } else { head_dim };
                     let row = values.len() / width / 2;
-                    values[row * width..][..width].fill(intruder);
+                    values[row * width..][..width].fill(nonfinite);
                     case.check_on(&input)
-                        .map_err(|error| error.context(format!("{intruder} in row {row} of {name}")))?;
+                        .map_err(|error| error.context(format!("{nonfinite} in row {row} of {name}")))?;
                 }
             }
         }
@@ -326,15 +365,15 @@ fn numbers_near_the_ends_of_f16() -> Result<()> {
         let case = Case::new(&target).batch(1, 6, 9).softmax_scale(1e-9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.k, &mut input.v] {
-            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, x.clamp(-2.0, 2.0) * 30000.0));
+            tensor.iter_mut().for_each(|x| *x = Precision::F16.round(x.clamp(-2.0, 2.0) * 30000.0));
         }
-        input.do_.iter_mut().for_each(|x| *x = round_to(DType::F16, *x / 1e4));
+        input.do_.iter_mut().for_each(|x| *x = Precision::F16.round(*x / 1e4));
         case.check_on(&input)?;
         // Subnormal numbers.
         let case = Case::new(&target).batch(1, 6, 9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.v, &mut input.do_] {
-            tensor.iter_mut().for_each(|x| *x = round_to(DType::F16, *x * 1e-6));
+            tensor.iter_mut().for_each(|x| *x = Precision::F16.round(*x * 1e-6));
         }
         case.check_on(&input)?;
     }

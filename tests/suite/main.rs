@@ -14,7 +14,6 @@ mod edges;
 mod errors;
 mod forward;
 mod gradcheck;
-mod house;
 mod layers;
 mod layouts;
 mod mask_units;

@@ -20,7 +20,7 @@ fn visible(mask: Mask, lengths: (usize, usize), row: usize, col: usize) -> bool 
         Mask::Causal => (None, Some(0)),
         Mask::Window { left, right } => (left, right),
     };
-    reference::visible(lengths, sides, row, col)
+    reference::attention::visible(lengths, sides, row, col)
 }
 
 fn each(check: impl Fn(Mask, usize, usize)) {

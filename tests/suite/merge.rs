@@ -1,10 +1,9 @@
 //! Merging attention over parts of the keys: compared with the formulas in f64, and with the reference over all keys.
 
-use crate::common::cases::{in_layout, targets, window, Case, Lengths};
+use crate::common::cases::{accumulator, in_layout, targets, window, Case, Lengths};
 use crate::common::compare;
 use crate::common::reference;
 use crate::common::run::{values, Call};
-use crate::common::tolerance::accumulator;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::TensorLayout::{self, Bhsd, Bshd};
@@ -277,7 +276,7 @@ fn check_parts(case: &Case, cuts: &[usize]) -> Result<()> {
     };
     let want = reference::attention(&input);
     for (((name, got), (_, want)), tolerance) in
-        got.named().into_iter().zip(want.named()).zip(case.tolerances(&input, &want))
+        got.named().into_iter().zip(want.named()).zip(reference::tolerances(&input, &want))
     {
         // The tolerance grows, because each part rounds its gradients and the gradient of its o.
         compare::close(name, got, want, &tolerance.doubled().doubled(), case)?;

@@ -150,7 +150,7 @@ fn packed_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
 
 /// Checks that two outputs of the operator agree. Each may have the error that the reference allows.
 fn agree(case: &Case, input: &Input, got: &Output, want: &Output) -> Result<()> {
-    let tolerances = case.tolerances(input, &reference::attention(input));
+    let tolerances = reference::tolerances(input, &reference::attention(input));
     for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(tolerances) {
         compare::close(name, got, want, &tolerance.doubled(), case)?;
     }
@@ -284,13 +284,13 @@ fn shared_heads_equal_repeated_heads() -> Result<()> {
         let got = case.run(&input)?;
         let want = repeated.run(&repeated_input)?;
         let exact = reference::attention(&input);
-        let tolerances = case.tolerances(&input, &exact);
+        let tolerances = reference::tolerances(&input, &exact);
         for (n, (got, want)) in [(&got.o, &want.o), (&got.lse, &want.lse), (&got.dq, &want.dq)].into_iter().enumerate()
         {
             compare::close(["o", "lse", "dq"][n], got, want, &tolerances[n].clone().doubled(), &case)?;
         }
         // In the repeated case, the gradient of each copy is rounded before the sum.
-        let each = repeated.tolerances(&repeated_input, &reference::attention(&repeated_input));
+        let each = reference::tolerances(&repeated_input, &reference::attention(&repeated_input));
         for (n, name, got, want) in [(3, "dk", &got.dk, &want.dk), (4, "dv", &got.dv, &want.dv)] {
             let mut summed = got.clone();
             let mut tolerance = tolerances[n].clone();
@@ -327,7 +327,7 @@ fn unfused(case: &Case, input: &Input) -> Result<Output> {
     let pairs = (0..seqlen_q).flat_map(|row| (0..seqlen_k).map(move |col| (row, col)));
     let hidden: Vec<f64> = pairs
         .map(|(row, col)| {
-            let visible = reference::visible((seqlen_q, seqlen_k), input.window, row, col);
+            let visible = reference::attention::visible((seqlen_q, seqlen_k), input.window, row, col);
             if visible {
                 0.0
             } else {
@@ -361,7 +361,7 @@ fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
         case.sequences().iter().all(|&(seqlen_q, seqlen_k)| {
             seqlen_q > 0
                 && (0..seqlen_q).all(|row| {
-                    (0..seqlen_k).any(|col| reference::visible((seqlen_q, seqlen_k), input.window, row, col))
+                    (0..seqlen_k).any(|col| reference::attention::visible((seqlen_q, seqlen_k), input.window, row, col))
                 })
         })
     };

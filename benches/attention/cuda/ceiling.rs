@@ -1,13 +1,12 @@
 //! What the GPU is able to: by its datasheet, by a large matrix product, and by a copy in its memory.
 
 use anyhow::{ensure, Result};
+use attention_reference::matrix::{dot, norm};
 use candle_core::{DType, Tensor};
 
 use super::gpu::Gpu;
 use super::report::Report;
-use crate::check::{dot, norm};
-use crate::inputs::values;
-use crate::sample::rounding_step;
+use crate::inputs::{precision, values};
 
 /// FLOP/s in units of 10^12 that datasheets promise for dense products of bf16 or f16 with sums in f32, by how the
 /// driver calls the GPU.
@@ -62,7 +61,7 @@ pub fn measure(gpu: &mut Gpu, dtype: DType, (bench, rep_ms): (bool, f64), report
         let got = values(&product.narrow(0, row, 1)?)?[col];
         let want = dot(&lhs, &rhs);
         // The result is rounded once; the sums run in f32, whose roundings are small beside the rows' lengths.
-        let limit = rounding_step(dtype) * want.abs() + 1e-5 * norm(&lhs) * norm(&rhs);
+        let limit = precision(dtype).half_step() * want.abs() + 1e-5 * norm(&lhs) * norm(&rhs);
         ensure!((got - want).abs() <= limit, "matmul: {got} where {want} is right, at [row {row}, col {col}]");
     }
     drop(product);

@@ -1,17 +1,13 @@
 //! What is tested: one call of the operator as a value that prints, draws its own numbers, and knows nothing of how it
 //! will be computed. A device, or a kernel of one, joins every test of the suite by joining [`targets`].
 
-use super::compare::round_to;
-use super::reference::Input;
-use super::tolerance::accumulator;
 use anyhow::Result;
+use attention_reference::draw::{generator, normal};
+use attention_reference::{Input, Precision};
 use candle_core::{DType, Device, Tensor};
 use candle_fa2::testing::{self, DeviceCaps, Plan, Tile};
 use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide, TensorLayout};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use rand_distr::StandardNormal;
-use sha2::{Digest, Sha256};
+use rand::Rng;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
@@ -243,23 +239,22 @@ impl Case {
     /// Standard normal q, k, v, do and dlse, slopes between 0 and 1/2, all rounded to their types. The name of the case
     /// seeds them, so that a failure repeats wherever its case runs.
     pub fn draw(&self) -> Input {
-        let mut rng = ChaCha8Rng::from_seed(Sha256::digest(self.to_string()).into());
+        let mut rng = generator(&self.to_string());
         let lengths = self.sequences();
         let total_q: usize = lengths.iter().map(|l| l.0).sum();
         let total_k: usize = lengths.iter().map(|l| l.1).sum();
-        let mut normal = |dtype: DType, count: usize| -> Vec<f64> {
-            (0..count).map(|_| round_to(dtype, rng.sample(StandardNormal))).collect()
-        };
-        let q = normal(self.dtype, total_q * self.num_heads * self.head_dim);
-        let k = normal(self.dtype, total_k * self.num_heads_k * self.head_dim);
-        let v = normal(self.dtype, total_k * self.num_heads_k * self.head_dim);
-        let do_ = normal(self.dtype, total_q * self.num_heads * self.head_dim);
+        let precision = self.precision();
+        let (rows_q, rows_k) = (total_q * self.num_heads, total_k * self.num_heads_k);
+        let q = normal(&mut rng, precision, rows_q * self.head_dim);
+        let k = normal(&mut rng, precision, rows_k * self.head_dim);
+        let v = normal(&mut rng, precision, rows_k * self.head_dim);
+        let do_ = normal(&mut rng, precision, rows_q * self.head_dim);
         let dlse = match self.dlse {
-            true => normal(accumulator(self.dtype), total_q * self.num_heads),
-            false => vec![0.0; total_q * self.num_heads],
+            true => normal(&mut rng, precision.accumulator(), rows_q),
+            false => vec![0.0; rows_q],
         };
         let mut slopes = |count: usize| -> Vec<f64> {
-            (0..count).map(|_| round_to(DType::F32, rng.random_range(0.0..0.5))).collect()
+            (0..count).map(|_| Precision::F32.round(rng.random_range(0.0..0.5))).collect()
         };
         let alibi_slopes = match self.alibi {
             Alibi::Off => None,
@@ -272,7 +267,7 @@ impl Case {
             Mask::Window { left, right } => (left, right),
         };
         Input {
-            dtype: self.dtype,
+            precision,
             lengths,
             num_heads: self.num_heads,
             num_heads_k: self.num_heads_k,
@@ -286,7 +281,13 @@ impl Case {
             v,
             do_,
             dlse,
+            queries: None,
         }
+    }
+
+    /// The case's type as the reference names it.
+    pub fn precision(&self) -> Precision {
+        precision(self.dtype)
     }
 
     /// The call's options, with the slopes of `input`.
@@ -439,6 +440,19 @@ impl fmt::Display for Case {
             write!(f, ", deterministic")?;
         }
         Ok(())
+    }
+}
+
+/// `dtype` as the reference names it.
+pub fn precision(dtype: DType) -> Precision {
+    dtype.as_str().parse().expect("a type that attention has")
+}
+
+/// The type that lse is stored in, and everything is summed in, for inputs of `dtype`.
+pub fn accumulator(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
     }
 }
 

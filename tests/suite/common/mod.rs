@@ -1,9 +1,10 @@
-//! What every test stands on: the cases, the reference that decides what is right, the rule for how near is near
-//! enough, and the asserts.
+//! What every test stands on: the cases, the operator under test, and the asserts. The crate `attention_reference` decides
+//! what is right, and how near is near enough.
 
 pub mod cases;
 pub mod compare;
-pub mod real;
-pub mod reference;
+pub mod nonfinite;
+mod rule;
 pub mod run;
-pub mod tolerance;
+
+pub use attention_reference as reference;

@@ -15,9 +15,8 @@ use half::{bf16, f16};
 use super::super::gpu::Gpu;
 use super::images::{Images, Kernel, RESCALE};
 use crate::cases::{Case, Pass};
-use crate::inputs::{values, Inputs};
+use crate::inputs::{precision, values, Inputs};
 use crate::peers::{self, Answer};
-use crate::sample::rounding_step;
 
 /// Steps of rounding that a row may be apart from that of ours, as a share of its length and the usual one together. In each
 /// of the two, every p or ds is rounded once, by half a step at most, and so is the result: a step each, if all of them
@@ -71,7 +70,7 @@ enum Params {
 
 enum Outputs {
     Forward { o: Tensor, lse: Tensor },
-    Backward { convert: Box<ConvertParams>, grads: [Tensor; 3], _dq_sums: Tensor },
+    Backward { convert: Box<ConvertParams>, grads: [Tensor; 3], _dq_accum: Tensor },
 }
 
 impl<'a> Call<'a> {
@@ -179,7 +178,7 @@ impl<'a> Call<'a> {
             v_strides: self.problem.v.into(),
             o_strides: self.problem.contiguous_o().into(),
             shape: self.shape(),
-            unrounded: 0,
+            o_is_f32: 0,
         };
         Ok(Work {
             params: Params::Forward(Box::new(params)),
@@ -203,7 +202,7 @@ impl<'a> Call<'a> {
         let [batch_stride, head_stride, count] = [num_heads * head, head, batch * num_heads * head].map(|n| n as i64);
         let dq_tiles = DqTiles { batch: batch_stride, head: head_stride, count };
         let sums_shape = (batch * num_heads * head * kernel.block_m, case.head_dim);
-        let dq_sums = Tensor::zeros(sums_shape, DType::F32, q.device())?;
+        let dq_accum = Tensor::zeros(sums_shape, DType::F32, q.device())?;
         let grads = [poisoned_like(q)?, poisoned_like(k)?, poisoned_like(v)?];
         let strides: Strides = self.problem.contiguous_q().into();
         let softmax_scale = self.problem.softmax_scale as f32;
@@ -214,8 +213,8 @@ impl<'a> Call<'a> {
             do_: address(do_)?,
             lse: address(&max)?,
             delta: address(delta)?,
-            dq_sums: address(&dq_sums)?,
-            turns: NULL,
+            dq_accum: address(&dq_accum)?,
+            semaphores: NULL,
             dk: address(&grads[1])?,
             dv: address(&grads[2])?,
             q_strides: self.problem.q.into(),
@@ -228,7 +227,7 @@ impl<'a> Call<'a> {
             softmax_scale,
         };
         let convert = ConvertParams {
-            dq_sums: params.dq_sums,
+            dq_accum: params.dq_accum,
             dq: address(&grads[0])?,
             dq_strides: strides,
             dq_tiles,
@@ -240,7 +239,7 @@ impl<'a> Call<'a> {
             statistics: Statistics::of(&max, &sum)?,
             max,
             sum,
-            outputs: Outputs::Backward { convert: Box::new(convert), grads, _dq_sums: dq_sums },
+            outputs: Outputs::Backward { convert: Box::new(convert), grads, _dq_accum: dq_accum },
         })
     }
 
@@ -278,7 +277,7 @@ impl<'a> Call<'a> {
 
     fn compare_lse(&self, got: &Tensor) -> Result<()> {
         // As `sample::check`; f32 alone is far more exact.
-        let limit = 0.5 * rounding_step(self.case.dtype);
+        let limit = 0.5 * precision(self.case.dtype).half_step();
         let (got, want) = (values(got)?, values(&self.lse)?);
         let off = got.iter().zip(&want).map(|(got, want)| (got - want).abs());
         let worst = off.fold(0f64, |worst, off| if off.is_nan() || off > worst { off } else { worst });
@@ -294,7 +293,7 @@ impl<'a> Call<'a> {
         let usual = (lengths.iter().map(|length| length * length).sum::<f64>() / lengths.len() as f64).sqrt();
         let (mut worst, mut at) = (0f64, 0);
         let mut wrong = 0;
-        let limit = STEPS * rounding_step(self.case.dtype);
+        let limit = STEPS * precision(self.case.dtype).half_step();
         for (row, (off, length)) in off.iter().zip(&lengths).enumerate() {
             let share = off / (length + usual);
             if share.is_nan() || share > worst {

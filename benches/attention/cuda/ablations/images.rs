@@ -1,17 +1,16 @@
 //! The kernels of benches/ablations, compiled for the GPU at hand, and those of the crate beside them.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
-use std::{env, fs, thread};
+use std::{fs, thread};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, Context, Result};
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream};
 use candle_core::cuda::cudarc::nvrtc::Ptx;
 use candle_core::DType;
 use candle_fa2::testing::{self, CudaPlan};
+use kernel_build::nvcc::Nvcc;
 
 use super::super::gpu::Gpu;
 use crate::cases::{Case, Pass};
@@ -109,44 +108,17 @@ pub struct Images {
     shared_limit: usize,
 }
 
-/// The sources as they lie in the repository, so that the benchmark runs without it.
-macro_rules! sources {
-    ($($path:literal,)*) => {
-        [$(($path, include_str!(concat!("../../../../", $path)))),*]
-    };
-}
+const SOURCE: &str = "benches/ablations/ablations.cu";
 
-const SOURCES: [(&str, &str); 19] = sources![
-    "benches/ablations/ablations.cu",
-    "benches/ablations/backward.cuh",
-    "benches/ablations/forward.cuh",
-    "benches/ablations/softmax.cuh",
-    "benches/ablations/split_k.cuh",
-    "cuda/convert.cuh",
-    "cuda/core/dq.cuh",
-    "cuda/core/fragment.cuh",
-    "cuda/core/mask.cuh",
-    "cuda/core/scores.cuh",
-    "cuda/core/softmax.cuh",
-    "cuda/core/tile.cuh",
-    "cuda/core/types.cuh",
-    "cuda/params.h",
-    "cuda/sm80/bwd.cuh",
-    "cuda/sm80/copy.cuh",
-    "cuda/sm80/fwd.cuh",
-    "cuda/sm80/matmul.cuh",
-    "cuda/sm80/mma.cuh",
-];
-
-/// Those of build.rs, as .ci/ablations has them too.
-const FLAGS: [&str; 3] = ["-std=c++17", "-O3", "--use_fast_math"];
+// `SOURCES`: this file and what it includes, embedded by build.rs, so that the benchmark runs without the repository.
+include!(concat!(env!("OUT_DIR"), "/ablations.rs"));
 
 impl Images {
     /// Compiles, for all head sizes at once, and loads.
     ///
     /// # Errors
     /// What nvcc says, if it fails.
-    pub fn compile(nvcc: &Path, dtype: DType, cases: &[Case], gpu: &Gpu) -> Result<Self> {
+    pub fn compile(nvcc: &Nvcc, dtype: DType, cases: &[Case], gpu: &Gpu) -> Result<Self> {
         let stream = gpu.device.as_cuda_device()?.cuda_stream();
         let context = stream.context();
         let (major, minor) = context.compute_capability()?;
@@ -161,13 +133,9 @@ impl Images {
         head_dims.dedup();
         let compile = |head_dim: usize| -> Result<Vec<u8>> {
             let cubin = folder.path().join(format!("d{head_dim}.cubin"));
-            let mut command = Command::new(nvcc);
-            command.args(FLAGS).args(["-cubin", &format!("-arch=sm_{major}{minor}"), "-I", "cuda"]);
-            command.args([format!("-DABLATION_TYPE={}", dtype.as_str()), format!("-DABLATION_HEAD_DIM={head_dim}")]);
-            command.arg("-o").arg(&cubin).arg(SOURCES[0].0).current_dir(folder.path());
-            let output = command.output().with_context(|| format!("cannot run {}", nvcc.display()))?;
-            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success(), "{command:?} failed:\n{said}");
+            let (source, include) = (folder.path().join(SOURCE), folder.path().join("cuda"));
+            let defines = [format!("-DABLATION_TYPE={}", dtype.as_str()), format!("-DABLATION_HEAD_DIM={head_dim}")];
+            nvcc.cubin(&source, &cubin, &format!("{major}{minor}"), &include, &defines)?;
             Ok(fs::read(cubin)?)
         };
         let compiled: Vec<Result<Vec<u8>>> = thread::scope(|scope| {
@@ -229,15 +197,4 @@ impl Images {
         let found = self.modules.iter().find(|(head_dim, _)| *head_dim == case.head_dim);
         Ok(&found.context("every case's head_dim is compiled")?.1)
     }
-}
-
-/// Where build.rs looks for it, too.
-pub fn find_nvcc() -> Option<PathBuf> {
-    let program = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty()).map(PathBuf::from);
-    let path = env::var_os("PATH").unwrap_or_default();
-    let on_path = env::split_paths(&path).map(|folder| folder.join(&program));
-    let roots = [variable("CUDA_HOME"), variable("CUDA_PATH"), Some("/usr/local/cuda".into())];
-    let in_roots = roots.into_iter().flatten().map(|root| root.join("bin").join(&program));
-    variable("NVCC").into_iter().chain(on_path).chain(in_roots).find(|candidate| candidate.is_file())
 }

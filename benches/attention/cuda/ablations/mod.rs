@@ -9,9 +9,10 @@ mod images;
 
 use anyhow::{bail, Context, Result};
 use candle_core::DType;
+use kernel_build::nvcc::Nvcc;
 
 use self::call::Call;
-use self::images::{find_nvcc, Images, Kernel, Variant};
+use self::images::{Images, Kernel, Variant};
 use super::gpu::{Cost, Gpu};
 use super::report::{dtype_of_peers, flop, Report};
 use crate::cases::{Case, Mask, Pass};
@@ -75,11 +76,12 @@ pub fn cases(dtype: DType) -> Vec<Case> {
 /// # Errors
 /// If the kernels do not compile. After the last case, if any answer was wrong.
 pub fn run(cases: &[Case], gpu: &mut Gpu, options: &crate::Options, report: &mut Report) -> Result<()> {
-    let Some(nvcc) = find_nvcc() else {
-        println!(
-            "SKIPPED: ablations need nvcc, which is in none of NVCC, PATH, CUDA_HOME, CUDA_PATH and /usr/local/cuda"
-        );
-        return Ok(());
+    let nvcc = match Nvcc::find() {
+        Ok(nvcc) => nvcc,
+        Err(error) => {
+            println!("SKIPPED: ablations compile kernels, and {error}");
+            return Ok(());
+        }
     };
     let images = Images::compile(&nvcc, options.cuda.dtype, cases, gpu)?;
     if options.bench {

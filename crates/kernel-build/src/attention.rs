@@ -1,0 +1,98 @@
+//! The families of candle-fa2, whose templates are in cuda/.
+
+use crate::family::{Arch, Dtype, Entry, Family, Grid, Template, Variant};
+use crate::shared;
+
+const F16: Dtype = Dtype { name: "f16", cuda: "fa2::f16", rust: "F16", bytes: 2 };
+const BF16: Dtype = Dtype { name: "bf16", cuda: "fa2::bf16", rust: "BF16", bytes: 2 };
+const HALVES: &[Dtype] = &[F16, BF16];
+
+const SM80: Arch = Arch { sm: 80, exact: false };
+const SM90: Arch = Arch { sm: 90, exact: true };
+
+const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_mod: false };
+const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
+
+/// Every family that a line of cuda/instances.def may name.
+pub static FAMILIES: [Family; 4] = [
+    Family {
+        pass: "fwd",
+        arch: SM80,
+        columns: &["head_dim", "block_m", "block_n", "warps"],
+        header: "sm80/fwd.cuh",
+        template: Template::Traits("fa2::sm80::FwdTraits"),
+        dtypes: HALVES,
+        entries: &[Entry {
+            symbol: "fwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}",
+            pass: "Forward",
+            function: "fa2::sm80::forward",
+            params: "FwdParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN, SCORE_MOD],
+            shared_bytes: Some(shared::fwd_sm80),
+        }],
+    },
+    Family {
+        pass: "fwd",
+        arch: SM90,
+        columns: &["head_dim", "block_m", "block_n", "warps", "q_stages"],
+        header: "sm90/fwd.cuh",
+        template: Template::Traits("fa2::sm90::FwdTraits"),
+        dtypes: HALVES,
+        entries: &[Entry {
+            symbol: "fwd_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
+            pass: "Forward",
+            function: "fa2::sm90::forward",
+            params: "HopperFwdParams",
+            grid: Grid::Persistent,
+            variants: &[PLAIN, SCORE_MOD],
+            shared_bytes: Some(shared::fwd_sm90),
+        }],
+    },
+    Family {
+        pass: "bwd",
+        arch: SM80,
+        columns: &["head_dim", "block_m", "block_n", "warps", "stages", "warps_m", "warps_n"],
+        // It includes the backward, because the conversion follows the order of its threads.
+        header: "sm80/convert.cuh",
+        template: Template::Traits("fa2::sm80::BwdTraits"),
+        dtypes: HALVES,
+        entries: &[
+            Entry {
+                symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
+                pass: "Backward",
+                function: "fa2::sm80::backward",
+                params: "BwdParams",
+                grid: Grid::Tiles,
+                variants: &[PLAIN, SCORE_MOD],
+                shared_bytes: Some(shared::bwd_sm80),
+            },
+            Entry {
+                symbol: "convert_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
+                pass: "Convert",
+                function: "fa2::sm80::convert",
+                params: "ConvertParams",
+                grid: Grid::Tiles,
+                variants: &[PLAIN],
+                shared_bytes: None,
+            },
+        ],
+    },
+    Family {
+        pass: "delta",
+        arch: SM80,
+        columns: &["warps"],
+        header: "delta.cuh",
+        template: Template::Dtype { threads: "fa2::kDeltaThreads" },
+        dtypes: HALVES,
+        entries: &[Entry {
+            symbol: "delta_{dtype}",
+            pass: "Delta",
+            function: "fa2::delta",
+            params: "DeltaParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN],
+            shared_bytes: None,
+        }],
+    },
+];

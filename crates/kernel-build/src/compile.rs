@@ -1,0 +1,102 @@
+//! Units into images: in parallel, and only those that changed.
+
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::thread;
+
+use crate::nvcc::{Gpus, Nvcc, FLAGS};
+use crate::params::Structs;
+use crate::report::{self, Report};
+use crate::units::Unit;
+use crate::{files, headers, Error, Result};
+
+/// Compiles units for some GPUs into a folder.
+#[derive(Debug)]
+pub struct Compiler {
+    /// The program.
+    pub nvcc: Nvcc,
+    /// What to compile for.
+    pub gpus: Gpus,
+    /// Where the headers are.
+    pub include: PathBuf,
+    /// Where sources, images and logs go: one file of each for a unit.
+    pub out: PathBuf,
+}
+
+/// What a unit's compilation depends on.
+struct Job<'a> {
+    unit: &'a Unit,
+    source: String,
+    options: Vec<String>,
+    fingerprint: String,
+}
+
+impl Compiler {
+    /// Writes an image, `NAME.fatbin`, for each unit, as many at once as cargo runs jobs, and reads what ptxas reports. A unit is
+    /// compiled again only if its source, a header, the options or the compiler changed.
+    ///
+    /// # Errors
+    /// The first error of nvcc; if ptxas runs wgmma one by one, because that loses what a kernel is written for; those of files.
+    pub fn compile<'a>(&self, units: &'a [Unit], structs: &Structs) -> Result<Report<'a>> {
+        let jobs: Vec<Job> = units.iter().map(|unit| self.job(unit, structs)).collect::<Result<_>>()?;
+        // The backwards, which take longest, stand last in the table.
+        let changed: Vec<&Job> = jobs.iter().rev().filter(|job| self.changed(job)).collect();
+        self.run(&changed)?;
+        Report::read(self, units)
+    }
+
+    /// A file of a unit.
+    pub fn path(&self, unit: &Unit, extension: &str) -> PathBuf {
+        self.out.join(format!("{}.{extension}", unit.name))
+    }
+
+    /// Runs the jobs. Once one has failed, none is begun.
+    fn run(&self, jobs: &[&Job]) -> Result<()> {
+        let threads = files::variable("NUM_JOBS").and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
+        let (next, error) = (AtomicUsize::new(0), Mutex::new(None));
+        thread::scope(|scope| {
+            for _ in 0..threads.min(jobs.len()) {
+                scope.spawn(|| {
+                    while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if let Err(failed) = self.unit(job) {
+                            next.store(jobs.len(), Ordering::Relaxed);
+                            error.lock().expect("no job panics").get_or_insert(failed);
+                        }
+                    }
+                });
+            }
+        });
+        error.into_inner().expect("no job panics").map_or(Ok(()), Err)
+    }
+
+    fn unit(&self, job: &Job) -> Result<()> {
+        let source = self.path(job.unit, "cu");
+        files::write(&source, &job.source)?;
+        let said = self.nvcc.compile(&source, &self.path(job.unit, "fatbin"), &job.options)?;
+        let advice = report::serialized(&said);
+        if !advice.is_empty() {
+            let text = format!("{} loses what its kernels are written for:\n{}", job.unit.name, advice.join("\n"));
+            return Err(Error::new(text));
+        }
+        files::write(&self.path(job.unit, "log"), &said)?;
+        files::write(&self.path(job.unit, "fingerprint"), &job.fingerprint)
+    }
+
+    fn job<'a>(&self, unit: &'a Unit, structs: &Structs) -> Result<Job<'a>> {
+        let source = unit.source(structs);
+        let include = self.include.display().to_string();
+        let mut options = self.gpus.options(&unit.family.arch);
+        options.extend(["-I".to_string(), include, "-fatbin".to_string()]);
+        let mut hasher = DefaultHasher::new();
+        (self.nvcc.identity(), FLAGS, &options, &source, headers::of_text(&source, &self.include)?).hash(&mut hasher);
+        Ok(Job { unit, source, options, fingerprint: format!("{:016x}", hasher.finish()) })
+    }
+
+    fn changed(&self, job: &Job) -> bool {
+        let seen = fs::read_to_string(self.path(job.unit, "fingerprint"));
+        !(seen.is_ok_and(|seen| seen == job.fingerprint) && Path::exists(&self.path(job.unit, "fatbin")))
+    }
+}

@@ -1,0 +1,67 @@
+//! What a build script of CUDA kernels needs, so that one line of a table is all that adds a kernel.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`table`] | parses the table: a KERNEL line for each instance of the templates, a LOCAL line for local memory that is meant to be |
+//! | [`family`] | what the lines of one pass and architecture have in common, as values; [`attention`] has those of candle-fa2 |
+//! | [`shared`] | the formulas of dynamic shared memory, written once |
+//! | [`params`] | parses the header of parameter structs; generates their twins in Rust, and assertions for both compilers |
+//! | [`mod@units`] | generates a CUDA source for each line, and the table and the images as Rust |
+//! | [`nvcc`], [`compile`] | find nvcc and the GPUs to compile for; compile what changed, in parallel |
+//! | [`report`] | reads what ptxas says of each kernel; fails on local memory that no LOCAL line allows |
+//! | [`mod@describe`] | all of it as JSON, for programs without Rust |
+//!
+//! # Example
+//! From a line to a CUDA source and a row of Rust:
+//! ```
+//! use kernel_build::params::Structs;
+//! use kernel_build::table::Table;
+//! use kernel_build::{attention, units};
+//!
+//! let table = Table::parse("KERNEL(fwd, sm80, 128, 128, 64, 4)  // 374 TFLOP/s", "instances.def", &attention::FAMILIES)?;
+//! let header = "namespace fa2 {\nstruct FwdParams {\n    const void* q;\n};\n}\n";
+//! let structs = Structs::parse(header, "params.h")?;
+//!
+//! let units = units(&table);
+//! let kernel = &units[0].kernels[0];
+//! assert_eq!(kernel.name, "fwd_sm80_f16_d128_128x64");
+//! assert_eq!((kernel.threads(), kernel.shared_bytes), (128, 65536));
+//! let source = units[0].source(&structs);
+//! assert!(source.contains("fa2::forward<fwd_sm80_f16_d128_128x64_traits>(params);"));
+//! assert!(source.contains("static_assert(offsetof(fa2::FwdParams, q) == 0"));
+//! assert!(kernel_build::units::rust_table(&units).contains("params: \"FwdParams\""));
+//! # Ok::<(), kernel_build::Error>(())
+//! ```
+//! The build script of candle-fa2 does this for its `cuda/` in a page.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod attention;
+pub mod compile;
+pub mod describe;
+mod error;
+pub mod family;
+pub mod files;
+pub mod headers;
+pub mod json;
+pub mod nvcc;
+pub mod params;
+pub mod report;
+pub mod shared;
+pub mod table;
+pub mod units;
+
+use std::process::ExitCode;
+
+pub use crate::describe::describe;
+pub use crate::error::{Error, Result};
+pub use crate::units::units;
+
+/// Runs a build script. An error is shown under the name of its crate, with its first line as cargo's warning.
+pub fn run(name: &str, script: impl FnOnce() -> Result<()>) -> ExitCode {
+    let Err(error) = script() else { return ExitCode::SUCCESS };
+    let text = error.to_string();
+    println!("cargo:warning={name}: {}", text.lines().next().unwrap_or_default());
+    eprintln!("{name}: {text}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,83 @@
+//! `kernel-build describe` and `kernel-build usage`: what the library knows, for scripts.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use kernel_build::nvcc::Nvcc;
+use kernel_build::params::Structs;
+use kernel_build::table::Table;
+use kernel_build::{attention, describe, report, units, Error, Result};
+
+const USAGE: &str = "\
+kernel-build describe [--cuda DIR] [--table FILE] [--dtype NAME] [--plain]
+    Prints the kernels of a table as JSON: sources, headers, launches, layouts. DIR is cuda, FILE is DIR/instances.def, and the
+    parameters are those of DIR/params.h. --dtype and --plain leave out other element types and kernels with a score_mod.
+
+kernel-build usage SOURCE --arch NAME [--include DIR] [-DNAME=VALUE]..
+    Compiles a CUDA source for one GPU, where a warning is an error, and prints what each kernel uses.";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.split_first() {
+        Some((command, rest)) if command == "describe" => describe_table(rest),
+        Some((command, rest)) if command == "usage" => print_usage(rest),
+        _ => Err(Error::new(format!("expected describe or usage\n\n{USAGE}"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kernel-build: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn describe_table(arguments: &[String]) -> Result<()> {
+    let (mut cuda, mut table, mut dtype, mut plain) = (PathBuf::from("cuda"), None, None, false);
+    let mut rest = arguments.iter();
+    while let Some(option) = rest.next() {
+        let mut value = || rest.next().ok_or_else(|| Error::new(format!("{option} needs a value\n\n{USAGE}")));
+        match option.as_str() {
+            "--cuda" => cuda = PathBuf::from(value()?),
+            "--table" => table = Some(PathBuf::from(value()?)),
+            "--dtype" => dtype = Some(value()?),
+            "--plain" => plain = true,
+            other => return Err(Error::new(format!("describe knows no {other}\n\n{USAGE}"))),
+        }
+    }
+    let table = Table::read(&table.unwrap_or_else(|| cuda.join("instances.def")), &attention::FAMILIES)?;
+    let structs = Structs::read(&cuda.join("params.h"))?;
+    let mut units = units(&table);
+    for unit in &mut units {
+        let wanted = |name: &str| dtype.is_none_or(|dtype| dtype == name);
+        unit.kernels.retain(|kernel| wanted(kernel.dtype.name) && !(plain && kernel.variant.score_mod));
+    }
+    println!("{}", describe(&units, &structs, &cuda)?);
+    Ok(())
+}
+
+fn print_usage(arguments: &[String]) -> Result<()> {
+    let (mut source, mut gpu, mut include, mut options) = (None, None, "cuda", Vec::new());
+    let mut rest = arguments.iter();
+    while let Some(option) = rest.next() {
+        let mut value = || rest.next().ok_or_else(|| Error::new(format!("{option} needs a value\n\n{USAGE}")));
+        match option.as_str() {
+            "--arch" => gpu = Some(value()?),
+            "--include" => include = value()?,
+            define if define.starts_with("-D") => options.push(define.to_string()),
+            path => source = Some(path),
+        }
+    }
+    let (Some(source), Some(gpu)) = (source, gpu) else {
+        return Err(Error::new(format!("usage needs a source and --arch\n\n{USAGE}")));
+    };
+    options.extend(["-Werror", "all-warnings"].map(String::from));
+    let output = std::env::temp_dir().join(format!("kernel-build-{}.cubin", std::process::id()));
+    let log = Nvcc::find()?.cubin(Path::new(source), &output, gpu, Path::new(include), &options)?;
+    // Only the log is of interest; a file that stays behind in the folder for temporary files does no harm.
+    let _ = std::fs::remove_file(&output);
+    for ((kernel, _), usage) in report::parse(&log) {
+        println!("{kernel:<18} {usage}");
+    }
+    Ok(())
+}

@@ -1,0 +1,60 @@
+//! Dynamic shared memory of each family of candle-fa2. This is the one formula outside the traits: `Plan`, tune.py and the
+//! benches take its result from the table, and each unit asserts that it equals `kSharedBytes` of its traits.
+
+use crate::table::Line;
+
+/// The control block of the sm90 forward: barriers and work tiles.
+const SM90_CONTROL: usize = 3 * 1024;
+
+/// One tile of q, and one of k or v.
+fn tiles(line: &Line, element_bytes: usize) -> (usize, usize) {
+    let row = line.get("head_dim") * element_bytes;
+    (line.get("block_m") * row, line.get("block_n") * row)
+}
+
+/// q, k and v.
+pub fn fwd_sm80(line: &Line, element_bytes: usize) -> usize {
+    let (tile_q, tile_k) = tiles(line, element_bytes);
+    tile_q + 2 * tile_k
+}
+
+/// Two stages of k and v, those of q, and the control block.
+pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
+    let (tile_q, tile_k) = tiles(line, element_bytes);
+    line.get("q_stages") * tile_q + 4 * tile_k + SM90_CONTROL
+}
+
+/// k and v, P, dS (twice where a group is one warp), and for each stage q, do, lse and delta.
+pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
+    let (tile_q, tile_k) = tiles(line, element_bytes);
+    let ds_buffers = if line.get("warps_m") == 1 { 2 } else { 1 };
+    let scores = (1 + ds_buffers) * line.get("block_m") * line.get("block_n") * element_bytes;
+    let row_statistics = 2 * line.get("block_m") * size_of::<f32>();
+    2 * tile_k + scores + line.get("stages") * (2 * tile_q + row_statistics)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::attention::FAMILIES;
+    use crate::table::Table;
+
+    /// KiB as docs/kernels.md has them.
+    #[test]
+    fn formulas_give_the_recorded_bytes() {
+        for (line, kib) in [
+            ("KERNEL(fwd, sm80, 128, 128, 64, 4)", 64.0),
+            ("KERNEL(fwd, sm80, 192, 64, 96, 4)", 96.0),
+            ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)", 115.0),
+            ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2)", 195.0),
+            ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1)", 227.0),
+            ("KERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4)", 72.5), // two buffers of dS
+            ("KERNEL(bwd, sm80, 128, 64, 128, 8, 2, 2, 4)", 161.0),
+            ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4)", 96.25),
+        ] {
+            let table = Table::parse(line, "lines", &FAMILIES).expect("the line is right");
+            let line = &table.lines[0];
+            let formula = line.family.entries[0].shared_bytes.expect("the pass has shared memory");
+            assert_eq!(formula(line, 2) as f64 / 1024.0, kib, "{}", line.family.form());
+        }
+    }
+}

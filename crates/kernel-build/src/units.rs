@@ -1,0 +1,237 @@
+//! Code generation: a CUDA source for each line of the table, and the table as Rust.
+
+use std::fmt::Write as _;
+
+use crate::family::{Dtype, Entry, Family, Template, Variant};
+use crate::params::Structs;
+use crate::table::{Line, Table};
+
+const WARP_SIZE: usize = 32;
+
+/// One source file, compiled on its own: the kernels of a line.
+#[derive(Debug)]
+pub struct Unit {
+    /// Its file's name, without the extension.
+    pub name: String,
+    /// The templates that it instantiates.
+    pub family: &'static Family,
+    /// What it holds.
+    pub kernels: Vec<Kernel>,
+}
+
+/// One kernel.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Its symbol.
+    pub name: String,
+    /// The symbol without the element type, as LOCAL lines have it.
+    pub label: String,
+    /// What its family says of it.
+    pub entry: &'static Entry,
+    /// Its element type.
+    pub dtype: &'static Dtype,
+    /// Its variant.
+    pub variant: &'static Variant,
+    /// Its line.
+    pub line: Line,
+    /// Dynamic shared memory of a thread block.
+    pub shared_bytes: usize,
+}
+
+/// The units of a table, in its order.
+pub fn units(table: &Table) -> Vec<Unit> {
+    table.lines.iter().map(Unit::of).collect()
+}
+
+impl Unit {
+    fn of(line: &Line) -> Self {
+        let family = line.family;
+        let mut kernels = Vec::new();
+        for dtype in family.dtypes {
+            for entry in family.entries {
+                for variant in entry.variants {
+                    kernels.push(Kernel {
+                        name: line.symbol(entry, dtype, variant),
+                        label: line.label(entry, variant),
+                        entry,
+                        dtype,
+                        variant,
+                        line: line.clone(),
+                        shared_bytes: entry.shared_bytes.map_or(0, |formula| formula(line, dtype.bytes)),
+                    });
+                }
+            }
+        }
+        // The kernel that the line is for stands first.
+        let name = line.label(&family.entries[0], &family.entries[0].variants[0]);
+        Self { name, family, kernels }
+    }
+
+    /// Its CUDA source. It asserts what the table and the host rely on: thread blocks, shared memory, and the layout of the
+    /// parameters.
+    pub fn source(&self, structs: &Structs) -> String {
+        let mut text = format!("#include <cstddef>\n\n#include \"{}\"\n\n{SAME}", self.family.header);
+        let params = self.kernels.iter().map(|kernel| kernel.entry.params);
+        text += &structs.cuda_asserts(params);
+        for kernel in &self.kernels {
+            text += &kernel.source(&structs.namespace);
+        }
+        text
+    }
+}
+
+impl Kernel {
+    /// Threads of a thread block.
+    pub fn threads(&self) -> usize {
+        self.line.get("warps") * WARP_SIZE
+    }
+
+    fn source(&self, namespace: &str) -> String {
+        let Self { name, entry, dtype, variant, shared_bytes, .. } = self;
+        let threads = self.threads();
+        let mut text = String::from("\n");
+        let (kernel_threads, bounds, arguments) = match self.line.family.template {
+            Template::Dtype { threads: constant } => {
+                (constant.to_string(), threads.to_string(), dtype.cuda.to_string())
+            }
+            Template::Traits(template) => {
+                let numbers: String = self.line.values().iter().map(|number| format!("{number}, ")).collect();
+                let _ =
+                    writeln!(text, "using {name}_traits = {template}<{}, {numbers}{}>;", dtype.cuda, variant.argument);
+                if entry.shared_bytes.is_some() {
+                    let _ = writeln!(text, "static_assert(Same<{name}_traits::kSharedBytes, {shared_bytes}>::kHere);");
+                }
+                (
+                    format!("{name}_traits::kThreads"),
+                    format!("{threads}, {name}_traits::kMinBlocks"),
+                    format!("{name}_traits"),
+                )
+            }
+        };
+        let _ = writeln!(text, "static_assert(Same<{kernel_threads}, {threads}>::kHere);");
+        let _ = write!(
+            text,
+            "extern \"C\" __global__ void __launch_bounds__({bounds})\n\
+             {name}(const __grid_constant__ {namespace}::{} params) {{\n    {}<{arguments}>(params);\n}}\n",
+            entry.params, entry.function
+        );
+        text
+    }
+}
+
+/// Prints both numbers when they differ: the compiler shows the arguments of a template that fails.
+const SAME: &str = "\
+template <int kInTemplates, int kInTable>
+struct Same {
+    static_assert(kInTemplates == kInTable, \"the templates and the generated table differ\");
+    static constexpr bool kHere = true;
+};
+";
+
+/// The table as Rust: `KERNELS`, one row for each kernel. `image` counts the units.
+pub fn rust_table(units: &[Unit]) -> String {
+    let kernels = units.iter().enumerate().flat_map(|(image, unit)| unit.kernels.iter().map(move |k| (image, k)));
+    let rows: Vec<String> = kernels.map(|(image, kernel)| rust_row(image, kernel)).collect();
+    format!("/// All of them.\npub static KERNELS: [Kernel; {}] = [\n{}];\n", rows.len(), rows.concat())
+}
+
+fn rust_row(image: usize, kernel: &Kernel) -> String {
+    let Kernel { name, entry, dtype, variant, line, shared_bytes, .. } = kernel;
+    let Entry { pass, params, grid, .. } = entry;
+    let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
+    format!(
+        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, score_mod: {}, \
+         params: {params:?}, grid: Grid::{}, shared_bytes: {shared_bytes} }},\n",
+        line.family.arch.sm,
+        dtype.rust,
+        columns.join(", "),
+        variant.score_mod,
+        grid.name(),
+    )
+}
+
+/// The images as Rust: `IMAGES`, in the order of the units, from the files next to it.
+pub fn rust_images(units: &[Unit]) -> String {
+    let images: String = units.iter().map(|unit| format!("    include_bytes!(\"{}.fatbin\"),\n", unit.name)).collect();
+    format!("pub(super) static IMAGES: [&[u8]; {}] = [\n{images}];\n", units.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::FAMILIES;
+
+    fn unit(line: &str) -> Unit {
+        let table = Table::parse(line, "lines", &FAMILIES).expect("the line is right");
+        units(&table).remove(0)
+    }
+
+    fn structs() -> Structs {
+        let fields = "float* lse;  // as given\n";
+        let names = ["FwdParams", "HopperFwdParams", "BwdParams", "ConvertParams", "DeltaParams"];
+        let text: String = names.iter().map(|name| format!("struct {name} {{\n{fields}}};\n")).collect();
+        Structs::parse(&format!("namespace fa2 {{\n{text}}}\n"), "params.h").expect("the text is right")
+    }
+
+    #[test]
+    fn a_unit_has_each_dtype_and_variant() {
+        let forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)");
+        assert_eq!(forward.name, "fwd_sm90_d64_192x128");
+        let names: Vec<&str> = forward.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
+        let want = ["f16_d64_192x128", "f16_d64_192x128_score_mod", "bf16_d64_192x128", "bf16_d64_192x128_score_mod"];
+        assert_eq!(names, want.map(|name| format!("fwd_sm90_{name}")));
+        // A backward brings the conversion of its dq_accum, plain only.
+        let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4)");
+        let passes: Vec<&str> = backward.kernels.iter().map(|kernel| kernel.entry.pass).collect();
+        assert_eq!(passes, ["Backward", "Backward", "Convert", "Backward", "Backward", "Convert"]);
+    }
+
+    #[test]
+    fn a_source_instantiates_and_asserts() {
+        let mut forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)");
+        forward.kernels.retain(|kernel| kernel.name == "fwd_sm90_bf16_d64_192x128_score_mod");
+        let kernel = "\
+using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, fa2::SoftcapAlibi>;
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
+extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
+fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::HopperFwdParams params) {
+    fa2::sm90::forward<fwd_sm90_bf16_d64_192x128_score_mod_traits>(params);
+}
+";
+        let source = forward.source(&structs());
+        assert!(source.starts_with("#include <cstddef>\n\n#include \"sm90/fwd.cuh\"\n"), "{source}");
+        assert!(source.contains("static_assert(sizeof(fa2::HopperFwdParams) == 8"), "{source}");
+        assert!(!source.contains("BwdParams"), "{source}");
+        assert!(source.ends_with(kernel), "{source}");
+    }
+
+    #[test]
+    fn a_template_without_traits_takes_the_dtype() {
+        let source = unit("KERNEL(delta, sm80, 8)").source(&structs());
+        let kernel = "\
+static_assert(Same<fa2::kDeltaThreads, 256>::kHere);
+extern \"C\" __global__ void __launch_bounds__(256)
+delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
+    fa2::delta<fa2::bf16>(params);
+}
+";
+        assert!(source.ends_with(kernel), "{source}");
+    }
+
+    #[test]
+    fn rust_rows_have_what_a_launch_needs() {
+        let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)")];
+        let table = rust_table(&units);
+        assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
+        let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
+                   dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
+                   params: \"HopperFwdParams\", grid: Grid::Persistent, shared_bytes: 117760 },\n";
+        assert!(table.contains(row), "{table}");
+        assert_eq!(
+            rust_images(&units),
+            "pub(super) static IMAGES: [&[u8]; 2] = [\n    include_bytes!(\"delta.fatbin\"),\n    \
+             include_bytes!(\"fwd_sm90_d64_192x128.fatbin\"),\n];\n"
+        );
+    }
+}

@@ -1,0 +1,171 @@
+//! Attention as its formulas read: one query at a time, every visible key, nothing tiled, nothing recomputed.
+//!
+//! ```text
+//! raw_ij = softmax_scale * q_i . k_j
+//! s_ij   = softcap * tanh(raw_ij / softcap) - slope * |i + shift - j|        shift = seqlen_k - seqlen_q
+//! lse_i  = ln sum_j exp(s_ij)                                                over the visible j
+//! p_ij   = exp(s_ij - lse_i)
+//! o_i    = sum_j p_ij v_j
+//!
+//! delta_i = do_i . o_i
+//! ds_ij   = p_ij (do_i . v_j - delta_i + dlse_i)
+//! draw_ij = ds_ij (1 - tanh(raw_ij / softcap)^2)
+//! dq_i = softmax_scale sum_j draw_ij k_j      dk_j = softmax_scale sum_i draw_ij q_i      dv_j = sum_i p_ij do_i
+//! ```
+//!
+//! A hidden key takes part in nothing, whatever it holds. Infinities and NaN among the visible keys go through the plain
+//! arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
+
+use crate::matrix::{add_scaled, dot, Matrix};
+use crate::number::Number;
+
+/// How many keys a query sees before and after the aligned one; `None` is all of them.
+pub type Window = (Option<usize>, Option<usize>);
+
+/// One head of one sequence. The arithmetic runs in `T`.
+pub struct Head<'a, T> {
+    /// `(seqlen_q, head_dim)`, as `do_`.
+    pub q: Matrix<T>,
+    /// `(seqlen_k, head_dim)`, as `v`. Query heads may share them.
+    pub k: &'a Matrix<T>,
+    pub v: &'a Matrix<T>,
+    /// The gradients of o and of lse.
+    pub do_: Matrix<T>,
+    pub dlse: Vec<T>,
+    pub window: Window,
+    pub softmax_scale: T,
+    pub softcap: Option<T>,
+    pub alibi_slope: Option<T>,
+    /// Rounds a result, or an operand of a matrix product, to the type of the tensors.
+    pub round: fn(T) -> T,
+}
+
+/// How an honest implementation may differ from another in the same precision, and how a broken one would.
+#[derive(Clone, Copy)]
+pub struct Variant<'a> {
+    /// Sums the keys from the last to the first.
+    pub reversed: bool,
+    /// `o = (sum exp(s - max) v) / sum exp(s - max)`: divides at the end, so that other numbers are rounded.
+    pub divides_last: bool,
+    /// Whether (query, key), counted within their sequence, is wrongly left out.
+    pub drops: &'a (dyn Fn(usize, usize) -> bool + Sync),
+}
+
+pub const PLAIN: Variant<'static> = Variant { reversed: false, divides_last: false, drops: &|_, _| false };
+
+/// Row i of the forward. `raw`, `s` and `p` have one number for each of `keys`.
+pub struct Forward<T> {
+    pub keys: Vec<usize>,
+    pub raw: Vec<T>,
+    pub s: Vec<T>,
+    pub p: Vec<T>,
+    pub o: Vec<T>,
+    pub lse: T,
+}
+
+/// Row i of the backward. `draw` has one number for each of the forward's keys.
+pub struct Backward<T> {
+    pub draw: Vec<T>,
+    pub dq: Vec<T>,
+}
+
+pub fn forward<T: Number>(head: &Head<T>, i: usize, variant: &Variant) -> Forward<T> {
+    let mut keys: Vec<usize> = (0..head.k.rows()).filter(|&j| head.sees(i, j) && !(variant.drops)(i, j)).collect();
+    if variant.reversed {
+        keys.reverse();
+    }
+    let mut o = vec![T::ZERO; head.v.width()];
+    if keys.is_empty() {
+        let none = Vec::new;
+        return Forward { keys, raw: none(), s: none(), p: none(), o, lse: T::from_f64(f64::NEG_INFINITY) };
+    }
+    let raw: Vec<T> = keys.iter().map(|&j| head.raw(i, j)).collect();
+    let s: Vec<T> = keys.iter().zip(&raw).map(|(&j, &raw)| head.score(i, j, raw)).collect();
+    let max = finite_maximum(&s);
+    let exp: Vec<T> = s.iter().map(|&s| (s - max).exp()).collect();
+    let mut sum = T::ZERO;
+    exp.iter().for_each(|&x| sum += x);
+    let p: Vec<T> = exp.iter().map(|&x| x / sum).collect();
+    for (n, &j) in keys.iter().enumerate() {
+        let weight = if variant.divides_last { exp[n] } else { p[n] };
+        add_scaled(&mut o, (head.round)(weight), &head.v[j]);
+    }
+    for x in &mut o {
+        *x = (head.round)(if variant.divides_last { *x / sum } else { *x });
+    }
+    Forward { keys, raw, s, p, o, lse: max + sum.ln() }
+}
+
+/// dq of query i. Adds the query's terms to `dv`, and to `dk` without the softmax scale.
+pub fn backward<T: Number>(
+    head: &Head<T>,
+    i: usize,
+    forward: &Forward<T>,
+    dk: &mut Matrix<T>,
+    dv: &mut Matrix<T>,
+) -> Backward<T> {
+    let mut dq = vec![T::ZERO; head.q.width()];
+    let mut all_draw = Vec::new();
+    let delta = dot(&head.do_[i], &forward.o);
+    for (n, &j) in forward.keys.iter().enumerate() {
+        let draw = head.draw(i, forward.raw[n], forward.p[n], head.dp(i, j), delta);
+        add_scaled(&mut dq, draw, &head.k[j]);
+        add_scaled(&mut dk[j], draw, &head.q[i]);
+        add_scaled(&mut dv[j], (head.round)(forward.p[n]), &head.do_[i]);
+        all_draw.push(draw);
+    }
+    dq.iter_mut().for_each(|x| *x = (head.round)(head.softmax_scale * *x));
+    Backward { draw: all_draw, dq }
+}
+
+impl<T: Number> Head<'_, T> {
+    pub fn sees(&self, i: usize, j: usize) -> bool {
+        visible((self.q.rows(), self.k.rows()), self.window, i, j)
+    }
+
+    pub fn raw(&self, i: usize, j: usize) -> T {
+        self.softmax_scale * dot(&self.q[i], &self.k[j])
+    }
+
+    pub fn score(&self, i: usize, j: usize, raw: T) -> T {
+        let capped = self.softcap.map_or(raw, |cap| cap * (raw / cap).tanh());
+        let distance = (i as f64 + self.k.rows() as f64 - self.q.rows() as f64 - j as f64).abs();
+        self.alibi_slope.map_or(capped, |slope| capped - slope * T::from_f64(distance))
+    }
+
+    pub fn dp(&self, i: usize, j: usize) -> T {
+        dot(&self.do_[i], &self.v[j])
+    }
+
+    pub fn draw(&self, i: usize, raw: T, p: T, dp: T, delta: T) -> T {
+        let ds = p * (dp - delta + self.dlse[i]);
+        (self.round)(ds * self.slope_of_softcap(raw))
+    }
+
+    /// The derivative of the capped score with respect to `raw`.
+    pub fn slope_of_softcap(&self, raw: T) -> T {
+        self.softcap.map_or(T::ONE, |cap| {
+            let tanh = (raw / cap).tanh();
+            T::ONE - tanh * tanh
+        })
+    }
+}
+
+/// Whether query `i` sees key `j` of a sequence.
+pub fn visible((seqlen_q, seqlen_k): (usize, usize), (left, right): Window, i: usize, j: usize) -> bool {
+    let aligned = i as i128 + seqlen_k as i128 - seqlen_q as i128;
+    let j = j as i128;
+    left.is_none_or(|left| j >= aligned - left as i128) && right.is_none_or(|right| j <= aligned + right as i128)
+}
+
+/// The largest score. NaN never compares greater, so that it reaches the sum through exp and not through the maximum.
+/// 0 if every score is -inf: exp(-inf - -inf) would be NaN where exp(-inf) = 0 is meant.
+fn finite_maximum<T: Number>(s: &[T]) -> T {
+    let lowest = T::from_f64(f64::NEG_INFINITY);
+    let max = s.iter().fold(lowest, |max, &x| if x > max { x } else { max });
+    if max == lowest {
+        T::ZERO
+    } else {
+        max
+    }
+}

@@ -1,0 +1,239 @@
+//! A whole call: a batch of sequences with several heads, and its five results.
+
+use rayon::prelude::*;
+
+use crate::attention::{backward, forward, Head, Variant, Window, PLAIN};
+use crate::double::Double;
+use crate::matrix::Matrix;
+use crate::number::Number;
+use crate::precision::Precision;
+use crate::rounding::{Errors, QueryErrors, RowError};
+
+/// One call of the operator, every number exactly representable in `precision`. A batch is a list of sequences: padded
+/// batches have equal lengths, packed ones need not. Tensors are token-major: q and `do_` `(total_q, num_heads,
+/// head_dim)`, k and v `(total_k, num_heads_k, head_dim)`.
+#[derive(Clone, Debug)]
+pub struct Input {
+    pub precision: Precision,
+    /// `(seqlen_q, seqlen_k)` of each sequence.
+    pub lengths: Vec<(usize, usize)>,
+    pub num_heads: usize,
+    pub num_heads_k: usize,
+    pub head_dim: usize,
+    pub window: Window,
+    pub softmax_scale: f64,
+    pub softcap: Option<f64>,
+    /// `(batch, num_heads)`
+    pub alibi_slopes: Option<Vec<f64>>,
+    pub q: Vec<f64>,
+    pub k: Vec<f64>,
+    pub v: Vec<f64>,
+    /// The gradient of o.
+    pub do_: Vec<f64>,
+    /// The gradient of lse, `(total_q, num_heads)`.
+    pub dlse: Vec<f64>,
+    /// Which of the `total_q` queries are computed; all of them if `None`. The others must have `do_` and dlse 0, so that
+    /// the gradients are those of the whole call.
+    pub queries: Option<Vec<bool>>,
+}
+
+/// `(total, heads, width)` numbers. A row is the `width` numbers of one token and head.
+#[derive(Clone, Debug, Default)]
+pub struct Rows {
+    /// Tokens of each sequence, to name a row by sequence and position.
+    pub lengths: Vec<usize>,
+    pub heads: usize,
+    pub width: usize,
+    pub values: Vec<f64>,
+    /// One for each row of a reference. Other results leave it empty.
+    pub errors: Vec<RowError>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Output {
+    pub o: Rows,
+    /// One number a row.
+    pub lse: Rows,
+    pub dq: Rows,
+    pub dk: Rows,
+    pub dv: Rows,
+}
+
+impl Output {
+    /// Each tensor under the name that errors give it.
+    pub fn named(&self) -> [(&'static str, &Rows); 5] {
+        [("o", &self.o), ("lse", &self.lse), ("dq", &self.dq), ("dk", &self.dk), ("dv", &self.dv)]
+    }
+}
+
+/// The right answer and the error model of each row: in f64, and in pairs of f64 where f64 itself is judged, since a plain
+/// f64 reference would be no better than what it judges. No result is rounded to the input type.
+pub fn attention(input: &Input) -> Output {
+    match input.precision {
+        Precision::F64 => attend::<Double>(input, &PLAIN, |x| x),
+        _ => attend::<f64>(input, &PLAIN, |x| x),
+    }
+}
+
+/// The same formulas as anyone would run them in `input.precision`: arithmetic in f32 (f64 for f64); o, dq, dk, dv and the
+/// operands of every matrix product (q, k, v, `do_`, p, draw) rounded to the type.
+pub fn attention_plain(input: &Input) -> Output {
+    attention_variant(input, &PLAIN)
+}
+
+/// [`attention_plain`] with a difference.
+pub fn attention_variant(input: &Input, variant: &Variant) -> Output {
+    match input.precision {
+        Precision::F64 => attend::<f64>(input, variant, |x| x),
+        Precision::F32 => attend::<f32>(input, variant, |x| x),
+        Precision::F16 => attend::<f32>(input, variant, |x| half::f16::from_f32(x).to_f32()),
+        Precision::Bf16 => attend::<f32>(input, variant, |x| half::bf16::from_f32(x).to_f32()),
+    }
+}
+
+/// One sequence of a batch, and where its rows begin in the tensors.
+#[derive(Clone, Copy)]
+struct Sequence {
+    batch: usize,
+    seqlen_q: usize,
+    seqlen_k: usize,
+    first_q: usize,
+    first_k: usize,
+}
+
+impl Input {
+    fn sequences(&self) -> Vec<Sequence> {
+        let (mut first_q, mut first_k) = (0, 0);
+        let mut sequences = Vec::new();
+        for (batch, &(seqlen_q, seqlen_k)) in self.lengths.iter().enumerate() {
+            sequences.push(Sequence { batch, seqlen_q, seqlen_k, first_q, first_k });
+            first_q += seqlen_q;
+            first_k += seqlen_k;
+        }
+        sequences
+    }
+
+    /// Whether query `token` of all is computed.
+    pub fn computes(&self, token: usize) -> bool {
+        self.queries.as_ref().is_none_or(|queries| queries[token])
+    }
+
+    /// An output of the right shape, before any row is known.
+    fn empty_output(&self) -> Output {
+        let lengths_q: Vec<usize> = self.lengths.iter().map(|l| l.0).collect();
+        let lengths_k: Vec<usize> = self.lengths.iter().map(|l| l.1).collect();
+        let rows = |lengths: &Vec<usize>, heads: usize, width: usize, value: f64| {
+            let rows = lengths.iter().sum::<usize>() * heads;
+            let errors = vec![RowError::default(); rows];
+            Rows { lengths: lengths.clone(), heads, width, values: vec![value; rows * width], errors }
+        };
+        let of_q = |width: usize, value: f64| rows(&lengths_q, self.num_heads, width, value);
+        let of_k = || rows(&lengths_k, self.num_heads_k, self.head_dim, 0.0);
+        Output {
+            o: of_q(self.head_dim, 0.0),
+            lse: of_q(1, f64::NEG_INFINITY),
+            dq: of_q(self.head_dim, 0.0),
+            dk: of_k(),
+            dv: of_k(),
+        }
+    }
+}
+
+impl Rows {
+    fn set<T: Number>(&mut self, token: usize, head: usize, values: &[T], error: RowError) {
+        let row = token * self.heads + head;
+        for (to, from) in self.values[row * self.width..].iter_mut().zip(values) {
+            *to = from.to_f64();
+        }
+        self.errors[row] = error;
+    }
+}
+
+/// Every head of every sequence, the formulas in `T`.
+fn attend<T: Number>(input: &Input, variant: &Variant, round: fn(T) -> T) -> Output {
+    let sequences = input.sequences();
+    let heads: Vec<(Sequence, usize)> =
+        sequences.iter().flat_map(|&sequence| (0..input.num_heads_k).map(move |head_k| (sequence, head_k))).collect();
+    let computed: Vec<KeyHead<T>> =
+        heads.par_iter().map(|&(sequence, head_k)| attend_key_head(input, sequence, head_k, variant, round)).collect();
+
+    let mut output = input.empty_output();
+    for ((sequence, head_k), key_head) in heads.into_iter().zip(computed) {
+        for Query { token, head, o, lse, dq, errors } in key_head.queries {
+            output.o.set(token, head, &o, errors.o);
+            output.lse.set(token, head, &[lse], errors.lse);
+            output.dq.set(token, head, &dq, errors.dq);
+        }
+        for j in 0..sequence.seqlen_k {
+            let token = sequence.first_k + j;
+            output.dk.set(token, head_k, &key_head.dk[j], key_head.errors.dk[j]);
+            output.dv.set(token, head_k, &key_head.dv[j], key_head.errors.dv[j]);
+        }
+    }
+    output
+}
+
+/// What is computed of one key head of one sequence.
+struct KeyHead<T> {
+    queries: Vec<Query<T>>,
+    dk: Matrix<T>,
+    dv: Matrix<T>,
+    errors: Errors,
+}
+
+/// What is computed of one query of one head.
+struct Query<T> {
+    token: usize,
+    head: usize,
+    o: Vec<T>,
+    lse: T,
+    dq: Vec<T>,
+    errors: QueryErrors,
+}
+
+/// One key head of one sequence, with the query heads that share it.
+fn attend_key_head<T: Number>(
+    input: &Input,
+    Sequence { batch, seqlen_q, seqlen_k, first_q, first_k }: Sequence,
+    head_k: usize,
+    variant: &Variant,
+    round: fn(T) -> T,
+) -> KeyHead<T> {
+    let &Input { num_heads, num_heads_k, head_dim, .. } = input;
+    let of_q = |tensor: &[f64], head: usize| Matrix::of_head(tensor, (num_heads, head_dim), head, first_q, seqlen_q);
+    let of_k = |tensor: &[f64]| Matrix::of_head(tensor, (num_heads_k, head_dim), head_k, first_k, seqlen_k);
+    let (k, v) = (of_k(&input.k), of_k(&input.v));
+    let (mut dk, mut dv) = (Matrix::zeros(seqlen_k, head_dim), Matrix::zeros(seqlen_k, head_dim));
+    let mut errors = Errors::new(input.precision, &k, &v);
+    let mut queries = Vec::new();
+
+    let group = num_heads / num_heads_k;
+    for head in head_k * group..(head_k + 1) * group {
+        let of_head = Head {
+            q: of_q(&input.q, head),
+            k: &k,
+            v: &v,
+            do_: of_q(&input.do_, head),
+            dlse: (0..seqlen_q).map(|i| T::from_f64(input.dlse[(first_q + i) * num_heads + head])).collect(),
+            window: input.window,
+            softmax_scale: T::from_f64(input.softmax_scale),
+            softcap: input.softcap.map(T::from_f64),
+            alibi_slope: input.alibi_slopes.as_ref().map(|slopes| T::from_f64(slopes[batch * num_heads + head])),
+            round,
+        };
+        for i in (0..seqlen_q).filter(|i| input.computes(first_q + i)) {
+            let forward = forward(&of_head, i, variant);
+            let backward = backward(&of_head, i, &forward, &mut dk, &mut dv);
+            let errors = errors.add_query(&of_head, i, &forward, &backward);
+            let token = first_q + i;
+            queries.push(Query { token, head, o: forward.o, lse: forward.lse, dq: backward.dq, errors });
+        }
+    }
+    // Rounded once, after the heads that share the key have been summed.
+    let softmax_scale = T::from_f64(input.softmax_scale);
+    for j in 0..seqlen_k {
+        dk[j].iter_mut().for_each(|x| *x = round(softmax_scale * *x));
+        dv[j].iter_mut().for_each(|x| *x = round(*x));
+    }
+    KeyHead { queries, dk, dv, errors }
+}

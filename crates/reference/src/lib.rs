@@ -1,0 +1,30 @@
+//! What attention must give, and how far an implementation may be from it.
+//!
+//! | module | says |
+//! | --- | --- |
+//! | [`attention`] | the formulas, forward and backward, for one query of one head |
+//! | [`call`] | a whole call: a batch of sequences, shared key heads, the five results |
+//! | [`rounding`] | the error model: how much rounding may move a row |
+//! | [`tolerance`] | the rule: how far a row may be from the reference |
+//! | [`compare`] | the comparison, and what it says of a wrong answer |
+//! | [`precision`], [`number`], [`double`], [`matrix`] | number types, and rows of numbers |
+//! | [`draw`] | random inputs |
+//!
+//! The crate shares no line with candle-fa2 and does not depend on it. The suite of candle-fa2 tests the rule itself: it
+//! must reject lost keys and accept honest implementations. It also holds the gradients against finite differences.
+
+pub mod attention;
+pub mod call;
+pub mod compare;
+pub mod double;
+pub mod draw;
+pub mod matrix;
+pub mod number;
+pub mod precision;
+pub mod rounding;
+pub mod tolerance;
+
+pub use call::{attention, attention_plain, attention_variant, Input, Output, Rows};
+pub use compare::{close, Closeness};
+pub use precision::Precision;
+pub use tolerance::{tolerances, Tolerance};

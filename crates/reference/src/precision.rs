@@ -1,0 +1,102 @@
+//! The types that tensors are stored in.
+
+use std::str::FromStr;
+
+use anyhow::{bail, Error, Result};
+use half::{bf16, f16};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F64,
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Precision {
+    /// The type that lse is stored in, and everything is summed in, for tensors of this type.
+    pub fn accumulator(self) -> Self {
+        match self {
+            Self::F64 => Self::F64,
+            Self::F32 | Self::F16 | Self::Bf16 => Self::F32,
+        }
+    }
+
+    /// `x` as a tensor of this type stores it.
+    pub fn round(self, x: f64) -> f64 {
+        match self {
+            Self::F64 => x,
+            Self::F32 => x as f32 as f64,
+            Self::F16 => f16::from_f64(x).to_f64(),
+            Self::Bf16 => bf16::from_f64(x).to_f64(),
+        }
+    }
+
+    /// The smallest normal number.
+    pub fn smallest_normal(self) -> f64 {
+        2f64.powi(self.smallest_exponent())
+    }
+
+    /// The distance between neighbouring numbers at `|x|`.
+    pub fn step(self, x: f64) -> f64 {
+        let digits_after_the_leading_one = match self {
+            Self::F64 => 52,
+            Self::F32 => 23,
+            Self::F16 => 10,
+            Self::Bf16 => 7,
+        };
+        // The exponent field of an f64. It is zero for zero and for what is smaller than any normal number.
+        let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
+        // Two factors, as one alone would be below what powi can reach.
+        2f64.powi(exponent.max(self.smallest_exponent())) * 2f64.powi(-digits_after_the_leading_one)
+    }
+
+    /// The largest relative error of one rounding of a normal number: half a step at 1.
+    pub fn half_step(self) -> f64 {
+        self.step(1.0) / 2.0
+    }
+
+    fn smallest_exponent(self) -> i32 {
+        match self {
+            Self::F64 => -1022,
+            Self::F32 | Self::Bf16 => -126,
+            Self::F16 => -14,
+        }
+    }
+}
+
+/// By the name that Candle has for the type.
+impl FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Ok(match name {
+            "f64" => Self::F64,
+            "f32" => Self::F32,
+            "f16" => Self::F16,
+            "bf16" => Self::Bf16,
+            _ => bail!("the reference knows no type {name:?}; it knows f64, f32, f16 and bf16"),
+        })
+    }
+}
+
+#[test]
+fn steps_are_those_of_each_type() {
+    for (precision, epsilon) in [
+        (Precision::F64, f64::EPSILON),
+        (Precision::F32, f32::EPSILON as f64),
+        (Precision::F16, 9.765625e-4),
+        (Precision::Bf16, 7.8125e-3),
+    ] {
+        assert_eq!(precision.step(1.0), epsilon);
+        assert_eq!(precision.step(1.99), epsilon);
+        assert_eq!(precision.step(-2.0), 2.0 * epsilon);
+        assert_eq!(precision.step(0.75), epsilon / 2.0);
+    }
+    assert_eq!(Precision::F16.step(0.0), 2f64.powi(-24));
+    assert_eq!(Precision::F16.step(1e-9), 2f64.powi(-24));
+    assert_eq!(Precision::F64.step(f64::MIN_POSITIVE), f64::from_bits(1));
+    assert_eq!(Precision::F32.step(1e-300), f32::from_bits(1) as f64);
+    assert_eq!(Precision::F64.smallest_normal(), f64::MIN_POSITIVE);
+    assert_eq!(Precision::F32.smallest_normal(), f32::MIN_POSITIVE as f64);
+}

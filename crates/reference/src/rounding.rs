@@ -1,0 +1,121 @@
+//! The error model: how far rounding may move each row of a result.
+//!
+//! It looks at the terms that the formulas add up in a row. [`crate::tolerance`] makes a limit of it.
+
+use crate::attention::{Backward, Forward, Head};
+use crate::matrix::{max_abs, norm, Matrix};
+use crate::number::Number;
+use crate::precision::Precision;
+
+/// What is known of the error of one row. A row is one token and head.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RowError {
+    /// A bound on the largest sum of absolute terms in the row. Each term counts as often as the rounding of its factors
+    /// does. The error of the row is proportional to this, whatever cancels.
+    pub magnitude: f64,
+    /// The sum of squares of what rounding the operands does to each term: half a step of each p, draw, or o (in delta).
+    squared_rounding: f64,
+    /// What the row loses where exp returns 0 for a p below the smallest normal number.
+    flushed: f64,
+}
+
+impl RowError {
+    /// How far rounding the operands of the matrix products to the tensors' type is likely to move the row: independent
+    /// errors add up as their squares do.
+    pub fn operand_rounding(&self) -> f64 {
+        self.squared_rounding.sqrt() + self.flushed
+    }
+
+    /// One more term of the row's sum. A term that is not finite says nothing about the others.
+    fn add(&mut self, magnitude: f64, rounding: f64, flushed: f64) {
+        let finite = |x: f64| if x.is_finite() { x } else { 0.0 };
+        self.magnitude += finite(magnitude);
+        self.squared_rounding += finite(rounding * rounding);
+        self.flushed += finite(flushed);
+    }
+}
+
+/// The errors of the rows that belong to one key head.
+pub struct Errors {
+    precision: Precision,
+    k: Vec<Size>,
+    v: Vec<Size>,
+    /// The sums over the queries so far.
+    pub dk: Vec<RowError>,
+    pub dv: Vec<RowError>,
+}
+
+/// The errors of the rows of one query.
+#[derive(Default)]
+pub struct QueryErrors {
+    pub o: RowError,
+    pub lse: RowError,
+    pub dq: RowError,
+}
+
+/// The Euclidean norm and the largest absolute value of a row.
+struct Size {
+    norm: f64,
+    max: f64,
+}
+
+impl Size {
+    fn of<T: Number>(row: &[T]) -> Self {
+        Self { norm: norm(row), max: max_abs(row) }
+    }
+}
+
+impl Errors {
+    pub fn new<T: Number>(precision: Precision, k: &Matrix<T>, v: &Matrix<T>) -> Self {
+        let sizes = |m: &Matrix<T>| (0..m.rows()).map(|row| Size::of(&m[row])).collect();
+        let none = vec![RowError::default(); k.rows()];
+        Self { precision, k: sizes(k), v: sizes(v), dk: none.clone(), dv: none }
+    }
+
+    /// The errors of query `i`. Adds its terms to those of dk and dv.
+    pub fn add_query<T: Number>(
+        &mut self,
+        head: &Head<T>,
+        i: usize,
+        forward: &Forward<T>,
+        backward: &Backward<T>,
+    ) -> QueryErrors {
+        let half_step = |x: f64| 0.5 * self.precision.step(x);
+        let smallest_p = self.precision.accumulator().smallest_normal();
+        let scale = head.softmax_scale.to_f64().abs();
+        let (lse, dlse) = (forward.lse.to_f64().abs(), head.dlse[i].to_f64().abs());
+        let (q, do_, o) = (Size::of(&head.q[i]), Size::of(&head.do_[i]), Size::of(&forward.o));
+        let rounded_o = head.do_[i].iter().zip(&forward.o).map(|(d, o)| half_step(o.to_f64()) * d.to_f64());
+        let of_delta = rounded_o.map(|x| x.powi(2)).sum::<f64>().sqrt();
+
+        let mut errors = QueryErrors::default();
+        let mut k_mean = vec![0.0; head.k.width()];
+        for (n, &j) in forward.keys.iter().enumerate() {
+            let (k, v) = (&self.k[j], &self.v[j]);
+            let (p, draw) = (forward.p[n].to_f64(), backward.draw[n].to_f64());
+            let capped_p = p * head.slope_of_softcap(forward.raw[n]).to_f64();
+            k_mean.iter_mut().zip(&head.k[j]).for_each(|(mean, x)| *mean += capped_p * x.to_f64());
+
+            let s_size = scale * q.norm * k.norm + (forward.s[n] - forward.raw[n]).to_f64().abs();
+            // exp makes the absolute error of s - lse the relative error of p.
+            let p_size = p * (1.0 + s_size + lse);
+            let dp_size = do_.norm * (v.norm + o.norm) + dlse;
+            let draw_size = p_size * dp_size;
+            let (of_p, of_draw) = (half_step(p), half_step(draw));
+            let flushed_draw = smallest_p * dp_size;
+
+            if s_size.is_finite() {
+                errors.lse.magnitude = errors.lse.magnitude.max(s_size);
+            }
+            errors.o.add(p_size * v.max, of_p * v.max, smallest_p * v.max);
+            self.dv[j].add(p_size * do_.max, of_p * do_.max, smallest_p * do_.max);
+            let of_k = scale * k.max;
+            errors.dq.add(of_k * draw_size, of_k * of_draw, of_k * flushed_draw);
+            let of_q = scale * q.max;
+            self.dk[j].add(of_q * draw_size, of_q * of_draw.hypot(capped_p * of_delta), of_q * flushed_draw);
+        }
+        // delta enters all keys of the row alike, so that its error is one factor of the sum.
+        errors.dq.add(0.0, scale * of_delta * max_abs(&k_mean), 0.0);
+        errors
+    }
+}

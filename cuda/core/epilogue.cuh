@@ -1,0 +1,65 @@
+// The end of a forward: o divided by its row sums, and lse. Every forward writes its accumulators through this file.
+#pragma once
+
+#include "fragment.cuh"
+#include "mask.cuh"
+#include "sequence.cuh"
+#include "softmax.cuh"
+
+namespace fa2 {
+
+// Writes the rows of o that one warp holds, from row `first_row` of the sequence on. Four neighbouring threads exchange their parts of a
+// row, so that each writes 16 bytes at once.
+template <typename T, int kMTiles, int kDTiles>
+__device__ __forceinline__ void write_o(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
+                                        const Accumulator<kMTiles, kDTiles>& o) {
+    static_assert(kDTiles % 4 == 0, "four threads exchange four n8 tiles");
+    const int head_dim = params.shape.head_dim;
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + 16 * i + fragment_row(lane, half);
+            const bool stored = row < sequence.seqlen_q;
+            if (params.o_is_f32) {
+                float* to = row_of<float>(params.o, params.o_strides, sequence.batch, sequence.first_q + row, head);
+                to += fragment_col(lane, 0);
+#pragma unroll
+                for (int j = 0; j < kDTiles; ++j)
+                    if (stored && 8 * j < head_dim)
+                        *reinterpret_cast<float2*>(to + 8 * j) = {o.x[i][j][2 * half], o.x[i][j][2 * half + 1]};
+                continue;
+            }
+            T* to = row_of<T>(params.o, params.o_strides, sequence.batch, sequence.first_q + row, head);
+#pragma unroll
+            for (int j = 0; j < kDTiles; j += 4) {
+                uint32_t x[4];
+#pragma unroll
+                for (int c = 0; c < 4; ++c) x[c] = pack2<T>(o.x[i][j + c][2 * half], o.x[i][j + c][2 * half + 1]);
+                gather_chunks(x, lane);
+                const int col = 8 * (j + lane % 4);
+                if (stored && col < head_dim) *reinterpret_cast<uint4*>(to + col) = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+        }
+}
+
+// Divides o by its row sums, and writes it and lse. A row that sees no key gets o = 0 and lse = -inf.
+template <typename T, int kMTiles, int kDTiles>
+__device__ __forceinline__ void write_rows(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
+                                           Accumulator<kMTiles, kDTiles>& o, OnlineSoftmax<kMTiles>& softmax, float scale_log2) {
+    const Visibility sees(params.shape, sequence);
+    float* lse = params.lse + sequence.lse_offset(params.shape, head);
+    softmax.finish();
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + 16 * i + fragment_row(lane, half);
+            const bool blind = sees.keys(row).empty();
+            if (lane % 4 == 0 && row < sequence.seqlen_q) lse[row] = blind ? -INFINITY : softmax.lse(i, half, scale_log2);
+            softmax.rescale(o, i, half, blind ? 0.f : 1.f / softmax.row_sum[i][half]);
+        }
+    write_o<T>(params, sequence, head, first_row, lane, o);
+}
+
+}  // namespace fa2

@@ -1,0 +1,118 @@
+// Rows of o that are not finite, computed again from their visible keys alone.
+//
+// A hidden key has a weight of 0, and 0 times a NaN or an infinity of v is NaN. So a NaN in v could reach rows that do not see
+// it. That is rare. The main loop of a forward therefore ignores it: where o comes out finite, nothing has reached it. A warp whose o
+// is not finite calls recompute_rows() after it has written its rows. Row by row and key by key is slow, but simple, and it
+// needs no shared memory.
+#pragma once
+
+#include "mask.cuh"
+#include "sequence.cuh"
+#include "softmax.cuh"
+#include "types.cuh"
+
+namespace fa2 {
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int step = 1; step < kWarpSize; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int step = 1; step < kWarpSize; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+// The inner product of two rows of 16-bit elements, summed in f32.
+template <typename T>
+__device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
+    const uint32_t *pairs_a = reinterpret_cast<const uint32_t*>(a), *pairs_b = reinterpret_cast<const uint32_t*>(b);
+    float2 sum = {0.f, 0.f};
+    for (int i = 0; i < head_dim / 2; ++i) {
+        const float2 x = unpack2<T>(pairs_a[i]), y = unpack2<T>(pairs_b[i]);
+        sum.x = fmaf(x.x, y.x, sum.x);
+        sum.y = fmaf(x.y, y.y, sum.y);
+    }
+    return sum.x + sum.y;
+}
+
+// p * v, where p has been rounded. A visible infinity stays one, even if p has been rounded to 0.
+__device__ __forceinline__ float weigh(float p, float v) {
+    return isinf(v) ? fmaf(p, 0.f, v) : p * v;
+}
+
+// One row of o and its lse, by one warp. A lane takes every 32nd key for the scores, and every 32nd pair of columns for o.
+template <typename Traits>
+__device__ __forceinline__ void recompute_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane) {
+    using T = typename Traits::T;
+    using ScoreMod = typename Traits::ScoreMod;
+    constexpr int kPairs = ceil_div(Traits::kHeadDim, 2 * kWarpSize);
+    const Shape& shape = params.shape;
+    const int pairs = shape.head_dim / 2, head_k = key_head(shape, head);
+    const float scale_log2 = ScoreMod::scale_log2(shape);
+    const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + row, head);
+    const T* k = row_of<const T>(params.k, params.k_strides, sequence.batch, sequence.first_k, head_k);
+    const T* v = row_of<const T>(params.v, params.v_strides, sequence.batch, sequence.first_k, head_k);
+    const Range keys = Visibility(shape, sequence).keys(row);
+    const ScoreMod score_mod(shape, sequence, head);
+    const auto score = [&](int key) {
+        return score_mod.apply(dot(q, k + key * params.k_strides.row, shape.head_dim), row, key);
+    };
+
+    float row_max = -INFINITY;
+    for (int key = keys.begin + lane; key < keys.end; key += kWarpSize) row_max = fmaxf(row_max, score(key));
+    row_max = warp_max(row_max);
+    const float offset = exponent_offset(row_max, scale_log2);
+
+    float row_sum = 0.f;
+    float2 o[kPairs] = {};
+    for (int first = keys.begin; first < keys.end; first += kWarpSize) {
+        const int key = first + lane;
+        const float p = key < keys.end ? exp2_approx(fmaf(score(key), scale_log2, -offset)) : 0.f;
+        row_sum += p;
+        const float rounded = unpack2<T>(pack2<T>(p, p)).x;
+        for (int other = 0; other < min(kWarpSize, keys.end - first); ++other) {
+            const float weight = __shfl_sync(~0u, rounded, other);
+            const uint32_t* values = reinterpret_cast<const uint32_t*>(v + (first + other) * params.v_strides.row);
+            for (int i = 0; i < kPairs; ++i) {
+                const int pair = lane + i * kWarpSize;
+                const float2 x = pair < pairs ? unpack2<T>(values[pair]) : float2{};
+                o[i].x += weigh(weight, x.x);
+                o[i].y += weigh(weight, x.y);
+            }
+        }
+    }
+    row_sum = warp_sum(row_sum);
+
+    const float scale = keys.empty() ? 0.f : 1.f / row_sum;
+    const int64_t at = sequence.batch * params.o_strides.batch + (sequence.first_q + row) * params.o_strides.row +
+                       head * params.o_strides.head;
+    for (int i = 0; i < kPairs; ++i) {
+        const int pair = lane + i * kWarpSize;
+        if (pair >= pairs) continue;
+        const float2 x = {o[i].x * scale, o[i].y * scale};
+        if (params.o_is_f32) {
+            reinterpret_cast<float2*>(static_cast<float*>(params.o) + at)[pair] = x;
+        } else {
+            reinterpret_cast<uint32_t*>(static_cast<T*>(params.o) + at)[pair] = pack2<T>(x.x, x.y);
+        }
+    }
+    if (lane == 0) {
+        float* lse = params.lse + sequence.lse_offset(shape, head);
+        lse[row] = keys.empty() ? -INFINITY : (row_max * scale_log2 + log2f(row_sum)) * kLn2;
+    }
+}
+
+// The rows first_row .. first_row + rows of one head of one sequence, by one warp. A function of its own, so that the main loop has
+// all registers to itself.
+template <typename Traits>
+__device__ __noinline__ void recompute_rows(const FwdParams& params, int batch, int head, int first_row, int rows) {
+    const Sequence sequence(params.shape, batch);
+    const int lane = threadIdx.x % kWarpSize;
+    __syncwarp();  // other lanes have written these rows
+#pragma unroll 1
+    for (int row = first_row; row < min(first_row + rows, sequence.seqlen_q); ++row)
+        recompute_row<Traits>(params, sequence, head, row, lane);
+}
+
+}  // namespace fa2

@@ -1,0 +1,92 @@
+// What happens to a product q . k before the exponential. src/cpu/scores.rs is the twin of this file.
+//
+// A score_mod is a type with the members of NoScoreMod. A kernel takes one as a template argument; cuda/instances.def says which.
+#pragma once
+
+#include "fragment.cuh"
+#include "sequence.cuh"
+#include "types.cuh"
+
+namespace fa2 {
+
+// The plain softmax: exp2 multiplies the products by softmax_scale_log2 itself.
+struct NoScoreMod {
+    static constexpr bool kModifies = false;
+
+    __device__ __forceinline__ NoScoreMod(const Shape&, const Sequence&, int /* head */) {}
+
+    // exp2 multiplies the result of apply() by this.
+    __device__ __forceinline__ static float scale_log2(const Shape& shape) { return shape.softmax_scale_log2; }
+
+    // From the product of query `row` and key `col` to their score; also its derivative by the scaled product.
+    __device__ __forceinline__ float apply(float product, int /* row */, int /* col */) const { return product; }
+    __device__ __forceinline__ float apply(float product, int, int, float& /* derivative */) const { return product; }
+};
+
+// tanh, accurate to two or three rounding steps. Away from 0 it uses exp: 1 - 2 / (exp(2x) + 1). Near 0 that cancels, so it uses
+// x + x^3 P(x^2). P is a least-squares fit of degree 4 to (tanh(x) / x - 1) / x^2 on 0 < x < 0.6. In f32 it is off by at most 7e-8.
+__device__ __forceinline__ float tanh_precise(float x) {
+    constexpr float kNear = 0.6f;
+    const float e = exp2_approx(2.f * kLog2e * x);
+    const float far = 1.f - __fdividef(2.f, e + 1.f);
+    const float t = x * x;
+    float p = fmaf(-5.8939480e-3f, t, 2.0794621e-2f);
+    p = fmaf(p, t, -5.3783294e-2f);
+    p = fmaf(p, t, 1.3331915e-1f);
+    p = fmaf(p, t, -3.3333299e-1f);
+    const float near = fmaf(p * t, x, x);
+    return fabsf(x) < kNear ? near : far;
+}
+
+// Softcap, then ALiBi; each may be off. Also any softmax_scale that is not above 0: here the scale is applied before the
+// maximum is taken.
+struct SoftcapAlibi {
+    static constexpr bool kModifies = true;
+
+    float scale;         // of the product: into the argument of tanh, or into the log2 domain
+    float softcap_log2;  // 0: no softcap
+    float slope_log2;    // 0: no ALiBi
+    int shift;
+
+    __device__ __forceinline__ SoftcapAlibi(const Shape& shape, const Sequence& sequence, int head)
+        : scale(shape.softcap_log2 != 0.f ? shape.softmax_scale_over_softcap : shape.softmax_scale_log2),
+          softcap_log2(shape.softcap_log2), slope_log2(0.f), shift(sequence.shift()) {
+        if (shape.alibi_slopes != nullptr) slope_log2 = shape.alibi_slopes[sequence.batch * shape.alibi_batch + head] * kLog2e;
+    }
+
+    __device__ __forceinline__ static float scale_log2(const Shape&) { return 1.f; }
+
+    __device__ __forceinline__ float apply(float product, int row, int col, float& derivative) const {
+        float score = scale * product;
+        derivative = 1.f;
+        if (softcap_log2 != 0.f) {
+            const float t = tanh_precise(score);
+            derivative = 1.f - t * t;
+            score = t * softcap_log2;
+        }
+        return score - slope_log2 * fabsf(float(row + shift - col));
+    }
+
+    __device__ __forceinline__ float apply(float product, int row, int col) const {
+        float derivative;
+        return apply(product, row, col, derivative);
+    }
+};
+
+// Products become scores, in the block that begins at (first_row, first_col) of the sequence.
+template <typename ScoreMod, int kMTiles, int kNTiles>
+__device__ __forceinline__ void apply(const ScoreMod& score_mod, Accumulator<kMTiles, kNTiles>& block, int first_row, int first_col,
+                                      int lane) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = first_row + 16 * i + fragment_row(lane, e / 2);
+                const int col = first_col + fragment_col(lane, j) + e % 2;
+                block.x[i][j][e] = score_mod.apply(block.x[i][j][e], row, col);
+            }
+}
+
+}  // namespace fa2

@@ -1,0 +1,35 @@
+// dq from dq_accum: multiplied by softmax_scale, rounded, and moved from the order of the backward's threads to the order of q.
+//
+// Grid       (m_block, num_heads, batch) of the backward's tiles, with the backward's threads: each reads back its own elements.
+#pragma once
+
+#include "../core/sequence.cuh"
+#include "../params.h"
+#include "bwd.cuh"
+#include "dq_accum.cuh"
+
+namespace fa2::sm80 {
+
+template <typename Traits>
+__device__ __forceinline__ void convert(const ConvertParams& params) {
+    using T = typename Traits::T;
+    using TileQ = typename Traits::TileQ;
+    static_assert(TileQ::kBytes <= 48 * 1024, "a kernel gets 48 KB of static shared memory at most");
+    __shared__ __align__(1024) uint8_t shared[TileQ::kBytes];
+    const int thread = threadIdx.x, m_block = blockIdx.x, head = blockIdx.y;
+    const int batch = params.shape.first_batch + blockIdx.z;
+    const Sequence sequence(params.shape, batch);
+    const int first_row = m_block * Traits::kBlockM, rows = min(sequence.seqlen_q - first_row, Traits::kBlockM);
+    if (rows <= 0) return;
+    const int64_t tile = dq_tile(params.dq_tiles, params.shape, sequence, head, m_block, Traits::kBlockM);
+    typename DqTile<Traits>::Block dq;
+    DqTile<Traits>::load(dq, params.dq_accum + tile * DqTile<Traits>::kElements, thread);
+    dq.scale(params.softmax_scale);
+    const BwdWarp<Traits> warp(thread / kWarpSize);
+    store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(shared)), 0, dq, warp.q_row, warp.q_col, thread % kWarpSize);
+    __syncthreads();
+    T* to = row_of<T>(params.dq, params.dq_strides, batch, sequence.first_q + first_row, head);
+    store_tile<TileQ, Traits::kThreads>(to, params.dq_strides.row, shared, rows, params.shape.head_dim, thread);
+}
+
+}  // namespace fa2::sm80

@@ -1,0 +1,123 @@
+// dq_accum: the f32 sums of dq. Where its tiles lie, and in which order thread blocks add to them.
+//
+// Each tile of queries has a tile of dq_accum. Inside it the elements lie in the order in which the threads of the backward hold them. A
+// warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they are part
+// of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a group instead of the block,
+// took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
+#pragma once
+
+#include "../core/fragment.cuh"
+#include "../core/sequence.cuh"
+#include "../core/types.cuh"
+#include "../params.h"
+
+namespace fa2::sm80 {
+
+// One tile of dq_accum, kBlockM x kHeadDim.
+template <typename Traits>
+struct DqTile {
+    static constexpr int kElements = Traits::kBlockM * Traits::kHeadDim;
+    using Block = Accumulator<Traits::kQMTiles, Traits::kQDTiles>;
+
+    // Offset of element e of accumulator (i, j) of a thread. Code for 9.0 and later adds and reads four elements at once.
+    __device__ __forceinline__ static int offset(int i, int j, int e, int thread) {
+#if __CUDA_ARCH__ >= 900
+        return ((i * Traits::kQDTiles + j) * Traits::kThreads + thread) * 4 + e;
+#else
+        return ((i * Traits::kQDTiles + j) * 4 + e) * Traits::kThreads + thread;
+#endif
+    }
+
+    __device__ __forceinline__ static void add(float* tile, const Block& dq, int thread) {
+#pragma unroll
+        for (int i = 0; i < Traits::kQMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < Traits::kQDTiles; ++j) {
+                const float (&x)[4] = dq.x[i][j];
+#if __CUDA_ARCH__ >= 900
+                asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(tile + offset(i, j, 0, thread)), "f"(x[0]),
+                             "f"(x[1]), "f"(x[2]), "f"(x[3])
+                             : "memory");
+#else
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(tile + offset(i, j, e, thread)), "f"(x[e]) : "memory");
+#endif
+            }
+    }
+
+    __device__ __forceinline__ static void load(Block& dq, const float* tile, int thread) {
+#pragma unroll
+        for (int i = 0; i < Traits::kQMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < Traits::kQDTiles; ++j) {
+#if __CUDA_ARCH__ >= 900
+                const float4 x = *reinterpret_cast<const float4*>(tile + offset(i, j, 0, thread));
+                dq.x[i][j][0] = x.x;
+                dq.x[i][j][1] = x.y;
+                dq.x[i][j][2] = x.z;
+                dq.x[i][j][3] = x.w;
+#else
+#pragma unroll
+                for (int e = 0; e < 4; ++e) dq.x[i][j][e] = tile[offset(i, j, e, thread)];
+#endif
+            }
+    }
+};
+
+// Index of a tile. A packed sequence starts at a tile of its own, and all of its tiles lie before the first one of the next sequence.
+__device__ __forceinline__ int64_t dq_tile(const DqTiles& tiles, const Shape& shape, const Sequence& sequence, int head, int m_block,
+                                           int block_m) {
+    const int first = is_packed(shape) ? sequence.first_q / block_m + sequence.batch : 0;
+    return sequence.batch * tiles.batch + head * tiles.head + first + m_block;
+}
+
+// What a thread block works on: x a tile of keys, y a key head, z a sequence counted from Shape::first_batch.
+struct BlockIndex {
+    int x, y, z;
+};
+
+// The order in which blocks add to the tiles of dq_accum: the block with the last keys first. The sums then have the same bits each time.
+//
+// A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
+// first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first
+// tile either, because each starts on its own diagonal (kBlockM <= kBlockN).
+struct DqSemaphores {
+    uint32_t* counters;  // one for each tile, then one that counts started blocks; null: blocks add in any order
+
+    __device__ __forceinline__ bool ordered() const { return counters != nullptr; }
+
+    // What this block works on. All threads call it together, once, before anything else is in shared memory. The count goes on from one
+    // launch to the next; a launch begins at sequence `first_batch`.
+    __device__ __forceinline__ BlockIndex block_index(int64_t tiles, int first_batch, uint8_t* shared) const {
+        if (!ordered()) return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
+        volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(shared);
+        if (threadIdx.x == 0) *to_all = atomicAdd(counters + tiles, 1u);
+        __syncthreads();
+        const uint32_t number = *to_all, heads = number / gridDim.x;
+        __syncthreads();  // every thread has read it, and shared memory is free again
+        return {int(gridDim.x - 1 - number % gridDim.x), int(heads % gridDim.y), int(heads / gridDim.y) - first_batch};
+    }
+
+    // Waits until `count` blocks have added to the tile.
+    __device__ __forceinline__ void wait(int64_t tile, uint32_t count) const {
+        if (!ordered()) return;
+        if (threadIdx.x == 0) {
+            uint32_t passed;
+            do {
+                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(counters + tile) : "memory");
+            } while (passed != count);
+        }
+        __syncthreads();
+    }
+
+    // Lets the next block add to the tile.
+    __device__ __forceinline__ void release(int64_t tile) const {
+        if (!ordered()) return;
+        __syncthreads();
+        // The release also covers what the other threads added before the barrier.
+        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
+    }
+};
+
+}  // namespace fa2::sm80

@@ -1,0 +1,80 @@
+//! The parts of the documents that are generated are up to date.
+
+use std::fs;
+
+use anyhow::{ensure, Context, Result};
+
+use super::records::{self, Records};
+use super::{claims, files, read, root, shapes, tables, update};
+
+type Table = fn(&Records) -> Result<String>;
+
+/// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and how the part is made.
+const TABLES: [(&str, &str, Table); 21] = [
+    ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
+    ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
+    ("README.md", "gpu-plot", |records| Ok(records.h200.figure("hopper-forward", "docs/"))),
+    ("README.md", "gpu", |records| tables::front_page(&records.h200, &records.h100)),
+    ("docs/benchmarks.md", "hopper-plot", |records| Ok(records.h200.figure("hopper-forward", ""))),
+    ("docs/benchmarks.md", "hopper", |records| tables::forward(&records.h200, "../")),
+    ("docs/benchmarks.md", "hopper-summary", |records| tables::forward_summary(&records.h200)),
+    ("docs/benchmarks.md", "cuda", |records| tables::speed(&records.h100, &figures::SEQLENS, "../")),
+    ("docs/benchmarks.md", "summary", |records| tables::summary(&records.h100)),
+    ("docs/benchmarks.md", "speed", |records| tables::peers(&records.h100)),
+    ("docs/benchmarks.md", "claims", |records| claims::table(&records.h100)),
+    ("docs/benchmarks.md", "standard", |records| tables::standard(&records.h100)),
+    ("docs/benchmarks.md", "memory", |records| tables::memory(&records.h100)),
+    ("docs/benchmarks.md", "ablations", |records| tables::ablations(&records.h100)),
+    ("docs/benchmarks.md", "heads", |records| tables::heads(&records.h100)),
+    ("docs/benchmarks.md", "gpt", |records| tables::gpt(&records.h100)),
+    ("docs/benchmarks.md", "loss", |records| Ok(records.h100.figure("loss", ""))),
+    ("docs/gpt.md", "training", |records| tables::training(&records.h100)),
+    ("docs/log/gpt.md", "gpt-steps", |records| tables::gpt_steps(&records.h100)),
+    ("docs/design/hopper.md", "shapes", |_| Ok(shapes::hopper())),
+    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80())),
+];
+
+/// Stands in place of a table or figure that the record has no rows for.
+const NOTHING_YET: &str = "Not in the newest record.\n";
+
+#[test]
+fn tables_are_up_to_date() -> Result<()> {
+    let records = records::newest()?;
+    for (document, name, table) in TABLES {
+        let (begin, end) = (format!("<!-- table: {name} -->\n"), "<!-- end -->");
+        let text = read(document)?;
+        let missing = || format!("{document} has no place for the table {name}");
+        let (before, rest) = text.split_once(&begin).with_context(missing)?;
+        let (shown, after) = rest.split_once(end).with_context(missing)?;
+        let table = table(&records).with_context(|| format!("the table {name} of {document}"))?;
+        let table = if table.is_empty() { NOTHING_YET.to_string() } else { table };
+        if update() {
+            fs::write(root().join(document), [before, &begin, &table, end, after].concat())?;
+        } else {
+            ensure!(shown == table, "{document} is stale; `just tables` rewrites the table {name}:\n{table}");
+        }
+    }
+    Ok(())
+}
+
+/// docs/plots holds the figures of the newest records, and nothing else.
+#[test]
+fn plots_are_up_to_date() -> Result<()> {
+    let figures = records::newest()?.figures();
+    let folder = root().join("docs/plots");
+    if update() {
+        figures::save(&folder, &figures)?;
+    }
+    for (name, svg) in &figures {
+        let shown = fs::read_to_string(folder.join(name).with_extension("svg")).unwrap_or_default();
+        ensure!(shown == *svg, "docs/plots/{name}.svg is stale; `just tables` draws it again");
+    }
+    for path in files("docs/plots", &|_| true)? {
+        let drawn = figures.iter().any(|(name, _)| path.file_stem().is_some_and(|stem| stem == *name));
+        if !drawn && update() {
+            fs::remove_file(root().join(&path))?;
+        }
+        ensure!(drawn || update(), "{} is no figure of a record; `just tables` removes it", path.display());
+    }
+    Ok(())
+}

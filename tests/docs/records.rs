@@ -1,0 +1,152 @@
+//! The newest record of each machine whose runs the documents show.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+
+use anyhow::{ensure, Context, Result};
+
+use super::{loss, read, root};
+use figures::record::{median, Call, Record};
+use figures::Figure;
+
+/// Machines by their folders in benches/record.
+pub struct Records {
+    /// The CPU path.
+    pub xeon: Machine,
+    /// The kernels of every GPU, and everything that was measured with them.
+    pub h100: Machine,
+    /// The forward on Hopper's own kernels.
+    pub h200: Machine,
+}
+
+/// Reads the newest record of each machine.
+pub fn newest() -> Result<Records> {
+    // A figure is shown under another name where two machines have it.
+    let of_every_gpu = ["forward", "backward", "forward-backward", "memory", "ablations", "heads", "loss"];
+    Ok(Records {
+        xeon: Machine::newest("xeon-sapphire-rapids-2-cores", &[("cpu", "cpu")])?,
+        h100: Machine::newest("h100-80gb-hbm3", &of_every_gpu.map(|name| (name, name)))?,
+        h200: Machine::newest("h200", &[("forward", "hopper-forward")])?,
+    })
+}
+
+impl Records {
+    /// Every figure of docs/plots.
+    pub fn figures(self) -> Vec<Figure> {
+        [self.xeon, self.h100, self.h200].into_iter().flat_map(|machine| machine.figures).collect()
+    }
+}
+
+/// The newest record of one machine.
+pub struct Machine {
+    /// `benches/record/MACHINE/DATE`.
+    pub folder: String,
+    /// Machine and date.
+    pub origin: String,
+    /// Medians over all files.
+    pub record: Record,
+    /// Runs that alternated: `ours-1.csv`, `flash-1.csv`, `ours-2.csv` .. by that number.
+    runs: BTreeMap<u32, Record>,
+    figures: Vec<Figure>,
+}
+
+impl Machine {
+    /// `shown` lists figures by the name that [`figures`] gives them and the name of the file.
+    fn newest(machine: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
+        let dates = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
+        let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        let date = dates.collect::<Result<Vec<String>>>()?.into_iter().max();
+        let date = date.with_context(|| format!("{machine} has no runs"))?;
+        let folder = format!("benches/record/{machine}/{date}");
+        let origin = format!("{}, {date}", machine.replace('-', " "));
+
+        let texts = csv_files(&folder)?;
+        let mut runs = BTreeMap::<u32, Vec<&str>>::new();
+        for (name, text) in &texts {
+            if let Some(run) = name.rsplit_once('-').and_then(|(_, run)| run.parse().ok()) {
+                runs.entry(run).or_default().push(text);
+            }
+        }
+        let runs = runs.into_iter().map(|(run, texts)| Ok((run, Record::read(texts)?))).collect::<Result<_>>()?;
+        let record = Record::read(texts.values().map(String::as_str)).with_context(|| folder.clone())?;
+
+        let source = format!("Measured on: {}", origin.to_uppercase());
+        let mut figures = figures::of_record(&record, &source)?;
+        if let (Some(standard), Some(flash)) = (texts.get("gpt-standard"), texts.get("gpt-flash")) {
+            figures.push(("loss", loss::figure(standard, flash, &source)?));
+        }
+        let rename = |(name, svg): Figure| {
+            let &(_, file) = shown.iter().find(|(figure, _)| *figure == name)?;
+            Some((file, svg))
+        };
+        let figures = figures.into_iter().filter_map(rename).collect();
+        Ok(Self { folder, origin, record, runs, figures })
+    }
+
+    /// Markdown that shows a figure, empty if the record has none of that name. `to_docs` leads from the document to docs.
+    pub fn figure(&self, name: &str, to_docs: &str) -> String {
+        let alt = match name {
+            "cpu" => "GFLOP/s on a CPU by head_dim and mask, with other implementations",
+            "forward" => "TFLOP/s of the forward by sequence length",
+            "hopper-forward" => "TFLOP/s of the forward by sequence length on a Hopper GPU, with other implementations",
+            "backward" => "TFLOP/s of the backward by sequence length",
+            "forward-backward" => "TFLOP/s of forward and backward by sequence length, with other implementations",
+            "memory" => "memory of forward and backward by sequence length",
+            "ablations" => "speed over the same kernels without one idea each",
+            "heads" => "TFLOP/s by number of heads, with and without parallelism over the sequence",
+            _ => "loss by step of a GPT with either attention",
+        };
+        let drawn = self.figures.iter().any(|(figure, _)| *figure == name);
+        if drawn {
+            format!("![{alt}]({to_docs}plots/{name}.svg)\n")
+        } else {
+            String::new()
+        }
+    }
+
+    /// Speed of ours over `peer`: the median over the runs that alternated; without such runs the ratio of the medians.
+    pub fn ratio(&self, peer: &str, call: &Call) -> Option<f64> {
+        let of = |record: &Record| Some(record.tflops("ours", call)? / record.tflops(peer, call)?);
+        median(self.runs.values().filter_map(of).collect()).or_else(|| of(&self.record))
+    }
+
+    /// The calls of one direction that both have timed: the papers' grid for `mha`, all for other kinds.
+    pub fn compared(&self, peer: &str, kinds: &[&str], dir: &str) -> Vec<(Call, f64)> {
+        let of_the_grid = |call: &Call| {
+            let of_grid = Call::of_the_grid(&call.dir, call.head_dim, call.causal, call.seqlen);
+            call.kind != "mha" || *call == of_grid
+        };
+        let calls = self.record.calls(peer).filter(|call| kinds.contains(&call.kind.as_str()) && call.dir == dir);
+        let ratio = |call: &Call| Some((call.clone(), self.ratio(peer, call)?));
+        calls.filter(|call| of_the_grid(call)).filter_map(ratio).collect()
+    }
+
+    /// The rows of a file that has other columns, none if the record lacks the file.
+    pub fn rows(&self, name: &str, columns: &[&str]) -> Result<Vec<HashMap<String, String>>> {
+        let file = format!("{}/{name}.csv", self.folder);
+        if !root().join(&file).exists() {
+            return Ok(Vec::new());
+        }
+        let text = read(&file)?;
+        let mut reader = csv::Reader::from_reader(text.as_bytes());
+        let rows = reader.deserialize().collect::<Result<Vec<HashMap<String, String>>, _>>();
+        let rows = rows.with_context(|| file.clone())?;
+        for column in columns {
+            ensure!(rows.iter().all(|row| row.contains_key(*column)), "{file} has no column {column}");
+        }
+        Ok(rows)
+    }
+}
+
+/// The CSV files of a record: their text by name, without the extension.
+fn csv_files(folder: &str) -> Result<BTreeMap<String, String>> {
+    let mut texts = BTreeMap::new();
+    for entry in fs::read_dir(root().join(folder))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "csv") {
+            let name = path.file_stem().context("a file has a name")?.to_string_lossy().into_owned();
+            texts.insert(name, fs::read_to_string(&path).with_context(|| path.display().to_string())?);
+        }
+    }
+    Ok(texts)
+}

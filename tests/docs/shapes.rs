@@ -1,0 +1,42 @@
+//! The kernels' shapes, from the table that `Plan` chooses from.
+
+use candle_core::DType;
+use candle_fa2::testing::{Arch, Kernel, Pass, KERNELS};
+
+use super::tables::head;
+
+/// One kernel for each line of cuda/instances.def: those of another dtype and of score_mod have the same shape.
+fn lines(arch: Arch, pass: Pass) -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().filter(move |kernel| {
+        (kernel.arch, kernel.pass, kernel.dtype, kernel.score_mod) == (arch, pass, DType::BF16, false)
+    })
+}
+
+fn kib(kernel: &Kernel) -> String {
+    format!("{} KiB", kernel.shared_bytes as f64 / 1024.0)
+}
+
+/// The forward on Hopper: a block has one producer warpgroup, the others multiply.
+pub fn hopper() -> String {
+    const WARPS_OF_A_WARPGROUP: usize = 4;
+    let line = |kernel: &Kernel| {
+        let &Kernel { head_dim, block_m, block_n, .. } = kernel;
+        let consumers = kernel.warps / WARPS_OF_A_WARPGROUP - 1;
+        format!("| {head_dim} | {block_m} x {block_n} | {consumers} | {} |\n", kib(kernel))
+    };
+    let lines: String = lines(Arch::Sm90, Pass::Forward).map(line).collect();
+    head(&["head_dim up to", "block_m x block_n", "consumer warpgroups", "shared memory"]) + &lines
+}
+
+/// Both passes on mma.sync.
+pub fn sm80() -> String {
+    let mut table = head(&["pass", "head_dim up to", "block_m x block_n", "warps", "shared memory"]);
+    for (pass, name) in [(Pass::Forward, "forward"), (Pass::Backward, "backward")] {
+        let line = |kernel: &Kernel| {
+            let &Kernel { head_dim, block_m, block_n, warps, .. } = kernel;
+            format!("| {name} | {head_dim} | {block_m} x {block_n} | {warps} | {} |\n", kib(kernel))
+        };
+        table += &lines(Arch::Sm80, pass).map(line).collect::<String>();
+    }
+    table
+}

@@ -1,0 +1,435 @@
+//! The tables of measurements. A table is empty if the record has no rows for it.
+
+use super::records::Machine;
+use anyhow::{Context, Result};
+use figures::chart::mib;
+use figures::record::{Call, Cost};
+use figures::{
+    baseline, batches, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS,
+    SEQLENS,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
+const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
+
+/// The other implementations: the name in the rows, and the name in a table.
+pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
+
+/// The first two lines of a table: the columns, and the rule.
+pub fn head(columns: &[&str]) -> String {
+    format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
+}
+
+/// As [`head`], with a column for each sequence length after `columns`.
+fn head_by_seqlen(columns: &[&str], seqlens: &[usize]) -> String {
+    let seqlens: Vec<String> = seqlens.iter().map(usize::to_string).collect();
+    head(&columns.iter().copied().chain(seqlens.iter().map(String::as_str)).collect::<Vec<_>>())
+}
+
+/// The line below a table. `to_root` is the path from the document to the repository.
+fn measured_on(Machine { folder, origin, .. }: &Machine, to_root: &str) -> String {
+    format!("Measured on: {origin} ([the runs]({to_root}{folder})).\n")
+}
+
+/// Times on a CPU: ours and Candle's two ways, for one call.
+pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
+    let call = Call {
+        kind: "mha".to_string(),
+        dir: String::new(),
+        head_dim: 64,
+        causal: true,
+        batch: 1,
+        seqlen: 2048,
+        num_heads: 8,
+        num_heads_k: 8,
+    };
+    let ms = |peer: &str, dir: &str| cpu.record.get(peer, &call.with_dir(dir))?.ms;
+    let cell = |peer: &str, dir: &str| match (ms(peer, dir), ms("ours", dir)) {
+        (Some(ms), _) if peer == "ours" => format!("{ms:.1} ms"),
+        (Some(ms), Some(ours)) => format!("{ms:.0} ms, {:.1}x as long", ms / ours),
+        _ => "has no backward".to_string(),
+    };
+    let mut table = head(&["causal, 2048 tokens, 8 heads of 64, f32", "forward", "forward + backward"]);
+    for (peer, name) in [
+        ("ours", "candle-fa2"),
+        ("standard", "Candle: matmul, softmax, matmul"),
+        ("candle_flash", "`candle_nn::attention::flash_attn`"),
+    ] {
+        table += &format!("| {name} | {} | {} |\n", cell(peer, "fwd"), cell(peer, "fwd+bwd"));
+    }
+    Ok(table + "\n" + &measured_on(cpu, to_root))
+}
+
+/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid.
+pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> {
+    let mut table = head_by_seqlen(&["head_dim", "mask", "pass"], seqlens);
+    for (dir, pass) in PASSES {
+        for hdim in HEAD_DIMS {
+            for (causal, mask) in MASKS {
+                table += &format!("| {hdim} | {mask} | {pass} |");
+                for &seqlen in seqlens {
+                    let call = Call::of_the_grid(dir, hdim, causal, seqlen);
+                    let cell = gpu.record.tflops("ours", &call).zip(gpu.ratio("flash", &call));
+                    let (ours, ratio) = cell.with_context(|| format!("no run has {call:?}"))?;
+                    table += &format!(" {ours:.0}, {ratio:.2}x |");
+                }
+                table += "\n";
+            }
+        }
+    }
+    let means = PASSES.map(|(dir, _)| mean(&gpu.compared("flash", &["mha"], dir)).unwrap_or(f64::NAN));
+    let shapes = gpu.compared("flash", &["mha"], "fwd").len();
+    table += &format!(
+        "\nGeometric mean of the ratios over the papers' grid, {shapes} shapes: {:.2} forward, {:.2} backward.\n",
+        means[0], means[1]
+    );
+    Ok(table + &measured_on(gpu, to_root))
+}
+
+/// The front page's table: the forward on Hopper's own kernels, and the backward on those of every GPU.
+pub fn front_page(hopper: &Machine, gpu: &Machine) -> Result<String> {
+    let seqlens = [1024, 4096, 16384];
+    let mut table = head_by_seqlen(&["pass", "head_dim", "mask"], &seqlens);
+    let mut notes = String::new();
+    for (machine, (dir, pass)) in [hopper, gpu].into_iter().zip(PASSES) {
+        table += &rows_with_the_fastest(machine, (dir, pass), &HEAD_DIMS, &seqlens)?;
+        let Machine { origin, folder, .. } = machine;
+        let to = |(peer, name): (&str, &str)| {
+            let mean = mean(&machine.compared(peer, &["mha"], dir))?;
+            Some(format!("{mean:.2}x {name}"))
+        };
+        let means: Vec<String> = PEERS.into_iter().filter_map(to).collect();
+        notes += &format!("- {pass}, on {origin} ([the runs]({folder})): {}\n", means.join(", "));
+    }
+    Ok(format!(
+        "{table}\nGeometric means over all 36 shapes of the papers' grid, from 512 to 16,384 tokens:\n\n{notes}"
+    ))
+}
+
+/// The forward of every head_dim and length.
+pub fn forward(gpu: &Machine, to_root: &str) -> Result<String> {
+    let rows = rows_with_the_fastest(gpu, PASSES[0], &[64, 96, 128, 192, 256], &SEQLENS)?;
+    Ok(head_by_seqlen(&["pass", "head_dim", "mask"], &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
+}
+
+/// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192: there 16 heads.
+fn rows_with_the_fastest(
+    gpu: &Machine,
+    (dir, pass): (&str, &str),
+    head_dims: &[usize],
+    seqlens: &[usize],
+) -> Result<String> {
+    let mut rows = String::new();
+    for &head_dim in head_dims {
+        for (causal, mask) in MASKS {
+            rows += &format!("| {pass} | {head_dim} | {mask} |");
+            for &seqlen in seqlens {
+                let of_grid = Call::of_the_grid(dir, head_dim, causal, seqlen);
+                let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };
+                let call = Call { num_heads, num_heads_k: num_heads, ..of_grid };
+                let ours = gpu.record.tflops("ours", &call).with_context(|| format!("no run has {call:?}"))?;
+                let ratio = fastest(gpu, &call).map_or(String::new(), |ratio| format!(", {ratio:.2}x"));
+                rows += &format!(" {ours:.0}{ratio} |");
+            }
+            rows += "\n";
+        }
+    }
+    Ok(rows)
+}
+
+/// Our speed relative to the fastest of the others that timed a call.
+fn fastest(gpu: &Machine, call: &Call) -> Option<f64> {
+    PEERS.iter().filter_map(|(peer, _)| gpu.ratio(peer, call)).min_by(f64::total_cmp)
+}
+
+/// Geometric mean and minimum of the forward's ratios to each of the others and to the fastest, by kind of call.
+pub fn forward_summary(gpu: &Machine) -> Result<String> {
+    let kinds = [
+        (&["mha"][..], "papers' grid"),
+        (&["gqa"], "GQA 32/8"),
+        (&["varlen"], "packed, 29 sequences"),
+        (&["varlen_gqa"], "packed and GQA"),
+    ];
+    let mut table = head(&[&["ours over, geometric mean (smallest)"][..], &kinds.map(|(_, name)| name)].concat());
+    let cell = |compared: Vec<(Call, f64)>| {
+        let told = |mean: f64| format!("{mean:.2} ({:.2}) of {}", smallest(&compared), compared.len());
+        mean(&compared).map_or(String::new(), told)
+    };
+    for (peer, name) in PEERS {
+        let cells = kinds.map(|(kinds, _)| cell(gpu.compared(peer, kinds, "fwd")));
+        table += &format!("| {name} | {} |\n", cells.join(" | "));
+    }
+    let of_fastest = |kinds: &[&str]| {
+        let calls: BTreeSet<Call> =
+            PEERS.iter().flat_map(|(peer, _)| gpu.compared(peer, kinds, "fwd")).map(|(call, _)| call).collect();
+        cell(calls.into_iter().filter_map(|call| Some((call.clone(), fastest(gpu, &call)?))).collect())
+    };
+    table += &format!("| the fastest | {} |\n", kinds.map(|(kinds, _)| of_fastest(kinds)).join(" | "));
+    Ok(table)
+}
+
+fn mean(compared: &[(Call, f64)]) -> Option<f64> {
+    geometric_mean(compared.iter().map(|&(_, ratio)| ratio))
+}
+
+fn smallest(compared: &[(Call, f64)]) -> f64 {
+    compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min)
+}
+
+/// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
+pub fn summary(gpu: &Machine) -> Result<String> {
+    let mut table = head(&["calls", "pass", "cells", "geometric mean", "smallest"]);
+    for (kinds, name) in [
+        (&["mha"][..], "the papers' grid"),
+        (&["gqa"], "GQA 32/8"),
+        (&["varlen", "varlen_gqa"], "packed, 29 sequences"),
+    ] {
+        table += &ratios_to(gpu, "flash", kinds, name);
+    }
+    Ok(table)
+}
+
+/// A line for each direction.
+fn ratios_to(gpu: &Machine, peer: &str, kinds: &[&str], name: &str) -> String {
+    let line = |(dir, pass): (&str, &str)| {
+        let compared = gpu.compared(peer, kinds, dir);
+        let smallest = smallest(&compared);
+        let line = |mean: f64| format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", compared.len());
+        mean(&compared).map(line)
+    };
+    PASSES.into_iter().filter_map(line).collect()
+}
+
+/// The figures of the papers' grid, and our speed relative to each peer.
+pub fn peers(gpu: &Machine) -> Result<String> {
+    let figures = ["forward", "backward", "forward-backward"].map(|name| gpu.figure(name, ""));
+    let lines: String = PEERS.iter().map(|(peer, name)| ratios_to(gpu, peer, &["mha"], name)).collect();
+    let table = head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines;
+    Ok(format!("{}\n{table}", figures.join("\n")))
+}
+
+/// Time of a forward + backward: ours, and standard attention's.
+pub fn standard(gpu: &Machine) -> Result<String> {
+    let seqlens = SEQLENS.map(|seqlen| seqlen.to_string());
+    let mut columns = vec!["head_dim", "mask"];
+    columns.extend(seqlens.iter().map(String::as_str));
+    let mut table = String::new();
+    for hdim in HEAD_DIMS {
+        for (causal, mask) in MASKS {
+            let cells = SEQLENS.map(|seqlen| {
+                let call = Call::of_the_grid("fwd+bwd", hdim, causal, seqlen).with_kind("standard");
+                let (ours, standard) = (gpu.record.ours_for(&call)?.ms?, gpu.record.get("standard", &call)?);
+                Some(match (standard.ms, standard.failure) {
+                    (Some(ms), _) => format!("{ours:.2}, {ms:.2}: {:.1}x", ms / ours),
+                    (None, why) => format!("{ours:.2}, {}", why?),
+                })
+            });
+            if cells.iter().any(Option::is_some) {
+                let cells = cells.map(|cell| cell.unwrap_or_else(|| "-".to_string()));
+                table += &format!("| {hdim} | {mask} | {} |\n", cells.join(" | "));
+            }
+        }
+    }
+    Ok(if table.is_empty() { table } else { head(&columns) + &table })
+}
+
+/// Peak memory of a forward + backward: ours, and standard attention's.
+pub fn memory(gpu: &Machine) -> Result<String> {
+    let alike = |call: &Call| (call.head_dim, call.causal, call.num_heads);
+    let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
+    let seqlens: BTreeSet<usize> = calls().map(|call| call.seqlen).collect();
+    let shapes: Vec<_> = calls().map(alike).collect::<BTreeSet<_>>().into_iter().collect();
+    let here = |shape| calls().filter(|call| alike(call) == shape).cloned().collect::<Vec<Call>>();
+    let cell = |seqlen: usize, shape| {
+        let here = here(shape);
+        let call = here.iter().find(|call| call.seqlen == seqlen)?;
+        let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call));
+        // The bench tries no longer sequences after one has run out of memory.
+        let standard = match standard.map(|cost| (cost.peak_mib, cost.failure)) {
+            Some((Some(peak), _)) => format!("{}: {:.1}x", mib(peak), peak / ours),
+            Some((None, why)) => why?.to_string(),
+            None => "-".to_string(),
+        };
+        Some(format!("{}, {standard}", mib(ours)))
+    };
+    let line = |&seqlen: &usize| {
+        let cells: Vec<String> = shapes.iter().map(|&shape| cell(seqlen, shape).unwrap_or_default()).collect();
+        format!("| {seqlen} | {} |\n", cells.join(" | "))
+    };
+    let lines: String = seqlens.iter().map(line).collect();
+    let name = |&shape: &(usize, bool, usize)| {
+        let here = here(shape);
+        format!("{} heads of {}, {}{}", shape.2, shape.0, here[0].mask(), batches(&here))
+    };
+    let names: Vec<String> = shapes.iter().map(name).collect();
+    let columns: Vec<&str> = ["seqlen"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    Ok(if lines.is_empty() { lines } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &lines })
+}
+
+/// With and without one idea of the paper: both rates at the longest sequence, and the mean ratio over all lengths.
+pub fn ablations(gpu: &Machine) -> Result<String> {
+    let record = &gpu.record;
+    let mut shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
+    shapes.retain(|&(head_dim, _)| {
+        variants(record).iter().any(|name| record.calls(name).any(|call| call.head_dim == head_dim))
+    });
+    let mut table = String::new();
+    for variant in variants(record) {
+        for (dir, pass) in PASSES {
+            let cell = |&(head_dim, (causal, _)): &(usize, (bool, &str))| {
+                let of_it = |call: &Call| call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal);
+                let ratios: Vec<_> = ratios(record, variant, ABLATION).filter(|(call, _)| of_it(call)).collect();
+                let longest = ratios.iter().map(|&(call, _)| call).max_by_key(|call| call.seqlen)?;
+                let ours = baseline(record, variant, longest)?;
+                let theirs = record.tflops(variant, longest)?;
+                let mean = geometric_mean(ratios.iter().map(|&(_, ratio)| ratio))?;
+                Some(format!("{ours:.0}, {theirs:.0}: {mean:.2}x"))
+            };
+            let cells: Vec<Option<String>> = shapes.iter().map(cell).collect();
+            if cells.iter().any(Option::is_some) {
+                let cells: Vec<String> = cells.into_iter().map(Option::unwrap_or_default).collect();
+                table += &format!("| {} | {pass} | {} |\n", variant_name(variant), cells.join(" | "));
+            }
+        }
+    }
+    let shapes: Vec<String> = shapes.iter().map(|(head_dim, (_, mask))| format!("{head_dim}, {mask}")).collect();
+    let columns: Vec<&str> = ["variant", "pass"].into_iter().chain(shapes.iter().map(String::as_str)).collect();
+    Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
+}
+
+/// A thread block per tile of queries (backward: of keys), compared with one per head.
+pub fn heads(gpu: &Machine) -> Result<String> {
+    let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).collect();
+    let Some(seqlen) = all.first().map(|(call, _)| call.seqlen) else { return Ok(String::new()) };
+    let mut lines: BTreeMap<(bool, usize, bool), BTreeMap<usize, String>> = BTreeMap::new();
+    for (call, ratio) in all.into_iter().filter(|(call, _)| call.seqlen == seqlen) {
+        let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);
+        let (ours, theirs) = (tflops(gpu.record.ours_for(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
+        let cells = lines.entry((call.dir == "bwd", call.head_dim, call.causal)).or_default();
+        cells.insert(call.batch * call.num_heads, format!("{ours:.0}, {theirs:.0}: {ratio:.1}x"));
+    }
+    let blocks: BTreeSet<usize> = lines.values().flat_map(BTreeMap::keys).copied().collect();
+    let mut columns = vec!["pass".to_string(), "head_dim".to_string(), "mask".to_string()];
+    columns.extend(blocks.iter().map(usize::to_string));
+    let mut table = head(&columns.iter().map(String::as_str).collect::<Vec<_>>());
+    for ((backward, head_dim, causal), cells) in &lines {
+        let (pass, mask) = (if *backward { "backward" } else { "forward" }, if *causal { "causal" } else { "full" });
+        let cells: String =
+            blocks.iter().map(|at| format!(" {} |", cells.get(at).map_or("-", String::as_str))).collect();
+        table += &format!("| {pass} | {head_dim} | {mask} |{cells}\n");
+    }
+    Ok(gpu.figure("heads", "") + &format!("\n{seqlen} tokens; by batch x heads:\n\n") + &table)
+}
+
+/// Whole training steps of the GPT example.
+pub fn gpt(gpu: &Machine) -> Result<String> {
+    const KINDS: [&str; 4] = ["flash", "standard", "standard-fused", "none"];
+    const COLUMNS: [&str; 10] = [
+        "layers",
+        "width",
+        "attention",
+        "context",
+        "batch",
+        "ms_per_step",
+        "tokens_per_s",
+        "model_tflops",
+        "mfu_percent",
+        "peak_gib",
+    ];
+    type Row = HashMap<String, String>;
+    let number = |row: &Row, column: &str| row[column].parse::<f64>().ok();
+    let mut rows = gpu.rows("gpt", &COLUMNS)?;
+    rows.sort_by_key(|row| {
+        let size = |column: &str| row[column].parse::<usize>().unwrap_or_default();
+        (size("layers"), size("context"), size("batch"), KINDS.iter().position(|kind| row["attention"] == *kind))
+    });
+    let line = |row: &Row| {
+        let measured = |column: &str, digits: usize| {
+            number(row, column).map_or(String::new(), |value| format!("{value:.digits$}"))
+        };
+        let ms = if number(row, "ms_per_step").is_some() { measured("ms_per_step", 1) } else { "out of memory".into() };
+        let flash = rows.iter().find(|other| {
+            other["attention"] == "flash" && ["layers", "context", "batch"].iter().all(|at| other[*at] == row[*at])
+        });
+        let ratio = flash
+            .filter(|_| row["attention"] != "flash")
+            .and_then(|flash| Some(format!("{:.1}x", number(flash, "tokens_per_s")? / number(row, "tokens_per_s")?)));
+        format!(
+            "| {} x {} | {} x {} | {} | {ms} | {} | {} | {} | {} | {} |\n",
+            row["layers"],
+            row["width"],
+            row["batch"],
+            row["context"],
+            row["attention"],
+            measured("tokens_per_s", 0),
+            measured("model_tflops", 0),
+            number(row, "mfu_percent").map_or(String::new(), |percent| format!("{percent:.0}%")),
+            measured("peak_gib", 1),
+            ratio.unwrap_or_default(),
+        )
+    };
+    let lines: String = rows.iter().map(line).collect();
+    let columns = [
+        "layers x width",
+        "batch x context",
+        "attention",
+        "ms a step",
+        "tokens/s",
+        "model TFLOP/s",
+        "of the peak",
+        "GiB at the peak",
+        "flash over it",
+    ];
+    Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
+}
+
+/// Tokens/s of the smallest model by context, with either attention.
+pub fn training(gpu: &Machine) -> Result<String> {
+    let rows = gpu.rows("gpt", &["layers", "attention", "context", "batch", "tokens_per_s"])?;
+    let number = |row: &HashMap<String, String>, column: &str| row[column].parse::<usize>().unwrap_or_default();
+    let Some(layers) = rows.iter().map(|row| number(row, "layers")).min() else { return Ok(String::new()) };
+    // The shortest context has several batches. Take the one with as many tokens as the other contexts.
+    let tokens = rows.iter().map(|row| number(row, "batch") * number(row, "context")).min();
+    let rate = |attention: &str, context: usize| {
+        let of_shape = |row: &&HashMap<String, String>| {
+            row["attention"] == attention
+                && number(row, "layers") == layers
+                && number(row, "context") == context
+                && Some(number(row, "batch") * context) == tokens
+        };
+        rows.iter().find(of_shape).map(|row| row["tokens_per_s"].parse::<f64>().ok())
+    };
+    let contexts: BTreeSet<usize> = rows.iter().map(|row| number(row, "context")).collect();
+    let contexts: Vec<usize> =
+        contexts.into_iter().filter(|&at| rate("flash", at).is_some() && rate("standard", at).is_some()).collect();
+    let mut columns = vec!["attention".to_string()];
+    columns.extend(contexts.iter().map(usize::to_string));
+    let mut table = head(&columns.iter().map(String::as_str).collect::<Vec<_>>());
+    for (attention, name) in [("flash", "candle-fa2"), ("standard", "Candle: matmul, softmax, matmul")] {
+        let cells = contexts.iter().map(|&at| match rate(attention, at).flatten() {
+            Some(slower) if attention != "flash" => {
+                let ratio =
+                    rate("flash", at).flatten().map_or(String::new(), |flash| format!(", {:.1}x", flash / slower));
+                format!(" {slower:.0}{ratio} |")
+            }
+            Some(rate) => format!(" {rate:.0} |"),
+            None => " out of memory |".to_string(),
+        });
+        table += &format!("| {name} |{}\n", cells.collect::<String>());
+    }
+    Ok(table)
+}
+
+/// The speed of training after each change.
+pub fn gpt_steps(gpu: &Machine) -> Result<String> {
+    let rows = gpu.rows("gpt-steps", &["change", "expected", "tokens_per_s"])?;
+    let (mut table, mut before) = (String::new(), None);
+    for row in &rows {
+        let rate: f64 = row["tokens_per_s"].parse().with_context(|| format!("tokens_per_s of {:?}", row["change"]))?;
+        let ratio = before.map_or(String::new(), |before: f64| format!("{:.2}x", rate / before));
+        table += &format!("| {} | {} | {rate:.0} | {ratio} |\n", row["change"], row["expected"]);
+        before = Some(rate);
+    }
+    Ok(if table.is_empty() { table } else { head(&["change", "expected", "tokens/s", "over the line above"]) + &table })
+}

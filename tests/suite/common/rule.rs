@@ -1,0 +1,95 @@
+//! The rule for how far a result may be from the reference, tested itself: it rejects lost keys and accepts honest
+//! implementations.
+
+use super::cases::{self, cpu_targets, Case, Target};
+use super::compare;
+use anyhow::{ensure, Result};
+use attention_reference as reference;
+use attention_reference::attention::{Variant, PLAIN};
+use candle_fa2::Mask;
+
+/// The smallest key tile that any kernel has.
+const TILE: usize = 32;
+const ALL: [&str; 5] = ["o", "lse", "dq", "dk", "dv"];
+
+/// A same-precision implementation with the fault `drops` fails on every tensor named.
+fn rejects(case: &Case, tensors: &[&str], drops: &(dyn Fn(usize, usize) -> bool + Sync)) -> Result<()> {
+    let input = case.draw();
+    let want = reference::attention(&input);
+    let broken = reference::attention_variant(&input, &Variant { drops, ..PLAIN });
+    let tolerances = reference::tolerances(&input, &want);
+    for (((name, broken), (_, want)), tolerance) in broken.named().into_iter().zip(want.named()).zip(&tolerances) {
+        let caught = compare::close(name, broken, want, tolerance, case).is_err();
+        ensure!(caught || !tensors.contains(&name), "{name} passes with lost keys\ncase {case}");
+    }
+    Ok(())
+}
+
+/// One key tile dropped from the last query tile, at the longest length that the suite compares.
+#[test]
+fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
+    for target in cpu_targets() {
+        for case in cases::long(&target) {
+            let (seqlen_q, seqlen_k) = case.sequences()[0];
+            let first = (seqlen_k / 2).next_multiple_of(TILE);
+            let drops = |row: usize, col: usize| row + TILE >= seqlen_q && (first..first + TILE).contains(&col);
+            // A window shows the last query tile only the last keys.
+            let last = |row: usize, col: usize| row + TILE >= seqlen_q && col + TILE >= seqlen_k;
+            let windowed = matches!(case.mask, Mask::Window { .. });
+            rejects(&case, &ALL, if windowed { &last } else { &drops })?;
+        }
+    }
+    Ok(())
+}
+
+/// The same at 8k keys, for the tensors whose rows sum over the keys.
+#[test]
+fn rejects_one_lost_key_tile_at_8k_keys() -> Result<()> {
+    for target in cpu_targets() {
+        let case = Case::new(&target).heads(1, 1).batch(1, 2, 8192).mask(Mask::Causal);
+        rejects(&case, &["o", "lse", "dq"], &|_, col| (4096..4096 + TILE).contains(&col))?;
+    }
+    Ok(())
+}
+
+/// One key dropped, wherever it lies, from the last eighth of the queries: from a single one up to 15.
+#[test]
+fn rejects_one_lost_key_at_short_seqlens() -> Result<()> {
+    for target in cpu_targets() {
+        for seqlen in [2, 5, 16, 48] {
+            // Weights near 1 / seqlen: a key that hardly counts is below the rounding of bf16, and no rule could
+            // miss it.
+            let case = Case::new(&target).heads(1, 1).batch(1, seqlen, seqlen).softmax_scale(0.05);
+            let losing = (seqlen / 8).max(1);
+            for lost in [0, seqlen / 2, seqlen - 1] {
+                rejects(&case, &ALL, &|row, col| row + losing >= seqlen && col == lost)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Implementations that sum in another order, or divide by the row sum at the end and so round other numbers, are
+/// honest.
+#[test]
+fn accepts_honest_implementations() -> Result<()> {
+    for target in cpu_targets() {
+        for case in honest_cases(&target) {
+            let input = case.draw();
+            let want = reference::attention(&input);
+            let tolerances = reference::tolerances(&input, &want);
+            for (reversed, divides_last) in [(true, false), (false, true), (true, true)] {
+                let got = reference::attention_variant(&input, &Variant { reversed, divides_last, ..PLAIN });
+                for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(&tolerances)
+                {
+                    compare::close(name, got, want, tolerance, &case)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn honest_cases(target: &Target) -> Vec<Case> {
+    [cases::smoke(target), cases::options(target), cases::head_dims(target), cases::packed(target)].concat()
+}
