@@ -1,5 +1,5 @@
-//! What every test stands on: the cases, the operator under test, and the asserts. The crate `attention_reference` decides
-//! what is right, and how near is near enough.
+//! Shared by all tests: the cases, the operator under test, and the asserts. The crate `attention_reference` computes the
+//! expected values and the tolerances.
 
 pub mod cases;
 pub mod compare;
