@@ -2,14 +2,19 @@
 
 use candle_core::Tensor;
 
+use crate::device;
+use crate::environment;
+use crate::error::{Error, Result};
 use crate::layout::TensorLayout;
 use crate::mask::Mask;
-use crate::op::{self, FlashAttention, FusedFlashAttention, Output};
+use crate::merge;
+use crate::op::{FlashAttention, FusedFlashAttention};
+use crate::options::Options;
+use crate::output::{o_and_lse, Output};
 use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
-use crate::plan::{DeviceCaps, Plan};
+use crate::plan::Plan;
 use crate::problem::Problem;
-use crate::{merge, Error, Result};
 
 /// Attention of every query over the keys its mask lets it see.
 ///
@@ -59,14 +64,7 @@ use crate::{merge, Error, Result};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Attention {
-    pub(crate) mask: Mask,
-    pub(crate) softmax_scale: Option<f64>,
-    pub(crate) softcap: Option<f64>,
-    pub(crate) alibi_slopes: Option<Tensor>,
-    pub(crate) deterministic: bool,
-    pub(crate) key_lengths: Option<KeyLengths>,
-    pub(crate) layout: TensorLayout,
-    output_layout: Option<TensorLayout>,
+    pub(crate) options: Options,
 }
 
 impl Attention {
@@ -77,19 +75,19 @@ impl Attention {
 
     /// Which keys each query sees; [`Mask`] draws them.
     pub fn mask(mut self, mask: Mask) -> Self {
-        self.mask = mask;
+        self.options.mask = mask;
         self
     }
 
     /// Factor of the scores; any finite number. Without it, `1/sqrt(head_dim)`.
     pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
-        self.softmax_scale = Some(softmax_scale);
+        self.options.softmax_scale = Some(softmax_scale);
         self
     }
 
     /// Bounds the scaled scores smoothly to `(-softcap, softcap)`, as Gemma 2 does; finite and above 0.
     pub fn softcap(mut self, softcap: f64) -> Self {
-        self.softcap = Some(softcap);
+        self.options.softcap = Some(softcap);
         self
     }
 
@@ -98,7 +96,7 @@ impl Attention {
     /// No gradient is offered for the slopes, so slopes that are tracked for one are refused. They must be finite, which
     /// is checked on the CPU alone.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
-        self.alibi_slopes = Some(slopes.clone());
+        self.options.alibi_slopes = Some(slopes.clone());
         self
     }
 
@@ -107,7 +105,7 @@ impl Attention {
     /// Everything else always does, and on the CPU that gradient too. On a GPU, blocks of keys add to it in the order in which
     /// they come; with this they take turns, which costs 16 to 28% of the backward's speed (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
-        self.deterministic = deterministic;
+        self.options.deterministic = deterministic;
         self
     }
 
@@ -136,26 +134,21 @@ impl Attention {
     /// [`Mask::Causal`] needs no key lengths there, because the padding comes after every token. In all other cases use
     /// [`CuSeqlens::from_mask`] and [`Self::forward_packed`], which also skip the padding.
     pub fn key_lengths(mut self, key_lengths: &KeyLengths) -> Self {
-        self.key_lengths = Some(key_lengths.clone());
+        self.options.key_lengths = Some(key_lengths.clone());
         self
     }
 
     /// Sets the axis order of q, k and v, and of the result unless [`Self::output_layout`] is set. The default is
     /// [`TensorLayout::Bshd`]. No tensor is copied.
     pub fn layout(mut self, layout: TensorLayout) -> Self {
-        self.layout = layout;
+        self.options.layout = layout;
         self
     }
 
     /// Sets the axis order of the result if it differs from that of q, k and v. The result is written in this order.
     pub fn output_layout(mut self, layout: TensorLayout) -> Self {
-        self.output_layout = Some(layout);
+        self.options.output_layout = Some(layout);
         self
-    }
-
-    /// The order of the result's axes.
-    pub(crate) fn layout_of_result(&self) -> TensorLayout {
-        self.output_layout.unwrap_or(self.layout)
     }
 
     /// Attention over a padded batch. The result is contiguous and has the type of `q`, and the shape of `q` in the result's
@@ -166,7 +159,7 @@ impl Attention {
     /// Nothing is computed then. If the shapes fit only the other layout, the error is
     /// [`Error::SwappedAxes`].
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        self.run(Problem::padded(self, q, k, v)?, q, k, v)
+        self.run(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
     /// Attention with q, k and v in one tensor, as a fused projection returns them. The result is contiguous, and
@@ -193,7 +186,7 @@ impl Attention {
     /// # Errors
     /// As [`Self::forward`], and if `qkv` has no head besides those of k and v.
     pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
-        let (problem, q) = Problem::fused(self, qkv, num_heads_k)?;
+        let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
         let op = self.op(problem, Output::O, &q)?;
         Ok(qkv.apply_op1(FusedFlashAttention(op))?)
     }
@@ -206,7 +199,7 @@ impl Attention {
     /// # Errors
     /// As [`Self::forward`].
     pub fn forward_with_lse(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.run_with_lse(Problem::padded(self, q, k, v)?, q, k, v)
+        self.run_with_lse(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
     /// Attention within each sequence of a packed batch. The result is contiguous and has the type of `q`, and the shape of
@@ -225,7 +218,7 @@ impl Attention {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<Tensor> {
-        self.run(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
+        self.run(Problem::packed(&self.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
     /// Attention over one part of the keys, for [`Self::merge`].
@@ -243,7 +236,7 @@ impl Attention {
     /// far its keys are from the queries.
     pub fn forward_partial(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check_partial()?;
-        self.run_partial(Problem::padded(self, q, k, v)?, q, k, v)
+        self.run_partial(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
     /// Merges `(o, lse)` of parts of the keys into attention over all keys. All parts have the same queries, and no key is
@@ -277,7 +270,7 @@ impl Attention {
     /// - [`Error::MergeMismatch`] if o has not 4 or 3 axes, if lse does not fit o in this layout, or if a part differs from the
     ///   first in shape, type or device.
     pub fn merge(&self, parts: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
-        merge::merge(parts, self.layout_of_result())
+        merge::merge(parts, self.options.layout_of_result())
     }
 
     /// [`Self::forward_packed`] with the log-sum-exp, shape `(num_heads, total_q)`.
@@ -292,7 +285,7 @@ impl Attention {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<(Tensor, Tensor)> {
-        self.run_with_lse(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
+        self.run_with_lse(Problem::packed(&self.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
     /// [`Self::forward_partial`] of a packed batch: o `(total_q, num_heads, head_dim)` and lse `(num_heads, total_q)`. Each
@@ -309,7 +302,7 @@ impl Attention {
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<(Tensor, Tensor)> {
         self.check_partial()?;
-        self.run_partial(Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
+        self.run_partial(Problem::packed(&self.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
     /// Whether [`Self::forward`] would accept this call. Computes nothing.
@@ -317,7 +310,7 @@ impl Attention {
     /// # Errors
     /// The error that `forward` would return.
     pub fn supports(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        plan(&Problem::padded(self, q, k, v)?, q).map(drop)
+        plan(&Problem::padded(&self.options, q, k, v)?, q).map(drop)
     }
 
     /// Whether [`Self::forward_packed`] would accept this call. Computes nothing.
@@ -332,7 +325,7 @@ impl Attention {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<()> {
-        plan(&Problem::packed(self, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q).map(drop)
+        plan(&Problem::packed(&self.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q).map(drop)
     }
 
     fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -348,14 +341,14 @@ impl Attention {
     /// A custom op has one result, so o and lse come as one flat tensor of the accumulator's type. The two views cut
     /// from it keep both in the graph, and their gradients meet again in one backward of the op.
     fn run_partial(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let shapes = [problem.shape_o(), problem.shape_lse()];
+        let (shape_o, shape_lse) = (problem.shape_o(), problem.shape_lse());
         let op = self.op(problem, Output::OAndLse, q)?;
-        Ok(op::o_and_lse(&q.apply_op3(k, v, op)?, shapes)?)
+        Ok(o_and_lse(&q.apply_op3(k, v, op)?, shape_o, shape_lse)?)
     }
 
     /// Checks the options of a call over one part of the keys.
     fn check_partial(&self) -> Result<()> {
-        match self.alibi_slopes {
+        match self.options.alibi_slopes {
             Some(_) => Err(Error::PartialAlibi),
             None => Ok(()),
         }
@@ -364,18 +357,18 @@ impl Attention {
     /// The operator of one checked call.
     pub(crate) fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
         let plan = logged_plan(&problem, q)?;
-        Ok(FlashAttention::new(problem, plan, self.alibi_slopes.clone(), output))
+        Ok(FlashAttention::new(problem, plan, self.options.alibi_slopes.clone(), output))
     }
 }
 
 /// How the device of q computes `problem`.
 fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
-    Plan::choose(problem, &DeviceCaps::of(q.device())?)
+    Plan::choose(problem, &device::caps(q.device())?)
 }
 
 /// The same for a call that will run.
 pub(crate) fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     let plan = plan(problem, q)?;
-    crate::plan::log(problem, &plan);
+    environment::log(problem, &plan);
     Ok(plan)
 }

@@ -2,13 +2,13 @@
 
 use candle_core::{DType, DeviceLocation};
 
-use crate::{Mask, PaddingSide, TensorLayout};
+use crate::layout::{PaddingSide, TensorLayout};
 
-/// What the functions of this crate return.
+/// What the functions of the operator return.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call was refused. All but [`Error::Candle`] come from checks of the arguments, before attention computes, queues
-/// or changes anything; the projections of a layer may have run by then.
+/// Why a call of the operator was refused. All but [`Error::Candle`] come from checks of the arguments, before attention
+/// computes, queues or changes anything. The layers have errors of their own: [`layers::Error`](crate::layers::Error).
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]
@@ -384,6 +384,14 @@ pub enum Error {
         /// Each kernel that was considered, and why it does not fit.
         rejected: Vec<String>,
     },
+    /// An input is tracked for gradients, but no kernel of the backward fits this GPU.
+    #[error("{tensor}: tracked for gradients, but {error}; for inference alone, call .detach() on the inputs")]
+    NoBackward {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Why no kernel fits: [`Error::NoInstance`].
+        error: Box<Error>,
+    },
     /// The driver refused a kernel.
     #[error("{action} {kernel} failed: {cause}; {detail}")]
     Driver {
@@ -409,227 +417,6 @@ pub enum Error {
     /// The backward ran on an operator whose forward never did.
     #[error("flash_attention: backward found no lse; run the forward of this operator first")]
     NoForward,
-    /// A size of a layer that is 0.
-    #[error("{name} is 0; a layer needs at least 1")]
-    LayerSize {
-        /// Name of the size.
-        name: &'static str,
-    },
-    /// The heads do not share `embed_dim` evenly and no `head_dim` was given.
-    #[error("embed_dim {embed_dim} is not a multiple of num_heads {num_heads}; set head_dim")]
-    HeadDimUnset {
-        /// Size of the layer's input.
-        embed_dim: usize,
-        /// Heads of q.
-        num_heads: usize,
-    },
-    /// A fused projection has one bias for q, k and v, or none.
-    #[error("q_bias {q_bias}, k_bias {k_bias}, v_bias {v_bias} differ, but a fused projection has one bias for all three; use Projections::Separate")]
-    FusedBias {
-        /// Whether q was to have a bias.
-        q_bias: bool,
-        /// Whether k was to have a bias.
-        k_bias: bool,
-        /// Whether v was to have a bias.
-        v_bias: bool,
-    },
-    /// The input of a layer has another element type than its weights.
-    #[error("xs: dtype {got:?} differs from the weights' {expected:?}; convert with to_dtype")]
-    LayerDType {
-        /// The dtype of the input.
-        got: DType,
-        /// The dtype of the weights.
-        expected: DType,
-    },
-    /// The input of a layer is on another device than its weights.
-    #[error("xs: on device {got:?}, but the weights are on {expected:?}; move it with to_device")]
-    LayerDevice {
-        /// The device of the input.
-        got: DeviceLocation,
-        /// The device of the weights.
-        expected: DeviceLocation,
-    },
-    /// Rotary embedding rotates pairs of values.
-    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are rotated")]
-    RotaryDim {
-        /// The value that came.
-        rotary_dim: usize,
-    },
-    /// `theta` of a rotary embedding is not a positive finite number.
-    #[error("theta {0} of the rotary embedding must be finite and above 0; leave it out for 10000")]
-    RotaryTheta(
-        /// The value that came.
-        f64,
-    ),
-    /// A rotary embedding has one frequency per pair of values.
-    #[error("frequencies of the rotary embedding: got {got}, but rotary_dim {rotary_dim} has {} pairs", rotary_dim / 2)]
-    RotaryFrequencies {
-        /// How many came.
-        got: usize,
-        /// How many values of a head are rotated.
-        rotary_dim: usize,
-    },
-    /// A frequency of a rotary embedding is NaN or infinite.
-    #[error("frequency {got} of pair {pair} of the rotary embedding is not finite")]
-    RotaryFrequency {
-        /// Index of the pair.
-        pair: usize,
-        /// The value that came.
-        got: f64,
-    },
-    /// A rotary embedding rotates more values than a head has.
-    #[error(
-        "rotary_dim {rotary_dim} is larger than head_dim {head_dim}; build Rotary with rotary_dim {head_dim} or less"
-    )]
-    RotaryHeadDim {
-        /// How many values of a head are rotated.
-        rotary_dim: usize,
-        /// Size of each head.
-        head_dim: usize,
-    },
-    /// Positions past the end of the rotary tables.
-    #[error("positions {start}..{end} reach past the rotary tables' max_seqlen {max_seqlen}; build Rotary with at least {end}")]
-    RotaryPositions {
-        /// The first position.
-        start: usize,
-        /// One past the last position.
-        end: usize,
-        /// How many positions the tables have.
-        max_seqlen: usize,
-    },
-    /// The rotary tables are on another device than the tensors that they rotate.
-    #[error("rotary: tables on device {got:?}, but q and k are on {expected:?}; build Rotary there")]
-    RotaryDevice {
-        /// The device of the tables.
-        got: DeviceLocation,
-        /// The device of q and k.
-        expected: DeviceLocation,
-    },
-    /// A tensor is tracked for gradients, but writes to a KV cache drop them.
-    #[error("{tensor}: tracked for gradients, which the KV cache would drop; {way_out}, or train with forward")]
-    TrackedDecoding {
-        /// Name of the tensor.
-        tensor: String,
-        /// How to decode all the same.
-        way_out: &'static str,
-    },
-    /// The mask of a layer shows later keys, which a KV cache does not hold yet.
-    #[error("mask {mask:?} shows a query later keys, which the KV cache does not hold yet; use Mask::Causal or a window with right: Some(0)")]
-    DecodingMask {
-        /// The mask of the layer.
-        mask: Mask,
-    },
-    /// A KV cache grows along another axis than the tokens.
-    #[error("cache of {tensor} grows along axis {axis}, but the tokens of (batch, seqlen, num_heads_k, head_dim) are on axis 1; make it with new_cache")]
-    CacheAxis {
-        /// k or v.
-        tensor: &'static str,
-        /// The axis it grows along.
-        axis: usize,
-    },
-    /// A KV cache without room, which cannot grow either.
-    #[error("cache of {tensor} has max_seq_len 0 and cannot grow; make it with room for 1 token or more")]
-    CacheCapacity {
-        /// k or v.
-        tensor: &'static str,
-    },
-    /// The two halves of a KV cache hold different numbers of tokens.
-    #[error("cache holds {k} tokens of k, but {v} of v; call .reset() and begin again")]
-    CacheLengths {
-        /// Tokens of k.
-        k: usize,
-        /// Tokens of v.
-        v: usize,
-    },
-    /// A KV cache holds another batch, or heads of another layer.
-    #[error("cache of {tensor} holds {got}, but this call adds {expected}; call .reset() or use another cache")]
-    CacheMismatch {
-        /// k or v.
-        tensor: &'static str,
-        /// Shape, dtype and device of what it holds.
-        got: String,
-        /// What the call would add.
-        expected: String,
-    },
-    /// ALiBi slopes of a layer that are not one per head: a layer meets batches of any size.
-    #[error("alibi_slopes: a layer takes one slope per head, shape [{num_heads}] (num_heads), got {shape:?}; slopes per sequence are for Attention alone")]
-    LayerAlibiShape {
-        /// Heads of q.
-        num_heads: usize,
-        /// The shape that came.
-        shape: Vec<usize>,
-    },
-    /// Key lengths in the configuration of a layer. They belong to one batch, but a layer takes many batches.
-    #[error("key_lengths: a layer cannot store the lengths of one batch; remove key_lengths, and for padded batches unpad with CuSeqlens and call forward_packed")]
-    LayerKeyLengths,
-    /// Sizes of a layer whose weights no machine can address.
-    #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
-    LayerTooLarge {
-        /// Size of the layer's input.
-        embed_dim: usize,
-        /// Heads of q.
-        num_heads: usize,
-        /// Heads of k and v.
-        num_heads_k: usize,
-        /// Size of each head.
-        head_dim: usize,
-    },
-    /// Rotary tables past the limit of their size.
-    #[error("rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than {limit} values each; set max_seqlen to the longest sequence in use")]
-    RotaryTables {
-        /// How many positions the tables were to have.
-        max_seqlen: usize,
-        /// How many values of a head are rotated.
-        rotary_dim: usize,
-        /// The largest number of values.
-        limit: usize,
-    },
-    /// The `VarBuilder` of a layer hands out weights of a type without a kernel.
-    #[error("weights: dtype {got:?} of the VarBuilder is not supported (supported: {supported}); build it with one of these")]
-    WeightDType {
-        /// The dtype of the builder.
-        got: DType,
-        /// The dtypes that would do.
-        supported: &'static str,
-    },
-    /// Two projections of a layer have the same name.
-    #[error("projections {first} and {second} have the same name {name:?} and would share weights; give them different names, or map the names with VarBuilder::rename_f if sharing is intended")]
-    ProjectionName {
-        /// The role of one projection: `q`, `k`, `v`, `qkv` or `o`.
-        first: &'static str,
-        /// The role of the other one.
-        second: &'static str,
-        /// The name of both.
-        name: String,
-    },
-    /// A weight of the configuration is missing, but the weights of another naming are present.
-    #[error("{missing}: not found, but the VarBuilder has {}; set the names with .projections(..), or add {allow} to ignore {}", tensors.join(", "), it_or_them(tensors))]
-    OtherProjections {
-        /// The weight that the configuration names.
-        missing: String,
-        /// The weights that the builder has.
-        tensors: Vec<String>,
-        /// The builder calls that ignore them, as text.
-        allow: String,
-    },
-    /// The `VarBuilder` has biases that the configuration does not use.
-    #[error("{}: the VarBuilder has {it}, but the configuration does not use {it}; add {add} to use {it}, or {allow} to ignore {it}", tensors.join(", "), it = it_or_them(tensors))]
-    UnusedBiases {
-        /// The biases that the builder has.
-        tensors: Vec<String>,
-        /// The builder calls that use them, as text.
-        add: String,
-        /// The builder calls that ignore them, as text.
-        allow: String,
-    },
-    /// Known tensors that change the result of attention, and that the layer cannot apply.
-    #[error("{}: the VarBuilder has {it}, but the layer cannot apply {it}; fold scales or LoRA into the weights, apply norms or sinks yourself around Attention, or add {allow} to ignore {it}", tensors.join(", "), it = it_or_them(tensors))]
-    UnusedTensors {
-        /// The tensors that the builder has.
-        tensors: Vec<String>,
-        /// The builder calls that ignore them, as text.
-        allow: String,
-    },
     /// An error of Candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -642,14 +429,6 @@ impl From<Error> for candle_core::Error {
             // Not `Error::wrap`: that appends a backtrace to the text when RUST_BACKTRACE is set.
             other => Self::Wrapped(Box::new(other)),
         }
-    }
-}
-
-/// The pronoun for one or more tensors.
-fn it_or_them(tensors: &[String]) -> &'static str {
-    match tensors.len() {
-        1 => "it",
-        _ => "them",
     }
 }
 

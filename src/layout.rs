@@ -1,4 +1,4 @@
-//! The axis order of q, k, v and of the result.
+//! How tensors are laid out: the axis order of q, k, v and of the result, and the side of the padding.
 
 /// The axis order of q, k and v, and of the result.
 ///
@@ -58,6 +58,40 @@ impl TensorLayout {
         match self {
             TensorLayout::Bshd => TensorLayout::Bhsd,
             TensorLayout::Bhsd => TensorLayout::Bshd,
+        }
+    }
+}
+
+/// The side of each sequence that holds the padding (`padding_side` of Hugging Face tokenizers).
+///
+/// ```text
+///          Right        Left            x a token, . padding
+/// row 0    x x x .      . x x x
+/// row 1    x . . .      . . . x
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PaddingSide {
+    /// Padding before the tokens. Common for generating text in batches.
+    Left,
+    /// Padding after the tokens. Common for training.
+    Right,
+}
+
+impl std::fmt::Display for PaddingSide {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            PaddingSide::Left => "left",
+            PaddingSide::Right => "right",
+        })
+    }
+}
+
+impl PaddingSide {
+    /// The first token of a sequence of `length` tokens in `seqlen` positions.
+    pub(crate) fn start(self, length: usize, seqlen: usize) -> usize {
+        match self {
+            PaddingSide::Left => seqlen - length,
+            PaddingSide::Right => 0,
         }
     }
 }

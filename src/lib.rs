@@ -80,6 +80,8 @@ mod attention;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod device;
+mod environment;
 mod error;
 mod instances;
 pub mod layers;
@@ -87,19 +89,22 @@ mod layout;
 mod mask;
 mod merge;
 mod op;
+mod options;
+mod output;
 mod packed;
 mod padding;
 mod plan;
 mod problem;
+mod tensors;
 #[doc(hidden)]
 pub mod testing;
 
 pub use attention::Attention;
 pub use error::{Error, Result};
-pub use layout::TensorLayout;
+pub use layout::{PaddingSide, TensorLayout};
 pub use mask::Mask;
 pub use packed::CuSeqlens;
-pub use padding::{KeyLengths, PaddingSide};
+pub use padding::KeyLengths;
 
 /// Compiles and runs the README's Rust examples with the other doc tests.
 #[cfg(doctest)]

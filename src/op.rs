@@ -1,4 +1,4 @@
-//! The Candle operator: one instance per call, carrying the lse from its forward to its backward.
+//! The Candle operator: one instance per call, carrying lse from its forward to its backward.
 
 use std::sync::OnceLock;
 
@@ -7,28 +7,14 @@ use candle_core::op::BackpropOp;
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 
+use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
+use crate::error::Error;
+use crate::output::Output;
 use crate::plan::Plan;
-use crate::problem::{split_qkv, Problem, Strides};
-use crate::{cpu, Error};
-
-/// What the operator returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Output {
-    /// o in its layout, in the type of q.
-    O,
-    /// o and then lse, flat, both in the accumulator's type.
-    OAndLse,
-}
-
-/// o in the accumulator's type, and lse, cut from the flat result of [`Output::OAndLse`]: views that stay in its graph.
-pub(crate) fn o_and_lse(both: &Tensor, [shape_q, shape_lse]: [Vec<usize>; 2]) -> Result<(Tensor, Tensor)> {
-    let (o_len, lse_len) = (shape_q.iter().product(), shape_lse.iter().product());
-    let o = both.narrow(0, 0, o_len)?.reshape(shape_q)?;
-    let lse = both.narrow(0, o_len, lse_len)?.reshape(shape_lse)?;
-    Ok((o, lse))
-}
+use crate::problem::{split_qkv, Problem};
+use crate::tensors::{BackwardInputs, Inputs};
 
 /// One attention call as a node of Candle's graph.
 pub(crate) struct FlashAttention {
@@ -36,10 +22,16 @@ pub(crate) struct FlashAttention {
     plan: Plan,
     alibi_slopes: Option<Tensor>,
     output: Output,
-    /// lse, written by the forward, read by every backward: on the CPU in two parts, on a GPU as one tensor. Candle calls
-    /// `bwd` on the instance that ran forward, and offers no other way to keep a tensor; it is never emptied, so that a
-    /// second backward finds it too.
-    lse: OnceLock<Vec<Tensor>>,
+    /// Written by the forward, read by every backward. Candle calls `bwd` on the instance that ran forward, and offers no
+    /// other way to keep a tensor. It is never emptied, so that a second backward finds it too.
+    lse: OnceLock<Lse>,
+}
+
+/// The log-sum-exp of each row as the forward of a device keeps it, in the shape of [`Problem::shape_lse`].
+enum Lse {
+    Cpu(cpu::Lse<Tensor>),
+    #[cfg(feature = "cuda")]
+    Cuda(Tensor),
 }
 
 impl FlashAttention {
@@ -57,21 +49,23 @@ impl FlashAttention {
     }
 
     /// Puts lse where the backward finds it.
-    fn keep(&self, parts: impl IntoIterator<Item = Storage>) {
-        let tensor = |part| Tensor::from_storage(part, self.problem.shape_lse(), BackpropOp::none(), false);
+    fn keep(&self, lse: Lse) {
         // An op runs forward once; a value that is already there belongs to the same inputs.
-        let _ = self.lse.set(parts.into_iter().map(tensor).collect());
+        let _ = self.lse.set(lse);
     }
 
-    fn cpu_backward(&self, [q, k, v, result, grad]: [&Tensor; 5], lse: &[Tensor]) -> Result<[Option<CpuStorage>; 3]> {
-        // Candle hands gradients on as they come: transposed, or broadcast from a sum.
-        let grad = match self.output {
-            Output::O if Strides::of("do", grad.layout(), self.problem.output_layout).is_ok() => grad.clone(),
-            _ => grad.contiguous()?,
-        };
-        let [max, log2_sum] = lse else { unreachable!("the forward on the CPU keeps two parts") };
-        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        cpu::backward(&execution, self.output, [q, k, v, result, &grad, max, log2_sum])
+    fn kept(&self) -> Result<&Lse> {
+        Ok(self.lse.get().ok_or(Error::NoForward)?)
+    }
+
+    /// Numbers of rows as a tensor that no gradient flows through.
+    fn lse_tensor(&self, storage: Storage) -> Tensor {
+        untracked(storage, &self.problem.shape_lse())
+    }
+
+    fn cpu_call(&self) -> Result<cpu::Execution<'_>> {
+        let Plan::Cpu(plan) = &self.plan else { unreachable!("Plan::choose gives the host's tensors Plan::Cpu") };
+        cpu::Execution::new(&self.problem, plan, self.alibi_slopes.as_ref())
     }
 
     #[cfg(feature = "cuda")]
@@ -96,9 +90,8 @@ impl CustomOp3 for FlashAttention {
         v: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let execution = cpu::Execution::new(&self.problem, &self.plan, self.alibi_slopes.as_ref())?;
-        let (result, lse) = cpu::forward(&execution, self.output, [q, k, v])?;
-        self.keep(lse.map(Storage::Cpu));
+        let (result, lse) = cpu::forward(&self.cpu_call()?, self.output, Inputs { q, k, v })?;
+        self.keep(Lse::Cpu(lse.map(|part| self.lse_tensor(Storage::Cpu(part)))));
         Ok((result, self.result_shape()))
     }
 
@@ -112,8 +105,8 @@ impl CustomOp3 for FlashAttention {
         v: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let (result, lse) = cuda::forward(&self.cuda_call()?, self.output, [q, k, v])?;
-        self.keep([Storage::Cuda(lse)]);
+        let (result, lse) = cuda::forward(&self.cuda_call()?, self.output, Inputs { q, k, v })?;
+        self.keep(Lse::Cuda(self.lse_tensor(Storage::Cuda(lse))));
         Ok((result, self.result_shape()))
     }
 
@@ -125,26 +118,22 @@ impl CustomOp3 for FlashAttention {
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let lse = self.lse.get().ok_or(Error::NoForward)?;
-        let [dq, dk, dv] = match &self.plan {
-            Plan::Cpu { .. } => {
-                let grads = self.cpu_backward([q, k, v, result, grad], lse)?;
-                grads.map(|grad| grad.map(Storage::Cpu))
+        let inputs = Inputs { q, k, v };
+        let grads = match self.kept()? {
+            Lse::Cpu(lse) => {
+                let tensors = BackwardInputs { inputs, result, grad, lse };
+                cpu::backward(&self.cpu_call()?, self.output, tensors)?.map(|grad| grad.map(Storage::Cpu))
             }
             #[cfg(feature = "cuda")]
-            Plan::Cuda(_) => {
-                let tensors = [q, k, v, result, grad, &lse[0]];
-                let grads = cuda::backward(&self.cuda_call()?, self.output, cuda::Places::Separate, tensors)?;
-                let mut grads = grads.into_iter().map(Storage::Cuda);
-                std::array::from_fn(|_| grads.next())
+            Lse::Cuda(lse) => {
+                let tensors = BackwardInputs { inputs, result, grad, lse };
+                cuda::backward(&self.cuda_call()?, self.output, tensors)?.map(|grad| Some(Storage::Cuda(grad)))
             }
-            #[cfg(not(feature = "cuda"))]
-            Plan::Cuda(_) => unreachable!("without the feature no device has these capabilities"),
         };
         let tensor = |input: &Tensor, grad: Option<Storage>| {
             grad.filter(|_| input.track_op()).map(|grad| untracked(grad, input.dims()))
         };
-        Ok((tensor(q, dq), tensor(k, dk), tensor(v, dv)))
+        Ok((tensor(q, grads.dq), tensor(k, grads.dk), tensor(v, grads.dv)))
     }
 }
 
@@ -169,11 +158,10 @@ impl CustomOp1 for FusedFlashAttention {
         let layout = self.0.problem.layout;
         let [q, k, v] = split_qkv(qkv, self.0.problem.num_heads_k, layout)?;
         #[cfg(feature = "cuda")]
-        if let Plan::Cuda(_) = self.0.plan {
-            let lse = self.0.lse.get().ok_or(Error::NoForward)?;
-            let tensors = [&q, &k, &v, result, grad, &lse[0]];
-            let grads = cuda::backward(&self.0.cuda_call()?, self.0.output, cuda::Places::Fused, tensors)?;
-            return Ok(grads.into_iter().next().map(|grads| untracked(Storage::Cuda(grads), qkv.dims())));
+        if let Lse::Cuda(lse) = self.0.kept()? {
+            let tensors = BackwardInputs { inputs: Inputs { q: &q, k: &k, v: &v }, result, grad, lse };
+            let grad = cuda::backward_fused(&self.0.cuda_call()?, self.0.output, tensors)?;
+            return Ok(Some(untracked(Storage::Cuda(grad), qkv.dims())));
         }
         // Views of a tracked tensor are tracked, so that all three come back.
         let (dq, dk, dv) = self.0.bwd(&q, &k, &v, result, grad)?;
@@ -183,7 +171,7 @@ impl CustomOp1 for FusedFlashAttention {
     }
 }
 
-/// A gradient; none flows through it.
-fn untracked(grad: Storage, shape: &[usize]) -> Tensor {
-    Tensor::from_storage(grad, shape, BackpropOp::none(), false)
+/// A tensor that no gradient flows through.
+fn untracked(storage: Storage, shape: &[usize]) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::padding::{read_mask, PaddingSide};
+use crate::layout::PaddingSide;
+use crate::padding::read_mask;
 use crate::{Error, Result};
 
 /// Where each sequence of a packed batch begins and ends: `[0, l0, l0 + l1, ..]`, one entry more than sequences.

@@ -1,44 +1,11 @@
-//! Padded batches: the padding side, and the number of valid keys.
+//! Padded batches: the number of valid keys.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::layout::PaddingSide;
 use crate::{Error, Result};
-
-/// The side of each sequence that holds the padding (`padding_side` of Hugging Face tokenizers).
-///
-/// ```text
-///          Right        Left            x a token, . padding
-/// row 0    x x x .      . x x x
-/// row 1    x . . .      . . . x
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PaddingSide {
-    /// Padding before the tokens. Common for generating text in batches.
-    Left,
-    /// Padding after the tokens. Common for training.
-    Right,
-}
-
-impl std::fmt::Display for PaddingSide {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(match self {
-            PaddingSide::Left => "left",
-            PaddingSide::Right => "right",
-        })
-    }
-}
-
-impl PaddingSide {
-    /// The first token of a sequence of `length` tokens in `seqlen` positions.
-    pub(crate) fn start(self, length: usize, seqlen: usize) -> usize {
-        match self {
-            PaddingSide::Left => seqlen - length,
-            PaddingSide::Right => 0,
-        }
-    }
-}
 
 /// The number of valid keys in each sequence of a padded batch (`seqused_k` or `cache_seqlens` of FlashAttention).
 ///

@@ -2,12 +2,12 @@
 
 use candle_core::{DType, DeviceLocation, Layout, Tensor};
 
-use crate::attention::Attention;
+use crate::error::{Error, Result};
 use crate::layout::TensorLayout;
 use crate::mask::{Mask, Visibility};
+use crate::options::Options;
 use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
-use crate::{Error, Result};
 
 /// The largest supported size of a head.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -90,6 +90,8 @@ pub struct Problem {
     pub alibi: Option<Alibi>,
     /// Whether the same inputs must give the same bits of dq.
     pub deterministic: bool,
+    /// The first input that is tracked for gradients; `None` if no backward will be asked for.
+    pub tracked: Option<&'static str>,
     /// Axis order of q, k, v and of their gradients.
     pub layout: TensorLayout,
     /// Axis order of o and of its gradient.
@@ -127,7 +129,7 @@ pub struct Sequence {
 
 impl Problem {
     /// Checks one padded call.
-    pub fn padded(options: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+    pub fn padded(options: &Options, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         check_ranks(options.layout, &PADDED, q, k, v)?;
         let (q_dims, k_dims, v_dims) = (q.dims(), k.dims(), v.dims());
         check_sizes(options.layout, &PADDED, |layout| {
@@ -153,7 +155,7 @@ impl Problem {
     }
 
     /// Checks one padded call with q, k and v in one tensor. Also returns the view of q.
-    pub fn fused(options: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
+    pub fn fused(options: &Options, qkv: &Tensor, num_heads_k: usize) -> Result<(Self, Tensor)> {
         let axes = match options.layout {
             TensorLayout::Bshd => "(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)",
             TensorLayout::Bhsd => "(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)",
@@ -172,12 +174,12 @@ impl Problem {
             Error::SwappedAxes { error, .. } => *error,
             error => error,
         })?;
-        Ok((problem, q))
+        Ok((Self { tracked: problem.tracked.map(|_| "qkv"), ..problem }, q))
     }
 
     /// Checks one packed call.
     pub fn packed(
-        options: &Attention,
+        options: &Options,
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
@@ -212,7 +214,7 @@ impl Problem {
     }
 
     /// The checks that padded and packed calls share. The heads are checked already.
-    fn checked(options: &Attention, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+    fn checked(options: &Options, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let (dtype, device) = (q.dtype(), q.device().location());
         if !is_float(dtype) {
             return Err(Error::DType { tensor: "q", got: dtype, supported: FLOAT_DTYPES });
@@ -253,6 +255,7 @@ impl Problem {
             softmax_scale,
             softcap: options.softcap,
             deterministic: options.deterministic,
+            tracked: [("q", q), ("k", k), ("v", v)].into_iter().find(|(_, x)| x.track_op()).map(|(name, _)| name),
             layout: options.layout,
             output_layout: options.layout_of_result(),
             alibi: check_alibi(options.alibi_slopes.as_ref(), batch, num_heads, device)?,

@@ -4,10 +4,14 @@
 use candle_core::{CustomOp3, Tensor};
 
 use crate::attention::logged_plan;
+pub use crate::device::caps as device_caps;
 pub use crate::instances::{Arch, Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
-use crate::op::{self, FlashAttention, Output};
-pub use crate::plan::{CudaPlan, DeviceCaps, Launch, Plan, Schedule, Tile};
+use crate::op::FlashAttention;
+use crate::output::{o_and_lse, Output};
+pub use crate::plan::{
+    BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Launch, Plan, Reason, Rejection, Schedule, Tile,
+};
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
 
@@ -26,7 +30,7 @@ impl Call {
     /// # Errors
     /// As [`Attention::forward`].
     pub fn new(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
-        Self::planned(attention, Problem::padded(attention, q, k, v)?, (q, k, v))
+        Self::planned(attention, Problem::padded(&attention.options, q, k, v)?, (q, k, v))
     }
 
     /// As [`Self::new`], for a packed batch.
@@ -39,7 +43,7 @@ impl Call {
         cu_seqlens_q: &CuSeqlens,
         cu_seqlens_k: &CuSeqlens,
     ) -> Result<Self> {
-        Self::planned(attention, Problem::packed(attention, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, (q, k, v))
+        Self::planned(attention, Problem::packed(&attention.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, (q, k, v))
     }
 
     fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
@@ -54,7 +58,8 @@ impl Call {
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         plan: Plan,
     ) -> Self {
-        let op = |output| FlashAttention::new(problem.clone(), plan.clone(), attention.alibi_slopes.clone(), output);
+        let op =
+            |output| FlashAttention::new(problem.clone(), plan.clone(), attention.options.alibi_slopes.clone(), output);
         let inputs = [q.clone(), k.clone(), v.clone()];
         Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), problem, inputs }
     }
@@ -75,7 +80,7 @@ impl Call {
     pub fn forward_with_lse(&self) -> Result<(Tensor, Tensor)> {
         let [q, k, v] = &self.inputs;
         let both = q.apply_op3_no_bwd(k, v, &self.op_with_lse)?;
-        Ok(op::o_and_lse(&both, [self.problem.shape_o(), self.problem.shape_lse()])?)
+        Ok(o_and_lse(&both, self.problem.shape_o(), self.problem.shape_lse())?)
     }
 
     /// The gradients of those of q, k and v that are tracked, from o and its gradient. [`Self::forward`] must have run.
@@ -125,7 +130,15 @@ pub fn visibility(mask: Mask, seqlen_q: usize, seqlen_k: usize) -> Visibility {
 /// # Errors
 /// As [`Attention::forward`].
 pub fn problem(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Problem> {
-    Problem::padded(attention, q, k, v)
+    Problem::padded(&attention.options, q, k, v)
+}
+
+/// The checked problem of a padded call with q, k and v in one tensor.
+///
+/// # Errors
+/// As [`Attention::forward_qkv`].
+pub fn problem_qkv(attention: &Attention, qkv: &Tensor, num_heads_k: usize) -> Result<Problem> {
+    Ok(Problem::fused(&attention.options, qkv, num_heads_k)?.0)
 }
 
 /// The checked problem of a packed call.
@@ -138,5 +151,5 @@ pub fn problem_packed(
     cu_seqlens_q: &CuSeqlens,
     cu_seqlens_k: &CuSeqlens,
 ) -> Result<Problem> {
-    Problem::packed(attention, (q, k, v), cu_seqlens_q, cu_seqlens_k)
+    Problem::packed(&attention.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)
 }

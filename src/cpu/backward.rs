@@ -10,14 +10,16 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
+use super::execution::Execution;
 use super::forward::{tile, transpose};
+use super::lse::Lse;
 use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, DqSemaphores, Shared};
 use super::scores::{Dot, GradientStep, ScoreMod, TileMask};
-use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
 use crate::problem::{Sequence, Strides};
+use crate::tensors::{Gradients, Inputs};
 
 /// The output of the forward and the gradients of its outputs.
 pub(super) struct Upstream<'a, G> {
@@ -75,11 +77,8 @@ struct Scratch<A> {
 /// The inputs and outputs of one backward call. All its tasks share them.
 struct Pass<'a, T: Element, G> {
     execution: &'a Execution<'a>,
-    q: &'a [T],
-    k: &'a [T],
-    v: &'a [T],
-    /// `row_max` and `log2_row_sum`.
-    lse: [&'a [T::Acc]; 2],
+    inputs: Inputs<&'a [T]>,
+    lse: Lse<&'a [T::Acc]>,
     /// rowsum(do * o) - dlse, in the order of lse.
     delta: Vec<T::Acc>,
     upstream: &'a Upstream<'a, G>,
@@ -93,11 +92,11 @@ struct Pass<'a, T: Element, G> {
 /// Computes the wanted ones of dq, dk and dv, contiguous in the shapes of q, k and v.
 pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     execution: &Execution,
-    [q, k, v]: [&[T]; 3],
-    lse: [&[T::Acc]; 2],
+    inputs: Inputs<&[T]>,
+    lse: Lse<&[T::Acc]>,
     upstream: &Upstream<G>,
     wanted: Wanted,
-) -> [Option<Vec<T>>; 3] {
+) -> Gradients<Option<Vec<T>>> {
     let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
     let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
     let q_len = problem.rows_q() * problem.num_heads * head_dim;
@@ -111,9 +110,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let dq_semaphores = dq_semaphores(&query_tiles, problem.num_heads);
     let pass = Pass {
         execution,
-        q,
-        k,
-        v,
+        inputs,
         lse,
         delta,
         upstream,
@@ -146,7 +143,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
             |scratch: &mut Scratch<T::Acc>, index: usize| pass.dq_semaphores.guard(|| work(scratch, &tasks[index]));
         for_each_task(tasks.len(), multiply_adds, || pass.scratch(), work);
     }
-    [wanted.dq.then(|| T::from_acc(dq_accum)), wanted.dk.then_some(dk), wanted.dv.then_some(dv)]
+    Gradients { dq: wanted.dq.then(|| T::from_acc(dq_accum)), dk: wanted.dk.then_some(dk), dv: wanted.dv.then_some(dv) }
 }
 
 /// delta = rowsum(do * o) - dlse, in the order of lse.
@@ -264,8 +261,8 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let n = cols.len();
         scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
         scratch.dv[..n * head_dim].fill(T::Acc::ZERO);
-        let k = &self.k[problem.k.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
-        let v = &self.v[problem.v.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
+        let k = &self.inputs.k[problem.k.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
+        let v = &self.inputs.v[problem.v.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
         transpose(k, problem.k.row, (n, head_dim), &mut scratch.k_transposed, n);
         transpose(v, problem.v.row, (n, head_dim), &mut scratch.v_transposed, n);
         let mut k_buffer = std::mem::take(&mut scratch.k);
@@ -305,11 +302,11 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
 
         let q_start = problem.q.start(sequence.batch, sequence.first_q + rows.start, head);
         let do_start = strides.start(sequence.batch, sequence.first_q + rows.start, head);
-        let q = tile(&self.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
+        let q = tile(&self.inputs.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
         let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim), &mut scratch.do_);
         let first_row = problem.lse_start(sequence, head) + rows.start;
         let [row_max, log2_row_sum, delta] =
-            [self.lse[0], self.lse[1], &self.delta].map(|rows| &rows[first_row..][..m]);
+            [self.lse.row_max, self.lse.log2_row_sum, &self.delta].map(|rows| &rows[first_row..][..m]);
 
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);

@@ -9,34 +9,15 @@
 use std::ops::Range;
 
 use super::element::{Element, Real};
+use super::execution::Execution;
+use super::lse::Lse;
 use super::matmul::{matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
 use super::scores::{OnlineSoftmax, ScoreMod, SoftmaxStep, TileMask};
-use super::Execution;
 use crate::mask::Coverage;
 use crate::plan::Tile;
-use crate::problem::Sequence;
-
-/// The log-sum-exp of each row, in two parts. The backward reads the parts.
-///
-/// A single number would be rounded. With large scores the rounding error is large, and `exp(score - lse)` would inherit it.
-pub(super) struct Lse<A> {
-    /// Largest score, in the log2 domain. Minus infinity if the row sees no key.
-    pub(super) row_max: Vec<A>,
-    /// log2 of the sum of `exp2(score - row_max)`.
-    pub(super) log2_row_sum: Vec<A>,
-}
-
-impl<A: Real> Lse<A> {
-    pub(super) fn new(rows: usize) -> Self {
-        Self { row_max: vec![A::ZERO; rows], log2_row_sum: vec![A::ZERO; rows] }
-    }
-
-    /// One number per row: the natural log-sum-exp.
-    pub(super) fn natural(&self) -> impl Iterator<Item = A> + '_ {
-        self.row_max.iter().zip(&self.log2_row_sum).map(|(&row_max, &log2_row_sum)| (row_max + log2_row_sum) * A::LN_2)
-    }
-}
+use crate::problem::{Sequence, MAX_HEAD_DIM};
+use crate::tensors::Inputs;
 
 /// One query tile of one head.
 struct Task {
@@ -60,9 +41,9 @@ struct Scratch<A> {
 /// Computes `o`, contiguous in its layout, and `lse`, `(batch, num_heads, seqlen_q)` or `(num_heads, total_q)`.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     execution: &Execution,
-    [q, k, v]: [&[T]; 3],
+    inputs: Inputs<&[T]>,
     o: &mut [O],
-    lse: &mut Lse<T::Acc>,
+    lse: &mut Lse<Vec<T::Acc>>,
 ) {
     let (problem, tile) = (execution.problem, execution.forward);
     let head_dim = problem.head_dim;
@@ -84,7 +65,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     for_each_task(tasks.len(), multiply_adds, scratch, |scratch, index| {
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
-        attend(execution, [q, k, v], task, scratch);
+        attend(execution, inputs, task, scratch);
         let visibility = problem.visibility(sequence);
         let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
@@ -125,7 +106,8 @@ fn tasks(execution: &Execution) -> Vec<Task> {
 }
 
 /// Computes one task: the unnormalised output in `scratch.o`, and row_max and row_sum in `scratch.softmax`.
-fn attend<T: Element>(execution: &Execution, [q, k, v]: [&[T]; 3], task: &Task, scratch: &mut Scratch<T::Acc>) {
+fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
+    let Inputs { q, k, v } = inputs;
     let (problem, block_n) = (execution.problem, execution.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
@@ -196,7 +178,7 @@ pub(super) fn transpose<T: Element>(
 ) {
     // One strip of rows at a time. Each write then fills part of a cache line, and the next writes complete it.
     const STRIP: usize = 16;
-    let mut strip = [[T::Acc::ZERO; crate::problem::MAX_HEAD_DIM]; STRIP];
+    let mut strip = [[T::Acc::ZERO; MAX_HEAD_DIM]; STRIP];
     for first in (0..rows).step_by(STRIP) {
         let count = STRIP.min(rows - first);
         for (i, wide) in strip[..count].iter_mut().enumerate() {

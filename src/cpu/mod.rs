@@ -6,59 +6,31 @@
 
 mod backward;
 mod element;
+mod execution;
 mod forward;
+mod lse;
 mod matmul;
 mod parallel;
 mod scores;
 
-use candle_core::{CpuStorage, DType, Result, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Result, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
 
-use self::element::Element;
-use crate::op::Output;
-use crate::plan::{Plan, Tile};
-use crate::problem::{Alibi, Problem, Strides};
-
-/// A [`Problem`] and everything else that the host needs to compute it.
-pub(crate) struct Execution<'a> {
-    problem: &'a Problem,
-    forward: Tile,
-    backward: Tile,
-    /// ALiBi slopes, `(num_heads)` or `(batch, num_heads)`; empty without ALiBi.
-    slopes: Vec<f32>,
-    /// The widest vector instructions of this machine.
-    arch: pulp::Arch,
-}
-
-impl<'a> Execution<'a> {
-    pub(crate) fn new(problem: &'a Problem, plan: &Plan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
-        let &Plan::Cpu { forward, backward } = plan else {
-            unreachable!("Plan::choose returns Plan::Cpu for tensors on the host")
-        };
-        let slopes = match alibi_slopes {
-            Some(slopes) => slopes.flatten_all()?.to_vec1()?,
-            None => Vec::new(),
-        };
-        Ok(Self { problem, forward, backward, slopes, arch: pulp::Arch::new() })
-    }
-
-    /// The ALiBi slope of one head.
-    fn slope(&self, batch: usize, head: usize) -> Option<f32> {
-        self.problem.alibi.map(|alibi| match alibi {
-            Alibi::PerHead => self.slopes[head],
-            Alibi::PerBatchAndHead => self.slopes[batch * self.problem.num_heads + head],
-        })
-    }
-}
+use self::element::{Element, Real};
+pub(crate) use self::execution::Execution;
+pub(crate) use self::lse::Lse;
+use crate::output::Output;
+use crate::problem::{Problem, Strides};
+use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
 /// Runs the forward over the storages of q, k and v.
 ///
-/// Returns the result that `output` asks for, and the two tensors that the backward needs: `row_max` and `log2_row_sum`.
+/// Returns the result that `output` asks for, and the lse that the backward reads.
 pub(crate) fn forward(
     execution: &Execution,
     output: Output,
-    inputs: [&CpuStorage; 3],
-) -> Result<(CpuStorage, [CpuStorage; 2])> {
+    inputs: Inputs<&CpuStorage>,
+) -> Result<(CpuStorage, Lse<CpuStorage>)> {
     match execution.problem.dtype {
         DType::F64 => typed_forward::<f64>(execution, output, inputs),
         DType::F32 => typed_forward::<f32>(execution, output, inputs),
@@ -68,14 +40,14 @@ pub(crate) fn forward(
     }
 }
 
-/// Runs the backward over q, k, v, the result of the forward, its gradient, `row_max` and `log2_row_sum`.
+/// Runs the backward.
 ///
 /// Returns the gradients of q, k and v; `None` for an input that is not tracked.
 pub(crate) fn backward(
     execution: &Execution,
     output: Output,
-    tensors: [&Tensor; 7],
-) -> Result<[Option<CpuStorage>; 3]> {
+    tensors: BackwardInputs<Lse<Tensor>>,
+) -> Result<Gradients<Option<CpuStorage>>> {
     match execution.problem.dtype {
         DType::F64 => typed_backward::<f64>(execution, output, tensors),
         DType::F32 => typed_backward::<f32>(execution, output, tensors),
@@ -88,12 +60,12 @@ pub(crate) fn backward(
 fn typed_forward<T: Element>(
     execution: &Execution,
     output: Output,
-    [q, k, v]: [&CpuStorage; 3],
-) -> Result<(CpuStorage, [CpuStorage; 2])> {
-    let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
+    inputs: Inputs<&CpuStorage>,
+) -> Result<(CpuStorage, Lse<CpuStorage>)> {
+    let inputs = inputs.try_map(T::cpu_storage_as_slice)?;
     let rows = execution.problem.rows_q() * execution.problem.num_heads;
     let o_len = rows * execution.problem.head_dim;
-    let mut lse = forward::Lse::new(rows);
+    let mut lse = Lse { row_max: vec![T::Acc::ZERO; rows], log2_row_sum: vec![T::Acc::ZERO; rows] };
     let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
@@ -101,51 +73,77 @@ fn typed_forward<T: Element>(
             T::to_cpu_storage_owned(o)
         }
         Output::OAndLse => {
-            let mut both = vec![T::Acc::default(); o_len + rows];
+            let mut both = vec![T::Acc::ZERO; o_len + rows];
             let (o, natural) = both.split_at_mut(o_len);
             forward::forward(execution, inputs, o, &mut lse);
-            natural.iter_mut().zip(lse.natural()).for_each(|(to, lse)| *to = lse);
+            for ((natural, &row_max), &log2_row_sum) in natural.iter_mut().zip(&lse.row_max).zip(&lse.log2_row_sum) {
+                *natural = (row_max + log2_row_sum) * T::Acc::LN_2;
+            }
             T::Acc::to_cpu_storage_owned(both)
         }
     };
-    Ok((result, [lse.row_max, lse.log2_row_sum].map(T::Acc::to_cpu_storage_owned)))
+    Ok((result, lse.map(T::Acc::to_cpu_storage_owned)))
 }
 
 fn typed_backward<T: Element>(
     execution: &Execution,
     output: Output,
-    [q, k, v, result, grad, row_max, log2_row_sum]: [&Tensor; 7],
-) -> Result<[Option<CpuStorage>; 3]> {
-    let wanted = backward::Wanted { dq: q.track_op(), dk: k.track_op(), dv: v.track_op() };
-    let guards = [q, k, v, result, grad, row_max, log2_row_sum].map(|tensor| tensor.storage_and_layout().0);
-    let [q, k, v, result, grad_storage, row_max, log2_row_sum] = guards.each_ref().map(|guard| match &**guard {
-        Storage::Cpu(storage) => storage,
-        _ => unreachable!("Problem admits one device"),
-    });
-    let inputs = [T::cpu_storage_as_slice(q)?, T::cpu_storage_as_slice(k)?, T::cpu_storage_as_slice(v)?];
-    let lse = [T::Acc::cpu_storage_as_slice(row_max)?, T::Acc::cpu_storage_as_slice(log2_row_sum)?];
+    BackwardInputs { inputs, result, grad, lse }: BackwardInputs<Lse<Tensor>>,
+) -> Result<Gradients<Option<CpuStorage>>> {
+    let problem = execution.problem;
+    let wanted = backward::Wanted { dq: inputs.q.track_op(), dk: inputs.k.track_op(), dv: inputs.v.track_op() };
+    let grad = readable(problem, output, grad)?;
+    let grad_start = grad.layout().start_offset();
+    let (inputs, lse) = (inputs.map(Locked::of), lse.as_ref().map(Locked::of));
+    let (result, locked_grad) = (Locked::of(result), Locked::of(&grad));
+    let inputs = inputs.as_ref().try_map(Locked::slice::<T>)?;
+    let lse = lse.as_ref().try_map(Locked::slice::<T::Acc>)?;
     let grads = match output {
         Output::O => {
             let upstream = backward::Upstream {
-                o: T::cpu_storage_as_slice(result)?,
-                do_: T::cpu_storage_as_slice(grad_storage)?,
-                do_strides: Strides::of("do", grad.layout(), execution.problem.output_layout)?,
+                o: result.slice::<T>()?,
+                do_: locked_grad.slice::<T>()?,
+                do_strides: Strides::of("do", grad.layout(), problem.output_layout)?,
                 dlse: None,
             };
             backward::backward(execution, inputs, lse, &upstream, wanted)
         }
         Output::OAndLse => {
-            let o_len = execution.problem.rows_q() * execution.problem.num_heads * execution.problem.head_dim;
-            let grad_start = grad.layout().start_offset();
-            let (do_, dlse) = T::Acc::cpu_storage_as_slice(grad_storage)?[grad_start..].split_at(o_len);
+            let o_len = problem.rows_q() * problem.num_heads * problem.head_dim;
+            let (do_, dlse) = locked_grad.slice::<T::Acc>()?[grad_start..].split_at(o_len);
             let upstream = backward::Upstream {
-                o: &T::Acc::cpu_storage_as_slice(result)?[..o_len],
+                o: &result.slice::<T::Acc>()?[..o_len],
                 do_,
-                do_strides: execution.problem.contiguous_o(),
+                do_strides: problem.contiguous_o(),
                 dlse: Some(dlse),
             };
             backward::backward(execution, inputs, lse, &upstream, wanted)
         }
     };
     Ok(grads.map(|grad| grad.map(T::to_cpu_storage_owned)))
+}
+
+/// A gradient as the backward can read it. Candle hands gradients on as they come: transposed, or broadcast from a sum.
+fn readable(problem: &Problem, output: Output, grad: &Tensor) -> Result<Tensor> {
+    match output {
+        Output::O if Strides::of("do", grad.layout(), problem.output_layout).is_ok() => Ok(grad.clone()),
+        _ => grad.contiguous(),
+    }
+}
+
+/// The storage of a tensor on the host, locked against writers.
+struct Locked<'a>(StorageRef<'a>);
+
+impl<'a> Locked<'a> {
+    fn of(tensor: &'a Tensor) -> Self {
+        Self(tensor.storage_and_layout().0)
+    }
+
+    /// All elements of the storage.
+    fn slice<T: WithDType>(&self) -> Result<&[T]> {
+        match &*self.0 {
+            Storage::Cpu(storage) => T::cpu_storage_as_slice(storage),
+            _ => unreachable!("Problem admits one device"),
+        }
+    }
 }

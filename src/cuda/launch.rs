@@ -2,19 +2,22 @@
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, LaunchConfig, PushKernelArg, SyncOnDrop,
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
+use candle_core::cuda::CudaDType;
+use candle_core::CudaStorage;
 
+use super::driver::error_name;
 use super::module;
-use super::params::Params;
+use super::params::{Params, NULL};
+use crate::error::{Error, Result};
 use crate::plan::Launch;
-use crate::{Error, Result};
 
 /// The largest gridDim.z (CUDA C++ Programming Guide, technical specifications per compute capability). It counts sequences.
 const MAX_SEQUENCES: usize = 65_535;
 
-/// One launch in the making. It hands out addresses of device memory and keeps, until the kernel is queued, what orders
-/// that memory's other uses before and behind it; meanwhile the memory is borrowed, and cannot be freed.
+/// Collects the arguments of one launch: hands out addresses of device memory. It holds cudarc's guards until the kernel is
+/// queued, so that earlier writes finish first and later uses wait. The borrows keep the memory alive.
 pub(super) struct Launcher<'a> {
     stream: &'a std::sync::Arc<CudaStream>,
     guards: Vec<SyncOnDrop<'a>>,
@@ -25,11 +28,20 @@ impl<'a> Launcher<'a> {
         Self { stream, guards: Vec::new() }
     }
 
-    /// The address of element `offset` of memory that the kernel reads.
-    pub fn read<T>(&mut self, slice: &'a CudaSlice<T>, offset: usize) -> CUdeviceptr {
+    /// The address of memory that the kernel reads.
+    pub fn read<T>(&mut self, slice: &'a CudaSlice<T>) -> CUdeviceptr {
         let (address, guard) = slice.device_ptr(self.stream);
         self.guards.push(guard);
-        address + (offset * size_of::<T>()) as CUdeviceptr
+        address
+    }
+
+    /// The address of element `offset` of a storage that the kernel reads.
+    pub fn read_storage<T: CudaDType + 'a>(
+        &mut self,
+        storage: &'a CudaStorage,
+        offset: usize,
+    ) -> candle_core::Result<CUdeviceptr> {
+        Ok(self.read(T::as_cuda_slice(storage)?) + (offset * size_of::<T>()) as CUdeviceptr)
     }
 
     /// The address of memory that the kernel writes.
@@ -50,13 +62,13 @@ impl<'a> Launcher<'a> {
             let mut params = *params;
             params.shape_mut().first_batch = first as i32;
             let (x, y, _) = launch.grid;
-            self.queue(&Launch { kernel: launch.kernel, grid: (x, y, count) }, &params)?;
+            self.queue(&Launch { grid: (x, y, count), ..*launch }, &params)?;
         }
         Ok(())
     }
 
     fn queue<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
-        let Launch { kernel, grid } = *launch;
+        let Launch { kernel, grid, .. } = *launch;
         assert_eq!(kernel.params, P::NAME, "{} takes other parameters", kernel.name);
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
@@ -82,10 +94,10 @@ impl<'a> Launcher<'a> {
     }
 }
 
-/// The driver's name of an error, such as `CUDA_ERROR_INVALID_VALUE`.
-pub(super) fn error_name(error: DriverError) -> String {
-    match error.error_name() {
-        Ok(name) => name.to_string_lossy().into_owned(),
-        Err(_) => format!("{:?}", error.0),
-    }
+/// The address of memory that a call may do without: [`NULL`] if it does.
+pub(super) fn address_or_null<M>(
+    memory: Option<M>,
+    address: impl FnOnce(M) -> candle_core::Result<CUdeviceptr>,
+) -> candle_core::Result<CUdeviceptr> {
+    memory.map_or(Ok(NULL), address)
 }

@@ -7,9 +7,9 @@ use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_A
 use candle_core::cuda::cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError};
 use candle_core::cuda::cudarc::nvrtc::Ptx;
 
-use super::launch::error_name;
+use super::driver::error_name;
+use crate::error::{Error, Result};
 use crate::instances::Kernel;
-use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 

@@ -4,8 +4,8 @@
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
 
+use crate::layout::PaddingSide;
 use crate::mask::Mask;
-use crate::padding::PaddingSide;
 use crate::plan::{self, MAX_SEQLEN};
 use crate::problem::{self, Alibi, Lengths, Problem};
 

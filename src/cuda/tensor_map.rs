@@ -8,12 +8,13 @@ use candle_core::cuda::cudarc::driver::sys::{
 };
 use candle_core::DType;
 
-use super::launch::error_name;
+use super::driver::error_name;
 use super::params::{FwdParams, TensorMap};
+use crate::error::{Error, Result};
 use crate::instances::Kernel;
 use crate::plan::axes;
 use crate::problem::{Problem, Strides};
-use crate::{Error, Result};
+use crate::tensors::Inputs;
 
 /// Bytes of an element.
 const ELEMENT: u64 = 2;
@@ -22,7 +23,7 @@ const ELEMENT: u64 = 2;
 ///
 /// # Errors
 /// [`Error::Driver`] if the driver refuses one.
-pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) -> Result<[TensorMap; 3]> {
+pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) -> Result<Inputs<TensorMap>> {
     let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
     let encode = |name, address, strides: &Strides, shape: &[usize], box_rows| {
         // A size of 0 cannot be encoded, and a tensor without elements may lie anywhere. Its map is never used: one of the
@@ -31,11 +32,11 @@ pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) 
             if shape.contains(&0) { (params.o, [(0, 1); 3]) } else { (address, axes(strides, shape)) };
         encode(kernel, name, address, problem.head_dim, axes, box_rows)
     };
-    Ok([
-        encode("q", params.q, &problem.q, &shape_q, kernel.block_m)?,
-        encode("k", params.k, &problem.k, &shape_k, kernel.block_n)?,
-        encode("v", params.v, &problem.v, &shape_k, kernel.block_n)?,
-    ])
+    Ok(Inputs {
+        q: encode("q", params.q, &problem.q, &shape_q, kernel.block_m)?,
+        k: encode("k", params.k, &problem.k, &shape_k, kernel.block_n)?,
+        v: encode("v", params.v, &problem.v, &shape_k, kernel.block_n)?,
+    })
 }
 
 /// `(head_dim, rows, heads, batch)`; `axes` has stride and size of all but the first.

@@ -4,12 +4,17 @@ use candle_core::{Tensor, D};
 use candle_nn::kv_cache::{Cache, KvCache};
 use candle_nn::{Module, VarBuilder};
 
+use super::checks::{check_packed_rows, check_rank};
+use super::config::{MultiHeadAttentionConfig, Projections, QkvOrder};
+use super::error::{Error, Result};
 use super::projection::Projection;
-use super::rotary::RotaryRows;
-use super::{check_packed_rows, check_rank, unused, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary};
+use super::rotary::{Rotary, RotaryRows};
+use super::unused;
+use crate::attention::Attention;
 use crate::layout::TensorLayout;
+use crate::mask::Mask;
+use crate::packed::CuSeqlens;
 use crate::problem::{is_float, split_qkv, FLOAT_DTYPES};
-use crate::{Attention, CuSeqlens, Error, Mask, Result};
 
 /// The axis of tokens in `(batch, seqlen, num_heads_k, head_dim)`, along which a cache grows.
 const SEQLEN_AXIS: usize = 1;
@@ -59,7 +64,7 @@ const SEQLEN_AXIS: usize = 1;
 /// let packed = layer.forward_packed(&cu_seqlens.unpad(&xs, side)?, &cu_seqlens)?; // (3 tokens, embed_dim)
 /// let ys = cu_seqlens.pad_to(&packed, 3, side)?; // 0 at the padding
 /// assert_eq!(ys.dims(), xs.dims());
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 ///
 /// # Examples
@@ -84,7 +89,7 @@ const SEQLEN_AXIS: usize = 1;
 /// // vb: VarBuilder::from_mmaped_safetensors(&["model.safetensors"], DType::F32, &device)
 /// let layer = MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(768, 12), vb.pp("h.0.attn"))?;
 /// # assert_eq!(layer.forward(&normal(&[1, 4, 768])?)?.dims(), [1, 4, 768]);
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct MultiHeadAttention {
@@ -116,10 +121,10 @@ impl MultiHeadAttention {
     ///
     /// # Errors
     /// In the configuration:
-    /// - sizes: [`Error::LayerSize`], [`Error::LayerTooLarge`], [`Error::HeadDimUnset`], [`Error::HeadDim`],
-    ///   [`Error::HeadGroups`], [`Error::RotaryHeadDim`];
+    /// - sizes: [`Error::Size`], [`Error::TooLarge`], [`Error::HeadDimUnset`], [`HeadDim`](crate::Error::HeadDim),
+    ///   [`HeadGroups`](crate::Error::HeadGroups), [`Error::RotaryHeadDim`];
     /// - projections: [`Error::FusedBias`], [`Error::ProjectionName`];
-    /// - options of the operator: [`Error::LayerAlibiShape`], [`Error::LayerKeyLengths`], and those of
+    /// - options of the operator: [`Error::AlibiShape`], [`Error::KeyLengths`], and those of
     ///   [`Attention::supports`] for scale, softcap and slopes.
     ///
     /// In the weights of `vb`:
@@ -176,8 +181,8 @@ impl MultiHeadAttention {
     /// Gradients flow to `xs` and to every weight and bias.
     ///
     /// # Errors
-    /// [`Error::Rank`], [`Error::Axis`], [`Error::LayerDType`] or [`Error::LayerDevice`] if `xs` does not fit the layer,
-    /// [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
+    /// [`Rank`](crate::Error::Rank), [`Axis`](crate::Error::Axis), [`Error::InputDType`] or [`Error::InputDevice`] if `xs`
+    /// does not fit the layer, [`Error::RotaryPositions`] if `seqlen` is longer than the rotary tables.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.check_input(xs, "(batch, seqlen, embed_dim)")?;
         if let (QkvProjection::Fused { qkv, order: QkvOrder::Concatenated }, None) = (&self.qkv, &self.rotary) {
@@ -205,11 +210,11 @@ impl MultiHeadAttention {
     /// let cu_seqlens = CuSeqlens::from_lengths(&[3, 7, 2], &Device::Cpu)?;
     /// let xs = Tensor::randn(0f32, 1f32, (12, 64), &Device::Cpu)?;
     /// assert_eq!(layer.forward_packed(&xs, &cu_seqlens)?.dims(), [12, 64]);
-    /// # Ok::<(), candle_fa2::Error>(())
+    /// # Ok::<(), candle_fa2::layers::Error>(())
     /// ```
     ///
     /// # Errors
-    /// As [`Self::forward`], and [`Error::PackedRows`] if `cu_seqlens` does not end at `total`.
+    /// As [`Self::forward`], and [`PackedRows`](crate::Error::PackedRows) if `cu_seqlens` does not end at `total`.
     pub fn forward_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
         self.check_input(xs, "(total, embed_dim)")?;
         check_packed_rows(xs, cu_seqlens)?;
@@ -380,15 +385,15 @@ impl MultiHeadAttention {
         let (embed_dim, expected) = (shape[shape.len() - 1], self.embed_dim);
         if embed_dim != expected {
             let (axis, other) = ("embed_dim", "the layer");
-            return Err(Error::Axis { tensor: "xs", axis, got: embed_dim, other, expected, shape });
+            return Err(crate::Error::Axis { tensor: "xs", axis, got: embed_dim, other, expected, shape }.into());
         }
         let weight = self.o.weight();
         if xs.dtype() != weight.dtype() {
-            return Err(Error::LayerDType { got: xs.dtype(), expected: weight.dtype() });
+            return Err(Error::InputDType { got: xs.dtype(), expected: weight.dtype() });
         }
         let (got, expected) = (xs.device().location(), weight.device().location());
         if got != expected {
-            return Err(Error::LayerDevice { got, expected });
+            return Err(Error::InputDevice { got, expected });
         }
         Ok(())
     }
@@ -401,7 +406,7 @@ impl MultiHeadAttention {
         if xs.track_op() {
             return Err(Error::TrackedDecoding { tensor: "xs".into(), way_out: "call .detach() on it" });
         }
-        match self.attention.mask {
+        match self.attention.options.mask {
             Mask::Causal | Mask::Window { right: Some(0), .. } => Ok(()),
             mask => Err(Error::DecodingMask { mask }),
         }

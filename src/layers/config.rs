@@ -3,9 +3,11 @@
 use candle_core::Tensor;
 use candle_nn::{init, Init};
 
-use super::Rotary;
+use super::error::{Error, Result};
+use super::rotary::Rotary;
+use crate::attention::Attention;
+use crate::mask::Mask;
 use crate::problem::MAX_HEAD_DIM;
-use crate::{Attention, Error, Mask, Result};
 
 /// How a checkpoint lays out the weight of a projection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -99,7 +101,7 @@ pub enum QkvOrder {
 /// let rotary = Rotary::new(&RotaryConfig::new(96, 2047), &Device::Cpu)?;
 /// let config = MultiHeadAttentionConfig::new(3072, 32).projections(projections).mask(Mask::Causal).rotary(&rotary);
 /// # let _ = config;
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Projections {
@@ -162,7 +164,7 @@ pub(super) struct NamedProjection<'a> {
 /// let rotary = Rotary::new(&RotaryConfig::new(64, 4096).theta(1_000_000.0), &Device::Cpu)?;
 /// let config = MultiHeadAttentionConfig::new(896, 14).num_heads_k(2).qkv_bias(true).mask(Mask::Causal).rotary(&rotary);
 /// # let _ = config;
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct MultiHeadAttentionConfig {
@@ -232,7 +234,7 @@ impl MultiHeadAttentionConfig {
     /// let rotary = Rotary::new(&RotaryConfig::new(16, 2048), &Device::Cpu)?;
     /// let config = MultiHeadAttentionConfig::gpt_neox(768, 12, &rotary);
     /// # let _ = config;
-    /// # Ok::<(), candle_fa2::Error>(())
+    /// # Ok::<(), candle_fa2::layers::Error>(())
     /// ```
     pub fn gpt_neox(embed_dim: usize, num_heads: usize, rotary: &Rotary) -> Self {
         Self::new(embed_dim, num_heads)
@@ -307,7 +309,7 @@ impl MultiHeadAttentionConfig {
     /// Replaces all options of the operator. The next four methods set one option each.
     ///
     /// The layer ignores [`Attention::layout`] and [`Attention::output_layout`], because it creates q, k and v itself.
-    /// It refuses [`Attention::key_lengths`] ([`Error::LayerKeyLengths`]). For padded batches see
+    /// It refuses [`Attention::key_lengths`] ([`Error::KeyLengths`]). For padded batches see
     /// [`MultiHeadAttention`](super::MultiHeadAttention#padded-batches).
     pub fn attention(mut self, attention: Attention) -> Self {
         self.attention = attention;
@@ -387,27 +389,27 @@ impl MultiHeadAttentionConfig {
         let num_heads_k = self.num_heads_k.unwrap_or(num_heads);
         for (name, size) in [("embed_dim", embed_dim), ("num_heads", num_heads), ("num_heads_k", num_heads_k)] {
             if size == 0 {
-                return Err(Error::LayerSize { name });
+                return Err(Error::Size { name });
             }
         }
         if !num_heads.is_multiple_of(num_heads_k) {
-            return Err(Error::HeadGroups { num_heads, num_heads_k });
+            return Err(crate::Error::HeadGroups { num_heads, num_heads_k }.into());
         }
         let head_dim = match self.head_dim {
-            Some(0) => return Err(Error::LayerSize { name: "head_dim" }),
+            Some(0) => return Err(Error::Size { name: "head_dim" }),
             Some(head_dim) => head_dim,
             None if !embed_dim.is_multiple_of(num_heads) => return Err(Error::HeadDimUnset { embed_dim, num_heads }),
             None => embed_dim / num_heads,
         };
         if head_dim > MAX_HEAD_DIM {
-            return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
+            return Err(crate::Error::HeadDim { head_dim, max: MAX_HEAD_DIM }.into());
         }
         // The fused projection has the largest weight. In f64, the widest type, it must not exceed isize::MAX bytes, the
         // largest allocation.
         let heads = num_heads_k.checked_mul(2).and_then(|heads_k| heads_k.checked_add(num_heads));
         let elements = heads.and_then(|heads| heads.checked_mul(head_dim)?.checked_mul(embed_dim));
         if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
-            return Err(Error::LayerTooLarge { embed_dim, num_heads, num_heads_k, head_dim });
+            return Err(Error::TooLarge { embed_dim, num_heads, num_heads_k, head_dim });
         }
         let biases = (self.q_bias, self.k_bias, self.v_bias);
         if matches!(self.projections, Projections::Fused { .. })
@@ -416,12 +418,12 @@ impl MultiHeadAttentionConfig {
             return Err(Error::FusedBias { q_bias: self.q_bias, k_bias: self.k_bias, v_bias: self.v_bias });
         }
         self.check_names()?;
-        if self.attention.key_lengths.is_some() {
-            return Err(Error::LayerKeyLengths);
+        if self.attention.options.key_lengths.is_some() {
+            return Err(Error::KeyLengths);
         }
-        match &self.attention.alibi_slopes {
+        match &self.attention.options.alibi_slopes {
             Some(slopes) if slopes.dims() != [num_heads] => {
-                return Err(Error::LayerAlibiShape { num_heads, shape: slopes.dims().to_vec() });
+                return Err(Error::AlibiShape { num_heads, shape: slopes.dims().to_vec() });
             }
             _ => {}
         }

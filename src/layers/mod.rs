@@ -33,7 +33,7 @@
 //! let prompt = decoder.forward_cached(&xs.narrow(1, 0, 9)?, &mut cache)?;
 //! let last = decoder.forward_cached(&xs.narrow(1, 9, 1)?, &mut cache)?;
 //! assert_eq!((prompt.dims(), last.dims()), (&[2, 9, 64][..], &[2, 1, 64][..]));
-//! # Ok::<(), candle_fa2::Error>(())
+//! # Ok::<(), candle_fa2::layers::Error>(())
 //! ```
 //!
 //! # Gradients
@@ -78,7 +78,9 @@
 //! Both share the storage of the variables and copy nothing. A decoder built before training sees each training step.
 
 mod attention;
+mod checks;
 mod config;
+mod error;
 mod projection;
 mod rotary;
 mod unused;
@@ -91,9 +93,8 @@ use candle_nn::{VarBuilder, VarMap};
 
 pub use attention::MultiHeadAttention;
 pub use config::{MultiHeadAttentionConfig, Projections, QkvOrder, WeightLayout};
+pub use error::{Error, Result};
 pub use rotary::{Rotary, RotaryConfig, RotaryLayout};
-
-use crate::{CuSeqlens, Error, Result};
 
 /// A `VarBuilder` that returns the variables of `varmap` without tracking. With it, build a trained model a second time,
 /// for inference with a KV cache.
@@ -113,7 +114,7 @@ use crate::{CuSeqlens, Error, Result};
 /// # let _ = trained;
 /// let decoder = MultiHeadAttention::new(&config, detached_var_builder(&varmap, DType::F32, &Device::Cpu))?;
 /// # let _ = decoder;
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> VarBuilder<'static> {
     // A poisoned lock means that another thread panicked while it held the map. The map is still valid: Candle only inserts.
@@ -121,22 +122,4 @@ pub fn detached_var_builder(varmap: &VarMap, dtype: DType, device: &Device) -> V
     let tensors: HashMap<String, Tensor> =
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
     VarBuilder::from_tensors(tensors, dtype, device)
-}
-
-/// Returns an error unless `xs` has one axis for each name in `axes`, for example `(batch, seqlen, embed_dim)`.
-fn check_rank(xs: &Tensor, axes: &'static str) -> Result<()> {
-    if xs.rank() != axes.split(',').count() {
-        return Err(Error::Rank { tensor: "xs", axes, shape: xs.dims().to_vec() });
-    }
-    Ok(())
-}
-
-/// Returns an error unless packed `xs` has as many rows as `cu_seqlens` describes.
-fn check_packed_rows(xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<()> {
-    let rows = xs.dims()[0];
-    if rows != cu_seqlens.total() {
-        let (end, shape) = (cu_seqlens.total(), xs.dims().to_vec());
-        return Err(Error::PackedRows { cu_seqlens: "cu_seqlens", end, tensor: "xs", rows, shape });
-    }
-    Ok(())
 }

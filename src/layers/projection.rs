@@ -3,8 +3,8 @@
 use candle_core::{Tensor, D};
 use candle_nn::{init, Init, VarBuilder};
 
-use super::{MultiHeadAttentionConfig, WeightLayout};
-use crate::Result;
+use super::config::{MultiHeadAttentionConfig, WeightLayout};
+use super::error::Result;
 
 /// `xs w + b` over the last axis.
 ///

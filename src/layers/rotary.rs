@@ -6,9 +6,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D};
 use candle_nn::rotary_emb;
 
-use super::{check_packed_rows, check_rank};
+use super::checks::{check_packed_rows, check_rank};
+use super::error::{Error, Result};
+use crate::packed::CuSeqlens;
 use crate::problem::{is_float, FLOAT_DTYPES};
-use crate::{CuSeqlens, Error, Result};
 
 /// The largest number of values in each of the two tables: 1 GiB of f32, or 4,194,304 positions with `rotary_dim` 128.
 /// Without this limit, a huge `max_seqlen` that means "no limit" would fill the memory.
@@ -149,7 +150,7 @@ impl RotaryConfig {
 /// // In decoding, the token at position 10 comes alone. Its result is the same as in the whole sequence.
 /// let one = rotary.apply(&q.narrow(1, 10, 1)?, 10)?;
 /// assert_eq!(one.flatten_all()?.to_vec1::<f32>()?, rotated.narrow(1, 10, 1)?.flatten_all()?.to_vec1::<f32>()?);
-/// # Ok::<(), candle_fa2::Error>(())
+/// # Ok::<(), candle_fa2::layers::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Rotary {
@@ -209,9 +210,10 @@ impl Rotary {
     /// The first token has position `offset`. In training this is 0; in decoding it is the length of the cache.
     ///
     /// # Errors
-    /// [`Error::Rank`]; [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`; [`Error::DType`] if it is not
-    /// a floating-point type; [`Error::RotaryDevice`] if the tables are elsewhere; [`Error::RotaryPositions`] if the last
-    /// position has no row in the tables.
+    /// [`Rank`](crate::Error::Rank); [`Error::RotaryHeadDim`] if `head_dim` is smaller than `rotary_dim`;
+    /// [`DType`](crate::Error::DType) if it is not a floating-point type;
+    /// [`Error::RotaryDevice`] if the tables are elsewhere; [`Error::RotaryPositions`] if the last position has no row in the
+    /// tables.
     pub fn apply(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
         check_rank(xs, "(batch, seqlen, num_heads, head_dim)")?;
         self.rotate(xs, &self.rows(offset, xs.dims()[1])?)
@@ -220,7 +222,7 @@ impl Rotary {
     /// Rotates packed `xs` of shape `(total, num_heads, head_dim)`. Positions begin at 0 in every sequence.
     ///
     /// # Errors
-    /// As [`Self::apply`], and [`Error::PackedRows`] if `cu_seqlens` does not end at `total`.
+    /// As [`Self::apply`], and [`PackedRows`](crate::Error::PackedRows) if `cu_seqlens` does not end at `total`.
     pub fn apply_packed(&self, xs: &Tensor, cu_seqlens: &CuSeqlens) -> Result<Tensor> {
         check_rank(xs, "(total, num_heads, head_dim)")?;
         check_packed_rows(xs, cu_seqlens)?;
@@ -252,7 +254,7 @@ impl Rotary {
             return Err(Error::RotaryHeadDim { rotary_dim, head_dim });
         }
         if !is_float(xs.dtype()) {
-            return Err(Error::DType { tensor: "xs", got: xs.dtype(), supported: FLOAT_DTYPES });
+            return Err(crate::Error::DType { tensor: "xs", got: xs.dtype(), supported: FLOAT_DTYPES }.into());
         }
         let (got, expected) = (self.device().location(), xs.device().location());
         if got != expected {

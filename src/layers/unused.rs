@@ -5,9 +5,8 @@
 
 use candle_nn::VarBuilder;
 
-use super::config::NamedProjection;
-use super::MultiHeadAttentionConfig;
-use crate::{Error, Result};
+use super::config::{MultiHeadAttentionConfig, NamedProjection};
+use super::error::{Error, Result};
 
 /// A name that no checkpoint has. A builder that contains it contains every name (`VarBuilder::zeros`), so the check is
 /// skipped.

@@ -5,6 +5,7 @@
 mod claims;
 mod environment;
 mod generated;
+mod import_graph;
 mod links;
 mod loss;
 mod readme;

@@ -20,7 +20,7 @@ use crate::common::compare;
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
-use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, KERNELS};
+use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, KERNELS};
 use candle_fa2::{Attention, Mask, PaddingSide};
 use rayon::prelude::*;
 
@@ -38,10 +38,10 @@ fn tiled_kernels() -> Result<Vec<Tiled>> {
     let targets = gpu_targets_or_skip();
     for kernel in KERNELS.iter().filter(|kernel| matches!(kernel.pass, Pass::Forward | Pass::Backward)) {
         for target in targets.iter().filter(|target| target.dtype == kernel.dtype) {
-            let DeviceCaps::Cuda { compute_cap, shared_bytes_per_block, .. } = DeviceCaps::of(&target.device)? else {
+            let DeviceCaps::Cuda(caps) = testing::device_caps(&target.device)? else {
                 anyhow::bail!("{:?} is not a GPU", target.device);
             };
-            if kernel.arch.runs_on(compute_cap) && kernel.shared_bytes <= shared_bytes_per_block {
+            if kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block {
                 runnable.push(Tiled { kernel, target: target.clone() });
             } else {
                 others.push(kernel.name);
@@ -118,8 +118,8 @@ impl Tiled {
     fn run(&self, case: &Case, input: &Input) -> Result<(CudaPlan, Output)> {
         let allow = |other: &Kernel| other.pass != self.kernel.pass || other.name == self.kernel.name;
         let (plan, got) = case.run_with(input, allow).with_context(|| format!("kernel {}", self.kernel.name))?;
-        let Launch { kernel, .. } = if self.kernel.pass == Pass::Forward { plan.forward } else { plan.backward };
-        ensure!(kernel == self.kernel, "{} was requested, but {} was planned", self.kernel.name, kernel.name);
+        let Launch { kernel, .. } = plan.launch(self.kernel.pass).context("the plan has both passes")?;
+        ensure!(*kernel == self.kernel, "{} was requested, but {} was planned", self.kernel.name, kernel.name);
         Ok((plan, got))
     }
 
@@ -175,8 +175,8 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
     cases.par_iter().try_for_each(|(tiled, case)| -> Result<()> {
         let input = case.draw();
         let (plan, first) = tiled.run(case, &input)?;
-        let schedule = plan.schedule.context("a persistent kernel has a schedule")?;
-        ensure!(schedule.tiles > plan.forward.grid.0 as usize, "as many blocks as tiles: {plan:?}");
+        let forward = plan.launch(Pass::Forward).context("a plan has a forward")?;
+        ensure!(forward.counts_tiles(), "as many blocks as tiles: {plan:?}");
         for run in 1..RUNS {
             let (_, again) = tiled.run(case, &input)?;
             let what = format!("in run {run}, kernel {}\ncase {case}", tiled.kernel.name);
@@ -296,8 +296,7 @@ fn sweep(dtype: DType) -> Result<()> {
                 values[last] = f64::NAN;
             }
             tiled.check_on(&case, &input)?;
-            let CudaPlan { forward, delta, backward, convert, .. } = tiled.check(&case)?;
-            launched.extend([forward, delta, backward, convert].map(|launch| launch.kernel.name));
+            launched.extend(tiled.check(&case)?.launches().map(|launch| launch.kernel.name));
             cases += 2;
         }
         println!("{} done", tiled.kernel.name);
@@ -466,6 +465,24 @@ fn refusals_on_the_device() -> Result<()> {
                 )
             );
         }
+    }
+    Ok(())
+}
+
+/// A plan without a backward gives the same bits of o, for inputs that are not tracked.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn a_forward_runs_without_a_backward() -> Result<()> {
+    for target in &gpu_targets_or_skip() {
+        let case = Case::new(target).heads(4, 2).batch(2, 70, 150).mask(Mask::Causal);
+        let call = case.call(&case.draw())?;
+        let (q, k, v) = (call.q.detach(), call.k.detach(), call.v.detach());
+        let problem = testing::problem(&call.attention, &q, &k, &v)?;
+        let no_backward = |kernel: &Kernel| kernel.pass != Pass::Backward;
+        let plan = CudaPlan::choose(&problem, &testing::device_caps(&target.device)?, no_backward)?;
+        ensure!(plan.backward.is_none(), "{plan:?}");
+        let alone = testing::Call::with_plan(&call.attention, problem, (&q, &k, &v), Plan::Cuda(plan)).forward()?;
+        compare::same_bits("o without a backward", &alone, &call.attention.forward(&q, &k, &v)?, &case)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::cuda::cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda::cudarc::driver::CudaGraph;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fa2::testing::{self, DeviceCaps, Plan};
+use candle_fa2::testing::{self, Plan};
 use candle_fa2::{Attention, Mask};
 
 /// A new device for this test, once for each type.
@@ -140,7 +140,7 @@ fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
                     Lengths::Padded { .. } => testing::problem(attention, q, k, v)?,
                     Lengths::Packed(_) => testing::problem_packed(attention, (q, k, v), &cu_seqlens.0, &cu_seqlens.1)?,
                 };
-                let plan = Plan::choose(&problem, &DeviceCaps::of(&case.device)?)?;
+                let plan = Plan::choose(&problem, &testing::device_caps(&case.device)?)?;
                 let call = testing::Call::with_plan(attention, problem, (q, k, v), plan);
                 let o = call.forward()?;
                 let (_, lse) = call.forward_with_lse()?;

@@ -3,11 +3,13 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
-use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, Problem, Schedule, KERNELS};
+use candle_fa2::testing::{
+    self, Arch, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Kernel, Launch, Pass, Plan, Problem, Schedule, KERNELS,
+};
 use candle_fa2::{Attention, CuSeqlens, Error, Mask};
 
 const fn caps(compute_cap: (u32, u32), multiprocessors: usize, shared_bytes_per_block: usize) -> DeviceCaps {
-    DeviceCaps::Cuda { compute_cap, multiprocessors, shared_bytes_per_block }
+    DeviceCaps::Cuda(CudaCaps { compute_cap, multiprocessors, shared_bytes_per_block })
 }
 
 const A100: DeviceCaps = caps((8, 0), 108, 163 * 1024);
@@ -32,13 +34,16 @@ fn plan(problem: &Problem, caps: &DeviceCaps) -> candle_fa2::Result<CudaPlan> {
     }
 }
 
-fn launches(plan: &CudaPlan) -> [(Pass, Launch); 4] {
-    [
-        (Pass::Forward, plan.forward),
-        (Pass::Delta, plan.delta),
-        (Pass::Backward, plan.backward),
-        (Pass::Convert, plan.convert),
-    ]
+fn launch(plan: &CudaPlan, pass: Pass) -> Launch {
+    *plan.launch(pass).expect("every pass has a kernel")
+}
+
+fn forward(plan: &CudaPlan) -> Launch {
+    launch(plan, Pass::Forward)
+}
+
+fn backward(plan: &CudaPlan) -> Launch {
+    launch(plan, Pass::Backward)
 }
 
 /// For every head_dim that the README promises, in both types, with and without a score_mod, each pass has the kernel with
@@ -50,7 +55,8 @@ fn every_head_dim_has_kernels() -> Result<()> {
             for dtype in [DType::F16, DType::BF16] {
                 for attention in [Attention::new(), Attention::new().softcap(30.0)] {
                     let plan = plan(&problem(&attention, head_dim, dtype)?, &caps)?;
-                    for (pass, Launch { kernel, .. }) in launches(&plan) {
+                    for pass in [Pass::Forward, Pass::Delta, Pass::Backward, Pass::Convert] {
+                        let kernel = launch(&plan, pass).kernel;
                         let context = format!("{} for head_dim {head_dim} {dtype:?}", kernel.name);
                         assert_eq!((kernel.pass, kernel.dtype), (pass, dtype), "{context}");
                         assert!(kernel.shared_bytes <= shared_limit, "{context}");
@@ -71,7 +77,7 @@ fn every_head_dim_has_kernels() -> Result<()> {
 fn more_shared_memory_brings_larger_kernels() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         let bytes = |caps| -> Result<usize> {
-            Ok(plan(&problem(&Attention::new(), 256, dtype)?, caps)?.backward.kernel.shared_bytes)
+            Ok(backward(&plan(&problem(&Attention::new(), 256, dtype)?, caps)?).kernel.shared_bytes)
         };
         let (h100, a100, rtx_3090) = (bytes(&H100)?, bytes(&A100)?, bytes(&RTX_3090)?);
         assert!(h100 > a100 && a100 > rtx_3090, "{h100}, {a100} and {rtx_3090} bytes");
@@ -92,26 +98,31 @@ fn grids_cover_the_call() -> Result<()> {
     for (problem, batch, seqlen_q, seqlen_k) in [(padded, 3, 1000, 700), (packed, 4, 1100, 1300)] {
         let plan = plan(&problem, &A100)?;
         let tiles = |seqlen: usize, block: usize| seqlen.div_ceil(block) as u32;
-        assert_eq!(plan.forward.grid, (tiles(seqlen_q, plan.forward.kernel.block_m), 12, batch));
-        assert_eq!(plan.backward.grid, (tiles(seqlen_k, plan.backward.kernel.block_n), 4, batch));
-        assert_eq!((plan.delta.grid.1, plan.delta.grid.2), (12, batch));
+        assert_eq!(forward(&plan).grid, (tiles(seqlen_q, forward(&plan).kernel.block_m), 12, batch));
+        assert_eq!(backward(&plan).grid, (tiles(seqlen_k, backward(&plan).kernel.block_n), 4, batch));
+        assert_eq!((launch(&plan, Pass::Delta).grid.1, launch(&plan, Pass::Delta).grid.2), (12, batch));
         // The conversion reads dq_accum in the tiles of the backward.
-        assert_eq!(plan.convert.kernel.image, plan.backward.kernel.image);
-        assert_eq!(plan.convert.kernel.threads(), plan.backward.kernel.threads());
-        assert_eq!(plan.convert.grid, (tiles(seqlen_q, plan.backward.kernel.block_m), 12, batch));
+        assert_eq!(launch(&plan, Pass::Convert).kernel.image, backward(&plan).kernel.image);
+        assert_eq!(launch(&plan, Pass::Convert).kernel.threads(), backward(&plan).kernel.threads());
+        assert_eq!(launch(&plan, Pass::Convert).grid, (tiles(seqlen_q, backward(&plan).kernel.block_m), 12, batch));
     }
     Ok(())
 }
 
+/// The kernel of the backward, and the layout of its tiles in dq_accum.
+fn dq_tiles(plan: &CudaPlan) -> (&'static Kernel, DqTiles) {
+    (backward(plan).kernel, plan.backward.as_ref().expect("a kernel fits").dq_tiles)
+}
+
 /// In dq_accum, every sequence and head has its own whole tiles, for any lengths.
 #[test]
-fn sums_of_dq_do_not_overlap() -> Result<()> {
+fn tiles_of_dq_accum_do_not_overlap() -> Result<()> {
     for lengths_q in [&[1000usize, 0, 900, 1100][..], &[1, 1, 1], &[63, 65, 64, 1, 0, 0, 127], &[0], &[5000]] {
         let q = zeros(&[lengths_q.iter().sum(), 2, 64], DType::F16)?;
         let cu_seqlens = CuSeqlens::from_lengths(lengths_q, &Device::Cpu)?;
         let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &cu_seqlens, &cu_seqlens)?;
-        let CudaPlan { backward, dq_tiles, .. } = plan(&problem, &H100)?;
-        let block_m = backward.kernel.block_m;
+        let (kernel, dq_tiles) = dq_tiles(&plan(&problem, &H100)?);
+        let block_m = kernel.block_m;
         // The formula of the kernels: a packed sequence begins at the tile of its first row, plus one for each sequence before.
         let first = |batch: usize| cu_seqlens.offsets()[batch] as usize / block_m + batch;
         for (batch, seqlen_q) in lengths_q.iter().enumerate() {
@@ -120,11 +131,11 @@ fn sums_of_dq_do_not_overlap() -> Result<()> {
             assert!(end <= limit, "sequence {batch} of {lengths_q:?} ends at tile {end}, the next begins at {limit}");
         }
         assert_eq!((dq_tiles.batch, dq_tiles.count), (0, 2 * dq_tiles.head));
-        assert_eq!(dq_tiles.elements, block_m * backward.kernel.head_dim);
+        assert_eq!(dq_tiles.elements, block_m * kernel.head_dim);
     }
     let q = zeros(&[3, 1000, 12, 72], DType::BF16)?;
-    let CudaPlan { backward, dq_tiles, .. } = plan(&testing::problem(&Attention::new(), &q, &q, &q)?, &H100)?;
-    let tiles = 1000usize.div_ceil(backward.kernel.block_m);
+    let (kernel, dq_tiles) = dq_tiles(&plan(&testing::problem(&Attention::new(), &q, &q, &q)?, &H100)?);
+    let tiles = 1000usize.div_ceil(kernel.block_m);
     assert_eq!((dq_tiles.head, dq_tiles.batch, dq_tiles.count), (tiles, 12 * tiles, 3 * 12 * tiles));
     Ok(())
 }
@@ -145,7 +156,7 @@ fn kernels_with_a_score_mod_where_needed() -> Result<()> {
     ] {
         let plan = plan(&problem(&attention, 64, DType::F16)?, &H100)?;
         assert_eq!(
-            (plan.forward.kernel.score_mod, plan.backward.kernel.score_mod),
+            (forward(&plan).kernel.score_mod, backward(&plan).kernel.score_mod),
             (score_mod, score_mod),
             "{attention:?}"
         );
@@ -158,7 +169,7 @@ fn kernels_with_a_score_mod_where_needed() -> Result<()> {
 fn one_kernel_can_be_asked_for() -> Result<()> {
     let problem = problem(&Attention::new(), 64, DType::BF16)?;
     let wanted = |kernel: &Kernel| kernel.pass != Pass::Forward || kernel.head_dim == 96;
-    assert_eq!(CudaPlan::choose(&problem, &H100, wanted)?.forward.kernel.head_dim, 96);
+    assert_eq!(forward(&CudaPlan::choose(&problem, &H100, wanted)?).kernel.head_dim, 96);
     Ok(())
 }
 
@@ -184,15 +195,15 @@ fn hopper_has_kernels_of_its_own() -> Result<()> {
             [(32, None), (40, Some(64)), (80, Some(96)), (128, Some(128)), (160, Some(192)), (256, Some(256))]
         {
             let of = |seqlen| long_problem(&attention, [1, seqlen, 2, head_dim], [1, 100, 2, head_dim]);
-            let forward = plan(&of(17)?, &H100)?.forward.kernel;
+            let kernel = forward(&plan(&of(17)?, &H100)?).kernel;
             match want {
-                Some(want) if has_hopper() => assert_eq!((forward.arch, forward.head_dim), (Arch::Sm90, want)),
-                _ => assert_eq!(forward.arch, Arch::Sm80, "head_dim {head_dim}"),
+                Some(want) if has_hopper() => assert_eq!((kernel.arch, kernel.head_dim), (Arch::Sm90, want)),
+                _ => assert_eq!(kernel.arch, Arch::Sm80, "head_dim {head_dim}"),
             }
-            assert_eq!(plan(&of(16)?, &H100)?.forward.kernel.arch, Arch::Sm80, "decoding with head_dim {head_dim}");
+            assert_eq!(forward(&plan(&of(16)?, &H100)?).kernel.arch, Arch::Sm80, "decoding with head_dim {head_dim}");
             for other in &others {
-                let plan = plan(&of(100)?, other)?;
-                assert_eq!((plan.forward.kernel.arch, plan.schedule), (Arch::Sm80, None), "{other:?}");
+                let Launch { kernel, schedule, .. } = forward(&plan(&of(100)?, other)?);
+                assert_eq!((kernel.arch, schedule), (Arch::Sm80, None), "{other:?}");
             }
         }
     }
@@ -209,7 +220,7 @@ fn hopper_kernels_can_be_asked_for() -> Result<()> {
         return Ok(());
     }
     assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 itself"), "{refused}");
-    assert_eq!(CudaPlan::choose(&decoding, &H100, only)?.forward.kernel.arch, Arch::Sm90);
+    assert_eq!(forward(&CudaPlan::choose(&decoding, &H100, only)?).kernel.arch, Arch::Sm90);
     Ok(())
 }
 
@@ -220,10 +231,9 @@ fn schedules_cover_the_call() -> Result<()> {
         return Ok(());
     }
     let of = |problem: &Problem| -> Result<(Schedule, u32, usize)> {
-        let CudaPlan { forward, schedule, .. } = plan(problem, &H100)?;
-        let (blocks, y, z) = forward.grid;
+        let Launch { kernel, grid: (blocks, y, z), schedule } = forward(&plan(problem, &H100)?);
         assert_eq!((y, z), (1, 1));
-        Ok((schedule.expect("on Hopper"), blocks, forward.kernel.block_m))
+        Ok((schedule.expect("on Hopper"), blocks, kernel.block_m))
     };
     let causal = Attention::new().mask(Mask::Causal);
     // Few tiles: one block per tile.
@@ -266,9 +276,9 @@ fn schedules_of_calls_without_rows() -> Result<()> {
         let (q, k) = (x(seqlen_q)?, x(seqlen_k)?);
         let problem = testing::problem(&Attention::new(), &q, &k, &k)?;
         let on_hopper = |kernel: &Kernel| kernel.arch == Arch::Sm90 || !has_hopper() || kernel.pass != Pass::Forward;
-        let CudaPlan { forward, schedule, .. } = CudaPlan::choose(&problem, &H100, on_hopper)?;
+        let Launch { grid, schedule, .. } = forward(&CudaPlan::choose(&problem, &H100, on_hopper)?);
         if let Some(schedule) = schedule {
-            assert_eq!((schedule.tiles, forward.grid), (tiles, (tiles as u32, 1, 1)));
+            assert_eq!((schedule.tiles, grid), (tiles, (tiles as u32, 1, 1)));
         }
     }
     Ok(())
@@ -280,16 +290,16 @@ fn hopper_leaves_what_it_cannot_hold() -> Result<()> {
     let shape = [2, 20, 2, 64];
     let mut problem = long_problem(&Attention::new(), shape, shape)?;
     problem.k.batch = (1 << 39) - 8;
-    assert_eq!(plan(&problem, &H100)?.schedule.is_some(), has_hopper());
+    assert_eq!(forward(&plan(&problem, &H100)?).schedule.is_some(), has_hopper());
     problem.k.batch = 1 << 39;
-    assert_eq!(plan(&problem, &H100)?.forward.kernel.arch, Arch::Sm80);
+    assert_eq!(forward(&plan(&problem, &H100)?).kernel.arch, Arch::Sm80);
     // 65,535 sequences, all empty except for one, and as many heads: each sequence counts as a query tile.
     let mut lengths = vec![0; 65_535];
     lengths[7] = 20;
     let lengths = CuSeqlens::from_lengths(&lengths, &Device::Cpu)?;
     let q = zeros(&[20, 1, 64], DType::BF16)?.expand(&[20, 65_535, 64])?;
     let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
-    assert_eq!(plan(&problem, &H100)?.forward.kernel.arch, Arch::Sm80);
+    assert_eq!(forward(&plan(&problem, &H100)?).kernel.arch, Arch::Sm80);
     Ok(())
 }
 
@@ -297,17 +307,87 @@ fn hopper_leaves_what_it_cannot_hold() -> Result<()> {
 #[test]
 fn a_cuda_plan_prints() -> Result<()> {
     let plan = plan(&problem(&Attention::new(), 64, DType::BF16)?, &H100)?;
-    let Launch { kernel, .. } = plan.forward;
+    let Launch { kernel, .. } = forward(&plan);
     let (threads, bytes) = (kernel.threads(), kernel.shared_bytes);
     let want = format!("{} (grid (1, 1, 1), block {threads}, shared {bytes} bytes)", kernel.name);
-    assert_eq!(format!("{:?}", plan.forward), want);
+    assert_eq!(format!("{:?}", forward(&plan)), want);
     assert!(format!("{plan:?}").contains(&want));
     if has_hopper() {
         let problem = long_problem(&Attention::new(), [1, 100, 6, 128], [1, 100, 6, 128])?;
         let text = format!("{:?}", self::plan(&problem, &H100)?);
-        let want = "schedule: Some(Schedule { tiles: 6, m_blocks: 1, section_heads: 1 })";
+        let want = "bytes, Schedule { tiles: 6, m_blocks: 1, section_heads: 1 })";
         assert!(text.contains(want), "{text}");
     }
+    Ok(())
+}
+
+/// What a plan prints of the kernels that it did not take.
+#[test]
+fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
+    let rejected = |head_dim, seqlen, caps: &DeviceCaps| -> Result<Vec<String>> {
+        let shape = [1, seqlen, 2, head_dim];
+        let plan = plan(&long_problem(&Attention::new(), shape, shape)?, caps)?;
+        let text = format!("{plan:?}");
+        let rejected: Vec<String> = plan.rejected.iter().map(|rejection| rejection.to_string()).collect();
+        assert!(rejected.iter().all(|rejection| text.contains(rejection)), "{text}");
+        // Each kernel of the call's type is either launched or rejected.
+        let computes = |kernel: &&Kernel| {
+            matches!(kernel.pass, Pass::Forward | Pass::Backward)
+                && (kernel.dtype, kernel.score_mod) == (DType::BF16, false)
+                && kernel.head_dim >= head_dim
+        };
+        assert_eq!(rejected.len() + 2, KERNELS.iter().filter(computes).count());
+        Ok(rejected)
+    };
+    let has = |rejected: &[String], kernel: &str, reason: &str| {
+        let found = rejected.iter().any(|text| text.starts_with(kernel) && text.ends_with(reason));
+        assert!(found, "no {kernel} {reason} in {rejected:#?}");
+    };
+    let ampere = rejected(64, 100, &A100)?;
+    has(&ampere, "fwd_sm80_bf16_d96_", " pads head_dim more");
+    has(&rejected(256, 100, &RTX_3090)?, "bwd_sm80_bf16_d256_", " bytes of shared memory");
+    has(&rejected(256, 100, &H100)?, "bwd_sm80_bf16_d256_", " comes later in the table");
+    if has_hopper() {
+        has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 itself");
+        has(&rejected(64, 100, &H100)?, "fwd_sm80_bf16_d64_", " is for older GPUs");
+        has(&rejected(64, 1, &H100)?, "fwd_sm90_bf16_d64_", " has large tiles, and decoding suits small ones");
+    }
+    Ok(())
+}
+
+/// On a GPU whose shared memory holds a forward and no backward, calls run whose inputs are not tracked for gradients. A
+/// tracked one is refused by the forward, with the reasons.
+#[test]
+fn a_backward_may_be_missing() -> Result<()> {
+    let smallest = |pass| {
+        let kernels = KERNELS.iter().filter(|kernel| kernel.pass == pass && kernel.head_dim >= 128);
+        kernels.map(|kernel| kernel.shared_bytes).min().expect("both passes have kernels")
+    };
+    let bytes = smallest(Pass::Forward);
+    assert!(bytes < smallest(Pass::Backward));
+    let caps = caps((8, 6), 84, bytes);
+    let mut problem = problem(&Attention::new(), 128, DType::BF16)?;
+    let inference = plan(&problem, &caps)?;
+    assert_eq!((forward(&inference).kernel.shared_bytes, &inference.backward), (bytes, &None));
+    assert!(inference.launch(Pass::Delta).is_none());
+
+    problem.tracked = Some("k");
+    let refused = plan(&problem, &caps).expect_err("must be refused").to_string();
+    let start = format!(
+        "k: tracked for gradients, but head_dim 128 has no BF16 backward kernel for compute capability 8.6 with {bytes} bytes \
+         of shared memory a block (bwd_sm80_bf16_d128_"
+    );
+    let end = " bytes of shared memory); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference \
+               alone, call .detach() on the inputs";
+    assert!(refused.starts_with(&start) && refused.ends_with(end), "{refused}");
+    plan(&problem, &RTX_3090)?;
+
+    // The same where a build has no backward.
+    let no_backward = |kernel: &Kernel| kernel.pass != Pass::Backward;
+    let refused = CudaPlan::choose(&problem, &H100, no_backward).expect_err("must be refused").to_string();
+    assert!(refused.contains("shared memory a block (none was built); use another head_dim"), "{refused}");
+    problem.tracked = None;
+    assert_eq!(CudaPlan::choose(&problem, &H100, no_backward)?.backward, None);
     Ok(())
 }
 
@@ -448,10 +528,11 @@ fn calls_without_rows_have_empty_grids() -> Result<()> {
         Ok(plan(&testing::problem(&Attention::new(), &q, &k, &k)?, &A100)?)
     };
     let without_keys = of(5, 0)?;
-    assert_eq!((without_keys.forward.grid, without_keys.backward.grid), ((1, 3, 2), (0, 3, 2)));
+    assert_eq!((forward(&without_keys).grid, backward(&without_keys).grid), ((1, 3, 2), (0, 3, 2)));
     let without_queries = of(0, 5)?;
-    assert_eq!((without_queries.forward.grid, without_queries.backward.grid), ((0, 3, 2), (1, 3, 2)));
-    assert_eq!((without_queries.delta.grid.0, without_queries.convert.grid.0), (0, 0));
+    assert_eq!((forward(&without_queries).grid, backward(&without_queries).grid), ((0, 3, 2), (1, 3, 2)));
+    let delta_and_convert = [Pass::Delta, Pass::Convert].map(|pass| launch(&without_queries, pass).grid.0);
+    assert_eq!(delta_and_convert, [0, 0]);
     Ok(())
 }
 

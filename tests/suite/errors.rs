@@ -534,6 +534,26 @@ fn devices() {
         Error::NoKernel { dtype: DType::BF16, device: gpu }.to_string(),
         "no BF16 attention kernel for Cuda { gpu_id: 1 } (built: CPU); move q, k and v with to_device(&Device::Cpu)"
     );
+    let no_instance = |rejected| Error::NoInstance {
+        pass: "backward",
+        dtype: DType::BF16,
+        head_dim: 256,
+        compute_cap: (8, 6),
+        shared_bytes_per_block: 65_536,
+        rejected,
+    };
+    let start =
+        "head_dim 256 has no BF16 backward kernel for compute capability 8.6 with 65536 bytes of shared memory a block";
+    let way_out = "use another head_dim, or move q, k and v with to_device(&Device::Cpu)";
+    assert_eq!(no_instance(vec![]).to_string(), format!("{start} (none was built); {way_out}"));
+    let rejected = vec!["one needs this".to_string(), "another needs that".to_string()];
+    let no_instance = no_instance(rejected);
+    let text = format!("{start} (one needs this, another needs that); {way_out}");
+    assert_eq!(no_instance.to_string(), text);
+    assert_eq!(
+        Error::NoBackward { tensor: "qkv", error: Box::new(no_instance) }.to_string(),
+        format!("qkv: tracked for gradients, but {text}; for inference alone, call .detach() on the inputs")
+    );
     assert_eq!(
         Error::NoForward.to_string(),
         "flash_attention: backward found no lse; run the forward of this operator first"

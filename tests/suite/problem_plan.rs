@@ -1,7 +1,7 @@
 //! Makes a `Problem` from tensors and a `Plan` from a `Problem`, without computing anything.
 
 use anyhow::Result;
-use candle_core::{DType, Device, DeviceLocation, Tensor};
+use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use candle_fa2::testing::{self, Alibi, DeviceCaps, Lengths, Plan, Problem, Strides};
 use candle_fa2::{Attention, CuSeqlens, Error, Mask};
 use std::process::Command;
@@ -32,6 +32,22 @@ fn a_problem_says_what_was_asked() -> Result<()> {
     assert_eq!((problem.batch(), problem.rows_q(), problem.rows_k()), (2, 6, 10));
     assert_eq!((problem.shape_q(), problem.shape_k()), (vec![2, 3, 8, 16], vec![2, 5, 4, 16]));
     assert_eq!(problem.shape_lse(), [2, 8, 3]);
+    Ok(())
+}
+
+/// The first input that is tracked, by the name that the caller gave it.
+#[test]
+fn a_problem_knows_whether_gradients_are_asked_for() -> Result<()> {
+    let x = zeros(&[1, 2, 6, 40])?;
+    let tracked = Var::from_tensor(&x)?;
+    let attention = Attention::new();
+    let of = |q: &Tensor, k: &Tensor, v: &Tensor| -> Result<_> { Ok(testing::problem(&attention, q, k, v)?.tracked) };
+    assert_eq!(of(&x, &x, &x)?, None);
+    assert_eq!(of(&x, &x, &tracked)?, Some("v"));
+    assert_eq!(of(&x, &(tracked.as_tensor() * 2.0)?, &tracked)?, Some("k"));
+    assert_eq!(of(&tracked.detach(), &x, &x)?, None);
+    assert_eq!(testing::problem_qkv(&attention, &tracked, 2)?.tracked, Some("qkv"));
+    assert_eq!(testing::problem_qkv(&attention, &x, 2)?.tracked, None);
     Ok(())
 }
 
@@ -67,7 +83,7 @@ fn a_packed_problem_knows_its_sequences() -> Result<()> {
 fn problem_and_plan_print() -> Result<()> {
     let x = zeros(&[1, 2, 3, 40])?;
     let problem = testing::problem(&Attention::new().mask(Mask::Causal), &x, &x, &x)?;
-    let plan = Plan::choose(&problem, &DeviceCaps::of(&Device::Cpu)?)?;
+    let plan = Plan::choose(&problem, &testing::device_caps(&Device::Cpu)?)?;
     let text = format!("{problem:?} -> {plan:?}");
     for word in ["BF16", "Causal", "head_dim: 40", "seqlen_q: 2", "num_heads: 3", "block_m", "block_n"] {
         assert!(text.contains(word), "{word} is missing in {text}");

@@ -5,7 +5,7 @@ use anyhow::Result;
 use attention_reference::draw::{generator, normal};
 use attention_reference::{Input, Precision};
 use candle_core::{DType, Device, Tensor};
-use candle_fa2::testing::{self, DeviceCaps, Plan, Tile};
+use candle_fa2::testing::{self, Plan, Tile};
 use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide, TensorLayout};
 use rand::Rng;
 use std::fmt;
@@ -379,7 +379,7 @@ impl Case {
     }
 
     /// The score tiles of the forward and of the backward for this case.
-    pub fn tiles(&self) -> Result<[Tile; 2]> {
+    pub fn tiles(&self) -> Result<Vec<Tile>> {
         // Long sequences, because a plan reduces its tiles to the length of short ones. All rows share one row of memory.
         let zeros = |num_heads| -> Result<Tensor> {
             let row = Tensor::zeros((1, 1, num_heads, self.head_dim), self.dtype, &self.device)?;
@@ -387,7 +387,7 @@ impl Case {
         };
         let (q, k) = (zeros(self.num_heads)?, zeros(self.num_heads_k)?);
         let problem = testing::problem(&Attention::new(), &q, &k, &k)?;
-        Ok(Plan::choose(&problem, &DeviceCaps::of(&self.device)?)?.tiles())
+        Ok(Plan::choose(&problem, &testing::device_caps(&self.device)?)?.tiles())
     }
 }
 

@@ -6,7 +6,7 @@ use super::nonfinite::Nonfinite;
 use anyhow::{Context, Result};
 use attention_reference::{self as reference, Input, Output, Rows, Tolerance};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Kernel, Plan, Problem};
+use candle_fa2::testing::{self, CudaPlan, Kernel, Plan, Problem};
 use candle_fa2::Attention;
 
 /// q, k and v as variables, and the options.
@@ -130,7 +130,7 @@ impl Case {
     pub fn run_with(&self, input: &Input, allow: impl Fn(&Kernel) -> bool) -> Result<(CudaPlan, Output)> {
         let call = self.call(input)?;
         let problem = self.problem(&call)?;
-        let plan = CudaPlan::choose(&problem, &DeviceCaps::of(&self.device)?, allow)?;
+        let plan = CudaPlan::choose(&problem, &testing::device_caps(&self.device)?, allow)?;
         let Call { attention, q, k, v } = &call;
         let call = testing::Call::with_plan(attention, problem, (q, k, v), Plan::Cuda(plan.clone()));
         let o = call.forward()?;

@@ -6,10 +6,10 @@ use std::fmt::Debug;
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use candle_fa2::layers::{
-    MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, RotaryLayout,
+    Error, MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, RotaryLayout,
     WeightLayout,
 };
-use candle_fa2::{Attention, CuSeqlens, Error, KeyLengths, Mask, PaddingSide};
+use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{VarBuilder, VarMap};
 
@@ -23,6 +23,26 @@ fn refused<T: Debug>(result: Result<T, Error>, text: &str) {
     };
     assert_eq!(said(error.to_string()), text);
     assert_eq!(said(candle_core::Error::from(error).to_string()), text);
+}
+
+/// A function of Candle's `Result` and one of the layers' may call both rooms with `?`.
+#[test]
+fn question_marks_convert() -> Result<()> {
+    fn by_candle(config: &MultiHeadAttentionConfig, x: &Tensor) -> candle_core::Result<Tensor> {
+        let layer = MultiHeadAttention::new(config, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+        Ok(Attention::new().forward(x, x, &layer.forward(x)?)?)
+    }
+    fn by_layers(x: &Tensor) -> candle_fa2::layers::Result<Tensor> {
+        Ok(Attention::new().forward(x, x, x)?.contiguous()?)
+    }
+    let (config, x) = (MultiHeadAttentionConfig::new(64, 4), zeros((2, 64))?);
+    let rank =
+        "expected (batch, seqlen, embed_dim), got 2 axes in shape [2, 64]; reshape it, or use the packed call for \
+                sequences laid end to end";
+    assert_eq!(by_candle(&config, &x).expect_err("has no batch").to_string(), format!("xs: {rank}"));
+    let error = by_layers(&x).expect_err("has no heads");
+    assert!(matches!(error, Error::Operator(candle_fa2::Error::Rank { tensor: "q", .. })), "{error}");
+    Ok(())
 }
 
 fn zeros(shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
@@ -334,7 +354,7 @@ fn inputs() -> Result<()> {
 fn devices() {
     let (got, expected) = (DeviceLocation::Cpu, DeviceLocation::Cuda { gpu_id: 1 });
     refused::<()>(
-        Err(Error::LayerDevice { got, expected }),
+        Err(Error::InputDevice { got, expected }),
         "xs: on device Cpu, but the weights are on Cuda { gpu_id: 1 }; move it with to_device",
     );
     refused::<()>(

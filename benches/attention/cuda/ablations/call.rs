@@ -9,7 +9,7 @@ use candle_core::{CudaStorage, DType, Storage, Tensor, D};
 use candle_fa2::testing::cuda::{
     BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, ShapeAddresses, Strides, NULL,
 };
-use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Problem};
+use candle_fa2::testing::{self, Arch, CudaPlan, Problem};
 use half::{bf16, f16};
 
 use super::super::gpu::Gpu;
@@ -78,7 +78,7 @@ impl<'a> Call<'a> {
         let problem = testing::problem(&peers::attention(case), &inputs.q, &inputs.k, &inputs.v)?;
         ensure!(case.num_heads_k() == case.num_heads, "the variants' grids are for heads that share no keys");
         // The variants are made from the templates in cuda/sm80, and are held against those.
-        let plan = CudaPlan::choose(&problem, &DeviceCaps::of(&gpu.device)?, |kernel| kernel.arch == Arch::Sm80)?;
+        let plan = CudaPlan::choose(&problem, &testing::device_caps(&gpu.device)?, |kernel| kernel.arch == Arch::Sm80)?;
         let stream = gpu.device.as_cuda_device()?.cuda_stream();
         let mut call = Self { case, plan, stream, inputs, answer, lse, problem, delta: None };
         if call.answer.grads.is_some() {
@@ -119,7 +119,7 @@ impl<'a> Call<'a> {
                 let tiles = self.case.seqlens().0.div_ceil(kernel.block_m) as u32;
                 let converter = match kernel.variant {
                     Some(_) => images.convert(self.case, kernel)?,
-                    None => self.of_crate(self.plan.convert.kernel)?,
+                    None => self.of_crate(self.launch_of(testing::Pass::Convert)?.kernel)?,
                 };
                 let grid = (tiles, self.case.num_heads as u32, self.case.batch as u32);
                 self.queue(&converter, grid, &**convert, None)?;
@@ -142,6 +142,11 @@ impl<'a> Call<'a> {
         poisoned_like(&self.lse)
     }
 
+    /// The crate's own launch of a pass.
+    fn launch_of(&self, pass: testing::Pass) -> Result<&testing::Launch> {
+        self.plan.launch(pass).with_context(|| format!("no kernel computes {pass:?}"))
+    }
+
     fn of_crate(&self, kernel: &'static testing::Kernel) -> Result<Kernel> {
         Kernel::of_crate(kernel, Pass::Backward, self.stream.context())
     }
@@ -159,7 +164,8 @@ impl<'a> Call<'a> {
             do_strides: strides,
             shape: self.shape(),
         };
-        self.queue(&self.of_crate(self.plan.delta.kernel)?, self.plan.delta.grid, &params, None)?;
+        let delta_launch = self.launch_of(testing::Pass::Delta)?;
+        self.queue(&self.of_crate(delta_launch.kernel)?, delta_launch.grid, &params, None)?;
         Ok(delta)
     }
 

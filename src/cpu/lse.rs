@@ -1,0 +1,29 @@
+//! The log-sum-exp of each row, in two parts.
+
+/// The log-sum-exp of each row, in two parts: vectors, slices, storages or tensors. The backward reads the parts.
+///
+/// A single number would be rounded. With large scores the rounding error is large, and `exp(score - lse)` would inherit it.
+#[derive(Clone, Copy)]
+pub(crate) struct Lse<T> {
+    /// Largest score, in the log2 domain. Minus infinity if the row sees no key.
+    pub(crate) row_max: T,
+    /// log2 of the sum of `exp2(score - row_max)`.
+    pub(crate) log2_row_sum: T,
+}
+
+impl<T> Lse<T> {
+    /// Applies `f` to both parts.
+    pub(crate) fn map<U>(self, mut f: impl FnMut(T) -> U) -> Lse<U> {
+        Lse { row_max: f(self.row_max), log2_row_sum: f(self.log2_row_sum) }
+    }
+
+    /// As [`Self::map`], but stops at the first error.
+    pub(super) fn try_map<U, E>(self, mut f: impl FnMut(T) -> Result<U, E>) -> Result<Lse<U>, E> {
+        Ok(Lse { row_max: f(self.row_max)?, log2_row_sum: f(self.log2_row_sum)? })
+    }
+
+    /// References to both parts.
+    pub(super) fn as_ref(&self) -> Lse<&T> {
+        Lse { row_max: &self.row_max, log2_row_sum: &self.log2_row_sum }
+    }
+}

@@ -1,0 +1,57 @@
+//! The environment variables that this crate reads, each once per process.
+//!
+//! | variable | what it does |
+//! | --- | --- |
+//! | `CANDLE_FA2_LOG` | `plan` prints each distinct problem and its plan once, to standard error |
+//! | `CANDLE_FA2_SHARED_LIMIT` | lowers a GPU's shared memory to so many bytes a thread block, which selects the kernels of smaller GPUs |
+
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use crate::plan::Plan;
+use crate::problem::Problem;
+
+/// Prints `problem` and `plan`, if `CANDLE_FA2_LOG` asks for it and they were not printed before.
+pub(crate) fn log(problem: &Problem, plan: &Plan) {
+    static WANTED: OnceLock<bool> = OnceLock::new();
+    static SEEN: OnceLock<Mutex<HashSet<u64>>> = OnceLock::new();
+    let wanted = || match std::env::var("CANDLE_FA2_LOG").as_deref() {
+        Ok("plan") => true,
+        Ok("") | Err(_) => false,
+        Ok(other) => {
+            eprintln!("candle-fa2: CANDLE_FA2_LOG={other} is unknown; plan prints each distinct call once");
+            false
+        }
+    };
+    if !WANTED.get_or_init(wanted) {
+        return;
+    }
+    let text = format!("candle-fa2: {problem:?} -> {plan:?}");
+    // Decoding makes a new problem with every token: a hash of each is enough to remember.
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let mut seen = SEEN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if seen.insert(hasher.finish()) {
+        eprintln!("{text}");
+    }
+}
+
+/// The most shared memory of a thread block that `CANDLE_FA2_SHARED_LIMIT` allows.
+///
+/// # Errors
+/// [`Error::Environment`](crate::Error::Environment) if the variable is not a number.
+#[cfg(feature = "cuda")]
+pub(crate) fn shared_limit() -> crate::error::Result<Option<usize>> {
+    const NAME: &str = "CANDLE_FA2_SHARED_LIMIT";
+    static VALUE: OnceLock<Option<String>> = OnceLock::new();
+    let value = VALUE.get_or_init(|| std::env::var(NAME).ok().filter(|value| !value.is_empty()));
+    let parse = |value: &String| {
+        value.parse().map_err(|_| crate::error::Error::Environment {
+            name: NAME,
+            value: value.clone(),
+            expected: "a number of bytes",
+        })
+    };
+    value.as_ref().map(parse).transpose()
+}

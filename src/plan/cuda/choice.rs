@@ -1,0 +1,104 @@
+//! Which kernel computes a pass, and why the others do not.
+
+use std::cmp::Reverse;
+
+use super::sm80::Sm80;
+use super::sm90::Sm90;
+use super::spec::{Reason, Spec};
+use crate::instances::{Arch, Kernel, Pass, KERNELS};
+use crate::plan::caps::CudaCaps;
+use crate::problem::Problem;
+
+/// The spec of an architecture.
+fn spec(arch: Arch) -> &'static dyn Spec {
+    match arch {
+        Arch::Sm80 => &Sm80,
+        Arch::Sm90 => &Sm90,
+    }
+}
+
+/// A kernel that computes the pass, but was not taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Rejection {
+    /// The kernel.
+    pub kernel: &'static Kernel,
+    /// Why it was not taken.
+    pub reason: Reason,
+}
+
+impl std::fmt::Display for Rejection {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} {}", self.kernel.name, self.reason)
+    }
+}
+
+impl std::fmt::Debug for Rejection {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+/// The choice among the kernels of one pass.
+pub(super) struct Choice {
+    /// `None` if each one was rejected.
+    pub kernel: Option<&'static Kernel>,
+    pub rejected: Vec<Rejection>,
+}
+
+/// Chooses among the kernels of a tiled pass that `allow` accepts and that can compute `problem` on this GPU. It prefers the
+/// smallest head_dim, then a kernel that suits the call, then one for the newest GPUs, then the first in cuda/instances.def.
+pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
+    let score_mod = needs_score_mod(problem);
+    let candidates = KERNELS.iter().filter(|kernel| {
+        (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
+            && kernel.head_dim >= problem.head_dim
+            && allow(kernel)
+    });
+    let (mut possible, mut rejected) = (Vec::new(), Vec::new());
+    for kernel in candidates {
+        match refuses(problem, kernel, caps) {
+            Some(reason) => rejected.push(Rejection { kernel, reason }),
+            None => possible.push(kernel),
+        }
+    }
+    let suits = |kernel: &Kernel| spec(kernel.arch).unsuited(problem).is_none();
+    // min_by_key takes the first of equals.
+    let best = |kernel: &&'static Kernel| (kernel.head_dim, Reverse((suits(kernel), kernel.arch)));
+    let chosen = possible.iter().copied().min_by_key(best);
+    if let Some(chosen) = chosen {
+        let others = possible.into_iter().filter(|kernel| kernel.name != chosen.name);
+        rejected.extend(others.map(|kernel| Rejection { kernel, reason: worse(problem, kernel, chosen) }));
+    }
+    Choice { kernel: chosen, rejected }
+}
+
+/// Whether `problem` needs the kernels with a score_mod: for softcap, ALiBi, or a scale that is not above 0. With a scale below
+/// 0 the maximum is where q k is smallest, which the plain kernels do not track. With a scale of 0, or one that f32 flushes to
+/// 0, the plain kernels would compute -inf * 0.
+fn needs_score_mod(problem: &Problem) -> bool {
+    let softmax_scale_log2 = (problem.softmax_scale * std::f64::consts::LOG2_E) as f32;
+    problem.softcap.is_some() || problem.alibi.is_some() || softmax_scale_log2 < f32::MIN_POSITIVE
+}
+
+/// Why `kernel` cannot compute `problem` on this GPU.
+fn refuses(problem: &Problem, kernel: &Kernel, caps: &CudaCaps) -> Option<Reason> {
+    if !kernel.arch.runs_on(caps.compute_cap) {
+        return Some(Reason::Instructions(kernel.arch));
+    }
+    if kernel.shared_bytes > caps.shared_bytes_per_block {
+        return Some(Reason::SharedMemory(kernel.shared_bytes));
+    }
+    spec(kernel.arch).refuses(problem, kernel)
+}
+
+/// Why `chosen` is the better one of two kernels that can compute `problem`.
+fn worse(problem: &Problem, kernel: &Kernel, chosen: &Kernel) -> Reason {
+    if kernel.head_dim > chosen.head_dim {
+        return Reason::HeadDim;
+    }
+    match (spec(kernel.arch).unsuited(problem), spec(chosen.arch).unsuited(problem)) {
+        (Some(reason), None) => reason,
+        _ if kernel.arch < chosen.arch => Reason::OlderArch,
+        _ => Reason::LaterLine,
+    }
+}

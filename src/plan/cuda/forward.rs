@@ -1,0 +1,22 @@
+//! The launches of a forward.
+
+use super::launch::Launch;
+use super::schedule::Schedule;
+use crate::instances::{Grid, Kernel};
+use crate::plan::caps::CudaCaps;
+use crate::problem::Problem;
+
+/// The launches that compute o and lse with `kernel`, in the order in which they run.
+pub(super) fn launches(problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Vec<Launch> {
+    let launch = match kernel.grid {
+        Grid::Tiles => {
+            let m_blocks = problem.max_seqlen_q().div_ceil(kernel.block_m);
+            Launch::by_tile(kernel, (m_blocks as u32, problem.num_heads as u32, problem.batch() as u32))
+        }
+        Grid::Persistent => {
+            let schedule = Schedule::new(problem, kernel, caps.multiprocessors);
+            Launch { kernel, grid: (schedule.blocks(caps.multiprocessors) as u32, 1, 1), schedule: Some(schedule) }
+        }
+    };
+    vec![launch]
+}

@@ -1,0 +1,44 @@
+//! One launch of one kernel.
+
+use super::schedule::Schedule;
+use crate::instances::Kernel;
+
+/// One launch of one kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// What runs.
+    pub kernel: &'static Kernel,
+    /// Thread blocks along x, y and z. If one of them is 0, nothing runs. z may exceed what one grid holds; the launch is then
+    /// split.
+    pub grid: (u32, u32, u32),
+    /// How the blocks of a persistent kernel share its tiles; `None` if the place of a block in the grid says its tile.
+    pub schedule: Option<Schedule>,
+}
+
+impl Launch {
+    /// A launch with one block for each work tile.
+    pub(super) fn by_tile(kernel: &'static Kernel, grid: (u32, u32, u32)) -> Self {
+        Self { kernel, grid, schedule: None }
+    }
+
+    /// Whether blocks take further tiles from a counter. With a block for every tile there is nothing to count.
+    pub fn counts_tiles(&self) -> bool {
+        self.schedule.is_some_and(|schedule| schedule.tiles > self.grid.0 as usize)
+    }
+}
+
+impl std::fmt::Display for Launch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let (grid, block, shared) = (self.grid, self.kernel.threads(), self.kernel.shared_bytes);
+        write!(f, "grid {grid:?}, block {block}, shared {shared} bytes")
+    }
+}
+
+impl std::fmt::Debug for Launch {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match &self.schedule {
+            None => write!(f, "{} ({self})", self.kernel.name),
+            Some(schedule) => write!(f, "{} ({self}, {schedule:?})", self.kernel.name),
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What every CUDA kernel asks of a call.
+
+use candle_core::DType;
+
+use crate::error::{Error, Result};
+use crate::instances::KERNELS;
+use crate::problem::{Problem, Strides};
+
+/// Elements of 16 bytes, the size of every access to q, k, v, o and their gradients.
+pub(super) const CHUNK: usize = 8;
+
+/// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
+const MAX_GRID_Y: usize = 65_535;
+
+/// The device adds rows, bounds of the mask and tiles in 32-bit integers. A sum of three of these stays below 2^31.
+pub(crate) const MAX_SEQLEN: usize = 1 << 29;
+
+/// Elements from one row to the next: a copy steps over at most 32 rows at once, in 32 bits.
+const MAX_ROW_STRIDE: usize = i32::MAX as usize / 32;
+
+/// Refuses what no CUDA kernel takes.
+pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
+    let oldest = KERNELS.iter().map(|kernel| kernel.arch.compute_cap()).min().unwrap_or_default();
+    if compute_cap < oldest {
+        return Err(Error::ComputeCap { got: compute_cap, oldest });
+    }
+    if !matches!(problem.dtype, DType::F16 | DType::BF16) {
+        return Err(Error::DType { tensor: "q", got: problem.dtype, supported: "F16, BF16 on CUDA" });
+    }
+    let max = KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0);
+    if problem.head_dim > max || !problem.head_dim.is_multiple_of(CHUNK) {
+        return Err(Error::CudaHeadDim { head_dim: problem.head_dim, max });
+    }
+    for (name, got, max) in [
+        ("batch", problem.batch(), MAX_SEQLEN),
+        ("num_heads", problem.num_heads, MAX_GRID_Y),
+        ("rows of q", problem.rows_q(), i32::MAX as usize),
+        ("rows of k", problem.rows_k(), i32::MAX as usize),
+        ("seqlen_q", problem.max_seqlen_q(), MAX_SEQLEN),
+        ("seqlen_k", problem.max_seqlen_k(), MAX_SEQLEN),
+    ] {
+        if got > max {
+            return Err(Error::CudaSize { name, got, max });
+        }
+    }
+    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
+    for (tensor, strides, shape) in [("q", problem.q, &shape_q), ("k", problem.k, &shape_k), ("v", problem.v, &shape_k)]
+    {
+        if !aligned(&strides, shape) {
+            let Strides { offset, batch, row, head } = strides;
+            return Err(Error::Alignment { tensor, offset, strides: [batch, row, head] });
+        }
+        if !in_reach(&strides, shape) {
+            return Err(Error::CudaRowStride { tensor, got: strides.row, max: MAX_ROW_STRIDE });
+        }
+    }
+    Ok(())
+}
+
+/// Stride and size along rows, heads and sequences; packed tensors have one sequence.
+pub(crate) fn axes(strides: &Strides, shape: &[usize]) -> [(usize, usize); 3] {
+    let (row_axis, head_axis) = (shape.len() - 3, shape.len() - 2);
+    let batch = if row_axis == 0 { 1 } else { shape[0] };
+    [(strides.row, shape[row_axis]), (strides.head, shape[head_axis]), (strides.batch, batch)]
+}
+
+/// Whether every row of a tensor begins at a multiple of 16 bytes, as the kernels' accesses need.
+pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
+    // The stride of an axis of one element is never used.
+    let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));
+    shape.contains(&0) || (steps && strides.offset.is_multiple_of(CHUNK))
+}
+
+/// Whether the kernels can step from row to row of a tensor.
+pub(crate) fn in_reach(strides: &Strides, shape: &[usize]) -> bool {
+    shape[shape.len() - 3] <= 1 || strides.row <= MAX_ROW_STRIDE
+}

@@ -1,0 +1,85 @@
+//! How a [`Problem`] is computed on an NVIDIA GPU: which kernels run, in which grids.
+//!
+//! A new architecture is a [`Spec`](spec::Spec) in a file of its own, and a line in [`choice::spec`].
+
+mod backward;
+mod choice;
+mod forward;
+mod launch;
+mod limits;
+mod schedule;
+mod sm80;
+mod sm90;
+mod spec;
+
+pub use self::backward::{BackwardPlan, DqTiles};
+pub use self::choice::Rejection;
+pub use self::launch::Launch;
+#[cfg(feature = "cuda")]
+pub(crate) use self::limits::{aligned, axes, in_reach, MAX_SEQLEN};
+pub use self::schedule::Schedule;
+pub use self::spec::Reason;
+use super::caps::{CudaCaps, DeviceCaps};
+use crate::error::{Error, Result};
+use crate::instances::{Kernel, Pass};
+use crate::problem::Problem;
+
+/// The kernels of one call on an NVIDIA GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaPlan {
+    /// What computes o and lse, in the order in which it runs.
+    pub forward: Vec<Launch>,
+    /// What computes dq, dk and dv; `None` if no kernel fits the GPU. The call then runs without gradients.
+    pub backward: Option<BackwardPlan>,
+    /// The other kernels of both passes, and why each was not taken.
+    pub rejected: Vec<Rejection>,
+}
+
+impl CudaPlan {
+    /// Chooses among the kernels that `allow` lets pass.
+    ///
+    /// # Errors
+    /// If the GPU is too old, if no kernel takes the dtype, head_dim or strides, if a size exceeds what a grid or an index
+    /// holds, or if an input is tracked for gradients and no kernel of the backward fits.
+    pub fn choose(problem: &Problem, caps: &DeviceCaps, allow: impl Fn(&Kernel) -> bool) -> Result<Self> {
+        let DeviceCaps::Cuda(caps) = caps else {
+            return Err(Error::NoKernel { dtype: problem.dtype, device: problem.device });
+        };
+        limits::check(problem, caps.compute_cap)?;
+        let of_forward = choice::choose(problem, Pass::Forward, caps, &allow);
+        let of_backward = choice::choose(problem, Pass::Backward, caps, &allow);
+        let Some(kernel) = of_forward.kernel else {
+            return Err(no_instance(problem, "forward", caps, &of_forward.rejected));
+        };
+        if let (None, Some(tensor)) = (of_backward.kernel, problem.tracked) {
+            let error = no_instance(problem, "backward", caps, &of_backward.rejected);
+            return Err(Error::NoBackward { tensor, error: Box::new(error) });
+        }
+        Ok(Self {
+            forward: forward::launches(problem, kernel, caps),
+            backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel)).transpose()?,
+            rejected: [of_forward.rejected, of_backward.rejected].concat(),
+        })
+    }
+
+    /// All launches, those of the forward first.
+    pub fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.forward.iter().chain(self.backward.iter().flat_map(|backward| &backward.launches))
+    }
+
+    /// The launch that computes `pass`.
+    pub fn launch(&self, pass: Pass) -> Option<&Launch> {
+        self.launches().find(|launch| launch.kernel.pass == pass)
+    }
+}
+
+fn no_instance(problem: &Problem, pass: &'static str, caps: &CudaCaps, rejected: &[Rejection]) -> Error {
+    Error::NoInstance {
+        pass,
+        dtype: problem.dtype,
+        head_dim: problem.head_dim,
+        compute_cap: caps.compute_cap,
+        shared_bytes_per_block: caps.shared_bytes_per_block,
+        rejected: rejected.iter().map(Rejection::to_string).collect(),
+    }
+}

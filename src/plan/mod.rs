@@ -1,0 +1,53 @@
+//! From a [`Problem`] and the capabilities of a device to how it is computed. Pure: no tensor is touched, no device is asked,
+//! nothing is read from the environment or printed.
+
+mod caps;
+mod cpu;
+mod cuda;
+mod tile;
+
+pub use self::caps::{CudaCaps, DeviceCaps};
+pub use self::cpu::CpuPlan;
+#[cfg(feature = "cuda")]
+pub(crate) use self::cuda::{aligned, axes, in_reach, MAX_SEQLEN};
+pub use self::cuda::{BackwardPlan, CudaPlan, DqTiles, Launch, Reason, Rejection, Schedule};
+pub use self::tile::Tile;
+use crate::error::{Error, Result};
+use crate::instances::{Kernel, Pass};
+use crate::problem::Problem;
+
+/// How a [`Problem`] is computed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// On the host, tile by tile.
+    Cpu(CpuPlan),
+    /// On an NVIDIA GPU.
+    Cuda(CudaPlan),
+}
+
+impl Plan {
+    /// The only place that says no to a device.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] if this build has no kernel for the device; on an NVIDIA GPU also those of
+    /// [`CudaPlan::choose`].
+    pub fn choose(problem: &Problem, caps: &DeviceCaps) -> Result<Self> {
+        match caps {
+            DeviceCaps::Cpu => Ok(Self::Cpu(CpuPlan::new(problem))),
+            DeviceCaps::Cuda(_) => Ok(Self::Cuda(CudaPlan::choose(problem, caps, |_| true)?)),
+            &DeviceCaps::Other(device) => Err(Error::NoKernel { dtype: problem.dtype, device }),
+        }
+    }
+
+    /// The tiles of scores that the passes walk in: of the forward, and of the backward if there is one.
+    pub fn tiles(&self) -> Vec<Tile> {
+        match self {
+            Self::Cpu(plan) => vec![plan.forward, plan.backward],
+            Self::Cuda(plan) => {
+                let kernels = [Pass::Forward, Pass::Backward].map(|pass| plan.launch(pass).map(|launch| launch.kernel));
+                let tile = |kernel: &Kernel| Tile { block_m: kernel.block_m, block_n: kernel.block_n };
+                kernels.into_iter().flatten().map(tile).collect()
+            }
+        }
+    }
+}
