@@ -45,7 +45,7 @@ impl Arch {
 impl std::fmt::Display for Arch {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let (major, minor) = self.compute_cap();
-        let which = if *self == Self::Sm90 { "itself" } else { "or newer" };
+        let which = if *self == Self::Sm90 { "exactly" } else { "or newer" };
         write!(f, "compute capability {major}.{minor} {which}")
     }
 }

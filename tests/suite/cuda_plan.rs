@@ -219,7 +219,7 @@ fn hopper_kernels_can_be_asked_for() -> Result<()> {
     if !has_hopper() {
         return Ok(());
     }
-    assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 itself"), "{refused}");
+    assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 exactly"), "{refused}");
     assert_eq!(forward(&CudaPlan::choose(&decoding, &H100, only)?).kernel.arch, Arch::Sm90);
     Ok(())
 }
@@ -348,9 +348,9 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     has(&rejected(256, 100, &RTX_3090)?, "bwd_sm80_bf16_d256_", " bytes of shared memory");
     has(&rejected(256, 100, &H100)?, "bwd_sm80_bf16_d256_", " comes later in the table");
     if has_hopper() {
-        has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 itself");
+        has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 exactly");
         has(&rejected(64, 100, &H100)?, "fwd_sm80_bf16_d64_", " is for older GPUs");
-        has(&rejected(64, 1, &H100)?, "fwd_sm90_bf16_d64_", " has large tiles, and decoding suits small ones");
+        has(&rejected(64, 1, &H100)?, "fwd_sm90_bf16_d64_", " has large tiles, but decoding is faster with small ones");
     }
     Ok(())
 }
@@ -375,17 +375,17 @@ fn a_backward_may_be_missing() -> Result<()> {
     let refused = plan(&problem, &caps).expect_err("must be refused").to_string();
     let start = format!(
         "k: tracked for gradients, but head_dim 128 has no BF16 backward kernel for compute capability 8.6 with {bytes} bytes \
-         of shared memory a block (bwd_sm80_bf16_d128_"
+         of shared memory per block (bwd_sm80_bf16_d128_"
     );
-    let end = " bytes of shared memory); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference \
-               alone, call .detach() on the inputs";
+    let end = " bytes of shared memory); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference, \
+               call .detach() on the inputs";
     assert!(refused.starts_with(&start) && refused.ends_with(end), "{refused}");
     plan(&problem, &RTX_3090)?;
 
     // The same where a build has no backward.
     let no_backward = |kernel: &Kernel| kernel.pass != Pass::Backward;
     let refused = CudaPlan::choose(&problem, &H100, no_backward).expect_err("must be refused").to_string();
-    assert!(refused.contains("shared memory a block (none was built); use another head_dim"), "{refused}");
+    assert!(refused.contains("shared memory per block (none was built); use another head_dim"), "{refused}");
     problem.tracked = None;
     assert_eq!(CudaPlan::choose(&problem, &H100, no_backward)?.backward, None);
     Ok(())
@@ -411,8 +411,8 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
     );
     let small = refused(256, DType::BF16, &caps((8, 6), 84, 20_000))?;
     let start =
-        "head_dim 256 has no BF16 forward kernel for compute capability 8.6 with 20000 bytes of shared memory a \
-                 block (fwd_sm80_bf16_d256_";
+        "head_dim 256 has no BF16 forward kernel for compute capability 8.6 with 20000 bytes of shared memory per block \
+         (fwd_sm80_bf16_d256_";
     assert!(
         small.starts_with(start)
             && small.ends_with("; use another head_dim, or move q, k and v with to_device(&Device::Cpu)"),

@@ -52,10 +52,10 @@ impl std::fmt::Display for Reason {
         match self {
             Self::Instructions(arch) => write!(f, "needs {arch}"),
             Self::SharedMemory(bytes) => write!(f, "needs {bytes} bytes of shared memory"),
-            Self::Tiles { got, max } => write!(f, "counts to {max} tiles, not {got}"),
-            Self::Stride { got, max } => write!(f, "takes strides of at most {max} elements, not {got}"),
+            Self::Tiles { got, max } => write!(f, "supports at most {max} tiles, got {got}"),
+            Self::Stride { got, max } => write!(f, "supports strides of at most {max} elements, got {got}"),
             Self::HeadDim => f.write_str("pads head_dim more"),
-            Self::Decoding => f.write_str("has large tiles, and decoding suits small ones"),
+            Self::Decoding => f.write_str("has large tiles, but decoding is faster with small ones"),
             Self::OlderArch => f.write_str("is for older GPUs"),
             Self::LaterLine => f.write_str("comes later in the table"),
         }

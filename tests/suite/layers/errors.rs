@@ -64,7 +64,7 @@ fn configurations() -> Result<()> {
     refused(untracked(&config(100, 3)), "embed_dim 100 is not a multiple of num_heads 3; set head_dim");
     refused(
         untracked(&config(64, 8).num_heads_k(3)),
-        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads",
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head must serve the same number of query heads",
     );
     refused(
         untracked(&config(64, 4).projections(Projections::gpt2()).q_bias(true).v_bias(true)),
@@ -91,7 +91,7 @@ fn configurations() -> Result<()> {
     refused(untracked(&config(64, 4).softcap(-1.0)), "softcap -1 must be finite and above 0; leave it out for no cap");
     refused(
         untracked(&config(1 << 62, 1)),
-        "head_dim 4611686018427387904 is not supported (supported: 1 to 512); choose num_heads so that it is",
+        "head_dim 4611686018427387904 is not supported (supported: 1 to 512); choose another num_heads",
     );
     refused(
         untracked(&config(64, 4).softmax_scale(f64::NAN)),
@@ -99,14 +99,12 @@ fn configurations() -> Result<()> {
     );
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros(3)?)),
-        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [3]; slopes per sequence are for \
-         Attention alone",
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [3]; for slopes per sequence use Attention",
     );
     // With these slopes a layer would refuse every batch of another size.
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros((1, 4))?)),
-        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; slopes per sequence are for \
-         Attention alone",
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; for slopes per sequence use Attention",
     );
     let lengths = KeyLengths::new(&[3], PaddingSide::Right, &Device::Cpu)?;
     refused(
@@ -261,8 +259,11 @@ fn same_names() {
 #[test]
 fn rotary() -> Result<()> {
     let new = |config: RotaryConfig| Rotary::new(&config, &Device::Cpu);
-    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are rotated");
-    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are rotated");
+    refused(
+        new(RotaryConfig::new(63, 8)),
+        "rotary_dim 63 must be even and above 0, because pairs of values are rotated",
+    );
+    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, because pairs of values are rotated");
     // A max_seqlen that means "no limit", one position more than the limit, and a huge rotary_dim without positions.
     for (rotary_dim, max_seqlen) in [(64, usize::MAX / 2), (64, (1 << 23) + 1), (usize::MAX - 1, 0)] {
         let text = format!(
