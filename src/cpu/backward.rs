@@ -311,7 +311,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul_scores(self.execution.arch, p, (m, n, head_dim), score_mod.softmax_scale_log2, q, k_transposed);
+        matmul_scores(self.execution.arch, p, (m, n, head_dim), score_mod.scale, q, k_transposed);
         // dv needs only P.
         if self.wanted.dq || self.wanted.dk {
             matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
