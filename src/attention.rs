@@ -1,4 +1,4 @@
-//! The public call: options, and the ways to run them.
+//! The public calls of the operator, and their options.
 
 use candle_core::Tensor;
 
@@ -16,7 +16,7 @@ use crate::padding::KeyLengths;
 use crate::plan::Plan;
 use crate::problem::Problem;
 
-/// Attention of every query over the keys its mask lets it see.
+/// Attention of every query over the keys that its mask shows.
 ///
 /// For batch `b`, query `i`, head `h` and its key head `g = h / (num_heads / num_heads_k)`:
 ///
@@ -28,10 +28,13 @@ use crate::problem::Problem;
 /// o[b, i, h] = sum over visible j of  exp(s[j] - lse) * v[b, j, g]
 /// ```
 ///
-/// The `seqlen_q x seqlen_k` scores are never stored (FlashAttention-2, Dao 2023, algorithms 1 and 2). Extra memory of the
-/// forward is lse, two floats per query and head, one on a GPU; the backward adds one more, and sums dq in the accumulator's
-/// type, on a GPU in whole tiles of up to 64 queries for each sequence and head. With the lse returned, o of f16 and bf16 is
-/// kept in f32 too.
+/// The `seqlen_q x seqlen_k` scores are never stored (FlashAttention-2, Dao 2023, algorithms 1 and 2). Calls need this extra
+/// memory:
+///
+/// - The forward keeps lse: two floats per query and head on the CPU, one on a GPU.
+/// - The backward adds one float per query and head, and accumulates dq in the accumulator's type. On a GPU, these accumulators
+///   are whole tiles of up to 64 queries for each sequence and head.
+/// - If a call returns lse, it also keeps o of f16 and bf16 in f32.
 ///
 /// | tensor | padded | packed | type |
 /// | --- | --- | --- | --- |
@@ -42,14 +45,19 @@ use crate::problem::Problem;
 /// These shapes are for [`TensorLayout::Bshd`], the default. [`Attention::layout`] selects `(batch, num_heads, seqlen, head_dim)`.
 /// lse has the same shape in both layouts.
 ///
-/// `num_heads` is a multiple of `num_heads_k` (grouped-query and multi-query attention; keys and values are not
-/// copied), `head_dim` is 1 to 512. The last axis must be contiguous; every other stride is free, 0 included. Sums run
-/// in f32 (f64 for f64); in f32, probabilities below `2^-126` of a row's largest count as 0. On an NVIDIA GPU (feature `cuda`)
-/// the types are f16 and bf16, `head_dim` is a multiple of 8 up to 256, and rows begin at multiples of 16 bytes.
+/// `num_heads` must be a multiple of `num_heads_k`, for grouped-query and multi-query attention; keys and values are not copied.
+/// `head_dim` is 1 to 512. The last axis must be contiguous. All other strides are free, and may be 0.
 ///
-/// Gradients flow to `q`, `k` and `v`, and from the lse too. The backward recomputes the scores; it may run several
-/// times over one graph. The same inputs give the same bits, on the CPU on any number of threads; on a GPU the gradient of `q`
-/// does so with [`Attention::deterministic`].
+/// Sums are in f32 (f64 for f64 inputs). In f32, a probability below `2^-126` of the largest in its row counts as 0.
+///
+/// On an NVIDIA GPU (feature `cuda`) the types are f16 and bf16, `head_dim` is a multiple of 8 up to 256, and rows must be
+/// 16-byte aligned.
+///
+/// Gradients flow to `q`, `k` and `v`, from the result and from lse. The backward recomputes the scores. It may run several times
+/// over one graph.
+///
+/// The same inputs give the same bits, on the CPU with any number of threads. On a GPU, the gradient of `q` needs
+/// [`Attention::deterministic`] for this.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};
@@ -79,31 +87,31 @@ impl Attention {
         self
     }
 
-    /// Factor of the scores; any finite number. Without it, `1/sqrt(head_dim)`.
+    /// Factor of the scores, any finite number. The default is `1/sqrt(head_dim)`.
     pub fn softmax_scale(mut self, softmax_scale: f64) -> Self {
         self.options.softmax_scale = Some(softmax_scale);
         self
     }
 
-    /// Bounds the scaled scores smoothly to `(-softcap, softcap)`, as Gemma 2 does; finite and above 0.
+    /// Limits the scaled scores smoothly to `(-softcap, softcap)`, as in Gemma 2. It must be finite and above 0.
     pub fn softcap(mut self, softcap: f64) -> Self {
         self.options.softcap = Some(softcap);
         self
     }
 
-    /// Linear biases by distance (ALiBi, Press et al. 2022): f32 of shape `(num_heads)` or `(batch, num_heads)`.
+    /// Slopes of linear biases by distance (ALiBi, Press et al. 2022): f32 of shape `(num_heads)` or `(batch, num_heads)`.
     ///
-    /// No gradient is offered for the slopes, so slopes that are tracked for one are refused. They must be finite, which
-    /// is checked on the CPU alone.
+    /// Slopes have no gradient, so tracked slopes are an error. They must be finite; this is checked only for slopes on the CPU.
     pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
         self.options.alibi_slopes = Some(slopes.clone());
         self
     }
 
-    /// Whether the same inputs give the same bits of the gradient of `q` each time.
+    /// Whether the same inputs always give the same bits of the gradient of `q` on a GPU.
     ///
-    /// Everything else always does, and on the CPU that gradient too. On a GPU, blocks of keys add to it in the order in which
-    /// they come; with this they take turns, which costs 16 to 28% of the backward's speed (docs/benchmarks.md).
+    /// All other results always have the same bits, and on the CPU this gradient too. On a GPU, key tiles add to the gradient
+    /// of `q` in any order. With this option semaphores order them, which costs 16 to 28% of the backward's speed
+    /// (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;
         self
@@ -127,12 +135,12 @@ impl Attention {
     /// | self-attention of a batch padded on the left, with any mask | `Left` |
     /// | self-attention of a batch padded on the right, without mask and ALiBi (BERT) | `Right` |
     ///
-    /// The output rows of padded queries mean nothing: leave them out of the loss.
+    /// The output rows of padded queries have no meaning. Leave them out of the loss.
     ///
-    /// Do not use it for self-attention padded on the right with a mask or ALiBi. There the last query is padding, so all
-    /// positions would be shifted. Such a call returns [`Error::KeyLengthAlignment`].
-    /// [`Mask::Causal`] needs no key lengths there, because the padding comes after every token. In all other cases use
-    /// [`CuSeqlens::from_mask`] and [`Self::forward_packed`], which also skip the padding.
+    /// Do not use key lengths for self-attention padded on the right with a mask or ALiBi. The last query is then padding, so all
+    /// positions would be shifted, and the call returns [`Error::KeyLengthAlignment`]. [`Mask::Causal`] needs no key lengths
+    /// there, because the padding comes after every token. In all other cases use [`CuSeqlens::from_mask`] and
+    /// [`Self::forward_packed`], which also skip the padding.
     pub fn key_lengths(mut self, key_lengths: &KeyLengths) -> Self {
         self.options.key_lengths = Some(key_lengths.clone());
         self
@@ -151,27 +159,25 @@ impl Attention {
         self
     }
 
-    /// Attention over a padded batch. The result is contiguous and has the type of `q`, and the shape of `q` in the result's
-    /// layout.
+    /// Attention over a padded batch. The result is contiguous. It has the type and the shape of `q`, in the result's layout.
     ///
     /// # Errors
-    /// If shapes, types, strides, devices or options disagree with the table above, or the device has no kernel.
-    /// Nothing is computed then. If the shapes fit only the other layout, the error is
-    /// [`Error::SwappedAxes`].
+    /// If shapes, types, strides, devices or options do not follow the rules of [`Attention`], or if the device has no kernel.
+    /// Nothing is computed then. If the shapes fit only the other layout, the error is [`Error::SwappedAxes`].
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         self.run(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
-    /// Attention with q, k and v in one tensor, as a fused projection returns them. The result is contiguous, and
-    /// `(batch, seqlen, num_heads, head_dim)` by default.
+    /// Attention with q, k and v in one tensor, from a fused projection. The result is contiguous, by default with shape
+    /// `(batch, seqlen, num_heads, head_dim)`.
     ///
     /// `qkv` is `(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)`, or in [`TensorLayout::Bhsd`]
-    /// `(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)`: the heads of q, then those of k, then those of v.
-    /// A `(batch, seqlen, 3, num_heads, head_dim)` tensor fits the first after `reshape`. Heads in another order, as GPT-NeoX has
-    /// them, give a wrong result; see [`QkvOrder`](crate::layers::QkvOrder).
+    /// `(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)`. The heads of q come first, then those of k, then those of v.
+    /// A `(batch, seqlen, 3, num_heads, head_dim)` tensor has the first shape after `reshape`. Another order of heads, as in
+    /// GPT-NeoX, gives a wrong result; see [`QkvOrder`](crate::layers::QkvOrder).
     ///
-    /// Three views of `qkv` give the same values. But Candle then makes three gradients as large as `qkv` and adds them;
-    /// this call makes one.
+    /// [`Self::forward`] with three views of `qkv` gives the same values. But Candle then makes three gradients of the size of
+    /// `qkv` and adds them. This call makes only one.
     ///
     /// ```
     /// # use candle_core::{Device, Var};
@@ -184,17 +190,17 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// As [`Self::forward`], and if `qkv` has no head besides those of k and v.
+    /// As [`Self::forward`], and if `qkv` has no head for q.
     pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
         let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
         let op = self.op(problem, Output::O, &q)?;
         Ok(qkv.apply_op1(FusedFlashAttention(op))?)
     }
 
-    /// As [`Self::forward`], with the log-sum-exp of each row of scores (natural logarithm).
+    /// As [`Self::forward`], and also returns the log-sum-exp of each row of scores (natural logarithm).
     ///
-    /// Gradients flow through both results. A row that sees no key has lse minus infinity. To merge attention over parts of
-    /// the keys, use [`Self::forward_partial`]: its o is not rounded.
+    /// Gradients flow through both results. If a row sees no key, its lse is minus infinity. To merge attention over parts of the
+    /// keys, use [`Self::forward_partial`], because its o is not rounded.
     ///
     /// # Errors
     /// As [`Self::forward`].
@@ -202,14 +208,14 @@ impl Attention {
         self.run_with_lse(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
-    /// Attention within each sequence of a packed batch. The result is contiguous and has the type of `q`, and the shape of
-    /// `q` in the result's layout.
+    /// Attention within each sequence of a packed batch. The result is contiguous. It has the type and the shape of `q`, in the
+    /// result's layout.
     ///
-    /// Sequence `b` holds the rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` of `q` and the rows
-    /// `cu_seqlens_k[b]..cu_seqlens_k[b + 1]` of `k` and `v`. The mask lines up the ends of each pair.
+    /// Sequence `b` has the rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` of `q` and the rows
+    /// `cu_seqlens_k[b]..cu_seqlens_k[b + 1]` of `k` and `v`. The mask aligns the last query and the last key of each sequence.
     ///
     /// # Errors
-    /// As [`Self::forward`], and if the lengths do not end at the tensors' last rows.
+    /// As [`Self::forward`], and if the lengths do not end at the last rows of the tensors.
     pub fn forward_packed(
         &self,
         q: &Tensor,
@@ -223,29 +229,31 @@ impl Attention {
 
     /// Attention over one part of the keys, for [`Self::merge`].
     ///
-    /// Returns o in f32 (f64 for f64), not rounded to the type of `q`, in the result's layout; and lse, of shape
-    /// `(batch, num_heads, seqlen_q)`. On a GPU the backward rounds o and its gradient to the type of `q`.
+    /// Returns o and lse. o is in f32 (f64 for f64), not rounded to the type of `q`, and has the result's layout. The shape of lse
+    /// is `(batch, num_heads, seqlen_q)`. On a GPU the backward rounds o and its gradient to the type of `q`.
     ///
-    /// **The mask and ALiBi count positions within this part**: they align the last query with the last key of the part. For a
-    /// causal model whose keys are cut into parts, a part that ends `n` keys before the end takes
-    /// `Mask::Window { left: None, right: Some(n) }`. In ring attention with equal parts that is [`Mask::Causal`] for the
-    /// queries' own part and [`Mask::None`] for all earlier ones. ALiBi is refused.
+    /// **The mask counts positions within this part.** It aligns the last query with the last key of the part. In a causal model,
+    /// for a part that ends `n` keys before the last key of all, use `Mask::Window { left: None, right: Some(n) }`. In ring
+    /// attention with equal parts, this is [`Mask::Causal`] for the part of the queries themselves, and [`Mask::None`] for all
+    /// earlier parts.
     ///
     /// # Errors
-    /// As [`Self::forward`], and [`Error::PartialAlibi`] with ALiBi slopes: a part does not know how
-    /// far its keys are from the queries.
+    /// As [`Self::forward`], and [`Error::PartialAlibi`] with ALiBi slopes, because a call over one part does not know how far its
+    /// keys are from the queries.
     pub fn forward_partial(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check_partial()?;
         self.run_partial(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
-    /// Merges `(o, lse)` of parts of the keys into attention over all keys. All parts have the same queries, and no key is
-    /// in two parts. Returns `(o, lse)` in the shapes of one part, both in the type of lse: for an f16 or bf16 model, convert
-    /// o with `to_dtype`.
+    /// Merges `(o, lse)` of parts of the keys into attention over all keys. All parts must have the same queries, and no key may
+    /// be in two parts.
     ///
-    /// Parts come from [`Self::forward_partial`] or [`Self::forward_packed_partial`]. Of this `Attention` only the result's
-    /// layout matters. Gradients flow to every o and every lse. If a row has no key in a part (lse minus infinity), that part
-    /// does not change a bit of the row. If a row has no key in any part, o is 0, lse is minus infinity and all gradients are 0.
+    /// The parts are results of [`Self::forward_partial`] or [`Self::forward_packed_partial`]. Returns `(o, lse)` with the shapes
+    /// of one part, both in the type of lse. For an f16 or bf16 model, convert o with `to_dtype`. The merge uses only the result's
+    /// layout of this `Attention`, and none of its other options.
+    ///
+    /// Gradients flow to every o and every lse. If a row has no key in a part (lse is minus infinity), that part changes no bit
+    /// of the row. If a row has no key in any part, o is 0, lse is minus infinity, and all gradients are 0.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -267,13 +275,13 @@ impl Attention {
     /// # Errors
     /// - [`Error::MergeNothing`] if `parts` is empty;
     /// - [`Error::DType`] if the first lse is neither f32 nor f64;
-    /// - [`Error::MergeMismatch`] if o has not 4 or 3 axes, if lse does not fit o in this layout, or if a part differs from the
-    ///   first in shape, type or device.
+    /// - [`Error::MergeMismatch`] if o does not have 3 or 4 axes, if lse does not fit o in this layout, or if a part differs from
+    ///   the first part in shape, type or device.
     pub fn merge(&self, parts: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
         merge::merge(parts, self.options.layout_of_result())
     }
 
-    /// [`Self::forward_packed`] with the log-sum-exp, shape `(num_heads, total_q)`.
+    /// As [`Self::forward_packed`], and also returns the log-sum-exp, of shape `(num_heads, total_q)`.
     ///
     /// # Errors
     /// As [`Self::forward_packed`].
@@ -288,8 +296,9 @@ impl Attention {
         self.run_with_lse(Problem::packed(&self.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
-    /// [`Self::forward_partial`] of a packed batch: o `(total_q, num_heads, head_dim)` and lse `(num_heads, total_q)`. Each
-    /// sequence has a length in every part; 0 is allowed.
+    /// As [`Self::forward_partial`], for a packed batch. Returns o `(total_q, num_heads, head_dim)` and lse `(num_heads, total_q)`.
+    ///
+    /// Every part has all sequences. The length of a sequence in a part may be 0.
     ///
     /// # Errors
     /// As [`Self::forward_packed`] and [`Self::forward_partial`].
@@ -338,15 +347,17 @@ impl Attention {
         Ok((o.to_dtype(q.dtype())?, lse))
     }
 
-    /// A custom op has one result, so o and lse come as one flat tensor of the accumulator's type. The two views cut
-    /// from it keep both in the graph, and their gradients meet again in one backward of the op.
+    /// o in the accumulator's type, and lse.
+    ///
+    /// A custom op has only one result, so the op returns o and lse in one flat tensor. Both are views of it. In the backward,
+    /// Candle adds their gradients, and the op gets the sum.
     fn run_partial(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (shape_o, shape_lse) = (problem.shape_o(), problem.shape_lse());
         let op = self.op(problem, Output::OAndLse, q)?;
         Ok(o_and_lse(&q.apply_op3(k, v, op)?, shape_o, shape_lse)?)
     }
 
-    /// Checks the options of a call over one part of the keys.
+    /// Returns an error if an option does not fit a call over one part of the keys.
     fn check_partial(&self) -> Result<()> {
         match self.options.alibi_slopes {
             Some(_) => Err(Error::PartialAlibi),
@@ -361,12 +372,12 @@ impl Attention {
     }
 }
 
-/// How the device of q computes `problem`.
+/// The plan of `problem` on the device of q.
 fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     Plan::choose(problem, &device::caps(q.device())?)
 }
 
-/// The same for a call that will run.
+/// As [`plan`], for a call that will run: logs the plan.
 pub(crate) fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     let plan = plan(problem, q)?;
     environment::log(problem, &plan);

@@ -1,4 +1,4 @@
-//! Asks a device what it can do.
+//! Reads the capabilities of a device.
 
 use candle_core::Device;
 
@@ -8,8 +8,8 @@ use crate::plan::DeviceCaps;
 /// The capabilities of `device`.
 ///
 /// # Errors
-/// An error of Candle if the driver does not answer, [`Error::Environment`](crate::Error::Environment) if the limit of shared
-/// memory in the environment is not a number.
+/// - An error of Candle if the driver returns one.
+/// - [`Error::Environment`](crate::Error::Environment) if `CANDLE_FA2_SHARED_LIMIT` is not a number.
 pub fn caps(device: &Device) -> Result<DeviceCaps> {
     match device {
         Device::Cpu => Ok(DeviceCaps::Cpu),

@@ -1,9 +1,9 @@
-//! The environment variables that this crate reads, each once per process.
+//! The environment variables of this crate. Each is read once per process.
 //!
-//! | variable | what it does |
+//! | variable | effect |
 //! | --- | --- |
 //! | `CANDLE_FA2_LOG` | `plan` prints each distinct problem and its plan once, to standard error |
-//! | `CANDLE_FA2_SHARED_LIMIT` | lowers a GPU's shared memory to so many bytes a thread block, which selects the kernels of smaller GPUs |
+//! | `CANDLE_FA2_SHARED_LIMIT` | limits the shared memory per thread block to this number of bytes, to run the kernels of smaller GPUs |
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -12,7 +12,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use crate::plan::Plan;
 use crate::problem::Problem;
 
-/// Prints `problem` and `plan`, if `CANDLE_FA2_LOG` asks for it and they were not printed before.
+/// Prints `problem` and `plan` if `CANDLE_FA2_LOG` is `plan` and they were not printed before.
 pub(crate) fn log(problem: &Problem, plan: &Plan) {
     static WANTED: OnceLock<bool> = OnceLock::new();
     static SEEN: OnceLock<Mutex<HashSet<u64>>> = OnceLock::new();
@@ -28,7 +28,7 @@ pub(crate) fn log(problem: &Problem, plan: &Plan) {
         return;
     }
     let text = format!("candle-fa2: {problem:?} -> {plan:?}");
-    // Decoding makes a new problem with every token: a hash of each is enough to remember.
+    // Decoding has a new problem for every token, so keep only a hash of each text.
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     let mut seen = SEEN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
@@ -37,7 +37,7 @@ pub(crate) fn log(problem: &Problem, plan: &Plan) {
     }
 }
 
-/// The most shared memory of a thread block that `CANDLE_FA2_SHARED_LIMIT` allows.
+/// The limit of shared memory per thread block from `CANDLE_FA2_SHARED_LIMIT`, in bytes.
 ///
 /// # Errors
 /// [`Error::Environment`](crate::Error::Environment) if the variable is not a number.

@@ -1,30 +1,32 @@
-//! One variant per way to be wrong. Each text names the tensor, the rule, what came and the way out.
+//! The errors of the operator: one variant per broken rule. Each text names the tensor, the rule, the value and the solution.
 
 use candle_core::{DType, DeviceLocation};
 
 use crate::layout::{PaddingSide, TensorLayout};
 
-/// What the functions of the operator return.
+/// The result of the functions of the operator.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call of the operator was refused. All but [`Error::Candle`] come from checks of the arguments, before attention
-/// computes, queues or changes anything. The layers have errors of their own: [`layers::Error`](crate::layers::Error).
+/// Why a call of the operator was refused.
+///
+/// All variants except [`Error::Candle`] are from checks before attention computes, queues or changes anything. The layers have
+/// their own errors: [`layers::Error`](crate::layers::Error).
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A tensor has another number of axes than its layout asks for.
+    /// A tensor has the wrong number of axes for its layout.
     #[error("{tensor}: expected {axes}, got {} axes in shape {shape:?}; {}", shape.len(), way_to_rank(axes))]
     Rank {
         /// Name of the tensor.
         tensor: &'static str,
         /// The axes that it should have.
         axes: &'static str,
-        /// The shape that came.
+        /// Its shape.
         shape: Vec<usize>,
     },
-    /// One axis disagrees with the same axis of another tensor.
+    /// An axis has another size than the same axis of another tensor.
     #[error("{tensor}: {axis} must be {expected} as in {other}, got {got} in shape {shape:?}")]
     Axis {
         /// Name of the tensor.
@@ -33,21 +35,21 @@ pub enum Error {
         axis: &'static str,
         /// Its size.
         got: usize,
-        /// The tensor it is compared with.
+        /// The other tensor.
         other: &'static str,
-        /// The size that would fit.
+        /// The size of its axis.
         expected: usize,
         /// The whole shape of `tensor`.
         shape: Vec<usize>,
     },
-    /// An element type without a kernel.
+    /// An unsupported element type.
     #[error("{tensor}: dtype {got:?} is not supported (supported: {supported}); convert with to_dtype")]
     DType {
         /// Name of the tensor.
         tensor: &'static str,
         /// Its dtype.
         got: DType,
-        /// The dtypes that would do.
+        /// The supported dtypes.
         supported: &'static str,
     },
     /// Tensors of one call have different element types.
@@ -60,7 +62,7 @@ pub enum Error {
         /// The dtype of q.
         expected: DType,
     },
-    /// Tensors of one call live on different devices.
+    /// Tensors of one call are on different devices.
     #[error("{tensor}: on device {got:?}, but q is on {expected:?}; move one with to_device")]
     Device {
         /// Name of the tensor.
@@ -70,15 +72,15 @@ pub enum Error {
         /// The device of q.
         expected: DeviceLocation,
     },
-    /// The query heads cannot be shared out evenly over the key heads.
-    #[error("num_heads {num_heads} of q is not a multiple of num_heads_k {num_heads_k} of k and v; each key head serves equally many query heads")]
+    /// The number of query heads is not a multiple of the number of key heads.
+    #[error("num_heads {num_heads} of q is not a multiple of num_heads_k {num_heads_k} of k and v; each key head must serve the same number of query heads")]
     HeadGroups {
         /// Heads of q.
         num_heads: usize,
         /// Heads of k and v.
         num_heads_k: usize,
     },
-    /// The shapes do not fit the layout of the call, but fit the other layout.
+    /// The shapes do not fit the layout of the call, but they fit the other layout.
     #[error("{error}; if q is {axes}, call .layout(TensorLayout::{layout:?})")]
     SwappedAxes {
         /// The error in the layout of the call.
@@ -88,25 +90,25 @@ pub enum Error {
         /// The other layout.
         layout: TensorLayout,
     },
-    /// A tensor of q, k and v in one has no head left for q.
-    #[error("qkv: {heads} heads in shape {shape:?} are not num_heads + 2 * num_heads_k with num_heads_k {num_heads_k}; q's come first, then k's, then v's")]
+    /// A fused tensor of q, k and v has no head for q.
+    #[error("qkv: {heads} heads in shape {shape:?} are not num_heads + 2 * num_heads_k with num_heads_k {num_heads_k}; the heads of q come first, then k, then v")]
     FusedHeads {
         /// Heads of the tensor.
         heads: usize,
         /// Heads of k, and of v.
         num_heads_k: usize,
-        /// The shape that came.
+        /// Its shape.
         shape: Vec<usize>,
     },
     /// The head dimension is outside the supported range.
-    #[error("head_dim {head_dim} is not supported (supported: 1 to {max}); choose num_heads so that it is")]
+    #[error("head_dim {head_dim} is not supported (supported: 1 to {max}); choose another num_heads")]
     HeadDim {
         /// Size of the last axis of q.
         head_dim: usize,
         /// The largest that is supported.
         max: usize,
     },
-    /// The last axis of a tensor has gaps.
+    /// The last axis of a tensor is not contiguous.
     #[error("{tensor}: last axis must be contiguous, got stride {} in shape {shape:?} with strides {strides:?}; call .contiguous()", strides.last().copied().unwrap_or(0))]
     LastAxis {
         /// Name of the tensor.
@@ -119,36 +121,36 @@ pub enum Error {
     /// `softmax_scale` is NaN or infinite.
     #[error("softmax_scale {0} is not finite; leave it out for 1/sqrt(head_dim)")]
     SoftmaxScale(
-        /// The value that came.
+        /// The value.
         f64,
     ),
     /// `softcap` is not a positive finite number.
     #[error("softcap {0} must be finite and above 0; leave it out for no cap")]
     Softcap(
-        /// The value that came.
+        /// The value.
         f64,
     ),
-    /// A factor of the scores that is infinite, or makes others so, in the type that scores are computed in.
+    /// `softmax_scale` or `softcap` is out of range in the type of the scores, or makes a derived factor infinite there.
     #[error("{name} {value:e} is out of range for {dtype:?}; leave it out for {default}")]
     ScaleRange {
         /// The option.
         name: &'static str,
-        /// The value that came.
+        /// The value.
         value: f64,
         /// The dtype of q.
         dtype: DType,
-        /// What holds without the option.
+        /// The default, without the option.
         default: &'static str,
     },
-    /// An ALiBi slope that is NaN or infinite; checked for slopes on the CPU alone.
-    #[error("alibi_slopes: value {value} at index {index} is not finite; 0 stands for no bias")]
+    /// An ALiBi slope is NaN or infinite. Only slopes on the CPU are checked.
+    #[error("alibi_slopes: value {value} at index {index} is not finite; use 0 for no bias")]
     AlibiValue {
         /// The value.
         value: f32,
         /// Its index in the flattened slopes.
         index: usize,
     },
-    /// A tensor with more elements than memory can hold.
+    /// A tensor has more elements than memory can hold.
     #[error("{tensor}: shape {shape:?} has more elements than can be addressed; split the call")]
     TooLarge {
         /// Name of the tensor.
@@ -156,37 +158,39 @@ pub enum Error {
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// ALiBi slopes of a shape that fits neither the heads nor batch and heads.
+    /// The shape of ALiBi slopes is neither (num_heads) nor (batch, num_heads).
     #[error("alibi_slopes: expected shape [{num_heads}] (num_heads) or [{batch}, {num_heads}] (batch, num_heads), got {shape:?}")]
     AlibiShape {
         /// Heads of q.
         num_heads: usize,
         /// Sequences in the call.
         batch: usize,
-        /// The shape that came.
+        /// Its shape.
         shape: Vec<usize>,
     },
-    /// A tensor is tracked for gradients where none is offered.
-    #[error("{tensor}: tracked for gradients, but {operation} gives it none; call .detach() if that is what you want")]
+    /// A tensor is tracked for gradients, but the operation computes no gradient for it.
+    #[error(
+        "{tensor}: tracked for gradients, but {operation} computes no gradient for it; call .detach() if you need none"
+    )]
     Tracked {
         /// Name of the tensor.
         tensor: &'static str,
         /// The operation that would drop the gradient.
         operation: &'static str,
     },
-    /// Cumulative lengths that do not describe a packed batch.
+    /// Cumulative lengths do not describe a packed batch.
     #[error("cu_seqlens: {rule}, got {got}; {way_out}")]
     CuSeqlens {
-        /// The rule that is broken.
+        /// The broken rule.
         rule: &'static str,
         /// The values that break it.
         got: String,
-        /// What to do.
+        /// The solution.
         way_out: &'static str,
     },
-    /// The two sides of a packed call hold different numbers of sequences.
+    /// q and k of a packed call have different numbers of sequences.
     #[error(
-        "cu_seqlens_k must describe as many sequences as cu_seqlens_q: {batch_q}, got {batch_k}; lengths of 0 count"
+        "cu_seqlens_k must describe as many sequences as cu_seqlens_q: {batch_q}, got {batch_k}; a length of 0 counts as a sequence"
     )]
     PackedBatch {
         /// Sequences of q.
@@ -208,7 +212,7 @@ pub enum Error {
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// A batch padded to less than its longest sequence.
+    /// The padded length is below the longest sequence.
     #[error("padded: seqlen must be at least the longest length {longest}, got {got} in shape {shape:?}")]
     PaddedSeqlen {
         /// The longest length.
@@ -218,17 +222,17 @@ pub enum Error {
         /// The whole shape.
         shape: Vec<usize>,
     },
-    /// A value of a padding mask that is neither 0 nor 1.
+    /// A value of a padding mask is neither 0 nor 1.
     #[error("mask: value {value} at row {row}, column {column} is neither 0 nor 1; 1 marks a token and 0 padding")]
     MaskValue {
         /// Index of the sequence.
         row: usize,
         /// Position in it.
         column: usize,
-        /// The value that came.
+        /// The value.
         value: f64,
     },
-    /// A padding mask with padding between tokens or on both sides.
+    /// A row of a padding mask has padding between tokens or on both sides.
     #[error("mask: the {tokens} tokens of row {row} are not one block at the start or end of its {seqlen} positions; put all padding on one side")]
     MaskHole {
         /// Index of the sequence.
@@ -238,7 +242,7 @@ pub enum Error {
         /// Positions of each sequence.
         seqlen: usize,
     },
-    /// A padding mask with padding on the left in one row and on the right in another.
+    /// A padding mask has padding on the left in one row and on the right in another row.
     #[error("mask: the padding of row {row} is on the {side}, but that of row {other} is on the {of_other}; pad all rows on one side")]
     MaskSides {
         /// Index of the sequence.
@@ -281,28 +285,28 @@ pub enum Error {
         /// Queries of each sequence.
         seqlen_q: usize,
     },
-    /// Key lengths on a packed call.
+    /// Key lengths in a packed call.
     #[error("key_lengths: a packed call reads key lengths from cu_seqlens_k; remove key_lengths")]
     KeyLengthsPacked,
-    /// ALiBi over one part of the keys.
-    #[error("alibi_slopes: attention over one part of the keys does not know how far they are from the queries; leave the slopes out, or use forward_with_lse, whose distances count from the last key given")]
+    /// ALiBi slopes in a call over one part of the keys.
+    #[error("alibi_slopes: attention over one part of the keys does not know how far they are from the queries; leave the slopes out, or use forward_with_lse, which counts distances from the last key of the call")]
     PartialAlibi,
-    /// No part to merge.
+    /// There are no parts to merge.
     #[error("merge: parts is empty; give at least one part")]
     MergeNothing,
     /// A part differs from the first part, or lse does not fit o.
-    #[error("merge: {tensor} of part {part} is {got}, expected {expected}; all parts need the same queries, and o the result layout of this Attention")]
+    #[error("merge: {tensor} of part {part} is {got}, expected {expected}; all parts need the same queries, and o must have the result layout of this Attention")]
     MergeMismatch {
         /// Index of the part.
         part: usize,
         /// `o` or `lse`.
         tensor: &'static str,
-        /// Shape, dtype and device that came.
+        /// Its shape, dtype and device.
         got: String,
-        /// Shape, dtype and device that would fit.
+        /// The expected shape, dtype and device.
         expected: String,
     },
-    /// No kernel was built for this kind of device.
+    /// This build has no kernel for this kind of device.
     #[error("no {dtype:?} attention kernel for {device:?} (built: CPU); move q, k and v with to_device(&Device::Cpu)")]
     NoKernel {
         /// The dtype of q.
@@ -310,7 +314,7 @@ pub enum Error {
         /// The device of q.
         device: DeviceLocation,
     },
-    /// The GPU is older than every kernel.
+    /// The GPU is older than all kernels support.
     #[error(
         "compute capability {}.{} of this GPU is not supported (supported: {}.{} and newer); move q, k and v with to_device(&Device::Cpu)",
         got.0, got.1, oldest.0, oldest.1
@@ -318,7 +322,7 @@ pub enum Error {
     ComputeCap {
         /// Major and minor compute capability of the GPU.
         got: (u32, u32),
-        /// The oldest that a kernel runs on.
+        /// The oldest compute capability that a kernel runs on.
         oldest: (u32, u32),
     },
     /// The head dimension has no CUDA kernel.
@@ -331,19 +335,19 @@ pub enum Error {
         /// The largest that is supported.
         max: usize,
     },
-    /// Rows of a tensor do not begin at multiples of 16 bytes, which the CUDA kernels read at once.
+    /// Rows of a tensor are not 16-byte aligned. The CUDA kernels read 16 bytes at once.
     #[error(
         "{tensor}: rows must begin at multiples of 8 elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
     )]
     Alignment {
         /// Name of the tensor.
         tensor: &'static str,
-        /// Where its first element lies in its storage.
+        /// Index of its first element in its storage.
         offset: usize,
         /// Its strides from one sequence, row and head to the next.
         strides: [usize; 3],
     },
-    /// Rows too far apart for the CUDA kernels.
+    /// The stride of rows is too large for the CUDA kernels.
     #[error(
         "{tensor}: rows are {got} elements apart, but a CUDA kernel takes at most {max}; call .force_contiguous()"
     )]
@@ -355,7 +359,7 @@ pub enum Error {
         /// The largest that is supported.
         max: usize,
     },
-    /// A size that the CUDA kernels cannot count.
+    /// A size is too large for the CUDA kernels.
     #[error("{name} is {got}, but a CUDA kernel takes at most {max}; split the call")]
     CudaSize {
         /// Name of the size.
@@ -365,13 +369,13 @@ pub enum Error {
         /// The largest that is supported.
         max: usize,
     },
-    /// No kernel of the table fits this GPU.
+    /// No kernel for this head_dim and dtype runs on this GPU.
     #[error(
-        "head_dim {head_dim} has no {dtype:?} {pass} kernel for compute capability {}.{} with {shared_bytes_per_block} bytes of shared memory a block ({}); use another head_dim, or move q, k and v with to_device(&Device::Cpu)",
+        "head_dim {head_dim} has no {dtype:?} {pass} kernel for compute capability {}.{} with {shared_bytes_per_block} bytes of shared memory per block ({}); use another head_dim, or move q, k and v with to_device(&Device::Cpu)",
         compute_cap.0, compute_cap.1, if rejected.is_empty() { "none was built".to_string() } else { rejected.join(", ") }
     )]
     NoInstance {
-        /// What the kernel would compute: `forward` or `backward`.
+        /// The pass without a kernel: `forward` or `backward`.
         pass: &'static str,
         /// The dtype of q.
         dtype: DType,
@@ -379,42 +383,42 @@ pub enum Error {
         head_dim: usize,
         /// Major and minor compute capability of the GPU.
         compute_cap: (u32, u32),
-        /// Shared memory that one thread block may ask for.
+        /// Shared memory that one thread block may use.
         shared_bytes_per_block: usize,
-        /// Each kernel that was considered, and why it does not fit.
+        /// Each rejected kernel, and the reason.
         rejected: Vec<String>,
     },
-    /// An input is tracked for gradients, but no kernel of the backward fits this GPU.
-    #[error("{tensor}: tracked for gradients, but {error}; for inference alone, call .detach() on the inputs")]
+    /// An input is tracked for gradients, but no backward kernel runs on this GPU.
+    #[error("{tensor}: tracked for gradients, but {error}; for inference, call .detach() on the inputs")]
     NoBackward {
         /// Name of the tensor.
         tensor: &'static str,
-        /// Why no kernel fits: [`Error::NoInstance`].
+        /// The reason: [`Error::NoInstance`].
         error: Box<Error>,
     },
     /// The driver refused a kernel.
     #[error("{action} {kernel} failed: {cause}; {detail}")]
     Driver {
-        /// `load`, `launch` or what else it was to do for the kernel.
+        /// The failed action, for example `load` or `launch`.
         action: &'static str,
         /// Symbol of the kernel.
         kernel: &'static str,
         /// Name of the driver's error.
         cause: String,
-        /// What was asked for.
+        /// Details of the action.
         detail: String,
     },
-    /// An environment variable of this crate holds what it cannot.
+    /// An environment variable of this crate has an invalid value.
     #[error("{name} is {value:?}, expected {expected}")]
     Environment {
         /// Name of the variable.
         name: &'static str,
         /// Its value.
         value: String,
-        /// What it should be.
+        /// A description of valid values.
         expected: &'static str,
     },
-    /// The backward ran on an operator whose forward never did.
+    /// The backward of an operator ran without its forward.
     #[error("flash_attention: backward found no lse; run the forward of this operator first")]
     NoForward,
     /// An error of Candle itself.
@@ -432,9 +436,10 @@ impl From<Error> for candle_core::Error {
     }
 }
 
-/// What to do about a tensor that does not have the axes of a description such as `(batch, seqlen_q, num_heads, head_dim)`.
+/// The solution for a tensor with the wrong number of axes. `axes` describes the expected axes, for example
+/// `(batch, seqlen_q, num_heads, head_dim)`.
 fn way_to_rank(axes: &str) -> &'static str {
-    // One tensor of q, k and v has no packed call.
+    // There is no packed call for a fused tensor of q, k and v.
     let of_heads = (axes.contains("num_heads") || axes.contains("embed_dim")) && !axes.contains('+');
     match axes.split(',').next() {
         Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",

@@ -1,4 +1,4 @@
-//! The kernels that exist, generated from cuda/instances.def; one row per line there, element type and variant.
+//! The table of all kernels, generated from cuda/instances.def: one row for each line, element type and variant.
 
 use candle_core::DType;
 
@@ -7,25 +7,25 @@ use candle_core::DType;
 pub enum Pass {
     /// o and lse.
     Forward,
-    /// dk and dv, and the f32 sums of dq.
+    /// dk, dv and dq_accum.
     Backward,
     /// delta = rowsum(do * o) - dlse.
     Delta,
-    /// dq from its f32 sums, in the order of the backward of the same image.
+    /// dq from dq_accum. The layout of dq_accum is that of the backward in the same image.
     Convert,
 }
 
-/// The GPUs whose instructions a kernel has, oldest first.
+/// The instruction set of a kernel. Older ones come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Arch {
-    /// Those of compute capability 8.0, which every later GPU has too.
+    /// Compute capability 8.0. All later GPUs have these instructions too.
     Sm80,
-    /// Those of 9.0, which no other GPU has.
+    /// Compute capability 9.0. No other GPU has these instructions.
     Sm90,
 }
 
 impl Arch {
-    /// Whether a GPU of this compute capability, major and minor, has them.
+    /// Whether a GPU of this compute capability, major and minor, has these instructions.
     pub fn runs_on(self, compute_cap: (u32, u32)) -> bool {
         match self {
             Self::Sm80 => compute_cap >= self.compute_cap(),
@@ -33,7 +33,7 @@ impl Arch {
         }
     }
 
-    /// The oldest compute capability that has them.
+    /// The oldest compute capability with these instructions.
     pub fn compute_cap(self) -> (u32, u32) {
         match self {
             Self::Sm80 => (8, 0),
@@ -45,17 +45,17 @@ impl Arch {
 impl std::fmt::Display for Arch {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let (major, minor) = self.compute_cap();
-        let which = if *self == Self::Sm90 { "itself" } else { "or newer" };
+        let which = if *self == Self::Sm90 { "exactly" } else { "or newer" };
         write!(f, "compute capability {major}.{minor} {which}")
     }
 }
 
-/// How a kernel's thread blocks come by their work.
+/// How the thread blocks of a kernel get their work tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Grid {
-    /// One block for each tile of work, as its place in the grid says.
+    /// One block for each work tile. The position of the block in the grid determines the tile.
     Tiles,
-    /// As many blocks as the GPU runs at once, which share the tiles.
+    /// As many blocks as the GPU runs at once. Each block processes several tiles.
     Persistent,
 }
 
@@ -64,25 +64,25 @@ pub enum Grid {
 pub struct Kernel {
     /// Its symbol.
     pub name: &'static str,
-    /// Index of the image that holds it: one for each line of cuda/instances.def.
+    /// Index of its image. There is one image for each line of cuda/instances.def.
     pub image: usize,
     /// What it computes.
     pub pass: Pass,
-    /// Where it runs.
+    /// Its instruction set.
     pub arch: Arch,
     /// Element type of q, k, v and o.
     pub dtype: DType,
-    /// The largest head_dim it takes; smaller ones are padded in shared memory. 0 if it has no tiles.
+    /// The largest head_dim. Smaller ones are padded in shared memory. 0 if it has no tiles.
     pub head_dim: usize,
-    /// Queries of a tile, 0 if it has no tiles.
+    /// Number of queries in a tile, 0 if it has no tiles.
     pub block_m: usize,
-    /// Keys of a tile, 0 if it has no tiles.
+    /// Number of keys in a tile, 0 if it has no tiles.
     pub block_n: usize,
     /// Warps of a thread block.
     pub warps: usize,
-    /// Whether it applies softcap, ALiBi and a softmax_scale that is not above 0.
+    /// Whether it supports softcap, ALiBi and a softmax_scale that is not above 0.
     pub score_mod: bool,
-    /// The struct of cuda/params.h that is its one argument.
+    /// The struct of cuda/params.h that is its only argument.
     pub params: &'static str,
     /// How its grid is made.
     pub grid: Grid,

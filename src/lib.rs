@@ -1,15 +1,15 @@
 //! Attention for [Candle](candle_core) that trains: FlashAttention-2, forward and backward.
 //!
-//! Candle's own fused attention has no backward, and several of its fused operators drop gradients without a word.
-//! Here [`Attention::forward`] takes `q`, `k` and `v` to the output in memory that grows with the sequence and not with
-//! its square, and `backward()` brings the gradients of all three back the same way.
+//! Candle's fused attention has no backward, and several of its fused operators drop gradients without an error.
+//! [`Attention::forward`] computes attention, and `backward()` computes the gradients of `q`, `k` and `v`. The memory of both
+//! grows with the length of the sequences, not with its square.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
 //! use candle_fa2::{Attention, Mask};
 //!
 //! # fn main() -> candle_core::Result<()> {
-//! // (batch, seqlen, num_heads, head_dim); four query heads share each of the two key heads.
+//! // (batch, seqlen, num_heads, head_dim); 4 query heads share each key head.
 //! let q = Var::randn(0f32, 1f32, (2, 128, 8, 64), &Device::Cpu)?;
 //! let k = Var::randn(0f32, 1f32, (2, 128, 2, 64), &Device::Cpu)?;
 //! let v = Var::randn(0f32, 1f32, (2, 128, 2, 64), &Device::Cpu)?;
@@ -27,18 +27,18 @@
 //! | --- | --- |
 //! | a batch of equal lengths, `(batch, seqlen, num_heads, head_dim)` | [`Attention::forward`] |
 //! | a batch of equal lengths, `(batch, num_heads, seqlen, head_dim)` | [`Attention::layout`], then [`Attention::forward`] |
-//! | sequences of different lengths, laid end to end | [`CuSeqlens`], then [`Attention::forward_packed`] |
+//! | sequences of different lengths, end to end | [`CuSeqlens`], then [`Attention::forward_packed`] |
 //! | a padded batch and its padding mask | [`CuSeqlens::from_mask`], [`CuSeqlens::unpad`], [`Attention::forward_packed`], [`CuSeqlens::pad_to`] |
 //! | a causal batch padded on the right | [`Mask::Causal`] and [`Attention::forward`]; leave the padding out of the loss |
 //! | a KV cache filled to different lengths, a batch padded on the left, or padding without a mask (BERT) | [`KeyLengths`], [`Attention::key_lengths`], then [`Attention::forward`] |
 //! | keys that are split into parts (ring attention) | [`Attention::forward_partial`] for each, with the mask of that part, then [`Attention::merge`] |
 //! | a model to build or to load | [`layers`] |
-//! | a question, not a computation | [`Attention::supports`] |
+//! | a call to check without computing it | [`Attention::supports`] |
 //!
 //! # Masks
 //!
-//! [`Mask`] lines up the last query with the last key. A causal mask over 3 queries and 5 keys, and a window that lets
-//! each query see its aligned key and one before:
+//! [`Mask`] aligns the last query with the last key. Examples for 3 queries and 5 keys: a causal mask, and a window in which each
+//! query sees its aligned key and the key before it.
 //!
 //! ```text
 //!      Mask::Causal        Mask::Window { left: Some(1), right: Some(0) }
@@ -48,32 +48,42 @@
 //! q2    x  x  x  x  x       .  .  .  x  x
 //! ```
 //!
-//! Tiles of scores that the mask hides are not computed: time falls with what is visible. A row that sees nothing gives
-//! 0, and its gradients are 0.
+//! Score tiles that the mask hides are not computed, so time depends on the number of visible tiles. If a row sees no key, its
+//! output is 0 and its gradients are 0.
 //!
 //! # Gradients
 //!
-//! The forward keeps the log-sum-exp of each row of scores inside the operator (on the CPU in two parts, the largest score
-//! and the rest, exact for scores of any size); the backward recomputes the probabilities from it, tile by tile. Calling
-//! `backward()` again gives the same gradients again. A tensor that is tracked for gradients where none is offered (ALiBi
-//! slopes, a cache for decoding) is refused instead of being cut off silently.
+//! The operator keeps the log-sum-exp of each row of scores, and the backward recomputes the probabilities from it, tile by tile.
+//! On the CPU the log-sum-exp is kept in two parts, which are exact for scores of any size. `backward()` may be called several
+//! times and gives the same gradients.
+//!
+//! ALiBi slopes and a KV cache have no gradient. If such a tensor is tracked, the call returns an error and does not drop the
+//! gradient silently.
 //!
 //! # How a call is computed
 //!
-//! Three values, each of which can be printed (`CANDLE_FA2_LOG=plan` does, once per distinct call): the options become a
-//! checked problem, the only place that refuses a shape; problem and device become a plan, the only place that refuses a
-//! device; the plan is run. On the CPU a forward task owns a tile of queries and a backward task a tile of keys; threads
-//! take tasks of any sequence and head, so that one long sequence keeps all cores busy. The order of every sum is fixed,
-//! and the same inputs give the same bits on any number of threads. On a GPU the tasks are thread blocks, and only the
-//! gradient of q is summed in the order in which they come, unless [`Attention::deterministic`] has them take turns.
+//! A call has three steps:
+//!
+//! 1. The tensors and options are checked and become a problem. Only this step refuses a shape.
+//! 2. The problem and the device's capabilities become a plan. Only this step refuses a device.
+//! 3. The plan runs.
+//!
+//! `CANDLE_FA2_LOG=plan` prints each distinct problem and its plan once.
+//!
+//! On the CPU, a forward task computes a query tile, and a backward task computes a key tile. Threads take tasks of any sequence
+//! and head, so one long sequence keeps all cores busy. The order of every sum is fixed, so the same inputs give the same bits
+//! on any number of threads.
+//!
+//! On a GPU, thread blocks compute the tiles. Only the gradient of `q` is summed in any order. With
+//! [`Attention::deterministic`], semaphores fix this order too.
 //!
 //! # Features
 //!
-//! | feature | default | what it does |
+//! | feature | default | effect |
 //! | --- | --- | --- |
 //! | `cuda` | off | NVIDIA GPUs (Ampere and newer): f16 and bf16, `head_dim` a multiple of 8 up to 256 |
 //!
-//! Vector instructions (AVX2, AVX-512, NEON) are chosen at run time; no compiler flags are needed.
+//! Vector instructions (AVX2, AVX-512, NEON) are chosen at run time. No compiler flags are needed.
 #![deny(missing_docs)]
 
 mod attention;

@@ -1,4 +1,4 @@
-//! The Candle operator: one instance per call, carrying lse from its forward to its backward.
+//! The Candle operator. Each call has its own instance, which keeps lse from the forward to the backward.
 
 use std::sync::OnceLock;
 
@@ -22,12 +22,12 @@ pub(crate) struct FlashAttention {
     plan: Plan,
     alibi_slopes: Option<Tensor>,
     output: Output,
-    /// Written by the forward, read by every backward. Candle calls `bwd` on the instance that ran forward, and offers no
-    /// other way to keep a tensor. It is never emptied, so that a second backward finds it too.
+    /// The forward writes it, and every backward reads it. Candle calls `bwd` on the instance that ran the forward, and has no
+    /// other way to keep a tensor. It is never removed, so that a second backward can read it too.
     lse: OnceLock<Lse>,
 }
 
-/// The log-sum-exp of each row as the forward of a device keeps it, in the shape of [`Problem::shape_lse`].
+/// The log-sum-exp of each row, in the form of the device. Its shape is [`Problem::shape_lse`].
 enum Lse {
     Cpu(cpu::Lse<Tensor>),
     #[cfg(feature = "cuda")]
@@ -48,9 +48,9 @@ impl FlashAttention {
         }
     }
 
-    /// Puts lse where the backward finds it.
+    /// Keeps lse for the backward.
     fn keep(&self, lse: Lse) {
-        // An op runs forward once; a value that is already there belongs to the same inputs.
+        // An instance runs its forward once. If there is already a value, it belongs to the same inputs.
         let _ = self.lse.set(lse);
     }
 
@@ -58,19 +58,19 @@ impl FlashAttention {
         Ok(self.lse.get().ok_or(Error::NoForward)?)
     }
 
-    /// Numbers of rows as a tensor that no gradient flows through.
+    /// One value per row, as an untracked tensor.
     fn lse_tensor(&self, storage: Storage) -> Tensor {
         untracked(storage, &self.problem.shape_lse())
     }
 
     fn cpu_call(&self) -> Result<cpu::Execution<'_>> {
-        let Plan::Cpu(plan) = &self.plan else { unreachable!("Plan::choose gives the host's tensors Plan::Cpu") };
+        let Plan::Cpu(plan) = &self.plan else { unreachable!("Plan::choose returns Plan::Cpu on the CPU") };
         cpu::Execution::new(&self.problem, plan, self.alibi_slopes.as_ref())
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_call(&self) -> Result<cuda::Call<'_>> {
-        let Plan::Cuda(plan) = &self.plan else { unreachable!("Plan::choose gives a GPU's tensors Plan::Cuda") };
+        let Plan::Cuda(plan) = &self.plan else { unreachable!("Plan::choose returns Plan::Cuda on a GPU") };
         cuda::Call::new(&self.problem, plan, self.alibi_slopes.as_ref())
     }
 }
@@ -80,7 +80,7 @@ impl CustomOp3 for FlashAttention {
         "flash_attention"
     }
 
-    // The layouts are those that `Problem` was made from.
+    // The layouts are not read, because `Problem` has their strides.
     fn cpu_fwd(
         &self,
         q: &CpuStorage,
@@ -137,7 +137,7 @@ impl CustomOp3 for FlashAttention {
     }
 }
 
-/// The same call with q, k and v in one tensor: its gradient comes in one piece.
+/// The operator for q, k and v in one tensor. Its gradient is one tensor too.
 pub(crate) struct FusedFlashAttention(pub(crate) FlashAttention);
 
 impl CustomOp1 for FusedFlashAttention {
@@ -163,7 +163,7 @@ impl CustomOp1 for FusedFlashAttention {
             let grad = cuda::backward_fused(&self.0.cuda_call()?, self.0.output, tensors)?;
             return Ok(Some(untracked(Storage::Cuda(grad), qkv.dims())));
         }
-        // Views of a tracked tensor are tracked, so that all three come back.
+        // Views of a tracked tensor are tracked, so all three gradients exist.
         let (dq, dk, dv) = self.0.bwd(&q, &k, &v, result, grad)?;
         let grads: Vec<Tensor> = [dq, dk, dv].into_iter().flatten().collect();
         let (_, heads_axis) = layout.axes(qkv.rank());

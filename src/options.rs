@@ -6,7 +6,7 @@ use crate::layout::TensorLayout;
 use crate::mask::Mask;
 use crate::padding::KeyLengths;
 
-/// What an [`Attention`](crate::Attention) is set to. Its methods of the same names document each option.
+/// The options of an [`Attention`](crate::Attention). Its methods of the same names document them.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     pub(crate) mask: Mask,

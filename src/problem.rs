@@ -1,4 +1,4 @@
-//! Every check of shapes, strides, dtypes and devices. What comes after a [`Problem`] checks nothing again.
+//! All checks of shapes, strides, dtypes and devices. Code that gets a [`Problem`] checks none of this again.
 
 use candle_core::{DType, DeviceLocation, Layout, Tensor};
 
@@ -9,10 +9,10 @@ use crate::options::Options;
 use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
 
-/// The largest supported size of a head.
+/// The largest supported head_dim.
 pub const MAX_HEAD_DIM: usize = 512;
 
-/// The element types that attention is computed on, as an error names them.
+/// The supported element types, as text for errors.
 pub(crate) const FLOAT_DTYPES: &str = "F64, F32, F16, BF16";
 
 /// Whether `dtype` is one of [`FLOAT_DTYPES`].
@@ -20,7 +20,7 @@ pub(crate) fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// How the rows of one call are shared out over its sequences.
+/// How the rows of one call are divided into sequences.
 #[derive(Clone, Debug)]
 pub enum Lengths {
     /// q is `(batch, seqlen_q, num_heads, head_dim)`: every sequence has the same length.
@@ -43,16 +43,16 @@ pub enum Lengths {
     },
 }
 
-/// Where the elements of one tensor lie. All in elements; the last axis has stride 1.
+/// Offset and strides of one tensor, in elements. The last axis has stride 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strides {
-    /// Distance from the start of the storage to the first element.
+    /// Index of the first element in the storage.
     pub offset: usize,
-    /// From one sequence to the next; 0 for packed tensors, whose sequences differ by rows.
+    /// Stride from one sequence to the next. 0 for packed tensors, whose sequences differ only in their rows.
     pub batch: usize,
-    /// From one token to the next.
+    /// Stride from one token to the next.
     pub row: usize,
-    /// From one head to the next.
+    /// Stride from one head to the next.
     pub head: usize,
 }
 
@@ -65,12 +65,12 @@ pub enum Alibi {
     PerBatchAndHead,
 }
 
-/// One attention call with everything that decides what is computed, and nothing about how.
+/// One checked attention call: everything that defines the result. The plan defines how it is computed.
 #[derive(Clone, Debug)]
 pub struct Problem {
     /// Element type of q, k, v and o.
     pub dtype: DType,
-    /// Where q, k and v live.
+    /// The device of q, k and v.
     pub device: DeviceLocation,
     /// The sequences.
     pub lengths: Lengths,
@@ -86,11 +86,11 @@ pub struct Problem {
     pub softmax_scale: f64,
     /// Bound of the scaled scores, `softcap * tanh(score / softcap)`.
     pub softcap: Option<f64>,
-    /// Whether slopes come along, and in which shape.
+    /// The shape of the ALiBi slopes; `None` without ALiBi.
     pub alibi: Option<Alibi>,
-    /// Whether the same inputs must give the same bits of dq.
+    /// Whether the same inputs must always give the same bits of dq.
     pub deterministic: bool,
-    /// The first input that is tracked for gradients; `None` if no backward will be asked for.
+    /// Name of the first input that is tracked for gradients; `None` if none is.
     pub tracked: Option<&'static str>,
     /// Axis order of q, k, v and of their gradients.
     pub layout: TensorLayout,
@@ -112,7 +112,7 @@ pub(crate) fn split_qkv(qkv: &Tensor, num_heads_k: usize, layout: TensorLayout) 
     Ok([heads(0, num_heads)?, heads(num_heads, num_heads_k)?, heads(num_heads + num_heads_k, num_heads_k)?])
 }
 
-/// One sequence of a [`Problem`]: its lengths, and where its rows begin.
+/// One sequence of a [`Problem`]: its lengths and its first rows.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence {
     /// Its index.
@@ -121,9 +121,9 @@ pub struct Sequence {
     pub seqlen_q: usize,
     /// Number of valid keys.
     pub seqlen_k: usize,
-    /// Rows of q before its first one, 0 unless packed.
+    /// Its first row in q; 0 unless packed.
     pub first_q: usize,
-    /// Rows of k and v before its first valid one: 0 unless packed or padded on the left.
+    /// Its first valid row in k and v; 0 unless packed or padded on the left.
     pub first_k: usize,
 }
 
@@ -170,7 +170,7 @@ impl Problem {
         Strides::of("qkv", qkv.layout(), options.layout)?;
         let [q, k, v] = split_qkv(qkv, num_heads_k, options.layout)?;
         let problem = Self::padded(options, &q, &k, &v).map_err(|error| match error {
-            // No hint at the other layout: the views were split along the head axis of this one.
+            // Do not suggest the other layout, because the views were split along the head axis of this layout.
             Error::SwappedAxes { error, .. } => *error,
             error => error,
         })?;
@@ -213,7 +213,7 @@ impl Problem {
         Self::checked(options, lengths, q, k, v)
     }
 
-    /// The checks that padded and packed calls share. The heads are checked already.
+    /// The checks that padded and packed calls share. The caller has checked the heads.
     fn checked(options: &Options, lengths: Lengths, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let (dtype, device) = (q.dtype(), q.device().location());
         if !is_float(dtype) {
@@ -232,7 +232,7 @@ impl Problem {
             return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
         }
         for (tensor, x) in [("q", q), ("k", k), ("v", v)] {
-            // Broadcast tensors may have any shape; their gradients and o are of that size.
+            // A broadcast tensor may have any shape without using memory, but its gradient and o need memory of that size.
             let elements = x.dims().iter().try_fold(1usize, |elements, &size| elements.checked_mul(size));
             if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
                 return Err(Error::TooLarge { tensor, shape: x.dims().to_vec() });
@@ -381,7 +381,7 @@ impl Problem {
         self.contiguous(self.layout, self.shape_k())
     }
 
-    /// Strides of q, k and v, or of their gradients, in one contiguous tensor, side by side along its axis of heads.
+    /// Strides of q, k and v, or of their gradients, in one contiguous tensor, one after another along its head axis.
     pub fn contiguous_qkv(&self) -> [Strides; 3] {
         let mut shape = self.shape_q();
         let heads_axis = shape.len() - 2;
@@ -390,7 +390,7 @@ impl Problem {
         [0, self.num_heads, self.num_heads + self.num_heads_k].map(|heads| Strides { offset: heads * all.head, ..all })
     }
 
-    /// Index of the first lse of `sequence` and `head`; its rows follow one after the other.
+    /// Index of the first lse of `sequence` and `head`. Its rows are contiguous.
     pub fn lse_start(&self, sequence: &Sequence, head: usize) -> usize {
         match &self.lengths {
             &Lengths::Padded { seqlen_q, .. } => (sequence.batch * self.num_heads + head) * seqlen_q,
@@ -412,7 +412,7 @@ impl Strides {
     pub fn of(tensor: &'static str, layout: &Layout, order: TensorLayout) -> Result<Self> {
         let (dims, strides) = (layout.dims(), layout.stride());
         let last = dims.len() - 1;
-        // With one element or none along the axis, or none at all, its stride is never used.
+        // If the axis has at most one element, or the tensor is empty, the stride is never used.
         if strides[last] != 1 && dims[last] > 1 && layout.shape().elem_count() > 0 {
             return Err(Error::LastAxis { tensor, shape: dims.to_vec(), strides: strides.to_vec() });
         }
@@ -427,7 +427,7 @@ impl Strides {
         Self { offset: layout.start_offset(), batch, row: strides[row_axis], head: strides[head_axis] }
     }
 
-    /// Index of element 0 of row `first_row` of one head of one sequence.
+    /// Index of the first element of row `first_row` of one head of one sequence.
     pub fn start(&self, batch: usize, first_row: usize, head: usize) -> usize {
         self.offset + batch * self.batch + first_row * self.row + head * self.head
     }
@@ -477,7 +477,7 @@ fn check_rank(tensor: &'static str, x: &Tensor, rank: usize, axes: &'static str)
     }
 }
 
-/// Whether a tensor is on the device of q.
+/// Returns an error unless a tensor is on the device of q.
 fn check_device(tensor: &'static str, x: &Tensor, q: &Tensor) -> Result<()> {
     let (got, expected) = (x.device().location(), q.device().location());
     if got == expected {
@@ -487,7 +487,7 @@ fn check_device(tensor: &'static str, x: &Tensor, q: &Tensor) -> Result<()> {
     }
 }
 
-/// Checks that axis `index` of a tensor has the size that `other` has.
+/// Returns an error unless axis `index` of a tensor has the size of the same axis of `other`.
 fn same_axis(
     (tensor, dims): (&'static str, &[usize]),
     axis: &'static str,
@@ -503,7 +503,7 @@ fn same_axis(
     }
 }
 
-/// Whether heads and head_dim of q, k and v agree.
+/// Returns an error unless heads and head_dim of q, k and v agree.
 fn check_heads(layout: TensorLayout, q: &[usize], k: &[usize], v: &[usize]) -> Result<()> {
     let (last, (_, heads_axis)) = (q.len() - 1, layout.axes(q.len()));
     let (num_heads, num_heads_k) = (q[heads_axis], k[heads_axis]);
@@ -517,7 +517,7 @@ fn check_heads(layout: TensorLayout, q: &[usize], k: &[usize], v: &[usize]) -> R
     Ok(())
 }
 
-/// Whether the factors of the scores are numbers of the type that scores are computed in.
+/// Returns an error unless `softmax_scale` and `softcap` are finite in the type of the scores.
 fn check_scale(softmax_scale: f64, softcap: Option<f64>, dtype: DType) -> Result<()> {
     if !softmax_scale.is_finite() {
         return Err(Error::SoftmaxScale(softmax_scale));
@@ -562,7 +562,7 @@ fn check_alibi(
         &[sequences, heads] if (sequences, heads) == (batch, num_heads) => Alibi::PerBatchAndHead,
         shape => return Err(Error::AlibiShape { num_heads, batch, shape: shape.to_vec() }),
     };
-    // Elsewhere than on the host a look at the values would stop the device's queue.
+    // Only slopes on the CPU are checked, because reading values from a GPU would wait for it.
     if slopes.device().is_cpu() {
         let values: Vec<f32> = slopes.flatten_all()?.to_vec1()?;
         if let Some(index) = values.iter().position(|slope| !slope.is_finite()) {

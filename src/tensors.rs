@@ -1,4 +1,4 @@
-//! The tensors of a call by name. Each struct holds tensors, their storages, slices, addresses or strides.
+//! Named tensors of a call. The fields of each struct are tensors, storages, slices, addresses or strides.
 
 use candle_core::Tensor;
 
@@ -49,6 +49,6 @@ pub(crate) struct BackwardInputs<'a, Lse> {
     pub(crate) result: &'a Tensor,
     /// The gradient of the result.
     pub(crate) grad: &'a Tensor,
-    /// The log-sum-exp of each row, as the forward of the same device keeps it.
+    /// The log-sum-exp of each row, in the form of the device.
     pub(crate) lse: &'a Lse,
 }

@@ -1,5 +1,4 @@
-//! For this crate's own tests and benches: what was planned for a call, and the mask over whole tiles.
-//! Not part of the stable interface.
+//! Access for this crate's tests and benches: problems, plans, kernels, masks. Not part of the stable interface.
 
 use candle_core::{CustomOp3, Tensor};
 
@@ -15,7 +14,7 @@ pub use crate::plan::{
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
 
-/// One call whose forward and backward are run by hand: the operator alone, without what Candle's autograd adds.
+/// One call whose forward and backward run directly, without Candle's autograd.
 pub struct Call {
     op: FlashAttention,
     /// The operator of [`Attention::forward_with_lse`], for the same call.
@@ -51,7 +50,7 @@ impl Call {
         Ok(Self::with_plan(attention, problem, inputs, plan))
     }
 
-    /// The call that `problem` and `plan` were made from, run as `plan` says.
+    /// A call with a given `problem` and `plan`.
     pub fn with_plan(
         attention: &Attention,
         problem: Problem,
@@ -83,7 +82,7 @@ impl Call {
         Ok(o_and_lse(&both, self.problem.shape_o(), self.problem.shape_lse())?)
     }
 
-    /// The gradients of those of q, k and v that are tracked, from o and its gradient. [`Self::forward`] must have run.
+    /// The gradients of the tracked inputs, from o and its gradient. Run [`Self::forward`] first.
     ///
     /// # Errors
     /// Those of the operator.
@@ -92,7 +91,7 @@ impl Call {
         Ok(self.op.bwd(q, k, v, o, do_)?)
     }
 
-    /// As [`Self::backward`], from what [`Self::forward_with_lse`] returned and the gradients of both.
+    /// As [`Self::backward`], from the results of [`Self::forward_with_lse`] and their gradients.
     ///
     /// # Errors
     /// Those of the operator.
@@ -102,7 +101,7 @@ impl Call {
         (do_, dlse): (&Tensor, &Tensor),
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [q, k, v] = &self.inputs;
-        // The one flat tensor that the operator returns, and its gradient.
+        // The flat tensor that the operator returns, or its gradient.
         let both = |o: &Tensor, lse: &Tensor| -> candle_core::Result<Tensor> {
             Tensor::cat(&[o.to_dtype(lse.dtype())?.flatten_all()?, lse.flatten_all()?], 0)
         };
@@ -110,8 +109,8 @@ impl Call {
     }
 }
 
-/// What launches a kernel by hand, this crate's own or one that takes its place. Here nobody checks addresses, nor keeps the
-/// memory alive that they lead to.
+/// Parameters and functions to launch a kernel directly, of this crate or another one with the same parameters. Nothing here
+/// checks the addresses or keeps their memory alive.
 #[cfg(feature = "cuda")]
 pub mod cuda {
     pub use crate::cuda::module::function;
@@ -120,7 +119,7 @@ pub mod cuda {
     };
 }
 
-/// `mask` laid over one pair of sequences.
+/// `mask` for one sequence of queries and one of keys.
 pub fn visibility(mask: Mask, seqlen_q: usize, seqlen_k: usize) -> Visibility {
     mask.over(seqlen_q, seqlen_k)
 }

@@ -1,7 +1,7 @@
 //! Matrix products with an epilogue (bias, residual, GELU): cuBLASLt, through the cudarc that Candle exports.
 //!
-//! Candle's `matmul` computes only the product. Bias, residual and GELU are then separate passes over memory; the gradient
-//! of GELU alone is ten. cuBLASLt applies them while the product is in registers.
+//! Candle's `matmul` computes only the product. Bias, residual and GELU are then separate passes over memory. The gradient
+//! of GELU alone is ten passes. cuBLASLt applies all of them while the product is in registers.
 //!
 //! All tensors here are bf16 matrices on a GPU, contiguous or the transpose of a contiguous tensor. Sums are in f32.
 

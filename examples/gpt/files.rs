@@ -182,7 +182,7 @@ impl Lock {
         let path = dir.join(LOCK_NAME);
         let id = std::process::id().to_string();
         // A lock file is a regular file that holds at most the ID of a process. Any other file belongs to the user.
-        let not_ours = || anyhow!("{} is no lock file of this program; move it away", path.display());
+        let not_ours = || anyhow!("{} is not a lock file of this program; move it away", path.display());
         if fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink()) {
             return Err(not_ours());
         }

@@ -4,8 +4,8 @@
 //! part of the model. The forward and the backward of an operator in `ops.rs` belong to the part of that operator. The time
 //! between such operators is Candle's autograd, which allocates zeros and adds gradients to them.
 //!
-//! The backward of attention is not an operator of `ops.rs`. Its time is the time between the backward of the layer after
-//! it and the backward of the layer before it, including Candle's sums of gradients.
+//! The backward of attention is not an operator of `ops.rs`. Its time is measured from the end of the backward of the layer
+//! after it to the next operator of `ops.rs`. It includes Candle's sums of gradients.
 //!
 //! On a GPU a mark is an event in the stream, so nothing waits for it. An interval is then time on the GPU, including its
 //! idle time.

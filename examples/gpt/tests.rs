@@ -31,11 +31,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Where the process aborts: `POINT#TIME`. `TIME` says at which visit of the point, from 1.
+/// Environment variable with the point where the process aborts: `POINT#TIME`. `TIME` is the number of the visit, from 1.
 const ABORT_AT: &str = "GPT_TEST_ABORT_AT";
-/// The command line of a child, in JSON.
+/// Environment variable with the command line of a child process, in JSON.
 const ARGS: &str = "GPT_TEST_ARGS";
-/// A file that replaces a child's stdout. A full stdout itself cannot be tested: the test harness would fail first.
+/// Environment variable with a file that replaces the stdout of a child process. A full stdout itself cannot be tested,
+/// because the test harness would fail first.
 const STDOUT: &str = "GPT_TEST_STDOUT";
 
 /// Aborts the process if [`ABORT_AT`] names this point and this visit. The program calls it at its named points, in tests
@@ -51,8 +52,8 @@ pub fn abort_at(point: &str, what: &Path) {
     }
 }
 
-/// The program itself, for tests that need a child process. Cargo gives tests no path to the binary of an example. So they
-/// start this test binary again, with this one test.
+/// Runs the program in a child process. Cargo gives tests no path to the binary of an example. So tests that need a child
+/// process start this test binary again, with this one test.
 #[test]
 #[ignore = "the program as a child process of other tests"]
 fn child() {
@@ -65,7 +66,7 @@ fn child() {
 
 /// The stdout of the program in tests.
 pub fn stdout() -> io::Result<Box<dyn Write>> {
-    /// Prints with `print!`. The test harness captures that, but not writes to stdout itself.
+    /// Prints with `print!`. The test harness captures `print!`, but it does not capture writes to stdout.
     struct Captured;
 
     impl Write for Captured {
@@ -86,7 +87,7 @@ pub fn stdout() -> io::Result<Box<dyn Write>> {
     }
 }
 
-/// The program as a child process in `repository`.
+/// A command that runs the program as a child process in `repository`.
 fn child_command(args: &[&str], repository: &Path) -> Command {
     let args: Vec<&str> = ["gpt"].iter().chain(args).copied().collect();
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -111,7 +112,7 @@ fn run(args: &[&str]) -> Result<()> {
     crate::run(["gpt"].iter().chain(args).map(OsString::from))
 }
 
-/// The error of the program with `args`, as the user reads it.
+/// The text of the error that the program returns for `args`.
 fn message(args: &[&str]) -> String {
     match run(args) {
         Ok(()) => panic!("{args:?} was accepted"),
@@ -140,7 +141,7 @@ impl Room {
     }
 }
 
-/// `len` bytes of text, always the same. A linear congruential generator chooses the words.
+/// The same text every time, of `len` bytes. A linear congruential generator chooses the words.
 fn story(len: usize) -> String {
     const WORDS: [&str; 12] =
         ["the", "query", "key", "value", "row", "of", "a", "block", "attends", "to", "softmax", "tile"];

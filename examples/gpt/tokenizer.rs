@@ -73,8 +73,8 @@ impl Tokenizer {
 ///
 /// A piece ends before the last character of a run of two or more white-space characters, or at the end of the text.
 /// GPT-2's pattern splits the text there too. If the last character of the run is a space, the pattern joins it to the next
-/// word; otherwise the character is its own match. No match depends on text after the split: white space ends a word like
-/// the end of a text does, and a run at the end of a text is one match.
+/// word; otherwise the character is its own match. No match depends on text after the split. White space ends a word, and
+/// so does the end of a text. A run at the end of a text is one match.
 ///
 /// Without pieces, a long run fails. The pattern matches a run with `\s+(?!\S)`, which backtracks from the end of the run. To
 /// backtrack, the regex engine stores a position for each character, and it fails after a million. In a piece, a long run

@@ -3,7 +3,7 @@
 //! Pipeline   for each head of the group and each query tile that sees the keys:
 //!            S = q k^T, P = exp2(S - lse) | dP = do v^T, dS = P (dP - delta) | dv += P^T do | dk += dS^T q | dq += dS k
 //! Scratch    k^T, v^T, dk and dv of one tile, S and dP; also q, k and do if their type is not the accumulator's type.
-//! Shared     dq_accum: several tasks add to the same rows. Semaphores order them by key tile.
+//! Shared     dq_accum: several tasks add to the same rows. DqSemaphores order them by key tile.
 //! Layout     S has one row per query. So vector lanes are keys, and only k and v are transposed, once per task.
 //! Expects    a checked `Problem`, and lse of the same inputs.
 
@@ -14,7 +14,7 @@ use super::execution::Execution;
 use super::forward::{tile, transpose};
 use super::lse::Lse;
 use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
-use super::parallel::{for_each_task, Semaphores, Shared};
+use super::parallel::{for_each_task, DqSemaphores, Shared};
 use super::scores::{Dot, GradientStep, ScoreMod, TileMask};
 use crate::mask::Coverage;
 use crate::plan::Tile;
@@ -86,7 +86,7 @@ struct Pass<'a, T: Element, G> {
     dq_accum: Shared<'a, T::Acc>,
     /// One entry for each sequence.
     query_tiles: Vec<QueryTiles>,
-    dq_semaphores: Semaphores,
+    dq_semaphores: DqSemaphores,
 }
 
 /// Computes the wanted ones of dq, dk and dv, contiguous in the shapes of q, k and v.
@@ -229,9 +229,9 @@ fn query_tiles(execution: &Execution) -> Vec<QueryTiles> {
 }
 
 /// One semaphore for each query tile of each head. Key tiles add to it in ascending order, from the first that it sees.
-fn dq_semaphores(query_tiles: &[QueryTiles], num_heads: usize) -> Semaphores {
+fn dq_semaphores(query_tiles: &[QueryTiles], num_heads: usize) -> DqSemaphores {
     let firsts = |tiles: &QueryTiles| tiles.m_blocks.iter().map(|(_, n_blocks)| n_blocks.start).collect::<Vec<_>>();
-    Semaphores::new(query_tiles.iter().flat_map(|tiles| firsts(tiles).repeat(num_heads)))
+    DqSemaphores::new(query_tiles.iter().flat_map(|tiles| firsts(tiles).repeat(num_heads)))
 }
 
 impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
@@ -311,7 +311,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul_scores(self.execution.arch, p, (m, n, head_dim), score_mod.softmax_scale_log2, q, k_transposed);
+        matmul_scores(self.execution.arch, p, (m, n, head_dim), score_mod.scale, q, k_transposed);
         // dv needs only P.
         if self.wanted.dq || self.wanted.dk {
             matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);

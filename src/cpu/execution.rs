@@ -1,11 +1,11 @@
-//! What every task of a call reads besides its tensors.
+//! Everything that the tasks of a call read besides its tensors.
 
 use candle_core::{Result, Tensor};
 
 use crate::plan::{CpuPlan, Tile};
 use crate::problem::{Alibi, Problem};
 
-/// A [`Problem`] and everything else that the host needs to compute it.
+/// A [`Problem`] and everything else that the CPU needs to compute it.
 pub(crate) struct Execution<'a> {
     pub(super) problem: &'a Problem,
     pub(super) forward: Tile,

@@ -136,7 +136,7 @@ fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, 
         let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
-        matmul_scores(execution.arch, scores, (n, m, head_dim), score_mod.softmax_scale_log2, k_tile, q_transposed);
+        matmul_scores(execution.arch, scores, (n, m, head_dim), score_mod.scale, k_tile, q_transposed);
         let o = &mut scratch.o[..m * head_dim];
         let mask = TileMask { rows, cols: &cols, visibility, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;

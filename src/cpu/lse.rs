@@ -1,6 +1,6 @@
 //! The log-sum-exp of each row, in two parts.
 
-/// The log-sum-exp of each row, in two parts: vectors, slices, storages or tensors. The backward reads the parts.
+/// The log-sum-exp of each row, in two parts. Each part is a vector, slice, storage or tensor. The backward reads both.
 ///
 /// A single number would be rounded. With large scores the rounding error is large, and `exp(score - lse)` would inherit it.
 #[derive(Clone, Copy)]

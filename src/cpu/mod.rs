@@ -1,4 +1,4 @@
-//! Attention on the host: the algorithm of the paper, split into tasks that run on any thread.
+//! Attention on the CPU: the algorithm of the paper, split into tasks that run on any thread.
 //!
 //! The forward cuts the queries into tiles and the backward cuts the keys. Each (batch, head, tile) is one task. A task
 //! loops over the tiles of the other side and skips those that the mask hides. It never stores a `seqlen x seqlen` matrix.
@@ -36,7 +36,7 @@ pub(crate) fn forward(
         DType::F32 => typed_forward::<f32>(execution, output, inputs),
         DType::F16 => typed_forward::<f16>(execution, output, inputs),
         DType::BF16 => typed_forward::<bf16>(execution, output, inputs),
-        other => unreachable!("Problem admits no {other:?}"),
+        other => unreachable!("Problem accepts no {other:?}"),
     }
 }
 
@@ -53,7 +53,7 @@ pub(crate) fn backward(
         DType::F32 => typed_backward::<f32>(execution, output, tensors),
         DType::F16 => typed_backward::<f16>(execution, output, tensors),
         DType::BF16 => typed_backward::<bf16>(execution, output, tensors),
-        other => unreachable!("Problem admits no {other:?}"),
+        other => unreachable!("Problem accepts no {other:?}"),
     }
 }
 
@@ -123,7 +123,8 @@ fn typed_backward<T: Element>(
     Ok(grads.map(|grad| grad.map(T::to_cpu_storage_owned)))
 }
 
-/// A gradient as the backward can read it. Candle hands gradients on as they come: transposed, or broadcast from a sum.
+/// A gradient with strides that the backward supports. Candle passes gradients with any strides: transposed, or broadcast from a
+/// sum.
 fn readable(problem: &Problem, output: Output, grad: &Tensor) -> Result<Tensor> {
     match output {
         Output::O if Strides::of("do", grad.layout(), problem.output_layout).is_ok() => Ok(grad.clone()),
@@ -131,7 +132,7 @@ fn readable(problem: &Problem, output: Output, grad: &Tensor) -> Result<Tensor> 
     }
 }
 
-/// The storage of a tensor on the host, locked against writers.
+/// The storage of a tensor on the CPU, locked against writers.
 struct Locked<'a>(StorageRef<'a>);
 
 impl<'a> Locked<'a> {
@@ -143,7 +144,7 @@ impl<'a> Locked<'a> {
     fn slice<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.0 {
             Storage::Cpu(storage) => T::cpu_storage_as_slice(storage),
-            _ => unreachable!("Problem admits one device"),
+            _ => unreachable!("Problem accepts only one device"),
         }
     }
 }

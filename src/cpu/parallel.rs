@@ -74,15 +74,15 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
-/// Semaphores that let tasks add to shared tiles in a fixed order. So rounding does not depend on timing.
-pub(super) struct Semaphores {
+/// DqSemaphores that let tasks add to shared tiles in a fixed order. So rounding does not depend on timing.
+pub(super) struct DqSemaphores {
     /// For each semaphore, the number that may add next.
     next: Vec<AtomicUsize>,
-    /// Whether a task panicked. Semaphores that it holds or waits for never advance again.
+    /// Whether a task panicked. DqSemaphores that it holds or waits for never advance again.
     poisoned: AtomicBool,
 }
 
-impl Semaphores {
+impl DqSemaphores {
     /// One semaphore for each item of `first`. The item is the number that may add first.
     pub(super) fn new(first: impl Iterator<Item = usize>) -> Self {
         Self { next: first.map(AtomicUsize::new).collect(), poisoned: AtomicBool::new(false) }

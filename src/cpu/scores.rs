@@ -15,9 +15,9 @@ use crate::problem::Problem;
 /// Computes scores in the log2 domain from products of queries and keys: softcap and ALiBi.
 #[derive(Clone, Copy)]
 pub(super) struct ScoreMod<A> {
-    /// Factor of `q . k`: `softmax_scale * log2 e`. With a softcap it is `softmax_scale / softcap`, so that the product is
-    /// the argument of tanh.
-    pub(super) softmax_scale_log2: A,
+    /// Factor of the product `q . k`: `softmax_scale * log2 e`, or with a softcap `softmax_scale / softcap`, so that the
+    /// scaled product is the argument of tanh.
+    pub(super) scale: A,
     /// `softcap * log2 e`.
     softcap_log2: Option<A>,
     /// ALiBi slope * log2 e.
@@ -27,12 +27,12 @@ pub(super) struct ScoreMod<A> {
 impl<A: Real> ScoreMod<A> {
     pub(super) fn new(problem: &Problem, slope: Option<f32>) -> Self {
         let log2_e = std::f64::consts::LOG2_E;
-        let softmax_scale_log2 = match problem.softcap {
+        let scale = match problem.softcap {
             None => problem.softmax_scale * log2_e,
             Some(softcap) => problem.softmax_scale / softcap,
         };
         Self {
-            softmax_scale_log2: A::from_f64_lossy(softmax_scale_log2),
+            scale: A::from_f64_lossy(scale),
             softcap_log2: problem.softcap.map(|softcap| A::from_f64_lossy(softcap * log2_e)),
             slope_log2: slope.map(|slope| A::from_f64_lossy(f64::from(slope) * log2_e)),
         }

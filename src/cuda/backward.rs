@@ -14,7 +14,7 @@ use crate::plan::{aligned, in_reach, DqTiles, Launch};
 use crate::problem::{Lengths, Problem, Strides};
 use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
-/// dq, dk and dv, a tensor each.
+/// Queues a backward that writes dq, dk and dv into three tensors.
 pub(super) fn separate<T: Element>(
     call: &Call,
     output: Output,
@@ -33,7 +33,7 @@ pub(super) fn separate<T: Element>(
     Ok(slices.map(|slice| T::wrap_cuda_slice(slice, device.clone())))
 }
 
-/// dq, dk and dv in one tensor, one after the other along its axis of heads.
+/// Queues a backward that writes dq, dk and dv into one tensor, one after another along its head axis.
 pub(super) fn fused<T: Element>(call: &Call, output: Output, tensors: BackwardInputs<Tensor>) -> Result<CudaStorage> {
     let (problem, device) = (call.problem, tensors.inputs.q.device().as_cuda_device()?);
     let lens = lens(problem);
@@ -44,15 +44,15 @@ pub(super) fn fused<T: Element>(call: &Call, output: Output, tensors: BackwardIn
     Ok(T::wrap_cuda_slice(slice, device.clone()))
 }
 
-/// Elements of dq, dk and dv.
+/// Number of elements of dq, dk and dv.
 fn lens(problem: &Problem) -> Gradients<usize> {
     let len = |shape: Vec<usize>| shape.iter().product();
     Gradients { dq: len(problem.shape_q()), dk: len(problem.shape_k()), dv: len(problem.shape_k()) }
 }
 
-/// Memory of one gradient, or of all three.
+/// Allocates memory for one gradient, or for all three.
 fn gradient<T: Element>(problem: &Problem, device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
-    // No tile covers keys that are not valid, and without queries no kernel runs: zeros from the start.
+    // Kernels do not write gradients of invalid keys, and without queries no kernel runs. So fill with zeros then.
     let hides_keys = matches!(problem.lengths, Lengths::Padded { key_lengths: Some(_), .. });
     if hides_keys || problem.rows_q() * problem.num_heads == 0 {
         zeros(device, len)
@@ -61,10 +61,10 @@ fn gradient<T: Element>(problem: &Problem, device: &CudaDevice, len: usize) -> R
     }
 }
 
-/// Where the kernels write dq, dk and dv.
+/// The memory for dq, dk and dv.
 struct GradientMemory<'a, T> {
     slices: Slices<'a, T>,
-    /// Of each gradient in its slice.
+    /// Strides of each gradient in its slice.
     strides: Gradients<Strides>,
 }
 
@@ -74,7 +74,7 @@ enum Slices<'a, T> {
 }
 
 impl<T: DeviceRepr> GradientMemory<'_, T> {
-    /// The addresses of dq, dk and dv, for a kernel that writes some of them.
+    /// Addresses of dq, dk and dv, for a kernel that writes some of them.
     fn write<'b>(&'b mut self, launcher: &mut Launcher<'b>) -> Gradients<CUdeviceptr> {
         match &mut self.slices {
             Slices::Separate(Gradients { dq, dk, dv }) => {
@@ -88,7 +88,7 @@ impl<T: DeviceRepr> GradientMemory<'_, T> {
     }
 }
 
-/// o, do and the gradient of lse as the kernels can read them.
+/// o, do and dlse, with types and strides that the kernels support.
 struct Upstream {
     o: Tensor,
     do_: Tensor,
@@ -99,7 +99,7 @@ impl Upstream {
     fn new<T: Element>(problem: &Problem, output: Output, result: &Tensor, grad: &Tensor) -> Result<Self> {
         match output {
             Output::O => Ok(Self { o: result.clone(), do_: readable(problem, grad)?, dlse: None }),
-            // o and its gradient are f32 here. The kernels read the type of q, so both are rounded.
+            // o and its gradient are f32 here. The kernels read the type of q, so round both.
             Output::OAndLse => {
                 let (o_len, lse_len) = (lens(problem).dq, problem.rows_q() * problem.num_heads);
                 let part = |both: &Tensor| both.narrow(0, 0, o_len)?.to_dtype(T::DTYPE)?.reshape(problem.shape_o());
@@ -110,7 +110,8 @@ impl Upstream {
     }
 }
 
-/// A gradient as the kernels can read it. Candle hands gradients on as they come: transposed, or broadcast from a sum.
+/// A gradient with strides that the kernels support. Candle passes gradients with any strides: transposed, or broadcast from a
+/// sum.
 fn readable(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
     let shape = problem.shape_q();
     match Strides::of("do", grad.layout(), problem.output_layout) {
@@ -119,7 +120,7 @@ fn readable(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Queues the kernels of the plan. Without queries there is nothing to queue: all gradients are 0.
+/// Queues the kernels of the plan. Without queries it queues nothing, and all gradients are 0.
 fn queue<T: Element>(
     call: &Call,
     output: Output,
@@ -139,7 +140,7 @@ fn queue<T: Element>(
     let mut memory = Memory {
         delta: uninit(device, rows)?,
         dq_accum: zeros(device, tiles.count * tiles.elements)?,
-        // One counter for each tile, and one that counts started blocks.
+        // One semaphore for each tile, and a counter of started blocks.
         semaphores: problem.deterministic.then(|| zeros(device, tiles.count + 1)).transpose()?,
     };
     let kernels = Kernels {
@@ -165,11 +166,11 @@ fn queue<T: Element>(
     Ok(())
 }
 
-/// Memory that the kernels of one backward hand on.
+/// Memory that one kernel of a backward writes and a later one reads.
 struct Memory {
     delta: CudaSlice<f32>,
     dq_accum: CudaSlice<f32>,
-    /// They order the sums into dq_accum, if the call is deterministic.
+    /// Semaphores that order the additions to dq_accum, if the call is deterministic.
     semaphores: Option<CudaSlice<u32>>,
 }
 
@@ -210,7 +211,7 @@ impl Kernels<'_> {
         let mut launcher = Launcher::new(&stream);
         let inputs = self.inputs.as_ref().map(Locked::storage);
         let Inputs { q, k, v } = self.call.read_inputs::<T>(inputs, &mut launcher)?;
-        let dk_strides = grads.strides.dk; // dv's too
+        let dk_strides = grads.strides.dk; // dv has the same strides
         let Gradients { dk, dv, .. } = grads.write(&mut launcher);
         let params = BwdParams {
             q,

@@ -1,4 +1,4 @@
-//! One call on a GPU, and the addresses that each of its launches reads.
+//! One call on a GPU, and the addresses that its launches read.
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::{CudaStorage, Result, Tensor};
@@ -10,7 +10,7 @@ use crate::plan::CudaPlan;
 use crate::problem::{Lengths, Problem};
 use crate::tensors::Inputs;
 
-/// A [`Problem`] with its plan and the device memory that goes with it besides q, k and v.
+/// A [`Problem`] with its plan and its ALiBi slopes.
 pub(crate) struct Call<'a> {
     pub(super) problem: &'a Problem,
     pub(super) plan: &'a CudaPlan,
@@ -23,12 +23,12 @@ impl<'a> Call<'a> {
         Ok(Self { problem, plan, slopes: alibi_slopes.map(Tensor::contiguous).transpose()? })
     }
 
-    /// Rows of lse: one for each query and head.
+    /// Number of rows of lse: one for each query and head.
     pub(super) fn rows(&self) -> usize {
         self.problem.rows_q() * self.problem.num_heads
     }
 
-    /// The addresses of q, k and v. Their layouts are those that the problem was made from.
+    /// The addresses of q, k and v. The problem has their strides.
     pub(super) fn read_inputs<'b, T: Element>(
         &self,
         inputs: Inputs<&'b CudaStorage>,
@@ -41,7 +41,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Locks the tensors that every launch reads.
+    /// Locks the small tensors that every launch reads.
     pub(super) fn side_tensors(&self) -> SideTensors<'_> {
         let (cu_seqlens_q, cu_seqlens_k, key_lengths) = match &self.problem.lengths {
             Lengths::Padded { key_lengths, .. } => (None, None, key_lengths.as_ref().map(|lengths| lengths.tensor())),
@@ -59,7 +59,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// The tensors that every launch of a call reads besides q, k, v and what is made from them.
+/// The small tensors that every launch of a call reads: lengths and ALiBi slopes.
 pub(super) struct SideTensors<'a> {
     problem: &'a Problem,
     cu_seqlens_q: Option<Locked<'a>>,

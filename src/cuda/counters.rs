@@ -1,4 +1,4 @@
-//! What the blocks of a persistent kernel count in: two `u32`, which the kernel leaves at 0 as it found them.
+//! The tile counter of a persistent kernel: two `u32`. The kernel expects zeros and resets them to zero.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
@@ -13,17 +13,18 @@ use super::launch::Launcher;
 
 /// The counters of one launch.
 pub(super) enum Counters {
-    /// Those of this thread's launches on the stream, which run one after the other.
+    /// Shared by all launches of this thread on this stream. They run in order.
     Kept(CUdeviceptr),
-    /// The launch's alone.
+    /// Used only by this launch.
     Own(CudaSlice<u32>),
 }
 
-/// By context, stream and thread: Candle's usual stream is another one in each thread, by the same handle.
+/// Context, stream and thread. The thread is needed because Candle's default stream is a different stream in each thread, with
+/// the same handle.
 type Key = (usize, usize, ThreadId);
 
-/// Never freed: a launch may still be in flight. The memory keeps its stream and context alive, so that no others can come
-/// to have the same addresses.
+/// Never freed, because a launch may still be running. The memory keeps its stream and context alive, so no other stream or
+/// context can get the same address.
 static KEPT: LazyLock<RwLock<HashMap<Key, Kept>>> = LazyLock::new(RwLock::default);
 
 struct Kept {
@@ -31,18 +32,18 @@ struct Kept {
     _memory: CudaSlice<u32>,
 }
 
-/// Threads come and go: further ones allocate at each launch.
+/// Limit of kept counters, because threads may be created without end. Beyond it, each launch allocates its own counters.
 const MOST_KEPT: usize = 1024;
 
 impl Counters {
     const LEN: usize = 2;
 
-    /// Counters for the next launch on `stream` by this thread, 0 by the time that it runs.
+    /// Counters for the next launch on `stream` by this thread. They are 0 when the launch runs.
     ///
     /// # Errors
     /// An error of Candle if they cannot be allocated.
     pub fn of(stream: &Arc<CudaStream>) -> Result<Self> {
-        // A graph may be replayed on any stream, beside launches on this one.
+        // A graph may be replayed on another stream, at the same time as launches on this one.
         if stream.capture_status().w()? != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
             return Ok(Self::Own(stream.alloc_zeros(Self::LEN).w()?));
         }
@@ -63,10 +64,10 @@ impl Counters {
         Ok(Self::Kept(address))
     }
 
-    /// Their address.
+    /// The address of the counters.
     pub fn write<'a>(&'a mut self, launcher: &mut Launcher<'a>) -> CUdeviceptr {
         match self {
-            // What one stream runs for one thread is in order already.
+            // Launches of one thread on one stream are already in order.
             Self::Kept(address) => *address,
             Self::Own(memory) => launcher.write(memory),
         }

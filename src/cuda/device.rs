@@ -1,4 +1,4 @@
-//! Asks the driver what a GPU can do.
+//! Reads the capabilities of a GPU from the driver.
 
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
@@ -10,7 +10,7 @@ use crate::environment::shared_limit;
 use crate::error::Result;
 use crate::plan::CudaCaps;
 
-/// What the driver says of `device`, with no more shared memory than the environment allows.
+/// The capabilities of `device`. `CANDLE_FA2_SHARED_LIMIT` limits its shared memory.
 pub(crate) fn caps(device: &CudaDevice) -> Result<CudaCaps> {
     let stream = device.cuda_stream();
     let context = stream.context();

@@ -16,7 +16,7 @@ use crate::output::Output;
 use crate::plan::Launch;
 use crate::tensors::Inputs;
 
-/// The result and lse, of elements of type `T` in q, k and v.
+/// Queues the forward for inputs of type `T`. Returns the result and lse.
 pub(super) fn forward<T: Element>(
     call: &Call,
     output: Output,
@@ -47,7 +47,7 @@ impl<T: Element> ResultMemory<T> {
         })
     }
 
-    /// The address of o, for a kernel that writes it.
+    /// Address of o, for a kernel that writes it.
     fn write_o<'a>(&'a mut self, launcher: &mut Launcher<'a>) -> CUdeviceptr {
         match self {
             Self::O(o) => launcher.write(o),
@@ -55,14 +55,14 @@ impl<T: Element> ResultMemory<T> {
         }
     }
 
-    /// The finished result: copies lse to its place after o.
+    /// The finished result. Copies lse to its place after o, if the result has both.
     fn into_storage(self, lse: &CudaStorage, rows: usize, device: &CudaDevice) -> Result<CudaStorage> {
         match self {
             Self::O(o) => Ok(T::wrap_cuda_slice(o, device.clone())),
             Self::OAndLse(both) => {
                 let len = both.len();
                 let mut both = f32::wrap_cuda_slice(both, device.clone());
-                // Candle's copy cannot be launched over nothing.
+                // Candle's copy cannot copy 0 elements.
                 if rows > 0 {
                     lse.copy_strided_src(&mut both, len - rows, &Layout::contiguous(rows))?;
                 }

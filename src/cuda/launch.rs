@@ -1,4 +1,4 @@
-//! The only place that launches a kernel.
+//! Launches a kernel. No other module does.
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::{
@@ -16,8 +16,8 @@ use crate::plan::Launch;
 /// The largest gridDim.z (CUDA C++ Programming Guide, technical specifications per compute capability). It counts sequences.
 const MAX_SEQUENCES: usize = 65_535;
 
-/// Collects the arguments of one launch: hands out addresses of device memory. It holds cudarc's guards until the kernel is
-/// queued, so that earlier writes finish first and later uses wait. The borrows keep the memory alive.
+/// Collects the addresses for the arguments of one launch. It holds cudarc's guards until the kernel is queued, so earlier writes
+/// finish first and later uses wait. The borrows keep the memory alive.
 pub(super) struct Launcher<'a> {
     stream: &'a std::sync::Arc<CudaStream>,
     guards: Vec<SyncOnDrop<'a>>,
@@ -28,14 +28,14 @@ impl<'a> Launcher<'a> {
         Self { stream, guards: Vec::new() }
     }
 
-    /// The address of memory that the kernel reads.
+    /// Address of memory that the kernel reads.
     pub fn read<T>(&mut self, slice: &'a CudaSlice<T>) -> CUdeviceptr {
         let (address, guard) = slice.device_ptr(self.stream);
         self.guards.push(guard);
         address
     }
 
-    /// The address of element `offset` of a storage that the kernel reads.
+    /// Address of element `offset` of a storage that the kernel reads.
     pub fn read_storage<T: CudaDType + 'a>(
         &mut self,
         storage: &'a CudaStorage,
@@ -44,7 +44,7 @@ impl<'a> Launcher<'a> {
         Ok(self.read(T::as_cuda_slice(storage)?) + (offset * size_of::<T>()) as CUdeviceptr)
     }
 
-    /// The address of memory that the kernel writes.
+    /// Address of memory that the kernel writes.
     pub fn write<T>(&mut self, slice: &'a mut CudaSlice<T>) -> CUdeviceptr {
         let (address, guard) = slice.device_ptr_mut(self.stream);
         self.guards.push(guard);
@@ -54,7 +54,7 @@ impl<'a> Launcher<'a> {
     /// Queues the kernel, once per `MAX_SEQUENCES` sequences. An empty grid queues nothing, because the driver refuses it.
     ///
     /// # Errors
-    /// [`Error::Driver`] if the driver refuses the kernel or one queued before it has failed.
+    /// [`Error::Driver`] if the driver refuses the kernel, or if an earlier kernel has failed.
     pub fn launch<P: Params>(self, launch: &Launch, params: &P) -> Result<()> {
         let sequences = launch.grid.2;
         for first in (0..sequences).step_by(MAX_SEQUENCES) {
@@ -81,9 +81,10 @@ impl<'a> Launcher<'a> {
         };
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(params);
-        // SAFETY: the kernel takes one argument, this struct (asserted above; both compilers assert its layout). Its addresses are of memory that `self` borrows, or of counters that are never freed, in the shapes and
-        // strides that `Problem` and `Plan` checked (of do that `readable` did), and only what came from `write` is written,
-        // and the counters. `Plan` chose a kernel whose tiles, threads and shared memory the GPU has.
+        // SAFETY: this struct is the kernel's only argument; the assert above checks its name, and both compilers assert its
+        // layout. Its addresses point to memory that `self` borrows, or to counters that are never freed. `Problem` and `Plan`
+        // have checked shapes and strides, and `readable` those of do. The kernel writes only memory from `write`, and the
+        // counters. `Plan` chose a kernel whose tiles, threads and shared memory fit the GPU.
         let queued = unsafe { builder.launch(config) };
         queued.map(drop).map_err(|error| Error::Driver {
             action: "launch",
@@ -94,7 +95,7 @@ impl<'a> Launcher<'a> {
     }
 }
 
-/// The address of memory that a call may do without: [`NULL`] if it does.
+/// The address of optional memory, or [`NULL`].
 pub(super) fn address_or_null<M>(
     memory: Option<M>,
     address: impl FnOnce(M) -> candle_core::Result<CUdeviceptr>,

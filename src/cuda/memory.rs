@@ -1,4 +1,4 @@
-//! Device memory: that of new tensors, and that of tensors which exist.
+//! Device memory of new tensors and of existing tensors.
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr, ValidAsZeroBits};
@@ -13,14 +13,14 @@ pub(super) trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + WithDType {
 impl Element for f16 {}
 impl Element for bf16 {}
 
-/// Memory that a kernel fills. The driver refuses to allocate nothing.
+/// Uninitialised memory, at least one element, because the driver refuses to allocate 0 bytes.
 pub(super) fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: what follows writes every element. Kernels write `o`, `lse`, `delta`, `dq`, `dk` and `dv` for every row; with key
-    // lengths, `dk` and `dv` are not allocated here. A copy writes the lse of the flat result.
+    // SAFETY: every element is written before it is read. Kernels write `o`, `lse`, `delta`, `dq`, `dk` and `dv` for every row.
+    // With key lengths, `dk` and `dv` are allocated by `zeros`. A copy writes the lse of the flat result.
     unsafe { device.alloc::<T>(len.max(1)) }
 }
 
-/// Memory full of zeros. The driver refuses to allocate nothing.
+/// Zeroed memory, at least one element, because the driver refuses to allocate 0 bytes.
 pub(super) fn zeros<T: DeviceRepr + ValidAsZeroBits>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
     device.alloc_zeros::<T>(len.max(1))
 }

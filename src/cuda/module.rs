@@ -1,4 +1,4 @@
-//! The kernels' images, loaded once per device on first use.
+//! The images of the kernels. Each is loaded once per device, on first use.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
@@ -13,8 +13,8 @@ use crate::instances::Kernel;
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What has been loaded, by the address of its driver context. An entry keeps its context alive, so that no other context
-/// can come to have the same address.
+/// Loaded modules and functions, by the address of their driver context. An entry keeps its context alive, so no other context
+/// can get the same address.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<(usize, usize), Arc<CudaModule>>,
@@ -23,7 +23,7 @@ struct Loaded {
 
 static LOADED: LazyLock<RwLock<Loaded>> = LazyLock::new(RwLock::default);
 
-/// The function of `kernel` in `context`, ready to be launched with its shared memory.
+/// The function of `kernel` in `context`, with its shared memory enabled.
 ///
 /// # Errors
 /// [`Error::Driver`] if its image cannot be loaded.
@@ -66,7 +66,7 @@ impl Loaded {
         };
         context.bind_to_thread()?;
         let function = module.load_function(kernel.name)?;
-        // Above 48 KB the driver wants to be asked for it.
+        // More than 48 KB of shared memory must be enabled per function.
         function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared_bytes as i32)?;
         Ok(function)
     }

@@ -1,5 +1,5 @@
-//! The parameters of kernels, and how they follow from a [`Problem`] and a plan. Strides are in elements.
-#![allow(missing_docs)] // cuda/params.h explains its structs where a name does not; only `testing` hands them on
+//! The parameters of kernels, made from a [`Problem`] and a plan. Strides are in elements.
+#![allow(missing_docs)] // cuda/params.h documents the structs; only `testing` exports them
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
@@ -38,7 +38,7 @@ params!(
     ConvertParams: shape;
 );
 
-/// Stands for no pointer.
+/// The null pointer.
 pub const NULL: CUdeviceptr = 0;
 
 impl From<problem::Strides> for Strides {
@@ -55,7 +55,7 @@ impl From<plan::DqTiles> for DqTiles {
 }
 
 impl Schedule {
-    /// The tiles of `schedule`, and what its blocks count in.
+    /// The tiles of `schedule`, and the address of the tile counter.
     pub fn new(schedule: &plan::Schedule, counters: CUdeviceptr) -> Self {
         // `Plan` has checked that they fit 32 bits.
         let &plan::Schedule { tiles, m_blocks, section_heads } = schedule;
@@ -63,10 +63,10 @@ impl Schedule {
     }
 }
 
-/// The device addresses of a [`Shape`]; [`NULL`] for what the call does not use.
+/// The device addresses of a [`Shape`]; [`NULL`] if the call does not use the tensor.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ShapeAddresses {
-    /// `u32`, `batch + 1` entries: of q, and of k and v.
+    /// `u32`, `batch + 1` entries each: cu_seqlens_q, cu_seqlens_k.
     pub cu_seqlens: [CUdeviceptr; 2],
     /// `u32`, `batch` entries.
     pub key_lengths: CUdeviceptr,
@@ -75,7 +75,7 @@ pub struct ShapeAddresses {
 }
 
 impl Shape {
-    /// Sizes, mask and options of `problem`, with the device addresses that belong to it.
+    /// Sizes, mask and options of `problem`, with its device addresses.
     pub fn new(problem: &Problem, addresses: ShapeAddresses) -> Self {
         let ShapeAddresses { cu_seqlens, key_lengths, alibi_slopes } = addresses;
         // `Plan` has checked that sizes fit 32 bits.
@@ -96,10 +96,10 @@ impl Shape {
             Mask::Causal => (None, Some(0)),
             Mask::Window { left, right } => (left, right),
         };
-        // An open side reaches past every sequence, and so does a longer window.
+        // MAX_SEQLEN is longer than every sequence, so it means no limit.
         let side = |side: Option<usize>| side.unwrap_or(MAX_SEQLEN).min(MAX_SEQLEN) as i32;
         let log2_e = std::f64::consts::LOG2_E;
-        // 0 stands for none, and the device takes what is below the normal range for it.
+        // 0 means no softcap, and the device flushes numbers below the normal range to 0.
         let softcap_log2 = problem.softcap.map_or(0.0, |softcap| (softcap * log2_e).max(f64::from(f32::MIN_POSITIVE)));
         Self {
             cu_seqlens_q: cu_seqlens[0],

@@ -1,4 +1,4 @@
-//! The only place that encodes what TMA reads a tensor by.
+//! Encodes tensor maps, which TMA uses to read a tensor.
 
 use std::ffi::c_void;
 
@@ -16,18 +16,18 @@ use crate::plan::axes;
 use crate::problem::{Problem, Strides};
 use crate::tensors::Inputs;
 
-/// Bytes of an element.
-const ELEMENT: u64 = 2;
+/// Size of an element in bytes.
+const ELEMENT_BYTES: u64 = 2;
 
-/// Of q, k and v, whose addresses are in `params`, in boxes of the tiles of `kernel`.
+/// The tensor maps of q, k and v. Their addresses are in `params`, and their boxes are the tiles of `kernel`.
 ///
 /// # Errors
 /// [`Error::Driver`] if the driver refuses one.
 pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) -> Result<Inputs<TensorMap>> {
     let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
     let encode = |name, address, strides: &Strides, shape: &[usize], box_rows| {
-        // A size of 0 cannot be encoded, and a tensor without elements may lie anywhere. Its map is never used: one of the
-        // first row of o stands in.
+        // A size of 0 cannot be encoded, and the address of an empty tensor may be invalid. So use a map of the first row of o.
+        // It is never used.
         let (address, axes) =
             if shape.contains(&0) { (params.o, [(0, 1); 3]) } else { (address, axes(strides, shape)) };
         encode(kernel, name, address, problem.head_dim, axes, box_rows)
@@ -39,7 +39,7 @@ pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) 
     })
 }
 
-/// `(head_dim, rows, heads, batch)`; `axes` has stride and size of all but the first.
+/// Encodes the map of a tensor `(head_dim, rows, heads, batch)`. `axes` has stride and size of the last three.
 fn encode(
     kernel: &Kernel,
     name: &str,
@@ -48,7 +48,7 @@ fn encode(
     axes: [(usize, usize); 3],
     box_rows: usize,
 ) -> Result<TensorMap> {
-    // The width of the swizzle: as much of a row as the kernel's head_dim is a multiple of.
+    // The width of a box must divide the kernel's head_dim. It is also the width of the swizzle.
     let (columns, swizzle) = if kernel.head_dim.is_multiple_of(64) {
         (64, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
     } else {
@@ -58,16 +58,16 @@ fn encode(
         DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
-    let row_bytes = head_dim as u64 * ELEMENT;
-    // The stride of an axis of one element is never used, but must be a multiple of 16 all the same.
-    let strides = axes.map(|(stride, size)| if size == 1 { row_bytes } else { stride as u64 * ELEMENT });
+    let row_bytes = head_dim as u64 * ELEMENT_BYTES;
+    // The stride of an axis with one element is never used, but it must still be a multiple of 16.
+    let strides = axes.map(|(stride, size)| if size == 1 { row_bytes } else { stride as u64 * ELEMENT_BYTES });
     let [rows, heads, batch] = axes.map(|(_, size)| size as u64);
     let sizes = [head_dim as u64, rows, heads, batch];
     let box_sizes = [columns, box_rows as u32, 1, 1];
     let element_strides = [1u32; 4];
     let mut map = CUtensorMap { opaque: [0; 16] };
-    // SAFETY: the arrays have as many entries as the call reads, 4 and for the strides 3, and outlive it. The address is
-    // stored, not read.
+    // SAFETY: the arrays outlive the call and have as many entries as it reads: 3 strides, and 4 of the others. The call stores
+    // the address and does not read the memory.
     let encoded = unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,
@@ -90,6 +90,6 @@ fn encode(
         cause: error_name(error),
         detail: format!("{name} at {address:#x}, sizes {sizes:?}, strides {strides:?} bytes, box {box_sizes:?}"),
     })?;
-    // Copied: how a CUtensorMap is aligned depends on the version of CUDA.
+    // Copy the words, because the alignment of a CUtensorMap depends on the version of CUDA.
     Ok(TensorMap { words: map.opaque })
 }

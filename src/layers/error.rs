@@ -1,26 +1,26 @@
-//! Why a layer refuses its configuration, its weights or a call: one variant per way to be wrong.
+//! The errors of the layers: one variant per broken rule of a configuration, of weights or of a call.
 
 use candle_core::{DType, DeviceLocation};
 
 use crate::mask::Mask;
 
-/// What the functions of the layers return.
+/// The result of the functions of the layers.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a layer was not built, or a call of it was refused. A refused call changes nothing: a cache is as it was before.
+/// Why a layer was not built, or why a call was refused. A refused call changes nothing, also not the cache.
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`. [`crate::Error`] converts
 /// into this one, so `?` also works in functions that call the operator and the layers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A size of a layer that is 0.
+    /// A size of a layer is 0.
     #[error("{name} is 0; a layer needs at least 1")]
     Size {
         /// Name of the size.
         name: &'static str,
     },
-    /// The heads do not share `embed_dim` evenly and no `head_dim` was given.
+    /// `embed_dim` is not a multiple of `num_heads`, and `head_dim` is not set.
     #[error("embed_dim {embed_dim} is not a multiple of num_heads {num_heads}; set head_dim")]
     HeadDimUnset {
         /// Size of the layer's input.
@@ -28,7 +28,7 @@ pub enum Error {
         /// Heads of q.
         num_heads: usize,
     },
-    /// Sizes of a layer whose weights no machine can address.
+    /// The weights of a layer would be too large for any memory.
     #[error("embed_dim {embed_dim}, num_heads {num_heads}, num_heads_k {num_heads_k}, head_dim {head_dim}: the weights would be larger than any memory; choose smaller sizes")]
     TooLarge {
         /// Size of the layer's input.
@@ -40,33 +40,33 @@ pub enum Error {
         /// Size of each head.
         head_dim: usize,
     },
-    /// A fused projection has one bias for q, k and v, or none.
+    /// The biases of q, k and v differ, but a fused projection has one bias for all three, or none.
     #[error("q_bias {q_bias}, k_bias {k_bias}, v_bias {v_bias} differ, but a fused projection has one bias for all three; use Projections::Separate")]
     FusedBias {
-        /// Whether q was to have a bias.
+        /// Whether q has a bias.
         q_bias: bool,
-        /// Whether k was to have a bias.
+        /// Whether k has a bias.
         k_bias: bool,
-        /// Whether v was to have a bias.
+        /// Whether v has a bias.
         v_bias: bool,
     },
-    /// ALiBi slopes of a layer that are not one per head: a layer meets batches of any size.
-    #[error("alibi_slopes: a layer takes one slope per head, shape [{num_heads}] (num_heads), got {shape:?}; slopes per sequence are for Attention alone")]
+    /// ALiBi slopes of a layer are not one per head. A layer takes batches of any size, so it has no slopes per sequence.
+    #[error("alibi_slopes: a layer takes one slope per head, shape [{num_heads}] (num_heads), got {shape:?}; for slopes per sequence use Attention")]
     AlibiShape {
         /// Heads of q.
         num_heads: usize,
-        /// The shape that came.
+        /// The shape of the slopes.
         shape: Vec<usize>,
     },
-    /// Key lengths in the configuration of a layer. They belong to one batch, but a layer takes many batches.
+    /// The configuration of a layer has key lengths. They belong to one batch, but a layer takes many batches.
     #[error("key_lengths: a layer cannot store the lengths of one batch; remove key_lengths, and for padded batches unpad with CuSeqlens and call forward_packed")]
     KeyLengths,
-    /// The `VarBuilder` of a layer hands out weights of a type without a kernel.
+    /// The `VarBuilder` of a layer has an unsupported dtype.
     #[error("weights: dtype {got:?} of the VarBuilder is not supported (supported: {supported}); build it with one of these")]
     WeightDType {
         /// The dtype of the builder.
         got: DType,
-        /// The dtypes that would do.
+        /// The supported dtypes.
         supported: &'static str,
     },
     /// Two projections of a layer have the same name.
@@ -79,7 +79,7 @@ pub enum Error {
         /// The name of both.
         name: String,
     },
-    /// A weight of the configuration is missing, but the weights of another naming are present.
+    /// A weight of the configuration is missing, but there are weights with other known names.
     #[error("{missing}: not found, but the VarBuilder has {}; set the names with .projections(..), or add {allow} to ignore {}", tensors.join(", "), it_or_them(tensors))]
     OtherProjections {
         /// The weight that the configuration names.
@@ -99,7 +99,7 @@ pub enum Error {
         /// The builder calls that ignore them, as text.
         allow: String,
     },
-    /// Known tensors that change the result of attention, and that the layer cannot apply.
+    /// The `VarBuilder` has known tensors that change the result of attention, but that the layer cannot apply.
     #[error("{}: the VarBuilder has {it}, but the layer cannot apply {it}; fold scales or LoRA into the weights, apply norms or sinks yourself around Attention, or add {allow} to ignore {it}", tensors.join(", "), it = it_or_them(tensors))]
     UnusedTensors {
         /// The tensors that the builder has.
@@ -123,18 +123,18 @@ pub enum Error {
         /// The device of the weights.
         expected: DeviceLocation,
     },
-    /// Rotary embedding rotates pairs of values.
-    #[error("rotary_dim {rotary_dim} must be even and above 0, pairs of values are rotated")]
+    /// `rotary_dim` is not a number of pairs.
+    #[error("rotary_dim {rotary_dim} must be even and above 0, because pairs of values are rotated")]
     RotaryDim {
-        /// The value that came.
+        /// The value.
         rotary_dim: usize,
     },
-    /// Rotary tables past the limit of their size.
+    /// The rotary tables would be larger than their limit.
     #[error("rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than {limit} values each; set max_seqlen to the longest sequence in use")]
     RotaryTables {
-        /// How many positions the tables were to have.
+        /// Number of positions in the tables.
         max_seqlen: usize,
-        /// How many values of a head are rotated.
+        /// Number of values of a head that rotate.
         rotary_dim: usize,
         /// The largest number of values.
         limit: usize,
@@ -142,15 +142,15 @@ pub enum Error {
     /// `theta` of a rotary embedding is not a positive finite number.
     #[error("theta {0} of the rotary embedding must be finite and above 0; leave it out for 10000")]
     RotaryTheta(
-        /// The value that came.
+        /// The value.
         f64,
     ),
-    /// A rotary embedding has one frequency per pair of values.
+    /// The number of frequencies of a rotary embedding is not its number of pairs.
     #[error("frequencies of the rotary embedding: got {got}, but rotary_dim {rotary_dim} has {} pairs", rotary_dim / 2)]
     RotaryFrequencies {
-        /// How many came.
+        /// Number of frequencies.
         got: usize,
-        /// How many values of a head are rotated.
+        /// Number of values of a head that rotate.
         rotary_dim: usize,
     },
     /// A frequency of a rotary embedding is NaN or infinite.
@@ -158,7 +158,7 @@ pub enum Error {
     RotaryFrequency {
         /// Index of the pair.
         pair: usize,
-        /// The value that came.
+        /// The value.
         got: f64,
     },
     /// A rotary embedding rotates more values than a head has.
@@ -166,19 +166,19 @@ pub enum Error {
         "rotary_dim {rotary_dim} is larger than head_dim {head_dim}; build Rotary with rotary_dim {head_dim} or less"
     )]
     RotaryHeadDim {
-        /// How many values of a head are rotated.
+        /// Number of values of a head that rotate.
         rotary_dim: usize,
         /// Size of each head.
         head_dim: usize,
     },
-    /// Positions past the end of the rotary tables.
+    /// A position is past the end of the rotary tables.
     #[error("positions {start}..{end} reach past the rotary tables' max_seqlen {max_seqlen}; build Rotary with at least {end}")]
     RotaryPositions {
         /// The first position.
         start: usize,
-        /// One past the last position.
+        /// The last position plus one.
         end: usize,
-        /// How many positions the tables have.
+        /// Number of positions in the tables.
         max_seqlen: usize,
     },
     /// The rotary tables are on another device than the tensors that they rotate.
@@ -194,10 +194,10 @@ pub enum Error {
     TrackedDecoding {
         /// Name of the tensor.
         tensor: String,
-        /// How to decode all the same.
+        /// The solution.
         way_out: &'static str,
     },
-    /// The mask of a layer shows later keys, which a KV cache does not hold yet.
+    /// The mask of a layer shows later keys, but a KV cache does not hold them yet.
     #[error("mask {mask:?} shows a query later keys, which the KV cache does not hold yet; use Mask::Causal or a window with right: Some(0)")]
     DecodingMask {
         /// The mask of the layer.
@@ -208,10 +208,10 @@ pub enum Error {
     CacheAxis {
         /// k or v.
         tensor: &'static str,
-        /// The axis it grows along.
+        /// The axis along which it grows.
         axis: usize,
     },
-    /// A KV cache without room, which cannot grow either.
+    /// A KV cache of size 0, which cannot grow.
     #[error("cache of {tensor} has max_seq_len 0 and cannot grow; make it with room for 1 token or more")]
     CacheCapacity {
         /// k or v.
@@ -230,12 +230,12 @@ pub enum Error {
     CacheMismatch {
         /// k or v.
         tensor: &'static str,
-        /// Shape, dtype and device of what it holds.
+        /// Shape, dtype and device of its content.
         got: String,
-        /// What the call would add.
+        /// Shape, dtype and device of the keys or values that the call adds.
         expected: String,
     },
-    /// A check that the layers share with the operator, or the operator's own.
+    /// An error of the operator.
     #[error(transparent)]
     Operator(#[from] crate::Error),
     /// An error of Candle itself.

@@ -1,15 +1,15 @@
-//! What a plan needs to know about a device, as plain data.
+//! The capabilities of a device that a plan depends on, as plain data.
 
 use candle_core::DeviceLocation;
 
 /// The capabilities of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceCaps {
-    /// The host.
+    /// The CPU.
     Cpu,
     /// An NVIDIA GPU.
     Cuda(CudaCaps),
-    /// A device that no kernel of this build runs on.
+    /// A device without kernels in this build.
     Other(DeviceLocation),
 }
 
@@ -18,8 +18,8 @@ pub enum DeviceCaps {
 pub struct CudaCaps {
     /// Major and minor compute capability.
     pub compute_cap: (u32, u32),
-    /// Streaming multiprocessors.
+    /// Number of streaming multiprocessors.
     pub multiprocessors: usize,
-    /// Shared memory that one thread block may ask for.
+    /// Shared memory that one thread block may use.
     pub shared_bytes_per_block: usize,
 }

@@ -1,19 +1,19 @@
-//! How a [`Problem`] is computed on the host.
+//! The plan of a [`Problem`] on the CPU.
 
 use super::tile::Tile;
 use crate::problem::Problem;
 
-/// S, and the tiles of q, k, v and o next to it, stay within 1 MB in f32 up to head_dim 256, half of a server core's L2.
+/// S and the tiles of q, k, v and o need at most 1 MB in f32 up to head_dim 256. That is half of the L2 of a server core.
 ///
-/// Rates are flat around it: from 64 x 64 to 256 x 512, at head_dim 64, 128 and 256, the forward varied by 10% (one core
-/// with 2 MB of L2, f32, causal). Larger tiles waste more on the diagonal, smaller ones more on the edges of products.
+/// Other sizes have a similar speed. From 64 x 64 to 256 x 512, at head_dim 64, 128 and 256, the forward varied by 10%
+/// (measured on one core with 2 MB of L2, f32, causal). Larger tiles waste more work on the diagonal, and smaller ones more on the edges of products.
 const FORWARD: Tile = Tile { block_m: 128, block_n: 256 };
 
-/// The backward holds S, dP, k, v, their transposes, dk and dv at once. At head_dim 256, 256 keys cost a quarter more
-/// time than 128.
+/// The backward has S, dP, k, v, their transposes, dk and dv in memory at once. At head_dim 256, tiles of 256 keys need a quarter
+/// more time than tiles of 128 keys.
 const BACKWARD: Tile = Tile { block_m: 128, block_n: 128 };
 
-/// The tiles of a call on the host.
+/// The tiles of a call on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuPlan {
     /// Tile of the forward: each task owns `block_m` queries.
@@ -23,7 +23,7 @@ pub struct CpuPlan {
 }
 
 impl CpuPlan {
-    /// The same for every host.
+    /// The plan of `problem`. It is the same on every CPU.
     pub fn new(problem: &Problem) -> Self {
         Self { forward: FORWARD.within(problem), backward: BACKWARD.within(problem) }
     }

@@ -1,5 +1,5 @@
-//! From a [`Problem`] and the capabilities of a device to how it is computed. Pure: no tensor is touched, no device is asked,
-//! nothing is read from the environment or printed.
+//! Chooses how a [`Problem`] is computed on a device. The choice depends only on the problem and on the device's capabilities,
+//! given as data. This module touches no tensor and no device, reads no environment variable, and prints nothing.
 
 mod caps;
 mod cpu;
@@ -19,14 +19,14 @@ use crate::problem::Problem;
 /// How a [`Problem`] is computed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Plan {
-    /// On the host, tile by tile.
+    /// On the CPU.
     Cpu(CpuPlan),
     /// On an NVIDIA GPU.
     Cuda(CudaPlan),
 }
 
 impl Plan {
-    /// The only place that says no to a device.
+    /// Chooses a plan. This is the only place that refuses a device.
     ///
     /// # Errors
     /// [`Error::NoKernel`] if this build has no kernel for the device; on an NVIDIA GPU also those of
@@ -39,7 +39,7 @@ impl Plan {
         }
     }
 
-    /// The tiles of scores that the passes walk in: of the forward, and of the backward if there is one.
+    /// The score tiles of the forward, and of the backward if there is one.
     pub fn tiles(&self) -> Vec<Tile> {
         match self {
             Self::Cpu(plan) => vec![plan.forward, plan.backward],

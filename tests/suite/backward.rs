@@ -1,4 +1,4 @@
-//! dq, dk and dv against the reference, alone and with a gradient of lse beside the one of o.
+//! dq, dk and dv compared with the reference, for a gradient of o and for gradients of o and lse.
 
 use crate::common::cases::{self, targets, window, Alibi, Case, Target};
 use crate::common::compare;
@@ -36,7 +36,7 @@ fn long_sequences() -> Result<()> {
     check(cases::long)
 }
 
-/// One row short of, at, and past the edges of the tiles, at widths on both sides of a change of tile.
+/// Lengths one row before, at, and one row after the edges of the tiles, for each head_dim around a change of the tile size.
 #[test]
 fn tile_edges() -> Result<()> {
     for target in targets() {
@@ -47,7 +47,7 @@ fn tile_edges() -> Result<()> {
     Ok(())
 }
 
-/// What a case of many tiles adds to those of one: the gradient of lse, and each option, across tile borders.
+/// Cases of several tiles with a gradient of lse and with each option.
 #[test]
 fn options_across_tiles() -> Result<()> {
     check(|target| {
@@ -57,14 +57,14 @@ fn options_across_tiles() -> Result<()> {
             case().softcap(1.0).mask(window(70, 70)),
             case().alibi(Alibi::PerHead).mask(Mask::Causal),
             case().alibi(Alibi::PerBatchAndHead).softcap(2.0).softmax_scale(-0.4).dlse(),
-            // The widths that models have.
+            // Values of head_dim in common models.
             case().heads(4, 2).head_dim(64).mask(Mask::Causal),
             case().head_dim(128).mask(window(100, 0)),
         ]
     })
 }
 
-/// A loss that reads lse alone: `dlse` reaches q and k, and v gets a gradient of 0.
+/// The loss depends only on lse: `dlse` reaches q and k, and the gradient of v is 0.
 #[test]
 fn lse_alone_carries_a_gradient() -> Result<()> {
     for target in targets() {
@@ -74,7 +74,7 @@ fn lse_alone_carries_a_gradient() -> Result<()> {
             input.do_.fill(0.0);
             case.check_on(&input)?;
 
-            // And with o left out of the graph altogether.
+            // The same with o outside the graph.
             let Call { attention, q, k, v } = case.call(&input)?;
             let (_, lse) = attention.forward_with_lse(&q, &k, &v)?;
             let grads = case.lse_loss(&input, &lse)?.backward()?;
@@ -91,7 +91,7 @@ fn lse_alone_carries_a_gradient() -> Result<()> {
     Ok(())
 }
 
-/// lse is read and not taken by the backward: the graph can be asked again.
+/// A second backward over the same graph works, because the operator keeps lse.
 #[test]
 fn a_second_backward_gives_the_same_bits() -> Result<()> {
     for target in targets() {
@@ -111,7 +111,7 @@ fn a_second_backward_gives_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// One tensor as q, k and v at once: the three gradients add up.
+/// One tensor is q, k and v at once. Its gradient is the sum of the three gradients.
 #[test]
 fn self_attention_on_one_tensor_sums_the_gradients() -> Result<()> {
     for target in targets() {
@@ -132,7 +132,7 @@ fn self_attention_on_one_tensor_sums_the_gradients() -> Result<()> {
     Ok(())
 }
 
-/// Inputs that nobody tracks get no gradient, and do not disturb those of the others.
+/// An input that is not tracked gets no gradient. The gradients of the other inputs stay the same.
 #[test]
 fn constants_get_no_gradient() -> Result<()> {
     for target in targets() {

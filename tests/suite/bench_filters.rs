@@ -1,4 +1,4 @@
-//! The words of `cargo bench -- WORD ..`: one that chooses nothing is an error, not a shorter run.
+//! The filter words of `cargo bench -- WORD ..`. A word that selects no case is an error.
 
 #[path = "../../benches/attention/filters.rs"]
 mod filters;

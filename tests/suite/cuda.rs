@@ -1,7 +1,7 @@
-//! What is CUDA's own: each kernel of the table at the edges of its own tiles, a small sweep for the sanitizers, bits that
-//! repeat, and what is refused. Every other module runs for the GPU too: `cases::targets` names it.
+//! Tests of CUDA: each kernel at the edges of its tiles, a small sweep for the sanitizers, deterministic bits, and errors.
+//! The other modules run on the GPU too, because `cases::targets` contains it.
 //!
-//! Needs the feature `cuda` and a GPU: without the feature these tests are ignored, without a GPU each says SKIPPED and
+//! These tests need the feature `cuda` and a GPU. Without the feature they are ignored. Without a GPU each prints SKIPPED and
 //! passes. The suite is one binary that reads no file of the repository, so it can be copied to a machine with a GPU.
 //!
 //! ```sh
@@ -24,14 +24,14 @@ use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass
 use candle_fa2::{Attention, Mask, PaddingSide};
 use rayon::prelude::*;
 
-/// A kernel with tiles, on the GPU.
+/// A forward or backward kernel, and the GPU.
 #[derive(Clone)]
 struct Tiled {
     kernel: &'static Kernel,
     target: Target,
 }
 
-/// The kernels with tiles that this GPU runs. The others are counted and named.
+/// The forward and backward kernels that this GPU runs. Prints the number and the names of the others.
 fn tiled_kernels() -> Result<Vec<Tiled>> {
     let mut runnable = Vec::new();
     let mut others = Vec::new();
@@ -39,7 +39,7 @@ fn tiled_kernels() -> Result<Vec<Tiled>> {
     for kernel in KERNELS.iter().filter(|kernel| matches!(kernel.pass, Pass::Forward | Pass::Backward)) {
         for target in targets.iter().filter(|target| target.dtype == kernel.dtype) {
             let DeviceCaps::Cuda(caps) = testing::device_caps(&target.device)? else {
-                anyhow::bail!("{:?} is no GPU", target.device);
+                anyhow::bail!("{:?} is not a GPU", target.device);
             };
             if kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block {
                 runnable.push(Tiled { kernel, target: target.clone() });
@@ -49,23 +49,23 @@ fn tiled_kernels() -> Result<Vec<Tiled>> {
         }
     }
     if !others.is_empty() {
-        println!("{} kernels need what this GPU has not: {}", others.len(), others.join(", "));
+        println!("{} kernels do not run on this GPU: {}", others.len(), others.join(", "));
     }
     ensure!(targets.is_empty() || !runnable.is_empty(), "this GPU runs no kernel");
     Ok(runnable)
 }
 
 impl Tiled {
-    /// A case that this kernel takes; `turn` chooses among its head_dims, the ways to share key heads, to sum dq and to
-    /// give lse a gradient, and, for a kernel with a score_mod, among the options that need one.
-    fn case(&self, turn: usize) -> Case {
+    /// A case for this kernel. `variant` chooses the head_dim, the number of key heads, `deterministic`, a gradient of lse,
+    /// and the score_mod if the kernel has one.
+    fn case(&self, variant: usize) -> Case {
         let Kernel { head_dim, score_mod, .. } = *self.kernel;
-        // The kernel's own, and one that it pads in shared memory.
+        // The head_dim of the kernel, and a smaller one that it pads in shared memory.
         let padded = head_dim - chunk(&self.target.device);
-        let (num_heads, num_heads_k) = [(1, 1), (2, 1), (3, 3), (4, 2)][turn % 4];
-        let case = Case::new(&self.target).heads(num_heads, num_heads_k).head_dim([head_dim, padded][turn / 4 % 2]);
-        let case = Case { deterministic: turn / 3 % 2 == 1, dlse: turn % 7 > 3, ..case };
-        match (score_mod, turn % 5) {
+        let (num_heads, num_heads_k) = [(1, 1), (2, 1), (3, 3), (4, 2)][variant % 4];
+        let case = Case::new(&self.target).heads(num_heads, num_heads_k).head_dim([head_dim, padded][variant / 4 % 2]);
+        let case = Case { deterministic: variant / 3 % 2 == 1, dlse: variant % 7 > 3, ..case };
+        match (score_mod, variant % 5) {
             (false, _) => case,
             (true, 0) => case.softcap(1.5),
             (true, 1) => case.alibi(Alibi::PerHead),
@@ -75,8 +75,11 @@ impl Tiled {
         }
     }
 
-    /// One row or column short of, at, and past the edges of the kernel's tiles for every kind of mask; several tiles both
-    /// ways, with windows that skip whole tiles; packed sequences that end inside tiles, at their edges, and before them.
+    /// Cases around the edges of the kernel's tiles:
+    ///
+    /// - lengths one row or column before, at, and after an edge, with every kind of mask;
+    /// - several tiles of queries and keys, with windows that skip whole tiles;
+    /// - packed sequences that end inside tiles and at their edges, and empty ones.
     fn around_tiles(&self) -> Vec<Case> {
         let Kernel { block_m, block_n, .. } = *self.kernel;
         let mut cases = Vec::new();
@@ -111,21 +114,21 @@ impl Tiled {
         cases
     }
 
-    /// What `case` gives with this kernel in its pass, and the plan.
+    /// Runs `case` with this kernel in its pass. Returns the plan and the output.
     fn run(&self, case: &Case, input: &Input) -> Result<(CudaPlan, Output)> {
         let allow = |other: &Kernel| other.pass != self.kernel.pass || other.name == self.kernel.name;
         let (plan, got) = case.run_with(input, allow).with_context(|| format!("kernel {}", self.kernel.name))?;
         let Launch { kernel, .. } = plan.launch(self.kernel.pass).context("the plan has both passes")?;
-        ensure!(*kernel == self.kernel, "{} was asked for, {} came", self.kernel.name, kernel.name);
+        ensure!(*kernel == self.kernel, "{} was requested, but {} was planned", self.kernel.name, kernel.name);
         Ok((plan, got))
     }
 
-    /// o, lse and the gradients of `case` with this kernel against the reference. Returns the plan.
+    /// Compares o, lse and the gradients of `case` with this kernel to the reference. Returns the plan.
     fn check(&self, case: &Case) -> Result<CudaPlan> {
         self.check_on(case, &case.draw())
     }
 
-    /// The same on numbers of one's own.
+    /// The same on a given input.
     fn check_on(&self, case: &Case, input: &Input) -> Result<CudaPlan> {
         let (plan, got) = self.run(case, input)?;
         case.check_output(input, &got).with_context(|| format!("kernel {}", self.kernel.name))?;
@@ -133,22 +136,24 @@ impl Tiled {
     }
 }
 
-/// Each kernel, whichever a plan would have chosen.
+/// Every kernel, also those that a plan would not choose.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn every_kernel_at_the_edges_of_its_tiles() -> Result<()> {
     let kernels = tiled_kernels()?;
     let cases: Vec<(&Tiled, Case)> =
         kernels.iter().flat_map(|kernel| kernel.around_tiles().into_iter().map(move |case| (kernel, case))).collect();
-    // The reference is what takes the time.
+    // The reference takes most of the time, so the cases run in parallel.
     cases.par_iter().try_for_each(|(kernel, case)| kernel.check(case).map(drop))?;
     println!("{} cases on {} kernels match the reference", cases.len(), kernels.len());
     Ok(())
 }
 
-/// Kernels that share out their tiles among fewer blocks: more tiles than the GPU has multiprocessors, of heads that share
-/// keys, masked and not, packed with empty sequences in between; and more than a block for each of these can list. Each call
-/// leaves the counters as it found them, so that the next one gives the same bits.
+/// Persistent kernels distribute their tiles over fewer blocks. The cases have more tiles than the GPU has multiprocessors,
+/// with grouped query heads, with and without a mask, and packed with empty sequences. The last case has more tiles than one
+/// block per multiprocessor can list.
+///
+/// Each call must reset the tile counters, so that the next call gives the same bits.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn persistent_kernels_take_every_tile_once() -> Result<()> {
@@ -157,7 +162,7 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
     let mut cases = Vec::new();
     for tiled in kernels.iter().filter(|tiled| tiled.kernel.arch == Arch::Sm90) {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
-        let case = |turn| Case { deterministic: true, ..tiled.case(turn) };
+        let case = |variant| Case { deterministic: true, ..tiled.case(variant) };
         let lengths: Vec<(usize, usize)> =
             (0..40).map(|n| [(block_m + 1, 70), (0, 9), (5, 0), (2 * block_m, block_n + 3)][n % 4]).collect();
         for mask in [Mask::None, Mask::Causal, window(block_n, 3)] {
@@ -171,7 +176,7 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
         let input = case.draw();
         let (plan, first) = tiled.run(case, &input)?;
         let forward = plan.launch(Pass::Forward).context("a plan has a forward")?;
-        ensure!(forward.counts_tiles(), "a block for every tile: {plan:?}");
+        ensure!(forward.counts_tiles(), "as many blocks as tiles: {plan:?}");
         for run in 1..RUNS {
             let (_, again) = tiled.run(case, &input)?;
             let what = format!("in run {run}, kernel {}\ncase {case}", tiled.kernel.name);
@@ -183,33 +188,37 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
     Ok(())
 }
 
-/// Scores by the number of keys behind theirs, and the queries that have them; those of the others are 0.
-struct Climb {
+/// Scores as a function of the number of keys after the key, and the queries with these scores. Other queries have scores of 0.
+struct KeyScores {
     name: String,
     score: Box<dyn Fn(usize) -> f64 + Send + Sync>,
     rows: fn(usize) -> bool,
 }
 
-impl Climb {
-    /// `from` at the last key, and `per_tile` more from one tile of keys to the tile before it, which kernels visit later.
+impl KeyScores {
+    /// `from` at the last key, and `per_tile` more for each key tile before it. Kernels visit the last key tile first.
     fn by(from: f64, per_tile: f64, block_n: usize, rows: fn(usize) -> bool) -> Self {
-        let score = move |behind| from + behind as f64 * per_tile / block_n as f64;
-        Self { name: format!("from {from} on {per_tile} more with each tile"), score: Box::new(score), rows }
+        let score = move |keys_after| from + keys_after as f64 * per_tile / block_n as f64;
+        Self { name: format!("{from} plus {per_tile} per tile"), score: Box::new(score), rows }
     }
 
-    /// `value` for the last `keys` keys and 0 for those before, or the other way round.
+    /// `value` for the last `keys` keys and 0 for the others. If `for_the_last` is false, the other way round.
     fn step(keys: usize, value: f64, for_the_last: bool) -> Self {
-        let score = move |behind| if (behind < keys) == for_the_last { value } else { 0.0 };
-        Self { name: format!("{value} on one side of the {keys}th key"), score: Box::new(score), rows: |_| true }
+        let score = move |keys_after| if (keys_after < keys) == for_the_last { value } else { 0.0 };
+        let side = if for_the_last { "of" } else { "before" };
+        Self { name: format!("{value} in the keys {side} the last {keys}"), score: Box::new(score), rows: |_| true }
     }
 }
 
-/// Scores that climb from tile to tile of keys, in the order in which a kernel visits them and against it, by less than exp can express
-/// and by more; from 0, and from below it, so that maxima stay negative for some tiles or for all; in the rows of one warp alone, and in
-/// some rows of each. Also -inf, infinity and NaN, in the first tile that a kernel visits and in the last.
+/// Scores that grow or fall from key tile to key tile, in the order in which a kernel visits them.
+///
+/// - The difference per tile is inside and outside the range of exp.
+/// - Scores begin at 0 or below, so that row_max is negative for some tiles or for all.
+/// - They grow in all rows, in the rows of one warp, or in some rows of each warp.
+/// - Scores are also -inf, infinity and NaN, in the first tile that a kernel visits and in the last.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
-fn scores_that_climb_from_tile_to_tile() -> Result<()> {
+fn scores_that_grow_from_tile_to_tile() -> Result<()> {
     let kernels = tiled_kernels()?;
     let mut cases = Vec::new();
     for tiled in kernels.iter().filter(|tiled| tiled.kernel.pass == Pass::Forward) {
@@ -218,34 +227,34 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
         for per_tile in [2.0_f64, 20.0, 150.0, -20.0, -150.0] {
             for from in [0.0, -2.5 * per_tile.abs(), -7.0 * per_tile.abs()] {
                 for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
-                    cases.push((tiled, case().mask(mask), Climb::by(from, per_tile, block_n, |_| true)));
+                    cases.push((tiled, case().mask(mask), KeyScores::by(from, per_tile, block_n, |_| true)));
                 }
             }
         }
         for per_tile in [20.0, 150.0] {
             for from in [0.0, -2.5 * per_tile] {
-                cases.push((tiled, case(), Climb::by(from, per_tile, block_n, |row| row / 16 % 4 == 1)));
-                cases.push((tiled, case(), Climb::by(from, per_tile, block_n, |row| row % 3 == 1)));
+                cases.push((tiled, case(), KeyScores::by(from, per_tile, block_n, |row| row / 16 % 4 == 1)));
+                cases.push((tiled, case(), KeyScores::by(from, per_tile, block_n, |row| row % 3 == 1)));
             }
         }
         for value in [f64::NEG_INFINITY, f64::INFINITY, f64::NAN] {
-            cases.push((tiled, case(), Climb::step(9, value, true)));
-            cases.push((tiled, case(), Climb::step(6 * block_n, value, false)));
+            cases.push((tiled, case(), KeyScores::step(9, value, true)));
+            cases.push((tiled, case(), KeyScores::step(6 * block_n, value, false)));
         }
     }
-    let errors = cases.par_iter().filter_map(|(tiled, case, climb)| {
+    let errors = cases.par_iter().filter_map(|(tiled, case, scores)| {
         let mut input = case.draw();
         let head_dim = case.head_dim;
-        // The first column alone makes the scores: a sum of many large equal terms would round.
+        // Only the first column of q and k is not 0, because a sum of many large terms would be rounded.
         for (at, x) in input.q.iter_mut().enumerate() {
-            *x = f64::from(at % head_dim == 0 && (climb.rows)(at / head_dim));
+            *x = f64::from(at % head_dim == 0 && (scores.rows)(at / head_dim));
         }
         let keys = input.k.len() / head_dim;
         let scale = case.softmax_scale.unwrap_or((head_dim as f64).powf(-0.5));
         for (at, x) in input.k.iter_mut().enumerate().step_by(head_dim) {
-            *x = case.precision().round((climb.score)(keys - 1 - at / head_dim) / scale);
+            *x = case.precision().round((scores.score)(keys - 1 - at / head_dim) / scale);
         }
-        tiled.check_on(case, &input).err().map(|error| format!("scores {}: {error:#}", climb.name))
+        tiled.check_on(case, &input).err().map(|error| format!("scores {}: {error:#}", scores.name))
     });
     let errors: Vec<String> = errors.collect();
     let few = &errors[..errors.len().min(4)];
@@ -254,9 +263,12 @@ fn scores_that_climb_from_tile_to_tile() -> Result<()> {
     Ok(())
 }
 
-/// One tile and a part of another both ways, on every kernel, padded and packed, with and without `deterministic` and a
-/// gradient of lse, each also with a NaN in a key, a value and a gradient: small enough for a sanitizer, and complete, which is
-/// asserted. Of Candle's kernels only casts run. Each kernel is named when it is done: some tools take their time.
+/// Small cases for a sanitizer, on every kernel; the test asserts that every kernel was launched.
+///
+/// The cases have one tile and a part of another tile of queries and of keys. They are padded and packed, with and without
+/// `deterministic` and a gradient of lse. Each case also runs with a NaN in a key, a value and a gradient.
+///
+/// Candle's own kernels do not run, except for casts. The test prints each kernel when it is done, because some tools are slow.
 fn sweep(dtype: DType) -> Result<()> {
     let mut kernels = tiled_kernels()?;
     kernels.retain(|tiled| tiled.kernel.dtype == dtype);
@@ -265,7 +277,7 @@ fn sweep(dtype: DType) -> Result<()> {
     for (at, tiled) in kernels.iter().enumerate() {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
         let (seqlen_q, seqlen_k) = (block_m + 9, block_n + 17);
-        let small = |turn| tiled.case(turn).heads(2, 1).batch(1, seqlen_q, seqlen_k).mask(Mask::Causal);
+        let small = |variant| tiled.case(variant).heads(2, 1).batch(1, seqlen_q, seqlen_k).mask(Mask::Causal);
         let mut of_kernel = vec![
             Case { deterministic: false, dlse: false, ..small(at) },
             Case { deterministic: true, dlse: true, ..small(at + 1) },
@@ -273,11 +285,11 @@ fn sweep(dtype: DType) -> Result<()> {
             small(at + 3).batch(2, 20, seqlen_k).key_lengths(&[block_n + 1, 3], PaddingSide::Left),
         ];
         if tiled.kernel.arch == Arch::Sm90 {
-            // More tiles than a GPU has multiprocessors: a block goes on from one to the next.
+            // More tiles than a GPU has multiprocessors, so that a block processes several tiles.
             of_kernel.push(small(at).batch(48, seqlen_q, seqlen_k).mask(window(block_n / 2, 20)));
         }
         for case in of_kernel {
-            // A non-finite number of v makes a forward recompute its rows.
+            // NaN in v makes a forward recompute its rows.
             let mut input = case.draw();
             for values in [&mut input.k, &mut input.v, &mut input.do_] {
                 let last = values.len() - 1;
@@ -293,7 +305,7 @@ fn sweep(dtype: DType) -> Result<()> {
         ensure!(launched.contains(kernel.name), "{} was not launched", kernel.name);
     }
     if !kernels.is_empty() {
-        // delta, and the conversion of each backward.
+        // delta, and the convert kernel of each backward.
         let swept = |image| kernels.iter().any(|tiled| tiled.kernel.image == image);
         let helper = |kernel: &&Kernel| match kernel.pass {
             Pass::Delta => kernel.dtype == dtype,
@@ -320,7 +332,7 @@ fn sanitizer_sweep_in_bf16() -> Result<()> {
     sweep(DType::BF16)
 }
 
-/// The plain call at every head_dim that the front page promises.
+/// A call without options at every head_dim that the README promises.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn every_head_dim() -> Result<()> {
@@ -337,7 +349,7 @@ fn every_head_dim() -> Result<()> {
     Ok(())
 }
 
-/// `deterministic` repeats every bit, where many tiles of keys add into one tile of dq, and stays right.
+/// With `deterministic`, every call gives the same bits, although many key tiles add to one tile of dq. The results are right.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
@@ -368,7 +380,8 @@ fn a_deterministic_backward_repeats_its_bits() -> Result<()> {
     Ok(())
 }
 
-/// More sequences than one grid holds, so that each kernel is launched twice: the bits of two calls with half of them each.
+/// With more sequences than one grid holds, each kernel is launched twice. The bits equal those of two calls with half of the
+/// sequences each.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn more_sequences_than_a_grid_holds() -> Result<()> {
@@ -377,7 +390,7 @@ fn more_sequences_than_a_grid_holds() -> Result<()> {
         let case = || Case::new(target).head_dim(64).heads(2, 1).deterministic().dlse().mask(Mask::Causal);
         let mut lengths = [(1, 2), (0, 1), (3, 3), (2, 0)].repeat(HALF / 4);
         halves_give_the_bits(&case().packed(&lengths), &lengths)?;
-        // Longer ones go to the kernels of Hopper, where there are some.
+        // On Hopper, a longer sequence selects the sm90 kernels.
         lengths[HALF / 4] = (40, 50);
         halves_give_the_bits(&case().packed(&lengths), &lengths)?;
 
@@ -392,7 +405,7 @@ fn more_sequences_than_a_grid_holds() -> Result<()> {
     Ok(())
 }
 
-/// `half`, a packed case of `lengths`, twice in one call and in two calls.
+/// Runs `half`, a packed case of `lengths`, twice in one call and once in each of two calls. The bits must be equal.
 fn halves_give_the_bits(half: &Case, lengths: &[(usize, usize)]) -> Result<()> {
     let whole = half.clone().packed(&lengths.repeat(2));
     let input = whole.draw();
@@ -400,7 +413,7 @@ fn halves_give_the_bits(half: &Case, lengths: &[(usize, usize)]) -> Result<()> {
     same_as_halves(&got, [&half.run(&half_of(&input, 0))?, &half.run(&half_of(&input, 1))?], &whole)
 }
 
-/// The first or the second half of the sequences of `input`, which are as long as the others.
+/// The first or the second half of the sequences of `input`. Both halves have the same lengths.
 fn half_of(input: &Input, half: usize) -> Input {
     let of = |values: &[f64]| values[half * values.len() / 2..][..values.len() / 2].to_vec();
     Input {
@@ -424,8 +437,8 @@ fn same_as_halves(whole: &Output, halves: [&Output; 2], case: &Case) -> Result<(
     Ok(())
 }
 
-/// What no CUDA kernel takes is said with the way out, before anything is queued: by [`Attention::supports`] too, which
-/// computes nothing. Rows at odd places are refused in `layouts`.
+/// A call that no CUDA kernel supports returns an error that says what to do, before anything is queued.
+/// [`Attention::supports`] returns the same error. `layouts` tests rows that are not aligned.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn refusals_on_the_device() -> Result<()> {
@@ -434,7 +447,7 @@ fn refusals_on_the_device() -> Result<()> {
             let x = Tensor::zeros((1, 5, 2, head_dim), dtype, &device)?;
             let error = Attention::new().forward(&x, &x, &x).expect_err("has no kernel").to_string();
             let asked = Attention::new().supports(&x, &x, &x).expect_err("has no kernel").to_string();
-            ensure!(error == asked, "forward says {error}, supports {asked}");
+            ensure!(error == asked, "forward returns {error:?}, supports returns {asked:?}");
             Ok(error)
         };
         for other in [DType::F32, DType::F64] {
@@ -456,7 +469,7 @@ fn refusals_on_the_device() -> Result<()> {
     Ok(())
 }
 
-/// A plan without a backward gives the same o to inputs that are not tracked.
+/// A plan without a backward gives the same bits of o, for inputs that are not tracked.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn a_forward_runs_without_a_backward() -> Result<()> {
@@ -474,8 +487,8 @@ fn a_forward_runs_without_a_backward() -> Result<()> {
     Ok(())
 }
 
-/// Views without elements of tensors that have some: rows without keys are 0 and -inf, nothing flows back, and no
-/// kernel is launched over nothing.
+/// Empty views of tensors with elements. Rows without keys have o = 0 and lse = -inf, gradients are 0, and no kernel is
+/// launched with an empty grid.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn views_without_tokens() -> Result<()> {

@@ -1,9 +1,10 @@
-//! A forward and a backward captured in a CUDA graph and replayed on other numbers. This also proves that nothing on the
-//! path waits for the device or copies from it: a stream that is being captured refuses both, and the capture fails.
+//! Captures a forward and a backward in a CUDA graph and replays them with other inputs.
 //!
-//! Each test has a device of its own. An error inside a capture stays with cudarc's context, which then fails whatever is
-//! asked of it next; the other tests share another one. Candle's stream is the thread's own, so that no other test queues
-//! anything into the capture.
+//! This also proves that the calls never wait for the device or copy from it. A stream refuses both during a capture, and the
+//! capture fails.
+//!
+//! Each test opens its own device, because an error inside a capture makes all later calls of cudarc's context fail. The other
+//! tests share another context. Candle has one stream per thread, so no other test queues work into the capture.
 
 use crate::common::cases::{own_gpu, window, Alibi, Case, Lengths, Target, GPU_DTYPES};
 use crate::common::compare;
@@ -16,27 +17,29 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::testing::{self, Plan};
 use candle_fa2::{Attention, Mask};
 
-/// A device of this test's own, in each type.
+/// A new device for this test, once for each type.
 fn own_targets() -> Vec<Target> {
     let Some(device) = own_gpu() else { return Vec::new() };
     GPU_DTYPES.map(|dtype| Target { device: device.clone(), dtype }).to_vec()
 }
 
-/// What `work` queues, as a graph. What it allocates belongs to the graph: to be read after a launch, and again after the
-/// next, which frees and allocates it at the same addresses.
+/// Captures the work that `work` queues as a graph.
+///
+/// Memory that `work` allocates belongs to the graph. It can be read after a launch. The next launch frees it and allocates it
+/// again at the same addresses.
 fn capture<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<(T, CudaGraph)> {
     let stream = device.as_cuda_device()?.cuda_stream();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
     let done = work();
-    // Whatever came of it, the stream must not stay in its capture.
+    // End the capture of the stream also after an error.
     let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
     Ok((done?, graph?.context("nothing was captured")?))
 }
 
-/// Kernels, copies, allocations and frees of a graph.
+/// Number of kernels, copies, allocations and frees of a graph.
 fn nodes(graph: &CudaGraph) -> Result<usize> {
     let mut count = 0;
-    // SAFETY: the graph is alive; without an array for the nodes the driver writes their number alone.
+    // SAFETY: the graph is alive. Without an array for the nodes, the driver writes only their number.
     unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }.result()?;
     Ok(count)
 }
@@ -49,12 +52,12 @@ fn cases(target: &Target) -> Vec<Case> {
         case().batch(1, 300, 270).head_dim(128).mask(window(100, 20)).softcap(20.0),
         case().batch(2, 150, 150).head_dim(40).alibi(Alibi::PerHead),
         case().packed(&[(130, 140), (0, 4), (33, 200)]),
-        case().batch(4, 100, 60).heads(48, 6), // more tiles than multiprocessors: a persistent kernel counts them
+        case().batch(4, 100, 60).heads(48, 6), // more tiles than multiprocessors: a persistent kernel uses its tile counter
     ];
     kinds.into_iter().flat_map(|case| [case.clone(), case.deterministic()]).collect()
 }
 
-/// q, k, v and do of a case in memory that stays where it is.
+/// q, k, v and do of a case, at fixed addresses.
 struct Inputs {
     attention: Attention,
     q: Var,
@@ -69,7 +72,7 @@ impl Inputs {
         Ok(Self { attention, q, k, v, do_: Var::from_tensor(&case.tensor(&input.do_, &case.shape_q())?)? })
     }
 
-    /// Other numbers in the same places.
+    /// Copies other values to the same addresses.
     fn set(&self, case: &Case, input: &Input) -> Result<()> {
         for (var, values) in [(&self.q, &input.q), (&self.k, &input.k), (&self.v, &input.v), (&self.do_, &input.do_)] {
             var.set(&case.tensor(values, var.dims())?)?;
@@ -78,10 +81,10 @@ impl Inputs {
     }
 }
 
-/// o, lse, dq, dk and dv as they are on the device.
+/// o, lse, dq, dk and dv on the device.
 type Results = [Tensor; 5];
 
-/// The numbers of `results`, which waits for them.
+/// Waits for `results` and returns their elements.
 fn read(case: &Case, [o, lse, dq, dk, dv]: &Results) -> Result<Output> {
     Ok(Output {
         o: case.output_rows(o)?,
@@ -92,14 +95,15 @@ fn read(case: &Case, [o, lse, dq, dk, dv]: &Results) -> Result<Output> {
     })
 }
 
-/// Captures `pass`, replays it on the numbers it was captured with and on others, and compares.
+/// Captures `pass`, replays it with the same input and with another one, and compares both with direct calls.
 fn replay(case: &Case, pass: impl Fn(&Inputs) -> Result<Results>) -> Result<()> {
     let first = case.draw();
-    // Another draw of the same shapes: the name of a case seeds it. Slopes are options and stay, and lse has no gradient here.
+    // Another random input of the same shapes; the name of a case is its seed. Slopes are options, so they stay the same. lse
+    // has no gradient here.
     let (dlse, alibi_slopes) = (first.dlse.clone(), first.alibi_slopes.clone());
     let second = Input { dlse, alibi_slopes, ..case.clone().dlse().draw() };
     let inputs = Inputs::new(case, &first)?;
-    // Loads the kernels, ours and Candle's: a module cannot be loaded while its stream is being captured.
+    // Load all kernels first, because a module cannot be loaded during a capture.
     drop(pass(&inputs)?);
     let (results, graph) = capture(&case.device, || pass(&inputs))?;
     for input in [&first, &second] {
@@ -109,23 +113,23 @@ fn replay(case: &Case, pass: impl Fn(&Inputs) -> Result<Results>) -> Result<()> 
         case.check_output(input, &replayed).context("replayed")?;
         let direct = read(case, &pass(&inputs)?)?;
         for ((name, got), (_, want)) in replayed.named().into_iter().zip(direct.named()) {
-            // Without `deterministic` the sums of dq come in another order each time.
+            // Without `deterministic` dq is summed in another order each time.
             if name != "dq" || case.deterministic {
                 let what = format!("from those of a direct call\ncase {case}");
                 compare::same_rows(name, &got.values, &want.values, &what)?;
             }
         }
     }
-    // What the last launch allocated is freed before the graph that it belongs to.
+    // Free the memory of the last launch before the graph that owns it.
     drop(results);
     case.device.synchronize()?;
     drop(graph);
     Ok(())
 }
 
-// Lengths are copied to the device before the capture: that copy waits for the host's memory.
+// Lengths are copied to the device before the capture, because that copy waits for the host.
 
-/// The operator alone.
+/// The operator without autograd.
 #[test]
 fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
     for target in own_targets() {
@@ -148,7 +152,7 @@ fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
     Ok(())
 }
 
-/// The public call with Candle's autograd around it: a training step's attention.
+/// The public call with Candle's autograd, as in a training step.
 #[test]
 fn a_graph_of_forward_and_autograd_replays_on_new_numbers() -> Result<()> {
     for target in own_targets() {
@@ -162,7 +166,7 @@ fn a_graph_of_forward_and_autograd_replays_on_new_numbers() -> Result<()> {
                 // The gradient of sum(o * do) with respect to o is do.
                 let grads = (&o * do_.as_tensor())?.backward()?;
                 let grad = |var: &Var| grads.get(var).cloned().context("no gradient");
-                // Detached: the graph behind o would keep what the capture is to free.
+                // Detach o. Its graph would keep memory that the capture must free.
                 Ok([o.detach(), lse.detach(), grad(q)?, grad(k)?, grad(v)?])
             })?;
         }
@@ -170,7 +174,7 @@ fn a_graph_of_forward_and_autograd_replays_on_new_numbers() -> Result<()> {
     Ok(())
 }
 
-/// A call that is refused has queued nothing: its graph is empty. One that is not has queued something.
+/// A refused call queues nothing, so its graph is empty. An accepted call queues work.
 #[test]
 fn a_refused_call_queues_nothing() -> Result<()> {
     for Target { device, dtype } in own_targets() {
@@ -184,7 +188,7 @@ fn a_refused_call_queues_nothing() -> Result<()> {
                 Ok(())
             };
             let ((), graph) = capture(&device, refused)?;
-            ensure!(nodes(&graph)? == 0, "{x:?} was refused, yet {} nodes are queued", nodes(&graph)?);
+            ensure!(nodes(&graph)? == 0, "{x:?} was refused, but {} nodes are queued", nodes(&graph)?);
         }
         let (o, graph) = capture(&device, || Ok(Attention::new().forward(&fine, &fine, &fine)?))?;
         ensure!(nodes(&graph)? > 0, "the graph of a forward is empty");

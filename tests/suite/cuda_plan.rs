@@ -1,4 +1,5 @@
-//! Which CUDA kernels a call gets, in which grids, and what is refused. No GPU is needed: a plan is made from capabilities.
+//! The CUDA kernels and grids that a plan chooses, and the calls that it refuses. No GPU is needed, because a plan is made from
+//! capabilities.
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
@@ -14,7 +15,7 @@ const fn caps(compute_cap: (u32, u32), multiprocessors: usize, shared_bytes_per_
 const A100: DeviceCaps = caps((8, 0), 108, 163 * 1024);
 const H100: DeviceCaps = caps((9, 0), 132, 227 * 1024);
 const B200: DeviceCaps = caps((10, 0), 148, 227 * 1024);
-/// The least that a GPU from Ampere on has.
+/// The smallest capabilities of a GPU from Ampere on.
 const RTX_3090: DeviceCaps = caps((8, 6), 82, 99 * 1024);
 
 fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -29,7 +30,7 @@ fn problem(attention: &Attention, head_dim: usize, dtype: DType) -> Result<Probl
 fn plan(problem: &Problem, caps: &DeviceCaps) -> candle_fa2::Result<CudaPlan> {
     match Plan::choose(problem, caps)? {
         Plan::Cuda(plan) => Ok(plan),
-        Plan::Cpu { .. } => panic!("a GPU got the host's plan"),
+        Plan::Cpu { .. } => panic!("a GPU got the plan of the CPU"),
     }
 }
 
@@ -45,7 +46,8 @@ fn backward(plan: &CudaPlan) -> Launch {
     launch(plan, Pass::Backward)
 }
 
-/// Every head_dim that the front page promises, in both types, plain and with a score_mod: the tightest kernel of each pass.
+/// For every head_dim that the README promises, in both types, with and without a score_mod, each pass has the kernel with
+/// the smallest sufficient head_dim.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
     for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (B200, 227 * 1024), (RTX_3090, 99 * 1024)] {
@@ -70,7 +72,7 @@ fn every_head_dim_has_kernels() -> Result<()> {
     Ok(())
 }
 
-/// Of several kernels of one head_dim, a GPU gets the first that it has the shared memory for.
+/// If several kernels have one head_dim, the plan takes the first whose shared memory fits the GPU.
 #[test]
 fn more_shared_memory_brings_larger_kernels() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
@@ -83,8 +85,8 @@ fn more_shared_memory_brings_larger_kernels() -> Result<()> {
     Ok(())
 }
 
-/// A block for every tile of the longest sequence, every head and every sequence; one block for every key head of the
-/// backward; one for every tile of queries that the conversion takes.
+/// The forward has a block for every query tile of the longest sequence, every head and every sequence. The backward has a
+/// block for every key tile of every key head. The conversion has a block for every query tile.
 #[test]
 fn grids_cover_the_call() -> Result<()> {
     let (q, k) = (zeros(&[3, 1000, 12, 72], DType::BF16)?, zeros(&[3, 700, 4, 72], DType::BF16)?);
@@ -99,7 +101,7 @@ fn grids_cover_the_call() -> Result<()> {
         assert_eq!(forward(&plan).grid, (tiles(seqlen_q, forward(&plan).kernel.block_m), 12, batch));
         assert_eq!(backward(&plan).grid, (tiles(seqlen_k, backward(&plan).kernel.block_n), 4, batch));
         assert_eq!((launch(&plan, Pass::Delta).grid.1, launch(&plan, Pass::Delta).grid.2), (12, batch));
-        // The conversion reads what the backward's threads have summed, tile by tile.
+        // The conversion reads dq_accum in the tiles of the backward.
         assert_eq!(launch(&plan, Pass::Convert).kernel.image, backward(&plan).kernel.image);
         assert_eq!(launch(&plan, Pass::Convert).kernel.threads(), backward(&plan).kernel.threads());
         assert_eq!(launch(&plan, Pass::Convert).grid, (tiles(seqlen_q, backward(&plan).kernel.block_m), 12, batch));
@@ -107,12 +109,12 @@ fn grids_cover_the_call() -> Result<()> {
     Ok(())
 }
 
-/// The kernel of the backward, and where its tiles of dq_accum lie.
+/// The kernel of the backward, and the layout of its tiles in dq_accum.
 fn dq_tiles(plan: &CudaPlan) -> (&'static Kernel, DqTiles) {
     (backward(plan).kernel, plan.backward.as_ref().expect("a kernel fits").dq_tiles)
 }
 
-/// Every sequence and head has whole tiles of its own in dq_accum, whatever the lengths.
+/// In dq_accum, every sequence and head has its own whole tiles, for any lengths.
 #[test]
 fn tiles_of_dq_accum_do_not_overlap() -> Result<()> {
     for lengths_q in [&[1000usize, 0, 900, 1100][..], &[1, 1, 1], &[63, 65, 64, 1, 0, 0, 127], &[0], &[5000]] {
@@ -121,7 +123,7 @@ fn tiles_of_dq_accum_do_not_overlap() -> Result<()> {
         let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &cu_seqlens, &cu_seqlens)?;
         let (kernel, dq_tiles) = dq_tiles(&plan(&problem, &H100)?);
         let block_m = kernel.block_m;
-        // As the kernels count: a packed sequence begins at its first row's tile, plus one for each sequence before.
+        // The formula of the kernels: a packed sequence begins at the tile of its first row, plus one for each sequence before.
         let first = |batch: usize| cu_seqlens.offsets()[batch] as usize / block_m + batch;
         for (batch, seqlen_q) in lengths_q.iter().enumerate() {
             let end = first(batch) + seqlen_q.div_ceil(block_m);
@@ -138,7 +140,7 @@ fn tiles_of_dq_accum_do_not_overlap() -> Result<()> {
     Ok(())
 }
 
-/// What the plain kernels leave out: softcap, ALiBi, and factors that turn the order of the scores around.
+/// Calls that need a kernel with score_mod: softcap, ALiBi, and scales that do not keep the order of the scores.
 #[test]
 fn kernels_with_a_score_mod_where_needed() -> Result<()> {
     let slopes = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
@@ -162,7 +164,7 @@ fn kernels_with_a_score_mod_where_needed() -> Result<()> {
     Ok(())
 }
 
-/// Tests run each kernel of the table by leaving the others out.
+/// Tests choose a kernel of the table by disallowing the others.
 #[test]
 fn one_kernel_can_be_asked_for() -> Result<()> {
     let problem = problem(&Attention::new(), 64, DType::BF16)?;
@@ -171,20 +173,20 @@ fn one_kernel_can_be_asked_for() -> Result<()> {
     Ok(())
 }
 
-/// Kernels for Hopper, which a build for other GPUs alone leaves out.
+/// Kernels for Hopper. A build for other GPUs only does not have them.
 fn has_hopper() -> bool {
     KERNELS.iter().any(|kernel| kernel.arch == Arch::Sm90)
 }
 
-/// `(batch, seqlen, num_heads, head_dim)` for q and for k, zeros in bf16 that take no memory.
+/// The problem with these shapes of q and k, `(batch, seqlen, num_heads, head_dim)`. The bf16 zeros use no memory.
 fn long_problem(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Result<Problem> {
     let x = |shape: [usize; 4]| -> Result<Tensor> { Ok(zeros(&[1, 1, 1, shape[3]], DType::BF16)?.expand(&shape)?) };
     let (q, k) = (x(q)?, x(k)?);
     Ok(testing::problem(attention, &q, &k, &k)?)
 }
 
-/// Hopper's own kernels are for compute capability 9.0 alone, with its shared memory, and for more than a few queries. The
-/// smallest head_dim that fits comes first.
+/// sm90 kernels are chosen only for compute capability 9.0, with its shared memory, and for more than a few queries. The plan
+/// takes the smallest sufficient head_dim.
 #[test]
 fn hopper_has_kernels_of_its_own() -> Result<()> {
     let others = [A100, caps((8, 9), 128, 99 * 1024), B200, caps((12, 0), 170, 99 * 1024), caps((9, 0), 132, 101_376)];
@@ -208,7 +210,7 @@ fn hopper_has_kernels_of_its_own() -> Result<()> {
     Ok(())
 }
 
-/// Only those are allowed: on another GPU the refusal says where they run, and decoding gets them too.
+/// Only sm90 kernels are allowed. On another GPU the error says which GPU they need, and decoding uses them too.
 #[test]
 fn hopper_kernels_can_be_asked_for() -> Result<()> {
     let only = |kernel: &Kernel| kernel.pass != Pass::Forward || kernel.arch == Arch::Sm90;
@@ -217,12 +219,12 @@ fn hopper_kernels_can_be_asked_for() -> Result<()> {
     if !has_hopper() {
         return Ok(());
     }
-    assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 itself"), "{refused}");
+    assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 exactly"), "{refused}");
     assert_eq!(forward(&CudaPlan::choose(&decoding, &H100, only)?).kernel.arch, Arch::Sm90);
     Ok(())
 }
 
-/// Tiles of block_m queries, at most a block to a multiprocessor, and at most 256 tiles to a block.
+/// A tile has block_m queries. There is at most one block per multiprocessor, unless a block would have more than 256 tiles.
 #[test]
 fn schedules_cover_the_call() -> Result<()> {
     if !has_hopper() {
@@ -234,12 +236,12 @@ fn schedules_cover_the_call() -> Result<()> {
         Ok((schedule.expect("on Hopper"), blocks, kernel.block_m))
     };
     let causal = Attention::new().mask(Mask::Causal);
-    // Few tiles: a block for each.
+    // Few tiles: one block per tile.
     let (schedule, blocks, block_m) = of(&long_problem(&Attention::new(), [2, 1000, 6, 128], [2, 700, 2, 128])?)?;
     let m_blocks = 1000usize.div_ceil(block_m);
     assert_eq!(schedule, Schedule { tiles: 12 * m_blocks, m_blocks, section_heads: 1 });
     assert_eq!(blocks, 12 * m_blocks as u32);
-    // Many: a block for each multiprocessor; more than those can list: more blocks.
+    // Many tiles: one block per multiprocessor. More tiles than these blocks can list: more blocks.
     for (batch, want) in [(8, 132), (60_000, 1875)] {
         let (schedule, blocks, _) = of(&long_problem(&causal, [batch, 100, 8, 64], [batch, 100, 8, 64])?)?;
         assert_eq!((schedule.tiles, schedule.m_blocks), (8 * batch, 1));
@@ -247,7 +249,7 @@ fn schedules_cover_the_call() -> Result<()> {
     }
     let (_, blocks, _) = of(&long_problem(&causal, [1, 16_384, 16, 128], [1, 16_384, 16, 128])?)?;
     assert_eq!(blocks, 132);
-    // Masked heads in sections of one size: some four tiles to a multiprocessor, at most 32 heads, no more than there are.
+    // With a mask, sections have one size: about four tiles per multiprocessor, at most 32 heads, at most all heads.
     let sections =
         [(512, 64, 32), (1024, 80, 27), (4096, 64, 16), (16_384, 16, 4), (16_384, 7, 4), (1024, 4, 4), (131_072, 4, 1)];
     for (seqlen, heads, want) in sections {
@@ -257,7 +259,7 @@ fn schedules_cover_the_call() -> Result<()> {
         }
         assert_eq!(of(&long_problem(&Attention::new(), shape, shape)?)?.0.section_heads, 1);
     }
-    // Packed: whatever the lengths, no sequence has more than its share of total_q / block_m + batch.
+    // Packed: total_q / block_m + batch is an upper bound of the number of query tiles, for any lengths.
     let lengths = CuSeqlens::from_lengths(&[1000, 0, 900, 1100], &Device::Cpu)?;
     let q = zeros(&[3000, 12, 128], DType::BF16)?;
     let packed = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
@@ -266,7 +268,7 @@ fn schedules_cover_the_call() -> Result<()> {
     Ok(())
 }
 
-/// Without queries there is nothing to do; without keys there is: o is 0 and lse is -inf.
+/// Without queries there is no work. Without keys there is: o is 0 and lse is -inf.
 #[test]
 fn schedules_of_calls_without_rows() -> Result<()> {
     let x = |seqlen| zeros(&[2, seqlen, 3, 64], DType::F16);
@@ -282,7 +284,7 @@ fn schedules_of_calls_without_rows() -> Result<()> {
     Ok(())
 }
 
-/// What TMA or the count of tiles cannot hold goes to the other kernels.
+/// If a stride is too large for TMA, or there are too many tiles, the plan takes an sm80 kernel.
 #[test]
 fn hopper_leaves_what_it_cannot_hold() -> Result<()> {
     let shape = [2, 20, 2, 64];
@@ -291,7 +293,7 @@ fn hopper_leaves_what_it_cannot_hold() -> Result<()> {
     assert_eq!(forward(&plan(&problem, &H100)?).schedule.is_some(), has_hopper());
     problem.k.batch = 1 << 39;
     assert_eq!(forward(&plan(&problem, &H100)?).kernel.arch, Arch::Sm80);
-    // 65,535 sequences, all but one empty, and as many heads: each counts as a block of queries.
+    // 65,535 sequences, all empty except for one, and as many heads: each sequence counts as a query tile.
     let mut lengths = vec![0; 65_535];
     lengths[7] = 20;
     let lengths = CuSeqlens::from_lengths(&lengths, &Device::Cpu)?;
@@ -301,7 +303,7 @@ fn hopper_leaves_what_it_cannot_hold() -> Result<()> {
     Ok(())
 }
 
-/// A printed plan names its kernels and what they are launched with.
+/// A printed plan contains its kernels and their launch configurations.
 #[test]
 fn a_cuda_plan_prints() -> Result<()> {
     let plan = plan(&problem(&Attention::new(), 64, DType::BF16)?, &H100)?;
@@ -346,9 +348,9 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     has(&rejected(256, 100, &RTX_3090)?, "bwd_sm80_bf16_d256_", " bytes of shared memory");
     has(&rejected(256, 100, &H100)?, "bwd_sm80_bf16_d256_", " comes later in the table");
     if has_hopper() {
-        has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 itself");
+        has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 exactly");
         has(&rejected(64, 100, &H100)?, "fwd_sm80_bf16_d64_", " is for older GPUs");
-        has(&rejected(64, 1, &H100)?, "fwd_sm90_bf16_d64_", " has large tiles, and decoding suits small ones");
+        has(&rejected(64, 1, &H100)?, "fwd_sm90_bf16_d64_", " has large tiles, but decoding is faster with small ones");
     }
     Ok(())
 }
@@ -373,17 +375,17 @@ fn a_backward_may_be_missing() -> Result<()> {
     let refused = plan(&problem, &caps).expect_err("must be refused").to_string();
     let start = format!(
         "k: tracked for gradients, but head_dim 128 has no BF16 backward kernel for compute capability 8.6 with {bytes} bytes \
-         of shared memory a block (bwd_sm80_bf16_d128_"
+         of shared memory per block (bwd_sm80_bf16_d128_"
     );
-    let end = " bytes of shared memory); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference \
-               alone, call .detach() on the inputs";
+    let end = " bytes of shared memory); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference, \
+               call .detach() on the inputs";
     assert!(refused.starts_with(&start) && refused.ends_with(end), "{refused}");
     plan(&problem, &RTX_3090)?;
 
     // The same where a build has no backward.
     let no_backward = |kernel: &Kernel| kernel.pass != Pass::Backward;
     let refused = CudaPlan::choose(&problem, &H100, no_backward).expect_err("must be refused").to_string();
-    assert!(refused.contains("shared memory a block (none was built); use another head_dim"), "{refused}");
+    assert!(refused.contains("shared memory per block (none was built); use another head_dim"), "{refused}");
     problem.tracked = None;
     assert_eq!(CudaPlan::choose(&problem, &H100, no_backward)?.backward, None);
     Ok(())
@@ -409,8 +411,8 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
     );
     let small = refused(256, DType::BF16, &caps((8, 6), 84, 20_000))?;
     let start =
-        "head_dim 256 has no BF16 forward kernel for compute capability 8.6 with 20000 bytes of shared memory a \
-                 block (fwd_sm80_bf16_d256_";
+        "head_dim 256 has no BF16 forward kernel for compute capability 8.6 with 20000 bytes of shared memory per block \
+         (fwd_sm80_bf16_d256_";
     assert!(
         small.starts_with(start)
             && small.ends_with("; use another head_dim, or move q, k and v with to_device(&Device::Cpu)"),
@@ -421,7 +423,7 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
 
 #[test]
 fn refusals_by_size() -> Result<()> {
-    // Views that repeat one element: nothing of these sizes is allocated.
+    // Views that repeat one element, so no memory of these sizes is allocated.
     let x = |shape: [usize; 4]| -> Result<Tensor> { Ok(zeros(&[1, 1, 1, 8], DType::F16)?.expand(&shape)?) };
     for (q, k, text) in [
         (
@@ -448,10 +450,10 @@ fn refusals_by_size() -> Result<()> {
     Ok(())
 }
 
-/// A deterministic backward counts its blocks in 32 bits.
+/// A deterministic backward numbers its blocks in 32 bits.
 #[test]
 fn more_blocks_than_tickets() -> Result<()> {
-    // 600,000 sequences, all but one empty: each counts as long as that one.
+    // 600,000 sequences, all empty except for one. Each has as many blocks as the longest.
     let mut lengths = vec![0; 600_000];
     lengths[7] = 1 << 20;
     let lengths = CuSeqlens::from_lengths(&lengths, &Device::Cpu)?;
@@ -468,7 +470,7 @@ fn more_blocks_than_tickets() -> Result<()> {
     Ok(())
 }
 
-/// Rows are read 16 bytes at once. Strides that are never used may be anything.
+/// Rows must be 16-byte aligned. A stride that is never used may have any value.
 #[test]
 fn refusals_by_alignment() -> Result<()> {
     let wide = zeros(&[2, 5, 4, 20], DType::BF16)?;
@@ -484,7 +486,7 @@ fn refusals_by_alignment() -> Result<()> {
     assert_eq!(text([&fine, &end, &fine])?, format!("k: {rule} 4 and strides [400, 80, 20] {way_out}"));
     assert_eq!(text([&fine, &fine, &end])?, format!("v: {rule} 4 and strides [400, 80, 20] {way_out}"));
     assert_eq!(text([&fine, &fine, &end.force_contiguous()?])?, "no error");
-    // A contiguous tensor at an odd place: `contiguous` would hand it back as it is.
+    // A contiguous tensor with an odd offset. `contiguous()` would return it unchanged.
     let shifted = zeros(&[2 * 5 * 4 * 16 + 4], DType::BF16)?.narrow(0, 4, 640)?.reshape((2, 5, 4, 16))?;
     assert_eq!(text([&fine, &shifted, &fine])?, format!("k: {rule} 4 and strides [320, 64, 16] {way_out}"));
     // Broadcast heads, and an axis of one head whose stride is odd.
@@ -497,7 +499,7 @@ fn refusals_by_alignment() -> Result<()> {
     Ok(())
 }
 
-/// Rows are stepped over in 32 bits.
+/// Kernels compute offsets between rows in 32 bits.
 #[test]
 fn refusals_by_row_stride() -> Result<()> {
     let x = zeros(&[1, 33, 1, 64], DType::BF16)?;
@@ -509,7 +511,7 @@ fn refusals_by_row_stride() -> Result<()> {
         plan(&problem, &H100).expect_err("must be refused").to_string(),
         "v: rows are 67108864 elements apart, but a CUDA kernel takes at most 67108863; call .force_contiguous()"
     );
-    // One row needs no stride.
+    // With a single row the stride is not used.
     let x = zeros(&[2, 1, 1, 64], DType::BF16)?;
     let mut problem = testing::problem(&Attention::new(), &x, &x, &x)?;
     problem.q.row = 1 << 40;
@@ -517,7 +519,7 @@ fn refusals_by_row_stride() -> Result<()> {
     Ok(())
 }
 
-/// Nothing to do along an axis of the grid, and the kernels that still have work.
+/// If an axis of a grid is empty, its kernel does not run, and the other kernels do.
 #[test]
 fn calls_without_rows_have_empty_grids() -> Result<()> {
     let x = |seqlen: usize| zeros(&[2, seqlen, 3, 64], DType::F16);
@@ -534,7 +536,7 @@ fn calls_without_rows_have_empty_grids() -> Result<()> {
     Ok(())
 }
 
-/// The table itself: what build.rs wrote is what the lines of cuda/instances.def say.
+/// The table of kernels equals the lines of cuda/instances.def.
 #[test]
 fn the_table_has_every_variant_once() {
     let variant = |kernel: &Kernel| (kernel.dtype, kernel.score_mod);
@@ -553,7 +555,7 @@ fn the_table_has_every_variant_once() {
 #[test]
 fn capabilities_of_another_device_make_no_cuda_plan() -> Result<()> {
     let problem = problem(&Attention::new(), 64, DType::F16)?;
-    let error = CudaPlan::choose(&problem, &DeviceCaps::Cpu, |_| true).expect_err("the host runs no CUDA kernel");
+    let error = CudaPlan::choose(&problem, &DeviceCaps::Cpu, |_| true).expect_err("the CPU runs no CUDA kernel");
     assert!(matches!(error, Error::NoKernel { dtype: DType::F16, device: DeviceLocation::Cpu }), "{error}");
     Ok(())
 }

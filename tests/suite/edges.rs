@@ -1,5 +1,5 @@
-//! The sizes and numbers where implementations break: nothing to see, one token, none, scores that overflow, and values
-//! that are not numbers.
+//! Sizes and values where implementations often fail: no visible key, one token, no token, scores that overflow, and
+//! non-finite values.
 
 use crate::common::cases::{precision, targets, window, Alibi, Case, Target};
 use crate::common::compare;
@@ -10,7 +10,8 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::{Attention, Mask};
 
-/// No query, no key, one of either, no sequence: the result has the right shape, and rows without keys are 0 and -inf.
+/// No query, no key, one query, one key, no sequence. The result has the right shape; rows without keys have o = 0 and
+/// lse = -inf.
 #[test]
 fn empty_and_single_sizes() -> Result<()> {
     for target in targets() {
@@ -33,7 +34,7 @@ fn empty_and_single_sizes() -> Result<()> {
     Ok(())
 }
 
-/// More queries than keys: the first rows of a causal mask see nothing, in parts of a tile and in whole tiles.
+/// With more queries than keys, the first rows of a causal mask see no key. They fill a part of a tile, or whole tiles.
 #[test]
 fn rows_that_see_no_key() -> Result<()> {
     for target in targets() {
@@ -48,7 +49,7 @@ fn rows_that_see_no_key() -> Result<()> {
             let input = case.draw();
             let got = case.run(&input)?;
             case.check_output(&input, &got)?;
-            // Exactly zero, not merely near it.
+            // Exactly 0, not approximately.
             let lengths = input.lengths.iter().flat_map(|&pair| (0..pair.0).map(move |row| (pair, row)));
             for (token, (pair, row)) in lengths.enumerate() {
                 if (0..pair.1).any(|col| visible(pair, input.window, row, col)) {
@@ -61,7 +62,7 @@ fn rows_that_see_no_key() -> Result<()> {
                 let lse = &got.lse.values[first..][..case.num_heads];
                 ensure!(
                     zeros(&got.o.values) && zeros(&got.dq.values),
-                    "token {token} sees nothing, yet is not 0\ncase {case}"
+                    "token {token} sees no key, but is not 0\ncase {case}"
                 );
                 ensure!(lse.iter().all(|&x| x == f64::NEG_INFINITY), "lse of token {token} is {lse:?}\ncase {case}");
             }
@@ -70,8 +71,8 @@ fn rows_that_see_no_key() -> Result<()> {
     Ok(())
 }
 
-/// Scores in the thousands: exp of them overflows every type, and S would overflow f16. Also far below zero, where it
-/// underflows.
+/// Scores in the thousands. Their exp overflows in every type, and they themselves overflow in f16. Also scores far below 0,
+/// whose exp underflows.
 #[test]
 fn scores_that_overflow_exp() -> Result<()> {
     for target in targets() {
@@ -83,7 +84,7 @@ fn scores_that_overflow_exp() -> Result<()> {
                 case.check_on(&input)?;
             }
         }
-        // All scores of a row near -100,000: without the row's maximum every exp would be 0.
+        // All scores of a row are near -100,000. Without subtracting row_max, every exp would be 0.
         let case = Case::new(&target).batch(1, 20, 20).softmax_scale(100.0);
         let mut input = case.draw();
         input.q.fill(precision(target.dtype).round(8.0));
@@ -91,7 +92,7 @@ fn scores_that_overflow_exp() -> Result<()> {
             *x = precision(target.dtype).round(-8.0 - x.abs() / 64.0);
         }
         case.check_on(&input)?;
-        // A cap turns any score into a moderate one.
+        // A softcap limits every score.
         let case = Case::new(&target).batch(1, 20, 20).softcap(5.0);
         let mut input = case.draw();
         scaled(&mut input, 1000.0);
@@ -100,13 +101,14 @@ fn scores_that_overflow_exp() -> Result<()> {
     Ok(())
 }
 
-/// The lse of a large score is rounded at its size, yet P is not: with one key to see, o is v and dv the sum of do, exactly.
+/// The lse of a large score has a large rounding error, but P has none. With one visible key, o is exactly v, and dv is
+/// exactly the sum of do.
 #[test]
 fn one_key_of_any_score() -> Result<()> {
     let device = Device::Cpu;
     for (dtype, gains) in [(DType::F32, &[1e4, 1e7, 1e8, 1e20, 1e30][..]), (DType::F64, &[1e7, 1e18, 1e150])] {
         for &gain in gains {
-            // Shapes whose products take the ways for vectors, small matrices and whole tiles.
+            // Shapes for each kind of product: vectors, small matrices, whole tiles.
             for (seqlen_q, head_dim) in [(2, 2), (1, 64), (129, 64)] {
                 let var = |seqlen: usize, value: f64| -> Result<Var> {
                     let x = Tensor::full(value, (1, seqlen, 1, head_dim), &device)?.to_dtype(dtype)?;
@@ -129,7 +131,8 @@ fn one_key_of_any_score() -> Result<()> {
     Ok(())
 }
 
-/// Wide scores, where most keys count for nothing: the backward errs no more than a plain softmax in the same type.
+/// Scores with a large range, so that most keys have almost no weight. The error of the backward is at most that of a plain
+/// softmax in the same type.
 #[test]
 fn gradients_at_wide_scores() -> Result<()> {
     for target in targets().into_iter().filter(|target| matches!(target.dtype, DType::F32 | DType::F64)) {
@@ -145,12 +148,12 @@ fn gradients_at_wide_scores() -> Result<()> {
     Ok(())
 }
 
-/// q times `gain`, rounded again to the type.
+/// Multiplies q by `gain` and rounds it to the type again.
 fn scaled(input: &mut Input, gain: f64) {
     input.q.iter_mut().for_each(|x| *x = input.precision.round(*x * gain));
 }
 
-/// Scores that grow or fall along the keys move the running maximum in every tile or in none.
+/// Scores that grow or fall along the keys. So row_max changes in every tile, or in none after the first.
 #[test]
 fn scores_that_rise_and_fall_along_the_keys() -> Result<()> {
     for target in targets() {
@@ -167,7 +170,7 @@ fn scores_that_rise_and_fall_along_the_keys() -> Result<()> {
     Ok(())
 }
 
-/// A scale of zero makes every weight equal, and no gradient reaches q or k.
+/// With a scale of 0 all weights are equal, and the gradients of q and k are 0.
 #[test]
 fn scale_of_zero() -> Result<()> {
     for target in targets() {
@@ -176,7 +179,7 @@ fn scale_of_zero() -> Result<()> {
     Ok(())
 }
 
-/// Slopes of 0 and below: the bias may be none, or grow with the distance.
+/// ALiBi slopes of 0 and below 0: there is no bias, or it grows with the distance.
 #[test]
 fn slopes_of_any_sign() -> Result<()> {
     for target in targets() {
@@ -190,7 +193,7 @@ fn slopes_of_any_sign() -> Result<()> {
     Ok(())
 }
 
-/// Equal scores, equal values: o is v exactly, whatever the number of keys.
+/// With equal scores and equal values, o is exactly v, for any number of keys.
 #[test]
 fn one_key_repeated() -> Result<()> {
     for target in targets() {
@@ -205,13 +208,13 @@ fn one_key_repeated() -> Result<()> {
     Ok(())
 }
 
-/// What stands where a number was.
-const INTRUDERS: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+/// The value that replaces an element.
+const NONFINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
 
-/// The numbers of one tensor of an input.
+/// Accesses the elements of one tensor of an input.
 type Values = fn(&mut Input) -> &mut Vec<f64>;
 
-/// The tensors that may hold one, and how to reach them.
+/// The tensors that may hold such a value.
 const TENSORS: [(&str, Values); 5] =
     [("q", |i| &mut i.q), ("k", |i| &mut i.k), ("v", |i| &mut i.v), ("do", |i| &mut i.do_), ("dlse", |i| &mut i.dlse)];
 
@@ -228,20 +231,20 @@ fn masks_and_lengths(target: &Target) -> Vec<Case> {
     ]
 }
 
-/// One NaN or infinity in q, k, v, do or dlse: NaN and infinities come out exactly where the reference has them, and every other
-/// number is right. Gradients on a GPU may hold more NaN, as `Nonfinite` says.
+/// One NaN or infinity in q, k, v, do or dlse. The results are non-finite exactly where the reference is, and every other
+/// element is right. Gradients on a GPU may have more NaN; see `Nonfinite`.
 #[test]
 fn one_value_that_is_not_a_number() -> Result<()> {
     for target in targets() {
         for case in masks_and_lengths(&target) {
             for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
-                for intruder in INTRUDERS {
+                for nonfinite in NONFINITE {
                     for part in [0, 1, 2, 3] {
                         let mut input = case.draw();
                         let values = tensor(&mut input);
                         let at = part * (values.len() - 1) / 3;
-                        values[at] = intruder;
-                        case.check_on(&input).map_err(|error| error.context(format!("{intruder} in {name}[{at}]")))?;
+                        values[at] = nonfinite;
+                        case.check_on(&input).map_err(|error| error.context(format!("{nonfinite} in {name}[{at}]")))?;
                     }
                 }
             }
@@ -250,12 +253,12 @@ fn one_value_that_is_not_a_number() -> Result<()> {
     Ok(())
 }
 
-/// Keys that no query sees may hold anything.
+/// Keys that no query sees may hold any values.
 #[test]
 fn hidden_keys_do_not_leak() -> Result<()> {
     for target in targets() {
-        for intruder in INTRUDERS {
-            // The window ends before the last keys, and begins behind the first.
+        for nonfinite in NONFINITE {
+            // The window ends before the last keys and begins after the first.
             for (mask, lengths, hidden) in
                 [(window(2, 0), (4, 200), 0..150), (window(0, 0), (3, 9), 0..6), (window(5, 2), (140, 300), 0..120)]
             {
@@ -263,19 +266,20 @@ fn hidden_keys_do_not_leak() -> Result<()> {
                 let clean = case.draw();
                 let mut input = clean.clone();
                 for col in hidden {
-                    input.k[col * 8..][..8].fill(intruder);
-                    input.v[col * 8..][..8].fill(intruder);
+                    input.k[col * 8..][..8].fill(nonfinite);
+                    input.v[col * 8..][..8].fill(nonfinite);
                 }
                 let got = case.run(&input)?;
                 case.check_hidden(&clean, &input, &got)
-                    .map_err(|error| error.context(format!("hidden keys of {intruder}")))?;
+                    .map_err(|error| error.context(format!("hidden keys of {nonfinite}")))?;
             }
         }
     }
     Ok(())
 }
 
-/// A non-finite number in one sequence and one group of heads. Every row of the others, in o, lse and all gradients, keeps its bits.
+/// A non-finite value in one sequence and one group of heads. All rows of other sequences and groups keep their bits, in o, lse
+/// and all gradients.
 #[test]
 fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
     for target in targets() {
@@ -311,21 +315,22 @@ fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
     Ok(())
 }
 
-/// Whole rows of it: a query of NaN spoils its own row and the keys it sees, a key of -inf is as good as hidden.
+/// Whole rows of a non-finite value. A query of NaN makes its own row NaN, and the gradients of the keys that it sees. A key
+/// of -inf has the effect of a hidden key.
 #[test]
 fn rows_that_are_not_numbers() -> Result<()> {
     for target in targets() {
         for case in masks_and_lengths(&target) {
             for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
-                for intruder in INTRUDERS {
+                for nonfinite in NONFINITE {
                     let mut input = case.draw();
                     let head_dim = case.head_dim;
                     let values = tensor(&mut input);
                     let width = if name == "dlse" { 1 } else { head_dim };
                     let row = values.len() / width / 2;
-                    values[row * width..][..width].fill(intruder);
+                    values[row * width..][..width].fill(nonfinite);
                     case.check_on(&input)
-                        .map_err(|error| error.context(format!("{intruder} in row {row} of {name}")))?;
+                        .map_err(|error| error.context(format!("{nonfinite} in row {row} of {name}")))?;
                 }
             }
         }
@@ -333,14 +338,14 @@ fn rows_that_are_not_numbers() -> Result<()> {
     Ok(())
 }
 
-/// All scores that a query sees are -inf: the softmax of nothing finite is NaN, and lse is -inf.
+/// All visible scores of a query are -inf: o is NaN, and lse is -inf.
 #[test]
 fn visible_scores_of_minus_infinity() -> Result<()> {
     for target in targets() {
         let case = Case::new(&target).batch(1, 4, 4).heads(1, 1).head_dim(2).mask(Mask::Causal);
         let mut input = case.draw();
         input.q.fill(1.0);
-        // The first two keys; the third and fourth query also see finite ones.
+        // The first two keys have scores of -inf. The third and fourth query also see finite scores.
         let two_rows = 2 * case.head_dim;
         input.k[..two_rows].fill(f64::NEG_INFINITY);
         let got = case.run(&input)?;
@@ -352,11 +357,11 @@ fn visible_scores_of_minus_infinity() -> Result<()> {
     Ok(())
 }
 
-/// Numbers near the ends of f16: S, P and the gradients pass through f32, where they fit.
+/// Values near the limits of f16. S, P and the gradients are computed in f32, which holds them.
 #[test]
 fn numbers_near_the_ends_of_f16() -> Result<()> {
     for target in targets().into_iter().filter(|target| target.dtype == DType::F16) {
-        // Scores of 60,000 * 60,000 fit f32 alone, and o of 60,000 fits f16.
+        // Scores of 60,000 * 60,000 fit f32 but not f16. An o of 60,000 fits f16.
         let case = Case::new(&target).batch(1, 6, 9).softmax_scale(1e-9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.k, &mut input.v] {
@@ -364,7 +369,7 @@ fn numbers_near_the_ends_of_f16() -> Result<()> {
         }
         input.do_.iter_mut().for_each(|x| *x = Precision::F16.round(*x / 1e4));
         case.check_on(&input)?;
-        // The smallest numbers of all, below the normal range.
+        // Subnormal numbers.
         let case = Case::new(&target).batch(1, 6, 9);
         let mut input = case.draw();
         for tensor in [&mut input.q, &mut input.v, &mut input.do_] {

@@ -1,5 +1,5 @@
-//! Every refusal as its user reads it: one line per message, compared as text. Each is given by `supports` before
-//! anything runs, by all ways to call, and unchanged through Candle's error.
+//! Every error text, as the user reads it. Every call and `supports` return the same text, before anything runs. Candle's error
+//! type does not change it.
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, IndexOp, Tensor, Var};
@@ -10,7 +10,7 @@ fn zeros(shape: &[usize]) -> Tensor {
     Tensor::zeros(shape, DType::F32, &Device::Cpu).expect("zeros on the host")
 }
 
-/// Text of the error of a call that must not succeed.
+/// Text of the error of a call that must fail.
 fn text<T>(result: candle_fa2::Result<T>) -> String {
     match result {
         Ok(_) => "no error".to_string(),
@@ -24,7 +24,7 @@ fn text<T>(result: candle_fa2::Result<T>) -> String {
     }
 }
 
-/// The one text that `supports`, `forward` and `forward_with_lse` give.
+/// The text that `supports`, `forward` and `forward_with_lse` all return.
 fn refused(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> String {
     let answer = text(attention.supports(q, k, v));
     assert_eq!(text(attention.forward(q, k, v)), answer, "forward and supports disagree");
@@ -32,7 +32,7 @@ fn refused(attention: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> String 
     answer
 }
 
-/// The same of a packed call.
+/// The same for a packed call.
 fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, lengths_k]: [&CuSeqlens; 2]) -> String {
     let answer = text(attention.supports_packed(q, k, v, lengths_q, lengths_k));
     let forward = text(attention.forward_packed(q, k, v, lengths_q, lengths_k));
@@ -42,7 +42,7 @@ fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, le
     answer
 }
 
-/// Shapes of q, k and v, and what is wrong with them.
+/// Shapes of q, k and v, and the error text.
 const PADDED: [([&[usize]; 3], &str); 16] = [
     (
         [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
@@ -64,25 +64,25 @@ const PADDED: [([&[usize]; 3], &str); 16] = [
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "v: head_dim must be 64 as in q, got 80 in shape [2, 4, 2, 80]"),
     (
         [&[2, 3, 8, 64], &[2, 4, 3, 64], &[2, 4, 3, 64]],
-        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads",
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head must serve the same number of query heads",
     ),
     (
         [&[2, 3, 2, 64], &[2, 4, 4, 64], &[2, 4, 4, 64]],
-        "num_heads 2 of q is not a multiple of num_heads_k 4 of k and v; each key head serves equally many query heads",
+        "num_heads 2 of q is not a multiple of num_heads_k 4 of k and v; each key head must serve the same number of query heads",
     ),
     (
         [&[2, 3, 2, 64], &[2, 4, 0, 64], &[2, 4, 0, 64]],
-        "num_heads 2 of q is not a multiple of num_heads_k 0 of k and v; each key head serves equally many query heads",
+        "num_heads 2 of q is not a multiple of num_heads_k 0 of k and v; each key head must serve the same number of query heads",
     ),
     (
         [&[2, 3, 1, 513], &[2, 4, 1, 513], &[2, 4, 1, 513]],
-        "head_dim 513 is not supported (supported: 1 to 512); choose num_heads so that it is",
+        "head_dim 513 is not supported (supported: 1 to 512); choose another num_heads",
     ),
     (
         [&[2, 3, 1, 0], &[2, 4, 1, 0], &[2, 4, 1, 0]],
-        "head_dim 0 is not supported (supported: 1 to 512); choose num_heads so that it is",
+        "head_dim 0 is not supported (supported: 1 to 512); choose another num_heads",
     ),
-    // The first rule that is broken speaks, in the order of q, k, v.
+    // The error names the first broken rule, in the order of q, k, v.
     ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]], "no error"),
 ];
@@ -106,22 +106,22 @@ fn shapes_of_one_tensor_of_q_k_and_v() {
         (
             &[2, 3, 4, 64],
             2,
-            "qkv: 4 heads in shape [2, 3, 4, 64] are not num_heads + 2 * num_heads_k with num_heads_k 2; q's come first, then k's, then v's",
+            "qkv: 4 heads in shape [2, 3, 4, 64] are not num_heads + 2 * num_heads_k with num_heads_k 2; the heads of q come first, then k, then v",
         ),
         (
             &[2, 3, 4, 64],
             usize::MAX,
-            "qkv: 4 heads in shape [2, 3, 4, 64] are not num_heads + 2 * num_heads_k with num_heads_k 18446744073709551615; q's come first, then k's, then v's",
+            "qkv: 4 heads in shape [2, 3, 4, 64] are not num_heads + 2 * num_heads_k with num_heads_k 18446744073709551615; the heads of q come first, then k, then v",
         ),
         (
             &[2, 3, 7, 64],
             2,
-            "num_heads 3 of q is not a multiple of num_heads_k 2 of k and v; each key head serves equally many query heads",
+            "num_heads 3 of q is not a multiple of num_heads_k 2 of k and v; each key head must serve the same number of query heads",
         ),
         (
             &[2, 3, 7, 64],
             0,
-            "num_heads 7 of q is not a multiple of num_heads_k 0 of k and v; each key head serves equally many query heads",
+            "num_heads 7 of q is not a multiple of num_heads_k 0 of k and v; each key head must serve the same number of query heads",
         ),
         (&[2, 3, 0, 64], 0, "no error"),
     ] {
@@ -129,7 +129,7 @@ fn shapes_of_one_tensor_of_q_k_and_v() {
     }
 }
 
-/// The tensor that the caller has is named, not its parts.
+/// The error names the tensor of the caller, not the views q, k and v of it.
 #[test]
 fn strides_of_one_tensor_of_q_k_and_v() -> Result<()> {
     let qkv = zeros(&[2, 3, 64, 6]).transpose(2, 3)?;
@@ -141,7 +141,7 @@ fn strides_of_one_tensor_of_q_k_and_v() -> Result<()> {
     Ok(())
 }
 
-/// A broadcast tensor costs nothing, but its gradient would.
+/// A broadcast tensor uses almost no memory, but its gradient would be too large.
 #[test]
 fn more_elements_than_memory() -> Result<()> {
     let row = zeros(&[1, 1, 2, 8]);
@@ -172,7 +172,7 @@ fn shapes_and_lengths_of_packed_calls() -> Result<()> {
             [&lengths_q, &lengths_k],
             "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
-        ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; lengths of 0 count"),
+        ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; a length of 0 counts as a sequence"),
         ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),
         ([&q, &long, &k], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of k: 6 in shape [6, 2, 8], got 5"),
         ([&q, &k, &long], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of v: 6 in shape [6, 2, 8], got 5"),
@@ -248,7 +248,7 @@ fn options() -> Result<()> {
     ] {
         assert_eq!(refused(&Attention::new().softcap(softcap), &x, &x, &x), message);
     }
-    // Finite as given, and not in the type that scores are computed in.
+    // These values are finite in f64, but not in the type of the scores.
     for (attention, message) in [
         (
             Attention::new().softmax_scale(1e39),
@@ -265,7 +265,7 @@ fn options() -> Result<()> {
         refused(&Attention::new().softcap(f64::MAX), &wide, &wide, &wide),
         "softcap 1.7976931348623157e308 is out of range for F64; leave it out for no cap"
     );
-    // The aligned key alone, and windows of any width, are legal.
+    // A window of only the aligned key is valid, and so is a window of any width.
     for (left, right) in [(Some(0), Some(0)), (Some(usize::MAX), None)] {
         assert_eq!(refused(&Attention::new().mask(Mask::Window { left, right }), &x, &x, &x), "no error");
     }
@@ -289,13 +289,13 @@ fn alibi_slopes() -> Result<()> {
         "alibi_slopes: dtype F16 is not supported (supported: F32); convert with to_dtype"
     );
     let tracked =
-        "alibi_slopes: tracked for gradients, but attention gives it none; call .detach() if that is what you want";
+        "alibi_slopes: tracked for gradients, but attention computes no gradient for it; call .detach() if you need none";
     let slopes = Var::from_tensor(&zeros(&[8]))?;
     assert_eq!(refused(&slopes), tracked);
     assert_eq!(refused(&(slopes.as_tensor() * 2.0)?), tracked);
     assert_eq!(refused(&slopes.detach()), "no error");
     let infinite = Tensor::new(&[0f32, 1.0, 2.0, f32::INFINITY, 0.0, 0.0, f32::NAN, 0.0], &Device::Cpu)?;
-    assert_eq!(refused(&infinite), "alibi_slopes: value inf at index 3 is not finite; 0 stands for no bias");
+    assert_eq!(refused(&infinite), "alibi_slopes: value inf at index 3 is not finite; use 0 for no bias");
     assert_eq!(refused(&zeros(&[2, 8])), "no error");
     Ok(())
 }
@@ -427,30 +427,30 @@ fn key_lengths() -> Result<()> {
     Ok(())
 }
 
-/// If the shapes fit only the other layout, the error names it.
+/// If the shapes fit only the other layout, the error says so.
 #[test]
 fn swapped_axes() -> Result<()> {
     let heads_first = "if q is (batch, num_heads, seqlen_q, head_dim), call .layout(TensorLayout::Bhsd)";
     let tokens_first = "if q is (batch, seqlen_q, num_heads, head_dim), call .layout(TensorLayout::Bshd)";
     let (q, k) = (zeros(&[2, 8, 3, 64]), zeros(&[2, 2, 5, 64]));
     let groups =
-        "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head serves equally many query heads";
+        "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head must serve the same number of query heads";
     assert_eq!(refused(&Attention::new(), &q, &k, &k), format!("{groups}; {heads_first}"));
     // Decoding with Candle's cache.
     let q = zeros(&[1, 8, 1, 64]);
     let k = zeros(&[1, 8, 100, 64]);
-    let groups = "num_heads 1 of q is not a multiple of num_heads_k 100 of k and v; each key head serves equally many query heads";
+    let groups = "num_heads 1 of q is not a multiple of num_heads_k 100 of k and v; each key head must serve the same number of query heads";
     assert_eq!(refused(&Attention::new(), &q, &k, &k), format!("{groups}; {heads_first}"));
     let other = Attention::new().layout(TensorLayout::Bhsd);
     let (q, k) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 5, 2, 64]));
     let groups =
-        "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head serves equally many query heads";
+        "num_heads 3 of q is not a multiple of num_heads_k 5 of k and v; each key head must serve the same number of query heads";
     assert_eq!(refused(&other, &q, &k, &k), format!("{groups}; {tokens_first}"));
-    // What fits neither has no hint.
+    // Shapes that fit neither layout get no such hint.
     let k = zeros(&[2, 5, 3, 64]);
     assert_eq!(
         refused(&Attention::new(), &q, &k, &k),
-        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads"
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head must serve the same number of query heads"
     );
     let lengths = CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?;
     let packed = zeros(&[2, 4, 64]);
@@ -482,7 +482,7 @@ fn alibi_over_a_part() -> Result<()> {
     let attention = Attention::new().alibi_slopes(&slopes);
     let answer =
         "alibi_slopes: attention over one part of the keys does not know how far they are from the queries; leave the \
-                  slopes out, or use forward_with_lse, whose distances count from the last key given";
+                  slopes out, or use forward_with_lse, which counts distances from the last key of the call";
     let x = zeros(&[2, 3, 8, 64]);
     assert_eq!(text(attention.forward_partial(&x, &x, &x)), answer);
     let (x, lengths) = (zeros(&[6, 8, 64]), CuSeqlens::from_lengths(&[3, 3], &Device::Cpu)?);
@@ -498,7 +498,7 @@ fn merging() -> Result<()> {
     let (o, lse) = (zeros(&[2, 3, 8, 64]), zeros(&[2, 8, 3]));
     let part = |o: &Tensor, lse: &Tensor| (o.clone(), lse.clone());
     assert_eq!(merge(&[part(&o, &lse), part(&o, &lse)]), "no error");
-    let queries = "all parts need the same queries, and o the result layout of this Attention";
+    let queries = "all parts need the same queries, and o must have the result layout of this Attention";
     assert_eq!(
         merge(&[part(&o, &lse), part(&zeros(&[2, 4, 8, 64]), &lse)]),
         format!("merge: o of part 1 is [2, 4, 8, 64] F32 on Cpu, expected [2, 3, 8, 64] F32 on Cpu; {queries}")
@@ -522,7 +522,7 @@ fn merging() -> Result<()> {
     Ok(())
 }
 
-/// Errors that a host without a GPU cannot bring about.
+/// Errors that cannot occur on a machine without a GPU.
 #[test]
 fn devices() {
     let gpu = DeviceLocation::Cuda { gpu_id: 1 };
@@ -543,7 +543,7 @@ fn devices() {
         rejected,
     };
     let start =
-        "head_dim 256 has no BF16 backward kernel for compute capability 8.6 with 65536 bytes of shared memory a block";
+        "head_dim 256 has no BF16 backward kernel for compute capability 8.6 with 65536 bytes of shared memory per block";
     let way_out = "use another head_dim, or move q, k and v with to_device(&Device::Cpu)";
     assert_eq!(no_instance(vec![]).to_string(), format!("{start} (none was built); {way_out}"));
     let rejected = vec!["one needs this".to_string(), "another needs that".to_string()];
@@ -552,7 +552,7 @@ fn devices() {
     assert_eq!(no_instance.to_string(), text);
     assert_eq!(
         Error::NoBackward { tensor: "qkv", error: Box::new(no_instance) }.to_string(),
-        format!("qkv: tracked for gradients, but {text}; for inference alone, call .detach() on the inputs")
+        format!("qkv: tracked for gradients, but {text}; for inference, call .detach() on the inputs")
     );
     assert_eq!(
         Error::NoForward.to_string(),
@@ -560,7 +560,7 @@ fn devices() {
     );
 }
 
-/// An error of Candle passes through both ways as it is.
+/// An error of Candle does not change when it is converted to this crate's error and back.
 #[test]
 fn errors_of_candle() -> Result<()> {
     let inner = zeros(&[2, 3]).matmul(&zeros(&[2, 3])).expect_err("shapes do not fit");
@@ -571,7 +571,7 @@ fn errors_of_candle() -> Result<()> {
     Ok(())
 }
 
-/// `RUST_BACKTRACE` adds nothing to any text: the other tests of this file pass under it too.
+/// `RUST_BACKTRACE` adds nothing to any text. The other tests of this file pass with it too.
 #[test]
 fn backtraces_stay_out_of_the_text() -> Result<()> {
     let child = Command::new(std::env::current_exe()?)

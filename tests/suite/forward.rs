@@ -1,4 +1,4 @@
-//! o and lse of inputs that nobody tracks, against the reference.
+//! o and lse of untracked inputs, compared with the reference.
 
 use crate::common::cases::{self, targets, Case, Target};
 use anyhow::Result;
@@ -32,7 +32,7 @@ fn long_sequences() -> Result<()> {
     check(cases::long)
 }
 
-/// One row short of, at, and past the edges of the tiles.
+/// Lengths one row before, at, and one row after the edges of the tiles.
 #[test]
 fn tile_edges() -> Result<()> {
     for target in targets() {

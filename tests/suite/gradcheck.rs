@@ -1,4 +1,4 @@
-//! Finite differences in f64: of the reference, whose backward everything else trusts, and of the operator itself.
+//! Finite differences in f64 check the gradients of the reference, which all other tests use, and of the operator itself.
 
 use crate::common::cases::{self, cpu, window, Alibi, Case};
 use crate::common::reference::{self, Input, Output};
@@ -6,20 +6,20 @@ use anyhow::{ensure, Result};
 use candle_core::DType;
 use candle_fa2::Mask;
 
-/// Step of the differences. With four points the error of a difference is of the order `STEP^4 = 1e-12` for a smooth
-/// loss, and rounding the loss, `1e-16 * loss / STEP`, adds `1e-12`.
+/// Step of the differences. With four points, the error of a difference is about `STEP^4 = 1e-12` for a smooth loss. Rounding
+/// of the loss, `1e-16 * loss / STEP`, adds about `1e-12`.
 const STEP: f64 = 1e-3;
-/// A hundred times that, relative to the largest derivative.
+/// A hundred times this error, relative to the largest derivative.
 const LIMIT: f64 = 1e-10;
 
-/// `sum do * o + sum dlse * lse`, over the rows that see a key.
+/// The loss `sum do * o + sum dlse * lse`, over the rows that see a key.
 fn loss(input: &Input, output: &Output) -> f64 {
     let o: f64 = input.do_.iter().zip(&output.o.values).map(|(d, o)| d * o).sum();
     let lse = input.dlse.iter().zip(&output.lse.values).filter(|(_, lse)| lse.is_finite());
     o + lse.map(|(d, lse)| d * lse).sum::<f64>()
 }
 
-/// The derivative of the loss with respect to every element of q, k and v, by differences of `forward`.
+/// The derivative of the loss with respect to every element of q, k and v, from differences of `forward`.
 fn differences(input: &Input, forward: &dyn Fn(&Input) -> Result<Output>) -> Result<[Vec<f64>; 3]> {
     let tensors: [fn(&mut Input) -> &mut Vec<f64>; 3] = [|i| &mut i.q, |i| &mut i.k, |i| &mut i.v];
     let mut derivatives = [Vec::new(), Vec::new(), Vec::new()];
@@ -39,7 +39,7 @@ fn differences(input: &Input, forward: &dyn Fn(&Input) -> Result<Output>) -> Res
     Ok(derivatives)
 }
 
-/// `backward` and the differences of `forward` agree on `case`.
+/// Checks that `backward` agrees with the differences of `forward` on `case`.
 fn check(
     case: &Case,
     forward: &dyn Fn(&Input) -> Result<Output>,
@@ -55,7 +55,7 @@ fn check(
         for (at, (got, want)) in gradient.values.iter().zip(derivative).enumerate() {
             ensure!(
                 (got - want).abs() <= LIMIT * largest,
-                "{name}[{at}] is {got}, the differences say {want}\ncase {case}"
+                "{name}[{at}] is {got}, the difference is {want}\ncase {case}"
             );
         }
     }
@@ -79,7 +79,7 @@ fn small_cases() -> Vec<Case> {
     ]
 }
 
-/// The reference's gradients are the derivatives of its own values.
+/// The gradients of the reference are the derivatives of its values.
 #[test]
 fn reference_backward_is_the_derivative_of_its_forward() -> Result<()> {
     for case in small_cases() {
@@ -89,7 +89,7 @@ fn reference_backward_is_the_derivative_of_its_forward() -> Result<()> {
     Ok(())
 }
 
-/// The operator's gradients are the derivatives of its own values. No reference takes part.
+/// The gradients of the operator are the derivatives of its values. This test does not use the reference.
 #[test]
 fn operator_backward_is_the_derivative_of_its_forward() -> Result<()> {
     for case in small_cases() {
@@ -98,13 +98,13 @@ fn operator_backward_is_the_derivative_of_its_forward() -> Result<()> {
     Ok(())
 }
 
-/// In f64 on the host every smoke case, too, in one random direction each: differences at sizes where all elements
-/// would take too long.
+/// Every smoke case in f64 on the CPU, along one random direction. At these sizes, differences of every element would take too
+/// long.
 #[test]
 fn operator_backward_matches_a_random_direction() -> Result<()> {
     for case in cases::smoke(&cpu(DType::F64)) {
         let input = case.draw();
-        // Another draw of the same shapes is as good a direction as any.
+        // Another random input of the same shape is a random direction.
         let direction = Case { dlse: !case.dlse, ..case.clone() }.draw();
         let along = |steps: f64| -> Result<f64> {
             let mut moved = input.clone();
@@ -122,12 +122,12 @@ fn operator_backward_matches_a_random_direction() -> Result<()> {
             dot(&output.dk.values, &direction.k),
             dot(&output.dv.values, &direction.v),
         ];
-        // The third derivative along hundreds of directions at once is larger than along one.
+        // The direction changes hundreds of elements at once, so its higher derivatives are larger than those of one element.
         let limit = 1e3 * LIMIT * sums.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
         let got: f64 = sums.iter().sum();
         ensure!(
             (got - derivative).abs() <= limit,
-            "{got} along the direction, the differences say {derivative}\ncase {case}"
+            "{got} along the direction, the difference is {derivative}\ncase {case}"
         );
     }
     Ok(())

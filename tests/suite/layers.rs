@@ -1,4 +1,4 @@
-//! The multi-head attention layer against the same layer written with Candle's own differentiable operators.
+//! The multi-head attention layer, compared with the same layer written with Candle's differentiable operators.
 
 mod case;
 mod close;

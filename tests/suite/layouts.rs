@@ -1,6 +1,6 @@
-//! Views in any strides give the bits of their contiguous copies: values, and gradients pulled back through the view.
+//! A view with any strides gives the same bits as its contiguous copy, in values and in gradients through the view.
 //!
-//! On the CPU offsets and strides are odd. On a GPU, whose kernels read rows in chunks, they are as odd in chunks.
+//! On the CPU offsets and strides are odd numbers. On a GPU, kernels read rows in chunks, so they are odd numbers of chunks.
 
 use crate::common::cases::{self, gpu_targets_or_skip, targets, window, Case};
 use crate::common::compare;
@@ -9,12 +9,12 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{Tensor, Var};
 use candle_fa2::{testing, Attention, Mask};
 
-/// A way to see a tensor of shape `dims` in a larger or differently ordered one.
+/// A view of shape `dims` into a larger or transposed tensor.
 struct View {
     name: &'static str,
-    /// Shape of what is stored, for a view of shape `dims` whose rows begin at multiples of `chunk` elements.
+    /// Shape of the stored tensor, for a view of shape `dims` whose rows begin at multiples of `chunk` elements.
     base: fn(&[usize], usize) -> Vec<usize>,
-    /// The view of it.
+    /// The view of the stored tensor.
     view: fn(&Tensor, &[usize], usize) -> candle_core::Result<Tensor>,
 }
 
@@ -64,7 +64,7 @@ const PACKED: [View; 5] = [
     View { name: "one head for all", base: |d, _| vec![d[0], 1, d[2]], view: |t, d, _| t.broadcast_as(d) },
 ];
 
-/// The variables behind q, k and v.
+/// The stored variables, and their views as q, k and v.
 struct Bases {
     vars: [Var; 3],
     dims: [Vec<usize>; 3],
@@ -72,7 +72,7 @@ struct Bases {
 }
 
 impl Bases {
-    /// Values for the views `views` of the case's q, k and v, as the case's device takes them.
+    /// Draws the stored tensors for `views` of q, k and v of the case, on the device of the case.
     fn draw(case: &Case, views: [&View; 3]) -> Result<Self> {
         Self::draw_in_chunks(case, views, cases::chunk(&case.device))
     }
@@ -83,7 +83,7 @@ impl Bases {
         for (n, (view, dims)) in views.into_iter().zip(&dims).enumerate() {
             let shape = (view.base)(dims, chunk);
             let count = shape.iter().product();
-            // Any case draws normal numbers; its q is a list of as many as wanted.
+            // The q of this case is a list of `len` normally distributed numbers.
             let mut source = Case { num_heads: 1, num_heads_k: 1, head_dim: 1, ..case.clone() }.batch(1, count, 1);
             source.softmax_scale = Some(n as f64);
             vars.push(Var::from_tensor(&case.tensor(&source.draw().q, &shape)?)?);
@@ -91,13 +91,13 @@ impl Bases {
         Ok(Self { vars: vars.try_into().expect("three views"), dims, chunk })
     }
 
-    /// q, k and v.
+    /// The views q, k and v.
     fn views(&self, views: [&View; 3]) -> Result<Vec<Tensor>> {
         let all = views.iter().zip(&self.vars).zip(&self.dims);
         all.map(|((view, var), dims)| Ok((view.view)(var, dims, self.chunk)?)).collect()
     }
 
-    /// o, lse and the gradients of the three variables, through the views or through contiguous copies of them.
+    /// o, lse and the gradients of the three variables, computed from the views or from their contiguous copies.
     fn results(&self, case: &Case, views: [&View; 3], copied: bool) -> Result<Vec<(&'static str, Tensor)>> {
         let input = case.draw();
         let attention = case.attention(&input)?;
@@ -113,15 +113,15 @@ impl Bases {
             ("o", o),
             ("lse", lse),
             ("o without lse", plain),
-            ("gradient behind q", grad(0)?),
-            ("gradient behind k", grad(1)?),
-            ("gradient behind v", grad(2)?),
+            ("gradient of the variable of q", grad(0)?),
+            ("gradient of the variable of k", grad(1)?),
+            ("gradient of the variable of v", grad(2)?),
         ])
     }
 }
 
 fn check(case: &Case, views: [&View; 3]) -> Result<()> {
-    // Bits are compared: on a GPU the backward must be asked to repeat them.
+    // The test compares bits, so the backward on a GPU must be deterministic.
     let case = &case.clone().deterministic();
     let bases = Bases::draw(case, views)?;
     let viewed = bases.results(case, views, false)?;
@@ -142,7 +142,7 @@ fn views_of_padded_tensors_equal_their_copies() -> Result<()> {
             check(&case, [&PADDED[0], view, &PADDED[3]])?;
             check(&case, [view, &PADDED[1], &PADDED[0]])?;
         }
-        // Across tiles, and with sizes of one, whose strides mean nothing.
+        // Several tiles, and axes of size 1, whose strides do not matter.
         let wide = Case::new(&target).batch(1, 140, 290).heads(2, 1).head_dim(16).mask(window(150, 20)).dlse();
         let single = Case::new(&target).batch(1, 1, 1).heads(1, 1).head_dim(1);
         for view in &PADDED {
@@ -165,7 +165,7 @@ fn views_of_packed_tensors_equal_their_copies() -> Result<()> {
     Ok(())
 }
 
-/// q, k and v in one tensor: the values of three copies, and their gradients side by side.
+/// q, k and v in one tensor: the values equal those of three separate tensors, and so do the parts of the gradient.
 #[test]
 fn one_tensor_of_q_k_and_v_equals_three() -> Result<()> {
     for target in targets() {
@@ -212,7 +212,7 @@ fn one_tensor_of_q_k_and_v_equals_three() -> Result<()> {
     Ok(())
 }
 
-/// What the CPU takes in odd strides, a GPU refuses with the way out. Nothing is computed then.
+/// A GPU refuses odd strides, which the CPU accepts. The error says what to do, and nothing is computed.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn rows_between_chunks_are_refused_on_a_gpu() -> Result<()> {
@@ -232,7 +232,7 @@ fn rows_between_chunks_are_refused_on_a_gpu() -> Result<()> {
     Ok(())
 }
 
-/// Slopes are read through their strides too.
+/// Slopes may be views too.
 #[test]
 fn slopes_that_are_views_equal_their_copies() -> Result<()> {
     for target in targets() {
@@ -240,7 +240,7 @@ fn slopes_that_are_views_equal_their_copies() -> Result<()> {
         let input = case.draw();
         let Call { q, k, v, .. } = case.call(&input)?;
         let table = Tensor::arange(0f32, 24.0, &case.device)?.affine(0.02, 0.01)?.reshape((4, 6))?;
-        // A column of it for the heads, a transposed block of it for batch and heads, one number for all.
+        // A column for the heads, a transposed block for batch and heads, one element for all.
         let column = table.narrow(1, 2, 1)?.squeeze(1)?;
         let block = table.narrow(1, 1, 3)?.t()?;
         let one = table.narrow(0, 1, 1)?.narrow(1, 1, 1)?.broadcast_as((3, 4))?;
@@ -253,7 +253,7 @@ fn slopes_that_are_views_equal_their_copies() -> Result<()> {
     Ok(())
 }
 
-/// What follows o in the graph decides how its gradient arrives. Each of these is the same loss.
+/// The operator after o in the graph decides the strides of the gradient of o. All these graphs compute the same loss.
 #[test]
 fn gradients_through_transposed_and_expanded_results() -> Result<()> {
     for target in targets() {
@@ -285,8 +285,8 @@ fn gradients_through_transposed_and_expanded_results() -> Result<()> {
     Ok(())
 }
 
-/// The gradient of o itself in strides of its own. Candle's autograd adds gradients into contiguous tensors, so that
-/// this asks the operator alone.
+/// The gradient of o has unusual strides. Candle's autograd adds gradients into contiguous tensors, so this test calls the
+/// operator's `bwd` directly.
 #[test]
 fn gradients_that_are_views_equal_their_copies() -> Result<()> {
     for target in targets() {

@@ -1,7 +1,7 @@
-//! The suite of the operator: every option, shape, type and device against an independent f64 reference.
+//! Tests of the operator: every option, shape, type and device is compared with an independent f64 reference.
 //!
 //! `cargo test --test suite smoke` runs one small case of each kind in about a second. With the feature `cuda` and a GPU
-//! the same tests run there as well; `cuda.rs` says how to carry the suite to one.
+//! the same tests run on the GPU too; `cuda.rs` says how to copy the suite to a machine with a GPU.
 
 mod backward;
 mod bench_filters;

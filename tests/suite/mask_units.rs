@@ -1,4 +1,4 @@
-//! The mask over rows, columns and tiles, each by counting pairs.
+//! Compares the mask of rows, columns and tiles with a count of visible pairs.
 
 use crate::common::cases::window;
 use crate::common::reference;
@@ -13,7 +13,7 @@ fn masks() -> Vec<Mask> {
     [Mask::None, Mask::Causal].into_iter().chain(windows).collect()
 }
 
-/// What the reference sees, by the formula alone.
+/// Whether a pair is visible, from the formula of the mask.
 fn visible(mask: Mask, lengths: (usize, usize), row: usize, col: usize) -> bool {
     let sides = match mask {
         Mask::None => (None, None),
@@ -60,7 +60,8 @@ fn keys_of_a_query_and_queries_of_a_key_are_the_visible_pairs() {
     });
 }
 
-/// The keys of a tile's rows and the queries of its columns leave out no visible pair, and reach no further than one.
+/// The range of keys of a tile's rows contains every visible pair, and its ends are visible pairs. The same holds for the
+/// range of queries of its columns.
 #[test]
 fn ranges_of_tiles_are_tight() {
     each(|mask, seqlen_q, seqlen_k| {
@@ -89,7 +90,7 @@ fn ranges_of_tiles_are_tight() {
     });
 }
 
-/// A tile that hides every pair is skipped, one that shows every pair runs without a mask: both must be so by count.
+/// A tile is skipped if it has no visible pair, and runs without a mask if all its pairs are visible. The counts agree.
 #[test]
 fn coverage_counts_the_pairs() {
     each(|mask, seqlen_q, seqlen_k| {
@@ -110,7 +111,7 @@ fn coverage_counts_the_pairs() {
     });
 }
 
-/// No arithmetic on a window of any size overflows.
+/// A window of any size causes no overflow.
 #[test]
 fn windows_wider_than_memory_hide_nothing() {
     let over = testing::visibility(window(usize::MAX, usize::MAX), 3, 7);

@@ -1,4 +1,4 @@
-//! Attention over parts of the keys, merged: the formulas in plain f64, and the whole against the reference.
+//! Merging attention over parts of the keys: compared with the formulas in f64, and with the reference over all keys.
 
 use crate::common::cases::{accumulator, in_layout, targets, window, Case, Lengths};
 use crate::common::compare;
@@ -21,7 +21,7 @@ struct Row {
     dlse: f64,
 }
 
-/// What a merge of `row` must give: o, lse, and the gradients of each part's o and lse.
+/// The expected merge of `row`: o, lse, and the gradients of the o and lse of each part.
 fn merged(row: &Row) -> (Vec<f64>, f64, Vec<Pair>) {
     let max = row.parts.iter().map(|part| part.1).fold(f64::NEG_INFINITY, f64::max);
     let none = vec![0.0; row.do_.len()];
@@ -42,7 +42,7 @@ fn merged(row: &Row) -> (Vec<f64>, f64, Vec<Pair>) {
     (o, lse, grads)
 }
 
-/// Random parts in every layout, with rows that are empty in some parts and in all of them.
+/// Random parts in every layout. Some rows have no keys in some parts, or in all parts.
 #[test]
 fn values_and_gradients_match_the_formulas() -> Result<()> {
     const WIDTH: usize = 5;
@@ -60,7 +60,7 @@ fn values_and_gradients_match_the_formulas() -> Result<()> {
                                 let (o, lse): (Vec<f64>, Vec<f64>) = (numbers(WIDTH), numbers(1));
                                 match at % 4 == 0 || (at % 4 == 1 && part != at % count) {
                                     true => (vec![0.0; WIDTH], f64::NEG_INFINITY),
-                                    // Far apart, as of large scores.
+                                    // A large range of lse, as from large scores.
                                     false => (o, lse[0] * if at % 4 == 2 { 300.0 } else { 1.0 }),
                                 }
                             });
@@ -75,7 +75,7 @@ fn values_and_gradients_match_the_formulas() -> Result<()> {
     Ok(())
 }
 
-/// Merges `rows`, which are token by token and in a token head by head.
+/// Merges `rows`, which are ordered by token, then by head.
 fn check_rows(
     rows: &[Row],
     (batch, tokens, heads): (Option<usize>, usize, usize),
@@ -111,7 +111,7 @@ fn check_rows(
     let answers: Vec<_> = rows.iter().map(merged).collect();
     let close = |name: &str, got: &Tensor, want: Vec<f64>| -> Result<()> {
         let got = values(got)?;
-        ensure!(got.len() == want.len(), "{name} has {} numbers instead of {}", got.len(), want.len());
+        ensure!(got.len() == want.len(), "{name} has {} elements instead of {}", got.len(), want.len());
         for (at, (got, want)) in got.iter().zip(&want).enumerate() {
             let same = got == want || (got - want).abs() <= limit * want.abs().max(1.0);
             ensure!(same, "{name} at {at}: {got} instead of {want}, {layout:?} {dtype:?} {} parts", vars.len());
@@ -130,7 +130,7 @@ fn check_rows(
     Ok(())
 }
 
-/// A part without keys takes nothing from the other, to the bit, on either side of it.
+/// A part without keys, first or last, changes no bit of the other part.
 #[test]
 fn an_empty_part_changes_no_bit() -> Result<()> {
     for target in targets() {
@@ -145,13 +145,14 @@ fn an_empty_part_changes_no_bit() -> Result<()> {
             compare::same_bits("lse", &lse, &part.1, &case)?;
         }
         let (o, lse) = attention.merge(&[empty.clone(), empty.clone()])?;
-        compare::same_bits("o of nothing", &o, &empty.0, &case)?;
-        compare::same_bits("lse of nothing", &lse, &empty.1, &case)?;
+        compare::same_bits("o without keys", &o, &empty.0, &case)?;
+        compare::same_bits("lse without keys", &lse, &empty.1, &case)?;
     }
     Ok(())
 }
 
-/// A part whose o is NaN where its lse is minus infinity, as of keys that all score so, leaves the others alone.
+/// If all scores of a part are minus infinity, its o is NaN and its lse is minus infinity. Such a part does not change the
+/// other parts.
 #[test]
 fn a_part_of_infinite_scores_changes_nothing() -> Result<()> {
     for target in targets() {
@@ -170,7 +171,7 @@ fn a_part_of_infinite_scores_changes_nothing() -> Result<()> {
             let grad = values(grads.get(var).context("no gradient")?)?;
             ensure!(grad.iter().all(|x| x.is_finite()), "gradient of {name}: {grad:?}\ncase {case}");
         }
-        // A row of NaN stays one.
+        // A row of NaN stays NaN.
         let nan = (part.0.clone(), (part.1.clone() + f64::NAN)?);
         let (o, lse) = attention.merge(&[nan.clone(), (nan.0.clone(), none.as_tensor().clone())])?;
         for x in [o, lse] {
@@ -181,7 +182,7 @@ fn a_part_of_infinite_scores_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A process without queries, as in ring attention, merges nothing.
+/// A process without queries, possible in ring attention, merges empty tensors.
 #[test]
 fn parts_without_rows() -> Result<()> {
     let q = Tensor::zeros((0, 2, 8), DType::BF16, &Device::Cpu)?;
@@ -193,7 +194,7 @@ fn parts_without_rows() -> Result<()> {
     Ok(())
 }
 
-/// o of a part is what `forward` rounds.
+/// The o of a part, rounded to the type of q, is the o of `forward`.
 #[test]
 fn a_part_is_not_rounded() -> Result<()> {
     for target in targets() {
@@ -223,7 +224,8 @@ fn a_part_is_not_rounded() -> Result<()> {
     Ok(())
 }
 
-/// The keys cut into parts, under masks that leave rows without keys in some parts: values and gradients of the whole.
+/// The keys are split into parts. With these masks, some rows have no key in some parts. The merged values and gradients equal
+/// those over all keys.
 #[test]
 fn parts_of_the_keys_make_the_whole() -> Result<()> {
     for target in targets() {
@@ -234,7 +236,7 @@ fn parts_of_the_keys_make_the_whole() -> Result<()> {
             (case().batch(1, 30, 30).mask(Mask::Causal), &[10, 20]),
             (case().batch(1, 30, 30).mask(window(14, 3)).layouts(Bhsd, Bshd), &[18, 24]),
             (case().batch(1, 150, 300).heads(1, 1).mask(Mask::Causal), &[128]),
-            (case().batch(1, 9, 4).mask(Mask::Causal), &[1, 2, 3]), // rows that see no key at all
+            (case().batch(1, 9, 4).mask(Mask::Causal), &[1, 2, 3]), // some rows see no key
         ] {
             check_parts(&case, cuts)?;
         }
@@ -250,7 +252,7 @@ fn check_parts(case: &Case, cuts: &[usize]) -> Result<()> {
     let ends = cuts.iter().copied().chain([seqlen_k]);
     let mut parts = Vec::new();
     for (start, end) in [0].into_iter().chain(cuts.iter().copied()).zip(ends) {
-        // The mask lines up with the last key of the part, `seqlen_k - end` keys before the last of all.
+        // The mask aligns the last query with the last key of the part. That is `seqlen_k - end` keys before the last key of all.
         let after = seqlen_k - end;
         let mask = match case.mask {
             Mask::None => Mask::None,
@@ -276,13 +278,13 @@ fn check_parts(case: &Case, cuts: &[usize]) -> Result<()> {
     for (((name, got), (_, want)), tolerance) in
         got.named().into_iter().zip(want.named()).zip(reference::tolerances(&input, &want))
     {
-        // Each part rounds its gradients, and the gradient of its o.
+        // The tolerance grows, because each part rounds its gradients and the gradient of its o.
         compare::close(name, got, want, &tolerance.doubled().doubled(), case)?;
     }
     Ok(())
 }
 
-/// lse with 0 for rows that see nothing: their gradient times -inf would be NaN.
+/// lse with 0 in rows that see no key. Their lse is -inf, and its product with a gradient of 0 would be NaN.
 fn finite(lse: &Tensor) -> Result<Tensor> {
     Ok(lse.ge(f64::MIN)?.where_cond(lse, &lse.zeros_like()?)?)
 }

@@ -1,4 +1,4 @@
-//! Cumulative lengths, and the way into and out of a packed batch.
+//! Cumulative lengths, packing, and unpacking.
 
 use crate::common::cases::{targets, Case};
 use crate::common::compare;
@@ -71,7 +71,7 @@ fn unpad_keeps_the_rows_and_pad_brings_them_back() -> Result<()> {
         let again = cu_seqlens.pad(&packed, Right)?;
         assert_eq!((again.dims(), again.dtype()), (&[4, 4, 2, 3][..], dtype));
         compare::same_bits("unpad(pad)", &cu_seqlens.unpad(&again, Right)?, &packed, &format!("{dtype:?}"))?;
-        // Behind each sequence there are zeros.
+        // After each sequence there are zeros.
         let again = again.to_dtype(DType::F32)?;
         for (batch, &len) in lengths.iter().enumerate() {
             let rest = again.get(batch)?.narrow(0, len, 4 - len)?.flatten_all()?.to_vec1::<f32>()?;
@@ -81,7 +81,7 @@ fn unpad_keeps_the_rows_and_pad_brings_them_back() -> Result<()> {
     Ok(())
 }
 
-/// Token ids, `(batch, seqlen)`, and any number of axes behind.
+/// Token ids, `(batch, seqlen)`, and tensors with more axes.
 #[test]
 fn pad_to_gives_a_longer_batch_its_shape_back() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 0, 3], &Device::Cpu)?;
@@ -132,7 +132,7 @@ fn views_and_batches_of_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The gradient of unpad is pad and that of pad is unpad: padding gets 0, each row its own.
+/// The gradient of unpad is pad, and the gradient of pad is unpad. The gradient of padding is 0.
 #[test]
 fn gradients_of_pad_and_unpad() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 0, 3], &Device::Cpu)?;
@@ -152,8 +152,8 @@ fn gradients_of_pad_and_unpad() -> Result<()> {
     Ok(())
 }
 
-/// A padded batch through unpad, packed attention and pad: the rows of each sequence are those of the reference, and
-/// the gradients come back to the padded tensors, 0 in the padding.
+/// A padded batch goes through unpad, packed attention and pad. The rows of each sequence equal the reference. The padded
+/// tensors have gradients, which are 0 in the padding.
 #[test]
 fn a_padded_batch_trains_through_packed_attention() -> Result<()> {
     for target in targets() {
@@ -178,7 +178,7 @@ fn a_padded_batch_trains_through_packed_attention() -> Result<()> {
         compare::same_bits("o", &o, &direct.0, &case)?;
         let o = cu_seqlens.unpad(&cu_seqlens.pad(&o, Right)?, Right)?;
         let grads = case.loss(&input, &o, &o)?.backward()?;
-        let what = &format!("case {case}, behind the padding");
+        let what = &format!("case {case}, padded");
         compare::same_bits("dq", grads.get(&q).context("dq")?, &cu_seqlens.pad(&direct.1, Right)?, what)?;
         compare::same_bits("dv", grads.get(&v).context("dv")?, &cu_seqlens.pad(&direct.2, Right)?, what)?;
     }

@@ -1,4 +1,4 @@
-//! Padded batches: masks, the side of the padding, and keys that do not count.
+//! Padded batches: masks, the side of the padding, and invalid keys.
 
 use crate::common::cases::{first_token, targets, window, Alibi, Case};
 use crate::common::compare;
@@ -9,7 +9,7 @@ use candle_fa2::PaddingSide::{Left, Right};
 use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide};
 use proptest::prelude::*;
 
-/// Keys that do not count hold NaN or large numbers in these cases, and their gradients must be 0.
+/// In these cases, invalid keys are NaN or large numbers, and their gradients must be 0.
 #[test]
 fn key_lengths_match_the_reference() -> Result<()> {
     for target in targets() {
@@ -20,9 +20,9 @@ fn key_lengths_match_the_reference() -> Result<()> {
                 case().key_lengths(&[6, 11, 7, 8], side).mask(Mask::Causal).dlse(),
                 case().key_lengths(&[7, 0, 11, 8], side).mask(window(2, 3)),
                 case().key_lengths(&[6, 9, 10, 0], side).mask(Mask::Causal).alibi(Alibi::PerHead).softcap(2.0),
-                // A cache for decoding, filled in part.
+                // A cache for decoding, partly filled.
                 case().batch(4, 1, 300).key_lengths(&[300, 129, 128, 1], side).mask(Mask::Causal),
-                // Lengths at the edges of tiles, and inside them.
+                // Lengths at the edges of tiles and inside tiles.
                 case().batch(4, 150, 300).heads(2, 1).key_lengths(&[256, 255, 150, 0], side).mask(Mask::Causal),
                 case().batch(4, 33, 300).heads(2, 1).key_lengths(&[300, 0, 64, 200], side).deterministic().dlse(),
             ] {
@@ -33,7 +33,7 @@ fn key_lengths_match_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// q, k and v in one tensor, with padding on the left: the values and the gradient of three tensors.
+/// q, k and v in one tensor, padded on the left: values and gradient equal those of three tensors.
 #[test]
 fn key_lengths_of_one_tensor_of_q_k_and_v() -> Result<()> {
     for target in targets() {
@@ -54,7 +54,7 @@ fn key_lengths_of_one_tensor_of_q_k_and_v() -> Result<()> {
     Ok(())
 }
 
-/// Self-attention of a batch padded on the left: the last query is a token, however few keys count.
+/// Self-attention of a batch padded on the left is allowed with any lengths, because the last query is always a token.
 #[test]
 fn fewer_keys_than_queries_on_the_left() -> Result<()> {
     for target in targets() {
@@ -66,7 +66,7 @@ fn fewer_keys_than_queries_on_the_left() -> Result<()> {
     Ok(())
 }
 
-/// With all keys counting, the bits are those of the call without lengths.
+/// If all keys are valid, the bits equal those of a call without lengths.
 #[test]
 fn full_key_lengths_change_nothing() -> Result<()> {
     for target in targets() {
@@ -115,7 +115,7 @@ fn masks_of_every_type_say_lengths_and_side() -> Result<()> {
     Ok(())
 }
 
-/// The tokens of a batch that is padded on the left arrive, no padding does, and they come back to their places.
+/// `unpad` keeps the tokens of a batch padded on the left and removes the padding. `pad` restores the places of the tokens.
 #[test]
 fn a_batch_padded_on_the_left_keeps_its_tokens() -> Result<()> {
     let mask = Tensor::new(&[[0u8, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], &Device::Cpu)?;
@@ -128,8 +128,8 @@ fn a_batch_padded_on_the_left_keeps_its_tokens() -> Result<()> {
     Ok(())
 }
 
-/// Self-attention of a padded batch through unpad, packed attention and pad equals attention of each sequence alone, and
-/// gradients come back to the padded tensor, 0 in the padding.
+/// Self-attention of a padded batch through unpad, packed attention and pad equals attention of each sequence alone. The
+/// padded tensor has a gradient, which is 0 in the padding.
 #[test]
 fn padded_self_attention_trains_through_a_mask() -> Result<()> {
     let (device, attention) = (Device::Cpu, Attention::new().mask(Mask::Causal));
@@ -166,7 +166,7 @@ fn padded_self_attention_trains_through_a_mask() -> Result<()> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// A mask made from lengths gives the lengths back, and the rows that padding moves come back.
+    /// A mask made from lengths is read back to the same lengths, and `unpad` reverses `pad`.
     #[test]
     fn masks_and_padding_are_inverse(lengths in prop::collection::vec(0usize..7, 0..6), spare in 0usize..3, left: bool) {
         let side = if left { Left } else { Right };

@@ -1,4 +1,4 @@
-//! From tensors to a `Problem` to a `Plan`, without running anything.
+//! Makes a `Problem` from tensors and a `Plan` from a `Problem`, without computing anything.
 
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
@@ -10,11 +10,11 @@ fn zeros(shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::zeros(shape, DType::BF16, &Device::Cpu)?)
 }
 
-/// Every field holds what was asked, each a different value.
+/// Every field has the requested value. All values differ.
 #[test]
 fn a_problem_says_what_was_asked() -> Result<()> {
     let q = zeros(&[2, 3, 8, 16])?;
-    // Heads first in storage, from the second sequence on.
+    // The storage has the heads first. The view begins at the second sequence.
     let k = zeros(&[3, 4, 5, 16])?.narrow(0, 1, 2)?.transpose(1, 2)?;
     let v = zeros(&[2, 5, 1, 20])?.narrow(3, 4, 16)?.expand((2, 5, 4, 16))?;
     let slopes = Tensor::zeros((2, 8), DType::F32, &Device::Cpu)?;
@@ -73,12 +73,12 @@ fn a_packed_problem_knows_its_sequences() -> Result<()> {
     let sequences: Vec<_> =
         problem.sequences().map(|s| (s.batch, s.seqlen_q, s.seqlen_k, s.first_q, s.first_k)).collect();
     assert_eq!(sequences, [(0, 3, 5, 0, 0), (1, 0, 2, 3, 5), (2, 4, 1, 3, 7)]);
-    // Head-major: head 2 of the third sequence begins behind two heads of 7 rows and the 3 rows of the first sequence.
+    // Heads first: head 2 of the third sequence begins after two heads of 7 rows and the 3 rows of the first sequence.
     assert_eq!(problem.lse_start(&problem.sequence(2), 2), 2 * 7 + 3);
     Ok(())
 }
 
-/// A printed problem and plan name what a reader of `CANDLE_FA2_LOG=plan` looks for.
+/// A printed problem and plan contain the words that a reader of `CANDLE_FA2_LOG=plan` needs.
 #[test]
 fn problem_and_plan_print() -> Result<()> {
     let x = zeros(&[1, 2, 3, 40])?;
@@ -91,7 +91,7 @@ fn problem_and_plan_print() -> Result<()> {
     Ok(())
 }
 
-/// Two calls of one problem and one of another, for [`the_log_prints_each_problem_once`] to watch.
+/// Two calls with one problem and one call with another. [`the_log_prints_each_problem_once`] runs this as a child process.
 #[test]
 fn three_calls_of_two_problems() -> Result<()> {
     let (short, long) = (zeros(&[1, 2, 3, 40])?, zeros(&[1, 6, 3, 40])?);
@@ -101,7 +101,7 @@ fn three_calls_of_two_problems() -> Result<()> {
     Ok(())
 }
 
-/// `CANDLE_FA2_LOG=plan` prints a line to standard error for each distinct problem; without it nothing is printed.
+/// `CANDLE_FA2_LOG=plan` prints one line to stderr for each distinct problem. Without it nothing is printed.
 #[test]
 fn the_log_prints_each_problem_once() -> Result<()> {
     let lines = |log: Option<&str>| -> Result<Vec<String>> {
@@ -124,7 +124,7 @@ fn the_log_prints_each_problem_once() -> Result<()> {
     Ok(())
 }
 
-/// The same problem gives the same plan, whatever it is asked beside; tiles are never empty.
+/// The same problem always gives the same plan. Tiles are never empty.
 #[test]
 fn a_plan_is_a_function_of_its_problem() -> Result<()> {
     for head_dim in [1, 64, 128, 129, 512] {

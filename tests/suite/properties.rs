@@ -1,7 +1,9 @@
-//! What must hold whatever the numbers are, over random cases that shrink when they fail. Only the first property asks
-//! the reference what is right; of the others it tells no more than how much two results may differ by rounding.
+//! Properties that hold for any input, on random cases. A failing case is shrunk to a small one.
 //!
-//! The draws are the same in every run; `PROPTEST_RNG_SEED` and `PROPTEST_CASES` look further.
+//! Only the first property compares with the values of the reference. The others use the reference only for the tolerance:
+//! how much two results may differ by rounding.
+//!
+//! Every run draws the same cases. `PROPTEST_RNG_SEED` draws others, and `PROPTEST_CASES` draws more.
 
 use crate::common::cases::{self, cpu_targets, gpu_targets, gpu_targets_or_skip, window, Alibi, Case, Lengths, Target};
 use crate::common::compare;
@@ -14,10 +16,10 @@ use candle_fa2::{Mask, PaddingSide, TensorLayout};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 
-/// Cases of each property, on the CPU and again on the GPU.
+/// Number of cases per property, on the CPU and on the GPU each.
 const CASES: u32 = 96;
 
-/// Checks `property` on what `strategy` draws for the CPU, and for the GPU if there is one.
+/// Checks `property` on cases that `strategy` draws for the CPU, and for the GPU if there is one.
 fn for_all<S: Strategy>(strategy: impl Fn(Vec<Target>) -> S, property: impl Fn(S::Value) -> Result<()>) -> Result<()> {
     for targets in [cpu_targets(), gpu_targets()] {
         if !targets.is_empty() {
@@ -27,7 +29,7 @@ fn for_all<S: Strategy>(strategy: impl Fn(Vec<Target>) -> S, property: impl Fn(S
     Ok(())
 }
 
-/// Draws `cases` values from `strategy` and shrinks the first that fails. Another seed draws others.
+/// Draws `cases` values from `strategy` and shrinks the first that fails. Each `seed` draws other values.
 fn for_all_of<S: Strategy>(
     strategy: S,
     cases: u32,
@@ -57,7 +59,8 @@ fn alibis() -> impl Strategy<Value = Alibi> {
     prop_oneof![Just(Alibi::Off), Just(Alibi::PerHead), Just(Alibi::PerBatchAndHead)]
 }
 
-/// Head_dims of up to 40; on a GPU, whose kernels differ by it, of every kernel, the small ones more often.
+/// Values of head_dim: up to 40 on the CPU. A GPU has kernels for several values of head_dim, so all of them are drawn, and
+/// small ones more often.
 fn head_dims(targets: &[Target]) -> impl Strategy<Value = usize> {
     let most = targets.iter().map(|target| cases::max_head_dim(&target.device)).min().expect("a target");
     if targets.iter().all(|target| target.device.is_cpu()) {
@@ -67,8 +70,9 @@ fn head_dims(targets: &[Target]) -> impl Strategy<Value = usize> {
     }
 }
 
-/// Any padded case of up to 40 tokens; now and then, on a GPU more often, one that crosses the borders of tiles. On a GPU,
-/// where Candle allocates no empty tensor, sizes begin at 1, and some backward passes are asked to repeat their bits.
+/// Any padded case of up to 40 tokens. Some cases are longer than a tile, on a GPU more of them.
+///
+/// On a GPU sizes begin at 1, because Candle allocates no empty tensors there, and some backward passes are deterministic.
 fn padded(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     let head_dims = head_dims(&targets);
     let short = if targets.iter().all(|target| target.device.is_cpu()) { 9 } else { 3 };
@@ -103,7 +107,7 @@ fn padded(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     )
 }
 
-/// The same of packed sequences, empty ones among them.
+/// The same for packed sequences. Some of them are empty.
 fn packed(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     let lengths = prop::collection::vec((0usize..30, 0usize..30), 0..5);
     (padded(targets), lengths).prop_map(|(case, mut lengths)| {
@@ -115,7 +119,7 @@ fn packed(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     })
 }
 
-/// The same with the axes of the tensors in any order, and with some of the keys hidden as padding.
+/// The same with any layout of the tensors, and with padding that hides some of the keys.
 fn padded_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     let layout = || prop_oneof![Just(TensorLayout::Bshd), Just(TensorLayout::Bhsd)];
     let side = prop_oneof![Just(PaddingSide::Left), Just(PaddingSide::Right)];
@@ -124,10 +128,10 @@ fn padded_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
         let case = case.layouts(inputs, output);
         match (shares, &case.lengths) {
             (Some(shares), &Lengths::Padded { batch, seqlen_k, .. }) => {
-                // A share of 0 or close to it leaves a sequence without keys.
+                // With a share near 0, a sequence has no keys.
                 let count = |share: &f64| (share * 1.2 * (seqlen_k + 1) as f64) as usize;
                 let lengths: Vec<usize> = shares.iter().map(|share| count(share).min(seqlen_k)).take(batch).collect();
-                // Fewer keys than queries, padded on the right, are refused where positions matter.
+                // If positions matter, fewer keys than queries with padding on the right are an error.
                 let &Lengths::Padded { seqlen_q, .. } = &case.lengths else { unreachable!("it is padded") };
                 let positions_matter = case.mask != Mask::None || case.alibi != Alibi::Off;
                 let few = positions_matter && lengths.iter().any(|&length| length > 0 && length < seqlen_q);
@@ -138,13 +142,13 @@ fn padded_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     })
 }
 
-/// Packed sequences with the axes of the tensors in any order.
+/// Packed sequences with any layout of the tensors.
 fn packed_in_any_layout(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     let layout = || prop_oneof![Just(TensorLayout::Bshd), Just(TensorLayout::Bhsd)];
     (packed(targets), layout(), layout()).prop_map(|(case, inputs, output)| case.layouts(inputs, output))
 }
 
-/// Two outputs of the operator, each as far from the truth as the reference allows, agree.
+/// Checks that two outputs of the operator agree. Each may have the error that the reference allows.
 fn agree(case: &Case, input: &Input, got: &Output, want: &Output) -> Result<()> {
     let tolerances = reference::tolerances(input, &reference::attention(input));
     for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(tolerances) {
@@ -173,13 +177,13 @@ fn any_packed_case_matches_the_reference() -> Result<()> {
     for_all_of(packed(cpu_targets()), CASES, 0, |case| case.check()).map(drop)
 }
 
-/// Parts of [`any_case_on_the_gpu_matches_the_reference`], and the cases of each: 9,216 together.
+/// Number of parts of [`any_case_on_the_gpu_matches_the_reference`], and of cases per part: 9,216 cases together.
 const GPU_PARTS: u64 = 16;
 const GPU_PADDED: u32 = 384;
 const GPU_PACKED: u32 = 192;
 
-/// The same on the GPU, many times over. What takes the time is the reference, so each part has a thread and a seed of
-/// its own.
+/// The same on the GPU, with many more cases. The reference takes most of the time, so each part runs on its own thread, with
+/// its own seed.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn any_case_on_the_gpu_matches_the_reference() -> Result<()> {
@@ -187,7 +191,7 @@ fn any_case_on_the_gpu_matches_the_reference() -> Result<()> {
     if targets.is_empty() {
         return Ok(());
     }
-    // On the kernels that every GPU runs as well, where a newer one has its own.
+    // If the GPU has newer kernels of its own, also run the kernels that every GPU runs.
     let check = |case: Case| {
         let input = case.draw();
         let chosen = case.run(&input).with_context(|| format!("case {case}"))?;
@@ -208,19 +212,19 @@ fn any_case_on_the_gpu_matches_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// Rows of `values`, `width` numbers each, in the order that `order` lists them.
+/// The rows of `values`, of `width` elements each, in the order `order`.
 fn reordered(values: &[f64], width: usize, order: &[usize]) -> Vec<f64> {
     order.iter().flat_map(|&row| values[row * width..][..width].to_vec()).collect()
 }
 
-/// Without a mask and without biases the keys are a set.
+/// Without a mask and without biases, the order of the keys does not matter.
 #[test]
 fn the_order_of_the_keys_does_not_matter() -> Result<()> {
     let case = |targets| (padded(targets).prop_map(|case| case.mask(Mask::None).alibi(Alibi::Off)), any::<u64>());
     for_all(case, |(case, seed)| {
         let input = case.draw();
         let (_, seqlen_k) = case.sequences().first().copied().unwrap_or_default();
-        // One order for every sequence of the batch, by sorting a hash of (seed, position).
+        // One order for all sequences of the batch. It sorts a hash of (seed, position).
         let mut order: Vec<usize> = (0..seqlen_k).collect();
         order.sort_by_key(|&col| (seed ^ col as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29));
         let order: Vec<usize> =
@@ -238,10 +242,10 @@ fn the_order_of_the_keys_does_not_matter() -> Result<()> {
     })
 }
 
-/// A power of two moved from q into the scale changes no bit: only the exponents of what is multiplied differ.
+/// Moving a power of two from q into the scale changes no bit, because only exponents differ.
 #[test]
 fn a_power_of_two_moves_between_q_and_the_scale() -> Result<()> {
-    // Where numbers are not at the end of their type's range.
+    // This holds only if no number leaves the range of its type.
     let normal = |case: &Case| case.dtype != DType::F16;
     let case = |targets| (padded(targets).prop_filter("f16 ends at 2^-24", normal), -3i32..4);
     for_all(case, |(case, power)| {
@@ -264,7 +268,8 @@ fn a_power_of_two_moves_between_q_and_the_scale() -> Result<()> {
     })
 }
 
-/// Heads that share a key head give what repeated key heads give, and its gradient is the sum of theirs.
+/// Query heads that share a key head have the same result as with repeated key heads. The gradient of the shared key head is
+/// the sum of the gradients of its copies.
 #[test]
 fn shared_heads_equal_repeated_heads() -> Result<()> {
     for_all(padded, |case| {
@@ -284,7 +289,7 @@ fn shared_heads_equal_repeated_heads() -> Result<()> {
         {
             compare::close(["o", "lse", "dq"][n], got, want, &tolerances[n].clone().doubled(), &case)?;
         }
-        // The heads of the repeated case are rounded before they are summed, each at its own size.
+        // In the repeated case, the gradient of each copy is rounded before the sum.
         let each = reference::tolerances(&repeated_input, &reference::attention(&repeated_input));
         for (n, name, got, want) in [(3, "dk", &got.dk, &want.dk), (4, "dv", &got.dv, &want.dv)] {
             let mut summed = got.clone();
@@ -302,7 +307,7 @@ fn shared_heads_equal_repeated_heads() -> Result<()> {
     })
 }
 
-/// Attention as Candle's own operators and autograd compute it, with the mask written out as a tensor.
+/// Attention from Candle's operators and autograd, with the mask as a tensor.
 fn unfused(case: &Case, input: &Input) -> Result<Output> {
     let Call { q, k, v, .. } = case.call(input)?;
     let (seqlen_q, seqlen_k) = case.sequences()[0];
@@ -345,10 +350,11 @@ fn unfused(case: &Case, input: &Input) -> Result<Output> {
     })
 }
 
-/// A window is nothing but a mask, and the whole operator nothing but what Candle computes step by step.
+/// The operator, with any window, has the result of Candle's operators with the mask as a tensor.
 #[test]
 fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
-    // In f32 and f64, which Candle's operators sum in; every row sees a key, since softmax of no key is NaN there.
+    // Only f32 and f64, because Candle's operators have no wider accumulators. Every row sees a key, because Candle's softmax
+    // without keys is NaN.
     let wide = |case: &Case| matches!(case.dtype, DType::F32 | DType::F64);
     let sees = |case: &Case| {
         let input = Case { head_dim: 1, ..case.clone() }.draw();
@@ -363,7 +369,7 @@ fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
         .prop_map(|case| case.alibi(Alibi::Off))
         .prop_filter("f32 or f64", wide)
         .prop_filter("every row sees a key", sees)
-        .prop_filter("a batch of something", |case| !case.sequences().is_empty());
+        .prop_filter("at least one sequence", |case| !case.sequences().is_empty());
     let property = |case: Case| {
         let input = case.draw();
         agree(&case, &input, &case.run(&input)?, &unfused(&case, &input)?)
@@ -371,13 +377,13 @@ fn a_window_equals_an_explicit_mask_in_candle() -> Result<()> {
     for_all_of(case, CASES, 0, property).map(drop)
 }
 
-/// Attention over two parts of the keys, merged by their lse, is attention over all of them: values, and gradients that
-/// flow through both lse as ring attention needs it.
+/// Attention over two parts of the keys, merged by their lse, equals attention over all keys. Gradients flow through both lse,
+/// as ring attention needs it.
 #[test]
 fn parts_of_the_keys_merge_by_their_lse() -> Result<()> {
     let case = padded(cpu_targets())
         .prop_map(|case| case.mask(Mask::None).alibi(Alibi::Off))
-        // The merge itself runs in the type of o: in half precision its own rounding would hide the operator's.
+        // The merge is computed in the type of o. In half precision, its rounding would hide the rounding of the operator.
         .prop_filter("f32 or f64", |case| matches!(case.dtype, DType::F32 | DType::F64))
         .prop_filter("two keys and a query", |case| case.sequences().first().is_some_and(|l| l.0 > 0 && l.1 > 1));
     let property = |(case, part): (Case, f64)| {
@@ -390,7 +396,7 @@ fn parts_of_the_keys_merge_by_their_lse() -> Result<()> {
             Ok(attention.forward_with_lse(&q, &k.narrow(1, from, len)?, &v.narrow(1, from, len)?)?)
         };
         let ((o_1, lse_1), (o_2, lse_2)) = (attend(0, first)?, attend(first, seqlen_k - first)?);
-        // A constant as large as either keeps exp in range; it cancels.
+        // Subtracting the larger of both keeps exp in range. The constant cancels.
         let max = lse_1.maximum(&lse_2)?.detach();
         let (weight_1, weight_2) = ((lse_1 - &max)?.exp()?, (lse_2 - &max)?.exp()?);
         let sum = (&weight_1 + &weight_2)?;
@@ -437,7 +443,7 @@ fn one_sequence(case: &Case, input: &Input, batch: usize) -> (Case, Input) {
     (case.clone().batch(1, this.0, this.1), input)
 }
 
-/// Each sequence of `case` alone gives its part of the whole.
+/// Checks that each sequence of `case`, computed alone, equals its part of the batch.
 fn sequences_are_independent(case: &Case) -> Result<()> {
     let input = case.draw();
     let whole = case.run(&input)?;
@@ -471,7 +477,7 @@ fn packed_sequences_equal_separate_ones() -> Result<()> {
     for_all(packed, |case| sequences_are_independent(&case))
 }
 
-/// A padded batch is a packed one whose lengths agree.
+/// A padded batch equals a packed batch of sequences of one length.
 #[test]
 fn padded_equals_packed_of_equal_lengths() -> Result<()> {
     for_all(padded, |case| {
@@ -481,7 +487,7 @@ fn padded_equals_packed_of_equal_lengths() -> Result<()> {
     })
 }
 
-/// Two cases give the same bits on the numbers of the first.
+/// Checks that two cases give the same bits on the input of the first.
 fn same_bits(case: &Case, other: &Case) -> Result<()> {
     let (case, other) = (case.clone().deterministic(), other.clone().deterministic());
     let input = case.draw();
@@ -496,7 +502,7 @@ fn causal_is_a_window_open_on_the_left() -> Result<()> {
     })
 }
 
-/// A window that covers everything hides nothing: no numbers depend on how the mask was said.
+/// A window that covers everything gives the bits of no mask. Equal masks give equal bits.
 #[test]
 fn a_window_past_all_keys_is_no_mask() -> Result<()> {
     for_all(padded, |case| {
@@ -508,7 +514,7 @@ fn a_window_past_all_keys_is_no_mask() -> Result<()> {
     })
 }
 
-/// The default scale is `1/sqrt(head_dim)`, to the bit.
+/// The default scale gives the bits of the scale `1/sqrt(head_dim)`.
 #[test]
 fn the_default_scale_is_one_over_the_root_of_head_dim() -> Result<()> {
     for_all(padded, |case| {
@@ -517,7 +523,7 @@ fn the_default_scale_is_one_over_the_root_of_head_dim() -> Result<()> {
     })
 }
 
-/// Slopes per head are slopes per batch and head that repeat.
+/// Slopes per head give the bits of slopes per batch and head that repeat for each batch.
 #[test]
 fn slopes_per_head_repeat_over_the_batch() -> Result<()> {
     for_all(

@@ -1,4 +1,4 @@
-//! The first thing to run: one small case of each kind, values and gradients, in every type.
+//! A quick check: one small case of each kind, values and gradients, in every type. Run it first.
 
 use crate::common::cases;
 use anyhow::Result;

@@ -1,4 +1,4 @@
-//! Heads before or after the tokens, for the inputs and for the result: four combinations, one answer.
+//! Heads before or after the tokens, in the inputs and in the result: all four combinations have the same result.
 
 use crate::common::cases::{in_layout, targets, window, Alibi, Case};
 use crate::common::compare;
@@ -29,7 +29,7 @@ fn every_combination_matches_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// A transposed view in one layout is the same call as the tensor itself in the other: to the bit, gradients included.
+/// A transposed view in one layout gives the bits of the tensor itself in the other layout, also in the gradients.
 #[test]
 fn a_transposed_view_gives_the_bits_of_the_other_layout() -> Result<()> {
     for target in targets() {
@@ -53,7 +53,7 @@ fn a_transposed_view_gives_the_bits_of_the_other_layout() -> Result<()> {
     Ok(())
 }
 
-/// The result is written in its layout, not transposed afterwards.
+/// The operator writes the result in its layout and does not transpose it afterwards.
 #[test]
 fn the_result_is_contiguous_in_its_layout() -> Result<()> {
     for target in targets() {
@@ -71,7 +71,7 @@ fn the_result_is_contiguous_in_its_layout() -> Result<()> {
     Ok(())
 }
 
-/// The order of the two calls does not matter, and the result follows the inputs unless it is told otherwise.
+/// The order of the two option calls does not matter. Without `output_layout`, the result has the layout of the inputs.
 #[test]
 fn output_layout_overrides_layout() -> Result<()> {
     let q = Tensor::zeros((1, 6, 3, 8), candle_core::DType::F32, &candle_core::Device::Cpu)?;
@@ -83,7 +83,7 @@ fn output_layout_overrides_layout() -> Result<()> {
     Ok(())
 }
 
-/// q, k and v in one tensor, with the heads before the tokens: the values and the gradient of the other layout.
+/// q, k and v in one tensor with the heads before the tokens: values and gradient equal those of the other layout.
 #[test]
 fn one_tensor_of_q_k_and_v() -> Result<()> {
     for target in targets() {

@@ -1,4 +1,4 @@
-//! The same inputs give the same bits: on any number of threads, and every time.
+//! The same inputs give the same bits, on any number of threads and in every call.
 
 use crate::common::cases::{self, cpu, Alibi, Case};
 use crate::common::compare;
@@ -20,7 +20,7 @@ fn results(case: &Case, input: &Input) -> Result<Vec<(&'static str, Tensor)>> {
     Ok(vec![("o", o), ("lse", lse), grad("dq", &q)?, grad("dk", &k)?, grad("dv", &v)?])
 }
 
-/// Many tiles with one head, many heads with one tile, shared key heads, ragged sequences.
+/// Many tiles with one head, many heads with one tile, shared key heads, sequences of different lengths.
 fn parallel_cases(dtype: DType) -> Vec<Case> {
     let case = || Case::new(&cpu(dtype)).mask(Mask::Causal);
     vec![
@@ -63,7 +63,7 @@ fn the_same_call_again_gives_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// Calls from many threads at once share nothing that one could disturb for another.
+/// Calls from many threads at the same time do not change each other's results.
 #[test]
 fn concurrent_calls_do_not_disturb_each_other() -> Result<()> {
     let cases: Vec<Case> = DTYPES.into_iter().flat_map(parallel_cases).collect();
@@ -73,14 +73,14 @@ fn concurrent_calls_do_not_disturb_each_other() -> Result<()> {
         for ((worker, want), case) in workers.into_iter().zip(&alone).zip(&cases) {
             let got = worker.join().expect("a worker panicked")?;
             for ((name, got), (_, want)) in got.iter().zip(want) {
-                compare::same_bits(name, got, want, &format!("case {case}, beside the others"))?;
+                compare::same_bits(name, got, want, &format!("case {case}, at the same time as the others"))?;
             }
         }
         Ok(())
     })
 }
 
-/// A pool whose threads each make calls of their own still finishes, with the same bits.
+/// Calls from the threads of a rayon pool finish, with the same bits.
 #[test]
 fn calls_from_inside_a_pool_finish() -> Result<()> {
     let cases = [parallel_cases(DType::F32), parallel_cases(DType::F16), parallel_cases(DType::F32)].concat();
@@ -96,7 +96,7 @@ fn calls_from_inside_a_pool_finish() -> Result<()> {
     Ok(())
 }
 
-/// One graph may be asked for its gradients by several threads at once.
+/// Several threads may run the backward of one graph at the same time.
 #[test]
 fn one_graph_serves_many_backward() -> Result<()> {
     for case in parallel_cases(DType::F32) {

@@ -11,7 +11,7 @@ use candle_core::Device;
 use std::fs;
 use std::path::Path;
 
-/// The first line of what clap says.
+/// The first line of clap's error.
 fn usage(args: &[&str]) -> String {
     message(args).lines().next().unwrap().to_string()
 }
@@ -250,9 +250,9 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
     Ok(())
 }
 
-/// A model trained without attention runs only without it, and the other way round.
+/// A model that was trained without attention runs only without it. A model that was trained with attention needs it.
 #[test]
-fn attention_is_left_out_where_it_was_in_training() {
+fn a_model_without_attention_is_another_model() {
     let room = Room::new();
     let out = trained(&room);
     let refused = |out: &str, asked: &str, trained: &str| {
@@ -323,7 +323,7 @@ fn metrics_that_are_damaged() -> Result<()> {
     Ok(())
 }
 
-/// The repository changes during work on it. So a run on its text keeps a copy, and the errors name the copy.
+/// The repository changes. So a run on its text keeps a copy, and the errors name the copy.
 #[test]
 fn the_default_text_may_have_changed() -> Result<()> {
     let room = Room::new();

@@ -17,8 +17,8 @@ const KILLS: usize = 50;
 /// Maximum time between the start of training and the kill. It is enough for some steps and their checkpoints.
 const LONGEST: u64 = 60_000; // microseconds
 
-/// Each run saves a checkpoint with every step. It is killed and resumed again and again until its last step. Its files must
-/// be those of a run that was never killed.
+/// Each run saves a checkpoint with every step. The test kills and resumes it until its last step. Its files must equal those
+/// of a run that was never killed.
 #[test]
 fn a_run_killed_at_any_time_resumes_bit_for_bit() -> Result<()> {
     let room = Room::new();

@@ -65,7 +65,7 @@ fn of_two_processes_one_is_refused() -> Result<()> {
         trains.kill()?;
         trains.wait()?;
     }
-    // All processes together made the steps that one process makes alone.
+    // All processes together ran the same steps as one process.
     let trained = rows(&dir);
     assert!(trained.len() > 1);
     let mut alone = Run::new(config, Device::Cpu)?;
@@ -122,13 +122,13 @@ fn a_run_whose_folder_was_replaced_writes_nothing() -> Result<()> {
     assert_eq!(error.to_string(), replaced);
     assert_eq!(names(&dir), ["train.lock"]);
     drop(first);
-    assert_eq!(names(&dir), ["train.lock"], "it is the second one's");
+    assert_eq!(names(&dir), ["train.lock"], "the lock belongs to the second run");
     Run::new(config, Device::Cpu)?.train(&second)?;
     assert_eq!(rows(&dir).len(), 4);
     Ok(())
 }
 
-/// What a user keeps under the name of the lock file stays.
+/// A user's file with the name of the lock file is not changed.
 #[test]
 #[cfg(unix)]
 fn a_file_of_the_user_is_no_lock() -> Result<()> {
@@ -136,8 +136,8 @@ fn a_file_of_the_user_is_no_lock() -> Result<()> {
     let (lock, precious) = (room.path("new/train.lock"), room.path("precious"));
     fs::create_dir(room.path("new"))?;
     let refused = || {
-        let error = RunFolder::create(&room.path("new")).err().expect("it is no lock file").to_string();
-        assert_eq!(error, format!("{} is no lock file of this program; move it away", lock.display()));
+        let error = RunFolder::create(&room.path("new")).err().expect("it is not a lock file").to_string();
+        assert_eq!(error, format!("{} is not a lock file of this program; move it away", lock.display()));
     };
     fs::write(&precious, "my notes")?;
     std::os::unix::fs::symlink(&precious, &lock)?;

@@ -1,4 +1,4 @@
-//! The numbers of training: recorded losses, flash against standard attention, gradients.
+//! Numbers of training: recorded losses, flash compared with standard attention, gradients.
 
 use super::{short_config, Room};
 use crate::config::{AttentionKind, Config, Precision};
@@ -11,10 +11,10 @@ use crate::train::Run;
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 
-/// Of losses that should be equal but were summed in another order.
+/// Largest difference of two losses that differ only in the order of their sums.
 const TOLERANCE: f32 = 1e-4;
 
-/// Training losses of the first ten steps of `short_config`. Whatever changes them changes what the example learns.
+/// Training losses of the first ten steps of `short_config`. A change that moves them changes the training of the example.
 const RECORDED: [f32; 10] =
     [5.5145926, 4.966709, 4.72126, 4.5184355, 4.2890515, 3.9643307, 3.829285, 3.5441751, 3.4638705, 3.159524];
 
@@ -23,7 +23,7 @@ fn first_steps(attention: AttentionKind, steps: usize) -> Result<Vec<Row>> {
     (0..steps).map(|_| run.one_step()).collect()
 }
 
-/// Training losses of the first ten steps in bf16, from the weights and on the windows of [`RECORDED`].
+/// Training losses of the first ten steps in bf16, with the initial weights and the windows of [`RECORDED`].
 fn losses_in_bf16(device: Device) -> Result<Vec<f32>> {
     let room = Room::new();
     let config = Config { precision: Precision::Bf16, ..short_config(&room, AttentionKind::Flash) };
@@ -40,11 +40,11 @@ fn ten_steps_match_the_recorded_losses() -> Result<()> {
     Ok(())
 }
 
-/// Of a loss in bf16, relative: activations are rounded to 8 bits, and each device rounds others. On the CPU, bf16 and f32
-/// come within 0.15%.
+/// Largest relative error of a loss in bf16. Activations are rounded to 8 bits, and devices differ in their rounding errors.
+/// On the CPU, bf16 and f32 differ by at most 0.15%.
 const BF16_TOLERANCE: f32 = 0.01;
 
-/// Two lists of ten losses in bf16 are the same training.
+/// Asserts that two lists of ten losses in bf16 agree.
 fn assert_close_in_bf16(what: &str, got: &[f32], want: &[f32]) {
     assert_eq!((got.len(), want.len()), (RECORDED.len(), RECORDED.len()), "{what}");
     for (step, (got, want)) in got.iter().zip(want).enumerate() {
@@ -53,14 +53,14 @@ fn assert_close_in_bf16(what: &str, got: &[f32], want: &[f32]) {
     }
 }
 
-/// Rounding the activations does not change what is learnt.
+/// Training in bf16 has the losses of training in f32.
 #[test]
 fn ten_steps_in_bf16_follow_those_in_f32() -> Result<()> {
     assert_close_in_bf16("bf16 against f32", &losses_in_bf16(Device::Cpu)?, &RECORDED);
     Ok(())
 }
 
-/// The same weights, windows and precision: a GPU learns what the CPU learns.
+/// With the same weights, windows and precision, training on a GPU has the losses of training on the CPU.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn ten_steps_in_bf16_agree_on_gpu_and_cpu() -> Result<()> {
@@ -82,13 +82,13 @@ fn flash_and_standard_attention_agree_for_forty_steps() -> Result<()> {
         let differ = (flash.train_loss - standard.train_loss).abs();
         assert!(differ < TOLERANCE, "they differ by {differ}: {flash:?} {standard:?}");
     }
-    // Agreement on losses that stand still would mean little.
+    // If the losses did not fall, their agreement would mean little.
     assert!(flash[39].train_loss < 0.6 * flash[0].train_loss, "{flash:?}");
     assert!(flash[39].val_loss.unwrap() < 0.6 * flash[0].val_loss.unwrap(), "{flash:?}");
     Ok(())
 }
 
-/// Tokens of a batch that has nothing special.
+/// Tokens of an ordinary batch.
 fn tokens(batch: usize, seqlen: usize) -> Result<Tensor> {
     let tokens: Vec<u32> = (0..batch * seqlen).map(|at| (at * 37 % 251) as u32).collect();
     Ok(Tensor::from_vec(tokens, (batch, seqlen), &Device::Cpu)?)
@@ -114,11 +114,11 @@ fn flash_and_standard_gradients_agree() -> Result<()> {
     check_gradients(parameters.keys(), &flash)
 }
 
-/// Of a gradient in bf16, its norm: each activation is rounded to 8 bits, dozens of times on the way. On the CPU the largest
-/// error is 0.0097, of `h.0.attn.c_proj.weight`; a GPU rounds at other places.
+/// Largest error of a gradient in bf16, relative to its norm. Activations are rounded to 8 bits at dozens of places. On the
+/// CPU the largest error is 0.0097, for `h.0.attn.c_proj.weight`. A GPU rounds at other places.
 const BF16_GRADIENT_TOLERANCE: f32 = 0.05;
 
-/// The gradient of every parameter in bf16, on the CPU and on a GPU if there is one, is that in f32.
+/// The gradient of every parameter in bf16 equals its gradient in f32, on the CPU and on a GPU if there is one.
 #[test]
 fn gradients_in_bf16_are_those_in_f32() -> Result<()> {
     let room = Room::new();
@@ -159,7 +159,7 @@ fn parameters_without_a_gradient_are_named() -> Result<()> {
     Ok(())
 }
 
-/// A graph that is cut behind the blocks: what lies before the cut learns nothing, and is named.
+/// The graph is cut after the blocks. Parameters before the cut have no gradient, and the error names them.
 #[test]
 fn parameters_before_a_detached_result_are_named() -> Result<()> {
     let room = Room::new();
@@ -173,12 +173,12 @@ fn parameters_before_a_detached_result_are_named() -> Result<()> {
     };
     let refusal = |gradients: &Named| check_gradients(parameters.keys(), gradients).unwrap_err().to_string();
 
-    // Nothing is left of the graph that the head could be part of.
+    // Nothing in the graph is tracked, so the head has no gradient either.
     let none = gradients(&hidden)?;
     assert!(none.is_empty());
     assert!(refusal(&none).starts_with("52 of 52 parameters receive no gradient: h.0.attn.c_attn.bias, "));
 
-    // A graph that begins behind the cut: final norm and head learn, and `wte` as the head, not as the embedding.
+    // Now the graph begins after the cut. The final norm has gradients, and `wte` has its gradient as the head.
     let head = gradients(Var::from_tensor(&hidden)?.as_tensor())?;
     assert_eq!(head.keys().collect::<Vec<_>>(), ["ln_f.bias", "ln_f.weight", "wte"]);
     let said = refusal(&head);
@@ -187,7 +187,7 @@ fn parameters_before_a_detached_result_are_named() -> Result<()> {
     Ok(())
 }
 
-/// A later token must not change what the model says at an earlier position.
+/// A later token must not change the logits of an earlier position.
 #[test]
 fn the_model_is_causal() -> Result<()> {
     let room = Room::new();
@@ -203,7 +203,7 @@ fn the_model_is_causal() -> Result<()> {
     Ok(())
 }
 
-/// Accumulated gradients are those of one large batch.
+/// Accumulated gradients of several batches equal the gradients of one large batch.
 #[test]
 fn accumulation_equals_a_larger_batch() -> Result<()> {
     let room = Room::new();

@@ -1,4 +1,4 @@
-//! Each operator with a gradient by hand, against Candle's autograd through straight operators.
+//! Compares each operator that has a hand-written gradient with Candle's autograd over plain operators.
 
 use crate::ops::{self, LayerNorm, Linear, Weight};
 use crate::profile::Part;
@@ -6,10 +6,10 @@ use crate::rng::Rng;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 
-/// Of sums that run in another order, in f32, relative to the largest number.
+/// Largest difference of f32 sums in another order, relative to the largest element.
 const TOLERANCE: f32 = 2e-5;
 
-/// A leaf of autograd, and the same numbers as a weight.
+/// A variable of autograd, and a weight with the same values.
 struct Twin {
     var: Var,
     weight: Weight,
@@ -35,8 +35,8 @@ fn assert_close(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// `by_hand` and `straight` of the same inputs are one function: in value, in the gradient of each input, and in that of each
-/// weight. The upstream gradient is random. A second backward over the graph adds the same again to what the weights know.
+/// Asserts that `by_hand` and `straight` have the same value, the same gradient of each input and of each weight. The
+/// upstream gradient is random. A second backward over the graph must add the same gradient to the weights again.
 fn assert_same_function(
     inputs: &[Var],
     weights: &[(&str, &Twin)],
@@ -52,7 +52,7 @@ fn assert_same_function(
     for (at, input) in inputs.iter().enumerate() {
         assert_close(&format!("gradient of input {at}"), got.get(input).unwrap(), want.get(input).unwrap())?;
     }
-    // One backward has run, what it gave is taken; then two.
+    // First take the gradients of the one backward above. Then run two more backwards and take their sum.
     for times in [1.0, 2.0] {
         if times == 2.0 {
             loss.backward()?;
@@ -61,7 +61,7 @@ fn assert_same_function(
         for (name, twin) in weights {
             let (got, want) = (twin.weight.take_gradient().unwrap(), want.get(&twin.var).unwrap());
             assert_close(&format!("gradient of {name}"), &got, &(want * times)?)?;
-            assert!(twin.weight.take_gradient().is_none(), "{name}: what was taken is gone");
+            assert!(twin.weight.take_gradient().is_none(), "{name}: a gradient is taken only once");
         }
     }
     Ok(())
@@ -82,7 +82,7 @@ fn straight_linear(x: &Tensor, weight: &Twin, bias: &Twin) -> candle_core::Resul
 fn linear_is_a_product_and_a_sum() -> Result<()> {
     let mut rng = Rng::new(1);
     let (layer, weight, bias) = linear_layer(&mut rng, 24, 16)?;
-    let x = Var::from_tensor(&normal(&mut rng, &[2, 5, 3, 8], 1.0)?)?; // heads on the way in
+    let x = Var::from_tensor(&normal(&mut rng, &[2, 5, 3, 8], 1.0)?)?; // an input with heads
     let residual = Var::from_tensor(&normal(&mut rng, &[10, 16], 1.0)?)?;
     let weights = [("weight", &weight), ("bias", &bias)];
     let straight = || straight_linear(&x.reshape((10, 24))?, &weight, &bias);
@@ -105,7 +105,7 @@ fn mlp_is_two_layers_and_a_gelu() -> Result<()> {
     let mut rng = Rng::new(2);
     let (fc, fc_weight, fc_bias) = linear_layer(&mut rng, 8, 32)?;
     let (proj, proj_weight, proj_bias) = linear_layer(&mut rng, 32, 8)?;
-    let x = Var::from_tensor(&normal(&mut rng, &[20, 8], 3.0)?)?; // far enough out for both ends of GELU
+    let x = Var::from_tensor(&normal(&mut rng, &[20, 8], 3.0)?)?; // large enough for both ends of GELU
     let residual = Var::from_tensor(&normal(&mut rng, &[20, 8], 1.0)?)?;
     let gelu = |x: &Tensor| -> candle_core::Result<Tensor> {
         let slope = (2.0 / std::f64::consts::PI).sqrt();
@@ -129,7 +129,7 @@ fn layer_norm_is_its_formula() -> Result<()> {
     let (weight, bias) = (Twin::new(&mut rng, &[48], 1.0)?, Twin::new(&mut rng, &[48], 1.0)?);
     for epsilon in [1e-5, 0.3] {
         let layer = LayerNorm { weight: weight.weight.clone(), bias: bias.weight.clone(), epsilon };
-        // Each row with a mean and a spread of its own.
+        // Each row has another mean and another variance.
         let (mean, spread) =
             (normal(&mut rng, &[30, 1], 2.0)?, normal(&mut rng, &[30, 1], 1.0)?.abs()?.affine(1.0, 0.2)?);
         let x = normal(&mut rng, &[30, 48], 1.0)?.broadcast_mul(&spread)?.broadcast_add(&mean)?;
@@ -169,8 +169,8 @@ fn thirds_add_up() -> Result<()> {
     assert_same_function(std::slice::from_ref(&x), &[], || ops::sum_of_thirds(&x, 1), sum)
 }
 
-/// In bf16 the gradients by hand are at most twice as far from f32 as those of Candle's autograd, at GPT-2's width. Of x they
-/// are 1.6 times as far, for what a row has in common is rounded to bf16; of weight and bias a third.
+/// In bf16, at GPT-2's width, the error of a hand-written gradient is at most twice the error of Candle's autograd. For x it
+/// is 1.6 times as large, because the row statistics are rounded to bf16. For weight and bias it is a third.
 #[test]
 fn layer_norm_in_bf16_is_as_close_as_autograds() -> Result<()> {
     let mut rng = Rng::new(9);
@@ -179,7 +179,7 @@ fn layer_norm_in_bf16_is_as_close_as_autograds() -> Result<()> {
     let x = normal(&mut rng, &[n, width], 1.0)?.broadcast_mul(&spread)?.broadcast_add(&mean)?;
     let (gain, bias) = (normal(&mut rng, &[width], 0.3)?.affine(1.0, 1.0)?, normal(&mut rng, &[width], 0.3)?);
     let dy = normal(&mut rng, &[n, width], 1.0)?;
-    // The same numbers in both types, those of bf16.
+    // Values that bf16 holds exactly, so that both types have the same inputs.
     let in_type = |tensor: &Tensor, dtype| tensor.to_dtype(DType::BF16)?.to_dtype(dtype);
     let [x, gain, bias, dy] = [x, gain, bias, dy].map(|tensor| in_type(&tensor, DType::F32).unwrap());
 
@@ -207,7 +207,7 @@ fn layer_norm_in_bf16_is_as_close_as_autograds() -> Result<()> {
     Ok(())
 }
 
-/// A row of equal numbers has no spread to divide by.
+/// A row of equal elements has a variance of 0.
 #[test]
 fn layer_norm_of_a_constant_row_has_a_gradient() -> Result<()> {
     let ones = Weight::new(&Tensor::ones(4, DType::F32, &Device::Cpu)?)?;
@@ -216,7 +216,7 @@ fn layer_norm_of_a_constant_row_has_a_gradient() -> Result<()> {
     let y = ops::layer_norm(&x, &layer)?;
     let first = y.narrow(1, 0, 1)?.sum_all()?;
     let dx = first.backward()?.get(&x).unwrap().to_vec2::<f32>()?;
-    // 1 / sqrt(epsilon), without the mean of four
+    // 1 / sqrt(epsilon), minus the mean over four elements
     for (got, want) in dx[0].iter().zip([75.0, -25.0, -25.0, -25.0]) {
         assert!((got - want).abs() < 0.01, "{dx:?}");
     }
@@ -259,7 +259,7 @@ fn cross_entropy_is_candles() -> Result<()> {
     Ok(())
 }
 
-/// A target that the model thinks impossible is a large loss, not an infinite one; what is no number stays none.
+/// The loss of a target with a probability of 0 is large but finite. NaN stays NaN.
 #[test]
 fn cross_entropy_of_the_impossible_is_finite() -> Result<()> {
     let wte = Weight::new(&Tensor::new(&[[200f32], [-200.0]], &Device::Cpu)?)?;
@@ -272,9 +272,9 @@ fn cross_entropy_of_the_impossible_is_finite() -> Result<()> {
     Ok(())
 }
 
-/// What a GPU is given instead of passes and sums is the same, here on the CPU.
+/// On a GPU, matrix products replace sums and outer products. On the CPU they have the same results.
 #[test]
-fn products_stand_in_for_sums() -> Result<()> {
+fn products_replace_sums() -> Result<()> {
     let mut rng = Rng::new(8);
     let (x, column, row) =
         (normal(&mut rng, &[24, 16], 1.0)?, normal(&mut rng, &[24], 1.0)?, normal(&mut rng, &[16], 1.0)?);
@@ -285,14 +285,14 @@ fn products_stand_in_for_sums() -> Result<()> {
     assert_close("row sums", &ops::row_sums(&x, &rows)?, &sums)?;
     assert_close("column sums", &ops::column_sums_in(8, &x)?, &x.sum(0)?)?;
 
-    // In bf16 a column and a row of its numbers give the product rounded once, lanes or none.
+    // In bf16, `outer` rounds each product once, with any number of lanes.
     let in_bf16 = |x: &Tensor| x.to_dtype(DType::BF16);
     let values = |x: &Tensor| x.to_dtype(DType::F32)?.to_vec2::<f32>();
     let (columns, rows) = (in_bf16(&columns)?.to_dtype(DType::F32)?, in_bf16(&rows)?);
     let plain = in_bf16(&column)?.reshape((24, 1))?.broadcast_mul(&in_bf16(&row)?)?;
     assert_eq!(values(&ops::outer(&columns, &rows)?)?, values(&plain)?);
 
-    let ids: Vec<u32> = (0..24).map(|at| at * at % 7).collect(); // some several times, in one part and across
+    let ids: Vec<u32> = (0..24).map(|at| at * at % 7).collect(); // some occur twice, in one table and in several
     let ids = Tensor::new(ids, &Device::Cpu)?;
     let plain = Tensor::zeros((9, 16), DType::F32, &Device::Cpu)?.index_add(&ids, &x, 0)?;
     assert_close("index_add", &ops::index_add_in_tables(&x, &ids, 9)?, &plain)

@@ -137,7 +137,7 @@ fn rows_are_added_only_to_tables_of_measurements() -> Result<()> {
     let room = Room::new();
     let path = |name: &str| room.string(name);
     let time = |csv: &str| run(&[&TIME[..], &["--csv", csv]].concat());
-    // Refused before anything is measured: these steps would take hours.
+    // The error must come before the measurement, because these steps would take hours.
     let say = |csv: &str| message(&["time", "--steps", "1000000", "--csv", csv]);
 
     fs::write(path("notes.md"), "# Notes\n")?;
@@ -166,7 +166,7 @@ fn rows_are_added_only_to_tables_of_measurements() -> Result<()> {
     fs::write(path("time.csv"), "")?;
     time(&path("time.csv"))?;
     let first = fs::read_to_string(path("time.csv"))?;
-    // Some editors do not end the last line.
+    // Some editors write no newline after the last line.
     fs::write(path("time.csv"), first.trim_end())?;
     time(&path("time.csv"))?;
     time(&path("time.csv"))?;

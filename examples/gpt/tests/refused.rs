@@ -270,7 +270,8 @@ fn a_non_finite_model_is_never_saved() -> Result<()> {
     Ok(())
 }
 
-/// Names in `runs` that are no numbers of runs, or large ones, neither stop a new run nor the search for the newest.
+/// Names in `runs` that are not numbers of runs, or are very large numbers, stop neither a new run nor the search for the
+/// newest run.
 #[test]
 fn any_name_in_runs() -> Result<()> {
     let room = Room::new();
@@ -284,7 +285,7 @@ fn any_name_in_runs() -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint gives back every bit of its settings: these would be off by one in the last place.
+/// A checkpoint restores every bit of its settings. With less precise numbers, these settings would change in the last bit.
 #[test]
 fn settings_survive_json() -> Result<()> {
     let room = Room::new();
@@ -294,7 +295,7 @@ fn settings_survive_json() -> Result<()> {
     Ok(())
 }
 
-/// Rows that the program cannot have written are an error: a plot of them, or a file written over them, would be worse.
+/// Rows that the program cannot have written are an error. Otherwise it would plot them, or overwrite the file.
 #[test]
 fn rows_of_no_run_are_refused() -> Result<()> {
     let room = Room::new();

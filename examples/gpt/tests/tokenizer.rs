@@ -1,9 +1,9 @@
-//! GPT-2's tokens of any text are those of the encoder on the whole text, although it is encoded in pieces.
+//! GPT-2's tokenizer encodes a text in pieces. For any text, its tokens equal those of the encoder on the whole text.
 
 use crate::rng::Rng;
 use crate::tokenizer::{Tokenizer, TokenizerKind};
 
-/// The tokens of the encoder on the whole text. It fails on a run of a million white-space characters.
+/// Tokens of the encoder on the whole text. The encoder fails on a run of a million white-space characters.
 fn whole(text: &str) -> Vec<u32> {
     tiktoken_rs::r50k_base_singleton().encode_ordinary(text)
 }
@@ -12,9 +12,9 @@ fn encode(text: &str) -> Vec<u32> {
     Tokenizer::new(TokenizerKind::Gpt2).encode(text.as_bytes(), "text").unwrap()
 }
 
-/// Everything that GPT-2's pattern distinguishes. White space of every kind, and characters that only look like it (a
-/// zero-width space, a Mongolian separator, a word joiner). Contractions, and texts that are almost one. Letters, digits and
-/// marks of several scripts.
+/// Every kind of text that GPT-2's pattern distinguishes. White space of every kind, and characters that only look like white
+/// space (a zero-width space, a Mongolian separator, a word joiner). Contractions, and texts that are almost contractions.
+/// Letters, digits and marks of several scripts.
 const ALPHABET: [&str; 68] = [
     " ",
     " ",
@@ -106,7 +106,7 @@ fn every_character_of_white_space_ends_a_word() {
     }
 }
 
-/// The encoder alone fails at a million.
+/// The encoder on a whole text fails at a million.
 #[test]
 fn runs_of_more_than_a_million_characters() {
     const RUN: usize = 1_100_000;

@@ -1,4 +1,4 @@
-//! Each part alone: schedule, optimizer, text, batches, files, metrics, samples.
+//! Tests of single parts: schedule, optimizer, text, batches, files, metrics, samples.
 
 use super::{child_process, names, run, short_config, story, Room};
 use crate::checkpoint;
@@ -51,7 +51,7 @@ fn the_learning_rate_rises_linearly_and_falls_as_a_cosine() {
     assert!(learning_rate(&no_warmup, 1) < 1.0 && learning_rate(&no_warmup, 1) > 0.98);
 }
 
-/// Against the formulas of the paper, in f64, one number at a time.
+/// Compares AdamW with the formulas of the paper, computed in f64, one element at a time.
 #[test]
 fn adamw_follows_its_formulas() -> Result<()> {
     let config = Config { weight_decay: 0.1, beta1: 0.9, beta2: 0.99, ..Config::preset(Preset::Tiny) };
@@ -64,7 +64,7 @@ fn adamw_follows_its_formulas() -> Result<()> {
 
     let gradients = [[0.3f32, -0.01], [-0.2, 4.0], [0.0, 1e-3]];
     for (at, gradient) in gradients.iter().enumerate() {
-        // The gradient at half its size, and a factor that makes it whole.
+        // Half the gradient, and a factor of 2.
         let gradient = parameters.gradient(matrix_and_bias(&gradient.map(|number| number / 2.0))?)?;
         let factor = Tensor::new(2f32, &Device::Cpu)?;
         optimizer.update(&mut parameters, &gradient, &factor, &config, at + 1, 0.01)?;
@@ -122,7 +122,7 @@ fn clipping_scales_to_the_limit_and_only_above_it() -> Result<()> {
     Ok(())
 }
 
-/// Each parameter comes back in its shape, from a tensor that holds them all.
+/// Each parameter is restored in its shape, from the tensor that holds all of them.
 #[test]
 fn flat_parameters_keep_names_and_shapes() -> Result<()> {
     let drawn = init_parameters(&Config::preset(Preset::Tiny), 256, &mut Rng::new(1), &Device::Cpu)?;
@@ -137,7 +137,7 @@ fn flat_parameters_keep_names_and_shapes() -> Result<()> {
     }
     let mut gradients = drawn;
     let refusal = |gradients: &Named| flat.gradient(gradients.clone()).err().unwrap().to_string();
-    // As many numbers, which would fit, but in other places.
+    // The right number of elements, but another shape.
     gradients.insert("wte".to_string(), gradients["wte"].t()?);
     assert_eq!(refusal(&gradients), "gradient of parameter wte: shape must be [256, 128], got [128, 256]");
     gradients.remove("wpe");
@@ -165,7 +165,7 @@ fn initial_weights_are_drawn_as_gpt2_draws_them() -> Result<()> {
     Ok(())
 }
 
-/// A generator that went through JSON, at any position, goes on where it was.
+/// A generator that is written to JSON and read back continues at its position.
 #[test]
 fn the_random_state_survives_json() -> Result<()> {
     let mut rng = Rng::new(42);
@@ -210,7 +210,7 @@ fn the_last_tenth_is_held_out() -> Result<()> {
     Ok(())
 }
 
-/// Each epoch visits each of its windows once; no two epochs are alike; a cursor finds its place again.
+/// Each epoch visits each of its windows once. Epochs differ in their order. A cursor restores the position.
 #[test]
 fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
     let room = Room::new();
@@ -218,7 +218,7 @@ fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
     let corpus = corpus(&config)?;
     let mut rng = Rng::new(3);
     let mut batches = Batches::new(&config, &corpus, &mut rng);
-    let windows = 5400 / config.context - 2; // at least, whatever the offset
+    let windows = 5400 / config.context - 2; // the smallest number, over all offsets
     let mut epochs = Vec::new();
     for _ in 0..2 {
         let epoch = batches.next(windows, &mut rng);
@@ -227,7 +227,7 @@ fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
         let first = starts.first().unwrap() % config.context;
         assert!(starts.iter().all(|start| start % config.context == first && start + config.context < 5400));
         epochs.push(epoch);
-        batches.next(3, &mut rng); // over the end of the epoch
+        batches.next(3, &mut rng); // past the end of the epoch
         let mut again = Batches::at(&config, &corpus, batches.cursor().clone()).unwrap();
         let mut rng_again = rng.clone();
         assert_eq!(again.next(400, &mut rng_again), batches.next(400, &mut rng), "after the cursor");
@@ -237,7 +237,7 @@ fn batches_cover_the_text_and_resume_at_their_cursor() -> Result<()> {
     Ok(())
 }
 
-/// With git, what it tracks; without, what lies there; the same files in the same order.
+/// With git, the text is the tracked files. Without git, it is the files in the folders. Both have the same order.
 #[test]
 fn the_repository_is_the_default_text() -> Result<()> {
     let room = Room::new();
@@ -265,7 +265,7 @@ fn the_repository_is_the_default_text() -> Result<()> {
         git(&["add", "README.md", "src/lib.rs", "cuda", "notes.txt", ".hidden"])?;
         fs::write(root.join("untracked.rs"), "untracked")?;
         assert_eq!(repository_files(&root)?, expected);
-        fs::remove_file(root.join("src/lib.rs"))?; // tracked still, but gone
+        fs::remove_file(root.join("src/lib.rs"))?; // git still tracks it
         assert_eq!(repository_files(&root)?.len(), 3);
     }
 
@@ -289,7 +289,7 @@ fn numbered_folders_are_fresh() -> Result<()> {
     let room = Room::new();
     let runs = room.path("runs");
     assert_eq!(RunFolder::create_numbered(&runs)?.path(), runs.join("0001"));
-    assert!(!runs.exists(), "nothing came of the run");
+    assert!(!runs.exists(), "a refused run creates no folder");
     fs::create_dir(&runs)?;
     assert_eq!(fresh_folder(&runs)?, runs.join("0001"));
     assert_eq!(fresh_folder(&runs)?, runs.join("0002"));
@@ -342,7 +342,7 @@ fn metrics_have_their_columns() -> Result<()> {
     assert_eq!(fs::read_to_string(&path)?, format!("{text}3,0.33333334,,0.001,0.1,1234\n"));
     assert_eq!(metrics::read(&path, usize::MAX)?, [row(1, Some(2.5)), row(2, None), row(3, None)]);
 
-    // Rows after the checkpoint go, the torn one at the end as well.
+    // Rows after the checkpoint are removed, also the incomplete last row.
     fs::write(&path, format!("{text}3,0.33333334,,0.001,0.1,1234\n4,0.2"))?;
     let mut metrics = Metrics::resume(room.folder.path(), 2)?;
     assert_eq!(fs::read_to_string(&path)?, text);
@@ -371,8 +371,8 @@ fn the_loss_curve_draws_one_row_or_many() -> Result<()> {
     Ok(())
 }
 
-/// Nothing but a repository: the default command trains, into numbered folders; then the newest run writes and is
-/// measured.
+/// In a repository, without options: the default command trains into numbered folders, and `sample` and `eval` use the newest
+/// run.
 #[test]
 fn a_repository_is_all_that_is_needed() -> Result<()> {
     let room = Room::new();
@@ -402,7 +402,7 @@ fn a_repository_is_all_that_is_needed() -> Result<()> {
     Ok(())
 }
 
-/// Two measurements are two rows under one heading, and what they say fits together.
+/// Two measurements are two rows with one heading. Their numbers are consistent.
 #[test]
 fn a_measurement_is_a_row() -> Result<()> {
     let room = Room::new();
@@ -424,12 +424,12 @@ fn a_measurement_is_a_row() -> Result<()> {
         assert!(close(number(row, "model_tflops")?, flops_per_token * tokens_per_s / 1e12));
     }
     assert!((number(0, "mfu_percent")? / number(0, "model_tflops")? - 50.0).abs() < 1e-9);
-    assert_eq!(rows[1]["mfu_percent"], "", "no peak of a CPU is known");
+    assert_eq!(rows[1]["mfu_percent"], "", "the peak of a CPU is not known");
     assert!((number(0, "last_loss")? - 256f64.ln()).abs() < 0.5);
     Ok(())
 }
 
-/// A profile is the time of a step, told twice: by phases, and by parts of the model.
+/// A profile divides the time of a step twice: into phases, and into parts of the model.
 #[test]
 fn a_profile_accounts_for_a_step() -> Result<()> {
     let config = Config { context: 16, batch: 2, accumulation: 2, ..Config::preset(Preset::Tiny) };
@@ -463,7 +463,7 @@ fn a_trained_model_writes_and_is_measured() -> Result<()> {
     assert_eq!(sample(&sampling, 1)?, text, "one seed, one text");
     assert_ne!(sample(&sampling, 2)?, text);
     let greedy = sample(&Sampling { temperature: 0.0, ..sampling.clone() }, 1)?;
-    assert_eq!(sample(&Sampling { top_k: 1, ..sampling.clone() }, 2)?, greedy, "the likeliest, by either way");
+    assert_eq!(sample(&Sampling { top_k: 1, ..sampling.clone() }, 2)?, greedy, "both take the most likely token");
     assert!(trained.sample("", &sampling, &mut Rng::new(1)).unwrap_err().to_string().starts_with("--prompt is empty"));
 
     // All 18 held-out windows went into the last evaluation of the training.
@@ -491,7 +491,7 @@ fn a_trained_model_writes_and_is_measured() -> Result<()> {
     Ok(())
 }
 
-/// Byte-pair tokens are longer than a byte, and bits per byte say so.
+/// Byte-pair tokens are longer than a byte. Bits per byte take this into account.
 #[test]
 fn gpt2_tokens_train_and_evaluate() -> Result<()> {
     let room = Room::new();

@@ -1,4 +1,4 @@
-//! Which kernel computes a pass, and why the others do not.
+//! Chooses the kernel of a pass, and records why each other kernel was rejected.
 
 use std::cmp::Reverse;
 
@@ -17,12 +17,12 @@ fn spec(arch: Arch) -> &'static dyn Spec {
     }
 }
 
-/// A kernel that computes the pass, but was not taken.
+/// A kernel for the pass that was not chosen.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Rejection {
     /// The kernel.
     pub kernel: &'static Kernel,
-    /// Why it was not taken.
+    /// Why it was not chosen.
     pub reason: Reason,
 }
 
@@ -40,13 +40,15 @@ impl std::fmt::Debug for Rejection {
 
 /// The choice among the kernels of one pass.
 pub(super) struct Choice {
-    /// `None` if each one was rejected.
+    /// `None` if all kernels were rejected.
     pub kernel: Option<&'static Kernel>,
     pub rejected: Vec<Rejection>,
 }
 
-/// Chooses among the kernels of a tiled pass that `allow` accepts and that can compute `problem` on this GPU. It prefers the
-/// smallest head_dim, then a kernel that suits the call, then one for the newest GPUs, then the first in cuda/instances.def.
+/// Chooses among the kernels of `pass` that `allow` accepts and that can compute `problem` on this GPU.
+///
+/// The smallest sufficient head_dim comes first. Among these, a kernel that suits the call comes first, then the kernel for the
+/// newest GPUs, then the first in cuda/instances.def.
 pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
     let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
@@ -62,7 +64,7 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
         }
     }
     let suits = |kernel: &Kernel| spec(kernel.arch).unsuited(problem).is_none();
-    // min_by_key takes the first of equals.
+    // For equal keys, min_by_key returns the first kernel.
     let best = |kernel: &&'static Kernel| (kernel.head_dim, Reverse((suits(kernel), kernel.arch)));
     let chosen = possible.iter().copied().min_by_key(best);
     if let Some(chosen) = chosen {
@@ -72,15 +74,16 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
     Choice { kernel: chosen, rejected }
 }
 
-/// Whether `problem` needs the kernels with a score_mod: for softcap, ALiBi, or a scale that is not above 0. With a scale below
-/// 0 the maximum is where q k is smallest, which the plain kernels do not track. With a scale of 0, or one that f32 flushes to
-/// 0, the plain kernels would compute -inf * 0.
+/// Whether `problem` needs a kernel with score_mod: for softcap, for ALiBi, or for a scale that is not above 0.
+///
+/// With a scale below 0, the largest score has the smallest product q k, and kernels without score_mod only track the largest.
+/// With a scale of 0, or one that f32 flushes to 0, they would compute -inf * 0.
 fn needs_score_mod(problem: &Problem) -> bool {
     let softmax_scale_log2 = (problem.softmax_scale * std::f64::consts::LOG2_E) as f32;
     problem.softcap.is_some() || problem.alibi.is_some() || softmax_scale_log2 < f32::MIN_POSITIVE
 }
 
-/// Why `kernel` cannot compute `problem` on this GPU.
+/// Why `kernel` cannot compute `problem` on this GPU; `None` if it can.
 fn refuses(problem: &Problem, kernel: &Kernel, caps: &CudaCaps) -> Option<Reason> {
     if !kernel.arch.runs_on(caps.compute_cap) {
         return Some(Reason::Instructions(kernel.arch));
@@ -91,7 +94,7 @@ fn refuses(problem: &Problem, kernel: &Kernel, caps: &CudaCaps) -> Option<Reason
     spec(kernel.arch).refuses(problem, kernel)
 }
 
-/// Why `chosen` is the better one of two kernels that can compute `problem`.
+/// Why `chosen` is better than `kernel`, if both can compute `problem`.
 fn worse(problem: &Problem, kernel: &Kernel, chosen: &Kernel) -> Reason {
     if kernel.head_dim > chosen.head_dim {
         return Reason::HeadDim;

@@ -6,7 +6,7 @@ use crate::instances::{Grid, Kernel};
 use crate::plan::caps::CudaCaps;
 use crate::problem::Problem;
 
-/// The launches that compute o and lse with `kernel`, in the order in which they run.
+/// The launches that compute o and lse with `kernel`, in order.
 pub(super) fn launches(problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Vec<Launch> {
     let launch = match kernel.grid {
         Grid::Tiles => {

@@ -6,12 +6,11 @@ use crate::instances::Kernel;
 /// One launch of one kernel.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
-    /// What runs.
+    /// The kernel.
     pub kernel: &'static Kernel,
-    /// Thread blocks along x, y and z. If one of them is 0, nothing runs. z may exceed what one grid holds; the launch is then
-    /// split.
+    /// Number of thread blocks along x, y and z. If one is 0, nothing runs. If z is too large for one grid, the launch is split.
     pub grid: (u32, u32, u32),
-    /// How the blocks of a persistent kernel share its tiles; `None` if the place of a block in the grid says its tile.
+    /// The work tiles of a persistent kernel. `None` if the position of a block in the grid determines its tile.
     pub schedule: Option<Schedule>,
 }
 
@@ -21,7 +20,7 @@ impl Launch {
         Self { kernel, grid, schedule: None }
     }
 
-    /// Whether blocks take further tiles from a counter. With a block for every tile there is nothing to count.
+    /// Whether the kernel needs a tile counter. It does not if there is a block for every tile.
     pub fn counts_tiles(&self) -> bool {
         self.schedule.is_some_and(|schedule| schedule.tiles > self.grid.0 as usize)
     }

@@ -1,4 +1,4 @@
-//! What every CUDA kernel asks of a call.
+//! The limits of all CUDA kernels.
 
 use candle_core::DType;
 
@@ -6,19 +6,19 @@ use crate::error::{Error, Result};
 use crate::instances::KERNELS;
 use crate::problem::{Problem, Strides};
 
-/// Elements of 16 bytes, the size of every access to q, k, v, o and their gradients.
+/// Number of elements in 16 bytes, the size of every access to q, k, v, o and their gradients.
 pub(super) const CHUNK: usize = 8;
 
 /// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
 const MAX_GRID_Y: usize = 65_535;
 
-/// The device adds rows, bounds of the mask and tiles in 32-bit integers. A sum of three of these stays below 2^31.
+/// Kernels add rows, mask bounds and tiles in 32-bit integers. With this limit, a sum of three of these is below 2^31.
 pub(crate) const MAX_SEQLEN: usize = 1 << 29;
 
-/// Elements from one row to the next: a copy steps over at most 32 rows at once, in 32 bits.
+/// The largest stride of rows. A copy advances by at most 32 rows at once, with a 32-bit offset.
 const MAX_ROW_STRIDE: usize = i32::MAX as usize / 32;
 
-/// Refuses what no CUDA kernel takes.
+/// Returns an error for a call that no CUDA kernel supports.
 pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     let oldest = KERNELS.iter().map(|kernel| kernel.arch.compute_cap()).min().unwrap_or_default();
     if compute_cap < oldest {
@@ -57,21 +57,21 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-/// Stride and size along rows, heads and sequences; packed tensors have one sequence.
+/// Stride and size of the axes rows, heads and sequences. Packed tensors have one sequence.
 pub(crate) fn axes(strides: &Strides, shape: &[usize]) -> [(usize, usize); 3] {
     let (row_axis, head_axis) = (shape.len() - 3, shape.len() - 2);
     let batch = if row_axis == 0 { 1 } else { shape[0] };
     [(strides.row, shape[row_axis]), (strides.head, shape[head_axis]), (strides.batch, batch)]
 }
 
-/// Whether every row of a tensor begins at a multiple of 16 bytes, as the kernels' accesses need.
+/// Whether all rows of a tensor are 16-byte aligned. The kernels need this.
 pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
-    // The stride of an axis of one element is never used.
+    // The stride of an axis with one element is never used.
     let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));
     shape.contains(&0) || (steps && strides.offset.is_multiple_of(CHUNK))
 }
 
-/// Whether the kernels can step from row to row of a tensor.
+/// Whether the stride of rows is within the limit of the kernels.
 pub(crate) fn in_reach(strides: &Strides, shape: &[usize]) -> bool {
     shape[shape.len() - 3] <= 1 || strides.row <= MAX_ROW_STRIDE
 }

@@ -1,6 +1,6 @@
-//! How a [`Problem`] is computed on an NVIDIA GPU: which kernels run, in which grids.
+//! The plan of a [`Problem`] on an NVIDIA GPU: the kernels and their grids.
 //!
-//! A new architecture is a [`Spec`](spec::Spec) in a file of its own, and a line in [`choice::spec`].
+//! A new architecture needs a [`Spec`](spec::Spec) in its own file, and a line in [`choice::spec`].
 
 mod backward;
 mod choice;
@@ -27,20 +27,22 @@ use crate::problem::Problem;
 /// The kernels of one call on an NVIDIA GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaPlan {
-    /// What computes o and lse, in the order in which it runs.
+    /// The launches that compute o and lse, in order.
     pub forward: Vec<Launch>,
-    /// What computes dq, dk and dv; `None` if no kernel fits the GPU. The call then runs without gradients.
+    /// The launches that compute dq, dk and dv. `None` if no kernel fits the GPU; the call then has no gradients.
     pub backward: Option<BackwardPlan>,
-    /// The other kernels of both passes, and why each was not taken.
+    /// The rejected kernels of both passes, and the reasons.
     pub rejected: Vec<Rejection>,
 }
 
 impl CudaPlan {
-    /// Chooses among the kernels that `allow` lets pass.
+    /// Chooses among the kernels that `allow` accepts.
     ///
     /// # Errors
-    /// If the GPU is too old, if no kernel takes the dtype, head_dim or strides, if a size exceeds what a grid or an index
-    /// holds, or if an input is tracked for gradients and no kernel of the backward fits.
+    /// - The GPU is too old.
+    /// - No kernel supports the dtype, head_dim or strides.
+    /// - A size is too large for a grid or an index.
+    /// - An input is tracked for gradients, and no backward kernel fits.
     pub fn choose(problem: &Problem, caps: &DeviceCaps, allow: impl Fn(&Kernel) -> bool) -> Result<Self> {
         let DeviceCaps::Cuda(caps) = caps else {
             return Err(Error::NoKernel { dtype: problem.dtype, device: problem.device });
@@ -62,7 +64,7 @@ impl CudaPlan {
         })
     }
 
-    /// All launches, those of the forward first.
+    /// All launches: first those of the forward, then those of the backward.
     pub fn launches(&self) -> impl Iterator<Item = &Launch> {
         self.forward.iter().chain(self.backward.iter().flat_map(|backward| &backward.launches))
     }

@@ -1,22 +1,24 @@
-//! How the blocks of a persistent forward share its work tiles.
+//! The work tiles of a persistent forward, and their order.
 
 use crate::instances::Kernel;
 use crate::mask::Mask;
 use crate::problem::{Lengths, Problem};
 
-/// Tiles of a block if all blocks take equally many. The list of a block (`kMaxTiles` in cuda/sm90) has twice as many places,
-/// because blocks do not progress alike.
+/// Number of tiles per block if all blocks process the same number. The list of a block (`kMaxTiles` in cuda/sm90) has room for
+/// twice as many, because some blocks are faster than others.
 const TILES_PER_BLOCK: usize = 256;
 
 /// The work tiles of a persistent forward. A tile is `block_m` queries of one head of one sequence.
-/// Tiles are numbered by section; in a section by block of queries, the last first; there by head.
+///
+/// Tiles are numbered by section, then by m_block from the last to the first, then by head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
-    /// All tiles.
+    /// Number of tiles.
     pub tiles: usize,
-    /// Blocks of queries: of a sequence if padded, at most those of all sequences if packed.
+    /// Number of m_blocks. If padded: of one sequence. If packed: an upper bound over all sequences together.
     pub m_blocks: usize,
-    /// Heads whose tiles are taken together, so that their keys and values stay in L2: of all sequences if padded.
+    /// Number of heads in a section. Their tiles are processed together, so that their keys and values stay in L2. If padded,
+    /// heads are counted over all sequences.
     pub section_heads: usize,
 }
 
@@ -35,15 +37,19 @@ impl Schedule {
         m_blocks * heads
     }
 
-    /// Thread blocks: one for each multiprocessor, and no more tiles for a block than its list holds.
+    /// Number of thread blocks: one per multiprocessor, or more if the tiles would not fit the lists of these blocks.
     pub(super) fn blocks(&self, multiprocessors: usize) -> usize {
         self.tiles.min(multiprocessors).max(self.tiles.div_ceil(TILES_PER_BLOCK))
     }
 }
 
-/// With a mask, tiles differ in cost. Taking many heads together balances the load. With too many, K and V no longer fit in
-/// L2. A short last section leaves multiprocessors idle. Measured on an H200 with 2 to 32 heads, 512 to 16k keys: fastest are
-/// some four tiles for each multiprocessor, at most 32 heads, in sections of one size.
+/// Number of heads in a section, with a mask.
+///
+/// With a mask, tiles differ in cost. Taking many heads together balances the load. With too many heads, K and V no longer fit
+/// in L2. A short last section leaves multiprocessors idle.
+///
+/// Fastest are about four tiles per multiprocessor, at most 32 heads, and sections of one size (measured on an H200 with 2 to 32
+/// heads and 512 to 16k keys).
 fn section_heads(m_blocks: usize, heads: usize, multiprocessors: usize) -> usize {
     const MOST: usize = 32;
     let ideal = (4.0 * multiprocessors as f64 / m_blocks.max(1) as f64).clamp(1.0, MOST as f64);
@@ -56,7 +62,7 @@ fn section_heads(m_blocks: usize, heads: usize, multiprocessors: usize) -> usize
     sizes.min_by(|(a, _), (b, _)| a.total_cmp(b)).map_or(1, |(_, size)| size)
 }
 
-/// Blocks of queries, and heads that each have so many.
+/// The number of m_blocks per head, and the number of heads.
 fn blocks_and_heads(problem: &Problem, kernel: &Kernel) -> (usize, usize) {
     match &problem.lengths {
         &Lengths::Padded { batch, seqlen_q, .. } => (seqlen_q.div_ceil(kernel.block_m), batch * problem.num_heads),

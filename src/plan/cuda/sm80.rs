@@ -1,8 +1,8 @@
-//! Kernels of mma.sync, which run on every GPU from Ampere on.
+//! Kernels that use mma.sync. They run on every GPU from Ampere on.
 
 use super::spec::Spec;
 
 pub(super) struct Sm80;
 
-/// They take what all CUDA kernels take, and suit every call.
+/// sm80 kernels have only the limits of all CUDA kernels, and suit every call.
 impl Spec for Sm80 {}

@@ -1,4 +1,4 @@
-//! Kernels of wgmma and TMA, which run on Hopper alone.
+//! Kernels that use wgmma and TMA. They run only on Hopper.
 
 use super::limits::axes;
 use super::schedule::Schedule;
@@ -6,10 +6,10 @@ use super::spec::{Reason, Spec};
 use crate::instances::Kernel;
 use crate::problem::Problem;
 
-/// The most queries of a call that counts as decoding. How many queries favor the larger tiles is to be measured.
+/// A call with at most this many queries is decoding. The best limit has not been measured.
 const DECODING: usize = 16;
 
-/// Elements of 2 bytes from one row, head or sequence to the next: TMA's strides stay below 2^40 bytes.
+/// The largest stride in elements of 2 bytes. Strides of TMA must be below 2^40 bytes.
 const MAX_STRIDE: usize = (1 << 39) - 1;
 
 pub(super) struct Sm90;
@@ -29,7 +29,7 @@ impl Spec for Sm90 {
     }
 }
 
-/// The longest stride of q, k and v. The stride of an axis of one element is never used.
+/// The longest stride of q, k and v. The stride of an axis with one element is never used.
 fn longest_stride(problem: &Problem) -> usize {
     let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
     let axes = [(problem.q, &shape_q), (problem.k, &shape_k), (problem.v, &shape_k)]

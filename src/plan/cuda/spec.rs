@@ -1,11 +1,11 @@
-//! What the kernels of one architecture ask of a call. Each architecture implements it once.
+//! The limits and preferences of the kernels of one architecture.
 
 use crate::instances::{Arch, Kernel};
 use crate::problem::Problem;
 
-/// The kernels of one architecture.
+/// The limits and preferences of the kernels of one architecture. Each architecture implements it once.
 pub(super) trait Spec {
-    /// Why `kernel` cannot compute `problem` on any GPU, though it keeps the limits of all CUDA kernels.
+    /// Why `kernel` cannot compute `problem` on any GPU, although the problem is within the limits of all CUDA kernels.
     fn refuses(&self, _problem: &Problem, _kernel: &Kernel) -> Option<Reason> {
         None
     }
@@ -16,34 +16,34 @@ pub(super) trait Spec {
     }
 }
 
-/// Why a kernel was not taken. The first four make it impossible, the others make another kernel better.
+/// Why a kernel was not chosen. For the first four reasons it cannot compute the call. For the others, another kernel is better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// The GPU does not have the instructions.
     Instructions(Arch),
-    /// The GPU has less shared memory than these bytes.
+    /// The kernel needs this number of bytes of shared memory, more than the GPU has.
     SharedMemory(usize),
-    /// More tiles than the kernel counts.
+    /// The call has more tiles than the kernel can count.
     Tiles {
-        /// Tiles of the call.
+        /// Number of tiles of the call.
         got: usize,
-        /// The most that the kernel counts.
+        /// The largest number that the kernel can count.
         max: usize,
     },
-    /// A stride is longer than the kernel can express.
+    /// A stride is too large for the kernel.
     Stride {
-        /// The longest stride in elements.
+        /// The largest stride in elements.
         got: usize,
-        /// The longest that the kernel takes.
+        /// The largest stride that the kernel supports.
         max: usize,
     },
-    /// A kernel of a smaller head_dim pads less.
+    /// Another kernel has a smaller sufficient head_dim, so it pads less.
     HeadDim,
-    /// With few queries most rows of the kernel's tiles stay empty.
+    /// With few queries, most rows of the kernel's tiles would be empty.
     Decoding,
-    /// A kernel for newer GPUs is there.
+    /// There is a kernel for newer GPUs.
     OlderArch,
-    /// A kernel before it in cuda/instances.def fits as well.
+    /// An earlier kernel in cuda/instances.def fits too.
     LaterLine,
 }
 
@@ -52,10 +52,10 @@ impl std::fmt::Display for Reason {
         match self {
             Self::Instructions(arch) => write!(f, "needs {arch}"),
             Self::SharedMemory(bytes) => write!(f, "needs {bytes} bytes of shared memory"),
-            Self::Tiles { got, max } => write!(f, "counts to {max} tiles, not {got}"),
-            Self::Stride { got, max } => write!(f, "takes strides of at most {max} elements, not {got}"),
+            Self::Tiles { got, max } => write!(f, "supports at most {max} tiles, got {got}"),
+            Self::Stride { got, max } => write!(f, "supports strides of at most {max} elements, got {got}"),
             Self::HeadDim => f.write_str("pads head_dim more"),
-            Self::Decoding => f.write_str("has large tiles, and decoding suits small ones"),
+            Self::Decoding => f.write_str("has large tiles, but decoding is faster with small ones"),
             Self::OlderArch => f.write_str("is for older GPUs"),
             Self::LaterLine => f.write_str("comes later in the table"),
         }

@@ -1,4 +1,4 @@
-//! The asserts: a tensor against the reference within a tolerance, and two tensors bit for bit.
+//! The asserts: compare a tensor with the reference within a tolerance, and compare two tensors bit by bit.
 
 use anyhow::{bail, ensure, Result};
 use attention_reference::{Output, Rows, Tolerance};
@@ -6,12 +6,12 @@ use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use std::fmt::Display;
 
-/// A tensor of the case `what` against the reference: [`attention_reference::close`].
+/// Compares a tensor of the case `what` with the reference; see [`attention_reference::close`].
 pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, what: &dyn Display) -> Result<()> {
     attention_reference::close(name, got, want, tolerance, what).map(|_| ())
 }
 
-/// Two tensors of one shape and type hold the same bits.
+/// Asserts that two tensors have the same shape, type and bits.
 pub fn same_bits(name: &str, got: &Tensor, want: &Tensor, what: &dyn Display) -> Result<()> {
     ensure!(
         got.dims() == want.dims() && got.dtype() == want.dtype(),
@@ -42,13 +42,13 @@ pub fn same_bits(name: &str, got: &Tensor, want: &Tensor, what: &dyn Display) ->
     Ok(())
 }
 
-/// The same bits in each tensor of two outputs.
+/// Asserts that two outputs have the same bits in each tensor.
 pub fn same_outputs(got: &Output, want: &Output, what: &impl Display) -> Result<()> {
     let pairs = got.named().into_iter().zip(want.named());
     pairs.into_iter().try_for_each(|((name, got), (_, want))| same_rows(name, &got.values, &want.values, what))
 }
 
-/// The same bits in the same order.
+/// Asserts that both lists have the same bits in the same order.
 pub fn same_rows(name: &str, got: &[f64], want: &[f64], what: &impl Display) -> Result<()> {
     ensure!(got.len() == want.len(), "{name} has {} elements, not {}\n{what}", got.len(), want.len());
     let differ = got.iter().zip(want).filter(|(got, want)| got.to_bits() != want.to_bits()).count();

@@ -1,14 +1,14 @@
-//! The rule for gradients where an input holds a NaN or an infinity.
+//! The rule for gradients if an input has a non-finite number.
 //!
-//! In the backward of a GPU such a number may spread within its sequence and its group of heads: any gradient there may be NaN. It never
-//! leaves them, and a gradient that is NaN in the reference is never a finite number.
+//! In the backward on a GPU, a non-finite number may spread within its sequence and its group of heads. Any gradient there may
+//! be NaN. Gradients of other sequences and groups do not change. A gradient that is NaN in the reference is never finite.
 
 use super::reference::{Input, Rows};
 
 /// The sequences and key heads of an input that hold a non-finite number in q, k, v, do or dlse.
 pub struct Nonfinite {
     num_heads_k: usize,
-    /// `(batch, num_heads_k)`.
+    /// Whether a sequence and key head have one, `(batch, num_heads_k)`.
     regions: Vec<bool>,
 }
 
@@ -31,12 +31,12 @@ impl Nonfinite {
         found
     }
 
-    /// Whether gradients of row `row` may be NaN.
+    /// For each row of `rows`, whether its gradients may be NaN.
     pub fn reaches(&self, rows: &Rows) -> Vec<bool> {
         regions(&rows.lengths, rows.heads, self.num_heads_k).map(|region| self.regions[region]).collect()
     }
 
-    /// `got` with the numbers of `want` in place of NaN, where the rule allows NaN.
+    /// A copy of `got`. If the rule allows a NaN, the copy has the element of `want` instead.
     pub fn without_spread(&self, got: &Rows, want: &Rows) -> Rows {
         let mut allowed = got.clone();
         for (row, reached) in self.reaches(got).into_iter().enumerate() {

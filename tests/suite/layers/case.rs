@@ -1,4 +1,4 @@
-//! Layers to try: sizes, names, biases, mask, rotary embedding, with weights seeded by the case's name.
+//! Cases of layers: sizes, names, biases, mask, rotary embedding. The name of a case is the seed of its weights.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +15,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// Rotary tables reach this far in every case.
+/// Number of positions in the rotary tables of every case.
 pub const MAX_SEQLEN: usize = 160;
 
 /// One layer and the shape of its input.
@@ -32,12 +32,12 @@ pub struct Case {
     /// The order of a fused projection: GPT-2's or GPT-NeoX's, with the names of that model.
     pub fused: Option<QkvOrder>,
     pub weight_layout: WeightLayout,
-    /// On q, k, v and o.
+    /// Biases of q, k, v and o.
     pub biases: [bool; 4],
     pub mask: Mask,
     pub softmax_scale: Option<f64>,
     pub softcap: Option<f64>,
-    /// One per head.
+    /// ALiBi slopes, one per head.
     pub alibi_slopes: Option<&'static [f32]>,
     pub rotary: Option<Rotation>,
 }
@@ -113,7 +113,7 @@ impl Case {
         Ok(config)
     }
 
-    /// The layer with this case's weights as variables of `dtype`. The values are the same numbers for every dtype.
+    /// The layer with the weights of this case as variables of `dtype`. Every dtype has the same values.
     pub fn build(&self, dtype: DType) -> Result<Built> {
         let varmap = VarMap::new();
         let layer = MultiHeadAttention::new(&self.config()?, VarBuilder::from_varmap(&varmap, dtype, &self.device))?;
@@ -121,7 +121,7 @@ impl Case {
         Ok(Built { varmap, layer })
     }
 
-    /// `(batch, seqlen, embed_dim)`.
+    /// The input, `(batch, seqlen, embed_dim)`.
     pub fn xs(&self, dtype: DType) -> Result<Tensor> {
         let xs = normal((self.batch, self.seqlen, self.embed_dim), 1.0, &format!("{} xs", self.name), dtype)?;
         Ok(xs.to_device(&self.device)?)
@@ -146,12 +146,12 @@ impl Built {
     }
 }
 
-/// The variables of a map by name, in an order that does not change from run to run.
+/// The variables of a map, sorted by name.
 pub fn vars(varmap: &VarMap) -> BTreeMap<String, Var> {
     varmap.data().lock().expect("no test panics while it holds the map").clone().into_iter().collect()
 }
 
-/// Sets every variable to normal values seeded by `seed` and its name, scaled so that outputs stay near 1.
+/// Sets every variable to normally distributed values, scaled so that outputs are near 1. The seed is `seed` and the name.
 pub fn fill(varmap: &VarMap, seed: &str) -> Result<()> {
     for (name, var) in vars(varmap) {
         let deviation = if var.rank() == 2 { (var.elem_count() as f64).powf(-0.25) } else { 0.5 };
@@ -161,7 +161,7 @@ pub fn fill(varmap: &VarMap, seed: &str) -> Result<()> {
     Ok(())
 }
 
-/// Normal values seeded by a text. They are bf16 numbers, so that every dtype holds the very same ones.
+/// Normally distributed values; the seed is a text. They are rounded to bf16, so that every dtype holds the same values.
 pub fn normal(shape: impl Into<candle_core::Shape>, deviation: f64, seed: &str, dtype: DType) -> Result<Tensor> {
     let shape = shape.into();
     // FNV-1a.

@@ -1,38 +1,42 @@
-//! How near is near enough: the house's rule for tensors that went through a whole layer.
+//! The tolerance for results of a whole layer.
 //!
 //! ```text
 //! limit = (3 * the relative error of the plain same-precision layer + 2 rounding steps of the type) * the row's scale
 //! ```
 //!
-//! The scale of a row is its largest value, but no less than the root mean square of those of all rows: a gradient that
-//! is far smaller than its neighbours is what terms of their size left when they cancelled. The plain error is the
-//! largest of any row: a projection mixes all heads, so that the luck of one row in the plain layer says nothing about
-//! the same row here.
+//! The scale of a row is its largest value, but at least the root mean square of the largest values of all rows. If a row
+//! of a gradient is far smaller than other rows, its elements are differences of large terms, with the errors of these terms.
+//!
+//! The error of the plain layer is the largest over all rows. A projection mixes all heads. So a small error in one row of
+//! the plain layer does not predict the error of the same row here.
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Tensor, D};
 
-/// Any two honest implementations in one precision err alike, up to luck. The house's 2 holds for sums over keys alone;
-/// here projections come before and after, and over 25 other seeds the largest error of a tensor was up to 2.6 times the
-/// plain one's. Another machine's matrix product is another draw. The tests of the rule reject small faults at 3 as well.
+/// Factor of the plain layer's error. Two correct implementations in one precision have errors of similar size.
+///
+/// The operator's tests use a factor of 2, for sums over keys only. A layer also has projections: with 25 other seeds, the
+/// largest error of a tensor was up to 2.6 times that of the plain layer. Another machine may add in another order, with other
+/// errors. With a factor of 3, the tests of this rule still reject small faults.
 const PLAIN_ERRORS: f64 = 3.0;
-/// One step for rounding the result, one for whatever is rounded on the way to it.
+/// One rounding step for the result, and one for intermediate results.
 const RESULT_STEPS: f64 = 2.0;
 
-/// How far a tensor may be from the one wanted, relative to the scale of each row.
+/// The largest allowed error of a tensor, relative to the scale of each row.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance(f64);
 
 impl Tolerance {
-    /// From what the plain layer makes of a tensor whose f64 value is `want`: the plain layer in `dtype`, or in f32 for f64.
+    /// From the result of the plain layer in `dtype` (in f32 for f64). `want` is the same result in f64.
     pub fn from(plain: &Tensor, want: &Tensor, dtype: DType) -> Result<Self> {
         Self::from_plain_error(relative_error(plain, want)?, dtype)
     }
 
-    /// From the plain layer's [`relative_error`], in `dtype`, or in f32 for f64.
+    /// From the [`relative_error`] of the plain layer in `dtype` (in f32 for f64).
     pub fn from_plain_error(error: f64, dtype: DType) -> Result<Self> {
         let errors = match dtype {
-            // Rounding errors are in proportion to the step of the type, and f64 is compared with f64: both sides err.
+            // Rounding errors are proportional to the rounding step of the type. Here both results are f64 and both have
+            // errors.
             DType::F64 => 2.0 * PLAIN_ERRORS * error * step(DType::F64)? / step(DType::F32)?,
             _ => PLAIN_ERRORS * error,
         };
@@ -40,7 +44,7 @@ impl Tolerance {
     }
 }
 
-/// `got` is `want`, row by row.
+/// Checks that `got` equals `want` within the tolerance, row by row.
 pub fn close(
     name: &str,
     got: &Tensor,
@@ -56,7 +60,7 @@ pub fn close(
         for (col, (got, want)) in got.iter().zip(want).enumerate() {
             ensure!(
                 got.is_finite() && want.is_finite(),
-                "{name}: {got} where {want} belongs at row {row}, col {col}\n{what}"
+                "{name}: got {got}, expected {want} at row {row}, col {col}\n{what}"
             );
             let error = (got - want).abs();
             if error > limit && error / limit > worst.0 {
@@ -71,7 +75,7 @@ pub fn close(
     Ok(())
 }
 
-/// The largest error of any row relative to that row's scale.
+/// The largest error over all rows, relative to the scale of the row.
 pub fn relative_error(got: &Tensor, want: &Tensor) -> Result<f64> {
     let (got, want) = (rows(got)?, rows(want)?);
     let errors = got.iter().zip(&want).zip(scales(&want)).map(|((got, want), scale)| {
@@ -93,13 +97,13 @@ fn scales(rows: &[Vec<f64>]) -> Vec<f64> {
     largest.into_iter().map(|value| value.max(mean_square.sqrt())).collect()
 }
 
-/// The values along the last axis, one row after the other.
+/// The rows of a tensor: its elements along the last axis.
 fn rows(tensor: &Tensor) -> Result<Vec<Vec<f64>>> {
     let width = tensor.dim(D::Minus1)?;
     Ok(tensor.to_dtype(DType::F64)?.reshape(((), width))?.to_vec2()?)
 }
 
-/// The distance from 1 to the next number of `dtype`.
+/// The distance from 1 to the next larger number of `dtype`.
 fn step(dtype: DType) -> Result<f64> {
     Ok(match dtype {
         DType::F64 => f64::EPSILON,

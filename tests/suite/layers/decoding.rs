@@ -1,4 +1,4 @@
-//! Decoding through candle_nn's cache: any split of a sequence into calls gives the whole sequence's output.
+//! Decoding with candle_nn's cache: any split of a sequence into calls gives the output of one call over the whole sequence.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -18,16 +18,16 @@ fn cases() -> Vec<Case> {
     causal.into_iter().chain(other.into_iter().map(|case| Case { mask: window, ..case })).collect()
 }
 
-/// How the 70 tokens of a case arrive.
+/// Splits of the 70 tokens of a case into calls.
 const SPLITS: [&[usize]; 5] = [
     &[70],              // all at once
     &[1; 70],           // one at a time
     &[40, 1, 1, 1, 27], // a prompt, tokens, another prompt
-    &[5, 0, 3, 31, 31], // several at a time, once none
+    &[5, 0, 3, 31, 31], // several at a time, and one call without tokens
     &[1, 69],           // one, then the rest
 ];
 
-/// Feeds `xs` in pieces of these lengths and puts the results end to end.
+/// Calls the layer with pieces of `xs` of these lengths and concatenates the results.
 fn decode(layer: &MultiHeadAttention, xs: &Tensor, split: &[usize], cache: &mut KvCache) -> Result<Tensor> {
     let mut start = 0;
     let mut pieces = Vec::new();
@@ -50,7 +50,7 @@ fn any_split_equals_the_whole() -> Result<()> {
             let on_gpu = gpu.as_ref().filter(|_| GPU_DTYPES.contains(&dtype)).map(|gpu| case.on(gpu));
             for case in [Some(case.clone()), on_gpu].into_iter().flatten() {
                 let layer = case.build(dtype)?.layer.detach();
-                // Candle multiplies no empty matrices on a GPU.
+                // On a GPU, Candle cannot multiply empty matrices.
                 let takes = |split: &&[usize]| case.device.is_cpu() || !split.contains(&0);
                 for split in SPLITS.into_iter().filter(takes) {
                     let got = decode(&layer, &case.xs(dtype)?, split, &mut layer.new_cache(case.seqlen))?;
@@ -62,7 +62,7 @@ fn any_split_equals_the_whole() -> Result<()> {
     Ok(())
 }
 
-/// A cache that is too small grows, and a reset one begins at position 0 again: the same bits either way.
+/// A cache that is too small grows, and a cache after a reset begins at position 0. Both give the same bits.
 #[test]
 fn cache_grows_and_resets() -> Result<()> {
     let case = cases().remove(1);
@@ -79,7 +79,7 @@ fn cache_grows_and_resets() -> Result<()> {
     Ok(())
 }
 
-/// A refused call leaves the cache as it was, and decoding goes on from there.
+/// A refused call does not change the cache, and decoding can continue.
 #[test]
 fn refused_call_leaves_the_cache() -> Result<()> {
     let case = case::all().into_iter().find(|case| case.name == "llama").expect("the grid has it");
@@ -99,8 +99,8 @@ fn refused_call_leaves_the_cache() -> Result<()> {
     Ok(())
 }
 
-/// What someone who has just trained does: the detached layer, and a layer built again over the same variables, decode
-/// with the trained values, before and after one more step of training.
+/// Decoding after training. A detached layer, and a second layer over the same variables, use the trained values, also after
+/// another training step.
 #[test]
 fn trained_weights_decode() -> Result<()> {
     for name in ["llama", "gpt2", "gpt-neox"] {

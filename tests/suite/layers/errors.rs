@@ -1,4 +1,4 @@
-//! What the layer refuses, each text whole.
+//! Every error text of the layers.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -13,10 +13,10 @@ use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{VarBuilder, VarMap};
 
-/// The result is this error's text, and stays it as Candle's error.
+/// Asserts that the result is an error with this text, also after conversion to Candle's error.
 fn refused<T: Debug>(result: Result<T, Error>, text: &str) {
     let error = result.expect_err(text);
-    // Under RUST_BACKTRACE, Candle's own errors print a backtrace below their text.
+    // With RUST_BACKTRACE, Candle's own errors print a backtrace after their text.
     let said = |error: String| match error.split_once("\n   0: ") {
         Some((text, _)) => text.to_string(),
         None => error,
@@ -64,7 +64,7 @@ fn configurations() -> Result<()> {
     refused(untracked(&config(100, 3)), "embed_dim 100 is not a multiple of num_heads 3; set head_dim");
     refused(
         untracked(&config(64, 8).num_heads_k(3)),
-        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head serves equally many query heads",
+        "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head must serve the same number of query heads",
     );
     refused(
         untracked(&config(64, 4).projections(Projections::gpt2()).q_bias(true).v_bias(true)),
@@ -81,17 +81,17 @@ fn configurations() -> Result<()> {
         "embed_dim 64, num_heads 4611686018427387904, num_heads_k 4611686018427387904, head_dim 512: the weights would \
          be larger than any memory; choose smaller sizes",
     );
-    // 2^30 * 3 * 2^30 * 1 elements fit into usize, their bytes do not.
+    // 2^30 * 3 * 2^30 * 1 elements fit usize, but their bytes do not.
     refused(
         untracked(&config(1 << 30, 1 << 30)),
         "embed_dim 1073741824, num_heads 1073741824, num_heads_k 1073741824, head_dim 1: the weights would be larger \
          than any memory; choose smaller sizes",
     );
-    // What the operator refuses whatever the input, the constructor refuses.
+    // The constructor refuses options that the operator refuses for every input.
     refused(untracked(&config(64, 4).softcap(-1.0)), "softcap -1 must be finite and above 0; leave it out for no cap");
     refused(
         untracked(&config(1 << 62, 1)),
-        "head_dim 4611686018427387904 is not supported (supported: 1 to 512); choose num_heads so that it is",
+        "head_dim 4611686018427387904 is not supported (supported: 1 to 512); choose another num_heads",
     );
     refused(
         untracked(&config(64, 4).softmax_scale(f64::NAN)),
@@ -99,14 +99,12 @@ fn configurations() -> Result<()> {
     );
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros(3)?)),
-        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [3]; slopes per sequence are for \
-         Attention alone",
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [3]; for slopes per sequence use Attention",
     );
-    // A layer that took these would refuse every batch of another size.
+    // With these slopes a layer would refuse every batch of another size.
     refused(
         untracked(&config(64, 4).alibi_slopes(&zeros((1, 4))?)),
-        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; slopes per sequence are for \
-         Attention alone",
+        "alibi_slopes: a layer takes one slope per head, shape [4] (num_heads), got [1, 4]; for slopes per sequence use Attention",
     );
     let lengths = KeyLengths::new(&[3], PaddingSide::Right, &Device::Cpu)?;
     refused(
@@ -121,7 +119,7 @@ fn configurations() -> Result<()> {
     Ok(())
 }
 
-/// Weights that are missing, or laid out the other way round, are named.
+/// The error names weights that are missing or have the other layout.
 #[test]
 fn weights() -> Result<()> {
     let varmap = VarMap::new();
@@ -142,8 +140,8 @@ fn weights() -> Result<()> {
     Ok(())
 }
 
-/// The weights of a layer of `config` below `attn`, all 0, and further tensors with these `names`. The layer never reads
-/// the shape of those.
+/// The weights of a layer of `config` below `attn`, all 0, and more tensors with these `names`. The layer never reads the
+/// shapes of these tensors.
 fn with(config: &MultiHeadAttentionConfig, names: &[&str]) -> Result<VarBuilder<'static>> {
     let varmap = VarMap::new();
     MultiHeadAttention::new(config, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).pp("attn"))?;
@@ -179,7 +177,7 @@ fn unused_weights() -> Result<()> {
         "attn.c_attn.bias: the VarBuilder has it, but the configuration does not use it; add .qkv_bias(true) to use it, or \
          .allow_unused(\"c_attn.bias\") to ignore it",
     );
-    // Below no prefix.
+    // Without a prefix.
     let varmap = VarMap::new();
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
     new(&llama.clone().o_bias(true), vb.clone())?;
@@ -201,7 +199,7 @@ fn unused_weights() -> Result<()> {
         (&llama, "sinks"),
         (&llama, "o_proj.weight_scale_inv"),
         (&gpt2, "c_attn.lora_A.weight"),
-        // Next to q, where its name has a folder.
+        // In the folder of q, if the name of q has one.
         (&bert, "self.distance_embedding.weight"),
     ] {
         let text = format!(
@@ -213,7 +211,7 @@ fn unused_weights() -> Result<()> {
     Ok(())
 }
 
-/// The names of another model. A `VarMap` would create new weights, and a file does not have them.
+/// Names of another model. A file does not have these names, and a `VarMap` would create new weights.
 #[test]
 fn other_names() -> Result<()> {
     let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
@@ -261,9 +259,12 @@ fn same_names() {
 #[test]
 fn rotary() -> Result<()> {
     let new = |config: RotaryConfig| Rotary::new(&config, &Device::Cpu);
-    refused(new(RotaryConfig::new(63, 8)), "rotary_dim 63 must be even and above 0, pairs of values are rotated");
-    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, pairs of values are rotated");
-    // "No limit", one position past the limit, and heads of any size without positions.
+    refused(
+        new(RotaryConfig::new(63, 8)),
+        "rotary_dim 63 must be even and above 0, because pairs of values are rotated",
+    );
+    refused(new(RotaryConfig::new(0, 8)), "rotary_dim 0 must be even and above 0, because pairs of values are rotated");
+    // A max_seqlen that means "no limit", one position more than the limit, and a huge rotary_dim without positions.
     for (rotary_dim, max_seqlen) in [(64, usize::MAX / 2), (64, (1 << 23) + 1), (usize::MAX - 1, 0)] {
         let text = format!(
             "rotary tables for max_seqlen {max_seqlen} and rotary_dim {rotary_dim} would hold more than 268435456 values \
@@ -342,14 +343,14 @@ fn inputs() -> Result<()> {
         layer.forward_packed(&zeros((1, 12, 64))?, &cu_seqlens),
         "xs: expected (total, embed_dim), got 3 axes in shape [1, 12, 64]; reshape it, or use the padded call for sequences of one length",
     );
-    // Candle's own trait gives the same text.
+    // Candle's `Module` returns the same text.
     let module: &dyn candle_core::Module = &layer;
     let text = module.forward(&zeros((2, 5, 63))?).expect_err("63 is not 64").to_string();
     assert_eq!(text, "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
     Ok(())
 }
 
-/// The texts that take a second device to meet.
+/// Texts of errors that need a second device.
 #[test]
 fn devices() {
     let (got, expected) = (DeviceLocation::Cpu, DeviceLocation::Cuda { gpu_id: 1 });
@@ -363,7 +364,7 @@ fn devices() {
     );
 }
 
-/// Gradients that a cache would drop.
+/// Tracked tensors, whose gradients a cache would drop.
 #[test]
 fn decoding_while_training() -> Result<()> {
     let varmap = VarMap::new();
@@ -380,11 +381,11 @@ fn decoding_while_training() -> Result<()> {
     let var = Var::from_tensor(&xs)?;
     let text = "xs: tracked for gradients, which the KV cache would drop; call .detach() on it, or train with forward";
     refused(layer.detach().forward_cached(var.as_tensor(), &mut cache), text);
-    // Not a variable itself, but made of one.
+    // A tensor computed from a variable.
     refused(layer.detach().forward_cached(&(var.as_tensor() * 2.0)?, &mut cache), text);
     assert_eq!(cache.current_seq_len(), 0);
 
-    // A bias alone is enough.
+    // Only a bias is tracked.
     let mut tensors = HashMap::new();
     for (name, var) in super::case::vars(&varmap) {
         let bias = name.ends_with("c_proj.bias");

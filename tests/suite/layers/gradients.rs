@@ -1,4 +1,4 @@
-//! Output and every gradient of the layer against plain Candle autograd over the same weights.
+//! Output and all gradients of the layer, compared with Candle's autograd over the same weights.
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -14,13 +14,13 @@ use super::outcome::{self, Outcome};
 use super::unfused;
 use crate::common::cases::{own_gpu, GPU_DTYPES};
 
-/// What this crate makes of the case.
+/// The output and gradients of this crate's layer.
 fn ours(case: &Case, dtype: DType) -> Result<Outcome> {
     let built = case.build(dtype)?;
     outcome::run(built.vars(), &case.xs(dtype)?, |xs| Ok(built.layer.forward(xs)?))
 }
 
-/// What plain Candle makes of it.
+/// The output and gradients of the plain layer.
 fn plain(case: &Case, dtype: DType) -> Result<Outcome> {
     let vars = case.build(dtype)?.vars();
     outcome::run(vars.clone(), &case.xs(dtype)?, |xs| unfused::forward(case, &vars, xs))
@@ -45,7 +45,7 @@ fn output_and_gradients_equal_plain_autograd() -> Result<()> {
     Ok(())
 }
 
-/// The bound above is tight enough to see one lost key, a position that is off by one and a neighbour's head.
+/// The tolerance is small enough to detect one lost key, a position off by one, and the wrong key head.
 #[test]
 fn tolerance_rejects_small_faults() -> Result<()> {
     let case = case::all().into_iter().find(|case| case.name == "llama").context("no case named llama")?;
@@ -70,7 +70,7 @@ fn tolerance_rejects_small_faults() -> Result<()> {
     Ok(())
 }
 
-/// A view as input (sequence first, transposed) gives what its contiguous copy gives, gradients included.
+/// A transposed view as input gives the results and gradients of its contiguous copy.
 #[test]
 fn strided_input_equals_contiguous() -> Result<()> {
     let case = Case { mask: Mask::Causal, ..Case::new("strided") };
@@ -86,7 +86,8 @@ fn strided_input_equals_contiguous() -> Result<()> {
     Ok(())
 }
 
-/// A second backward over one graph gives the same bits: the nodes of attention and rotary embedding keep what they need.
+/// A second backward over the same graph gives the same bits, because the nodes of attention and rotary embedding keep their
+/// tensors.
 #[test]
 fn second_backward_repeats_the_first() -> Result<()> {
     for case in case::all() {
@@ -103,7 +104,7 @@ fn second_backward_repeats_the_first() -> Result<()> {
     Ok(())
 }
 
-/// No tokens or no sequences: an empty result, and gradients of 0 (Candle gives a bias none at all then).
+/// Without tokens or without sequences, the result is empty and gradients are 0. (Candle returns no gradient of a bias then.)
 #[test]
 fn empty_input() -> Result<()> {
     for case in case::all() {
@@ -122,8 +123,8 @@ fn empty_input() -> Result<()> {
     Ok(())
 }
 
-/// Three blocks of attention behind an embedding, as a model has them: the first block learns as well as the last, and
-/// candle's `Module` is all that the model needs to know.
+/// A model of an embedding and three attention blocks. Every block has gradients, also the first. The model uses the layer only
+/// through Candle's `Module`.
 #[test]
 fn every_parameter_of_a_stack_gets_a_gradient() -> Result<()> {
     let device = Device::Cpu;

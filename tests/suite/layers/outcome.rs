@@ -1,4 +1,4 @@
-//! What one pass through a layer gives: the output, and the gradient of every weight, every bias and the input.
+//! The results of a layer: the output, and the gradients of every weight, every bias and the input.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -12,8 +12,8 @@ use super::close::{close, relative_error, Tolerance};
 /// The output and the gradients by name.
 pub type Outcome = BTreeMap<String, Tensor>;
 
-/// Runs `forward` on `xs` and the backward of a weighted sum of its output: a plain sum would hide what rows have in
-/// common.
+/// Runs `forward` on `xs`, and the backward of a weighted sum of its output. With a sum without weights, an error that is the
+/// same in all rows could be hidden.
 pub fn run(vars: BTreeMap<String, Var>, xs: &Tensor, forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Outcome> {
     let xs = Var::from_tensor(xs)?;
     let ys = forward(xs.as_tensor())?;
@@ -27,9 +27,9 @@ pub fn run(vars: BTreeMap<String, Var>, xs: &Tensor, forward: impl Fn(&Tensor) -
     Ok(outcome)
 }
 
-/// `got`, computed in `dtype`, is `want` as far as the error of the plain layer allows: in `dtype`, or in f32 for f64.
+/// Checks that `got`, computed in `dtype`, equals `want`. The tolerance is from the plain layer in `dtype` (in f32 for f64).
 pub fn equal(dtype: DType, got: &Outcome, want: &Outcome, plain: &Outcome, what: &dyn Display) -> Result<()> {
-    ensure!(got.len() == want.len(), "{} tensors where {} belong\n{what}", got.len(), want.len());
+    ensure!(got.len() == want.len(), "got {} tensors, expected {}\n{what}", got.len(), want.len());
     for name in want.keys() {
         let tolerance = tolerance(name, dtype, want, plain)?;
         close(&format!("{dtype:?} {name}"), &got[name], &want[name], tolerance, what)?;
@@ -37,8 +37,10 @@ pub fn equal(dtype: DType, got: &Outcome, want: &Outcome, plain: &Outcome, what:
     Ok(())
 }
 
-/// The tolerance for one tensor of an outcome. The gradient of a bias is a single row, whose error in the plain layer is
-/// one draw of luck; it sums what its weight's rows sum, so that their errors count as well.
+/// The tolerance for one tensor of an outcome.
+///
+/// The gradient of a bias is a single row, so its error in the plain layer may be small by chance. The gradient of its weight
+/// sums the same rows, so the error of the weight counts too.
 pub fn tolerance(name: &str, dtype: DType, want: &Outcome, plain: &Outcome) -> Result<Tolerance> {
     let weight = name.strip_suffix(".bias").map(|projection| format!("{projection}.weight"));
     let names = [name].into_iter().chain(weight.as_deref());

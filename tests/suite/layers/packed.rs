@@ -1,4 +1,4 @@
-//! Packed sequences against the same sequences one by one.
+//! A packed batch, compared with the same sequences one by one.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -9,10 +9,10 @@ use super::outcome::{self, Outcome};
 use super::unfused;
 use crate::common::cases::{own_gpu, GPU_DTYPES};
 
-/// Long, empty, single, and past one tile.
+/// Lengths: long, empty, one token, longer than one tile.
 const LENGTHS: [usize; 5] = [33, 0, 1, 70, 8];
 
-/// Output and gradients of a packed batch equal those of the plain layer over each sequence alone, positions from 0.
+/// Output and gradients of a packed batch equal those of the plain layer over each sequence alone. Positions begin at 0.
 #[test]
 fn packed_equals_separate() -> Result<()> {
     let total: usize = LENGTHS.iter().sum();

@@ -1,4 +1,4 @@
-//! The rotary embedding against its formula, pair by pair.
+//! The rotary embedding, compared with its formula, pair by pair.
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
@@ -13,7 +13,7 @@ const HEAD_DIM: usize = 12;
 const MAX_SEQLEN: usize = 64;
 const LAYOUTS: [RotaryLayout; 2] = [RotaryLayout::HalfSplit, RotaryLayout::Interleaved];
 
-/// Rotates one head at one position, in f64, with cos and sin rounded to f32 as the tables are. `sign` -1 rotates back.
+/// Rotates one head at one position, in f64. cos and sin are rounded to f32 as in the tables. With `sign` -1 it rotates back.
 fn rotate(head: &[f64], position: usize, rotary_dim: usize, theta: f64, layout: RotaryLayout, sign: f64) -> Vec<f64> {
     let mut rotated = head.to_vec();
     for pair in 0..rotary_dim / 2 {
@@ -29,7 +29,7 @@ fn rotate(head: &[f64], position: usize, rotary_dim: usize, theta: f64, layout: 
     rotated
 }
 
-/// `xs (batch, seqlen, num_heads, head_dim)` rotated token by token.
+/// Rotates `xs (batch, seqlen, num_heads, head_dim)` token by token.
 fn rotated(
     xs: &Tensor,
     offset: usize,
@@ -47,7 +47,7 @@ fn rotated(
     Ok(Tensor::from_vec(values, xs.shape(), xs.device())?)
 }
 
-/// Values at any offset and dtype, and the gradient: since the embedding is a rotation, the gradient is rotated back.
+/// Values at any offset and dtype, and the gradient. The embedding is a rotation, so its backward rotates the gradient back.
 #[test]
 fn values_and_gradients_equal_the_formula() -> Result<()> {
     let devices: Vec<Device> = [Some(Device::Cpu), own_gpu()].into_iter().flatten().collect();
@@ -68,7 +68,8 @@ fn values_and_gradients_equal_the_formula() -> Result<()> {
 
                     let want = rotated(xs.as_tensor(), offset, rotary_dim, theta, layout, 1.0)?;
                     let want_grad = rotated(&weights, offset, rotary_dim, theta, layout, -1.0)?;
-                    // Two products, one sum, one rounding to the type: the two steps that the rule allows by itself.
+                    // Two products, one sum, one rounding to the type. The tolerance allows two rounding steps without
+                    // the error of a plain layer.
                     let tolerance = Tolerance::from(&want, &want, dtype)?;
                     assert_eq!(got.dtype(), dtype);
                     close("rotated", &got, &want, tolerance, &what)?;
@@ -80,7 +81,7 @@ fn values_and_gradients_equal_the_formula() -> Result<()> {
     Ok(())
 }
 
-/// Far positions keep their angle: an f32 product of position and frequency would be wrong in the third digit.
+/// The angles of large positions are exact. An f32 product of position and frequency would be wrong in the third digit.
 #[test]
 fn far_positions_keep_their_angle() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(4, 1_000_001), &Device::Cpu)?;
@@ -90,7 +91,8 @@ fn far_positions_keep_their_angle() -> Result<()> {
     close("rotated", &rotary.apply(&xs, 1_000_000)?, &want, tolerance, &"position 1,000,000")
 }
 
-/// Frequencies given one by one: `theta`'s own give the same bits, halved ones are positions at half speed.
+/// Explicit frequencies. The frequencies of `theta` give the same bits as `theta`. Half the frequencies at position 2n equal
+/// the frequencies at position n.
 #[test]
 fn frequencies_replace_theta() -> Result<()> {
     let by_theta = Rotary::new(&RotaryConfig::new(8, MAX_SEQLEN).theta(500.0), &Device::Cpu)?;
@@ -106,7 +108,7 @@ fn frequencies_replace_theta() -> Result<()> {
     Ok(())
 }
 
-/// Positions begin at 0 in each sequence of a packed batch, empty ones included.
+/// Positions begin at 0 in each sequence of a packed batch. Some sequences are empty.
 #[test]
 fn packed_positions_restart() -> Result<()> {
     for layout in LAYOUTS {

@@ -1,5 +1,5 @@
-//! The layer as one writes it without this crate: Candle's `matmul`, `softmax` and `matmul`, keys repeated for grouped
-//! queries, the mask added as minus infinity. Every operator here is differentiable. It reads the weights by name.
+//! The plain layer, written without this crate: Candle's `matmul`, `softmax` and `matmul`. It repeats keys for grouped queries
+//! and adds the mask as minus infinity. All its operators are differentiable. It reads the weights by name.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use candle_nn::{ops, rotary_emb};
 
 use super::case::{Case, Rotation};
 
-/// `xs (batch, seqlen, embed_dim)` to the same shape.
+/// The output of the layer: `xs (batch, seqlen, embed_dim)` to the same shape.
 pub fn forward(case: &Case, vars: &BTreeMap<String, Var>, xs: &Tensor) -> Result<Tensor> {
     let (batch, seqlen, _) = xs.dims3()?;
     let project = |name: &str, xs: &Tensor| -> Result<Tensor> {
@@ -71,7 +71,7 @@ fn cut(case: &Case, qkv: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         Ok(Tensor::cat(&heads.collect::<Result<Vec<_>, _>>()?, 2)?)
     };
     if case.fused == Some(QkvOrder::ByKeyHead) {
-        // Before query head h lie a k and a v for each earlier key head.
+        // Before query head h there are one k and one v for each earlier key head.
         let q = heads(num_heads, &|h| h + 2 * (h / group))?;
         Ok((
             q,
@@ -108,7 +108,8 @@ fn hidden(mask: Mask, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, (seqlen, seqlen), like.device())?.to_dtype(like.dtype())?)
 }
 
-/// `xs (batch, heads, seqlen, head_dim)` rotated from position 0 on, with tables of its own, rounded to f32 as ours are.
+/// Rotates `xs (batch, heads, seqlen, head_dim)`. Positions begin at 0. Its own tables are rounded to f32, as the tables of
+/// `Rotary` are.
 fn rotate(rotary: Option<Rotation>, xs: &Tensor) -> Result<Tensor> {
     let Some(Rotation { rotary_dim, theta, layout }) = rotary else {
         return Ok(xs.clone());

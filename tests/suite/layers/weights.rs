@@ -1,4 +1,4 @@
-//! Weights from files: GPT-2's and GPT-NeoX's layout, other names, tensors that stay unused, saving and loading.
+//! Weights from files: the layouts of GPT-2 and GPT-NeoX, other names, unused tensors, saving and loading.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -16,8 +16,8 @@ use super::close::{close, Tolerance};
 use super::unfused;
 use crate::common::compare;
 
-/// A GPT-2 checkpoint as its file has it, `c_attn.weight (in, out)`, and the same numbers transposed and cut into
-/// separate `(out, in)` projections, give the same output.
+/// A GPT-2 checkpoint has `c_attn.weight (in, out)`. Separate projections `(out, in)` with the same values, transposed, give the
+/// same output.
 #[test]
 fn gpt2_file_equals_linear_layers() -> Result<()> {
     let (embed_dim, num_heads, device) = (48, 4, Device::Cpu);
@@ -31,7 +31,7 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
         ("h.3.attn.c_attn.bias", c_attn_bias.clone()),
         ("h.3.attn.c_proj.weight", c_proj.clone()),
         ("h.3.attn.c_proj.bias", c_proj_bias.clone()),
-        // Buffers of the mask, which files of the hub hold as well.
+        // Buffers of the mask. Files of the Hugging Face hub contain them.
         ("h.3.attn.bias", Tensor::ones((1, 1, 8, 8), DType::U8, &device)?),
         ("h.3.attn.masked_bias", Tensor::new(-1e4f32, &device)?),
     ]);
@@ -39,7 +39,7 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
     let path = folder.path().join("model.safetensors");
     candle_core::safetensors::save(&tensors, &path)?;
 
-    // SAFETY: the file is this test's own and nobody changes it while it is mapped.
+    // SAFETY: only this test uses the file, and nobody changes it while it is mapped.
     let vb = unsafe { VarBuilder::from_mmaped_safetensors(&[&path], DType::F32, &device)? };
     let loaded = MultiHeadAttention::new(&MultiHeadAttentionConfig::gpt2(embed_dim, num_heads), vb.pp("h.3.attn"))?;
 
@@ -75,8 +75,8 @@ fn gpt2_file_equals_linear_layers() -> Result<()> {
     close("loaded", &loaded.forward(&xs)?, &want, tolerance, &case)
 }
 
-/// A GPT-NeoX checkpoint with its buffers, `query_key_value` by head, and the same rows sorted into separate
-/// projections give the same output. In the other order the weights load too, and the output is another.
+/// A GPT-NeoX checkpoint has buffers and `query_key_value` in the order of heads. Separate projections with the same rows give
+/// the same output. With the other order the weights load too, but the output differs.
 #[test]
 fn gpt_neox_file_equals_linear_layers() -> Result<()> {
     let (embed_dim, num_heads, head_dim, device) = (48, 4, 12, Device::Cpu);
@@ -126,7 +126,7 @@ fn gpt_neox_file_equals_linear_layers() -> Result<()> {
     Ok(())
 }
 
-/// A tensor that the user allows to stay unused has no effect, and needs its whole name.
+/// An unused tensor that the user allows has no effect. The user must give its whole name.
 #[test]
 fn allowed_tensors_stay_unused() -> Result<()> {
     let case = Case::new("allowed");
@@ -149,13 +149,13 @@ fn allowed_tensors_stay_unused() -> Result<()> {
     Ok(())
 }
 
-/// Builders that hold more than the layer's own weights, none of which would change its result.
+/// Builders with more tensors than the layer's weights. None of these tensors changes the result.
 #[test]
 fn builders_that_hold_more() -> Result<()> {
     let (device, dtype) = (Device::Cpu, DType::F32);
     let (llama, gpt2) = (MultiHeadAttentionConfig::new(64, 4), MultiHeadAttentionConfig::gpt2(64, 4));
 
-    // A second model over the same variables, tracked or not, with neighbours that have common names.
+    // A second model over the same variables, tracked or not. Other layers in it have common names.
     let varmap = VarMap::new();
     for _ in 0..2 {
         let vb = VarBuilder::from_varmap(&varmap, dtype, &device);
@@ -167,29 +167,29 @@ fn builders_that_hold_more() -> Result<()> {
     MultiHeadAttention::new(&llama, detached_var_builder(&varmap, dtype, &device))?;
     assert_eq!(varmap.all_vars().len(), 4 + 2 * 2 + 4);
 
-    // In a new model the neighbours may come first.
+    // In a new model the other layers may be created first.
     let vb = VarBuilder::from_varmap(&VarMap::new(), dtype, &device);
     candle_nn::linear(64, 64, vb.pp("dense"))?;
     MultiHeadAttention::new(&llama, vb.clone())?;
-    // Two layers with one prefix share q, k and v; each has its own o.
+    // Two layers with one prefix share q, k and v. Each has its own o.
     candle_nn::linear_no_bias(64, 64, vb.pp("query"))?;
     let [q, k, v, o] = ["q_proj", "k_proj", "v_proj", "o2"].map(String::from);
     let second = llama.clone().projections(Projections::Separate { q, k, v, o });
     MultiHeadAttention::new(&second.allow_unused("o_proj.weight").allow_unused("dense.weight"), vb)?;
 
-    // Says yes to every name.
+    // This builder has every name.
     let zeros = VarBuilder::zeros(dtype, &device);
     MultiHeadAttention::new(&llama, zeros.pp("attn"))?;
     MultiHeadAttention::new(&llama, zeros.rename_f(|name| format!("model.{name}")))?;
 
-    // Holds the weight of o under its own name and the layer's.
+    // This builder has the weight of o under the name in the file and under the name of the layer.
     let renamed = detached_var_builder(&varmap, dtype, &device);
     let renamed = renamed.rename_f(|name| name.replace("o_proj", "dense").replace("q_proj", "k_proj"));
     MultiHeadAttention::new(&llama.o_bias(true), renamed)?;
     Ok(())
 }
 
-/// The shapes and names that a new layer asks a builder for.
+/// The names and shapes that a new layer requests from a builder.
 #[test]
 fn names_and_shapes_of_variables() -> Result<()> {
     let shapes = |config: &MultiHeadAttentionConfig| -> Result<Vec<(String, Vec<usize>)>> {
@@ -243,7 +243,7 @@ fn names_and_shapes_of_variables() -> Result<()> {
     Ok(())
 }
 
-/// New weights have the deviation that was asked for, in either layout: the fan-in is the input's size.
+/// New weights have the configured standard deviation in both layouts. The fan-in is the size of the input.
 #[test]
 fn new_weights_are_drawn_by_fan_in() -> Result<()> {
     let deviation = |config: MultiHeadAttentionConfig, name: &str| -> Result<f64> {
@@ -252,7 +252,8 @@ fn new_weights_are_drawn_by_fan_in() -> Result<()> {
         let values = vars(&varmap)[name].flatten_all()?.to_vec1::<f64>()?;
         Ok((values.iter().map(|value| value * value).sum::<f64>() / values.len() as f64).sqrt())
     };
-    // 64 x 1024 draws: the deviation of a sample is within 2% of the true one (seven times its own deviation).
+    // With 64 x 1024 values, the standard deviation of the sample is within 2% of the true one. 2% is seven times the standard
+    // error.
     let near = |got: f64, want: f64| (got / want - 1.0).abs() < 0.02;
     for layout in [WeightLayout::OutIn, WeightLayout::InOut] {
         let config = MultiHeadAttentionConfig::new(64, 16).head_dim(64).weight_layout(layout).qkv_bias(true);
@@ -267,7 +268,7 @@ fn new_weights_are_drawn_by_fan_in() -> Result<()> {
     Ok(())
 }
 
-/// Options given to the layer at once, as an [`Attention`], and one by one are the same options.
+/// Setting all options with one [`Attention`] equals setting them one by one.
 #[test]
 fn options_at_once_equal_options_one_by_one() -> Result<()> {
     let slopes = Tensor::new(&[0.5f32, 0.25, 0.125, 0.0625], &Device::Cpu)?;
@@ -286,7 +287,7 @@ fn options_at_once_equal_options_one_by_one() -> Result<()> {
     Ok(())
 }
 
-/// Variables saved by one layer and loaded into another give the same bits.
+/// A layer that loads the saved variables of another gives the same bits.
 #[test]
 fn saves_and_loads_through_varmap() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -306,7 +307,7 @@ fn saves_and_loads_through_varmap() -> Result<()> {
     Ok(())
 }
 
-/// The layer knows the axes of its tensors; a layout that came with the options of attention is not for it.
+/// The layer sets the layouts of its tensors itself and ignores the layouts in the options of attention.
 #[test]
 fn the_layout_of_the_options_is_ignored() -> Result<()> {
     let varmap = VarMap::new();
