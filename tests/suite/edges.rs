@@ -8,6 +8,7 @@ use crate::common::reference::attention::visible;
 use crate::common::reference::{Input, Precision, Rows};
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use candle_fa2::testing::Arch;
 use candle_fa2::{Attention, Mask};
 
 /// No query, no key, one query, one key, no sequence. The result has the right shape; rows without keys have o = 0 and
@@ -280,6 +281,9 @@ fn hidden_keys_do_not_leak() -> Result<()> {
 
 /// A non-finite value in one sequence and one group of heads. All rows of other sequences and groups keep their bits, in o, lse
 /// and all gradients.
+///
+/// On a GPU with the kernels of sm80. The packed forward of sm90 loads whole key tiles, so a sequence may meet values of v of the next
+/// one. It then computes its rows again from its own keys, right but with other roundings.
 #[test]
 fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
     for target in targets() {
@@ -289,15 +293,20 @@ fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
                 case().packed(&[(9, 40), (70, 130), (33, 7)]).mask(Mask::Causal),
                 case().batch(3, 37, 50).mask(window(9, 4)).dlse(),
             ] {
+                let run = |input: &Input| match case.device.is_cpu() {
+                    true => case.run(input),
+                    false => Ok(case.run_with(input, |kernel| kernel.arch == Arch::Sm80)?.1),
+                };
                 let clean = case.draw();
-                let want = case.run(&clean)?;
+                let want = run(&clean)?;
                 for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
                     let mut input = clean.clone();
                     let values = tensor(&mut input);
                     let at = values.len() / 2;
                     values[at] = if name == "k" { f64::INFINITY } else { f64::NAN };
                     let nonfinite = Nonfinite::of(&input);
-                    let got = case.run(&input)?;
+                    let got = run(&input)?;
+                    case.check_output(&input, &got)?;
                     for ((output, got), (_, want)) in got.named().into_iter().zip(want.named()) {
                         let reached = nonfinite.reaches(got);
                         ensure!(reached.contains(&true) && reached.contains(&false), "{name} reaches all of {output}");
