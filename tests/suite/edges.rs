@@ -209,13 +209,13 @@ fn one_key_repeated() -> Result<()> {
     Ok(())
 }
 
-/// The value that replaces an element.
+/// Non-finite values. Each replaces one element of an input.
 const NONFINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
 
 /// Accesses the elements of one tensor of an input.
 type Values = fn(&mut Input) -> &mut Vec<f64>;
 
-/// The tensors that may hold such a value.
+/// The tensors in which an element is replaced.
 const TENSORS: [(&str, Values); 5] =
     [("q", |i| &mut i.q), ("k", |i| &mut i.k), ("v", |i| &mut i.v), ("do", |i| &mut i.do_), ("dlse", |i| &mut i.dlse)];
 

@@ -1,5 +1,5 @@
-//! A case: one call of the operator as a value that prints itself and draws its own numbers. It does not say how the
-//! call is computed. A device that joins [`targets`] joins every test of the suite.
+//! A case: one call of the operator as a value. It can be printed, and it draws its own inputs. It does not depend on the
+//! implementation. A device that is added to [`targets`] runs in all tests of the suite.
 
 use anyhow::Result;
 use attention_reference::draw::{generator, normal};
@@ -12,28 +12,29 @@ use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
-/// Where a case runs and in which type.
+/// The device and the type of a case.
 #[derive(Clone, Debug)]
 pub struct Target {
     pub device: Device,
     pub dtype: DType,
 }
 
-/// Every device and type that the suite covers.
+/// All devices and types of the suite.
 pub fn targets() -> Vec<Target> {
     [cpu_targets(), gpu_targets()].concat()
 }
 
-/// The host with every type.
+/// The CPU with every type.
 pub fn cpu_targets() -> Vec<Target> {
     [DType::F64, DType::F32, DType::F16, DType::BF16].map(cpu).to_vec()
 }
 
-/// The types that a GPU has kernels for.
+/// The types that the GPU kernels support.
 pub const GPU_DTYPES: [DType; 2] = [DType::F16, DType::BF16];
 
-/// The first GPU with each of its types. Without the feature `cuda` or without a GPU the list is empty, unless the
-/// environment has `CANDLE_FA2_REQUIRE_GPU`: then the run fails, because a machine with a GPU must not skip its tests.
+/// The first GPU with each of its types. Empty without the feature `cuda` or without a GPU.
+///
+/// If `CANDLE_FA2_REQUIRE_GPU` is set and there is no GPU, this panics. So a machine with a GPU does not skip its tests.
 pub fn gpu_targets() -> Vec<Target> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
     let find = || match Device::new_cuda(0) {
@@ -54,19 +55,19 @@ pub fn gpu_targets_or_skip() -> Vec<Target> {
     targets
 }
 
-/// A device of the caller's own on the first GPU. Threads that use one device share the workspace of its cuBLAS handle,
-/// and an error of one test reaches the others.
+/// The first GPU, as a separate device. It has its own cuBLAS handle, because threads of one device share the workspace of the
+/// handle. Its errors do not reach other tests.
 pub fn own_gpu() -> Option<Device> {
     let found = !gpu_targets_or_skip().is_empty();
-    found.then(|| Device::new_cuda(0).expect("the GPU that was found before"))
+    found.then(|| Device::new_cuda(0).expect("gpu_targets has found this GPU"))
 }
 
-/// The target of one type on the host, for tests that one type is enough for.
+/// The target of one type on the CPU, for tests that do not depend on the type.
 pub fn cpu(dtype: DType) -> Target {
     Target { device: Device::Cpu, dtype }
 }
 
-/// Head_dims, offsets and strides on `device` are multiples of this: the kernels of a GPU read 8 elements at once.
+/// Number of elements that a kernel of `device` reads at once: 8 on a GPU. head_dim, offsets and strides are multiples of it.
 pub fn chunk(device: &Device) -> usize {
     if device.is_cpu() {
         1
@@ -112,7 +113,7 @@ pub struct Case {
     pub lengths: Lengths,
     /// The number of keys in each padded sequence, and the side of its padding.
     pub key_lengths: Option<(Vec<usize>, PaddingSide)>,
-    /// The layout of q, k and v, and that of o.
+    /// Layout of q, k and v, and layout of o.
     pub layouts: (TensorLayout, TensorLayout),
     pub num_heads: usize,
     pub num_heads_k: usize,
@@ -122,14 +123,14 @@ pub struct Case {
     pub softmax_scale: Option<f64>,
     pub softcap: Option<f64>,
     pub alibi: Alibi,
-    /// Whether the loss depends on lse too.
+    /// Whether the loss also depends on lse.
     pub dlse: bool,
-    /// Whether the gradients must have the same bits every time. On the host they always have.
+    /// Whether every backward must give the same bits. On the CPU it always does.
     pub deterministic: bool,
 }
 
 impl Case {
-    /// One sequence of 17 queries and keys, two heads of 16, no option: a start for struct update.
+    /// One sequence of 17 queries and keys, two heads of size 16, no options.
     pub fn new(target: &Target) -> Self {
         Self {
             device: target.device.clone(),
@@ -175,7 +176,7 @@ impl Case {
         self
     }
 
-    /// `head_dim`, or on a GPU the nearest that has a kernel. So one list of cases serves all devices.
+    /// Sets `head_dim`, or on a GPU the nearest supported value. So all devices can use one list of cases.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
         self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device));
         self
@@ -211,15 +212,15 @@ impl Case {
         self
     }
 
-    /// Whether Candle can allocate the case's tensors. On a GPU it cannot allocate a tensor without elements. The test
-    /// prints the cases left out for that reason, with a running count.
+    /// Whether Candle can allocate the tensors of the case: on a GPU it cannot allocate an empty tensor. The test prints a case
+    /// that is skipped for this reason, with a running count.
     pub fn fits(&self) -> bool {
         static LEFT_OUT: AtomicUsize = AtomicUsize::new(0);
         let empty = [self.shape_q(), self.shape_k()].concat().contains(&0);
         let fits = self.device.is_cpu() || !empty;
         if !fits {
             let count = LEFT_OUT.fetch_add(1, Ordering::Relaxed) + 1;
-            println!("left out, Candle allocates no empty tensor on a GPU ({count} so far): {self}");
+            println!("skipped, because Candle allocates no empty tensor on a GPU ({count} so far): {self}");
         }
         fits
     }
@@ -235,8 +236,8 @@ impl Case {
         }
     }
 
-    /// Standard normal q, k, v, do and dlse, slopes between 0 and 1/2, all rounded to their types. The name of the case
-    /// is the seed, so that a failure repeats on every machine.
+    /// Draws q, k, v, do and dlse from the standard normal distribution, and slopes between 0 and 1/2, all rounded to their
+    /// types. The seed is the name of the case, so a failure repeats on every machine.
     pub fn draw(&self) -> Input {
         let mut rng = generator(&self.to_string());
         let lengths = self.sequences();
@@ -284,12 +285,12 @@ impl Case {
         }
     }
 
-    /// The case's type as the reference names it.
+    /// The type of the case, as the reference's type.
     pub fn precision(&self) -> Precision {
         precision(self.dtype)
     }
 
-    /// The call's options, with the slopes of `input`.
+    /// The options of the call, with the slopes of `input`.
     pub fn attention(&self, input: &Input) -> Result<Attention> {
         let (inputs, output) = self.layouts;
         let mut attention = Attention::new().mask(self.mask).deterministic(self.deterministic).layout(inputs);
@@ -311,7 +312,7 @@ impl Case {
                 Alibi::PerBatchAndHead => &[batch, self.num_heads],
                 _ => &[self.num_heads],
             };
-            // Slopes per head are needed even if the batch has no sequence.
+            // An empty batch has no slopes per batch and head, but it has slopes per head.
             let slopes: Vec<f64> =
                 slopes.iter().copied().chain(std::iter::repeat(0.0)).take(shape.iter().product()).collect();
             let slopes = Tensor::from_vec(slopes, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
@@ -341,12 +342,12 @@ impl Case {
         }
     }
 
-    /// q as the call takes it, from the numbers of an [`Input`].
+    /// q as the call takes it, from the values of an [`Input`].
     pub fn query_tensor(&self, values: &[f64]) -> Result<Tensor> {
         in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.0)
     }
 
-    /// k or v as the call takes it. Padding is NaN in every second sequence, and large in the others.
+    /// k or v as the call takes it. Invalid keys are NaN in every second sequence, and large numbers in the others.
     pub fn key_tensor(&self, values: &[f64]) -> Result<Tensor> {
         let row = self.num_heads_k * self.head_dim;
         let all = match (&self.lengths, &self.key_lengths) {
@@ -372,14 +373,14 @@ impl Case {
         in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.1)
     }
 
-    /// Numbers of `input` as a tensor of the case's type and device.
+    /// `values` as a tensor of the case's type, on its device.
     pub fn tensor(&self, values: &[f64], shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::from_slice(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
-    /// The score tiles of forward and backward.
+    /// The score tiles of the forward and of the backward for this case.
     pub fn tiles(&self) -> Result<Vec<Tile>> {
-        // The sequences are long enough that no tile is cut to fit. All rows share the memory of one.
+        // Long sequences, because a plan reduces its tiles to the length of short ones. All rows share one row of memory.
         let zeros = |num_heads| -> Result<Tensor> {
             let row = Tensor::zeros((1, 1, num_heads, self.head_dim), self.dtype, &self.device)?;
             Ok(row.expand((1, LONGEST, num_heads, self.head_dim))?)
@@ -442,12 +443,12 @@ impl fmt::Display for Case {
     }
 }
 
-/// `dtype` as the reference names it.
+/// `dtype` as the reference's type.
 pub fn precision(dtype: DType) -> Precision {
-    dtype.as_str().parse().expect("a type that attention has")
+    dtype.as_str().parse().expect("a supported type")
 }
 
-/// The type that lse is stored in, and everything is summed in, for inputs of `dtype`.
+/// The type of lse and of all sums, for inputs of `dtype`.
 pub fn accumulator(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
@@ -455,7 +456,7 @@ pub fn accumulator(dtype: DType) -> DType {
     }
 }
 
-/// Where the first of `length` tokens in `seqlen` positions is.
+/// The position of the first of `length` tokens in `seqlen` positions.
 pub fn first_token(side: PaddingSide, length: usize, seqlen: usize) -> usize {
     match side {
         PaddingSide::Left => seqlen - length,
@@ -463,7 +464,7 @@ pub fn first_token(side: PaddingSide, length: usize, seqlen: usize) -> usize {
     }
 }
 
-/// A contiguous tensor in `layout` from one with the tokens before the heads, or the other way round.
+/// Converts a tensor with the tokens before the heads to a contiguous tensor in `layout`, or the other way round.
 pub fn in_layout(tensor: &Tensor, layout: TensorLayout) -> Result<Tensor> {
     Ok(match layout {
         TensorLayout::Bshd => tensor.clone(),
@@ -476,7 +477,7 @@ pub fn window(left: impl Into<Option<usize>>, right: impl Into<Option<usize>>) -
     Mask::Window { left: left.into(), right: right.into() }
 }
 
-/// A case of each kind, small: the whole list runs in about a second.
+/// One small case of each kind. The whole list runs in about a second.
 pub fn smoke(target: &Target) -> Vec<Case> {
     let case = || Case::new(target);
     vec![
@@ -488,7 +489,7 @@ pub fn smoke(target: &Target) -> Vec<Case> {
     ]
 }
 
-/// Every mask over equal, longer, shorter and one-token sequences, each with every other option in turn.
+/// Every mask with equal, longer, shorter and one-token sequences, each with every other option.
 pub fn options(target: &Target) -> Vec<Case> {
     let masks = [
         Mask::None,
@@ -516,14 +517,14 @@ pub fn options(target: &Target) -> Vec<Case> {
         &per_batch_and_head,
         &|case| softcap(per_head(case)).dlse(),
         &|case| softcap(per_batch_and_head(case)).softmax_scale(0.8),
-        // A negative scale turns the largest product into the smallest score.
+        // With a negative scale, the largest product is the smallest score.
         &|case| case.softmax_scale(-0.6),
     ];
     let mut cases = Vec::new();
     for (m, &mask) in masks.iter().enumerate() {
         for (l, &(seqlen_q, seqlen_k)) in lengths.iter().enumerate() {
             for (n, option) in options.iter().enumerate() {
-                // Heads, head_dim and batch change with different periods, so that each meets each mask and option.
+                // Heads, head_dim and batch change with different periods, so that each is combined with each mask and option.
                 let (num_heads, num_heads_k) = heads[(m + l + n) % heads.len()];
                 let head_dim = head_dims[(2 * m + l + 3 * n) % head_dims.len()];
                 let case = Case::new(target).batch(1 + (l + n) % 2, seqlen_q, seqlen_k).heads(num_heads, num_heads_k);
@@ -534,7 +535,7 @@ pub fn options(target: &Target) -> Vec<Case> {
     cases
 }
 
-/// One row or column short of, at, and past the edges of the tiles of both passes, for every kind of mask.
+/// Lengths one row or column before, at, and after the edges of the tiles of both passes, for every kind of mask.
 pub fn around_tiles(target: &Target, head_dim: usize) -> Result<Vec<Case>> {
     let case = Case::new(target).heads(1, 1).head_dim(head_dim);
     let mut edges = Vec::new();
@@ -555,7 +556,7 @@ pub fn around_tiles(target: &Target, head_dim: usize) -> Result<Vec<Case>> {
     Ok(edges.iter().flat_map(with_masks).collect())
 }
 
-/// Head_dims that fill vectors and tiles or miss them by one, and the smallest and largest supported.
+/// Values of head_dim that fill vectors and tiles, that are one less or one more, and the smallest and largest supported ones.
 pub fn head_dims(target: &Target) -> Vec<Case> {
     let dims = [1, 2, 3, 7, 8, 9, 31, 32, 33, 40, 64, 80, 96, 128, 129, 192, 256, 257, 511, 512];
     let case = |head_dim| Case::new(target).batch(1, 13, 21).heads(2, 1).mask(Mask::Causal).head_dim(head_dim);
@@ -564,7 +565,7 @@ pub fn head_dims(target: &Target) -> Vec<Case> {
     cases
 }
 
-/// Packed batches: ragged, with empty sides, with one sequence, with none.
+/// Packed batches: sequences of different lengths, sequences without queries or keys, one sequence, no sequence.
 pub fn packed(target: &Target) -> Vec<Case> {
     let batches: [&[(usize, usize)]; 7] = [
         &[(7, 7), (1, 1), (30, 30), (2, 2)],
@@ -591,10 +592,10 @@ pub fn packed(target: &Target) -> Vec<Case> {
     cases
 }
 
-/// Many tiles both ways, so that a lost or doubled tile shows. The longest length is [`LONGEST`].
+/// Many tiles of queries and keys, to find a tile that is lost or counted twice. The longest length is [`LONGEST`].
 pub fn long(target: &Target) -> Vec<Case> {
     let case = || Case::new(target).heads(1, 1).head_dim(32);
-    // Pairs of f64 make the reference of f64 some twenty times slower.
+    // For f64 inputs the reference computes in pairs of f64 and is about twenty times slower.
     let longest = if target.dtype == DType::F64 { LONGEST / 4 } else { LONGEST };
     vec![
         case().batch(1, longest, longest).mask(Mask::Causal),
@@ -603,5 +604,5 @@ pub fn long(target: &Target) -> Vec<Case> {
     ]
 }
 
-/// The longest sequence that the suite compares with the reference.
+/// The longest length that the suite compares with the reference.
 pub const LONGEST: usize = 2048;

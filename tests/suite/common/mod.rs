@@ -1,5 +1,5 @@
-//! Shared by all tests: the cases, the operator under test, and the asserts. The crate `attention_reference` has the
-//! right answers and the limits.
+//! Shared by all tests: the cases, the operator under test, and the asserts. The crate `attention_reference` computes the
+//! expected values and the tolerances.
 
 pub mod cases;
 pub mod compare;

@@ -1,5 +1,4 @@
-//! The rule for how far a result may be from the reference, tested itself: it rejects lost keys and accepts honest
-//! implementations.
+//! Tests of the tolerance rule: it rejects implementations that lose keys and accepts correct ones.
 
 use super::cases::{self, cpu_targets, Case, Target};
 use super::compare;
@@ -12,7 +11,7 @@ use candle_fa2::Mask;
 const TILE: usize = 32;
 const ALL: [&str; 5] = ["o", "lse", "dq", "dk", "dv"];
 
-/// A same-precision implementation with the fault `drops` fails on every tensor named.
+/// Checks that the rule rejects a same-precision implementation with the fault `drops`, for every tensor in `tensors`.
 fn rejects(case: &Case, tensors: &[&str], drops: &(dyn Fn(usize, usize) -> bool + Sync)) -> Result<()> {
     let input = case.draw();
     let want = reference::attention(&input);
@@ -25,7 +24,7 @@ fn rejects(case: &Case, tensors: &[&str], drops: &(dyn Fn(usize, usize) -> bool 
     Ok(())
 }
 
-/// One key tile dropped from the last query tile, at the longest length that the suite compares.
+/// One key tile is dropped from the last query tile, at the longest length of the suite.
 #[test]
 fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
     for target in cpu_targets() {
@@ -33,7 +32,7 @@ fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
             let (seqlen_q, seqlen_k) = case.sequences()[0];
             let first = (seqlen_k / 2).next_multiple_of(TILE);
             let drops = |row: usize, col: usize| row + TILE >= seqlen_q && (first..first + TILE).contains(&col);
-            // A window shows the last query tile only the last keys.
+            // With a window, the last query tile sees only the last keys.
             let last = |row: usize, col: usize| row + TILE >= seqlen_q && col + TILE >= seqlen_k;
             let windowed = matches!(case.mask, Mask::Window { .. });
             rejects(&case, &ALL, if windowed { &last } else { &drops })?;
@@ -42,7 +41,7 @@ fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
     Ok(())
 }
 
-/// The same at 8k keys, for the tensors whose rows sum over the keys.
+/// The same with 8k keys, for the tensors whose rows are sums over the keys.
 #[test]
 fn rejects_one_lost_key_tile_at_8k_keys() -> Result<()> {
     for target in cpu_targets() {
@@ -52,13 +51,13 @@ fn rejects_one_lost_key_tile_at_8k_keys() -> Result<()> {
     Ok(())
 }
 
-/// One key dropped from the last eighth of the queries: the first key, a middle one, and the last.
+/// One key is dropped from the last eighth of the queries: the first key, a middle one, or the last.
 #[test]
 fn rejects_one_lost_key_at_short_seqlens() -> Result<()> {
     for target in cpu_targets() {
         for seqlen in [2, 5, 16, 48] {
             // The small scale gives every key a weight near 1 / seqlen. With a much smaller weight, the loss of a key
-            // would be below the rounding of bf16, and no rule could see it.
+            // would be below the rounding of bf16, and no rule could detect it.
             let case = Case::new(&target).heads(1, 1).batch(1, seqlen, seqlen).softmax_scale(0.05);
             let losing = (seqlen / 8).max(1);
             for lost in [0, seqlen / 2, seqlen - 1] {
@@ -69,12 +68,11 @@ fn rejects_one_lost_key_at_short_seqlens() -> Result<()> {
     Ok(())
 }
 
-/// Implementations that sum in another order, or divide by the row sum at the end and so round other numbers, are
-/// honest.
+/// Correct implementations may sum in another order. They may also divide by row_sum at the end, and so round other numbers.
 #[test]
-fn accepts_honest_implementations() -> Result<()> {
+fn accepts_correct_implementations() -> Result<()> {
     for target in cpu_targets() {
-        for case in honest_cases(&target) {
+        for case in many_cases(&target) {
             let input = case.draw();
             let want = reference::attention(&input);
             let tolerances = reference::tolerances(&input, &want);
@@ -90,6 +88,6 @@ fn accepts_honest_implementations() -> Result<()> {
     Ok(())
 }
 
-fn honest_cases(target: &Target) -> Vec<Case> {
+fn many_cases(target: &Target) -> Vec<Case> {
     [cases::smoke(target), cases::options(target), cases::head_dims(target), cases::packed(target)].concat()
 }

@@ -1,4 +1,4 @@
-//! The operator under test, run on a case: values and gradients in the reference's form.
+//! Runs the operator on a case. Returns values and gradients in the form of the reference.
 
 use super::cases::{accumulator, first_token, in_layout, Case, Lengths};
 use super::compare;
@@ -53,14 +53,14 @@ impl Case {
         })
     }
 
-    /// The scalar whose gradient with respect to o is `do`, and with respect to lse is `dlse` if the case asks for it.
+    /// The loss whose gradient with respect to o is `do`. If `self.dlse`, its gradient with respect to lse is `dlse`.
     pub fn loss(&self, input: &Input, o: &Tensor, lse: &Tensor) -> Result<Tensor> {
         let do_ = self.output_tensor(&input.do_)?;
         let loss = (o * do_)?.sum_all()?.to_dtype(accumulator(self.dtype))?;
         Ok(if self.dlse { (loss + self.lse_loss(input, lse)?)? } else { loss })
     }
 
-    /// The scalar whose gradient with respect to lse is `dlse`.
+    /// The loss whose gradient with respect to lse is `dlse`.
     pub fn lse_loss(&self, input: &Input, lse: &Tensor) -> Result<Tensor> {
         Ok((lse * self.dlse_tensor(input)?)?.sum_all()?)
     }
@@ -71,8 +71,7 @@ impl Case {
         Ok(self.head_major(&dlse)?.to_dtype(accumulator(self.dtype))?.to_device(&self.device)?)
     }
 
-    /// o and lse of untracked inputs; the gradients are left empty. `forward` and `forward_with_lse` must agree on o to
-    /// the bit.
+    /// o and lse of untracked inputs, without gradients. Checks that `forward` and `forward_with_lse` give the same bits of o.
     pub fn run_forward(&self, input: &Input) -> Result<Output> {
         let attention = self.attention(input)?;
         let (q, k, v) = (self.query_tensor(&input.q)?, self.key_tensor(&input.k)?, self.key_tensor(&input.v)?);
@@ -82,7 +81,7 @@ impl Case {
         Ok(Output { o: self.output_rows(&o)?, lse: self.lse_rows(&lse)?, dq: none(), dk: none(), dv: none() })
     }
 
-    /// o and lse of untracked inputs against the reference.
+    /// Compares o and lse of untracked inputs with the reference.
     pub fn check_forward(&self) -> Result<()> {
         let input = self.draw();
         let got = self.run_forward(&input).with_context(|| format!("case {self}"))?;
@@ -92,14 +91,14 @@ impl Case {
         compare::close("lse", &got.lse, &want.lse, &tolerances[1], self)
     }
 
-    /// o, lse and the three gradients. `forward` and `forward_with_lse` must agree on o to the bit.
+    /// o, lse and the three gradients. Checks that `forward` and `forward_with_lse` give the same bits of o.
     pub fn run(&self, input: &Input) -> Result<Output> {
         let Call { attention, q, k, v } = self.call(input)?;
         let (o_with_lse, lse) = self.forward_with_lse(&attention, &q, &k, &v)?;
         let o = self.forward(&attention, &q, &k, &v)?;
         compare::same_bits("o with and without lse", &o_with_lse, &o, self)?;
         anyhow::ensure!(lse.dtype() == accumulator(self.dtype), "lse is {:?}\ncase {self}", lse.dtype());
-        // The loss depends on lse only if the case asks for it: with and without lse are two operators.
+        // Without `self.dlse`, use the result of `forward`, because it has another backward.
         let loss = self.loss(input, if self.dlse { &o_with_lse } else { &o }, &lse)?;
         let grads = loss.backward()?;
         let grad = |name: &str, var: &Var| -> Result<Rows> {
@@ -127,7 +126,7 @@ impl Case {
         })
     }
 
-    /// The results of [`Self::run`] on a GPU, from kernels that `allow` accepts and without autograd; and the plan.
+    /// As [`Self::run`], but on a GPU, with only the kernels that `allow` accepts, and without autograd. Also returns the plan.
     pub fn run_with(&self, input: &Input, allow: impl Fn(&Kernel) -> bool) -> Result<(CudaPlan, Output)> {
         let call = self.call(input)?;
         let problem = self.problem(&call)?;
@@ -162,25 +161,26 @@ impl Case {
         self.check_output(input, &got)
     }
 
-    /// [`Self::check_on`] with the case's own draw.
+    /// [`Self::check_on`] with the input that the case draws.
     pub fn check(&self) -> Result<()> {
         self.check_on(&self.draw())
     }
 
-    /// Each tensor of `got` within the tolerance of the reference.
+    /// Checks that each tensor of `got` is within the tolerance of the reference.
     pub fn check_output(&self, input: &Input, got: &Output) -> Result<()> {
         self.check_outputs(input, &[got])
     }
 
-    /// The output of `input`, in which only hidden keys differ from `clean`: it is that of `clean`. On a GPU, gradients
-    /// may be NaN where `input` has a non-finite number in the sequence and group of heads.
+    /// Checks that `got`, the output of `input`, is the output of `clean`. The two inputs differ only in hidden keys.
+    ///
+    /// On a GPU, gradients may be NaN if `input` has a non-finite number in the same sequence and group of heads.
     pub fn check_hidden(&self, clean: &Input, input: &Input, got: &Output) -> Result<()> {
         let want = reference::attention(clean);
         let tolerances = reference::tolerances(clean, &want);
         self.close(&Nonfinite::of(input), got, &want, &tolerances)
     }
 
-    /// The same of several outputs. The reference takes most of the time, and runs once.
+    /// [`Self::check_output`] for several outputs. The reference takes most of the time, and it runs only once.
     pub fn check_outputs(&self, input: &Input, outputs: &[&Output]) -> Result<()> {
         let want = reference::attention(input);
         let tolerances = reference::tolerances(input, &want);
@@ -188,7 +188,7 @@ impl Case {
         outputs.iter().try_for_each(|got| self.close(&nonfinite, got, &want, &tolerances))
     }
 
-    /// The CPU keeps to the reference everywhere, a GPU except for what [`Nonfinite`] allows.
+    /// Compares with the reference. On a GPU, gradients may also have the NaN that [`Nonfinite`] allows.
     fn close(&self, nonfinite: &Nonfinite, got: &Output, want: &Output, tolerances: &[Tolerance; 5]) -> Result<()> {
         for (((name, got), (_, want)), tolerance) in got.named().into_iter().zip(want.named()).zip(tolerances) {
             let spreads = !self.device.is_cpu() && matches!(name, "dq" | "dk" | "dv");
@@ -198,18 +198,18 @@ impl Case {
         Ok(())
     }
 
-    /// A tensor in the shape and layout of o as rows.
+    /// The rows of a tensor with the shape and layout of o.
     pub fn output_rows(&self, o: &Tensor) -> Result<Rows> {
         self.rows(&in_layout(o, self.layouts.1)?, true)
     }
 
-    /// A gradient in the shape and layout of q, or of k, as rows.
+    /// The rows of a gradient with the shape and layout of q, or of k.
     pub fn input_rows(&self, grad: &Tensor, queries: bool) -> Result<Rows> {
         self.rows(&in_layout(grad, self.layouts.0)?, queries)
     }
 
-    /// A tensor in the shape of q, or of k, with the tokens before the heads, as rows. Rows of padding must be 0, and
-    /// are left out.
+    /// The rows of a tensor with the shape of q, or of k, and the tokens before the heads. Checks that rows of invalid keys
+    /// are 0, and leaves them out.
     fn rows(&self, tensor: &Tensor, queries: bool) -> Result<Rows> {
         let lengths = self.sequences();
         let lengths = lengths.iter().map(|l| if queries { l.0 } else { l.1 }).collect();
@@ -223,7 +223,7 @@ impl Case {
             for (sequence, &count) in values.chunks_exact((seqlen_k * row).max(1)).zip(counts) {
                 let (before, from) = sequence.split_at(first_token(*side, count, seqlen_k) * row);
                 let (these, after) = from.split_at(count * row);
-                anyhow::ensure!(before.iter().chain(after).all(|&x| x == 0.0), "keys that do not count\ncase {self}");
+                anyhow::ensure!(before.iter().chain(after).all(|&x| x == 0.0), "invalid keys are not 0\ncase {self}");
                 kept.extend(these);
             }
             values = kept;
@@ -239,7 +239,7 @@ impl Case {
         };
         anyhow::ensure!(
             token_major.dims() == self.token_major_lse(),
-            "lse has shape {:?}, its heads are not where they belong\ncase {self}",
+            "lse has shape {:?}, but its heads must come before its tokens\ncase {self}",
             lse.dims()
         );
         let lengths = self.sequences().iter().map(|l| l.0).collect();
@@ -252,7 +252,7 @@ impl Case {
         shape
     }
 
-    /// The operator's layout of lse from the reference's.
+    /// Converts lse from the layout of the reference to the layout of the operator.
     fn head_major(&self, lse: &Tensor) -> Result<Tensor> {
         Ok(match self.lengths {
             Lengths::Padded { .. } => lse.transpose(1, 2)?.contiguous()?,
@@ -261,7 +261,7 @@ impl Case {
     }
 }
 
-/// The numbers of a tensor in their order.
+/// The elements of a tensor, in order.
 pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
 }
