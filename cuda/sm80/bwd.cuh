@@ -3,9 +3,9 @@
 // Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse.
 // Warps      form groups, and each group owns some of the keys: it computes S, dP, dk and dv of those keys, S and dP split by queries,
 //            dk and dv by keys and columns. Only dq sums over all keys, so it needs every warp.
-// Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | group barrier | dv += P^T do | dk += dS^T q |
-//            barrier | dq = dS k. With one stage, the next q and do start after the last barrier. With kDefersDq, dq waits until the
-//            barrier of the next step.
+// Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | group barrier | dv += P^T do | barrier | dq = dS k |
+//            dk += dS^T q. With one stage: .. | dv, dk | barrier | start next q, do | dq. With kDefersDq: dq comes after the first barrier
+//            of the next step, and that is the only barrier of a step.
 // Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefersDq), kStages times sQ, sDo, lse and delta; the
 //            epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
@@ -29,7 +29,7 @@
 namespace fa2::sm80 {
 
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_, int kWarpsM_, int kWarpsN_,
-          typename ScoreMod_>
+          int kWarpsQ_, typename ScoreMod_>
 struct BwdTraits {
     using T = T_;
     using ScoreMod = ScoreMod_;
@@ -40,14 +40,12 @@ struct BwdTraits {
     static constexpr int kStages = kStages_;
     static constexpr int kWarpsM = kWarpsM_;  // warps of a group: rows of warps of S and dP
     static constexpr int kWarpsN = kWarpsN_;  // rows of warps of dk and dv, over all groups
+    static constexpr int kWarpsQ = kWarpsQ_;  // rows of warps of dq
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kGroups = kWarps / kWarpsM;
     static constexpr int kGroupThreads = kWarpsM * kWarpSize;
     static constexpr int kGroupKeys = kBlockN / kGroups;
     static constexpr int kGroupRows = kWarpsN / kGroups;  // rows of warps of dk and dv in a group
-    // Rows of warps of dq: one m16 tile each, as wide as possible. At head_dim 256, 16 x 128 for a warp runs at 278 TFLOP/s, 32 x 64
-    // at 255 (bench mha/d256/full/s4096 bwd, H100).
-    static constexpr int kWarpsQ = kBlockM / 16 < kWarps ? kBlockM / 16 : kWarps;
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
     static constexpr int kNTiles = kGroupKeys / 8;                        // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
@@ -56,6 +54,9 @@ struct BwdTraits {
     static constexpr int kQDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
     // A group of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
     static constexpr bool kDefersDq = kWarpsM == 1;
+    // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (full mask, 4k
+    // tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
+    static constexpr bool kDqBeforeDk = kStages == 2 && !kDefersDq;
     static constexpr int kMinBlocks = 1;  // to a multiprocessor: shared memory and registers allow two at most
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
@@ -321,12 +322,16 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
         multiply<T, Traits::kBlockM / 16>(
             dv, OperandA<TileP, Order::kTransposed>(shared, Traits::sP, warp.kv_row, lane),
             OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage, Traits::sDo, warp.kv_col, lane));
+        if constexpr (Traits::kDqBeforeDk) {
+            __syncthreads();  // all of dS is in shared memory
+            add_dq<kOrdered>(block, tile, 0);
+        }
         multiply<T, Traits::kBlockM / 16>(
             dk, OperandA<TileP, Order::kTransposed>(shared + ds_buffer, Traits::sDs, warp.kv_row, lane),
             OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage, Traits::sQ, warp.kv_col, lane));
-        if constexpr (!Traits::kDefersDq) {
+        if constexpr (Traits::kStages == 1) {
             __syncthreads();  // all of dS is in shared memory, and every warp is done with q and do
-            if (Traits::kStages == 1 && step + 1 < steps) block.start_queries(0, head, m_block);
+            if (step + 1 < steps) block.start_queries(0, head, m_block);
             add_dq<kOrdered>(block, tile, 0);
         }
     }

@@ -52,7 +52,7 @@ pub static FAMILIES: [Family; 4] = [
     Family {
         pass: "bwd",
         arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps", "stages", "warps_m", "warps_n"],
+        columns: &["head_dim", "block_m", "block_n", "warps", "stages", "warps_m", "warps_n", "warps_q"],
         // It includes the backward, because the conversion follows the order of its threads.
         header: "sm80/convert.cuh",
         template: Template::Traits("fa2::sm80::BwdTraits"),

@@ -47,9 +47,9 @@ mod tests {
             ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)", 115.0),
             ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2)", 195.0),
             ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1)", 227.0),
-            ("KERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4)", 72.5), // two buffers of dS
-            ("KERNEL(bwd, sm80, 128, 64, 128, 8, 2, 2, 4)", 161.0),
-            ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4)", 96.25),
+            ("KERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4, 1)", 72.5), // two buffers of dS
+            ("KERNEL(bwd, sm80, 128, 64, 128, 8, 2, 2, 4, 4)", 161.0),
+            ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4, 2)", 96.25),
         ] {
             let table = Table::parse(line, "lines", &FAMILIES).expect("the line is right");
             let line = &table.lines[0];

@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn a_line_has_its_columns_and_names() {
         let table =
-            parse("// comment\n\nKERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4)  // 295\n").expect("the line is right");
+            parse("// comment\n\nKERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4, 1)  // 295\n").expect("the line is right");
         let line = &table.lines[0];
         assert_eq!((line.number, line.get("head_dim"), line.get("stages"), line.get("splits")), (3, 64, 2, 0));
         let [backward, convert] = line.family.entries else { panic!("a backward has two entries") };

@@ -181,7 +181,7 @@ mod tests {
         let want = ["f16_d64_192x128", "f16_d64_192x128_score_mod", "bf16_d64_192x128", "bf16_d64_192x128_score_mod"];
         assert_eq!(names, want.map(|name| format!("fwd_sm90_{name}")));
         // A backward brings the conversion of its dq_accum, plain only.
-        let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4)");
+        let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4, 2)");
         let passes: Vec<&str> = backward.kernels.iter().map(|kernel| kernel.entry.pass).collect();
         assert_eq!(passes, ["Backward", "Backward", "Convert", "Backward", "Backward", "Convert"]);
     }
