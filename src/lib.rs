@@ -1,8 +1,8 @@
-//! Attention for [Candle](candle_core) that trains: FlashAttention-2, forward and backward.
+//! FlashAttention-2 for [Candle](candle_core): attention in one operator that trains, on the CPU and on NVIDIA GPUs.
 //!
-//! Candle's fused attention has no backward, and several of its fused operators drop gradients without an error.
 //! [`Attention::forward`] computes attention, and `backward()` computes the gradients of `q`, `k` and `v`. The memory of both
-//! grows with the length of the sequences, not with its square.
+//! grows with the length of the sequences, not with its square. Candle's own fused attention has no backward, and several of its
+//! fused operators drop gradients without an error.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -59,6 +59,17 @@
 //!
 //! ALiBi slopes and a KV cache have no gradient. If such a tensor is tracked, the call returns an error and does not drop the
 //! gradient silently.
+//!
+//! # NaN and infinity
+//!
+//! In the forward, a NaN or an infinity changes only rows that see it. The same is true of the backward on the CPU. In the
+//! backward on a GPU, it can make all gradients NaN of its sequence and its group of heads (a key head with its query heads). It
+//! never leaves them, and a gradient that must be NaN never becomes a number.
+//!
+//! # Errors
+//!
+//! A call that breaks a rule returns an [`Error`] before anything is computed. Its text names the tensor, the rule, the value and
+//! the way out. The layers have errors of their own, [`layers::Error`]. `?` turns both into Candle's error.
 //!
 //! # How a call is computed
 //!
