@@ -96,7 +96,7 @@ class Kernel:
 
     def __init__(self, row, image):
         self.image = image
-        self.name, self.params, self.persistent = row["name"], row["params"], row["persistent"]
+        self.name, self.params, self.max_tiles = row["name"], row["params"], row["max_tiles"]
         self.threads, self.shared_bytes = row["threads"], row["shared_bytes"]
         self.element_bytes = row["element_bytes"]
         self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
@@ -290,10 +290,10 @@ class Call:
             "shape": self.shape,
             "o_is_f32": 0,
         }
-        if not kernel.persistent:
+        if not kernel.max_tiles:
             return self.launch(line, kernel, (m_blocks, self.num_heads, self.batch), values)
         tiles = m_blocks * self.num_heads * self.batch
-        blocks = max(min(tiles, self.driver.multiprocessors), ceil_div(tiles, 256))  # as src/plan.rs
+        blocks = max(min(tiles, self.driver.multiprocessors), ceil_div(tiles, kernel.max_tiles // 2))  # as the plan does
         # The kernel finds zeros and leaves zeros. A block for every tile needs no counting.
         self.counters = self.driver.torch.zeros(2, dtype=self.driver.torch.int32, device="cuda")
         persistent = {

@@ -44,7 +44,7 @@ pub static FAMILIES: [Family; 4] = [
             pass: "Forward",
             function: "fa2::sm90::forward",
             params: "HopperFwdParams",
-            grid: Grid::Persistent,
+            grid: Grid::Persistent { max_tiles: 512 },
             variants: &[PLAIN, SCORE_MOD],
             shared_bytes: Some(shared::fwd_sm90),
         }],

@@ -35,20 +35,13 @@ impl Arch {
 /// How many thread blocks a launch has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Grid {
-    /// One for each tile of work; its place in the grid says which.
+    /// One for each work tile. The position of the block in the grid determines the tile.
     Tiles,
-    /// As many as the GPU runs at once; they share the tiles.
-    Persistent,
-}
-
-impl Grid {
-    /// The variant of `Grid` in the generated table.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tiles => "Tiles",
-            Self::Persistent => "Persistent",
-        }
-    }
+    /// As many as the GPU runs at once. They share the work tiles.
+    Persistent {
+        /// Number of work tiles that one block can take, the `kMaxTiles` of its traits.
+        max_tiles: usize,
+    },
 }
 
 /// One of the versions of a kernel: its last template argument.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::family::{Dtype, Entry, Family, Template, Variant};
+use crate::family::{Dtype, Entry, Family, Grid, Template, Variant};
 use crate::params::Structs;
 use crate::table::{Line, Table};
 
@@ -101,6 +101,9 @@ impl Kernel {
                 if entry.shared_bytes.is_some() {
                     let _ = writeln!(text, "static_assert(Same<{name}_traits::kSharedBytes, {shared_bytes}>::kHere);");
                 }
+                if let Grid::Persistent { max_tiles } = entry.grid {
+                    let _ = writeln!(text, "static_assert(Same<{name}_traits::kMaxTiles, {max_tiles}>::kHere);");
+                }
                 (
                     format!("{name}_traits::kThreads"),
                     format!("{threads}, {name}_traits::kMinBlocks"),
@@ -141,12 +144,11 @@ fn rust_row(image: usize, kernel: &Kernel) -> String {
     let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
     format!(
         "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, score_mod: {}, \
-         params: {params:?}, grid: Grid::{}, shared_bytes: {shared_bytes} }},\n",
+         params: {params:?}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
         line.family.arch.sm,
         dtype.rust,
         columns.join(", "),
         variant.score_mod,
-        grid.name(),
     )
 }
 
@@ -193,6 +195,7 @@ mod tests {
         let kernel = "\
 using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, fa2::SoftcapAlibi>;
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMaxTiles, 512>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
 extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
 fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::HopperFwdParams params) {
@@ -226,7 +229,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
-                   params: \"HopperFwdParams\", grid: Grid::Persistent, shared_bytes: 117760 },\n";
+                   params: \"HopperFwdParams\", grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),

@@ -2,7 +2,7 @@
 //!
 //! | module | says |
 //! | --- | --- |
-//! | [`attention`] | the formulas, forward and backward, for one query of one head |
+//! | [`mod@attention`] | the formulas, forward and backward, for one query of one head |
 //! | [`call`] | a whole call: a batch of sequences, shared key heads, the five results |
 //! | [`rounding`] | the error model: how much rounding may move a row |
 //! | [`tolerance`] | the rule: how far a row may be from the reference |
