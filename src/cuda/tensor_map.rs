@@ -16,7 +16,6 @@ use crate::plan::axes;
 use crate::problem::{Problem, Strides};
 use crate::tensors::Inputs;
 
-
 /// The tensor maps of q, k and v. Their addresses are in `params`, and their boxes are the tiles of `kernel`.
 ///
 /// # Errors

@@ -170,7 +170,8 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 /// The folder says all that a reader needs, and the numbers in it are the reference's.
 #[test]
 fn a_folder_of_fixtures_reads_back() -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("attention-reference-{}", std::process::id()));
+    let temporary = tempfile::tempdir()?;
+    let folder = temporary.path().join("fixtures");
     let fixture = Fixture {
         name: "small".into(),
         precision: Precision::Bf16,
@@ -200,6 +201,5 @@ fn a_folder_of_fixtures_reads_back() -> Result<()> {
     assert_eq!(limits[7], tolerances(&input, &want)[2].limits[7] as f32);
     let q = fs::read(folder.join("small.q.bf16"))?;
     assert_eq!(half::bf16::from_le_bytes([q[2], q[3]]).to_f64(), input.q[1]);
-    fs::remove_dir_all(&folder)?;
     Ok(())
 }

@@ -4,7 +4,6 @@ use crate::instances::Kernel;
 use crate::mask::Mask;
 use crate::problem::{Lengths, Problem};
 
-
 /// The work tiles of a persistent forward. A tile is `block_m` queries of one head of one sequence.
 ///
 /// Tiles are numbered by section, then by m_block from the last to the first, then by head.
