@@ -1,4 +1,4 @@
-//! Everything that a program without Rust needs to compile and launch the kernels of a table, as one JSON value.
+//! Describes the kernels of a table as JSON, so that a program without Rust can compile and launch them.
 
 use std::path::Path;
 

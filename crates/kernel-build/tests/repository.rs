@@ -1,4 +1,4 @@
-//! The repository's own table and parameters, which no other test of this crate reads.
+//! Tests of the repository's own table and parameters. The other tests of this crate use texts of their own.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ fn every_kernel_takes_a_struct_of_params_h() -> Result<()> {
     for kernel in units.iter().flat_map(|unit| &unit.kernels) {
         assert!(!structs.get(kernel.entry.params)?.fields.is_empty(), "{}", kernel.name);
     }
-    // One without an instance would be dead code.
+    // A family without a line would be dead code.
     for family in &attention::FAMILIES {
         assert!(units.iter().any(|unit| std::ptr::eq(unit.family, family)), "no line is a {}", family.form());
     }
