@@ -1,4 +1,4 @@
-//! The papers' claims, compared with the newest record of a GPU.
+//! Compares the papers' claims with the newest record of a GPU.
 
 use super::records::Machine;
 use anyhow::{Context, Result};
@@ -35,7 +35,7 @@ pub fn table(gpu: &Machine) -> Result<String> {
         }));
     }
     claims.extend(standard(gpu));
-    let peak = data_sheet::tflops(GPU).context("crates/figures knows no data sheet of this GPU")?;
+    let peak = data_sheet::tflops(GPU).with_context(|| format!("crates/figures has no data sheet of {GPU}"))?;
     claims.extend(rates(gpu, peak));
     claims.extend(causal(gpu));
     claims.extend(heads(gpu));
@@ -49,7 +49,7 @@ pub fn table(gpu: &Machine) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { head.to_string() + &lines })
 }
 
-/// The geometric mean; and a text of it, with the extremes if they differ.
+/// The geometric mean, and a text with the mean, and with the smallest and the largest value if they differ.
 fn spread(values: impl Iterator<Item = f64>) -> Option<(f64, String)> {
     let values: Vec<f64> = values.collect();
     let mean = geometric_mean(values.iter().copied())?;
