@@ -1,25 +1,25 @@
-//! Turns cuda/instances.def into the table that `Plan` chooses from and, with the feature `cuda`, into kernels.
-//! crates/kernel-build does the work; this is the order.
+//! Makes the table that `Plan` chooses from and, with the feature `cuda`, the kernels. Both come from cuda/instances.def.
+//! crates/kernel-build does the work.
 //!
-//! | written to OUT_DIR | what it is |
+//! | file in OUT_DIR | content |
 //! | --- | --- |
-//! | instances.rs | one `Kernel` per line, element type and variant; the only file written without the feature |
+//! | instances.rs | one `Kernel` per line, element type and variant; the only file without the feature |
 //! | params.rs | the parameter structs of cuda/params.h in Rust |
-//! | UNIT.cu | one per line: `extern "C"` kernels around the templates in cuda/ |
-//! | UNIT.fatbin | its machine code for each GPU asked for, and PTX that every later GPU compiles when it loads it |
-//! | images.rs | the fatbins, in the order that `Kernel::image` counts |
+//! | UNIT.cu | one per line: `extern "C"` kernels that call the templates in cuda/ |
+//! | UNIT.fatbin | its machine code for each GPU to compile for, and PTX, which the driver compiles for later GPUs |
+//! | images.rs | the fatbins, in the order of `Kernel::image` |
 //! | kernels.csv | registers, local and shared memory of each kernel, as ptxas reports them |
-//! | ablations.rs | the sources of benches/ablations, which the benchmark compiles for the GPU that it runs on |
+//! | ablations.rs | the sources of benches/ablations, which the bench compiles for its GPU |
 //!
-//! Lines of sm90 are compiled for 9.0 alone, and without PTX: no other GPU runs their instructions. With the feature `cuda`
-//! the table has them if 90 is among the GPUs asked for.
+//! Lines of sm90 are compiled for 9.0 only, without PTX, because no other GPU has their instructions. With the feature `cuda`
+//! the table has these lines if 90 is among the GPUs to compile for.
 //!
 //! | variable | meaning |
 //! | --- | --- |
-//! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where the compiler is, in this order, as for Candle's own kernels |
-//! | `CUDA_COMPUTE_CAP` | the GPU to compile for, as Candle takes it: `90`; without it nvidia-smi is asked |
-//! | `CANDLE_FA2_CUDA_ARCHS` | several of them instead: `80,86,89,90` |
-//! | `CANDLE_FA2_SPILLS` | `warn`: local memory that instances.def does not allow is no error; `strict`: a LOCAL line without need is one |
+//! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where to look for nvcc, in this order, as for Candle's own kernels |
+//! | `CUDA_COMPUTE_CAP` | the GPU to compile for, as for Candle: `90`; without it nvidia-smi tells |
+//! | `CANDLE_FA2_CUDA_ARCHS` | several GPUs to compile for: `80,86,89,90` |
+//! | `CANDLE_FA2_SPILLS` | `warn`: local memory that instances.def does not allow is a warning; `strict`: a LOCAL line that no kernel needs is an error |
 
 use std::process::ExitCode;
 
@@ -53,7 +53,7 @@ fn build() -> Result<()> {
     }
     let gpus = Gpus::find(ARCHS)?;
     for gpu in table.keep_for(&gpus) {
-        println!("cargo:warning=candle-fa2 has no kernel for compute capability {gpu}; its oldest is 80");
+        println!("cargo:warning=candle-fa2 has no kernel for compute capability {gpu}; the oldest supported is 80");
     }
     let structs = Structs::read(&root.join("cuda/params.h"))?;
     let units = units(&table);

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Ours beside what others have: compare.py CSV..
+"""Compares ours with other implementations: compare.py CSV..
 
-The files are of `cargo bench --features cuda -- --csv`, of benches/peers.py, or of benches/record. Prints TFLOP/s of each call that
-ours and another have timed, medians where there are several runs, and geometric means of the ratios.
+The files come from `cargo bench --features cuda -- --csv`, from benches/peers.py, or from benches/record. The script prints TFLOP/s
+of each call that ours and another have timed (medians over several runs), and geometric means of the ratios.
 """
 
 import csv
@@ -41,7 +41,8 @@ def main():
     peers = [peer for peer in NAMES if any(peer in cell for cell in rates.values())]
     if not peers:
         sys.exit(
-            "nothing to compare: give a file of `cargo bench --features cuda -- --csv` and one of benches/peers.py"
+            "these files have no call of ours and another; give a file of `cargo bench --features cuda -- --csv` and one of "
+            "benches/peers.py"
         )
     print(f"{'TFLOP/s, and ours over theirs':<46} {'ours':>5}" + "".join(f"{NAMES[peer]:>20}" for peer in peers))
     ratios = defaultdict(list)

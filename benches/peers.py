@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times what others have for attention on this GPU, over the cases of benches/cuda.toml: PyTorch and an NVIDIA GPU are all it needs.
+"""Times other implementations of attention on this GPU, over the cases of benches/cuda.toml. It needs PyTorch and an NVIDIA GPU.
 
     peers.py --csv peers.csv                      every case; rows in the columns of benches/record
     peers.py --csv peers.csv --quick              a handful
@@ -9,13 +9,14 @@
 
 flash      FlashAttention-2: PyTorch's FLASH_ATTENTION; packed batches by torch.nn.attention.varlen where PyTorch has it
 cudnn      cuDNN: PyTorch's CUDNN_ATTENTION
-fa3        FlashAttention-3, if there is flash_attn_3 on PYTHONPATH: the package of its own, or xformers with it
+fa3        FlashAttention-3, if flash_attn_3 is on PYTHONPATH, as a package of its own or in xformers
 standard   matmul, softmax, matmul in PyTorch's operators; only if --peers names it
 ceiling    a product of two matrices of 8192 x 8192
 
 As `cargo bench --features cuda` does, it takes the median of CUDA events around one call: warm, after a pause, with the L2 cache
 flushed before each. FLOP: 4 * head_dim * heads * pairs of query and key, half if causal; backward 2.5 times that. The
-backward is torch.autograd.grad of o with a gradient at hand; fwd+bwd is the sum of the two. benches/compare.py puts ours beside.
+backward is torch.autograd.grad of o, whose gradient exists before. fwd+bwd is the sum of the two. benches/compare.py compares ours
+with them.
 """
 
 import argparse
@@ -31,6 +32,8 @@ import time
 import tomllib
 from dataclasses import dataclass
 
+from measure import Timer, papers_flop
+
 CASES = pathlib.Path(__file__).resolve().parent / "cuda.toml"
 COLUMNS = (
     *("peer", "kind", "dir", "dtype", "hdim", "causal", "batch", "seqlen_q", "seqlen_k", "hq", "hkv"),
@@ -38,16 +41,13 @@ COLUMNS = (
 )
 NAMES = {"flash": "FlashAttention-2", "cudnn": "cuDNN", "fa3": "FlashAttention-3", "standard": "standard attention"}
 PASSES = ("fwd", "bwd")
-FLUSH_BYTES = 192 << 20  # more than the L2 cache of any GPU so far
-PAUSE_S = 0.1  # the clock depends on the power that was drawn
-RUNS = 7, 100  # at least and at most, whatever time they take
-WORST_ERROR = 2e-2  # relative; bf16 rounding leaves 3e-3
-OUT_OF_MEMORY = {"peak_mib": "oom"}  # as our bench says it
+WORST_ERROR = 2e-2  # relative; bf16 rounding gives about 3e-3
+OUT_OF_MEMORY = {"peak_mib": "oom"}  # as in crates/figures/src/record.rs
 
 
 @dataclass
 class Case:
-    """One call; the seqlen of a packed one is its longest."""
+    """One call. The seqlen of a packed call is its longest."""
 
     kind: str
     head_dim: int
@@ -64,8 +64,7 @@ class Case:
 
     def flop(self, direction):
         pairs = sum(length**2 for length in self.lengths) if self.lengths else self.batch * self.seqlen**2
-        forward = 4.0 * self.head_dim * self.num_heads * pairs * (0.5 if self.causal else 1.0)
-        return forward * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[direction]
+        return papers_flop(direction, self.head_dim, self.num_heads, pairs, self.causal)
 
     def row(self, peer, direction, dtype):
         seqlens = {"seqlen_q": self.seqlen, "seqlen_k": self.seqlen}
@@ -82,7 +81,7 @@ class Case:
 
 
 def cases(options):
-    """The chosen cases, as benches/attention/grid.rs makes them, but for what only ours has: decoding, memory."""
+    """The chosen cases, as benches/attention/grid.rs makes them, without those that only ours runs: decoding, memory."""
     file = tomllib.loads(CASES.read_text())
     found = []
     for grid in file["grid"]:
@@ -105,7 +104,7 @@ def cases(options):
 
 
 class Unsupported(Exception):
-    """A peer that has no such call."""
+    """The peer does not support the call."""
 
 
 class Sdpa:
@@ -117,10 +116,10 @@ class Sdpa:
         self.torch, self.backend, self.only = torch, getattr(SDPBackend, backend), sdpa_kernel
 
     def attend(self, q, k, v, case):
-        """(batch, seqlen, heads, head_dim), and o alike."""
+        """q, k, v and o are (batch, seqlen, heads, head_dim)."""
         with self.only([self.backend]):
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            # Older versions do not know the word, and fail on such calls alone.
+            # Older versions do not know this argument. Pass it only where it is needed, so that other calls run there too.
             grouped = {"enable_gqa": True} if case.num_heads_k != case.num_heads else {}
             attention = self.torch.nn.functional.scaled_dot_product_attention
             return attention(q, k, v, is_causal=case.causal, **grouped).transpose(1, 2)
@@ -146,7 +145,7 @@ class Flash(Sdpa):
 
 
 class Fa3:
-    """The operators of FlashAttention-3's library, which leave autograd to whoever calls them."""
+    """The operators of FlashAttention-3's library. They have no autograd, so this class adds it."""
 
     def __init__(self, torch):
         folders, places = (
@@ -156,7 +155,7 @@ class Fa3:
         paths = [path for folder in folders for place in places for path in folder.glob(f"{place}/_C*.so")]
         if not paths:
             raise Unsupported("no flash_attn_3 on PYTHONPATH")
-        with contextlib.suppress(OSError):  # of xformers' wheel for CUDA 12, beside a PyTorch for CUDA 13
+        with contextlib.suppress(OSError):  # xformers' wheel for CUDA 12 needs it next to a PyTorch for CUDA 13
             ctypes.CDLL(str(paths[0].parent / "libcudart.so.12"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(paths[0]))
         operators = torch.ops.flash_attn_3
@@ -188,7 +187,7 @@ class Fa3:
 
 
 class Standard(Sdpa):
-    """Each step an operator of its own, every score in memory."""
+    """Each step is an operator of its own, and all scores are in memory."""
 
     def __init__(self, torch):
         self.torch = torch
@@ -213,12 +212,12 @@ class Bench:
         try:
             import torch
         except ImportError:
-            sys.exit("no PyTorch here: pip install torch, in the Python that runs this")
+            sys.exit("there is no PyTorch in the Python that runs this script; install it with `pip install torch`")
         if not torch.cuda.is_available():
-            sys.exit("PyTorch finds no NVIDIA GPU; --list needs none")
+            sys.exit("PyTorch finds no NVIDIA GPU, and only --list works without one")
         self.torch, self.options = torch, options
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self.timer = Timer(torch, options.rep_ms)
         file = sys.stdout if options.csv is None else options.csv.open("w", newline="")
         self.file, self.csv = file, csv.DictWriter(file, COLUMNS, lineterminator="\n")
         versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
@@ -230,7 +229,7 @@ class Bench:
         return tensor.requires_grad_(grad)
 
     def gauges(self, call):
-        """Clock and power under the load of `call`, by nvidia-smi, which may be missing."""
+        """Clock and power under the load of `call`, from nvidia-smi. Empty without nvidia-smi."""
         uuid = str(getattr(self.torch.cuda.get_device_properties(0), "uuid", "0"))
         gpu = uuid if uuid == "0" or uuid.startswith("GPU-") else f"GPU-{uuid}"
         query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
@@ -246,31 +245,10 @@ class Bench:
             return {}
         return {name: value for name, value in (("sm_mhz", mhz), ("watts", watts)) if value[:1].isdigit()}
 
-    def time(self, call):
-        """Milliseconds of each run, ascending."""
-        event, cuda = (lambda: self.torch.cuda.Event(enable_timing=True)), self.torch.cuda
-        call()
-        cuda.synchronize()
-        time.sleep(PAUSE_S)
-        marks = [event() for _ in range(3)]
-        marks[0].record()
-        for mark in marks[1:]:
-            call()
-            mark.record()
-        cuda.synchronize()
-        estimate = min(marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2]))
-        pairs = [(event(), event()) for _ in range(int(min(max(self.options.rep_ms / estimate, RUNS[0]), RUNS[1])))]
-        for start, end in pairs:
-            self.flush.zero_()
-            start.record()
-            call()
-            end.record()
-        cuda.synchronize()
-        return sorted(start.elapsed_time(end) for start, end in pairs)
 
     def timed(self, call, flop):
         """The columns of one call, and its median, in milliseconds."""
-        runs = self.time(call)
+        runs = self.timer.runs(call)
         ms = statistics.median(runs)
         told = {"ms": f"{ms:.5g}", "tflops": f"{flop / ms * 1e-9:.5g}", "ms_min": f"{runs[0]:.5g}", "reps": len(runs)}
         return told | self.gauges(call), ms
@@ -309,7 +287,7 @@ class Bench:
         return {"fwd": forward, "bwd": lambda: self.torch.autograd.grad(o, (q, k, v), do, retain_graph=True)}
 
     def check(self, peer, kind):
-        """Against f64, once for each kind of call: a peer that is fast and wrong is no peer."""
+        """Compares the peer with f64, once for each kind of call. A wrong peer is not timed."""
         packed, num_heads_k = kind.startswith("varlen"), 2 if kind.endswith("gqa") else 4
         case = Case(kind, 64, 4, num_heads_k, True, 2, 256, [256, 256] if packed else [])
         inputs = [self.draw(case.batch, case.seqlen, heads, case.head_dim) for heads in (4, num_heads_k, num_heads_k)]
@@ -331,23 +309,24 @@ class Bench:
         try:
             peer = PEERS[name](self.torch)
         except (Unsupported, RuntimeError) as why:
-            print(f"{NAMES[name]}: left out, {first_line(why)}", file=sys.stderr)
+            print(f"{NAMES[name]} is left out: {first_line(why)}", file=sys.stderr)
             return
         for kind in dict.fromkeys(case.kind for case in chosen):
             try:
                 self.check(peer, kind)
             except (Unsupported, RuntimeError, TypeError) as why:
-                print(f"{NAMES[name]}: {kind} left out, {first_line(why)}", file=sys.stderr)
+                print(f"{NAMES[name]}: {kind} is left out: {first_line(why)}", file=sys.stderr)
                 continue
             for case in (case for case in chosen if case.kind == kind):
                 try:
                     self.case(name, peer, case)
                 except RuntimeError as why:
-                    print(f"{NAMES[name]}: {case.name()} failed, {first_line(why)}", file=sys.stderr)
+                    print(f"{NAMES[name]}: {case.name()} failed: {first_line(why)}", file=sys.stderr)
                 self.torch.cuda.empty_cache()
 
     def case(self, name, peer, case):
-        """Each pass, and the sum of both; what does not fit into memory says so, and so does the sum."""
+        """Writes a row for each pass, and one for the sum of both. A pass that does not fit into memory has no numbers, nor has
+        the sum."""
         sums, row = 0.0, lambda direction: case.row(name, direction, self.options.dtype)
         for direction in self.options.passes:
             try:
@@ -371,22 +350,22 @@ def first_line(error):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("filters", nargs="*", help="only cases whose name contains one of these")
-    parser.add_argument("--csv", type=pathlib.Path, metavar="FILE", help="write the rows there; else they are printed")
+    parser.add_argument("--csv", type=pathlib.Path, metavar="FILE", help="write the rows to this file instead of printing them")
     parser.add_argument(
         "--peers",
         type=lambda text: text.split(","),
         default=["flash", "cudnn", "fa3"],
-        help="flash,cudnn,fa3 unless given",
+        help="default: flash,cudnn,fa3",
     )
     parser.add_argument(
         "--passes",
         type=lambda text: list(dict.fromkeys(text.split(","))),  # each once
         default=PASSES,
-        help="fwd,bwd unless given",
+        help="default: fwd,bwd",
     )
     parser.add_argument("--quick", action="store_true", help="a handful of cases")
     parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
-    parser.add_argument("--rep-ms", type=float, default=100.0, metavar="MS", help="time each pass for so long (100)")
+    parser.add_argument("--rep-ms", type=float, default=100.0, metavar="MS", help="time each pass for about MS milliseconds; default: 100")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     options = parser.parse_args()
     unknown = set(options.peers) - set(PEERS)

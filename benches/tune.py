@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Times variants of the kernels next to PyTorch's FlashAttention-2, without Rust: on a machine with a GPU, nvcc and PyTorch.
+"""Times variants of the kernels next to PyTorch's FlashAttention-2. It needs a GPU, nvcc and PyTorch, but no Rust.
 
     cargo run --bin kernel-build -- describe --dtype bf16 --plain > kernels.json     on a machine with Rust
-    cargo run -p attention-reference -- fixtures target/fixtures                     there, too: the right answers
+    cargo run -p attention-reference -- fixtures target/fixtures                     on the same machine: the right answers
     tune.py kernels.json                        the kernels of cuda/instances.def
     tune.py kernels.json --points full:4096 causal:512
     tune.py kernels.json --deterministic        each backward once more, adding to dq_accum in a fixed order
-    tune.py kernels.json --fixtures DIR         where the fixtures are, if not in target/fixtures
-    tune.py kernels.json --compile-only         needs no GPU
-    tune.py kernels.json --reuse                takes from --out what was compiled there, as it is
+    tune.py kernels.json --fixtures DIR         the folder of the fixtures, if it is not target/fixtures
+    tune.py kernels.json --compile-only         compiles, and needs no GPU
+    tune.py kernels.json --reuse                takes the compiled kernels from --out
 
-`describe --table FILE` takes other lines, tiles to try; `describe --cuda DIR` another copy of the sources. Each JSON file holds
-sources, headers and layouts, so several of them can be given: their kernels are then named _0, _1, .. in this order.
+`describe --table FILE` reads another table, with tiles to try. `describe --cuda DIR` reads another copy of the sources. A JSON file
+holds sources, headers and layouts. Several files can be given. Then the names of their kernels end in _0, _1, .. in this order.
 
-Takes bf16 and plain kernels. A point is a mask and seqlen, at 16,384 tokens and heads x head_dim = 2048 (16 heads of 96 and 192).
-Prints what ptxas says of each kernel, its largest error over the fixtures of its head_dim as a share of the limit of the tests, and
-TFLOP/s (4 s^2 d h b, half if causal; backward 2.5 times that) with the L2 cache flushed before each call. A backward is zeroing,
-delta, main kernel and conversion.
+The script takes plain kernels of bf16. A point is a mask and a seqlen, at 16,384 tokens and heads x head_dim = 2048 (16 heads for 96
+and 192). For each kernel the script prints what ptxas reports, and the largest error over the fixtures of its head_dim, as a share
+of the limit of the tests. Then it prints TFLOP/s (4 s^2 d h b, half if causal; backward 2.5 times that), with the L2 cache flushed
+before each call. A backward is zeroing, delta, main kernel and conversion.
 """
 
 import argparse
@@ -25,17 +25,18 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+
+from measure import Timer, papers_flop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENS, WIDTH = 16384, 2048
 LOG2_E = math.log2(math.e)
-OPEN_SIDE = 1 << 29  # MAX_SEQLEN of src/plan.rs: a window that hides nothing
-FLUSH_BYTES = 192 << 20
-REPEAT_MS, PAUSE_S = 60, 0.05
+OPEN_SIDE = 1 << 29  # MAX_SEQLEN of the plan: a window that hides nothing
+REPEAT_MS = 60
 NULL = 0
 
 
@@ -44,7 +45,7 @@ def ceil_div(a, b):
 
 
 class Structs:
-    """The parameter structs, as ctypes, from their described layout."""
+    """The parameter structs as ctypes, made from the layout in the description."""
 
     SCALARS = {
         "i32": ctypes.c_int32,
@@ -74,11 +75,11 @@ class Structs:
             fields.append((field["name"], ctype))
             end = field["offset"] + ctypes.sizeof(ctype)
         pad(struct["size"])
-        # Packed, because the padding is explicit: ctypes knows no alignas.
+        # Packed, with explicit padding, because ctypes has no alignas.
         return type(name, (ctypes.Structure,), {"_pack_": 1, "_layout_": "ms", "_fields_": fields})
 
     def fill(self, name, values):
-        """A struct with these values by field: numbers, dicts for structs, sequences for arrays."""
+        """Makes a struct from values by field name: numbers, dicts for structs, sequences for arrays."""
         params, fields = self.types[name](), {field["name"]: field for field in self.described[name]["fields"]}
         if fields.keys() != values.keys():
             sys.exit(f"{name} has the fields {', '.join(fields)}, but tune.py fills {', '.join(values)}")
@@ -92,11 +93,11 @@ class Structs:
 
 
 class Kernel:
-    """A kernel of a unit: what its launch takes, as described."""
+    """A kernel of a unit, with what its launch needs."""
 
     def __init__(self, row, image):
         self.image = image
-        self.name, self.params, self.persistent = row["name"], row["params"], row["persistent"]
+        self.name, self.params, self.max_tiles = row["name"], row["params"], row["max_tiles"]
         self.threads, self.shared_bytes = row["threads"], row["shared_bytes"]
         self.element_bytes = row["element_bytes"]
         self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
@@ -111,13 +112,13 @@ class Line:
         self.image = description.folder / f"{unit['name']}.cubin"
         self.kernels = {row["pass"]: Kernel(row, self.image) for row in unit["kernels"]}
         if len(self.kernels) != len(unit["kernels"]):
-            sys.exit(f"{self.name} has kernels of several types or variants; describe it with --dtype bf16 --plain")
+            sys.exit(f"{self.name} has kernels of several types or variants, but tune.py takes one; describe it with --dtype bf16 --plain")
         self.kind = unit["kernels"][0]["pass"]
         self.main = self.kernels[self.kind]
         self.head_dim = self.main.head_dim
 
     def compile(self, nvcc, arch, reuse):
-        """Writes the image, and returns what ptxas says of the kernel."""
+        """Compiles the image, and returns what ptxas reports of the kernel."""
         log = self.image.with_suffix(".txt")
         if not reuse:
             source = self.image.with_suffix(".cu")
@@ -129,7 +130,7 @@ class Line:
                 raise SystemExit(f"{self.name} does not compile:\n{run.stderr}")
             log.write_text(run.stdout + run.stderr)
         elif not (self.image.exists() and log.exists()):
-            sys.exit(f"{self.image} is not there to be reused; run without --reuse first")
+            sys.exit(f"{self.image} does not exist, so --reuse cannot take it; run without --reuse first")
         lines = log.read_text().split(f"Function properties for {self.main.name}\n")[1].splitlines()
         used = next(line for line in lines if "Used" in line).partition("Used")[2]
         return f"{lines[0].strip()}, used{used}, {self.main.shared_bytes} bytes shared"
@@ -174,7 +175,7 @@ def read(paths, out, arch):
 
 
 class Driver:
-    """Images, loaded once, their launches on PyTorch's stream, and tensor maps."""
+    """Loads images once, launches kernels on PyTorch's stream, and encodes tensor maps."""
 
     def __init__(self, torch):
         self.torch, self.cuda, self.functions = torch, ctypes.CDLL("libcuda.so.1"), {}
@@ -205,12 +206,12 @@ class Driver:
         self.check(launch(function, *grid, kernel.threads, 1, 1, kernel.shared_bytes, stream, arguments, None), kernel.name)
 
     def tensor_map(self, kernel, tensor, box_rows):
-        """What TMA reads a tensor by, as src/cuda/tensor_map.rs encodes it: (head_dim, rows, heads, batch)."""
-        bfloat16, no_interleave, promotion_256b, fill_zeros = 9, 0, 3, 0  # of the enums CUtensorMap..
+        """The tensor map of (head_dim, rows, heads, batch), encoded as in src/cuda/tensor_map.rs."""
+        bfloat16, no_interleave, promotion_256b, fill_zeros = 9, 0, 3, 0  # values of the enums CUtensorMap..
         columns, swizzle = (64, 3) if kernel.head_dim % 64 == 0 else (32, 2)  # SWIZZLE_128B, SWIZZLE_64B
         batch, rows, heads, head_dim = tensor.shape
         strides = [tensor.stride(axis) * kernel.element_bytes for axis in (1, 2, 0)]
-        # cuTensorMapEncodeTiled wants the map at a multiple of 64 bytes.
+        # cuTensorMapEncodeTiled requires the address of the map to be a multiple of 64.
         memory = (ctypes.c_uint64 * 24)()
         address = ceil_div(ctypes.addressof(memory), 64) * 64
         encoded = self.cuda.cuTensorMapEncodeTiled(
@@ -290,10 +291,10 @@ class Call:
             "shape": self.shape,
             "o_is_f32": 0,
         }
-        if not kernel.persistent:
+        if not kernel.max_tiles:
             return self.launch(line, kernel, (m_blocks, self.num_heads, self.batch), values)
         tiles = m_blocks * self.num_heads * self.batch
-        blocks = max(min(tiles, self.driver.multiprocessors), ceil_div(tiles, 256))  # as src/plan.rs
+        blocks = max(min(tiles, self.driver.multiprocessors), ceil_div(tiles, kernel.max_tiles // 2))  # as the plan does
         # The kernel finds zeros and leaves zeros. A block for every tile needs no counting.
         self.counters = self.driver.torch.zeros(2, dtype=self.driver.torch.int32, device="cuda")
         persistent = {
@@ -311,7 +312,7 @@ class Call:
         return self.launch(line, kernel, (blocks, 1, 1), persistent)
 
     def section_heads(self, m_blocks):
-        """Some four tiles to a multiprocessor; src/plan.rs also evens out the last section, which the points here do not need."""
+        """About four tiles per multiprocessor. The plan also avoids a short last section; these points have none."""
         if not self.causal:
             return 1
         heads = self.num_heads * self.batch
@@ -325,7 +326,7 @@ class Call:
         tiles = {"batch": self.num_heads * m_blocks, "head": m_blocks, "count": math.prod(heads) * m_blocks}
         dq_accum = torch.empty(tiles["count"] * kernel.block_m * kernel.head_dim, device="cuda")
         semaphores = torch.zeros(tiles["count"] + 1, dtype=torch.int32, device="cuda") if deterministic else None
-        # As src/plan.rs: a row has a power of two of threads, 8 elements each, and at least 4.
+        # As the plan does: the number of threads of a row is a power of two, at least 4, and each takes 8 elements.
         lanes = max(4, 1 << (ceil_div(self.head_dim, 8) - 1).bit_length())
         run_delta = self.launch(
             delta,
@@ -451,49 +452,28 @@ def error(line, forward, driver, deterministic, fixtures):
     return worst
 
 
-def median_ms(torch, flush, run):
-    event = lambda: torch.cuda.Event(enable_timing=True)
-    run()
-    torch.cuda.synchronize()
-    time.sleep(PAUSE_S)
-    start, end = event(), event()
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    count = min(max(int(REPEAT_MS / max(start.elapsed_time(end), 1e-3)), 7), 60)
-    events = [(event(), event()) for _ in range(count)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in events)
-    return times[len(times) // 2]
-
-
-def flash_ms(torch, flush, call, kind):
-    """FlashAttention-2 as PyTorch has it."""
+def flash_runs(timer, call, direction):
+    """Times of PyTorch's FlashAttention-2."""
+    torch = timer.torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (call.q, call.k, call.v))
     attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=call.causal)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        if kind == "Forward":
+        if direction == "fwd":
             with torch.no_grad():
-                return median_ms(torch, flush, attend)
+                return timer.runs(attend)
         o, do = attend(), call.do.transpose(1, 2)
-        return median_ms(torch, flush, lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
+        return timer.runs(lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
 
 
 def measure(lines, points, deterministic, folder):
     import torch
 
     fixtures = read_fixtures(torch, folder, sorted({line.head_dim for line in lines if line.kind != "Delta"}))
-    driver, flush = Driver(torch), torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    driver, timer = Driver(torch), Timer(torch, REPEAT_MS)
     print(torch.cuda.get_device_name())
-    # The first of each head_dim gives every backward its o and lse.
+    # The first forward of each head_dim computes o and lse for all backwards.
     forwards = {line.head_dim: line for line in reversed(lines) if line.kind == "Forward"}
     variants = [(line, False, line.name) for line in lines if line.kind != "Delta"]
     if deterministic:
@@ -508,22 +488,22 @@ def measure(lines, points, deterministic, folder):
             causal, batch = mask == "causal", TOKENS // seqlen
             call = draw(driver, batch, seqlen, num_heads, head_dim, causal)
             call.forward(forwards[head_dim])()
-            flop = 4 * seqlen**2 * head_dim * num_heads * batch / (2 if causal else 1)
-            for kind, factor in [("Forward", 1.0), ("Backward", 2.5)]:
+            for kind, direction in [("Forward", "fwd"), ("Backward", "bwd")]:
+                flop = papers_flop(direction, head_dim, num_heads, batch * seqlen**2, causal)
+                rate = lambda runs: flop / statistics.median(runs) / 1e9
                 cells = []
                 for line, in_order, name in variants:
                     if (line.head_dim, line.kind) == (head_dim, kind):
                         run = call.forward(line) if kind == "Forward" else call.backward(line, in_order)
-                        rate = factor * flop / median_ms(torch, flush, run) / 1e9
-                        cells.append(f"{name} {rate:.0f}")
+                        cells.append(f"{name} {rate(timer.runs(run)):.0f}")
                 if cells:
-                    rate = factor * flop / flash_ms(torch, flush, call, kind) / 1e9
-                    print(f"d{head_dim} {mask} {seqlen} {kind}: FlashAttention-2 {rate:.0f}; {', '.join(cells)}", flush=True)
+                    flash = rate(flash_runs(timer, call, direction))
+                    print(f"d{head_dim} {mask} {seqlen} {kind}: FlashAttention-2 {flash:.0f}; {', '.join(cells)}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", type=pathlib.Path, nargs="+", help="what `kernel-build describe` printed")
+    parser.add_argument("kernels", type=pathlib.Path, nargs="+", help="the output of `kernel-build describe`")
     parser.add_argument("--points", nargs="+", default=["full:4096", "causal:4096", "causal:512"])
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--compile-only", action="store_true")

@@ -56,7 +56,10 @@ pub enum Grid {
     /// One block for each work tile. The position of the block in the grid determines the tile.
     Tiles,
     /// As many blocks as the GPU runs at once. Each block processes several tiles.
-    Persistent,
+    Persistent {
+        /// Number of tiles that one block can take.
+        max_tiles: usize,
+    },
 }
 
 /// One CUDA kernel.

@@ -1,5 +1,6 @@
 //! A case: one call of attention, the passes of it that are measured, and who computes them.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use anyhow::{ensure, Context, Result};
@@ -114,6 +115,19 @@ fn some_rows() -> usize {
     64
 }
 
+/// Validates the cases of a file.
+///
+/// # Errors
+/// If a case makes no sense, or two have the same name.
+pub fn validate<'a>(cases: impl IntoIterator<Item = &'a Case>) -> Result<()> {
+    let mut names = BTreeSet::new();
+    for case in cases {
+        case.validate().with_context(|| format!("case {}", case.name))?;
+        ensure!(names.insert(&case.name), "two cases are named {}", case.name);
+    }
+    Ok(())
+}
+
 impl Case {
     /// Forward and backward of ours alone, with a batch of one. The caller sets the lengths.
     pub fn new(name: String, why: &str, (num_heads, head_dim): (usize, usize), dtype: DType) -> Self {
@@ -139,7 +153,7 @@ impl Case {
 
     /// # Errors
     /// If its fields contradict each other.
-    pub fn validate(&self) -> Result<()> {
+    fn validate(&self) -> Result<()> {
         let packed = !self.lengths.is_empty();
         let padded = self.seqlen_q.is_some();
         ensure!(packed != padded, "give either seqlen_q or lengths");

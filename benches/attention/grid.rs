@@ -152,11 +152,7 @@ pub fn cases(dtype: DType) -> Result<Vec<(Part, Case)>> {
             }
         }
     }
-    for index in 0..cases.len() {
-        let (before, (_, case)) = (&cases[..index], &cases[index]);
-        case.validate().with_context(|| format!("case {}", case.name))?;
-        ensure!(before.iter().all(|(_, other)| other.name != case.name), "two cases are named {}", case.name);
-    }
+    cases::validate(cases.iter().map(|(_, case)| case))?;
     for name in &quick {
         let case = cases.iter_mut().find(|(_, case)| case.name == *name);
         case.with_context(|| format!("quick names {name}, which no grid gives"))?.1.quick = true;
@@ -212,4 +208,4 @@ impl Grid {
 }
 
 /// Number of queries checked in each sampled head. With 4 heads, 16k keys and head_dim 128 the check takes 1 GFLOP.
-const CHECKED_ROWS: usize = 16;
+pub const CHECKED_ROWS: usize = 16;

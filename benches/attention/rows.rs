@@ -41,17 +41,9 @@ pub struct CsvRow<'a> {
     /// Time that the host takes to queue the call.
     pub host_us: String,
     /// Peak memory of the pass in MiB, without the bytes allocated before it. If there is none, the reason:
-    /// [`OUT_OF_MEMORY`] or [`UNCOUNTABLE`].
+    /// [`figures::record::OUT_OF_MEMORY`] or [`figures::record::UNCOUNTABLE`].
     pub peak_mib: String,
 }
-
-/// In the last column: the pass needs more memory than there is.
-#[cfg(feature = "cuda")]
-pub const OUT_OF_MEMORY: &str = "oom";
-
-/// In the last column: Candle's kernels cannot count the scores.
-#[cfg(feature = "cuda")]
-pub const UNCOUNTABLE: &str = "uncountable";
 
 impl Csv {
     /// # Errors
@@ -90,13 +82,13 @@ impl CsvRow<'_> {
         }
     }
 
-    /// The call of `case` and its times.
-    pub fn timed(case: &Case, timing: &Timing) -> Self {
+    /// The same row with the times of `timing`.
+    pub fn timed(self, timing: &Timing) -> Self {
         Self {
             ms: significant(timing.median() * 1e3),
             ms_min: significant(timing.min() * 1e3),
             reps: Some(timing.runs()),
-            ..Self::of(case)
+            ..self
         }
     }
 }
@@ -117,9 +109,9 @@ pub fn ms(seconds: f64) -> String {
     }
 }
 
-/// Bytes as MiB.
-pub fn mib(bytes: usize) -> String {
-    significant(bytes as f64 / f64::from(1 << 20))
+/// Bytes in MiB.
+pub fn mib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 /// Bytes in GiB.

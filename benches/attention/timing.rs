@@ -35,8 +35,7 @@ impl Timing {
     }
 
     pub fn median(&self) -> f64 {
-        let (low, high) = ((self.runs.len() - 1) / 2, self.runs.len() / 2);
-        (self.runs[low] + self.runs[high]) / 2.0
+        figures::record::median(self.runs.clone()).expect("there is a run")
     }
 
     pub fn min(&self) -> f64 {

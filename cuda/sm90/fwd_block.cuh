@@ -32,7 +32,7 @@ struct FwdTraits {
     static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
-    static constexpr int kMaxTiles = 512;    // work tiles that one block can take
+    static constexpr int kMaxTiles = 512;    // work tiles that one block can take (max_tiles of the launch)
     static constexpr int kWorkStages = 4;    // work tiles that the producer may be ahead
     static constexpr int kPartStages = 2;    // work tiles that a consumer warp has in progress
 

@@ -22,10 +22,6 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Dense bf16 peaks from the data sheets in TFLOP/s, by a part of the GPU's name. The first match is used.
-const PEAKS: [(&str, f64); 6] =
-    [("H100 PCIe", 756.0), ("H100", 989.0), ("H200", 989.0), ("A100", 312.0), ("L40S", 362.0), ("RTX 4090", 165.0)];
-
 /// How to measure.
 pub struct Plan {
     pub steps: usize,
@@ -131,9 +127,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     };
     let flops_per_token = (6 * timing.parameters + attention) as f64;
     let model_tflops = flops_per_token * tokens_per_s / 1e12;
-    let peak = plan
-        .peak_tflops
-        .or_else(|| PEAKS.iter().find(|(name, _)| timing.device.contains(name)).map(|(_, tflops)| *tflops));
+    let peak = plan.peak_tflops.or_else(|| figures::data_sheet::tflops(&timing.device));
     timing.ms_per_step = Some(per_step * 1e3);
     timing.tokens_per_s = Some(tokens_per_s);
     timing.model_tflops = Some(model_tflops);

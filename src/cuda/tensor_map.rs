@@ -16,9 +16,6 @@ use crate::plan::axes;
 use crate::problem::{Problem, Strides};
 use crate::tensors::Inputs;
 
-/// Size of an element in bytes.
-const ELEMENT_BYTES: u64 = 2;
-
 /// The tensor maps of q, k and v. Their addresses are in `params`, and their boxes are the tiles of `kernel`.
 ///
 /// # Errors
@@ -58,9 +55,9 @@ fn encode(
         DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
-    let row_bytes = head_dim as u64 * ELEMENT_BYTES;
+    let bytes_of = |elements: usize| (elements * kernel.dtype.size_in_bytes()) as u64;
     // The stride of an axis with one element is never used, but it must still be a multiple of 16.
-    let strides = axes.map(|(stride, size)| if size == 1 { row_bytes } else { stride as u64 * ELEMENT_BYTES });
+    let strides = axes.map(|(stride, size)| bytes_of(if size == 1 { head_dim } else { stride }));
     let [rows, heads, batch] = axes.map(|(_, size)| size as u64);
     let sizes = [head_dim as u64, rows, heads, batch];
     let box_sizes = [columns, box_rows as u32, 1, 1];

@@ -1,4 +1,4 @@
-//! docs/environment.md lists every environment variable of this crate, and no other.
+//! Tests that docs/environment.md lists every environment variable of this crate, and no other.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::{files, read};
 
 const PREFIX: &str = "CANDLE_FA2_";
 
-/// Compares the first column of the document's tables with the names that occur in the repository's code.
+/// Compares the first column of the document's tables with the names in the repository's code.
 #[test]
 fn environment_variables_are_all_listed() -> Result<()> {
     let text = read("docs/environment.md")?;
@@ -31,12 +31,12 @@ fn environment_variables_are_all_listed() -> Result<()> {
         used.extend(names(&read(&source.to_string_lossy())?));
     }
     let (unlisted, unused): (Vec<_>, Vec<_>) = (used.difference(&listed).collect(), listed.difference(&used).collect());
-    ensure!(unlisted.is_empty(), "docs/environment.md lacks {unlisted:?}");
-    ensure!(unused.is_empty(), "docs/environment.md lists {unused:?}, which no code names");
+    ensure!(unlisted.is_empty(), "docs/environment.md must list every variable; add {unlisted:?}");
+    ensure!(unused.is_empty(), "docs/environment.md lists {unused:?}, which no code uses; remove them");
     Ok(())
 }
 
-/// The variables that a text names.
+/// The variables in a text.
 fn names(text: &str) -> impl Iterator<Item = String> + '_ {
     let end = |rest: &str| rest.find(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'));
     let rests = text.split(PREFIX).skip(1);

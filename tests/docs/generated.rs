@@ -1,4 +1,4 @@
-//! The parts of the documents that are generated are up to date.
+//! Tests that the generated parts of the documents are up to date.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 
 type Table = fn(&Records) -> Result<String>;
 
-/// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and how the part is made.
+/// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
 const TABLES: [(&str, &str, Table); 21] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
@@ -34,7 +34,7 @@ const TABLES: [(&str, &str, Table); 21] = [
     ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80())),
 ];
 
-/// Stands in place of a table or figure that the record has no rows for.
+/// The text in place of a table or figure for which the record has no rows.
 const NOTHING_YET: &str = "Not in the newest record.\n";
 
 #[test]
@@ -43,7 +43,7 @@ fn tables_are_up_to_date() -> Result<()> {
     for (document, name, table) in TABLES {
         let (begin, end) = (format!("<!-- table: {name} -->\n"), "<!-- end -->");
         let text = read(document)?;
-        let missing = || format!("{document} has no place for the table {name}");
+        let missing = || format!("{document} must have a line <!-- table: {name} --> and after it <!-- end -->");
         let (before, rest) = text.split_once(&begin).with_context(missing)?;
         let (shown, after) = rest.split_once(end).with_context(missing)?;
         let table = table(&records).with_context(|| format!("the table {name} of {document}"))?;
@@ -57,7 +57,7 @@ fn tables_are_up_to_date() -> Result<()> {
     Ok(())
 }
 
-/// docs/plots holds the figures of the newest records, and nothing else.
+/// docs/plots has the figures of the newest records, and no other files.
 #[test]
 fn plots_are_up_to_date() -> Result<()> {
     let figures = records::newest()?.figures();
@@ -74,7 +74,7 @@ fn plots_are_up_to_date() -> Result<()> {
         if !drawn && update() {
             fs::remove_file(root().join(&path))?;
         }
-        ensure!(drawn || update(), "{} is no figure of a record; `just tables` removes it", path.display());
+        ensure!(drawn || update(), "{} is not a figure of a record; `just tables` removes it", path.display());
     }
     Ok(())
 }

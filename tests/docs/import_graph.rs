@@ -1,5 +1,5 @@
-//! Which file of src imports which. Rooms stand one above the other, no import runs back up, and nothing imports itself in a
-//! circle. docs/architecture.md shows the graph.
+//! Tests the imports among the files of src. The rooms have an order. A file imports only its own room and lower rooms, and there is
+//! no circle of imports. docs/architecture.md shows the graph.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,7 +9,7 @@ use anyhow::{bail, ensure, Context, Result};
 
 use super::{root, update};
 
-/// The rooms of src: files and folders next to lib.rs, lowest first. A room imports only rooms before it.
+/// The rooms of src, lowest first: files and folders next to lib.rs. A room imports only rooms before it in this list.
 const ROOMS: [&str; 21] = [
     "layout",
     "mask",
@@ -31,7 +31,7 @@ const ROOMS: [&str; 21] = [
     "attention",
     "layers",
     "testing",
-    // The front page: it re-exports what users see.
+    // It re-exports the public names.
     "lib",
 ];
 
@@ -44,7 +44,7 @@ fn src_has_no_circle_and_no_import_runs_up() -> Result<()> {
 fn the_import_graph_is_up_to_date() -> Result<()> {
     let (document, begin, end) = ("docs/architecture.md", "<!-- table: imports -->\n", "<!-- end -->");
     let text = fs::read_to_string(root().join(document))?;
-    let missing = || format!("{document} has no place for the table imports");
+    let missing = || format!("{document} must have a line <!-- table: imports --> and after it <!-- end -->");
     let (before, rest) = text.split_once(begin).with_context(missing)?;
     let (shown, after) = rest.split_once(end).with_context(missing)?;
     let graph = format!("```text\n{}```\n", Graph::of(&sources()?)?.text(&ROOMS));
@@ -56,7 +56,7 @@ fn the_import_graph_is_up_to_date() -> Result<()> {
     Ok(())
 }
 
-/// What the two tests above rely on: each way to write an import is seen, and each rule refuses what breaks it.
+/// Tests the check itself: it sees every form of an import, and every broken rule is an error.
 #[test]
 fn circles_and_imports_that_run_up_are_refused() -> Result<()> {
     let check = |files: &[(&str, &str)]| -> Result<String> {
@@ -70,7 +70,7 @@ fn circles_and_imports_that_run_up_are_refused() -> Result<()> {
         check(&[lib, ("low.rs", "// crate::high\nstruct Low; const X: &str = \"crate::high\";"), good])?,
         "fine"
     );
-    let up = "low imports high, which stands above it";
+    let up = "low imports high, which is in a higher room";
     for text in [
         "use crate::high::High;",
         "use crate::{high::{self, High}, Low};",
@@ -79,7 +79,7 @@ fn circles_and_imports_that_run_up_are_refused() -> Result<()> {
     ] {
         assert_eq!(check(&[lib, ("low.rs", text), good])?, up, "{text}");
     }
-    // What lib.rs re-exports counts as an import of the file that it comes from.
+    // An import of a name that lib.rs re-exports is an import of the file that defines the name.
     assert_eq!(
         check(&[
             ("lib.rs", "mod low; mod high; pub use high::High;"),
@@ -98,7 +98,7 @@ fn circles_and_imports_that_run_up_are_refused() -> Result<()> {
     assert_eq!(check(&circle)?, "a circle: low::a imports low::b imports low::a");
     let parent = [lib, good, ("low/mod.rs", "mod a; fn f() { a::g() }"), ("low/a.rs", "use super::f;")];
     assert_eq!(check(&parent)?, "a circle: low imports low::a imports low");
-    assert_eq!(check(&[lib, ("low.rs", ""), good, ("new.rs", "")])?, "new is no room of the list");
+    assert_eq!(check(&[lib, ("low.rs", ""), good, ("new.rs", "")])?, "new is not in ROOMS; add it there");
     Ok(())
 }
 
@@ -145,24 +145,25 @@ impl Graph {
     }
 
     /// # Errors
-    /// If a module is in no room, if a room imports one above it, or if files import each other in a circle.
+    /// If a module is in no room, if a file imports a file of a higher room, or if files import each other in a circle.
     fn check(&self, rooms: &[&str]) -> Result<()> {
         let place = |module: &Module| {
             let room = room(module);
-            rooms.iter().position(|name| *name == room).with_context(|| format!("{room} is no room of the list"))
+            rooms.iter().position(|name| *name == room).with_context(|| format!("{room} is not in ROOMS; add it there"))
         };
         for (module, imports) in &self.0 {
             let own = place(module)?;
             for import in imports {
                 let fine = place(import)? <= own;
-                ensure!(fine, "{} imports {}, which stands above it", name(module), name(import));
+                ensure!(fine, "{} imports {}, which is in a higher room", name(module), name(import));
             }
         }
         let mut done = BTreeSet::new();
         self.0.keys().try_for_each(|module| self.walk(module, &mut Vec::new(), &mut done))
     }
 
-    /// Follows all imports of `module`. `before` leads to it; nothing in `done` leads into a circle.
+    /// Follows all imports of `module`, and fails at a circle. `before` is the chain of imports that leads to `module`. The modules in
+    /// `done` lead into no circle.
     fn walk<'a>(
         &'a self,
         module: &'a Module,
@@ -185,8 +186,8 @@ impl Graph {
         Ok(())
     }
 
-    /// A line for each room with the rooms that it imports, and below it the files of its folder with the files there that
-    /// they import.
+    /// A line for each room with the rooms that it imports. Below it, a line for each file of the room with the files of the room that
+    /// it imports.
     fn text(&self, rooms: &[&str]) -> String {
         let mut text = String::new();
         for wanted in rooms {
@@ -258,7 +259,7 @@ fn tokens(text: &str) -> Vec<&str> {
     tokens
 }
 
-/// The length of what ends with `quote`, which is counted too.
+/// The length of a quoted text, up to and including `quote`.
 fn quoted(text: &str, quote: char) -> usize {
     let mut escaped = false;
     for (at, c) in text.char_indices() {
@@ -272,17 +273,17 @@ fn quoted(text: &str, quote: char) -> usize {
     text.len()
 }
 
-/// A path in a module's code that leads to a module of src, or to something in one.
+/// A path in a module's code that names a module of src, or an item in one.
 struct CodePath {
     /// From the root of the crate.
     full: Vec<String>,
-    /// What the path is called where it is imported.
+    /// The name of the path's target after the import.
     alias: String,
-    /// Whether it stands in a `pub use`.
+    /// Whether the path is in a `pub use`.
     reexported: bool,
 }
 
-/// The paths in `module`: those that begin with `crate`, `super`, `self`, or one of its own modules.
+/// The paths in `module` that begin with `crate`, `super`, `self`, or one of its own modules.
 fn paths(module: &Module, modules: &BTreeMap<Module, Vec<&str>>, tokens: &[&str]) -> Vec<CodePath> {
     let child = |word: &str| modules.contains_key(&[&module[..], &[word.to_string()]].concat());
     let mut found = Vec::new();
@@ -303,7 +304,7 @@ fn paths(module: &Module, modules: &BTreeMap<Module, Vec<&str>>, tokens: &[&str]
     found
 }
 
-/// The paths of the tree at `at`, each with the name that it is imported by; `at` then is behind the tree.
+/// Adds the paths of the use tree at `at` to `found`, each with its name after the import. Moves `at` past the tree.
 fn use_tree(tokens: &[&str], at: &mut usize, before: &[&str], found: &mut Vec<(Vec<String>, String)>) {
     let token = |at: usize| tokens.get(at).copied().unwrap_or_default();
     if token(*at) == "{" {
@@ -346,7 +347,7 @@ fn full(module: &Module, path: &[String]) -> Vec<String> {
     full
 }
 
-/// What each `pub use` of a module leads to, by the path that others import.
+/// The target of each `pub use`, by the path that other modules import.
 fn reexports(modules: &BTreeMap<Module, Vec<&str>>) -> BTreeMap<Vec<String>, Vec<String>> {
     let of_module = |(module, tokens): (&Module, &Vec<&str>)| -> Vec<(Vec<String>, Vec<String>)> {
         let reexported = paths(module, modules, tokens).into_iter().filter(|path| path.reexported);
@@ -355,7 +356,7 @@ fn reexports(modules: &BTreeMap<Module, Vec<&str>>) -> BTreeMap<Vec<String>, Vec
     modules.iter().flat_map(of_module).collect()
 }
 
-/// The module that holds what a path from the root leads to.
+/// The module that defines the target of a path from the root.
 fn resolve(
     path: &[String],
     modules: &BTreeMap<Module, Vec<&str>>,

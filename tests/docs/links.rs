@@ -1,4 +1,4 @@
-//! Links of the documents lead somewhere, and the files that they name exist.
+//! Tests that the links of the documents lead to files and headings, and that the files that they name exist.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -35,7 +35,7 @@ fn links_lead_somewhere() -> Result<()> {
     Ok(())
 }
 
-/// A file that a document names in code exists. docs/log and the changelog speak of the past, and may name what is gone.
+/// A file that a document names in code exists. docs/log and the changelog may name removed files, because they describe the past.
 #[test]
 fn named_files_exist() -> Result<()> {
     if update() {
@@ -59,7 +59,7 @@ fn read_document(path: &Path) -> Result<String> {
     read(&path.to_string_lossy())
 }
 
-/// The path from the root of `file`, which is named from the folder of `document`.
+/// Turns `file`, a path from the folder of `document`, into a path from the root.
 fn relative_to(document: &Path, file: &str) -> PathBuf {
     let mut path = document.parent().map(Path::to_path_buf).unwrap_or_default();
     for part in Path::new(file).components() {

@@ -1,6 +1,6 @@
-//! The documents agree with the code and the records: links, tables, figures, environment variables, versions.
+//! Tests that the documents agree with the code and the records: links, tables, figures, environment variables, versions.
 //!
-//! `CANDLE_FA2_UPDATE=1 cargo test --test docs` (`just tables`) rewrites what is generated.
+//! `CANDLE_FA2_UPDATE=1 cargo test --test docs` (`just tables`) rewrites the generated parts.
 
 mod claims;
 mod environment;
@@ -22,7 +22,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// `CANDLE_FA2_UPDATE=1` writes what is generated instead of comparing it.
+/// Whether to rewrite the generated parts instead of comparing them: `CANDLE_FA2_UPDATE=1`.
 fn update() -> bool {
     std::env::var_os("CANDLE_FA2_UPDATE").is_some()
 }
@@ -32,7 +32,7 @@ fn read(file: &str) -> Result<String> {
     fs::read_to_string(root().join(file)).with_context(|| file.to_string())
 }
 
-/// The files in `folder` and below it whose names `wanted` accepts, as paths from the root. Sorted.
+/// The files in `folder` and its folders that `wanted` accepts, as sorted paths from the root.
 fn files(folder: &str, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![root().join(folder)];

@@ -1,4 +1,4 @@
-//! The front page tells the versions and the repository that Cargo.toml holds, and its examples hide no line.
+//! Tests that README.md has the versions and the repository of Cargo.toml, and that its examples hide no line.
 
 use anyhow::{ensure, Context, Result};
 
@@ -22,12 +22,12 @@ fn readme_names_the_versions_of_cargo_toml() -> Result<()> {
         format!("Rust {}", text("rust-version")?),
         format!("Candle {candle}"),
     ] {
-        ensure!(readme.contains(&sentence), "README.md does not say {sentence:?}, as Cargo.toml does");
+        ensure!(readme.contains(&sentence), "README.md must contain {sentence:?}, because Cargo.toml says so");
     }
     Ok(())
 }
 
-/// A line `# use ..` is hidden in the crate's documentation, but shown on the repository page.
+/// A line `# use ..` is hidden in the crate's documentation, but visible on the repository page.
 #[test]
 fn readme_hides_no_line_of_its_examples() -> Result<()> {
     if update() {

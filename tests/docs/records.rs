@@ -1,4 +1,4 @@
-//! The newest record of each machine whose runs the documents show.
+//! The newest record of each machine in the documents.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -11,17 +11,17 @@ use figures::Figure;
 
 /// Machines by their folders in benches/record.
 pub struct Records {
-    /// The CPU path.
+    /// Runs of the CPU path.
     pub xeon: Machine,
-    /// The kernels of every GPU, and everything that was measured with them.
+    /// Runs of the sm80 kernels.
     pub h100: Machine,
-    /// The forward on Hopper's own kernels.
+    /// Runs of the forward on the sm90 kernels.
     pub h200: Machine,
 }
 
 /// Reads the newest record of each machine.
 pub fn newest() -> Result<Records> {
-    // A figure is shown under another name where two machines have it.
+    // If two machines have the same figure, one of them is shown under another name.
     let of_every_gpu = ["forward", "backward", "forward-backward", "memory", "ablations", "heads", "loss"];
     Ok(Records {
         xeon: Machine::newest("xeon-sapphire-rapids-2-cores", &[("cpu", "cpu")])?,
@@ -45,13 +45,13 @@ pub struct Machine {
     pub origin: String,
     /// Medians over all files.
     pub record: Record,
-    /// Runs that alternated: `ours-1.csv`, `flash-1.csv`, `ours-2.csv` .. by that number.
+    /// The runs by the number in their names. Implementations took turns: `ours-1.csv`, `flash-1.csv`, `ours-2.csv` and so on.
     runs: BTreeMap<u32, Record>,
     figures: Vec<Figure>,
 }
 
 impl Machine {
-    /// `shown` lists figures by the name that [`figures`] gives them and the name of the file.
+    /// `shown` lists the figures of this machine: the name in [`figures`], and the name of the file.
     fn newest(machine: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
         let dates = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
@@ -83,7 +83,7 @@ impl Machine {
         Ok(Self { folder, origin, record, runs, figures })
     }
 
-    /// Markdown that shows a figure, empty if the record has none of that name. `to_docs` leads from the document to docs.
+    /// Markdown that shows a figure. Empty if the record has no such figure. `to_docs` is the path from the document to docs.
     pub fn figure(&self, name: &str, to_docs: &str) -> String {
         let alt = match name {
             "cpu" => "GFLOP/s on a CPU by head_dim and mask, with other implementations",
@@ -104,13 +104,13 @@ impl Machine {
         }
     }
 
-    /// Speed of ours over `peer`: the median over the runs that alternated; without such runs the ratio of the medians.
+    /// The speed of ours over `peer`: the median over the numbered runs. Without such runs, the ratio of the medians.
     pub fn ratio(&self, peer: &str, call: &Call) -> Option<f64> {
         let of = |record: &Record| Some(record.tflops("ours", call)? / record.tflops(peer, call)?);
         median(self.runs.values().filter_map(of).collect()).or_else(|| of(&self.record))
     }
 
-    /// The calls of one direction that both have timed: the papers' grid for `mha`, all for other kinds.
+    /// The calls of one direction that ours and `peer` have timed. For `mha` only calls of the papers' grid.
     pub fn compared(&self, peer: &str, kinds: &[&str], dir: &str) -> Vec<(Call, f64)> {
         let of_the_grid = |call: &Call| {
             let of_grid = Call::of_the_grid(&call.dir, call.head_dim, call.causal, call.seqlen);
@@ -121,7 +121,7 @@ impl Machine {
         calls.filter(|call| of_the_grid(call)).filter_map(ratio).collect()
     }
 
-    /// The rows of a file that has other columns, none if the record lacks the file.
+    /// The rows of a file with other columns. Empty if the record does not have the file.
     pub fn rows(&self, name: &str, columns: &[&str]) -> Result<Vec<HashMap<String, String>>> {
         let file = format!("{}/{name}.csv", self.folder);
         if !root().join(&file).exists() {

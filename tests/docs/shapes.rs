@@ -1,11 +1,11 @@
-//! The kernels' shapes, from the table that `Plan` chooses from.
+//! The shapes of the kernels, from the generated table.
 
 use candle_core::DType;
 use candle_fa2::testing::{Arch, Kernel, Pass, KERNELS};
 
 use super::tables::head;
 
-/// One kernel for each line of cuda/instances.def: those of another dtype and of score_mod have the same shape.
+/// One kernel for each line of cuda/instances.def. Its other kernels, of other dtypes or with a score_mod, have the same shape.
 fn lines(arch: Arch, pass: Pass) -> impl Iterator<Item = &'static Kernel> {
     KERNELS.iter().filter(move |kernel| {
         (kernel.arch, kernel.pass, kernel.dtype, kernel.score_mod) == (arch, pass, DType::BF16, false)
@@ -16,7 +16,7 @@ fn kib(kernel: &Kernel) -> String {
     format!("{} KiB", kernel.shared_bytes as f64 / 1024.0)
 }
 
-/// The forward on Hopper: a block has one producer warpgroup, the others multiply.
+/// The forward on Hopper. One warpgroup of a block is the producer, the others are consumers.
 pub fn hopper() -> String {
     const WARPS_OF_A_WARPGROUP: usize = 4;
     let line = |kernel: &Kernel| {

@@ -16,7 +16,7 @@ const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
 /// The other implementations: the name in the rows, and the name in a table.
 pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
 
-/// The first two lines of a table: the columns, and the rule.
+/// The first two lines of a table: the names of the columns, and the line below them.
 pub fn head(columns: &[&str]) -> String {
     format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
 }
@@ -32,7 +32,7 @@ fn measured_on(Machine { folder, origin, .. }: &Machine, to_root: &str) -> Strin
     format!("Measured on: {origin} ([the runs]({to_root}{folder})).\n")
 }
 
-/// Times on a CPU: ours and Candle's two ways, for one call.
+/// Times of one call on a CPU: ours and Candle's two implementations.
 pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
     let call = Call {
         kind: "mha".to_string(),
@@ -87,7 +87,7 @@ pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> 
     Ok(table + &measured_on(gpu, to_root))
 }
 
-/// The front page's table: the forward on Hopper's own kernels, and the backward on those of every GPU.
+/// The table of README.md: the forward on the sm90 kernels, and the backward on the sm80 kernels.
 pub fn front_page(hopper: &Machine, gpu: &Machine) -> Result<String> {
     let seqlens = [1024, 4096, 16384];
     let mut table = head_by_seqlen(&["pass", "head_dim", "mask"], &seqlens);
@@ -113,7 +113,7 @@ pub fn forward(gpu: &Machine, to_root: &str) -> Result<String> {
     Ok(head_by_seqlen(&["pass", "head_dim", "mask"], &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
 }
 
-/// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192: there 16 heads.
+/// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192. They have 16 heads.
 fn rows_with_the_fastest(
     gpu: &Machine,
     (dir, pass): (&str, &str),
@@ -245,7 +245,7 @@ pub fn memory(gpu: &Machine) -> Result<String> {
         let here = here(shape);
         let call = here.iter().find(|call| call.seqlen == seqlen)?;
         let (ours, standard) = (gpu.record.get("ours", call)?.peak_mib?, gpu.record.get("standard", call));
-        // The bench tries no longer sequences after one has run out of memory.
+        // After a sequence has run out of memory, the bench tries no longer ones.
         let standard = match standard.map(|cost| (cost.peak_mib, cost.failure)) {
             Some((Some(peak), _)) => format!("{}: {:.1}x", mib(peak), peak / ours),
             Some((None, why)) => why?.to_string(),
@@ -267,7 +267,7 @@ pub fn memory(gpu: &Machine) -> Result<String> {
     Ok(if lines.is_empty() { lines } else { gpu.figure("memory", "") + "\n" + &head(&columns) + &lines })
 }
 
-/// With and without one idea of the paper: both rates at the longest sequence, and the mean ratio over all lengths.
+/// Rates with and without each idea of the paper at the longest sequence, and the mean ratio over all lengths.
 pub fn ablations(gpu: &Machine) -> Result<String> {
     let record = &gpu.record;
     let mut shapes: Vec<_> = HEAD_DIMS.into_iter().flat_map(|head_dim| MASKS.map(|mask| (head_dim, mask))).collect();
@@ -298,7 +298,7 @@ pub fn ablations(gpu: &Machine) -> Result<String> {
     Ok(if table.is_empty() { table } else { gpu.figure("ablations", "") + "\n" + &head(&columns) + &table })
 }
 
-/// A thread block per tile of queries (backward: of keys), compared with one per head.
+/// Rates with a thread block per tile of queries (backward: of keys), and with one per head.
 pub fn heads(gpu: &Machine) -> Result<String> {
     let all: Vec<(&Call, f64)> = ratios(&gpu.record, HEADS_ONLY, BY_HEADS).collect();
     let Some(seqlen) = all.first().map(|(call, _)| call.seqlen) else { return Ok(String::new()) };

@@ -3,8 +3,8 @@
 use std::sync::Mutex;
 
 use anyhow::{ensure, Result};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use attention_reference::draw;
+use rand::Rng;
 
 use crate::timing::{on_pool, seconds, Job};
 
@@ -34,7 +34,7 @@ impl Gemm {
     /// # Errors
     /// If a sampled element is not the product's.
     pub fn new() -> Result<Self> {
-        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let mut rng = draw::generator("gemm");
         let len = Self::SIZE * Self::SIZE;
         let mut matrix = || (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
         let gemm = Self { lhs: matrix(), rhs: matrix(), out: Mutex::new(vec![0.0; len]) };

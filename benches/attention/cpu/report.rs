@@ -79,11 +79,8 @@ impl Report {
                 dtype: "f32",
                 seqlen_q: Gemm::SIZE,
                 seqlen_k: Gemm::SIZE,
-                ms: significant(timing.median() * 1e3),
                 tflops: significant(rate / 1e12),
-                ms_min: significant(timing.min() * 1e3),
-                reps: Some(timing.runs()),
-                ..CsvRow::default()
+                ..CsvRow::default().timed(timing)
             })?;
         }
         Ok(())
@@ -172,7 +169,7 @@ impl Report {
             }
             Value::Bytes(bytes) => {
                 let tokens = case.sequences().iter().map(|sequence| sequence.seqlen_q).sum::<usize>();
-                let (peak, per_token) = (*bytes as f64 / f64::from(1 << 20), *bytes as f64 / tokens as f64);
+                let (peak, per_token) = (mib(*bytes), *bytes as f64 / tokens as f64);
                 let line =
                     format!("{name:<20} {peak:>9.2} MiB at the peak, {per_token:>7.0} bytes per token {ratio:>8}");
                 println!("    {}", line.trim_end());
@@ -180,7 +177,7 @@ impl Report {
                     peer: &row.peer.to_string(),
                     kind: "memory".into(),
                     dir: &Pass::Both.to_string(),
-                    peak_mib: mib(*bytes),
+                    peak_mib: significant(peak),
                     ..CsvRow::of(case)
                 })
             }
@@ -199,7 +196,7 @@ impl Report {
             tflops: significant(case.flop(row.pass) / timing.median() / 1e12),
             gbps: bytes.map_or(String::new(), |bytes| significant(bytes / timing.median() / 1e9)),
             err: row.error().map_or(String::new(), significant),
-            ..CsvRow::timed(case, timing)
+            ..CsvRow::of(case).timed(timing)
         })
     }
 

@@ -3,7 +3,7 @@
 use anyhow::{ensure, Context, Result};
 use serde::Deserialize;
 
-use crate::cases::Case;
+use crate::cases::{self, Case};
 
 /// All of `benches/cases.toml`, which explains every field.
 #[derive(Deserialize)]
@@ -32,17 +32,13 @@ impl Cases {
     /// # Errors
     /// If it is not TOML of that form, or a case or target makes no sense.
     pub fn parse(text: &str) -> Result<Self> {
-        let cases: Self = toml::from_str(text)?;
-        for (index, case) in cases.cases.iter().enumerate() {
-            case.validate().with_context(|| format!("case {}", case.name))?;
-            let twice = cases.cases[..index].iter().any(|other| other.name == case.name);
-            ensure!(!twice, "two cases are named {}", case.name);
-        }
-        let rows: Vec<String> = cases.cases.iter().flat_map(Case::rows).collect();
-        for target in &cases.targets {
+        let parsed: Self = toml::from_str(text)?;
+        cases::validate(&parsed.cases)?;
+        let rows: Vec<String> = parsed.cases.iter().flat_map(Case::rows).collect();
+        for target in &parsed.targets {
             target.validate(&rows).with_context(|| format!("target {}", target.what))?;
         }
-        Ok(cases)
+        Ok(parsed)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The rates that the GPU can reach: by its datasheet, in a large matrix product, and in a copy in its memory.
+//! The rates that the GPU reaches in a large matrix product, and in a copy in its memory.
 
 use anyhow::{ensure, Result};
 use attention_reference::matrix::{dot, norm};
@@ -7,40 +7,6 @@ use candle_core::{DType, Tensor};
 use super::gpu::Gpu;
 use super::report::Report;
 use crate::inputs::{precision, values};
-
-/// TFLOP/s that datasheets promise for dense products of bf16 or f16 with sums in f32, by the driver's name of the GPU.
-///
-/// Where NVIDIA's product briefs give only the rate with sparsity, this is half of it. GeForce: appendix of the
-/// architecture's whitepaper, "with FP32 accumulate".
-const DATASHEETS: [(&str, f64); 17] = [
-    ("NVIDIA A100", 312.0),
-    ("NVIDIA A30", 165.0),
-    ("NVIDIA A10", 125.0),
-    ("NVIDIA A40", 149.7),
-    ("NVIDIA RTX A6000", 154.8),
-    ("NVIDIA GeForce RTX 3090", 71.0),
-    ("NVIDIA GeForce RTX 4090", 165.2),
-    ("NVIDIA L4", 121.0),
-    ("NVIDIA L40", 181.0),
-    ("NVIDIA L40S", 362.0),
-    ("NVIDIA RTX 6000 Ada Generation", 364.2),
-    ("NVIDIA H100 PCIe", 756.0),
-    ("NVIDIA H100 NVL", 835.0),
-    ("NVIDIA H100 80GB HBM3", 989.0),
-    ("NVIDIA H200", 989.0),
-    ("NVIDIA H200 NVL", 835.0),
-    ("NVIDIA GH200", 989.0),
-];
-
-/// The datasheet's rate of the GPU `name`; `None` for one that is not listed, or a part of one.
-pub fn datasheet(name: &str) -> Option<f64> {
-    // `A100-SXM4-80GB` is an A100; `RTX 4090 Laptop GPU` is no RTX 4090, and a MIG instance is part of a GPU.
-    let harmless = |word: &str| word.ends_with("GB") || word.starts_with("SXM") || word.eq_ignore_ascii_case("PCIe");
-    let is_variant = |rest: &str| rest.starts_with([' ', '-']) && rest[1..].split([' ', '-']).all(harmless);
-    let exact = DATASHEETS.iter().find(|(known, _)| *known == name);
-    let variant = || DATASHEETS.iter().find(|(known, _)| name.strip_prefix(known).is_some_and(is_variant));
-    exact.or_else(variant).map(|&(_, tflops)| tflops)
-}
 
 /// Rows and columns of the product.
 const SIZE: usize = 8192;

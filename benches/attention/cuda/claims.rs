@@ -1,6 +1,9 @@
 //! Compares the claims of the papers, and the aims of this crate, with the rows of this run.
 
-use crate::rows::{CsvRow, OUT_OF_MEMORY};
+use figures::record::OUT_OF_MEMORY;
+use figures::ABLATION;
+
+use crate::rows::CsvRow;
 
 /// The columns of a row that claims need.
 pub struct Fact {
@@ -66,8 +69,8 @@ struct Claim {
 }
 
 /// Prints the claims that the rows of this run can answer.
-pub fn print(facts: &[Fact], datasheet: Option<f64>) {
-    let claims = [speed(facts), standard_from_2k(facts), rates(facts, datasheet), flash1(facts), memory(facts)];
+pub fn print(facts: &[Fact], data_sheet: Option<f64>) {
+    let claims = [speed(facts), standard_from_2k(facts), rates(facts, data_sheet), flash1(facts), memory(facts)];
     let claims: Vec<Claim> = claims.into_iter().flatten().collect();
     if claims.is_empty() {
         return;
@@ -113,15 +116,15 @@ fn standard_from_2k(facts: &[Fact]) -> Vec<Claim> {
     smallest.map(claim).into_iter().collect()
 }
 
-/// The paper's shares are of an A100's datasheet.
-fn rates(facts: &[Fact], datasheet: Option<f64>) -> Vec<Claim> {
+/// The paper's shares are of the rate in an A100's data sheet.
+fn rates(facts: &[Fact], data_sheet: Option<f64>) -> Vec<Claim> {
     let is_product = |fact: &&Fact| fact.peer == "ceiling" && fact.kind.starts_with("matmul");
     let product = facts.iter().find(is_product).and_then(|fact| fact.tflops);
     let mut claims = Vec::new();
     for (dir, name, share) in [("fwd", "forward", 0.73), ("bwd", "backward", 0.63)] {
         let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.dir == dir);
         let Some((tflops, cell)) = largest(ours.filter_map(|fact| Some((fact.tflops?, &fact.cell)))) else { continue };
-        for (whole, of_what) in [(datasheet, "of the datasheet's rate"), (product, "of the matrix product's rate")] {
+        for (whole, of_what) in [(data_sheet, "of the data sheet's rate"), (product, "of the matrix product's rate")] {
             let Some(whole) = whole else { continue };
             claims.push(Claim {
                 what: format!("paper: {name} at {:.0}% of an A100's peak; {of_what}", 100.0 * share),
@@ -142,7 +145,7 @@ fn flash1(facts: &[Fact]) -> Vec<Claim> {
         let of_dir = move |(_, cell): &(f64, &Cell)| {
             cell.dir == dir && cell.batch.zip(cell.heads.0).is_some_and(|(batch, heads)| batch * heads >= FULL)
         };
-        largest(ratios(facts, "ablation_flash1", "ablation").filter(of_dir))
+        largest(ratios(facts, "ablation_flash1", ABLATION).filter(of_dir))
     };
     let claims =
         [("fwd", "paper: up to 2x FlashAttention; ours in its manner, forward"), ("bwd", "the same, backward")];

@@ -100,7 +100,7 @@ pub fn run(options: &Options) -> Result<()> {
         Err(error) => return Err(error.context("no CUDA device; --device cpu times the CPU's cases")),
     };
     println!("{}", gpu.describe()?);
-    let mut report = Report::new(options.csv.as_deref(), ceiling::datasheet(&gpu.name()?))?;
+    let mut report = Report::new(options.csv.as_deref(), figures::data_sheet::tflops(&gpu.name()?))?;
     if options.bench {
         report.rules();
     }

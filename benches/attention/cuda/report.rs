@@ -4,12 +4,13 @@ use std::path::Path;
 
 use anyhow::Result;
 use candle_core::DType;
+use figures::record::{OUT_OF_MEMORY, UNCOUNTABLE};
 
 use super::claims::{self, Fact};
 use super::gpu::Cost;
 use super::table::{Table, PACKED};
 use crate::cases::{Case, Pass, Peer};
-use crate::rows::{gib, mib, ms, significant, spread, Csv, CsvRow, OUT_OF_MEMORY, UNCOUNTABLE};
+use crate::rows::{gib, mib, ms, significant, spread, Csv, CsvRow};
 use crate::sample::Errors;
 use crate::timing::Timing;
 
@@ -53,8 +54,8 @@ pub struct Report {
     /// By [`Summary`].
     tables: [Table; 5],
     facts: Vec<Fact>,
-    /// TFLOP/s that the datasheet promises.
-    datasheet: Option<f64>,
+    /// TFLOP/s that the GPU's data sheet promises.
+    data_sheet: Option<f64>,
 }
 
 /// The tables at the end, in their order.
@@ -93,9 +94,9 @@ fn line(name: &str, case: &Case) -> String {
 impl Report {
     /// # Errors
     /// If `csv` cannot be created; a file that is already there is replaced.
-    pub fn new(csv: Option<&Path>, datasheet: Option<f64>) -> Result<Self> {
+    pub fn new(csv: Option<&Path>, data_sheet: Option<f64>) -> Result<Self> {
         let tables = Summary::TITLES.map(|title| Table::new(title, (52, 11)));
-        Ok(Self { csv: Csv::create(csv)?, tables, facts: Vec::new(), datasheet })
+        Ok(Self { csv: Csv::create(csv)?, tables, facts: Vec::new(), data_sheet })
     }
 
     /// Keeps a row for the claims and writes it as CSV. Every measurement goes through here.
@@ -109,9 +110,9 @@ impl Report {
         println!(
             "FLOP: forward 4 * head_dim * heads * pairs of query and key, half if causal; backward 2.5 times that."
         );
-        match self.datasheet {
-            Some(tflops) => println!("peak: {tflops:.0} TFLOP/s by the datasheet, dense, sums in f32."),
-            None => println!("peak: no datasheet of this GPU is known here (benches/attention/cuda/ceiling.rs)."),
+        match self.data_sheet {
+            Some(tflops) => println!("peak: {tflops:.0} TFLOP/s by the data sheet, dense, sums in f32."),
+            None => println!("peak: not known for this GPU (crates/figures/src/data_sheet.rs lists GPUs)."),
         }
         println!("ms: median of CUDA events around one call, warm, L2 flushed before each; bwd is the operator's own");
         println!("    backward with its allocations. MHz, W: under that load, which may be below the GPU's best.");
@@ -182,7 +183,7 @@ impl Report {
             err: significant(row.error),
             autograd_ms: autograd.map_or(String::new(), |seconds| significant(seconds * 1e3)),
             host_us: significant(host * 1e6),
-            ..CsvRow::timed(case, timing)
+            ..CsvRow::of(case).timed(timing)
         })
     }
 
@@ -194,7 +195,7 @@ impl Report {
         });
         for &(peer, outcome) in outcomes {
             let (shown, peak_mib) = match outcome {
-                Outcome::Done(done) => (self.done(case, pass, done, ours), mib(done.peak_bytes)),
+                Outcome::Done(done) => (self.done(case, pass, done, ours), significant(mib(done.peak_bytes))),
                 Outcome::OutOfMemory(needed) => {
                     let needed = needed.map_or(String::new(), |bytes| format!(": needs about {:.0} GiB", gib(bytes)));
                     (format!("out of memory{needed}"), OUT_OF_MEMORY.to_string())
@@ -216,20 +217,14 @@ impl Report {
             };
             let (seqlen, peer) = (case.seqlens().0, peer.to_string());
             match outcome {
-                Outcome::Done(Done { cost: Some(cost), error, .. }) => {
-                    let timed = CsvRow::timed(case, &cost.timing);
-                    self.keep(CsvRow {
-                        ms: timed.ms,
-                        tflops: significant(case.papers_flop(pass) / cost.timing.median() / 1e12),
-                        ms_min: timed.ms_min,
-                        reps: timed.reps,
-                        sm_mhz: cost.gauges.sm_mhz.clone(),
-                        watts: cost.gauges.watts.clone(),
-                        err: error.map_or(String::new(), significant),
-                        host_us: significant(cost.host * 1e6),
-                        ..row
-                    })?;
-                }
+                Outcome::Done(Done { cost: Some(cost), error, .. }) => self.keep(CsvRow {
+                    tflops: significant(case.papers_flop(pass) / cost.timing.median() / 1e12),
+                    sm_mhz: cost.gauges.sm_mhz.clone(),
+                    watts: cost.gauges.watts.clone(),
+                    err: error.map_or(String::new(), significant),
+                    host_us: significant(cost.host * 1e6),
+                    ..row.timed(&cost.timing)
+                })?,
                 _ => self.keep(row)?,
             }
             let peak = peak_mib.parse().map_or(peak_mib, |mib: f64| format!("{mib:.0}"));
@@ -261,7 +256,7 @@ impl Report {
         }
         let tokens = (case.batch * case.seqlens().0) as f64;
         let peak = done.peak_bytes as f64;
-        text += &format!("{:>9.1} MiB, {:>6.0} bytes per token", peak / f64::from(1 << 20), peak / tokens);
+        text += &format!("{:>9.1} MiB, {:>6.0} bytes per token", mib(done.peak_bytes), peak / tokens);
         if let Some(error) = done.error {
             text += &format!(", error {error:.1e}");
         }
@@ -273,9 +268,9 @@ impl Report {
         text
     }
 
-    /// A rate as a share of the datasheet's.
+    /// A rate as a share of the data sheet's.
     fn of_peak(&self, tflops: f64) -> String {
-        self.datasheet.map_or(String::new(), |peak| format!("{:.0}%", 100.0 * tflops / peak))
+        self.data_sheet.map_or(String::new(), |peak| format!("{:.0}%", 100.0 * tflops / peak))
     }
 
     fn cell(&mut self, table: Summary, line: String, seqlen: usize, text: String) {
@@ -307,12 +302,9 @@ impl Report {
             peer: "ceiling",
             dir: "fwd",
             dtype,
-            ms: significant(cost.timing.median() * 1e3),
-            ms_min: significant(cost.timing.min() * 1e3),
-            reps: Some(cost.timing.runs()),
             sm_mhz: cost.gauges.sm_mhz.clone(),
             watts: cost.gauges.watts.clone(),
-            ..CsvRow::default()
+            ..CsvRow::default().timed(&cost.timing)
         };
         let (seqlen_q, seqlen_k) = (size, size);
         let kind = format!("matmul{size}");
@@ -358,6 +350,6 @@ impl Report {
     /// Prints the tables, a line for each call and pass and a column for each seqlen, and the claims.
     pub fn summary(&self) {
         self.tables.iter().for_each(Table::print);
-        claims::print(&self.facts, self.datasheet);
+        claims::print(&self.facts, self.data_sheet);
     }
 }

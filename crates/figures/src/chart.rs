@@ -1,6 +1,6 @@
 //! A figure of several panels: groups of bars, or lines.
 //!
-//! It has no background, and its words and rules are mid grey, so it can be read on a white page and on a dark one. Positions are
+//! It has no background, and its text and lines are mid grey, so it is readable on a white page and on a dark one. Positions are
 //! whole pixels and no font is measured, so the same rows give the same bytes on every machine.
 
 use anyhow::{anyhow, Result};
@@ -111,7 +111,7 @@ impl Canvas<'_> {
         (h, v): (HPos, VPos),
         turn: FontTransform,
     ) -> Result<()> {
-        // plotters divides the size by this number.
+        // plotters divides the size by this number, so multiply by it.
         let font = ("sans-serif", f64::from(px) * 1.24).into_font().transform(turn);
         let style = TextStyle::from(font).color(&colour).pos(Pos::new(h, v));
         self.0.draw_text(text, &style, at).map_err(|error| anyhow!("{error}"))

@@ -1,10 +1,11 @@
-//! Draws what the bench, the documents and the GPT example show, as SVG.
+//! What the bench, the documents and the GPT example share: figures, records of runs, rates of GPUs.
 //!
-//! This crate measures nothing. [`of_record`] draws CSV files with the columns of benches/record, ours and others': speed by seqlen
-//! as the papers draw it, speed on a CPU, memory, what each idea brings. [`curves`] draws the loss of a training.
+//! This crate measures nothing. [`of_record`] draws CSV files with the columns of benches/record as SVG: speed by seqlen as in the
+//! papers, speed on a CPU, memory, and the gain of each idea. [`curves`] draws the loss of a training.
 
 pub mod chart;
 pub mod curves;
+pub mod data_sheet;
 pub mod record;
 
 use std::fs;

@@ -5,6 +5,12 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use serde::Deserialize;
 
+/// Every call of the papers' grid has this many tokens.
+pub const GRID_TOKENS: usize = 16384;
+
+/// The number of heads times head_dim in the papers' grid.
+pub const GRID_WIDTH: usize = 2048;
+
 /// One call, of any implementation. `seqlen` counts keys; in a packed call it is the longest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Call {
@@ -19,11 +25,11 @@ pub struct Call {
 }
 
 impl Call {
-    /// The papers' grid: 16,384 tokens, and heads times head_dim = 2048.
+    /// A call of the papers' grid.
     pub fn of_the_grid(dir: &str, head_dim: usize, causal: bool, seqlen: usize) -> Self {
         let (kind, dir) = ("mha".to_string(), dir.to_string());
-        let num_heads = 2048 / head_dim;
-        Self { kind, dir, head_dim, causal, batch: 16384 / seqlen, seqlen, num_heads, num_heads_k: num_heads }
+        let num_heads = GRID_WIDTH / head_dim;
+        Self { kind, dir, head_dim, causal, batch: GRID_TOKENS / seqlen, seqlen, num_heads, num_heads_k: num_heads }
     }
 
     pub fn with_dir(&self, dir: &str) -> Self {
@@ -85,8 +91,14 @@ struct Row {
 /// The name of Candle's standard attention in older files.
 const OLD_STANDARD: &str = "unfused";
 
+/// In the column `peak_mib`: the pass needs more memory than there is.
+pub const OUT_OF_MEMORY: &str = "oom";
+
+/// In the column `peak_mib`: Candle's kernels cannot count the scores.
+pub const UNCOUNTABLE: &str = "uncountable";
+
 /// The reasons in the column `peak_mib`, and their meaning.
-const FAILURES: [(&str, &str); 2] = [("oom", "out of memory"), ("uncountable", "too many scores")];
+const FAILURES: [(&str, &str); 2] = [(OUT_OF_MEMORY, "out of memory"), (UNCOUNTABLE, "too many scores")];
 
 impl Record {
     /// Reads the texts of CSV files. Files without the columns `peer`, `kind` and `dir` hold something else and are skipped.
@@ -202,8 +214,9 @@ impl Cost {
     }
 }
 
-/// The middle value; the upper of the two in the middle.
+/// The middle value, or the mean of the two in the middle. `None` if there are no values.
 pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
+    let (low, high) = (values.len().checked_sub(1)? / 2, values.len() / 2);
+    Some((values[low] + values[high]) / 2.0)
 }

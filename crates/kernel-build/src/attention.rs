@@ -1,4 +1,4 @@
-//! The families of candle-fa2, whose templates are in cuda/.
+//! The families of candle-fa2. Their templates are in cuda/.
 
 use crate::family::{Arch, Dtype, Entry, Family, Grid, Template, Variant};
 use crate::shared;
@@ -44,7 +44,7 @@ pub static FAMILIES: [Family; 4] = [
             pass: "Forward",
             function: "fa2::sm90::forward",
             params: "HopperFwdParams",
-            grid: Grid::Persistent,
+            grid: Grid::Persistent { max_tiles: 512 },
             variants: &[PLAIN, SCORE_MOD],
             shared_bytes: Some(shared::fwd_sm90),
         }],
@@ -53,7 +53,7 @@ pub static FAMILIES: [Family; 4] = [
         pass: "bwd",
         arch: SM80,
         columns: &["head_dim", "block_m", "block_n", "warps", "stages", "warps_m", "warps_n", "warps_q"],
-        // It includes the backward, because the conversion follows the order of its threads.
+        // This header includes bwd.cuh, because the conversion reads dq_accum in the order of the backward's threads.
         header: "sm80/convert.cuh",
         template: Template::Traits("fa2::sm80::BwdTraits"),
         dtypes: HALVES,

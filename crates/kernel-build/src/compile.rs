@@ -1,4 +1,4 @@
-//! Units into images: in parallel, and only those that changed.
+//! Compiles units into images, in parallel. Units that did not change are not compiled again.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -16,17 +16,17 @@ use crate::{files, headers, Error, Result};
 /// Compiles units for some GPUs into a folder.
 #[derive(Debug)]
 pub struct Compiler {
-    /// The program.
+    /// The compiler.
     pub nvcc: Nvcc,
-    /// What to compile for.
+    /// The GPUs to compile for.
     pub gpus: Gpus,
-    /// Where the headers are.
+    /// The folder of the headers.
     pub include: PathBuf,
-    /// Where sources, images and logs go: one file of each for a unit.
+    /// The folder for sources, images and logs. A unit has one file of each.
     pub out: PathBuf,
 }
 
-/// What a unit's compilation depends on.
+/// One unit to compile, with everything that its image depends on.
 struct Job<'a> {
     unit: &'a Unit,
     source: String,
@@ -35,25 +35,25 @@ struct Job<'a> {
 }
 
 impl Compiler {
-    /// Writes an image, `NAME.fatbin`, for each unit, as many at once as cargo runs jobs, and reads what ptxas reports. A unit is
-    /// compiled again only if its source, a header, the options or the compiler changed.
+    /// Writes an image, `NAME.fatbin`, for each unit, and reads the reports of ptxas. At most as many compilers run at once as cargo
+    /// has jobs. A unit is compiled again only if its source, a header, the options or the compiler changed.
     ///
     /// # Errors
-    /// The first error of nvcc; if ptxas runs wgmma one by one, because that loses what a kernel is written for; those of files.
+    /// The first error of nvcc or of a file. Also if ptxas serializes the wgmmas of a kernel, because the kernel is then slow.
     pub fn compile<'a>(&self, units: &'a [Unit], structs: &Structs) -> Result<Report<'a>> {
         let jobs: Vec<Job> = units.iter().map(|unit| self.job(unit, structs)).collect::<Result<_>>()?;
-        // The backwards, which take longest, stand last in the table.
+        // Start with the end of the table: the backwards are there, and they take longest.
         let changed: Vec<&Job> = jobs.iter().rev().filter(|job| self.changed(job)).collect();
         self.run(&changed)?;
         Report::read(self, units)
     }
 
-    /// A file of a unit.
+    /// The path of a unit's file with this extension.
     pub fn path(&self, unit: &Unit, extension: &str) -> PathBuf {
         self.out.join(format!("{}.{extension}", unit.name))
     }
 
-    /// Runs the jobs. Once one has failed, none is begun.
+    /// Runs the jobs. After a failure, no further job starts.
     fn run(&self, jobs: &[&Job]) -> Result<()> {
         let threads = files::variable("NUM_JOBS").and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
         let (next, error) = (AtomicUsize::new(0), Mutex::new(None));
@@ -75,13 +75,14 @@ impl Compiler {
     fn unit(&self, job: &Job) -> Result<()> {
         let source = self.path(job.unit, "cu");
         files::write(&source, &job.source)?;
-        let said = self.nvcc.compile(&source, &self.path(job.unit, "fatbin"), &job.options)?;
-        let advice = report::serialized(&said);
+        let log = self.nvcc.compile(&source, &self.path(job.unit, "fatbin"), &job.options)?;
+        let advice = report::serialized(&log);
         if !advice.is_empty() {
-            let text = format!("{} loses what its kernels are written for:\n{}", job.unit.name, advice.join("\n"));
-            return Err(Error::new(text));
+            let text =
+                "ptxas runs the wgmmas or setmaxnregs of a kernel in a slow way; change the kernel as its advice says";
+            return Err(Error::new(format!("{}: {text}:\n{}", job.unit.name, advice.join("\n"))));
         }
-        files::write(&self.path(job.unit, "log"), &said)?;
+        files::write(&self.path(job.unit, "log"), &log)?;
         files::write(&self.path(job.unit, "fingerprint"), &job.fingerprint)
     }
 

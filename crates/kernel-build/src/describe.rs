@@ -1,4 +1,4 @@
-//! Everything that a program without Rust needs to compile and launch the kernels of a table, as one JSON value.
+//! Describes the kernels of a table as JSON, so that a program without Rust can compile and launch them.
 
 use std::path::Path;
 
@@ -41,6 +41,10 @@ fn describe_unit(unit: &Unit, source: String) -> Json {
 
 fn describe_kernel(kernel: &Kernel) -> Json {
     let Kernel { name, entry, dtype, variant, line, shared_bytes, .. } = kernel;
+    let max_tiles = match entry.grid {
+        Grid::Tiles => 0,
+        Grid::Persistent { max_tiles } => max_tiles,
+    };
     let mut members = vec![
         ("name", Json::from(name.as_str())),
         ("pass", Json::from(entry.pass)),
@@ -48,7 +52,7 @@ fn describe_kernel(kernel: &Kernel) -> Json {
         ("element_bytes", Json::from(dtype.bytes)),
         ("score_mod", Json::Bool(variant.score_mod)),
         ("params", Json::from(entry.params)),
-        ("persistent", Json::Bool(entry.grid == Grid::Persistent)),
+        ("max_tiles", Json::from(max_tiles)),
         ("threads", Json::from(kernel.threads())),
         ("shared_bytes", Json::from(*shared_bytes)),
     ];

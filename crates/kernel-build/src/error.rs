@@ -1,8 +1,8 @@
-//! One error type: a text for whoever runs the build.
+//! The error type of this crate: a text for the person who runs the build.
 
 use std::fmt::{self, Display, Formatter};
 
-/// Names the rule, the values that came and the way out, with file and line where there is one.
+/// A text that names the rule, the values that broke it and the way out. It begins with file and line if the error has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error(String);
 
@@ -10,7 +10,7 @@ pub struct Error(String);
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error of this text.
+    /// An error with this text.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }

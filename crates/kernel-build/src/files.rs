@@ -1,4 +1,4 @@
-//! Files, and the environment of a build script.
+//! The files and the environment of a build script.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -13,7 +13,7 @@ pub fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(|error| Error::new(format!("cannot read {}: {error}", path.display())))
 }
 
-/// Writes a file unless it holds `text` already: cargo compiles what includes it again only if it changed.
+/// Writes a file, unless it already holds `text`. Then cargo does not recompile the code that includes it.
 ///
 /// # Errors
 /// If it cannot be written.
@@ -24,16 +24,16 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|error| Error::new(format!("cannot write {}: {error}", path.display())))
 }
 
-/// An environment variable that is set and not empty.
+/// The value of an environment variable. `None` if it is unset or empty.
 pub fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// A folder that cargo names to a build script: `CARGO_MANIFEST_DIR` or `OUT_DIR`.
+/// The folder in `CARGO_MANIFEST_DIR` or `OUT_DIR`, which cargo sets for a build script.
 ///
 /// # Errors
 /// If the variable is not set.
 pub fn folder(name: &str) -> Result<PathBuf> {
     let path = variable(name).map(PathBuf::from);
-    path.ok_or_else(|| Error::new(format!("{name} is not set; cargo sets it for a build script")))
+    path.ok_or_else(|| Error::new(format!("{name} is not set; run this as a build script, for which cargo sets it")))
 }

@@ -1,4 +1,4 @@
-//! The headers that a source includes, and those that they include.
+//! Finds the headers that a source includes, directly or through other headers.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use crate::{files, Error, Result};
 
-/// Text by path, relative to a folder.
+/// Texts of files by path. The paths are relative to a folder.
 pub type Sources = BTreeMap<PathBuf, String>;
 
-/// The headers under `include` that a source text includes as `#include "name"`, by their paths there. Others belong to the
-/// compiler.
+/// The headers under `include` that a source text includes as `#include "name"`, by their paths there. Headers that are not found
+/// there belong to the compiler.
 ///
 /// # Errors
 /// If `include` is not a folder.
@@ -83,7 +83,7 @@ mod tests {
             fs::write(path, text).expect("writable");
         };
         write("cuda/sm80/fwd.cuh", "#include \"../core/mask.cuh\"\n#include \"copy.cuh\"\n#include <cstdint>\n");
-        write("cuda/sm80/copy.cuh", "#include \"fwd.cuh\"\n"); // a circle, which #pragma once allows
+        write("cuda/sm80/copy.cuh", "#include \"fwd.cuh\"\n"); // a circle; #pragma once allows it
         write("cuda/core/mask.cuh", "");
         write("cuda/other.cuh", "");
         write("bench/one.cu", "#include \"two.cuh\"\n#include \"core/mask.cuh\"\n#include \"compiler's.h\"\n");

@@ -1,4 +1,4 @@
-//! JSON, written only. tune.py reads it.
+//! Writes JSON. tune.py reads it.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -13,12 +13,12 @@ pub enum Json {
     String(String),
     /// Values in order.
     Array(Vec<Json>),
-    /// Values by name, in order.
+    /// Named values in order.
     Object(Vec<(String, Json)>),
 }
 
 impl Json {
-    /// An object of these members.
+    /// An object with these members.
     pub fn object<'a>(members: impl IntoIterator<Item = (&'a str, Json)>) -> Self {
         Self::Object(members.into_iter().map(|(name, value)| (name.to_string(), value)).collect())
     }

@@ -1,18 +1,18 @@
-//! What a build script of CUDA kernels needs, so that one line of a table is all that adds a kernel.
+//! For build scripts of CUDA kernels: one line of a table adds a kernel.
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | [`table`] | parses the table: a KERNEL line for each instance of the templates, a LOCAL line for local memory that is meant to be |
-//! | [`family`] | what the lines of one pass and architecture have in common, as values; [`attention`] has those of candle-fa2 |
-//! | [`shared`] | the formulas of dynamic shared memory, written once |
-//! | [`params`] | parses the header of parameter structs; generates their twins in Rust, and assertions for both compilers |
+//! | [`table`] | parses the table: a KERNEL line for each instance of the templates, a LOCAL line for each kernel that may use local memory |
+//! | [`family`] | describes the lines of one pass and architecture as a value; [`attention`] has the values of candle-fa2 |
+//! | [`shared`] | has the formulas of dynamic shared memory |
+//! | [`params`] | parses the header of parameter structs; generates the same structs in Rust, and assertions for both compilers |
 //! | [`mod@units`] | generates a CUDA source for each line, and the table and the images as Rust |
-//! | [`nvcc`], [`compile`] | find nvcc and the GPUs to compile for; compile what changed, in parallel |
-//! | [`report`] | reads what ptxas says of each kernel; fails on local memory that no LOCAL line allows |
-//! | [`mod@describe`] | all of it as JSON, for programs without Rust |
+//! | [`nvcc`], [`compile`] | find nvcc and the GPUs to compile for; compile the units that changed, in parallel |
+//! | [`report`] | reads what ptxas reports of each kernel; fails on local memory that no LOCAL line allows |
+//! | [`mod@describe`] | describes all of this as JSON, for programs without Rust |
 //!
 //! # Example
-//! From a line to a CUDA source and a row of Rust:
+//! A line becomes a CUDA source and a row of Rust:
 //! ```
 //! use kernel_build::params::Structs;
 //! use kernel_build::table::Table;
@@ -32,7 +32,7 @@
 //! assert!(kernel_build::units::rust_table(&units).contains("params: \"FwdParams\""));
 //! # Ok::<(), kernel_build::Error>(())
 //! ```
-//! The build script of candle-fa2 does this for its `cuda/` in a page.
+//! The build script of candle-fa2 does this for the kernels in `cuda/`.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
@@ -57,7 +57,7 @@ pub use crate::describe::describe;
 pub use crate::error::{Error, Result};
 pub use crate::units::units;
 
-/// Runs a build script. An error is shown under the name of its crate, with its first line as cargo's warning.
+/// Runs a build script. Prints an error with the name of the crate, and its first line as a warning of cargo.
 pub fn run(name: &str, script: impl FnOnce() -> Result<()>) -> ExitCode {
     let Err(error) = script() else { return ExitCode::SUCCESS };
     let text = error.to_string();

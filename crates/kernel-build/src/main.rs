@@ -1,4 +1,4 @@
-//! `kernel-build describe` and `kernel-build usage`: what the library knows, for scripts.
+//! `kernel-build describe` and `kernel-build usage`: the library for scripts.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,11 +10,17 @@ use kernel_build::{attention, describe, report, units, Error, Result};
 
 const USAGE: &str = "\
 kernel-build describe [--cuda DIR] [--table FILE] [--dtype NAME] [--plain]
-    Prints the kernels of a table as JSON: sources, headers, launches, layouts. DIR is cuda, FILE is DIR/instances.def, and the
-    parameters are those of DIR/params.h. --dtype and --plain leave out other element types and kernels with a score_mod.
+    Prints the kernels of a table as JSON: sources, headers, launches, layouts. The parameter structs come from DIR/params.h.
+    --cuda DIR      the folder of the sources [default: cuda]
+    --table FILE    the table [default: DIR/instances.def]
+    --dtype NAME    only kernels of this element type
+    --plain         only kernels without a score_mod
 
 kernel-build usage SOURCE --arch NAME [--include DIR] [-DNAME=VALUE]..
-    Compiles a CUDA source for one GPU, where a warning is an error, and prints what each kernel uses.";
+    Compiles a CUDA source for one GPU, and prints the registers and the local memory of each kernel. A warning is an error.
+    --arch NAME     the GPU, such as 90
+    --include DIR   the folder of the headers [default: cuda]
+    -DNAME=VALUE    defines a macro";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -42,7 +48,7 @@ fn describe_table(arguments: &[String]) -> Result<()> {
             "--table" => table = Some(PathBuf::from(value()?)),
             "--dtype" => dtype = Some(value()?),
             "--plain" => plain = true,
-            other => return Err(Error::new(format!("describe knows no {other}\n\n{USAGE}"))),
+            other => return Err(Error::new(format!("describe has no option {other}\n\n{USAGE}"))),
         }
     }
     let table = Table::read(&table.unwrap_or_else(|| cuda.join("instances.def")), &attention::FAMILIES)?;
@@ -74,7 +80,7 @@ fn print_usage(arguments: &[String]) -> Result<()> {
     options.extend(["-Werror", "all-warnings"].map(String::from));
     let output = std::env::temp_dir().join(format!("kernel-build-{}.cubin", std::process::id()));
     let log = Nvcc::find()?.cubin(Path::new(source), &output, gpu, Path::new(include), &options)?;
-    // Only the log is of interest; a file that stays behind in the folder for temporary files does no harm.
+    // Only the log is needed. If the image cannot be removed, it stays in the folder for temporary files, where it does no harm.
     let _ = std::fs::remove_file(&output);
     for ((kernel, _), usage) in report::parse(&log) {
         println!("{kernel:<18} {usage}");

@@ -1,7 +1,7 @@
-//! nvcc: where it is, which GPUs it compiles for, and one run of it.
+//! Finds nvcc and the GPUs to compile for, and runs nvcc.
 //!
-//! cudaforge, which Candle's own kernels are built with, is not used: it knows one GPU at a time, compiles 9.0 as 9.0a always, and
-//! would bring eleven crates to every build, also without CUDA.
+//! Candle builds its own kernels with cudaforge. This crate does not use it: it compiles for one GPU at a time, always compiles 9.0 as
+//! 9.0a, and would add eleven crates to every build, even without CUDA.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -12,15 +12,15 @@ use std::process::Command;
 use crate::family::Arch;
 use crate::{files, Error, Result};
 
-/// The flags that all kernels are compiled with. `-v` has ptxas report what each of them uses.
+/// The flags for all kernels. With `-v` ptxas reports the registers and the memory of each kernel.
 pub const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "--use_fast_math", "-Xptxas", "-v"];
 
-/// The variables that say where nvcc is, in the order of the search; `PATH` comes after the first.
+/// The environment variables that lead to nvcc, in the order of the search. `PATH` comes after the first.
 pub const VARIABLES: [&str; 3] = ["NVCC", "CUDA_HOME", "CUDA_PATH"];
 
 const ROOTS: [&str; 3] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda"];
 
-/// An nvcc that runs.
+/// An nvcc that was found and runs.
 #[derive(Clone, Debug)]
 pub struct Nvcc {
     path: PathBuf,
@@ -28,15 +28,16 @@ pub struct Nvcc {
 }
 
 impl Nvcc {
-    /// The first of: `NVCC`, nvcc on `PATH`, in `CUDA_HOME` and `CUDA_PATH`, and where Linux distributions install CUDA.
+    /// Finds nvcc. The search looks at `NVCC`, on `PATH`, in `CUDA_HOME` and `CUDA_PATH`, and where Linux distributions install CUDA,
+    /// in this order.
     ///
     /// # Errors
-    /// If there is none, or if it does not run.
+    /// If there is no nvcc, or if it does not run.
     pub fn find() -> Result<Self> {
         let found = candidates(|name| env::var_os(name)).into_iter().find(|path| path.is_file());
         let path = found.ok_or_else(|| {
             Error::new(format!(
-                "there is no nvcc in NVCC, PATH, CUDA_HOME, CUDA_PATH, {}; install CUDA or set one",
+                "there is no nvcc in NVCC, PATH, CUDA_HOME, CUDA_PATH, {}; install CUDA, or set one of these variables",
                 ROOTS.join(", ")
             ))
         })?;
@@ -45,28 +46,28 @@ impl Nvcc {
         Ok(Self { path, version: String::from_utf8_lossy(&output.stdout).into_owned() })
     }
 
-    /// Its file, and all that it says of its version.
+    /// The path of its file, and the text of `--version`.
     pub fn identity(&self) -> (&Path, &str) {
         (&self.path, &self.version)
     }
 
-    /// Compiles `source` into `output` with [`FLAGS`] and `options`, and returns what the compiler said.
+    /// Compiles `source` into `output` with [`FLAGS`] and `options`. Returns what the compiler printed.
     ///
     /// # Errors
-    /// If it fails: the command, and what it said.
+    /// If the compiler fails. The error has the command and what the compiler printed.
     pub fn compile(&self, source: &Path, output: &Path, options: &[String]) -> Result<String> {
         let mut command = Command::new(&self.path);
         command.args(FLAGS).args(options).arg("-o").arg(output).arg(source);
         let result = command.output();
         let result = result.map_err(|error| Error::new(format!("cannot run {}: {error}", self.path.display())))?;
-        let said = String::from_utf8_lossy(&result.stdout) + String::from_utf8_lossy(&result.stderr);
+        let log = String::from_utf8_lossy(&result.stdout) + String::from_utf8_lossy(&result.stderr);
         if !result.status.success() {
-            return Err(Error::new(format!("{} does not compile: {command:?} failed:\n{said}", source.display())));
+            return Err(Error::new(format!("{} does not compile: {command:?} failed:\n{log}", source.display())));
         }
-        Ok(said.into_owned())
+        Ok(log.into_owned())
     }
 
-    /// As [`Self::compile`], into machine code for one GPU, such as `90`, with the headers of `include`.
+    /// Compiles `source` into machine code for one GPU, such as `90`, with the headers of `include`. Otherwise as [`Self::compile`].
     ///
     /// # Errors
     /// As [`Self::compile`].
@@ -78,7 +79,7 @@ impl Nvcc {
     }
 }
 
-/// Where nvcc may be, in order; `variable` answers for the environment.
+/// Paths where nvcc may be, in the order of the search. `variable` reads the environment.
 fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     let program = format!("nvcc{}", env::consts::EXE_SUFFIX);
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
@@ -95,10 +96,11 @@ fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
 pub struct Gpus(BTreeSet<u32>);
 
 impl Gpus {
-    /// Those in the variable `list`, or else the one in `CUDA_COMPUTE_CAP`, as Candle takes it, or else those of this machine.
+    /// The GPUs in the environment variable `list`. Without it, the one in `CUDA_COMPUTE_CAP`, which Candle reads too. Without both,
+    /// the GPUs of this machine.
     ///
     /// # Errors
-    /// As [`Self::parse`], or if none of the three says it.
+    /// As [`Self::parse`], or if neither the variables nor nvidia-smi name a GPU.
     pub fn find(list: &str) -> Result<Self> {
         if let Some(names) = files::variable(list).or_else(|| files::variable("CUDA_COMPUTE_CAP")) {
             return Self::parse(&names);
@@ -106,15 +108,15 @@ impl Gpus {
         match Command::new("nvidia-smi").args(["--query-gpu=compute_cap", "--format=csv,noheader"]).output() {
             Ok(output) if output.status.success() => Self::parse(&String::from_utf8_lossy(&output.stdout)),
             _ => Err(Error::new(
-                "nvidia-smi does not say which GPU to compile for; set CUDA_COMPUTE_CAP to its compute capability, for example 90",
+                "nvidia-smi does not tell which GPU to compile for; set CUDA_COMPUTE_CAP to its compute capability, for example 90",
             )),
         }
     }
 
-    /// A list such as `80, 86`. 90, 9.0, sm_90 and 90a all name the same GPU.
+    /// Parses a list such as `80, 86`. 90, 9.0, sm_90 and 90a all name the same GPU.
     ///
     /// # Errors
-    /// If a name has no number.
+    /// If a name contains no number.
     pub fn parse(list: &str) -> Result<Self> {
         let names = list.split([',', ';', ' ', '\n', '\r']).filter(|name| !name.is_empty());
         let number = |name: &str| {
@@ -125,24 +127,23 @@ impl Gpus {
         Ok(Self(names.map(number).collect::<Result<_>>()?))
     }
 
-    /// In ascending order.
+    /// The GPUs in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.0.iter().copied()
     }
 
-    /// Whether it is one of them.
+    /// Whether `gpu` is one of them.
     pub fn contains(&self, gpu: u32) -> bool {
         self.0.contains(&gpu)
     }
 
-    /// Those that get machine code of an architecture's kernels, with the name that ptxas has for each: `90a` where no other GPU
-    /// has the instructions.
+    /// The GPUs that get machine code for kernels of `arch`, each with ptxas' name for it: `90a` if no other GPU has the instructions.
     pub fn targets(&self, arch: &Arch) -> Vec<(u32, String)> {
         let suffix = if arch.exact { "a" } else { "" };
         self.iter().filter(|gpu| arch.runs_on(*gpu)).map(|gpu| (gpu, format!("{gpu}{suffix}"))).collect()
     }
 
-    /// nvcc's options for it: machine code for each of the targets, and PTX that later GPUs compile when they load it.
+    /// The options of nvcc for kernels of `arch`: machine code for each of the targets, and PTX, which the driver compiles for later GPUs.
     pub fn options(&self, arch: &Arch) -> Vec<String> {
         let targets = self.targets(arch).into_iter();
         let machine_code = targets.map(|(_, name)| format!("-gencode=arch=compute_{name},code=sm_{name}"));

@@ -1,4 +1,4 @@
-//! What ptxas reports of each kernel, and the gate on local memory.
+//! Reads what ptxas reports of each kernel, and fails the build on local memory that no LOCAL line allows.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter, Write as _};
@@ -9,16 +9,16 @@ use crate::table::Local;
 use crate::units::{Kernel, Unit};
 use crate::{files, Error, Result};
 
-/// What a kernel uses on one GPU.
+/// The registers and the memory of a kernel on one GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Of a thread.
+    /// Registers of a thread.
     pub registers: usize,
     /// Local memory of a thread: spilled registers and arrays.
     pub stack_bytes: usize,
-    /// Of a thread.
+    /// Bytes that a thread stores when registers are spilled.
     pub spill_store_bytes: usize,
-    /// Of a thread.
+    /// Bytes that a thread loads back.
     pub spill_load_bytes: usize,
     /// Static shared memory of a thread block.
     pub shared_bytes: usize,
@@ -34,10 +34,10 @@ impl Display for Usage {
     }
 }
 
-/// By kernel and ptxas' name of the GPU: `sm_90a`.
+/// Usages by the name of the kernel and ptxas' name of the GPU, such as `sm_90a`.
 pub type Usages = BTreeMap<(String, String), Usage>;
 
-/// Reads what `-Xptxas -v` prints. Functions that were not inlined have frames of their own, of which the largest counts.
+/// Parses the output of `-Xptxas -v`. A function that is not inlined has a stack frame of its own. The largest frame counts.
 pub fn parse(log: &str) -> Usages {
     let mut usages = Usages::new();
     let mut current = None;
@@ -66,10 +66,10 @@ pub fn parse(log: &str) -> Usages {
     usages
 }
 
-/// The lines in which ptxas says that wgmma runs one by one, or that setmaxnreg moves no registers; they name the kernel.
+/// The lines in which ptxas reports that wgmmas run one by one, or that it ignores setmaxnreg. These lines name the kernel.
 pub fn serialized(log: &str) -> Vec<&str> {
     const WORDS: [&str; 2] = ["Potential Performance Loss", "serialized"];
-    // ptxas' numbers for the same advice.
+    // The codes of this advice.
     const CODES: [&str; 8] = ["C7508", "C7510", "C7511", "C7512", "C7513", "C7514", "C7515", "C7516"];
     let is_sign = |line: &&str| {
         WORDS.iter().any(|word| line.contains(word)) || CODES.iter().any(|code| line.contains(&format!("({code})")))
@@ -77,14 +77,15 @@ pub fn serialized(log: &str) -> Vec<&str> {
     log.lines().filter(is_sign).collect()
 }
 
-/// How strict the gate on local memory is.
+/// What happens if kernels and LOCAL lines do not agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Gate {
     /// The default: local memory that no LOCAL line allows is an error.
     Deny,
-    /// `warn`: it is a warning.
+    /// `warn`: local memory that no LOCAL line allows is a warning.
     Warn,
-    /// `strict`: a LOCAL line whose kernels use none on any GPU is an error as well. For CI, which compiles for all GPUs.
+    /// `strict`: as the default. In addition, a LOCAL line is an error if its kernels use no local memory on any GPU. CI uses this,
+    /// because it compiles for all GPUs.
     Strict,
 }
 
@@ -94,12 +95,12 @@ impl Gate {
             None => Ok(Self::Deny),
             Some("warn") => Ok(Self::Warn),
             Some("strict") => Ok(Self::Strict),
-            Some(other) => Err(Error::new(format!("{variable} is warn, strict or unset, got {other}"))),
+            Some(other) => Err(Error::new(format!("{variable} must be warn, strict or unset, got {other}"))),
         }
     }
 }
 
-/// What every kernel uses on every GPU that it was compiled for.
+/// The usage of every kernel on every GPU that it was compiled for.
 #[derive(Debug)]
 pub struct Report<'a> {
     rows: Vec<(&'a Kernel, u32, Usage)>,
@@ -109,11 +110,11 @@ impl<'a> Report<'a> {
     /// Reads the logs of a compilation.
     ///
     /// # Errors
-    /// If a log lacks a kernel.
+    /// If a log does not mention a kernel of its unit.
     pub fn read(compiler: &Compiler, units: &'a [Unit]) -> Result<Self> {
         let mut rows = Vec::new();
         for unit in units {
-            // A stand-in for nvcc, with which only Rust is checked, leaves an empty image.
+            // Where only Rust is checked, a script replaces nvcc and writes an empty image.
             if fs::metadata(compiler.path(unit, "fatbin")).is_ok_and(|file| file.len() == 0) {
                 continue;
             }
@@ -144,11 +145,12 @@ impl<'a> Report<'a> {
         csv
     }
 
-    /// Holds local memory against the LOCAL lines of the file `table`, and returns warnings. The environment's `variable` says how
-    /// strictly: unset, what is not listed is an error; `warn`, a warning; `strict`, a line that no kernel needs is an error too.
+    /// Compares local memory with the LOCAL lines of the file `table`, and returns warnings. The environment variable `variable` is unset,
+    /// `warn` or `strict`: without it, local memory that no line allows is an error. With `warn` it is a warning. With `strict`, a line
+    /// that no kernel needs is an error too.
     ///
     /// # Errors
-    /// What the variable makes an error, or if it has another value.
+    /// As above, or if the variable has another value.
     pub fn check(&self, locals: &[Local], table: &str, variable: &str) -> Result<Vec<String>> {
         let gate = Gate::of(variable, files::variable(variable).as_deref())?;
         let (unlisted, stale) = (self.unlisted(locals), self.stale(locals));
@@ -163,14 +165,13 @@ impl<'a> Report<'a> {
         if gate == Gate::Strict && !stale.is_empty() {
             let lines = stale.iter().map(|Local { label, number, .. }| format!("{table}:{number}: LOCAL({label}, ..)"));
             let lines = lines.collect::<Vec<_>>().join("\n");
-            return Err(Error::new(format!(
-                "{lines}\nuse no local memory on any GPU compiled for; remove these lines"
-            )));
+            let text = "the kernels of these lines use no local memory on any GPU; remove the lines";
+            return Err(Error::new(format!("{lines}\n{text}")));
         }
         Ok(Vec::new())
     }
 
-    /// The kernels that use local memory beyond what their LOCAL line allows.
+    /// A text for each kernel that uses more local memory than its LOCAL line allows.
     fn unlisted(&self, locals: &[Local]) -> Vec<String> {
         let allowed =
             |kernel: &Kernel| locals.iter().find(|local| local.label == kernel.label).map_or(0, |local| local.bytes);
@@ -179,7 +180,7 @@ impl<'a> Report<'a> {
             let &Usage { stack_bytes, spill_store_bytes, .. } = usage;
             let (name, allowed) = (&kernel.name, allowed(kernel));
             format!(
-                "{name} for sm_{gpu} uses {stack_bytes} bytes of local memory a thread, {allowed} are allowed; \
+                "{name} for sm_{gpu} uses {stack_bytes} bytes of local memory per thread, {allowed} are allowed; \
                  {spill_store_bytes} bytes are spilled"
             )
         };
@@ -209,7 +210,7 @@ ptxas info    : Function properties for fwd_sm80_bf16_d64_128x128
     48 bytes stack frame, 100 bytes spill stores, 104 bytes spill loads
 ptxas info    : Used 255 registers, used 2 barriers, 48 bytes cumulative stack size, 4096 bytes smem
 ptxas info    : Compile time = 3603.263 ms
-ptxas info    : Function properties for careful
+ptxas info    : Function properties for recompute
     64 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Compiling entry function 'fwd_sm80_bf16_d64_128x128' for 'sm_80'
 ptxas info    : Function properties for fwd_sm80_bf16_d64_128x128
@@ -263,7 +264,7 @@ ptxas info    : Used 250 registers, used 2 barriers
 
     #[test]
     fn local_memory_must_be_listed() {
-        let text = "fwd_sm80_bf16_d64_128x128 for sm_90 uses 64 bytes of local memory a thread, 32 are allowed; 100 bytes are spilled";
+        let text = "fwd_sm80_bf16_d64_128x128 for sm_90 uses 64 bytes of local memory per thread, 32 are allowed; 100 bytes are spilled";
         let short = table("LOCAL(fwd_sm80_d64_128x128, 32)  // why");
         let units = units(&short);
         let report = report(&units);
@@ -290,6 +291,6 @@ ptxas info    : Used 250 registers, used 2 barriers
         let gates = [None, Some("warn"), Some("strict")].map(|value| Gate::of("SPILLS", value));
         assert_eq!(gates, [Ok(Gate::Deny), Ok(Gate::Warn), Ok(Gate::Strict)]);
         let error = Gate::of("SPILLS", Some("no")).expect_err("it is not one of them").to_string();
-        assert_eq!(error, "SPILLS is warn, strict or unset, got no");
+        assert_eq!(error, "SPILLS must be warn, strict or unset, got no");
     }
 }

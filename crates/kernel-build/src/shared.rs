@@ -1,5 +1,5 @@
-//! Dynamic shared memory of each family of candle-fa2. This is the one formula outside the traits: `Plan`, tune.py and the
-//! benches take its result from the table, and each unit asserts that it equals `kSharedBytes` of its traits.
+//! Dynamic shared memory of each family of candle-fa2. `Plan`, tune.py and the benches take the results of these formulas from the
+//! table. Each unit asserts that the result equals `kSharedBytes` of its traits.
 
 use crate::table::Line;
 
@@ -18,13 +18,13 @@ pub fn fwd_sm80(line: &Line, element_bytes: usize) -> usize {
     tile_q + 2 * tile_k
 }
 
-/// Two stages of k and v, those of q, and the control block.
+/// Two stages of k and of v, `q_stages` of q, and the control block.
 pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
     line.get("q_stages") * tile_q + 4 * tile_k + SM90_CONTROL
 }
 
-/// k and v, P, dS (twice where a group is one warp), and for each stage q, do, lse and delta.
+/// k and v, P, dS (twice if a group is one warp), and for each stage q, do, lse and delta.
 pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
     let ds_buffers = if line.get("warps_m") == 1 { 2 } else { 1 };
@@ -38,7 +38,7 @@ mod tests {
     use crate::attention::FAMILIES;
     use crate::table::Table;
 
-    /// KiB as docs/kernels.md has them.
+    /// The numbers of KiB are those in docs/kernels.md.
     #[test]
     fn formulas_give_the_recorded_bytes() {
         for (line, kib) in [

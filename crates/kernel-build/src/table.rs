@@ -1,10 +1,10 @@
-//! The parser of a table of kernels: one line for each instance of the templates.
+//! Parses a table of kernels. It has one line for each instance of the templates.
 //!
 //! ```text
-//! KERNEL(fwd, sm80, 128, 128, 64, 4)     // a line of a family: pass, arch, and a number for each of its columns
-//! LOCAL(fwd_sm80_d128_128x64, 112)       // these kernels, f16 and bf16, may use 112 bytes of local memory a thread; why
+//! KERNEL(fwd, sm80, 128, 128, 64, 4)     // a line of a family: pass, arch, and a number for each column
+//! LOCAL(fwd_sm80_d128_128x64, 112)       // these kernels (f16 and bf16) may use 112 bytes of local memory per thread; the reason
 //! ```
-//! Everything after `//` is a comment. A LOCAL line must have one, and must name a kernel of the table.
+//! Everything after `//` is a comment. A LOCAL line must have a comment, and must name a kernel of the table.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,35 +16,35 @@ use crate::{files, Error, Result};
 /// The lines of a table.
 #[derive(Debug)]
 pub struct Table {
-    /// In the order of the file.
+    /// The KERNEL lines, in the order of the file.
     pub lines: Vec<Line>,
-    /// In the order of the file.
+    /// The LOCAL lines, in the order of the file.
     pub locals: Vec<Local>,
 }
 
 /// A KERNEL line.
 #[derive(Clone, Debug)]
 pub struct Line {
-    /// What its pass and architecture have in common.
+    /// The family of its pass and architecture.
     pub family: &'static Family,
-    /// Where it stands in the file.
+    /// The number of the line in the file.
     pub number: usize,
     values: Vec<usize>,
 }
 
-/// A LOCAL line: local memory that is meant to be.
+/// A LOCAL line: kernels that may use local memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Local {
-    /// The kernels' name, without the element type.
+    /// The name of the kernels, without the element type.
     pub label: String,
-    /// For each thread, at most.
+    /// The largest number of bytes per thread.
     pub bytes: usize,
-    /// Where it stands in the file.
+    /// The number of the line in the file.
     pub number: usize,
 }
 
 impl Line {
-    /// The number in a column, 0 if the family has no such column.
+    /// The number in a column. 0 if the family has no such column.
     pub fn get(&self, column: &str) -> usize {
         let index = self.family.columns.iter().position(|name| *name == column);
         index.map_or(0, |index| self.values[index])
@@ -60,7 +60,7 @@ impl Line {
         self.fill(entry.symbol).replace("{dtype}", dtype.name) + variant.suffix
     }
 
-    /// The same without the element type: the name that LOCAL lines, reports and documents use.
+    /// The symbol without the element type. LOCAL lines, reports and documents use this name.
     pub fn label(&self, entry: &Entry, variant: &Variant) -> String {
         self.fill(entry.symbol).replace("_{dtype}", "") + variant.suffix
     }
@@ -86,10 +86,11 @@ impl Table {
         Self::parse(&files::read(path)?, &path.display().to_string(), families)
     }
 
-    /// Parses the text of `file`, which errors name.
+    /// Parses the text of `file`. Errors name the file.
     ///
     /// # Errors
-    /// If a line breaks a rule; if two lines make kernels of one name; if a LOCAL line names no kernel, or one that another names.
+    /// If a line breaks a rule, if two lines make kernels with the same name, if a LOCAL line names no kernel of the table, or if two
+    /// LOCAL lines name the same kernel.
     pub fn parse(text: &str, file: &str, families: &'static [Family]) -> Result<Self> {
         let mut table = Self { lines: Vec::new(), locals: Vec::new() };
         for (index, line) in text.lines().enumerate() {
@@ -105,8 +106,8 @@ impl Table {
         Ok(table)
     }
 
-    /// Leaves out the lines that get no code: those for one GPU (`Arch::exact`) that is not among `gpus`. A plan must not choose
-    /// them. Returns the GPUs that no line is for.
+    /// Removes the lines for a single GPU (`Arch::exact`) that is not in `gpus`. They get no code, so a plan must not choose them.
+    /// Returns the GPUs that no line supports.
     pub fn keep_for(&mut self, gpus: &Gpus) -> Vec<u32> {
         self.lines.retain(|Line { family: Family { arch, .. }, .. }| !arch.exact || gpus.contains(arch.sm));
         let runs = |gpu: &u32| self.lines.iter().any(|line| line.family.arch.runs_on(*gpu));
@@ -122,7 +123,7 @@ impl Table {
                 self.lines.push(kernel(pass, arch, numbers, number, families)?)
             }
             ("LOCAL", _) if comment.is_empty() => {
-                return Err("a kernel that uses local memory needs a reason after //".to_string());
+                return Err("a LOCAL line needs a comment with the reason, after //".to_string());
             }
             ("LOCAL", &[label, bytes]) => {
                 self.locals.push(Local { label: label.to_string(), bytes: positive(bytes)?, number });
@@ -136,17 +137,26 @@ impl Table {
         let mut kernels = BTreeMap::new();
         for (label, number) in self.lines.iter().flat_map(|line| line.labels().map(|label| (label, line.number))) {
             if let Some(first) = kernels.insert(label.clone(), number) {
-                return Err(Error::at(file, number, format!("line {first} makes a kernel {label} as well")));
+                return Err(Error::at(
+                    file,
+                    number,
+                    format!("line {first} makes a kernel {label} too; remove one of the lines"),
+                ));
             }
         }
         let mut locals = BTreeMap::new();
         for Local { label, number, .. } in &self.locals {
             if !kernels.contains_key(label) {
-                let text = format!("LOCAL names no kernel of this table (without the element type), got {label}");
+                let text =
+                    format!("LOCAL takes the name of a kernel of this table, without the element type, got {label}");
                 return Err(Error::at(file, *number, text));
             }
             if let Some(first) = locals.insert(label, number) {
-                return Err(Error::at(file, *number, format!("line {first} has LOCAL({label}, ..) as well")));
+                return Err(Error::at(
+                    file,
+                    *number,
+                    format!("line {first} has LOCAL({label}, ..) too; remove one of the lines"),
+                ));
             }
         }
         Ok(())
@@ -163,7 +173,7 @@ fn kernel(
     let is_it = |family: &&Family| family.pass == pass && arch == format!("sm{}", family.arch.sm);
     let Some(family) = families.iter().find(is_it) else {
         let known: Vec<String> = families.iter().map(Family::form).collect();
-        return Err(format!("there are templates for {}", known.join(", ")));
+        return Err(format!("expected one of {}", known.join(", ")));
     };
     if numbers.len() != family.columns.len() {
         return Err(format!("expected {}", family.form()));
@@ -210,16 +220,16 @@ mod tests {
         assert_eq!(table.locals, [Local { label: "fwd_sm80_d64_128x128".to_string(), bytes: 88, number: 2 }]);
         assert_eq!(
             error(&format!("{kernel}LOCAL(fwd_*, 88)  // why")),
-            "instances.def:2: LOCAL names no kernel of this table (without the element type), got fwd_*"
+            "instances.def:2: LOCAL takes the name of a kernel of this table, without the element type, got fwd_*"
         );
         let local = "LOCAL(fwd_sm80_d64_128x128, 88)  // why\n";
         assert_eq!(
             error(&format!("{kernel}{local}{local}")),
-            "instances.def:3: line 2 has LOCAL(fwd_sm80_d64_128x128, ..) as well"
+            "instances.def:3: line 2 has LOCAL(fwd_sm80_d64_128x128, ..) too; remove one of the lines"
         );
         assert_eq!(
             error(&format!("{kernel}LOCAL(fwd_sm80_d64_128x128, 88)")),
-            "instances.def:2: a kernel that uses local memory needs a reason after //, got LOCAL(fwd_sm80_d64_128x128, 88)"
+            "instances.def:2: a LOCAL line needs a comment with the reason, after //, got LOCAL(fwd_sm80_d64_128x128, 88)"
         );
     }
 
@@ -233,9 +243,7 @@ mod tests {
             error("\nKERNEL(fwd, sm80, 64, 128, 0, 4) // tile"),
             "instances.def:2: expected a number above 0 for 0, got KERNEL(fwd, sm80, 64, 128, 0, 4) // tile"
         );
-        assert!(
-            error("KERNEL(bwd, sm90, 64)").starts_with("instances.def:1: there are templates for KERNEL(fwd, sm80, ")
-        );
+        assert!(error("KERNEL(bwd, sm90, 64)").starts_with("instances.def:1: expected one of KERNEL(fwd, sm80, "));
         for text in ["KERNEL(fwd, sm80, 64", "TILE(64)", "LOCAL(a, b, c)  // why", "fwd"] {
             let rule = "instances.def:1: expected KERNEL(pass, arch, numbers ..) or LOCAL(kernel, bytes), got ";
             assert_eq!(error(text), format!("{rule}{text}"));
@@ -246,7 +254,7 @@ mod tests {
     fn two_lines_of_one_name_are_an_error() {
         assert_eq!(
             error("KERNEL(fwd, sm80, 64, 128, 128, 4)\nKERNEL(fwd, sm80, 64, 128, 128, 8)"),
-            "instances.def:2: line 1 makes a kernel fwd_sm80_d64_128x128 as well"
+            "instances.def:2: line 1 makes a kernel fwd_sm80_d64_128x128 too; remove one of the lines"
         );
     }
 

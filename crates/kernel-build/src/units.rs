@@ -1,21 +1,21 @@
-//! Code generation: a CUDA source for each line of the table, and the table as Rust.
+//! Generates a CUDA source for each line of the table, and the table as Rust.
 
 use std::fmt::Write as _;
 
-use crate::family::{Dtype, Entry, Family, Template, Variant};
+use crate::family::{Dtype, Entry, Family, Grid, Template, Variant};
 use crate::params::Structs;
 use crate::table::{Line, Table};
 
 const WARP_SIZE: usize = 32;
 
-/// One source file, compiled on its own: the kernels of a line.
+/// One source file with the kernels of a line. Units are compiled separately.
 #[derive(Debug)]
 pub struct Unit {
-    /// Its file's name, without the extension.
+    /// The name of its file, without the extension.
     pub name: String,
-    /// The templates that it instantiates.
+    /// The family of its line.
     pub family: &'static Family,
-    /// What it holds.
+    /// Its kernels.
     pub kernels: Vec<Kernel>,
 }
 
@@ -24,9 +24,9 @@ pub struct Unit {
 pub struct Kernel {
     /// Its symbol.
     pub name: String,
-    /// The symbol without the element type, as LOCAL lines have it.
+    /// The symbol without the element type, as in LOCAL lines.
     pub label: String,
-    /// What its family says of it.
+    /// Its entry in the family.
     pub entry: &'static Entry,
     /// Its element type.
     pub dtype: &'static Dtype,
@@ -38,7 +38,7 @@ pub struct Kernel {
     pub shared_bytes: usize,
 }
 
-/// The units of a table, in its order.
+/// The units of a table, in the order of its lines.
 pub fn units(table: &Table) -> Vec<Unit> {
     table.lines.iter().map(Unit::of).collect()
 }
@@ -62,13 +62,13 @@ impl Unit {
                 }
             }
         }
-        // The kernel that the line is for stands first.
+        // The first entry is the main kernel of the line, so it gives the unit its name.
         let name = line.label(&family.entries[0], &family.entries[0].variants[0]);
         Self { name, family, kernels }
     }
 
-    /// Its CUDA source. It asserts what the table and the host rely on: thread blocks, shared memory, and the layout of the
-    /// parameters.
+    /// Its CUDA source. The source asserts the numbers that the table and the host rely on: threads, shared memory, work tiles of a
+    /// block, and the layout of the parameters.
     pub fn source(&self, structs: &Structs) -> String {
         let mut text = format!("#include <cstddef>\n\n#include \"{}\"\n\n{SAME}", self.family.header);
         let params = self.kernels.iter().map(|kernel| kernel.entry.params);
@@ -101,6 +101,9 @@ impl Kernel {
                 if entry.shared_bytes.is_some() {
                     let _ = writeln!(text, "static_assert(Same<{name}_traits::kSharedBytes, {shared_bytes}>::kHere);");
                 }
+                if let Grid::Persistent { max_tiles } = entry.grid {
+                    let _ = writeln!(text, "static_assert(Same<{name}_traits::kMaxTiles, {max_tiles}>::kHere);");
+                }
                 (
                     format!("{name}_traits::kThreads"),
                     format!("{threads}, {name}_traits::kMinBlocks"),
@@ -119,7 +122,7 @@ impl Kernel {
     }
 }
 
-/// Prints both numbers when they differ: the compiler shows the arguments of a template that fails.
+/// Asserts that two numbers are equal. If they differ, the compiler shows both, as template arguments.
 const SAME: &str = "\
 template <int kInTemplates, int kInTable>
 struct Same {
@@ -128,11 +131,11 @@ struct Same {
 };
 ";
 
-/// The table as Rust: `KERNELS`, one row for each kernel. `image` counts the units.
+/// The table as Rust: `KERNELS`, with one row for each kernel. `image` is the index of the unit.
 pub fn rust_table(units: &[Unit]) -> String {
     let kernels = units.iter().enumerate().flat_map(|(image, unit)| unit.kernels.iter().map(move |k| (image, k)));
     let rows: Vec<String> = kernels.map(|(image, kernel)| rust_row(image, kernel)).collect();
-    format!("/// All of them.\npub static KERNELS: [Kernel; {}] = [\n{}];\n", rows.len(), rows.concat())
+    format!("/// All kernels.\npub static KERNELS: [Kernel; {}] = [\n{}];\n", rows.len(), rows.concat())
 }
 
 fn rust_row(image: usize, kernel: &Kernel) -> String {
@@ -141,16 +144,15 @@ fn rust_row(image: usize, kernel: &Kernel) -> String {
     let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
     format!(
         "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, score_mod: {}, \
-         params: {params:?}, grid: Grid::{}, shared_bytes: {shared_bytes} }},\n",
+         params: {params:?}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
         line.family.arch.sm,
         dtype.rust,
         columns.join(", "),
         variant.score_mod,
-        grid.name(),
     )
 }
 
-/// The images as Rust: `IMAGES`, in the order of the units, from the files next to it.
+/// The images as Rust: `IMAGES`, in the order of the units. It includes the files in the folder of the generated code.
 pub fn rust_images(units: &[Unit]) -> String {
     let images: String = units.iter().map(|unit| format!("    include_bytes!(\"{}.fatbin\"),\n", unit.name)).collect();
     format!("pub(super) static IMAGES: [&[u8]; {}] = [\n{images}];\n", units.len())
@@ -180,7 +182,7 @@ mod tests {
         let names: Vec<&str> = forward.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
         let want = ["f16_d64_192x128", "f16_d64_192x128_score_mod", "bf16_d64_192x128", "bf16_d64_192x128_score_mod"];
         assert_eq!(names, want.map(|name| format!("fwd_sm90_{name}")));
-        // A backward brings the conversion of its dq_accum, plain only.
+        // A backward comes with the conversion of its dq_accum, which has no score_mod.
         let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4, 2)");
         let passes: Vec<&str> = backward.kernels.iter().map(|kernel| kernel.entry.pass).collect();
         assert_eq!(passes, ["Backward", "Backward", "Convert", "Backward", "Backward", "Convert"]);
@@ -193,6 +195,7 @@ mod tests {
         let kernel = "\
 using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, fa2::SoftcapAlibi>;
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMaxTiles, 512>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
 extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
 fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::HopperFwdParams params) {
@@ -226,7 +229,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
-                   params: \"HopperFwdParams\", grid: Grid::Persistent, shared_bytes: 117760 },\n";
+                   params: \"HopperFwdParams\", grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),

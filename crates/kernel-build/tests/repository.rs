@@ -1,4 +1,4 @@
-//! The repository's own table and parameters, which no other test of this crate reads.
+//! Tests of the repository's own table and parameters. The other tests of this crate use texts of their own.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ fn every_kernel_takes_a_struct_of_params_h() -> Result<()> {
     for kernel in units.iter().flat_map(|unit| &unit.kernels) {
         assert!(!structs.get(kernel.entry.params)?.fields.is_empty(), "{}", kernel.name);
     }
-    // One without an instance would be dead code.
+    // A family without a line would be dead code.
     for family in &attention::FAMILIES {
         assert!(units.iter().any(|unit| std::ptr::eq(unit.family, family)), "no line is a {}", family.form());
     }
@@ -41,7 +41,7 @@ fn the_description_has_all_that_a_launch_needs() -> Result<()> {
     let json = describe(&units(&table), &structs, &root().join("cuda"))?.to_string();
     for part in [
         "{\"flags\": [\"-std=c++17\", ",
-        "\"params\": \"DeltaParams\", \"persistent\": false, \"threads\": 256, \"shared_bytes\": 0, \"warps\": 8}",
+        "\"params\": \"DeltaParams\", \"max_tiles\": 0, \"threads\": 256, \"shared_bytes\": 0, \"warps\": 8}",
         "\"sm\": 90, \"exact\": true, ",
         "\"core/tile.cuh\": \"",
         "\"TensorMap\": {\"size\": 128, ",

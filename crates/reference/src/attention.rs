@@ -1,4 +1,4 @@
-//! Attention as its formulas read: one query at a time, every visible key, nothing tiled, nothing recomputed.
+//! Attention written as its formulas: one query at a time, over all visible keys, without tiles and without recomputation.
 //!
 //! ```text
 //! raw_ij = softmax_scale * q_i . k_j
@@ -13,24 +13,26 @@
 //! dq_i = softmax_scale sum_j draw_ij k_j      dk_j = softmax_scale sum_i draw_ij q_i      dv_j = sum_i p_ij do_i
 //! ```
 //!
-//! A hidden key takes part in nothing, whatever it holds. Infinities and NaN among the visible keys go through the
-//! plain arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
+//! A hidden key takes part in no sum, even if it is NaN or infinite. NaN and infinities in visible keys go through the
+//! arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
 
 use crate::matrix::{add_scaled, dot, Matrix};
 use crate::number::Number;
 
-/// How many keys a query sees before and after the aligned one; `None` is all of them.
+/// How many keys a query sees before and after the aligned one. `None` means all.
 pub type Window = (Option<usize>, Option<usize>);
 
 /// One head of one sequence. The arithmetic runs in `T`.
 pub struct Head<'a, T> {
-    /// `(seqlen_q, head_dim)`, as `do_`.
+    /// `(seqlen_q, head_dim)`
     pub q: Matrix<T>,
-    /// `(seqlen_k, head_dim)`, as `v`. Query heads may share them.
+    /// `(seqlen_k, head_dim)`. Several query heads may share k and v.
     pub k: &'a Matrix<T>,
+    /// `(seqlen_k, head_dim)`
     pub v: &'a Matrix<T>,
-    /// The gradients of o and of lse.
+    /// The gradient of o: `(seqlen_q, head_dim)`.
     pub do_: Matrix<T>,
+    /// The gradient of lse.
     pub dlse: Vec<T>,
     pub window: Window,
     pub softmax_scale: T,
@@ -40,14 +42,14 @@ pub struct Head<'a, T> {
     pub round: fn(T) -> T,
 }
 
-/// How an honest implementation may differ from another in the same precision, and how a broken one would.
+/// Differences from the plain formulas. Two of them are allowed, the third one is a mistake.
 #[derive(Clone, Copy)]
 pub struct Variant<'a> {
     /// Sums the keys from the last to the first.
     pub reversed: bool,
-    /// `o = (sum exp(s - max) v) / sum exp(s - max)`: divides at the end, so that other numbers are rounded.
+    /// `o = (sum exp(s - max) v) / sum exp(s - max)`: divides at the end, so other numbers are rounded.
     pub divides_last: bool,
-    /// Whether (query, key), counted within their sequence, is wrongly left out.
+    /// Whether this query wrongly skips this key. Both are counted within their sequence.
     pub drops: &'a (dyn Fn(usize, usize) -> bool + Sync),
 }
 
@@ -158,8 +160,8 @@ pub fn visible((seqlen_q, seqlen_k): (usize, usize), (left, right): Window, i: u
     left.is_none_or(|left| j >= aligned - left as i128) && right.is_none_or(|right| j <= aligned + right as i128)
 }
 
-/// The largest score. NaN never compares greater, so that it reaches the sum through exp and not through the maximum.
-/// 0 if every score is -inf: exp(-inf - -inf) would be NaN where exp(-inf) = 0 is meant.
+/// The largest score. NaN never compares greater, so a NaN reaches the sum through exp and not through the maximum.
+/// If every score is -inf, the result is 0, because exp(-inf - -inf) would be NaN instead of exp(-inf) = 0.
 fn finite_maximum<T: Number>(s: &[T]) -> T {
     let lowest = T::from_f64(f64::NEG_INFINITY);
     let max = s.iter().fold(lowest, |max, &x| if x > max { x } else { max });

@@ -9,9 +9,9 @@ use crate::number::Number;
 use crate::precision::Precision;
 use crate::rounding::{Errors, QueryErrors, RowError};
 
-/// One call of the operator, every number exactly representable in `precision`. A batch is a list of sequences: padded
-/// batches have equal lengths, packed ones need not. Tensors are token-major: q and `do_` `(total_q, num_heads,
-/// head_dim)`, k and v `(total_k, num_heads_k, head_dim)`.
+/// One call of the operator. Every number is exactly representable in `precision`. A batch is a list of sequences. In a
+/// padded batch they have equal lengths, in a packed batch any lengths. Tensors are token-major: q and `do_`
+/// `(total_q, num_heads, head_dim)`, k and v `(total_k, num_heads_k, head_dim)`.
 #[derive(Clone, Debug)]
 pub struct Input {
     pub precision: Precision,
@@ -32,27 +32,27 @@ pub struct Input {
     pub do_: Vec<f64>,
     /// The gradient of lse, `(total_q, num_heads)`.
     pub dlse: Vec<f64>,
-    /// Which of the `total_q` queries are computed; all of them if `None`. The others must have `do_` and dlse 0, so
-    /// that the gradients are those of the whole call.
+    /// Whether each of the `total_q` queries is computed. `None`: all are. For the others `do_` and dlse must be 0. Then
+    /// the gradients equal those of the whole call.
     pub queries: Option<Vec<bool>>,
 }
 
 /// `(total, heads, width)` numbers. A row is the `width` numbers of one token and head.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
-    /// Tokens of each sequence, to name a row by sequence and position.
+    /// Number of tokens of each sequence. Errors name a row by sequence and position.
     pub lengths: Vec<usize>,
     pub heads: usize,
     pub width: usize,
     pub values: Vec<f64>,
-    /// One for each row of a reference. Other results leave it empty.
+    /// The error of each row of the reference. Empty for other results.
     pub errors: Vec<RowError>,
 }
 
 #[derive(Clone, Debug)]
 pub struct Output {
     pub o: Rows,
-    /// One number a row.
+    /// Each row is one number.
     pub lse: Rows,
     pub dq: Rows,
     pub dk: Rows,
@@ -60,14 +60,15 @@ pub struct Output {
 }
 
 impl Output {
-    /// Each tensor under the name that errors give it.
+    /// Each tensor with its name in errors.
     pub fn named(&self) -> [(&'static str, &Rows); 5] {
         [("o", &self.o), ("lse", &self.lse), ("dq", &self.dq), ("dk", &self.dk), ("dv", &self.dv)]
     }
 }
 
-/// The right answer and the error model of each row: in f64, and in pairs of f64 where f64 itself is judged, since a
-/// plain f64 reference would be no better than what it judges. No result is rounded to the input type.
+/// The right answer, with the error model of each row. It is computed in f64. For f64 inputs it is computed in pairs of
+/// f64, because plain f64 would be no better than the result that is compared with it. No result is rounded to the input
+/// type.
 pub fn attention(input: &Input) -> Output {
     match input.precision {
         Precision::F64 => attend::<Double>(input, &PLAIN, |x| x),
@@ -75,13 +76,13 @@ pub fn attention(input: &Input) -> Output {
     }
 }
 
-/// The same formulas as anyone would run them in `input.precision`: arithmetic in f32 (f64 for f64); o, dq, dk, dv and
-/// the operands of every matrix product (q, k, v, `do_`, p, draw) rounded to the type.
+/// The same formulas in the usual arithmetic for `input.precision`: f32 (f64 for f64). o, dq, dk, dv and the operands of
+/// every matrix product (q, k, v, `do_`, p, draw) are rounded to the type.
 pub fn attention_plain(input: &Input) -> Output {
     attention_variant(input, &PLAIN)
 }
 
-/// [`attention_plain`] with a difference.
+/// [`attention_plain`] with the differences in `variant`.
 pub fn attention_variant(input: &Input, variant: &Variant) -> Output {
     match input.precision {
         Precision::F64 => attend::<f64>(input, variant, |x| x),
@@ -91,7 +92,7 @@ pub fn attention_variant(input: &Input, variant: &Variant) -> Output {
     }
 }
 
-/// One sequence of a batch, and where its rows begin in the tensors.
+/// One sequence of a batch. `first_q` and `first_k` are its first rows in the tensors.
 #[derive(Clone, Copy)]
 struct Sequence {
     batch: usize,
@@ -118,7 +119,7 @@ impl Input {
         self.queries.as_ref().is_none_or(|queries| queries[token])
     }
 
-    /// An output of the right shape, before any row is known.
+    /// An output of the right shape, with the results of queries that see no key.
     fn empty_output(&self) -> Output {
         let lengths_q: Vec<usize> = self.lengths.iter().map(|l| l.0).collect();
         let lengths_k: Vec<usize> = self.lengths.iter().map(|l| l.1).collect();
@@ -149,7 +150,7 @@ impl Rows {
     }
 }
 
-/// Every head of every sequence, the formulas in `T`.
+/// Computes every head of every sequence, in `T`.
 fn attend<T: Number>(input: &Input, variant: &Variant, round: fn(T) -> T) -> Output {
     let sequences = input.sequences();
     let heads: Vec<(Sequence, usize)> =
@@ -173,7 +174,7 @@ fn attend<T: Number>(input: &Input, variant: &Variant, round: fn(T) -> T) -> Out
     output
 }
 
-/// What is computed of one key head of one sequence.
+/// The results of one key head of one sequence, and of the query heads that share it.
 struct KeyHead<T> {
     queries: Vec<Query<T>>,
     dk: Matrix<T>,
@@ -181,7 +182,7 @@ struct KeyHead<T> {
     errors: Errors,
 }
 
-/// What is computed of one query of one head.
+/// The results of one query of one head.
 struct Query<T> {
     token: usize,
     head: usize,
@@ -191,7 +192,7 @@ struct Query<T> {
     errors: QueryErrors,
 }
 
-/// One key head of one sequence, with the query heads that share it.
+/// Computes one key head of one sequence, with the query heads that share it.
 fn attend_key_head<T: Number>(
     input: &Input,
     Sequence { batch, seqlen_q, seqlen_k, first_q, first_k }: Sequence,
@@ -229,7 +230,7 @@ fn attend_key_head<T: Number>(
             queries.push(Query { token, head, o: forward.o, lse: forward.lse, dq: backward.dq, errors });
         }
     }
-    // Rounded once, after the heads that share the key have been summed.
+    // Round once, after the sum over the heads that share the key.
     let softmax_scale = T::from_f64(input.softmax_scale);
     for j in 0..seqlen_k {
         dk[j].iter_mut().for_each(|x| *x = round(softmax_scale * *x));

@@ -1,4 +1,5 @@
-//! A result against the reference: infinities and NaN in place first, then every number within its row's limit.
+//! Compares a result with the reference. First, infinities and NaN must be at the same places. Then every number must be
+//! within the limit of its row.
 
 use std::fmt::{Display, Write};
 
@@ -7,7 +8,7 @@ use anyhow::{bail, ensure, Result};
 use crate::call::Rows;
 use crate::tolerance::Tolerance;
 
-/// How near a result that passed is to the reference.
+/// The errors of a result that passed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Closeness {
     /// The largest |got - want|.
@@ -16,12 +17,12 @@ pub struct Closeness {
     pub share_of_limit: f64,
 }
 
-/// Compares the tensor `name` of `case`. `want` is the reference, so it is not rounded to the type: a value past the
-/// type's largest is expected as infinity. Rows whose limit is [`NOT_COMPARED`](crate::tolerance::NOT_COMPARED) are
-/// left out.
+/// Compares the tensor `name` of `case`. `want` is the reference, which is not rounded to the type. Where it is above the
+/// largest number of the type, the result must be infinite. Rows with the limit
+/// [`NOT_COMPARED`](crate::tolerance::NOT_COMPARED) are skipped.
 ///
 /// # Errors
-/// If an element is off by more than its limit: the worst one and its coordinates.
+/// If the error of an element is above its limit. The error names the worst element and its coordinates.
 pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &dyn Display) -> Result<Closeness> {
     ensure!(
         got.values.len() == want.values.len() && got.width == want.width && got.heads == want.heads,
@@ -42,7 +43,7 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
     let misplaced: Vec<usize> = compared.iter().copied().filter(|&at| !in_place(at)).collect();
     if let Some(&first) = misplaced.first() {
         bail!(
-            "{name} differs from the reference: {} where {} belongs, at {}\ncase {case}; {}",
+            "{name} differs from the reference: {} instead of {} at {}\ncase {case}; {}",
             got.values[first],
             want.values[first],
             coordinates(want, first),
@@ -50,11 +51,11 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
         );
     }
     let error = |at: usize| (got.values[at] - want.values[at]).abs();
-    // A row that nothing contributes to may have the limit 0.
+    // A row without terms may have the limit 0.
     let share = |at: usize| if error(at) == 0.0 { 0.0 } else { error(at) / limit(at) };
     let finite: Vec<usize> = compared.into_iter().filter(|&at| got.values[at].is_finite()).collect();
     let over: Vec<usize> = finite.iter().copied().filter(|&at| error(at) > limit(at)).collect();
-    // The worst is what is furthest over its own row's limit, not the largest difference.
+    // The worst element is the one with the largest share of its own row's limit, not the one with the largest error.
     if let Some(worst) = over.iter().copied().max_by(|&a, &b| share(a).total_cmp(&share(b))) {
         bail!(
             "{name} differs from the reference: |{} - {}| = {:.1e} at {}, limit {:.1e}\ncase {case}; {}",
@@ -70,7 +71,7 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
     Ok(Closeness { error: largest(&error), share_of_limit: largest(&share) })
 }
 
-/// Where element `at` lies: sequence, position in it, head, and dimension unless a row is one number.
+/// The coordinates of element `at`: sequence, position in it, head, and the dimension if a row has several numbers.
 fn coordinates(rows: &Rows, at: usize) -> String {
     let (batch, row, head) = place(rows, at / rows.width);
     let mut text = format!("[batch {batch}, row {row}, head {head}");
@@ -80,7 +81,7 @@ fn coordinates(rows: &Rows, at: usize) -> String {
     text + "]"
 }
 
-/// How many elements are wrong, and from which row on.
+/// How many elements are wrong, and the first row with a wrong element.
 fn extent(rows: &Rows, wrong: &[usize]) -> String {
     let first = wrong.iter().map(|&at| place(rows, at / rows.width).1).min().unwrap_or(0);
     format!("{} of {} elements over, all in rows >= {first}", wrong.len(), rows.values.len())
@@ -98,7 +99,7 @@ fn place(rows: &Rows, row: usize) -> (usize, usize, usize) {
     panic!("row {row} is past the last sequence");
 }
 
-/// Four significant digits, in powers of ten only where a reader would want them.
+/// Four significant digits. Very small and very large numbers have a power of ten.
 fn short(x: f64) -> String {
     match x.abs() {
         0.0 => "0".to_string(),
@@ -113,7 +114,7 @@ mod tests {
     use crate::precision::Precision;
     use crate::tolerance::NOT_COMPARED;
 
-    /// Two sequences of 2 and 3 tokens, two heads of 4: `value` everywhere.
+    /// Two sequences of 2 and 3 tokens with two heads of width 4. Every number is `value`.
     fn rows(value: f64) -> Rows {
         Rows { lengths: vec![2, 3], heads: 2, width: 4, values: vec![value; 40], ..Rows::default() }
     }
@@ -138,7 +139,7 @@ mod tests {
             "o differs from the reference: |0.4141 - 0.4062| = 7.9e-3 at [batch 1, row 1, head 1, dim 2], limit 1.0e-3\n\
              case of two sequences; 2 of 40 elements over, all in rows >= 1"
         );
-        // Worst is what is furthest over the limit of its own row.
+        // The worst element has the largest share of its own row's limit.
         let mut tolerance = limits(1e-3);
         tolerance.limits[7] = 5e-3;
         tolerance.limits[9] = 1e-4;
@@ -167,23 +168,23 @@ mod tests {
         got.values[39] = 2.0;
         assert_eq!(
             text(&got, &want, &limits(1e-3)),
-            "o differs from the reference: 1 where NaN belongs, at [batch 0, row 0, head 1, dim 1]\n\
+            "o differs from the reference: 1 instead of NaN at [batch 0, row 0, head 1, dim 1]\n\
              case of two sequences; 2 of 40 elements over, all in rows >= 0"
         );
         got.values[5] = f64::NAN;
         got.values[6] = f64::NEG_INFINITY;
-        assert!(text(&got, &want, &limits(1e9)).contains("-inf where inf belongs"));
+        assert!(text(&got, &want, &limits(1e9)).contains("-inf instead of inf"));
         got.values[6] = f64::INFINITY;
         assert!(text(&got, &want, &limits(1e-3)).contains("|2.000 - 1.000|"));
         got.values[39] = 1.0;
         close("o", &got, &want, &limits(0.0), &"")?;
-        // NaN where a number belongs is no small difference.
+        // NaN instead of a number is an error under any limit.
         got.values[0] = f64::NAN;
-        assert!(text(&got, &want, &limits(f64::INFINITY)).contains("NaN where 1 belongs"));
+        assert!(text(&got, &want, &limits(f64::INFINITY)).contains("NaN instead of 1"));
         Ok(())
     }
 
-    /// The reference does not round, so what the type cannot hold is infinite there.
+    /// The reference does not round. Where its number is too large for the type, the result must be infinite.
     #[test]
     fn numbers_past_the_type_are_infinite() -> Result<()> {
         let f16 = |limit: f64| Tolerance { precision: Precision::F16, ..limits(limit) };

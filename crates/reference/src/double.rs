@@ -1,12 +1,11 @@
-//! Pairs of f64, which judge f64 itself.
+//! Pairs of f64, more exact than f64. The reference of f64 inputs is computed in them.
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use crate::number::Number;
 
-/// An unevaluated sum `hi + lo` with `|lo|` at most half a rounding step of `hi`: about 32 decimal digits.
-/// The reference of f64 inputs runs in it, since a plain f64 reference is no better than what it would judge.
-/// A non-finite value is in `hi` alone.
+/// An unevaluated sum `hi + lo`, where `|lo|` is at most half a rounding step of `hi`: about 32 decimal digits.
+/// If `hi` is not finite, `lo` is 0.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct Double {
     hi: f64,
@@ -27,7 +26,7 @@ impl Double {
         }
     }
 
-    /// Multiplied by `2^exponent`, in two halves because `2^exponent` alone may overflow.
+    /// `self * 2^exponent`, in two steps because `2^exponent` alone may overflow.
     fn times_power_of_two(self, exponent: i32) -> Self {
         let half = 2f64.powi(exponent / 2);
         let rest = 2f64.powi(exponent - exponent / 2);
@@ -107,14 +106,14 @@ impl Number for Double {
     }
 
     fn exp(self) -> Self {
-        // Past these the f64 result is infinite or zero.
+        // Beyond these bounds the f64 result is infinite or zero.
         if self.hi.is_nan() || self.hi > 710.0 {
             return Self::from_f64(self.hi.exp());
         }
         if self.hi < -746.0 {
             return Self::from_f64(0.0);
         }
-        // exp(x) = 2^k exp(r), and exp(r) - 1 from the Taylor series at r / 2^9, doubled back nine times.
+        // exp(x) = 2^k exp(r). Compute exp(r / 2^9) - 1 by its Taylor series, then double the argument nine times.
         const HALVINGS: i32 = 9;
         const TERMS: usize = 9; // (ln 2 / 2^10)^9 / 9! is below 1e-33
         let exponent = (self.hi / LN_2.hi).round();
@@ -151,7 +150,7 @@ impl Number for Double {
     }
 }
 
-/// Identities of each function of [`Double`], which f64 alone misses by a factor of 1e15.
+/// Checks identities of each function of [`Double`]. In f64 the errors would be 1e15 times as large.
 #[test]
 fn pairs_of_f64_carry_thirty_digits() {
     let close = |what: &str, got: Double, want: Double| {

@@ -1,4 +1,4 @@
-//! Random inputs: the same numbers for the same name, wherever it runs.
+//! Random inputs. The same name gives the same numbers on every machine.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::precision::Precision;
 
-/// A generator of the name's own.
+/// A generator with the name as its seed.
 pub fn generator(name: &str) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(Sha256::digest(name).into())
 }

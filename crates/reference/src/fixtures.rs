@@ -1,9 +1,9 @@
-//! Files of inputs, answers and limits, for programs in other languages: they only compare.
+//! Files of inputs, answers and limits. Programs in other languages compare their results with them.
 //!
-//! A folder holds `fixtures.json` and, for each tensor of each case, one file of its numbers in row-major order, little
-//! endian: inputs in the type of the case, everything else in f32. Shapes are those of the operator: q, k, v, o and
-//! their gradients `(batch, seqlen, heads, head_dim)`, lse `(batch, num_heads, seqlen_q)`. A tensor of answers has
-//! limits, one for each row: `(batch, seqlen, heads)`, of lse one for each number.
+//! A folder holds `fixtures.json` and one file for each tensor of each case. A file has the numbers in row-major order,
+//! little endian: inputs in the type of the case, everything else in f32. Shapes are those of the operator: q, k, v, o
+//! and their gradients `(batch, seqlen, heads, head_dim)`, lse `(batch, num_heads, seqlen_q)`. Each row of an answer has a
+//! limit: `(batch, seqlen, heads)`. For lse each number has one.
 
 use std::fs;
 use std::path::Path;
@@ -30,8 +30,8 @@ pub struct Fixture {
     pub causal: bool,
 }
 
-/// Three calls that find most mistakes of a kernel for `head_dim`, which is in their names: ragged tiles with shared
-/// heads, more keys than queries, and many tiles of a head_dim that is 8 less.
+/// Three calls that find most mistakes of a kernel for `head_dim`: incomplete tiles with shared heads, more keys than
+/// queries, and many tiles of a head_dim that is 8 less. Their names contain `head_dim`.
 pub fn of_kernel(precision: Precision, head_dim: usize) -> Vec<Fixture> {
     let fixture = |name: &str, batch, (seqlen_q, seqlen_k), (num_heads, num_heads_k), causal| Fixture {
         name: format!("d{head_dim}-{name}"),
@@ -52,10 +52,10 @@ pub fn of_kernel(precision: Precision, head_dim: usize) -> Vec<Fixture> {
     ]
 }
 
-/// Writes the fixtures and `fixtures.json` into `folder`, which is made if it is missing.
+/// Writes the fixtures and `fixtures.json` into `folder`. Creates the folder if it does not exist.
 ///
 /// # Errors
-/// If a file cannot be written, or a case is in f64, which the files of answers cannot hold.
+/// If a file cannot be written, or if a case is in f64, because answers are stored in f32.
 pub fn write(folder: &Path, fixtures: &[Fixture]) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     let cases = fixtures.iter().map(|fixture| fixture.write(folder)).collect::<Result<Vec<Value>>>()?;
@@ -64,7 +64,7 @@ pub fn write(folder: &Path, fixtures: &[Fixture]) -> Result<()> {
 }
 
 impl Fixture {
-    /// Standard normal q, k, v and do. The name seeds them.
+    /// Standard normal q, k, v and do. The name is the seed.
     pub fn input(&self) -> Input {
         let mut rng = generator(&self.name);
         let rows_q = self.batch * self.seqlen_q * self.num_heads;
@@ -93,7 +93,7 @@ impl Fixture {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
-    /// Writes the tensors, and returns what `fixtures.json` says of them.
+    /// Writes the tensors, and returns their entry in `fixtures.json`.
     fn write(&self, folder: &Path) -> Result<Value> {
         let input = self.input();
         let want = attention(&input);
@@ -153,13 +153,13 @@ impl Fixture {
     }
 }
 
-/// Numbers of `precision`, which hold the values exactly or nearly.
+/// The values in `precision`, rounded if necessary.
 fn bytes(values: &[f64], precision: Precision) -> Result<Vec<u8>> {
     Ok(match precision {
         Precision::F32 => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
         Precision::F16 => values.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
         Precision::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
-        Precision::F64 => bail!("fixtures hold answers in f32, which cannot judge f64"),
+        Precision::F64 => bail!("fixtures store answers in f32, which is not enough for f64; use f32, f16 or bf16"),
     })
 }
 
@@ -167,10 +167,11 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).with_context(|| path.display().to_string())
 }
 
-/// The folder says all that a reader needs, and the numbers in it are the reference's.
+/// A program can read the folder with `fixtures.json` alone, and gets the numbers of the reference.
 #[test]
 fn a_folder_of_fixtures_reads_back() -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("attention-reference-{}", std::process::id()));
+    let temporary = tempfile::tempdir()?;
+    let folder = temporary.path().join("fixtures");
     let fixture = Fixture {
         name: "small".into(),
         precision: Precision::Bf16,
@@ -200,6 +201,5 @@ fn a_folder_of_fixtures_reads_back() -> Result<()> {
     assert_eq!(limits[7], tolerances(&input, &want)[2].limits[7] as f32);
     let q = fs::read(folder.join("small.q.bf16"))?;
     assert_eq!(half::bf16::from_le_bytes([q[2], q[3]]).to_f64(), input.q[1]);
-    fs::remove_dir_all(&folder)?;
     Ok(())
 }

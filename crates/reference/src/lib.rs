@@ -1,18 +1,19 @@
-//! What attention must give, and how far an implementation may be from it.
+//! The right results of attention, and how far an implementation may be from them.
 //!
-//! | module | says |
+//! | module | content |
 //! | --- | --- |
-//! | [`attention`] | the formulas, forward and backward, for one query of one head |
+//! | [`mod@attention`] | the formulas, forward and backward, for one query of one head |
 //! | [`call`] | a whole call: a batch of sequences, shared key heads, the five results |
-//! | [`rounding`] | the error model: how much rounding may move a row |
+//! | [`rounding`] | the error model: how much rounding may change a row |
 //! | [`tolerance`] | the rule: how far a row may be from the reference |
-//! | [`compare`] | the comparison, and what it says of a wrong answer |
+//! | [`compare`] | the comparison, and the errors for wrong results |
 //! | [`precision`], [`number`], [`double`], [`matrix`] | number types, and rows of numbers |
 //! | [`draw`] | random inputs |
 //! | [`fixtures`] | files of inputs, answers and limits for programs in other languages |
 //!
-//! The crate shares no line with candle-fa2 and does not depend on it. The suite of candle-fa2 tests the rule itself:
-//! it must reject lost keys and accept honest implementations. It also holds the gradients against finite differences.
+//! This crate does not depend on candle-fa2 and shares no code with it. The suite of candle-fa2 tests the rule: it must
+//! reject results with lost keys, and accept other correct implementations. The suite also compares the gradients with
+//! finite differences.
 
 pub mod attention;
 pub mod call;

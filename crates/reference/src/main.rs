@@ -1,5 +1,5 @@
 //! `cargo run --release -p attention-reference -- fixtures DIR [HEAD_DIM..]` writes inputs, answers and limits in bf16
-//! into DIR, for the kernels of each head_dim: benches/tune.py reads them.
+//! into DIR, for the kernels of each head_dim. benches/tune.py reads them.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{ensure, Context, Result};
 use attention_reference::{fixtures, Precision};
 
-/// What is written unless the command names others: every head_dim of cuda/instances.def.
+/// The default: every head_dim of cuda/instances.def.
 const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 
 const USAGE: &str = "usage: attention-reference fixtures DIR [HEAD_DIM..]";
@@ -29,7 +29,7 @@ fn run(arguments: &[String]) -> Result<()> {
     let mut chosen = Vec::new();
     for text in head_dims {
         let head_dim: usize = text.parse().with_context(|| format!("head_dim {text:?}; {USAGE}"))?;
-        ensure!(head_dim > 8, "head_dim {head_dim} is too small: one of its cases is 8 less");
+        ensure!(head_dim > 8, "head_dim must be above 8, because one case is 8 less, got {head_dim}");
         chosen.push(head_dim);
     }
     if chosen.is_empty() {

@@ -67,7 +67,7 @@ pub fn norm<T: Number>(row: &[T]) -> f64 {
     row.iter().map(|x| x.to_f64().powi(2)).sum::<f64>().sqrt()
 }
 
-/// The largest absolute value. NaN counts for nothing.
+/// The largest absolute value. NaN is ignored.
 pub fn max_abs<T: Number>(row: &[T]) -> f64 {
     row.iter().map(|x| x.to_f64().abs()).fold(0.0, f64::max)
 }

@@ -2,7 +2,7 @@
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
-/// What the formulas ask of a number. The rounding of each operation is the type's own.
+/// The operations that the formulas need. Each type rounds them in its own way.
 pub trait Number:
     Copy
     + Send

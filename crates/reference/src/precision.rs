@@ -15,7 +15,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The type that lse is stored in, and everything is summed in, for tensors of this type.
+    /// The type of lse and of all sums, for tensors of this type.
     pub fn accumulator(self) -> Self {
         match self {
             Self::F64 => Self::F64,
@@ -46,9 +46,9 @@ impl Precision {
             Self::F16 => 10,
             Self::Bf16 => 7,
         };
-        // The exponent field of an f64. It is zero for zero and for what is smaller than any normal number.
+        // The exponent field of an f64. It is 0 for zero and for subnormal numbers.
         let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
-        // Two factors, as one alone would be below what powi can reach.
+        // Two factors, because the result of a single powi could underflow.
         2f64.powi(exponent.max(self.smallest_exponent())) * 2f64.powi(-digits_after_the_leading_one)
     }
 
@@ -77,7 +77,7 @@ impl fmt::Display for Precision {
     }
 }
 
-/// By the name that Candle has for the type.
+/// Parses Candle's name of the type.
 impl FromStr for Precision {
     type Err = Error;
 
@@ -87,7 +87,7 @@ impl FromStr for Precision {
             "f32" => Self::F32,
             "f16" => Self::F16,
             "bf16" => Self::Bf16,
-            _ => bail!("the reference knows no type {name:?}; it knows f64, f32, f16 and bf16"),
+            _ => bail!("the reference supports f64, f32, f16 and bf16, got {name:?}"),
         })
     }
 }

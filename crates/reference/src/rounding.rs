@@ -1,33 +1,33 @@
-//! The error model: how far rounding may move each row of a result.
+//! The error model: how far rounding may change each row of a result.
 //!
-//! It looks at the terms that the formulas add up in a row. [`crate::tolerance`] makes a limit of it.
+//! It looks at the terms that the formulas add up in a row. [`crate::tolerance`] computes a limit from it.
 
 use crate::attention::{Backward, Forward, Head};
 use crate::matrix::{max_abs, norm, Matrix};
 use crate::number::Number;
 use crate::precision::Precision;
 
-/// What is known of the error of one row. A row is one token and head.
+/// The error model of one row. A row is one token and head.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RowError {
-    /// A bound on the largest sum of absolute terms in the row. Each term counts as often as the rounding of its
-    /// factors does. The error of the row is proportional to this, whatever cancels.
+    /// A bound on the largest sum of absolute terms in the row. A term counts once for each rounding of its factors. The
+    /// error of the row is proportional to this, even if the terms cancel.
     pub magnitude: f64,
-    /// The sum of squares of what rounding the operands does to each term: half a step of each p, draw, or o (in
-    /// delta).
+    /// The sum over all terms of the squared error that rounding the operands causes: half a step of each p, draw, or o
+    /// (in delta).
     squared_rounding: f64,
-    /// What the row loses where exp returns 0 for a p below the smallest normal number.
+    /// The error of the row where exp returns 0 for a p below the smallest normal number.
     flushed: f64,
 }
 
 impl RowError {
-    /// How far rounding the operands of the matrix products to the tensors' type is likely to move the row: independent
-    /// errors add up as their squares do.
+    /// The likely change of the row when the operands of the matrix products are rounded to the tensors' type. The errors
+    /// are independent, so their squares add up.
     pub fn operand_rounding(&self) -> f64 {
         self.squared_rounding.sqrt() + self.flushed
     }
 
-    /// One more term of the row's sum. A term that is not finite says nothing about the others.
+    /// Adds a term of the row's sum. A term that is not finite adds 0.
     fn add(&mut self, magnitude: f64, rounding: f64, flushed: f64) {
         let finite = |x: f64| if x.is_finite() { x } else { 0.0 };
         self.magnitude += finite(magnitude);
@@ -41,8 +41,9 @@ pub struct Errors {
     precision: Precision,
     k: Vec<Size>,
     v: Vec<Size>,
-    /// The sums over the queries so far.
+    /// Of each row of dk, summed over the queries so far.
     pub dk: Vec<RowError>,
+    /// Of each row of dv, summed over the queries so far.
     pub dv: Vec<RowError>,
 }
 
@@ -73,7 +74,7 @@ impl Errors {
         Self { precision, k: sizes(k), v: sizes(v), dk: none.clone(), dv: none }
     }
 
-    /// The errors of query `i`. Adds its terms to those of dk and dv.
+    /// The errors of query `i`. Adds the terms of this query to the errors of dk and dv.
     pub fn add_query<T: Number>(
         &mut self,
         head: &Head<T>,
@@ -98,7 +99,7 @@ impl Errors {
             k_mean.iter_mut().zip(&head.k[j]).for_each(|(mean, x)| *mean += capped_p * x.to_f64());
 
             let s_size = scale * q.norm * k.norm + (forward.s[n] - forward.raw[n]).to_f64().abs();
-            // exp makes the absolute error of s - lse the relative error of p.
+            // Through exp, the absolute error of s - lse becomes the relative error of p.
             let p_size = p * (1.0 + s_size + lse);
             let dp_size = do_.norm * (v.norm + o.norm) + dlse;
             let draw_size = p_size * dp_size;
@@ -115,7 +116,7 @@ impl Errors {
             let of_q = scale * q.max;
             self.dk[j].add(of_q * draw_size, of_q * of_draw.hypot(capped_p * of_delta), of_q * flushed_draw);
         }
-        // delta enters all keys of the row alike, so that its error is one factor of the sum.
+        // All keys of the row have the same delta, so its error is a factor of the whole sum.
         errors.dq.add(0.0, scale * of_delta * max_abs(&k_mean), 0.0);
         errors
     }

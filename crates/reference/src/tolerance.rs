@@ -1,37 +1,37 @@
-//! The one rule for how far a result may be from the reference, applied row by row (a row is one token and head):
+//! The rule for how far a result may be from the reference. Each row (one token and head) has its own limit:
 //!
 //! ```text
-//! limit = 2 * the plain same-precision implementation's error in that row
-//!       + 2 rounding steps of the type at that row's largest value
-//!       + 2 * what rounding the operands of its matrix products to the type is likely to do to that row
-//!       + 4 rounding steps of the accumulator at the size that the terms of that row had before they cancelled
+//! limit = 2 * the error of the plain same-precision implementation in this row
+//!       + 2 rounding steps of the type at the largest value of this row
+//!       + 2 * the likely change of this row when the operands of the matrix products are rounded to the type
+//!       + 4 rounding steps of the accumulator at the size of the terms of this row before they cancel
 //! ```
 //!
-//! A bound over a whole tensor is set by its worst row and lets 64 lost keys pass at 8k; a bound for each row does not.
-//! The last two terms are for rows where the plain implementation was lucky. The suite of candle-fa2 tests what all
-//! four together still catch.
+//! A limit for a whole tensor depends on its worst row. At 8k it would accept 64 lost keys. A limit for each row does not.
+//! The last two terms are for rows in which the plain implementation has a small error by chance. The suite of candle-fa2
+//! tests that the limit still rejects lost keys.
 
 use crate::call::{attention_plain, Input, Output, Rows};
 use crate::matrix::max_abs;
 use crate::precision::Precision;
 
-/// Any two honest implementations in one precision err alike, up to luck.
+/// Two correct implementations in one precision have errors of similar size.
 const PLAIN_ERRORS: f64 = 2.0;
-/// One step for rounding the result, one for whatever is rounded on the way to it.
+/// One step for rounding the result, one for rounding intermediate results.
 const RESULT_STEPS: f64 = 2.0;
-/// The plain implementation rounds each p, draw and o once. Another rounds them elsewhere (p before it is divided by
-/// the row sum) and so draws other errors. Where `dp - delta` cancels, the plain draw can be near zero. Without this
-/// term, 284 of 881,422 elements of dq in bf16 on the CPU path pass the limit, by up to 16 times, and 369 of an
-/// implementation that divides last. With it the worst reaches 0.6.
+/// The plain implementation rounds each p, draw and o once. Another implementation rounds at other places (p before the
+/// division by the row sum), so it has other errors. Where `dp - delta` cancels, the plain draw can be near zero. Without
+/// this term, 284 of 881,422 elements of dq in bf16 on the CPU path exceed the limit, by up to 16 times, and 369 of an
+/// implementation that divides last. With this term the worst element has 0.6 of the limit.
 const OPERAND_ROUNDINGS: f64 = 2.0;
 /// A row may be far smaller than its terms. `dq` of a query with one key is a difference of two equal numbers. `lse` is
-/// near zero when the largest score is near `-ln(keys)`. `exp(s - lse)` turns steps of s and lse into a factor of p.
-/// Any other order of the same arithmetic then moves the row by steps of the accumulator. Without this term the CPU
-/// path in f32 passes the limit in 3,132 of 881,422 elements of dq and 289 of 42,067 lse (in bf16, by up to 376 times).
-/// With two steps a plain sum of 2,048 keys, taken backwards, just reaches the limit of lse.
+/// near zero when the largest score is near `-ln(keys)`. `exp(s - lse)` turns steps of s and lse into a factor of p. Then
+/// another order of the same operations changes the row by steps of the accumulator. Without this term the CPU path in
+/// f32 exceeds the limit in 3,132 of 881,422 elements of dq and 289 of 42,067 lse (in bf16, by up to 376 times). With two
+/// steps, a plain sum of 2,048 keys in reverse order just reaches the limit of lse.
 const ACCUMULATOR_STEPS: f64 = 4.0;
 
-/// Stands for the limit of a row that the reference did not compute.
+/// The limit of a row that the reference did not compute.
 pub const NOT_COMPARED: f64 = f64::NAN;
 
 /// How far each row of a tensor may be from the reference.
@@ -82,7 +82,7 @@ impl Tolerance {
         Self { precision, limits: rows.zip(&want.errors).map(limit).collect() }
     }
 
-    /// Between two results that may each be this far from the reference.
+    /// The tolerance between two results that may each be this far from the reference.
     pub fn doubled(self) -> Self {
         self.scaled(2.0)
     }
@@ -94,7 +94,7 @@ impl Tolerance {
     }
 }
 
-/// Numbers that are not finite are matched in place before any limit is looked at. They add nothing to a limit.
+/// 0 for a number that is not finite. Such numbers are compared before the limits, so they add nothing to a limit.
 fn finite(x: f64) -> f64 {
     if x.is_finite() {
         x

@@ -13,9 +13,10 @@ pub(super) fn launches(problem: &Problem, kernel: &'static Kernel, caps: &CudaCa
             let m_blocks = problem.max_seqlen_q().div_ceil(kernel.block_m);
             Launch::by_tile(kernel, (m_blocks as u32, problem.num_heads as u32, problem.batch() as u32))
         }
-        Grid::Persistent => {
+        Grid::Persistent { max_tiles } => {
             let schedule = Schedule::new(problem, kernel, caps.multiprocessors);
-            Launch { kernel, grid: (schedule.blocks(caps.multiprocessors) as u32, 1, 1), schedule: Some(schedule) }
+            let blocks = schedule.blocks(caps.multiprocessors, max_tiles);
+            Launch { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
         }
     };
     vec![launch]

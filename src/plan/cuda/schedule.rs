@@ -4,10 +4,6 @@ use crate::instances::Kernel;
 use crate::mask::Mask;
 use crate::problem::{Lengths, Problem};
 
-/// Number of tiles per block if all blocks process the same number. The list of a block (`kMaxTiles` in cuda/sm90) has room for
-/// twice as many, because some blocks are faster than others.
-const TILES_PER_BLOCK: usize = 256;
-
 /// The work tiles of a persistent forward. A tile is `block_m` queries of one head of one sequence.
 ///
 /// Tiles are numbered by section, then by m_block from the last to the first, then by head.
@@ -37,9 +33,10 @@ impl Schedule {
         m_blocks * heads
     }
 
-    /// Number of thread blocks: one per multiprocessor, or more if the tiles would not fit the lists of these blocks.
-    pub(super) fn blocks(&self, multiprocessors: usize) -> usize {
-        self.tiles.min(multiprocessors).max(self.tiles.div_ceil(TILES_PER_BLOCK))
+    /// Number of thread blocks: one per multiprocessor, or more if these blocks could not take all tiles. The average block gets
+    /// at most half of `max_tiles`, because some blocks are faster than others and take more.
+    pub(super) fn blocks(&self, multiprocessors: usize, max_tiles: usize) -> usize {
+        self.tiles.min(multiprocessors).max(self.tiles.div_ceil(max_tiles / 2))
     }
 }
 

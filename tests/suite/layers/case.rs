@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::Result;
+use attention_reference::{draw, Precision};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fa2::layers::{
     MultiHeadAttention, MultiHeadAttentionConfig, Projections, QkvOrder, Rotary, RotaryConfig, RotaryLayout,
@@ -11,9 +12,6 @@ use candle_fa2::layers::{
 };
 use candle_fa2::Mask;
 use candle_nn::{VarBuilder, VarMap};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 
 /// Number of positions in the rotary tables of every case.
 pub const MAX_SEQLEN: usize = 160;
@@ -164,16 +162,9 @@ pub fn fill(varmap: &VarMap, seed: &str) -> Result<()> {
 /// Normally distributed values; the seed is a text. They are rounded to bf16, so that every dtype holds the same values.
 pub fn normal(shape: impl Into<candle_core::Shape>, deviation: f64, seed: &str, dtype: DType) -> Result<Tensor> {
     let shape = shape.into();
-    // FNV-1a.
-    let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    let mut rng = ChaCha8Rng::seed_from_u64(seed.bytes().fold(0xcbf2_9ce4_8422_2325, hash));
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|_| {
-            let value: f64 = StandardNormal.sample(&mut rng);
-            value * deviation
-        })
-        .collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_dtype(dtype)?)
+    let values = draw::normal(&mut draw::generator(seed), Precision::F64, shape.elem_count());
+    let values = (Tensor::from_vec(values, shape, &Device::Cpu)? * deviation)?;
+    Ok(values.to_dtype(DType::BF16)?.to_dtype(dtype)?)
 }
 
 /// Every option at least once, and the combinations that models use.

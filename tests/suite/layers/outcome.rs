@@ -45,5 +45,5 @@ pub fn tolerance(name: &str, dtype: DType, want: &Outcome, plain: &Outcome) -> R
     let weight = name.strip_suffix(".bias").map(|projection| format!("{projection}.weight"));
     let names = [name].into_iter().chain(weight.as_deref());
     let errors = names.map(|name| relative_error(&plain[name], &want[name])).collect::<Result<Vec<_>>>()?;
-    Tolerance::from_plain_error(errors.into_iter().fold(0.0, f64::max), dtype)
+    Ok(Tolerance::from_plain_error(errors.into_iter().fold(0.0, f64::max), dtype))
 }

@@ -9,6 +9,8 @@ mod images;
 
 use anyhow::{bail, Context, Result};
 use candle_core::DType;
+use figures::record::{GRID_TOKENS, GRID_WIDTH};
+use figures::{ABLATION, BY_HEADS};
 use kernel_build::nvcc::Nvcc;
 
 use self::call::Call;
@@ -17,6 +19,7 @@ use super::gpu::{Cost, Gpu};
 use super::report::{dtype_of_peers, Report};
 use super::table::Table;
 use crate::cases::{Case, Mask, Pass, Peer};
+use crate::grid::CHECKED_ROWS;
 use crate::inputs::Inputs;
 use crate::options::Options;
 use crate::peers::{self, Answer};
@@ -26,9 +29,6 @@ use crate::sample;
 /// The head sizes that ablations.cu has tiles for.
 const HEAD_DIMS: [usize; 2] = [64, 128];
 
-/// The papers' grid: every case has this many tokens, and heads x head_dim of this width.
-const TOKENS: usize = 16384;
-const WIDTH: usize = 2048;
 const SEQLENS: [usize; 3] = [1024, 4096, 16384];
 const QUICK_SEQLEN: usize = 4096;
 
@@ -38,13 +38,10 @@ const LONG: usize = 8192;
 const HEADS: [(usize, usize); 8] = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)];
 
 /// The start of the names of these cases.
-const BY_HEADS: &str = "ablations/heads/";
+const HEADS_CASES: &str = "ablations/heads/";
 
 /// The variant that these cases measure.
 const HEADS_ONLY: &str = "heads_only";
-
-/// Number of queries checked in each sampled head.
-const CHECKED_ROWS: usize = 16;
 
 /// All cases, in tensors of `dtype`.
 pub fn cases(dtype: DType) -> Vec<Case> {
@@ -61,10 +58,10 @@ pub fn cases(dtype: DType) -> Vec<Case> {
             };
             cases.extend(SEQLENS.map(|seqlen| {
                 let name = format!("ablations/d{head_dim}/{mask}/s{seqlen}");
-                case(name, "the papers' tokens and width", (TOKENS / seqlen, WIDTH / head_dim, seqlen))
+                case(name, "the papers' tokens and width", (GRID_TOKENS / seqlen, GRID_WIDTH / head_dim, seqlen))
             }));
             cases.extend(HEADS.map(|(batch, num_heads)| {
-                let name = format!("{BY_HEADS}d{head_dim}/{mask}/h{}", batch * num_heads);
+                let name = format!("{HEADS_CASES}d{head_dim}/{mask}/h{}", batch * num_heads);
                 let why = "many tiles, but few heads to share out among thread blocks";
                 case(name, why, (batch, num_heads, LONG))
             }));
@@ -107,10 +104,10 @@ pub fn run(cases: &[Case], gpu: &mut Gpu, options: &Options, report: &mut Report
 
 /// The column `kind` of a record. Cases by number of heads are not part of the papers' grid.
 fn kind(case: &Case) -> &'static str {
-    if case.name.starts_with(BY_HEADS) {
-        "ablation_heads"
+    if case.name.starts_with(HEADS_CASES) {
+        BY_HEADS
     } else {
-        "ablation"
+        ABLATION
     }
 }
 
@@ -150,7 +147,7 @@ impl Bench<'_> {
         let errors = sample::check(case, Peer::Ours, &inputs, &answer, &lse)?;
         let call = Call::new(case, &inputs, answer, lse, self.gpu)?;
 
-        let by_heads = case.name.starts_with(BY_HEADS);
+        let by_heads = case.name.starts_with(HEADS_CASES);
         for &pass in &case.passes {
             let ours = Kernel::ours(&call.plan, pass, call.stream.context())?;
             let (_, cost) = self.run(&call, &ours).with_context(|| format!("{pass} of ours, launched by hand"))?;
@@ -230,7 +227,7 @@ impl Bench<'_> {
             sm_mhz: gauges.sm_mhz.clone(),
             watts: gauges.watts.clone(),
             err: if peer == "ours" { significant(error) } else { String::new() },
-            ..CsvRow::timed(case, timing)
+            ..CsvRow::of(case).timed(timing)
         })?;
         Ok(tflops)
     }

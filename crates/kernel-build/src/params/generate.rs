@@ -1,4 +1,4 @@
-//! What is generated from the structs: Rust, assertions for nvcc, and a description for tune.py.
+//! Generates code from the structs: Rust, assertions for nvcc, and a description for tune.py.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -7,13 +7,13 @@ use super::{Field, Struct, Structs, Type};
 use crate::json::Json;
 
 impl Structs {
-    /// The twins in Rust, with the comments of the header and an assertion of each size, alignment and offset. A pointer is a
+    /// The structs in Rust, with the comments of the header and an assertion for each size, alignment and offset. A pointer is a
     /// `CUdeviceptr`, which must be in scope.
     pub fn rust(&self) -> String {
         self.structs.iter().map(|item| item.rust() + &item.rust_asserts()).collect()
     }
 
-    /// Assertions for nvcc: the layout of the structs that `names` has, and of those that they contain.
+    /// Assertions for nvcc on the layout of the structs in `names`, and of the structs that they contain.
     pub fn cuda_asserts<'a>(&'a self, names: impl IntoIterator<Item = &'a str>) -> String {
         let mut found = BTreeSet::new();
         names.into_iter().for_each(|name| self.reach(name, &mut found));
@@ -21,12 +21,12 @@ impl Structs {
         structs.map(|item| item.cuda_asserts(&self.namespace)).collect()
     }
 
-    /// All structs, by name, for a program that fills them field by field.
+    /// All structs by name, for a program that fills them field by field.
     pub fn json(&self) -> Json {
         Json::object(self.structs.iter().map(|item| (item.name.as_str(), item.json())))
     }
 
-    /// Adds a struct to `found`, and those that it contains.
+    /// Adds a struct to `found`, and the structs that it contains.
     fn reach<'a>(&'a self, name: &'a str, found: &mut BTreeSet<&'a str>) {
         found.insert(name);
         for item in self.structs.iter().filter(|item| item.name == name) {
@@ -104,7 +104,7 @@ impl Field {
     }
 }
 
-/// Comments as documentation, in which brackets are text.
+/// Writes comments as documentation. It escapes brackets, which would be links and tags there.
 fn docs(text: &mut String, indent: &str, lines: &[String]) {
     for line in lines {
         let _ = writeln!(text, "{indent}/// {}", line.replace('[', "\\[").replace('<', "\\<"));

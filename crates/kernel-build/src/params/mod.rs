@@ -1,7 +1,7 @@
-//! Parameter structs: parsed from a CUDA header, which is the one place that lists their fields.
+//! Parameter structs, parsed from a CUDA header. Only the header lists their fields.
 //!
-//! From it come the `#[repr(C)]` twins in Rust, the assertions on size and offsets for both compilers, and a description that
-//! tune.py builds its structs from.
+//! The same structs in Rust, the assertions on sizes and offsets for both compilers, and the description for tune.py are generated from
+//! it.
 
 mod generate;
 mod parse;
@@ -10,29 +10,29 @@ use std::path::Path;
 
 use crate::{files, Error, Result};
 
-/// The structs of a header, each after those that it contains.
+/// The structs of a header. A struct comes after the structs that it contains.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Structs {
-    /// Where they are in CUDA: `fa2`.
+    /// Their namespace in CUDA: `fa2`.
     pub namespace: String,
-    /// In the order of the file.
+    /// The structs, in the order of the file.
     pub structs: Vec<Struct>,
 }
 
-/// A struct, laid out as C does.
+/// A struct with the layout of C.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Struct {
     /// Its name in both languages.
     pub name: String,
-    /// The comment above it, a line each.
+    /// The lines of the comment above it.
     pub docs: Vec<String>,
-    /// In order.
+    /// Its fields in order.
     pub fields: Vec<Field>,
-    /// Bytes, a multiple of the alignment.
+    /// Size in bytes, a multiple of the alignment.
     pub size: usize,
-    /// Bytes.
+    /// Alignment in bytes.
     pub alignment: usize,
-    /// Whether the alignment is asked for with `alignas`.
+    /// Whether `alignas` sets the alignment.
     pub aligned: bool,
 }
 
@@ -41,35 +41,35 @@ pub struct Struct {
 pub struct Field {
     /// Its name in both languages.
     pub name: String,
-    /// The comments above and after it, a line each.
+    /// The lines of the comments above it and after it.
     pub docs: Vec<String>,
-    /// Its type, or that of its elements.
+    /// Its type. For an array, the type of an element.
     pub ty: Type,
-    /// Elements, if it is an array.
+    /// Number of elements of an array. `None` for other fields.
     pub count: Option<usize>,
-    /// Bytes from the start of the struct.
+    /// Offset in the struct in bytes.
     pub offset: usize,
 }
 
-/// A type that both languages lay out alike.
+/// A type with the same layout in both languages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Type {
     /// A number.
     Scalar(&'static Scalar),
-    /// A device address. The type that it points to is a comment for Rust: `const float*`.
+    /// A device address. In Rust its text, such as `const float*`, has no meaning.
     Pointer(String),
-    /// One of the structs of the same header.
+    /// A struct of the same header.
     Struct(String),
 }
 
 /// A number type.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Scalar {
-    /// In CUDA.
+    /// Its name in CUDA.
     pub cuda: &'static str,
-    /// In Rust.
+    /// Its name in Rust.
     pub rust: &'static str,
-    /// Size and alignment.
+    /// Size and alignment in bytes.
     pub bytes: usize,
 }
 
@@ -81,7 +81,7 @@ const SCALARS: [Scalar; 5] = [
     Scalar { cuda: "float", rust: "f32", bytes: 4 },
 ];
 
-/// Size and alignment of an address on the device.
+/// Size and alignment of a device address in bytes.
 const POINTER_BYTES: usize = 8;
 
 impl Structs {
@@ -93,10 +93,10 @@ impl Structs {
         Self::parse(&files::read(path)?, &path.display().to_string())
     }
 
-    /// The struct of a name.
+    /// The struct with this name.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no such struct.
     pub fn get(&self, name: &str) -> Result<&Struct> {
         let found = self.structs.iter().find(|item| item.name == name);
         found.ok_or_else(|| {
@@ -117,7 +117,8 @@ impl Structs {
         })
     }
 
-    /// Adds a struct after laying it out: each field at the next multiple of its alignment, the whole padded to its own.
+    /// Computes the layout of a struct and adds it. Each field starts at the next multiple of its alignment. The size is a multiple of
+    /// the alignment of the struct.
     fn push(&mut self, mut item: Struct) -> Result<()> {
         let mut end = 0usize;
         for field in &mut item.fields {

@@ -1,18 +1,18 @@
-//! The parser: a strict subset of C, one declaration on a line. What it does not know is an error, so that no field is overlooked.
+//! Parses a strict subset of C with one declaration on a line. Everything else is an error, so that no field is overlooked.
 
 use super::{Field, Struct, Structs, Type, SCALARS};
 use crate::{Error, Result};
 
-/// The way out of every error about a line.
+/// The rule that an error about a line states.
 const SUBSET: &str =
-    "parameters are structs, one field on a line: int32_t, uint32_t, int64_t, uint64_t, float, a pointer, or a \
-                      struct above, as `type name;` or `type name[count];`";
+    "parameters are structs with one field on a line, `type name;` or `type name[count];`, where type is int32_t, \
+                      uint32_t, int64_t, uint64_t, float, a pointer, or a struct above";
 
 impl Structs {
-    /// Parses the text of `file`, which errors name.
+    /// Parses the text of `file`. Errors name the file.
     ///
     /// # Errors
-    /// If a line is not of the subset, names an unknown type, or repeats a name.
+    /// If a line is not in the subset, names an unknown type, or repeats a name.
     ///
     /// # Example
     /// ```
@@ -41,9 +41,9 @@ impl Structs {
 
 struct Parser {
     structs: Structs,
-    /// The struct whose fields are being read.
+    /// The struct that has begun and not ended.
     open: Option<Struct>,
-    /// Comment lines that belong to what follows.
+    /// Comment lines above the next declaration.
     docs: Vec<String>,
 }
 
@@ -54,7 +54,7 @@ impl Parser {
             None => (line, None),
         };
         match (code, comment) {
-            // A blank line ends a comment that belongs to nothing.
+            // A comment before a blank line belongs to no declaration.
             ("", None) => self.docs.clear(),
             ("", Some(comment)) => self.docs.push(comment),
             (code, comment) => {
@@ -90,7 +90,7 @@ impl Parser {
             }
         };
         if self.structs.get(name).is_ok() {
-            return Err(format!("there is a struct {name} above"));
+            return Err(format!("the name of a struct is used once, but there is a struct {name} above"));
         }
         let (aligned, alignment) = (alignment.is_some(), alignment.unwrap_or(1));
         Ok(Struct { name: identifier(name)?, docs, fields: Vec::new(), size: 0, alignment, aligned })
@@ -104,7 +104,10 @@ impl Parser {
         let field = self.field(code, docs)?;
         let item = self.open.as_mut().ok_or(SUBSET)?;
         if item.fields.iter().any(|other| other.name == field.name) {
-            return Err(format!("{} has a field {} above", item.name, field.name));
+            return Err(format!(
+                "the name of a field is used once in a struct, but {} has a field {} above",
+                item.name, field.name
+            ));
         }
         item.fields.push(field);
         Ok(())
@@ -220,9 +223,12 @@ struct Params {
     fn names_are_unique_and_structs_closed() {
         assert_eq!(
             error("struct A {\n    float x;\n    float x;\n};"),
-            "params.h:3: A has a field x above, got float x;"
+            "params.h:3: the name of a field is used once in a struct, but A has a field x above, got float x;"
         );
-        assert_eq!(error("struct A {\n};\nstruct A {"), "params.h:3: there is a struct A above, got struct A {");
+        assert_eq!(
+            error("struct A {\n};\nstruct A {"),
+            "params.h:3: the name of a struct is used once, but there is a struct A above, got struct A {"
+        );
         assert_eq!(error("struct A {\n    float x;"), "params.h:2: struct A is not closed");
     }
 }
