@@ -19,7 +19,7 @@
 //! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where to look for nvcc, in this order, as for Candle's own kernels |
 //! | `CUDA_COMPUTE_CAP` | the GPU to compile for, as for Candle: `90`; without it nvidia-smi tells |
 //! | `CANDLE_FA2_CUDA_ARCHS` | several GPUs to compile for: `80,86,89,90` |
-//! | `CANDLE_FA2_SPILLS` | `warn`: local memory that instances.def does not allow is a warning; `strict`: a LOCAL line that no kernel needs is an error |
+//! | `CANDLE_FA2_SPILLS` | `strict`: a kernel whose local memory differs from the LOCAL lines is an error, not a warning |
 
 use std::process::ExitCode;
 
