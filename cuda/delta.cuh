@@ -1,7 +1,7 @@
 // delta = rowsum(do * o) - dlse, one f32 per query and head. With it, dS = P (dP - delta) holds for the gradients of o and lse together.
 //
 // Grid       (any, num_heads, batch); blocks stride over the rows.
-// Work       8 elements a thread. The threads of a row are neighbours; their number is a power of two.
+// Work       8 elements per thread. The threads of a row are neighbours, and their number is a power of two.
 #pragma once
 
 #include "core/sequence.cuh"

@@ -6,14 +6,14 @@
 
 namespace fa2 {
 
-// From one sequence, token or head to the next. The last axis has stride 1; rows begin at multiples of 16 bytes.
+// Distances from one sequence, token or head to the next. The last axis has stride 1. Rows begin at multiples of 16 bytes.
 struct Strides {
     int64_t batch;  // 0 for packed tensors
     int64_t row;
     int64_t head;
 };
 
-// The sequences of one call and what is visible in them. Every kernel gets it.
+// The sequences of one call, their mask and the options of the scores. Every kernel gets it.
 struct Shape {
     const uint32_t* cu_seqlens_q;  // (batch + 1), or null: padded
     const uint32_t* cu_seqlens_k;  // (batch + 1), or null: padded
@@ -61,7 +61,7 @@ struct alignas(64) TensorMap {
 struct Schedule {
     uint32_t* counters;     // the next tile, and the number of finished blocks; both 0 between launches. null: block i takes tile i
     int32_t tiles;          // m_blocks * heads; a padded call counts the heads of all sequences, a packed call those of one
-    int32_t m_blocks;       // padded: of one sequence; packed: at most so many of all sequences, total_q / block_m + batch
+    int32_t m_blocks;       // padded: of one sequence; packed: an upper bound for all sequences, total_q / block_m + batch
     int32_t section_heads;  // heads whose tiles are taken together, so that their keys and values stay in L2
 };
 
@@ -85,7 +85,7 @@ struct DeltaParams {
     Shape shape;
 };
 
-// Where the tiles of dq_accum lie. A tile is block_m x kHeadDim f32 of the backward's kernel. Strides are in tiles.
+// The layout of dq_accum. A tile is block_m x kHeadDim numbers of f32, of the backward's kernel. Strides are in tiles.
 struct DqTiles {
     int64_t batch;  // 0 for packed tensors
     int64_t head;
@@ -100,7 +100,7 @@ struct BwdParams {
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
     float* dq_accum;     // tiles of f32, zeros at the start
-    uint32_t* semaphores;  // (tiles + 1), zeros at the start: blocks add to each tile in one order; or null: in any order
+    uint32_t* semaphores;  // (tiles + 1), zeros at the start: blocks add to each tile in a fixed order; or null: in any order
     void* dk;            // as k, contiguous
     void* dv;            // as k, contiguous
     Strides q_strides;

@@ -1,4 +1,4 @@
-// The kernels of the benchmark without FlashAttention-2's three contributions: each of the three is left out, and then all of them.
+// Kernels for the bench that lack FlashAttention-2's contributions: each of the three is left out alone, and then all of them.
 //
 //     variant      rescales o           a block takes    warps split
 //     none         at the end, by lse   a tile           queries        as ours: shows what else differs from our kernels
@@ -28,7 +28,7 @@ using FromLse = sm80::BwdTraits<ABLATION_TYPE, 128, 64, 128, 8, 2, 2, 4, 4, NoSc
 using SplitKeys = SplitKTraits<ABLATION_TYPE, ABLATION_HEAD_DIM>;
 using FromMaxAndSum = MaxAndSumTraits<FromLse>;
 
-// What the host must know of a kernel: tile of queries, tile of keys, threads and bytes of shared memory.
+// The numbers that the host needs for a launch: tile of queries, tile of keys, threads and bytes of shared memory.
 #define LAUNCH(name, Traits)                                                                                    \
     extern "C" __constant__ int name##_launch[4] = {Traits::kBlockM, Traits::kBlockN, Traits::kThreads, Traits::kSharedBytes};
 
@@ -57,7 +57,7 @@ BACKWARD(bwd_max_and_sum, MaxAndSumBlock, FromMaxAndSum, Grid::kTiles)
 BACKWARD(bwd_heads_only, LseBlock, FromLse, Grid::kHeads)
 BACKWARD(bwd_flash1, MaxAndSumBlock, FromMaxAndSum, Grid::kHeads)
 
-// dq of all variants: their dq_accum has the same order.
+// dq of all variants. They all write dq_accum in the same order.
 extern "C" __global__ void __launch_bounds__(FromLse::kThreads) bwd_convert(const __grid_constant__ ConvertParams params) {
     convert<FromLse>(params);
 }

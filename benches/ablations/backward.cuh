@@ -1,5 +1,5 @@
-// The backward without some contributions of FlashAttention-2: sm80/bwd.cuh, or what differs from it in one thing. What holds for
-// forward.cuh holds here. Blocks add to dq_accum in any order.
+// The backward without some contributions of FlashAttention-2: sm80/bwd.cuh, or code that differs from it in one point. The rules of
+// forward.cuh apply here too. Blocks add to dq_accum in any order.
 #pragma once
 
 #include "forward.cuh"
@@ -60,7 +60,7 @@ __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const MaxAn
         }
 }
 
-// dk and dv of one tile of keys, and what they add to dq_accum.
+// Computes dk and dv of one tile of keys, and adds its part of dq to dq_accum.
 template <typename Block>
 __device__ __forceinline__ void backward_tile(const BwdParams& params, const Statistics& statistics, uint8_t* bytes, int n_block) {
     using Traits = typename Block::Traits;

@@ -1,8 +1,8 @@
-// The forward without some contributions of FlashAttention-2. All variants share the start and the epilogue; the walk over the keys is
-// that of sm80/fwd.cuh, or one that differs from it in one thing.
+// The forward without some contributions of FlashAttention-2. All variants share the start and the epilogue. The walk over the keys is
+// that of sm80/fwd.cuh, or one that differs from it in one point.
 //
-// All variants leave out core/nonfinite.cuh. The variant that takes nothing away shows what that costs.
-// Expects what sm80/fwd.cuh expects, and no mask or a causal one, and seqlen_q == seqlen_k.
+// All variants leave out core/nonfinite.cuh. The variant `none` shows the time that this saves.
+// Expects the same as sm80/fwd.cuh. In addition: no mask or a causal one, and seqlen_q == seqlen_k.
 #pragma once
 
 #include "sm80/fwd.cuh"
@@ -11,7 +11,7 @@
 
 namespace fa2::ablations {
 
-// What a thread block works on.
+// The work of a thread block.
 enum class Grid {
     kTiles,  // one tile, grid (tiles, heads, batch), as FlashAttention-2: tiles of queries in the forward, of keys in the backward
     kHeads,  // all tiles of one head, one after the other, grid (1, heads, batch), as FlashAttention-1
@@ -38,7 +38,7 @@ struct SplitKWalk {
 template <typename Traits>
 constexpr bool kSplitsKeys = std::is_base_of_v<SplitK, Traits>;
 
-// o of one tile of queries, and lse or the row statistics.
+// Computes o of one tile of queries, and lse or the row statistics.
 template <typename Traits, Rescale kRescale>
 __device__ __forceinline__ void forward_tile(const FwdParams& params, const Statistics& statistics, uint8_t* bytes, int m_block) {
     using T = typename Traits::T;

@@ -25,7 +25,7 @@ __device__ __forceinline__ float inverse(float sum) { return sum == 0.f ? 0.f : 
 
 // o <- (sum_old e^(max_old - max) o + P v) / sum (FlashAttention-1, algorithm 1, line 12). P is computed with the new maximum, which saves
 // the second exponential of that line. The division of a step happens at the start of the next one, or in finish(). row_sum is always
-// that of the whole row.
+// the sum of the whole row.
 template <int kMTiles>
 struct NormalisedSoftmax : OnlineSoftmax<kMTiles> {
     using Base = OnlineSoftmax<kMTiles>;

@@ -5,8 +5,8 @@
 //            together with o. 128 keys, twice ours at head_dim 128, because the exchange happens once for each key tile.
 // Rows       each warp keeps o and the row statistics of 16 rows, and adds up the parts of all four warps for them.
 // Pipeline   wait k | start v | S = q k^T of own keys | mask | own maxima | wait v, maxima | start next k | P | for some
-//            columns at a time: P v of own keys | hand it out | barrier | o += parts. With two buffers of parts, a warp multiplies the next
-//            columns while it waits for the barrier.
+//            columns at a time: P v of own keys | send it to the other warps | barrier | o += parts. With two buffers of parts, a warp
+//            multiplies the next columns while it waits for the barrier.
 // Shared     as sm80/fwd.cuh; row maxima and sums of 64 rows by warp; two buffers of parts.
 #pragma once
 
@@ -25,7 +25,7 @@ struct SplitKTraits : FwdTraits<T, kHeadDim, 64, 128, 4, NoScoreMod>, SplitK {
     static constexpr int kRowTiles = Base::kBlockM / 16;            // S, parts: m16 tiles, the same in all warps
     static constexpr int kWarpKeys = Base::kBlockN / Base::kWarps;
     static constexpr int kKeyTiles = kWarpKeys / 8;                 // S: n8 tiles of a warp
-    // n8 tiles of o that are handed out at once: as many as leave room for two blocks on a multiprocessor.
+    // n8 tiles of o in one exchange: as many as leave room for two blocks on a multiprocessor.
     static constexpr int kPartTiles = 256 / kHeadDim;
     static constexpr int kExchanges = Base::kDTiles / kPartTiles;
     static constexpr int kPartsBytes = kRowTiles * (Base::kWarps - 1) * kPartTiles * kWarpSize * 16;
@@ -83,7 +83,7 @@ struct ColumnsFrom {
     __device__ __forceinline__ void load(uint32_t (&to)[4], int j, int k_step) const { b.load(to, first + j, k_step); }
 };
 
-// The parts of P v that warps hand to each other: of each warp, the m16 tiles of the other three, as threads hold them.
+// The parts of P v that warps send to each other. Each warp sends the m16 tiles of the other three, in the layout of its registers.
 template <typename Traits>
 struct Parts {
     using Part = Accumulator<Traits::kRowTiles, Traits::kPartTiles>;
@@ -97,7 +97,7 @@ struct Parts {
         return buffer[((receiver * kOthers + sender) * Traits::kPartTiles + j) * kWarpSize + lane];
     }
 
-    // Hands out the tiles of others, and adds the own one to o.
+    // Sends the tiles of the other warps, and adds this warp's own tile to o.
     __device__ __forceinline__ void send(Accumulator<1, Traits::kDTiles>& o, const Part& part, int exchange) const {
 #pragma unroll
         for (int i = 0; i < Traits::kRowTiles; ++i)
@@ -128,7 +128,7 @@ struct Parts {
     }
 };
 
-// o and the row statistics of each warp's 16 rows, over every key tile. row_sum is that of whole rows.
+// Computes o and the row statistics of each warp's 16 rows, over every key tile. row_sum is the sum of the whole row.
 template <typename Traits, Rescale kRescale>
 __device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accumulator<1, Traits::kDTiles>& o,
                                              Softmax<kRescale, 1>& softmax) {

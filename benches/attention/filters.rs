@@ -2,8 +2,8 @@
 
 use anyhow::{bail, Result};
 
-/// Checks with `chooses` that each of `words` chooses a case: a misspelt word would silently leave cases out. `cases`
-/// names the list of cases in the error, and `known` says which words exist.
+/// Checks that each of `words` chooses a case, because a misspelt word would silently leave cases out. `chooses` tells
+/// whether a word does. For the error, `cases` names the list of cases, and `known` lists the words.
 pub fn check(words: &[String], chooses: impl Fn(&str) -> bool, cases: &str, known: &str) -> Result<()> {
     let idle: Vec<&String> = words.iter().filter(|word| !chooses(word)).collect();
     if idle.is_empty() {

@@ -18,13 +18,13 @@ use crate::cases::Pass;
 pub struct Options {
     /// Only cases whose name or call contains one of these; on a GPU also names of parts, which --list prints
     pub filters: Vec<String>,
-    /// Only the reference case; on a GPU a handful
+    /// Only the reference case; on a GPU a few cases
     #[arg(long)]
     pub quick: bool,
-    /// Also write the times as CSV to this file, which is replaced
+    /// Also write the times as CSV to this file; an existing file is replaced
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
-    /// Draw the rows of this run as figures into this folder; without --csv they are kept there as rows.csv
+    /// Draw the rows of this run as figures into this folder; without --csv the rows are written to rows.csv there
     #[arg(long, value_name = "DIR")]
     pub plots: Option<PathBuf>,
     /// Draw the rows of these files instead, and measure nothing: runs on a GPU, benches/peers.py
@@ -33,7 +33,7 @@ pub struct Options {
     /// Print the names of the cases, and why each is there
     #[arg(long)]
     pub list: bool,
-    /// `cargo bench` says so; without it only the answers are checked
+    /// `cargo bench` passes this option; without it the bench only checks the answers
     #[arg(long, hide = true)]
     pub bench: bool,
     /// Where attention is computed
@@ -80,7 +80,7 @@ pub struct CudaOptions {
         value_parser = pass
     )]
     pub dirs: Vec<Pass>,
-    /// GPU: milliseconds to time each pass of each case for
+    /// GPU: milliseconds of timing for each pass of each case
     #[arg(long, value_name = "MS", default_value_t = 100.0)]
     pub rep_ms: f64,
 }
@@ -90,7 +90,7 @@ fn dtype(text: &str) -> Result<DType, String> {
     match text {
         "bf16" => Ok(DType::BF16),
         "f16" => Ok(DType::F16),
-        other => Err(format!("{other} has no GPU kernels; bf16 and f16 have")),
+        other => Err(format!("GPU kernels take bf16 and f16, got {other}")),
     }
 }
 
@@ -101,6 +101,6 @@ pub fn pass(text: &str) -> Result<Pass, String> {
         "fwd" => Ok(Pass::Forward),
         "bwd" => Ok(Pass::Backward),
         "fwd+bwd" => Ok(Pass::Both),
-        other => Err(format!("{other} is not timed by itself on a GPU; fwd, bwd and fwd+bwd are")),
+        other => Err(format!("the passes on a GPU are fwd, bwd and fwd+bwd, got {other}")),
     }
 }

@@ -3,7 +3,7 @@
 
 namespace fa2 {
 
-// Barrier 0 is __syncthreads(). A kernel numbers its own barriers from this one; a block has 16.
+// Barrier 0 is __syncthreads(). A kernel numbers its own barriers from here. A block has 16 barriers.
 constexpr int kFirstNamedBarrier = 1;
 
 // Waits until kThreads threads have reached named barrier `id`.

@@ -1,4 +1,4 @@
-// The end of a forward: o divided by its row sums, and lse. Every forward writes its accumulators through this file.
+// The end of a forward: divides o by its row sums, and writes o and lse. Every forward uses this file.
 #pragma once
 
 #include "fragment.cuh"
@@ -8,8 +8,8 @@
 
 namespace fa2 {
 
-// Writes the rows of o that one warp holds, from row `first_row` of the sequence on. Four neighbouring threads exchange their parts of a
-// row, so that each writes 16 bytes at once.
+// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence. Four neighbouring threads exchange their
+// parts of a row, so that each writes 16 bytes at once.
 template <typename T, int kMTiles, int kDTiles>
 __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
                                         const Accumulator<kMTiles, kDTiles>& o) {

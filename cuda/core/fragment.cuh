@@ -20,7 +20,7 @@ struct Accumulator {
                 for (int e = 0; e < 4; ++e) x[i][j][e] = 0.f;
     }
 
-    // Whether none is infinite or NaN.
+    // Whether no element is infinite or NaN.
     __device__ __forceinline__ bool finite() const {
         constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u;
         uint32_t largest = 0;

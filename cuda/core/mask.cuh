@@ -1,4 +1,4 @@
-// Which keys a query sees, and which tiles that leaves. src/mask.rs is the twin of this file.
+// The keys that a query sees, and the ranges that a tile sees. src/mask.rs does the same on the CPU.
 #pragma once
 
 #include "fragment.cuh"

@@ -1,9 +1,9 @@
-// Rows of o that are not finite, computed again from their visible keys alone.
+// Recomputes rows of o that are not finite, from their visible keys only.
 //
 // A hidden key has a weight of 0, and 0 times a NaN or an infinity of v is NaN. So a NaN in v could reach rows that do not see
-// it. That is rare. The main loop of a forward therefore ignores it: where o comes out finite, nothing has reached it. A warp whose o
-// is not finite calls recompute_rows() after it has written its rows. Row by row and key by key is slow, but simple, and it
-// needs no shared memory.
+// it. That is rare. The main loop of a forward therefore ignores it. If o is finite at the end, no hidden NaN has reached it. If o is
+// not finite, the warp writes its rows and then calls recompute_rows(). That works row by row and key by key. This is slow, but it is
+// simple and needs no shared memory.
 #pragma once
 
 #include "mask.cuh"
@@ -36,12 +36,12 @@ __device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
     return sum.x + sum.y;
 }
 
-// p * v, where p has been rounded. A visible infinity stays one, even if p has been rounded to 0.
+// p * v, where p is rounded. A visible infinity stays infinite, even if p was rounded to 0.
 __device__ __forceinline__ float weigh(float p, float v) {
     return isinf(v) ? fmaf(p, 0.f, v) : p * v;
 }
 
-// One row of o and its lse, by one warp. A lane takes every 32nd key for the scores, and every 32nd pair of columns for o.
+// One warp computes one row of o and its lse. A lane takes every 32nd key for the scores, and every 32nd pair of columns for o.
 template <typename Traits>
 __device__ __forceinline__ void recompute_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane) {
     using T = typename Traits::T;
@@ -103,8 +103,8 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     }
 }
 
-// The rows first_row .. first_row + rows of one head of one sequence, by one warp. A function of its own, so that the main loop has
-// all registers to itself.
+// One warp recomputes `rows` rows of one head of one sequence, starting at first_row. It is not inlined, so that it takes no registers
+// from the main loop.
 template <typename Traits>
 __device__ __noinline__ void recompute_rows(const FwdParams& params, int batch, int head, int first_row, int rows) {
     const Sequence sequence(params.shape, batch);

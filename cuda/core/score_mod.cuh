@@ -1,4 +1,4 @@
-// What happens to a product q . k before the exponential. src/cpu/scores.rs is the twin of this file.
+// Turns a product q . k into a score, before the exponential. src/cpu/scores.rs does the same on the CPU.
 //
 // A score_mod is a type with the members of NoScoreMod. A kernel takes one as a template argument; cuda/instances.def says which.
 #pragma once
@@ -18,7 +18,7 @@ struct NoScoreMod {
     // exp2 multiplies the result of apply() by this.
     __device__ __forceinline__ static float scale_log2(const Shape& shape) { return shape.softmax_scale_log2; }
 
-    // From the product of query `row` and key `col` to their score; also its derivative by the scaled product.
+    // The score of query `row` and key `col`, from their product. The second form also gives its derivative by the scaled product.
     __device__ __forceinline__ float apply(float product, int /* row */, int /* col */) const { return product; }
     __device__ __forceinline__ float apply(float product, int, int, float& /* derivative */) const { return product; }
 };
@@ -38,7 +38,7 @@ __device__ __forceinline__ float tanh_precise(float x) {
     return fabsf(x) < kNear ? near : far;
 }
 
-// Softcap, then ALiBi; each may be off. Also any softmax_scale that is not above 0: here the scale is applied before the
+// Softcap, then ALiBi. Each may be off. It also allows a softmax_scale that is not above 0, because it applies the scale before the
 // maximum is taken.
 struct SoftcapAlibi {
     static constexpr bool kModifies = true;
@@ -73,7 +73,7 @@ struct SoftcapAlibi {
     }
 };
 
-// Products become scores, in the block that begins at (first_row, first_col) of the sequence.
+// Turns products into scores, in the block that begins at (first_row, first_col) of the sequence.
 template <typename ScoreMod, int kMTiles, int kNTiles>
 __device__ __forceinline__ void apply(const ScoreMod& score_mod, Accumulator<kMTiles, kNTiles>& block, int first_row, int first_col,
                                       int lane) {

@@ -5,7 +5,7 @@
 
 namespace fa2 {
 
-// Whether the sequences lie end to end in tensors without a batch axis.
+// Whether the call is packed: its sequences follow each other in tensors without a batch axis.
 __device__ __forceinline__ bool is_packed(const Shape& shape) { return shape.cu_seqlens_q != nullptr; }
 
 // One sequence of the call. With shift = seqlen_k - seqlen_q, query row is aligned with key row + shift.

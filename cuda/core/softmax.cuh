@@ -15,9 +15,9 @@ __device__ __forceinline__ int max3_bits(int bits, float x, float y) {
     return bits;
 }
 
-// The maximum that a row's exponents are taken relative to, in the log2 domain. A row that has seen no key yet gets 0: any finite
-// number gives exp2(-inf) = 0 there, and -inf would give NaN. The product is rounded on its own, not fused into a later
-// multiply-add, so that an unchanged maximum gives the same number again and leaves the row sum as it is.
+// The number that is subtracted from a row's exponents: its maximum in the log2 domain. A row that has seen no key yet gets 0, because
+// any finite number gives exp2(-inf) = 0, and -inf would give NaN. The product is rounded on its own, not fused into a later
+// multiply-add. So an unchanged maximum gives the same number again, and the row sum keeps its value.
 __device__ __forceinline__ float exponent_offset(float row_max, float scale_log2) {
     return row_max == -INFINITY ? 0.f : __fmul_rn(row_max, scale_log2);
 }
@@ -33,7 +33,7 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Row statistics of the rows that a thread holds: two for each 16 rows of its warp.
+// The row statistics of a thread's rows: two of each 16 rows of its warp.
 template <int kMTiles>
 struct OnlineSoftmax {
     float row_max[kMTiles][2];  // of the scores, before scale_log2
@@ -58,7 +58,7 @@ struct OnlineSoftmax {
             for (int half = 0; half < 2; ++half) rescale(o, i, half, step_row(s, i, half, scale_log2));
     }
 
-    // Turns the scores of one row into P and rescales its sum. Returns the factor by which the caller rescales the row of o.
+    // Turns the scores of one row into P and rescales its sum. Returns the factor by which the caller must rescale the row of o.
     template <int kNTiles>
     __device__ __forceinline__ float step_row(Accumulator<kMTiles, kNTiles>& s, int i, int half, float scale_log2) {
         const float factor = raise_max(i, half, quad_max(max_of(s, i, half)), scale_log2);
@@ -75,7 +75,7 @@ struct OnlineSoftmax {
         return most;
     }
 
-    // The same, if the maximum of the row so far is not negative.
+    // As max_of(), but the maximum of the row so far must not be negative.
     template <int kNTiles>
     __device__ __forceinline__ float max_of_nonnegative(const Accumulator<kMTiles, kNTiles>& s, int i, int half) const {
         int most = __float_as_int(row_max[i][half]);

@@ -1,7 +1,7 @@
 // A tile in shared memory: rows of 16-bit elements in panels of 64 (or 32) columns, 16-byte chunks swizzled.
 //
 // A panel holds all rows of its columns, so a row of a panel has 128 (64) bytes. The eight rows of an ldmatrix then differ only in the
-// swizzled chunk, and they touch each bank once.
+// swizzled chunk, and each bank is read once.
 #pragma once
 
 #include "types.cuh"

@@ -1,6 +1,7 @@
-// dq from dq_accum: multiplied by softmax_scale, rounded, and moved from the order of the backward's threads to the order of q.
+// Converts dq_accum to dq: multiplies by softmax_scale, rounds, and changes the order from that of the backward's threads to that of q.
 //
-// Grid       (m_block, num_heads, batch) of the backward's tiles, with the backward's threads: each reads back its own elements.
+// Grid       (m_block, num_heads, batch) of the backward's tiles, with as many threads. A thread reads the elements of the thread with its
+//            number in the backward.
 #pragma once
 
 #include "../core/sequence.cuh"

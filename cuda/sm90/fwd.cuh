@@ -1,14 +1,15 @@
 // o = softmax(mask(softmax_scale * q k^T)) v on wgmma, fed by TMA. Persistent: a block takes work tile after work tile.
 //
-// Work       a tile: kBlockM query rows of one head against the keys that the mask leaves visible, last key tile first.
-// Warps      warpgroup 0 is the producer, with one warp; each consumer warpgroup owns 64 rows and all keys (split Q): no sum crosses warps.
+// Work       a tile: kBlockM query rows of one head and the keys that they see, last key tile first.
+// Warps      warpgroup 0 is the producer, with one active warp. Each consumer warpgroup owns 64 rows and all keys (split Q), so no sum
+//            crosses warps.
 // Pipeline   of a consumer, step i:  start S = q k_i^T | start o += P v_(i-1) | wait S | mask, softmax | wait o | round P
-//            so its softmax runs during the products of the other consumers, and in part during its own o += P v. With two stages of q,
-//            the first S of a tile starts right after the last product of the tile before, and o is written while it runs.
+//            Its softmax runs during the products of the other consumers, and in part during its own o += P v. With two stages of q, the
+//            first S of a tile starts right after the last product of the previous tile, and the consumer writes o while S runs.
 // Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then Control.
-// Registers  S and o in f32, P packed: it is the A operand of the step after the one that computes it.
+// Registers  S and o in f32, P packed, because P is the A operand of the next step.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
-// Nonfinite  numbers of v: see core/nonfinite.cuh. A call needs registers, so a block recomputes its tiles after all others are done.
+// Nonfinite  see core/nonfinite.cuh. recompute_rows() needs registers, so a block recomputes its tiles after all its other work.
 // Expects    head_dim <= kHeadDim, a multiple of 8; a schedule that leaves no block more than kMaxTiles tiles.
 #pragma once
 
@@ -37,7 +38,7 @@ __device__ __forceinline__ void init_barriers(Control<Traits>& control) {
     mbarrier_fence_init();
 }
 
-// The rows of one consumer warp in all tiles of this block that have a nonfinite o.
+// Recomputes the rows of one consumer warp, in all tiles of this block with a nonfinite o.
 template <typename Traits>
 __device__ __forceinline__ void recompute_tiles(const HopperFwdParams& params, const Control<Traits>& control, int warp_row, int lane) {
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// What the warps of a forward's block share: tile shapes, shared memory, and each warpgroup's part of a work tile.
+// Types that the warps of a forward's block share: tile shapes, shared memory, and each warpgroup's part of a work tile.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -36,7 +36,7 @@ struct FwdTraits {
     static constexpr int kWorkStages = 4;    // work tiles that the producer may be ahead
     static constexpr int kPartStages = 2;    // work tiles that a consumer warp has in progress
 
-    // Where to wait for o and where to rescale it, as measured (docs/log/hopper.md).
+    // The fastest places to wait for o and to rescale it, as measured (docs/log/hopper.md).
     // kWaitsBetweenRows: wait for o between the softmax of a thread's first and second row. If false, ptxas places the wait, which is
     // before both. kRescalesLate: rescale o after the next S has started. If false, before it.
     static constexpr bool kWaitsBetweenRows = kHeadDim > 64;
@@ -57,16 +57,16 @@ struct FwdTraits {
     static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible keys of a row");
 };
 
-// What one warpgroup does for a work tile. Ranges and counts are in key tiles.
+// The part of a work tile that one warpgroup computes. Ranges and counts are in key tiles.
 struct Part {
     Range own;             // key tiles that this warpgroup's rows see; at least one if it has rows and any warpgroup sees a tile
-    Range unmasked;        // of its steps after the first, those where nothing is hidden
+    Range unmasked;        // key tiles of the steps after the first in which nothing is hidden
     bool first_unmasked;   // nothing is hidden in the first step
-    int before;            // tiles that the producer loads before `own` ..
+    int before;            // number of tiles that the producer loads before `own` ..
     int after;             // .. and after it
 };
 
-// What follows the tiles in shared memory.
+// The data after the tiles in shared memory.
 template <typename Traits>
 struct Control {
     uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];

@@ -113,8 +113,8 @@ struct Consumer {
         v.advance();
     }
 
-    // One bit for each of this thread's columns of a tile: bit 2j + e for column 8j + e, counted from its first column. Bits of columns
-    // below `col` are set; `col` may be negative.
+    // One bit for each of this thread's columns of a tile: bit 2j + e for column 8j + e, counted from the thread's first column. The bits of
+    // columns below `col` are set. `col` may be negative.
     __device__ __forceinline__ static uint32_t columns_below(int col) {
         const int count = 2 * (col >> 3) + min(col & 7, 2);
         return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
@@ -158,7 +158,7 @@ struct Consumer {
             if (__any_sync(~0u, rescale[half] != 1.f)) softmax.rescale(o, 0, half, rescale[half]);
     }
 
-    // One step of the main loop: S of key tile n becomes P, while o += P v of the step before runs. `fresh`: o starts with that product.
+    // One step of the main loop: S of key tile n becomes P, while o += P v of the previous step runs. `fresh`: o starts with this product.
     template <bool kMasked>
     __device__ __forceinline__ void step(int n, bool fresh) {
         start_scores(number);
@@ -210,7 +210,7 @@ struct Consumer {
         return fresh;
     }
 
-    // The first softmax of work tile `number`, over the S that is running.
+    // Waits for the first S of work tile `number` and computes its softmax.
     __device__ __forceinline__ void first_softmax(int number) {
         scores_arrived<0>();
         const Part& part = part_of(number);
@@ -245,7 +245,7 @@ struct Consumer {
         }
     }
 
-    // Both, k and v in the order in which the producer loads them. No product may be running.
+    // Skips k and v, in the order in which the producer loads them. No product may be running.
     __device__ __forceinline__ void skip_keys(int count) {
         for (int i = 0; i < count; ++i) {
             skip_k(1);
@@ -275,7 +275,7 @@ struct Consumer {
         return !next.own.empty() && part_of(number).after + next.before <= 2;
     }
 
-    // A work tile of which this warpgroup's rows see nothing, or of which it has no rows.
+    // Skips a work tile in which this warpgroup has no rows, or in which its rows see nothing.
     __device__ __forceinline__ void skip(const Part& part) {
         const WorkTile& tile = tile_of(number);
         if (part.before + part.after == 0 && group_row(tile) < tile.sequence.seqlen_q) write_blind(tile);

@@ -36,7 +36,7 @@ struct Producer {
         }
     }
 
-    // The tile of the last request().
+    // Takes the tile of the last request(), or the next one that has rows.
     __device__ __forceinline__ WorkTile take() {
         while (true) {
             index = __shfl_sync(~0u, next_index, 0);
@@ -99,7 +99,7 @@ struct Producer {
 
     __device__ __forceinline__ void run() {
         constexpr bool kPublishesEarly = Traits::kQStages > 1;
-        // v of a step is loaded after k of the next step, so that S never waits for a v.
+        // Load v of a step after k of the next step, so that S never waits for a v.
         bool owes_v = false;
         int v_row = 0, v_head = 0, v_batch = 0;
         const auto load_v = [&] {
@@ -129,7 +129,7 @@ struct Producer {
                 is_published = true;
                 if (!has_next && n < tiles.end - 1) take_next();
             }
-            // publish() waits until every warpgroup has given up its tile, and a warpgroup without rows gives it up only after the last v.
+            // publish() waits until every warpgroup has released its tile. A warpgroup without rows releases it only after the last v.
             if (tiles.empty()) load_v();
             if (!is_published) publish(tile, false);
             if (!has_next) take_next();

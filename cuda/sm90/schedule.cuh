@@ -1,4 +1,4 @@
-// Which work tiles a block of a persistent kernel takes, and in which order: the longest of a section of heads first.
+// The work tiles of a persistent kernel and their order: within a section of heads, those with the most keys come first.
 #pragma once
 
 #include "../core/sequence.cuh"
@@ -17,8 +17,8 @@ struct WorkTile {
     __device__ __forceinline__ bool exists() const { return m_block >= 0; }
 };
 
-// Tile `index` of the schedule. All lanes of a warp call it together. The tile does not exist where a packed batch has fewer tiles than
-// the schedule allows for.
+// Tile `index` of the schedule. All lanes of a warp call it together. If a packed batch has fewer tiles than the upper bound in the
+// schedule, the last tiles do not exist.
 template <int kBlockM>
 __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule& schedule, int index, int lane) {
     const bool packed = is_packed(shape);
@@ -37,7 +37,7 @@ __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule
         tile.sequence = Sequence(shape, head / shape.num_heads);
         return tile;
     }
-    // m_block counts through all sequences. Look for its sequence among 32 of them at a time.
+    // m_block counts over all sequences. Search 32 sequences at a time for the one that contains it.
     for (int first = 0; first < shape.batch; first += kWarpSize) {
         const int batch = min(first + lane, shape.batch - 1);
         const int begin = shape.cu_seqlens_q[batch], length = int(shape.cu_seqlens_q[batch + 1]) - begin;

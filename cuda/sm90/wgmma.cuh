@@ -13,7 +13,7 @@
 
 namespace fa2::sm90 {
 
-// Call it before a wgmma whose accumulators or A operands have changed since the last wgmma.
+// Call this before a wgmma if its accumulators or A operands have changed since the last wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Makes one group of the wgmmas since the last call.

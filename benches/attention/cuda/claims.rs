@@ -5,7 +5,7 @@ use figures::ABLATION;
 
 use crate::rows::CsvRow;
 
-/// The columns of a row that claims need.
+/// The columns that claims use, of one row.
 pub struct Fact {
     peer: String,
     kind: String,
@@ -64,7 +64,7 @@ struct Claim {
     what: String,
     got: String,
     place: String,
-    /// `None` if there is nothing to compare with.
+    /// `None` if the papers have no such number.
     holds: Option<bool>,
 }
 
@@ -138,7 +138,7 @@ fn rates(facts: &[Fact], data_sheet: Option<f64>) -> Vec<Claim> {
 }
 
 fn flash1(facts: &[Fact]) -> Vec<Claim> {
-    /// Thread blocks that fill any GPU so far. FlashAttention-1 has one for each head: with fewer heads it would leave
+    /// This many thread blocks fill any GPU so far. FlashAttention-1 has one for each head. With fewer heads it would leave
     /// multiprocessors idle, and the comparison would favor ours.
     const FULL: usize = 256;
     let full = |dir| {

@@ -77,7 +77,7 @@ impl Gpu {
         Ok(Self { device, stream, pool, flush, uuid, answers: Cell::new(true) })
     }
 
-    /// Its name, size, driver and limits in one line.
+    /// Name, compute capability, multiprocessors, driver and limits in one line.
     pub fn describe(&self) -> Result<String> {
         let context = self.stream.context();
         let (major, minor) = context.compute_capability()?;
@@ -89,7 +89,7 @@ impl Gpu {
         };
         let of_driver = match of_driver.as_str() {
             "" => "nvidia-smi does not answer: no clocks, no watts".into(),
-            told => format!("driver, MHz at most, W at most, degrees Celsius: {told}"),
+            answer => format!("driver, MHz at most, W at most, degrees Celsius: {answer}"),
         };
         Ok(format!("{name}, sm_{major}{minor}, {multiprocessors} multiprocessors; {of_driver}"))
     }
@@ -105,8 +105,7 @@ impl Gpu {
 
     /// The result of `run`, and the most bytes of tensors that it had allocated at once.
     pub fn peak_bytes<R>(&self, run: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {
-        let pool =
-            self.pool.as_ref().context("this GPU has no memory pools, which are what tells the peak of a pass")?;
+        let pool = self.pool.as_ref().context("peak memory is measured with memory pools, but this GPU has none")?;
         self.stream.synchronize()?;
         let before = pool.watch()?;
         let result = run()?;
@@ -210,9 +209,9 @@ impl Gpu {
         }
         let answer = self.answer(question);
         let (sm_mhz, watts) = answer.split_once(", ").unwrap_or_default();
-        // nvidia-smi puts in brackets what the GPU does not tell.
-        let told = |value: &str| if value.starts_with('[') { String::new() } else { value.to_string() };
-        Ok(Gauges { sm_mhz: told(sm_mhz), watts: told(watts) })
+        // nvidia-smi prints a text in brackets if the GPU does not report a value.
+        let value = |text: &str| if text.starts_with('[') { String::new() } else { text.to_string() };
+        Ok(Gauges { sm_mhz: value(sm_mhz), watts: value(watts) })
     }
 
     /// Asks nvidia-smi; `None` if it is missing or did not answer before.

@@ -54,7 +54,7 @@ fn choose(options: &Options) -> Result<Vec<(Part, Vec<Case>)>> {
     let case = options.case_of("benches/cuda.toml");
     let cases = format!("{case} with a pass of --dirs {}", passes(&options.cuda.dirs));
     let parts = Part::ALL.map(Part::name).join(", ");
-    // `--dirs fwd bwd` gives the option one pass, and `bwd` is a word of its own.
+    // In `--dirs fwd bwd` the option takes only `fwd`, and `bwd` becomes a filter.
     let commas = match options.filters.iter().any(|word| options::pass(word).is_ok()) {
         true => "; --dirs takes passes with a comma between them, as in --dirs fwd,bwd",
         false => "",
@@ -92,7 +92,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let mut gpu = match Gpu::new() {
         Ok(gpu) => gpu,
-        // As the tests do, which must pass on any machine.
+        // The tests run this without a GPU too, and must pass.
         Err(error) if !options.bench => {
             eprintln!("SKIPPED: no CUDA device: {error:#}");
             return Ok(());

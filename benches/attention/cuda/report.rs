@@ -42,7 +42,7 @@ pub struct Done {
 }
 
 impl Done {
-    /// Of one run; `None` if it was not timed.
+    /// The median time of a run. `None` if it was not timed.
     pub fn seconds(&self) -> Option<f64> {
         self.cost.as_ref().map(|cost| cost.timing.median())
     }
@@ -78,7 +78,7 @@ impl Summary {
     ];
 }
 
-/// The type's name in a record: f16 is fp16 there, as users of PyTorch call it.
+/// The name of a type in a record. f16 is called fp16 there, as in PyTorch.
 pub fn dtype_of_peers(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "fp16",

@@ -14,7 +14,7 @@ struct Cell {
     text: String,
 }
 
-/// The last column, of what has no one size.
+/// The last column, for calls with sequences of several lengths.
 pub const PACKED: usize = usize::MAX;
 
 impl Table {

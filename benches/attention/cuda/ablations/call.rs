@@ -23,7 +23,7 @@ use crate::peers::{self, Answer};
 /// tile of 64 keys lost among 16k makes 8 steps, and more among fewer keys.
 const STEPS: f64 = 3.0;
 
-/// The second argument of every kernel of ablations.cu: `Statistics` of benches/ablations/softmax.cuh.
+/// `Statistics` of benches/ablations/softmax.cuh: the second argument of every kernel of ablations.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Statistics {
@@ -31,7 +31,7 @@ struct Statistics {
     sum: u64,
 }
 
-// SAFETY: `#[repr(C)]`, two addresses, as the kernels have it.
+// SAFETY: it is `#[repr(C)]` and has two addresses, as the struct of the kernels.
 unsafe impl DeviceRepr for Statistics {}
 
 impl Statistics {
@@ -87,7 +87,8 @@ impl<'a> Call<'a> {
         Ok(call)
     }
 
-    /// What `kernel` is to compute. Its outputs are NaN, but for the sums of dq, which it adds to.
+    /// The arguments and the memory for one launch of `kernel`. Outputs start as NaN, so that missing ones are found. dq_accum starts
+    /// as zeros, because the kernel adds to it.
     pub fn work(&self, kernel: &Kernel, images: &Images) -> Result<Work> {
         match kernel.pass {
             Pass::Forward => self.forward(),
@@ -151,7 +152,7 @@ impl<'a> Call<'a> {
         Kernel::of_crate(kernel, Pass::Backward, self.stream.context())
     }
 
-    /// By the crate's own kernel.
+    /// Computes delta with the crate's own kernel.
     fn compute_delta(&self) -> Result<Tensor> {
         let delta = self.statistics()?;
         let strides: Strides = self.problem.contiguous_q().into();
@@ -207,8 +208,8 @@ impl<'a> Call<'a> {
         let head = case.seqlens().0.div_ceil(kernel.block_m);
         let [batch_stride, head_stride, count] = [num_heads * head, head, batch * num_heads * head].map(|n| n as i64);
         let dq_tiles = DqTiles { batch: batch_stride, head: head_stride, count };
-        let sums_shape = (batch * num_heads * head * kernel.block_m, case.head_dim);
-        let dq_accum = Tensor::zeros(sums_shape, DType::F32, q.device())?;
+        let accum_shape = (batch * num_heads * head * kernel.block_m, case.head_dim);
+        let dq_accum = Tensor::zeros(accum_shape, DType::F32, q.device())?;
         let grads = [poisoned_like(q)?, poisoned_like(k)?, poisoned_like(v)?];
         let strides: Strides = self.problem.contiguous_q().into();
         let softmax_scale = self.problem.softmax_scale as f32;
@@ -274,9 +275,9 @@ impl<'a> Call<'a> {
         if let Some(statistics) = statistics {
             builder.arg(statistics);
         }
-        // SAFETY: the kernel takes these arguments: the parameters of its pass, and a variant the statistics. Their
-        // addresses are of tensors that `Call` and `Work` hold, in the shapes of `Problem`; Candle's stream runs one
-        // kernel after the other.
+        // SAFETY: the arguments are those of the kernel: the parameters of its pass, and the statistics for a variant.
+        // `Call` and `Work` hold the tensors of all addresses, in the shapes of `Problem`. Candle's stream runs one kernel
+        // after the other.
         unsafe { builder.launch(config)? };
         Ok(())
     }
@@ -323,7 +324,7 @@ fn poisoned_like(tensor: &Tensor) -> Result<Tensor> {
     Ok(Tensor::full(f32::NAN, tensor.shape(), tensor.device())?.to_dtype(tensor.dtype())?)
 }
 
-/// Where a contiguous tensor begins on the GPU.
+/// The address of a contiguous tensor on the GPU.
 fn address(tensor: &Tensor) -> Result<u64> {
     fn of<T: CudaDType>(storage: &CudaStorage, first: usize) -> Result<u64> {
         let stream = storage.device.cuda_stream();

@@ -1,4 +1,4 @@
-//! The kernels of benches/ablations, compiled for the GPU at hand, and those of the crate beside them.
+//! The kernels of benches/ablations, compiled for this GPU, and the crate's own kernels.
 
 use std::sync::Arc;
 use std::{fs, thread};
@@ -15,13 +15,13 @@ use kernel_build::nvcc::Nvcc;
 use super::super::gpu::Gpu;
 use crate::cases::{Case, Pass};
 
-/// A kernel of ablations.cu, which says what each is without.
+/// A kernel of ablations.cu. That file describes each of them.
 pub struct Variant {
     pub name: &'static str,
     pub pass: Pass,
     /// A thread block takes all tiles of its head.
     pub heads_only: bool,
-    /// The forward leaves maximum and sum in the place of lse, and the backward takes them.
+    /// The forward writes row maxima and row sums instead of lse, and the backward reads them.
     pub max_and_sum: bool,
 }
 
@@ -29,7 +29,7 @@ const fn variant(name: &'static str, pass: Pass, heads_only: bool, max_and_sum: 
     Variant { name, pass, heads_only, max_and_sum }
 }
 
-/// The forward whose maximum and sum the backwards take.
+/// The forward whose row maxima and row sums the backwards read.
 pub static RESCALE: Variant = variant("rescale", Pass::Forward, false, true);
 
 static VARIANTS: [&Variant; 9] = [
@@ -55,11 +55,12 @@ impl Variant {
     }
 }
 
-/// A kernel, and what its launch takes.
+/// A kernel and the numbers for its launch.
 pub struct Kernel {
     pub function: CudaFunction,
     pub pass: Pass,
-    /// `None`: the crate's own, which takes parameters alone. The others take [`super::call::Statistics`] as well.
+    /// `None` for the crate's own kernels. Their only argument is the parameters. A variant also takes
+    /// [`super::call::Statistics`].
     pub variant: Option<&'static Variant>,
     pub block_m: usize,
     pub block_n: usize,
@@ -68,14 +69,14 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The crate's own for a pass.
+    /// The crate's own kernel for a pass.
     pub fn ours(plan: &CudaPlan, pass: Pass, context: &Arc<CudaContext>) -> Result<Self> {
         let of_crate = if pass == Pass::Forward { testing::Pass::Forward } else { testing::Pass::Backward };
         let launch = plan.launch(of_crate).with_context(|| format!("no kernel computes {pass}"))?;
         Self::of_crate(launch.kernel, pass, context)
     }
 
-    /// Any of the crate's own.
+    /// Any kernel of the crate.
     pub fn of_crate(kernel: &'static testing::Kernel, pass: Pass, context: &Arc<CudaContext>) -> Result<Self> {
         Ok(Self {
             function: testing::cuda::function(context, kernel)?,
@@ -105,20 +106,20 @@ impl Kernel {
 pub struct Images {
     modules: Vec<(usize, Arc<CudaModule>)>,
     stream: Arc<CudaStream>,
-    /// Shared memory that a thread block may ask for.
+    /// The most shared memory of a thread block.
     shared_limit: usize,
 }
 
 const SOURCE: &str = "benches/ablations/ablations.cu";
 
-// `SOURCES`: this file and what it includes, embedded by build.rs, so that the benchmark runs without the repository.
+// `SOURCES`: this file and its headers. build.rs embeds them, so that the bench runs without the repository.
 include!(concat!(env!("OUT_DIR"), "/ablations.rs"));
 
 impl Images {
-    /// Compiles, for all head sizes at once, and loads.
+    /// Compiles the kernels of all head sizes in parallel, and loads them.
     ///
     /// # Errors
-    /// What nvcc says, if it fails.
+    /// If nvcc or the driver fails.
     pub fn compile(nvcc: &Nvcc, dtype: DType, cases: &[Case], gpu: &Gpu) -> Result<Self> {
         let stream = gpu.device.as_cuda_device()?.cuda_stream();
         let context = stream.context();
@@ -151,7 +152,7 @@ impl Images {
         Ok(Self { modules, stream, shared_limit })
     }
 
-    /// A variant for the head size of `case`; `None`, and a line that says so, where the GPU has not the shared memory.
+    /// A variant for the head size of `case`. Prints a line and returns `None` if the GPU has too little shared memory.
     ///
     /// # Errors
     /// Those of the driver.
@@ -172,7 +173,7 @@ impl Images {
             return Ok(None);
         }
         let function = module.load_function(&symbol)?;
-        // Above 48 KB the driver wants to be asked for it.
+        // The driver requires this for more than 48 KB.
         function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)?;
         let [block_m, block_n, threads, shared_bytes] =
             [block_m, block_n, threads, shared_bytes].map(|number| number as usize);
@@ -187,8 +188,8 @@ impl Images {
         }))
     }
 
-    /// The conversion of the sums of dq of `backward`, one of ours: it has the threads of the backward, and takes parameters
-    /// alone.
+    /// The conversion of dq_accum for `backward`, compiled in ablations.cu. It has as many threads as the backward, and its
+    /// only argument is the parameters.
     pub fn convert(&self, case: &Case, backward: &Kernel) -> Result<Kernel> {
         let function = self.module(case)?.load_function("bwd_convert")?;
         Ok(Kernel { function, variant: None, shared_bytes: 0, ..*backward })

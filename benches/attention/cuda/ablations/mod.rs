@@ -1,8 +1,8 @@
 //! The gain of each of FlashAttention-2's contributions: `cargo bench --features cuda -- ablations`.
 //!
 //! Compares our kernels with those of benches/ablations. A variant is our kernel without one contribution, or without
-//! all of them (ablations.cu says which). They are not part of the crate: nvcc compiles them here, for this GPU. The
-//! bench compares a variant's answer with ours, row by row, and ours with f64. Then it times one launch of each.
+//! all of them (ablations.cu describes each). Variants are not part of the crate: the bench compiles them with nvcc for
+//! this GPU. It compares a variant's answer with ours, row by row, and ours with f64. Then it times one launch of each.
 
 mod call;
 mod images;
@@ -37,7 +37,7 @@ const QUICK_SEQLEN: usize = 4096;
 const LONG: usize = 8192;
 const HEADS: [(usize, usize); 8] = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)];
 
-/// The start of the names of these cases.
+/// The names of these cases start with this.
 const HEADS_CASES: &str = "ablations/heads/";
 
 /// The variant that these cases measure.
@@ -182,7 +182,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Prints the tables at the end, the lines of a variant together.
+    /// Prints the tables at the end. The lines of a variant are together.
     fn print_ratios(&mut self) {
         self.ratios.sort_by(|a, b| a.line.cmp(&b.line));
         for (by_heads, title) in [(false, "TFLOP/s and ratio, by seqlen"), (true, "TFLOP/s and ratio, by heads")] {
@@ -205,7 +205,7 @@ impl Bench<'_> {
         Ok((error, self.options.bench.then(timed).transpose()?))
     }
 
-    /// Prints and writes a time, and returns its TFLOP/s. The file has errors against f64 only, so only ours has one.
+    /// Prints and writes a time, and returns its TFLOP/s. The file has only errors against f64, so it has none of the variants.
     fn record(&mut self, case: &Case, pass: Pass, peer: &str, error: Option<f64>, cost: &Cost) -> Result<f64> {
         let Cost { timing, gauges, .. } = cost;
         let tflops = case.papers_flop(pass) / timing.median() / 1e12;
