@@ -65,11 +65,11 @@ struct Schedule {
     int32_t section_heads;  // heads whose tiles are taken together, so that their keys and values stay in L2
 };
 
-// The forward of sm90.
-struct HopperFwdParams {
-    TensorMap q;  // (head_dim, rows, heads, batch), boxes of 64 columns (32 if kHeadDim is not a multiple of 64) ..
-    TensorMap k;  // .. and block_m rows of q, block_n rows of k and v
-    TensorMap v;
+// The forward of sm90. The tensor maps are (head_dim, rows, heads, batch). A box has 64 columns, or 32 if kHeadDim is not a multiple of 64.
+struct Sm90FwdParams {
+    TensorMap q;  // boxes of block_m rows
+    TensorMap k;  // boxes of block_n rows
+    TensorMap v;  // as k
     FwdParams fwd;
     Schedule schedule;
 };

@@ -35,22 +35,22 @@ struct MaxAndSumBlock : BwdBlock<Traits> {
                                               const BlockIndex& index)
         : BwdBlock<Traits>(params, bytes, index), sum(statistics.sum) {}
 
-    __device__ __forceinline__ void start_queries(uint32_t stage, int head, int m_block) const {
+    __device__ __forceinline__ void start_queries(uint32_t stage_offset, int head, int m_block) const {
         const int row = m_block * Traits::kBlockM + this->thread;
         if (this->thread < Traits::kBlockM) {
             const bool valid = row < this->sequence.seqlen_q;
             const int64_t at = this->sequence.lse_offset(this->params.shape, head) + (valid ? row : 0);
-            cp_async_4(this->shared + Traits::sSum + stage + this->thread * 4, sum + at, valid);
+            cp_async_4(this->shared + Traits::sSum + stage_offset + this->thread * 4, sum + at, valid);
         }
-        BwdBlock<Traits>::start_queries(stage, head, m_block);
+        BwdBlock<Traits>::start_queries(stage_offset, head, m_block);
     }
 };
 
 template <typename Traits>
 __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const MaxAndSumBlock<Traits>& block, const QueryTile& tile,
-                                     uint32_t stage) {
-    sm80::to_p(block_p, static_cast<const BwdBlock<Traits>&>(block), tile, stage);
-    const float* sums = block.row_values(Traits::sSum + stage);
+                                     uint32_t stage_offset) {
+    sm80::to_p(block_p, static_cast<const BwdBlock<Traits>&>(block), tile, stage_offset);
+    const float* sums = block.row_values(Traits::sSum + stage_offset);
 #pragma unroll
     for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll

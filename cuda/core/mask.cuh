@@ -47,6 +47,13 @@ struct Visibility {
     }
 };
 
+// One bit for each column that a thread holds of a tile's row: bit 2j + e for column 8j + e, counted from the thread's first column. The bits
+// of columns below `col` are set. `col` may be negative.
+__device__ __forceinline__ uint32_t columns_below(int col) {
+    const int count = 2 * (col >> 3) + min(col & 7, 2);
+    return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
+}
+
 // Writes `value` over every element that the mask hides. The block begins at (first_row, first_col) of the sequence.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void hide(Accumulator<kMTiles, kNTiles>& block, const Visibility& sees, int first_row,

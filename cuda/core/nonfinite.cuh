@@ -36,10 +36,9 @@ __device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
     return sum.x + sum.y;
 }
 
-// p * v, where p is rounded. A visible infinity stays infinite, even if p was rounded to 0.
-__device__ __forceinline__ float weigh(float p, float v) {
-    return isinf(v) ? fmaf(p, 0.f, v) : p * v;
-}
+// p * v, where p has been rounded. If p has been rounded to 0, an infinity of v stays one. If p is exactly 0, for a score of -inf, it becomes
+// NaN; such a p comes as -0.
+__device__ __forceinline__ float weigh(float p, float v) { return isinf(v) && !signbit(p) ? fmaf(p, 0.f, v) : p * v; }
 
 // One warp computes one row of o and its lse. A lane takes every 32nd key for the scores, and every 32nd pair of columns for o.
 template <typename Traits>
@@ -59,16 +58,22 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
         return score_mod.apply(dot(q, k + key * params.k_strides.row, shape.head_dim), row, key);
     };
 
-    float row_max = -INFINITY;
-    for (int key = keys.begin + lane; key < keys.end; key += kWarpSize) row_max = fmaxf(row_max, score(key));
+    const auto score_or_hidden = [&](int key) { return key < keys.end ? score(key) : -INFINITY; };
+
+    // A score of NaN or +inf makes NaN of the whole row. So a model whose numbers are all NaN costs one step of 32 keys per row.
+    float row_max = -INFINITY, row_sum = 0.f;
+    for (int first = keys.begin; first < keys.end && row_sum == 0.f; first += kWarpSize) {
+        const float s = score_or_hidden(first + lane);
+        row_max = fmaxf(row_max, s);
+        if (__any_sync(~0u, isnan(s) || s == INFINITY)) row_sum = NAN;
+    }
     row_max = warp_max(row_max);
     const float offset = exponent_offset(row_max, scale_log2);
 
-    float row_sum = 0.f;
     float2 o[kPairs] = {};
-    for (int first = keys.begin; first < keys.end; first += kWarpSize) {
-        const int key = first + lane;
-        const float p = key < keys.end ? exp2_approx(fmaf(score(key), scale_log2, -offset)) : 0.f;
+    for (int first = keys.begin; first < keys.end && !isnan(row_sum); first += kWarpSize) {
+        const float s = score_or_hidden(first + lane);
+        const float p = s == -INFINITY ? -0.f : exp2_approx(fmaf(s, scale_log2, -offset));
         row_sum += p;
         const float rounded = unpack2<T>(pack2<T>(p, p)).x;
         for (int other = 0; other < min(kWarpSize, keys.end - first); ++other) {
@@ -85,21 +90,22 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     row_sum = warp_sum(row_sum);
 
     const float scale = keys.empty() ? 0.f : 1.f / row_sum;
-    const int64_t at = sequence.batch * params.o_strides.batch + (sequence.first_q + row) * params.o_strides.row +
-                       head * params.o_strides.head;
+    const int row_of_o = sequence.first_q + row;
+    float2* o_f32 = reinterpret_cast<float2*>(row_of<float>(params.o, params.o_strides, sequence.batch, row_of_o, head));
+    uint32_t* o_rounded = reinterpret_cast<uint32_t*>(row_of<T>(params.o, params.o_strides, sequence.batch, row_of_o, head));
     for (int i = 0; i < kPairs; ++i) {
         const int pair = lane + i * kWarpSize;
         if (pair >= pairs) continue;
         const float2 x = {o[i].x * scale, o[i].y * scale};
         if (params.o_is_f32) {
-            reinterpret_cast<float2*>(static_cast<float*>(params.o) + at)[pair] = x;
+            o_f32[pair] = x;
         } else {
-            reinterpret_cast<uint32_t*>(static_cast<T*>(params.o) + at)[pair] = pack2<T>(x.x, x.y);
+            o_rounded[pair] = pack2<T>(x.x, x.y);
         }
     }
     if (lane == 0) {
         float* lse = params.lse + sequence.lse_offset(shape, head);
-        lse[row] = keys.empty() ? -INFINITY : (row_max * scale_log2 + log2f(row_sum)) * kLn2;
+        lse[row] = keys.empty() ? -INFINITY : natural_lse(row_max, row_sum, scale_log2);
     }
 }
 

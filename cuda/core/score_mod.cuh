@@ -11,7 +11,7 @@ namespace fa2 {
 
 // The plain softmax: exp2 multiplies the products by softmax_scale_log2 itself.
 struct NoScoreMod {
-    static constexpr bool kModifies = false;
+    static constexpr bool kIdentity = true;
 
     __device__ __forceinline__ NoScoreMod(const Shape&, const Sequence&, int /* head */) {}
 
@@ -41,7 +41,7 @@ __device__ __forceinline__ float tanh_precise(float x) {
 // Softcap, then ALiBi. Each may be off. It also allows a softmax_scale that is not above 0, because it applies the scale before the
 // maximum is taken.
 struct SoftcapAlibi {
-    static constexpr bool kModifies = true;
+    static constexpr bool kIdentity = false;
 
     float scale;         // of the product: into the argument of tanh, or into the log2 domain
     float softcap_log2;  // 0: no softcap
@@ -51,7 +51,7 @@ struct SoftcapAlibi {
     __device__ __forceinline__ SoftcapAlibi(const Shape& shape, const Sequence& sequence, int head)
         : scale(shape.softcap_log2 != 0.f ? shape.softmax_scale_over_softcap : shape.softmax_scale_log2),
           softcap_log2(shape.softcap_log2), slope_log2(0.f), shift(sequence.shift()) {
-        if (shape.alibi_slopes != nullptr) slope_log2 = shape.alibi_slopes[sequence.batch * shape.alibi_batch + head] * kLog2e;
+        if (shape.alibi_slopes != nullptr) slope_log2 = shape.alibi_slopes[int64_t(sequence.batch) * shape.alibi_batch + head] * kLog2e;
     }
 
     __device__ __forceinline__ static float scale_log2(const Shape&) { return 1.f; }

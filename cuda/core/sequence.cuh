@@ -8,7 +8,7 @@ namespace fa2 {
 // Whether the call is packed: its sequences follow each other in tensors without a batch axis.
 __device__ __forceinline__ bool is_packed(const Shape& shape) { return shape.cu_seqlens_q != nullptr; }
 
-// One sequence of the call. With shift = seqlen_k - seqlen_q, query row is aligned with key row + shift.
+// One sequence of the call. With shift = seqlen_k - seqlen_q, query i is aligned with key i + shift.
 struct Sequence {
     int batch;
     int first_q;  // rows of q before the sequence: 0 unless packed

@@ -22,6 +22,11 @@ __device__ __forceinline__ float exponent_offset(float row_max, float scale_log2
     return row_max == -INFINITY ? 0.f : __fmul_rn(row_max, scale_log2);
 }
 
+// Natural logarithm of a row's sum of exp(score).
+__device__ __forceinline__ float natural_lse(float row_max, float row_sum, float scale_log2) {
+    return (row_max * scale_log2 + log2f(row_sum)) * kLn2;
+}
+
 // The four threads that hold a row are neighbours.
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -130,9 +135,8 @@ struct OnlineSoftmax {
             for (int half = 0; half < 2; ++half) row_sum[i][half] = quad_sum(row_sum[i][half]);
     }
 
-    // Natural logarithm of the row's sum of exp(score).
     __device__ __forceinline__ float lse(int i, int half, float scale_log2) const {
-        return (row_max[i][half] * scale_log2 + log2f(row_sum[i][half])) * kLn2;
+        return natural_lse(row_max[i][half], row_sum[i][half], scale_log2);
     }
 };
 

@@ -38,14 +38,14 @@ struct BwdTraits {
     static constexpr int kBlockN = kBlockN_;
     static constexpr int kWarps = kWarps_;
     static constexpr int kStages = kStages_;
-    static constexpr int kWarpsM = kWarpsM_;  // warps of a group: rows of warps of S and dP
-    static constexpr int kWarpsN = kWarpsN_;  // rows of warps of dk and dv, over all groups
-    static constexpr int kWarpsQ = kWarpsQ_;  // rows of warps of dq
+    static constexpr int kWarpsM = kWarpsM_;  // warps of a group; they split the queries of S and dP
+    static constexpr int kWarpsN = kWarpsN_;  // warps along the keys of dk and dv, over all groups; the others divide head_dim
+    static constexpr int kWarpsQ = kWarpsQ_;  // warps along the queries of dq; the others divide head_dim
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kGroups = kWarps / kWarpsM;
     static constexpr int kGroupThreads = kWarpsM * kWarpSize;
     static constexpr int kGroupKeys = kBlockN / kGroups;
-    static constexpr int kGroupRows = kWarpsN / kGroups;  // rows of warps of dk and dv in a group
+    static constexpr int kGroupRows = kWarpsN / kGroups;  // warps of a group along its keys of dk and dv
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
     static constexpr int kNTiles = kGroupKeys / 8;                        // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
@@ -65,10 +65,11 @@ struct BwdTraits {
     static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kRowBytes;
     static constexpr int kDsBuffers = kDefersDq ? 2 : 1;
     static constexpr int kSharedBytes = 2 * TileK::kBytes + (1 + kDsBuffers) * TileP::kBytes + kStages * kStageBytes;
-    // Offsets in shared memory; those of a stage are of the first.
+    // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
     static constexpr uint32_t sQ = sDs + kDsBuffers * TileP::kBytes, sDo = sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kRowBytes;
+    static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kGroups == 0, "dk and dv of a warp lie within its group's keys");
     static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
     static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kGroups * 8 == kBlockN, "the warps divide S evenly");
@@ -101,7 +102,7 @@ struct BwdWarp {
     }
 };
 
-// What one thread block works on, as each thread knows it.
+// The work of one thread block, as each thread knows it.
 template <typename Traits_>
 struct BwdBlock {
     using Traits = Traits_;
@@ -148,17 +149,17 @@ struct BwdBlock {
     }
 
     // q, do, lse and delta of a tile of queries.
-    __device__ __forceinline__ void start_queries(uint32_t stage, int head, int m_block) const {
+    __device__ __forceinline__ void start_queries(uint32_t stage_offset, int head, int m_block) const {
         const int head_dim = params.shape.head_dim, first_row = m_block * Traits::kBlockM, row = first_row + thread;
         CopyQ(head_of(params.q, params.q_strides, sequence.first_q, head), params.q_strides.row, head_dim, thread)
-            .start(shared + Traits::sQ + stage, first_row, sequence.seqlen_q);
+            .start(shared + Traits::sQ + stage_offset, first_row, sequence.seqlen_q);
         CopyQ(head_of(params.do_, params.do_strides, sequence.first_q, head), params.do_strides.row, head_dim, thread)
-            .start(shared + Traits::sDo + stage, first_row, sequence.seqlen_q);
+            .start(shared + Traits::sDo + stage_offset, first_row, sequence.seqlen_q);
         if (thread < Traits::kBlockM) {
             const bool valid = row < sequence.seqlen_q;
             const int64_t at = sequence.lse_offset(params.shape, head) + (valid ? row : 0);
-            cp_async_4(shared + Traits::sLse + stage + thread * 4, params.lse + at, valid);
-            cp_async_4(shared + Traits::sDelta + stage + thread * 4, params.delta + at, valid);
+            cp_async_4(shared + Traits::sLse + stage_offset + thread * 4, params.lse + at, valid);
+            cp_async_4(shared + Traits::sDelta + stage_offset + thread * 4, params.delta + at, valid);
         }
         cp_async_commit();
     }
@@ -184,17 +185,17 @@ __device__ __forceinline__ void group_sync(int group) {
 // This warp's block of P, and of the derivative of the score_mod, which lives as long as P does. Without a score_mod it is not used.
 template <typename Traits>
 struct Probabilities {
-    static constexpr bool kModifies = Traits::ScoreMod::kModifies;
+    static constexpr bool kIdentity = Traits::ScoreMod::kIdentity;
     Accumulator<Traits::kMTiles, Traits::kNTiles> p;
-    Accumulator<kModifies ? Traits::kMTiles : 1, kModifies ? Traits::kNTiles : 1> derivative;
+    Accumulator<kIdentity ? 1 : Traits::kMTiles, kIdentity ? 1 : Traits::kNTiles> derivative;
 };
 
 // P = exp2(score - lse), from the products of q and k.
 template <typename Traits>
 __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBlock<Traits>& block, const QueryTile& tile,
-                                     uint32_t stage) {
+                                     uint32_t stage_offset) {
     using ScoreMod = typename Traits::ScoreMod;
-    const float* lse = block.row_values(Traits::sLse + stage);
+    const float* lse = block.row_values(Traits::sLse + stage_offset);
     const ScoreMod score_mod(block.params.shape, block.sequence, tile.head);
     const float scale_log2 = ScoreMod::scale_log2(block.params.shape);
 #pragma unroll
@@ -209,7 +210,7 @@ __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBl
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& x = block_p.p.x[i][j][2 * half + e];
-                    if constexpr (ScoreMod::kModifies) {
+                    if constexpr (!ScoreMod::kIdentity) {
                         const int col = block.cols.begin + block.warp.s_col + fragment_col(block.lane, j) + e;
                         x = score_mod.apply(x, row, col, block_p.derivative.x[i][j][2 * half + e]);
                     }
@@ -220,8 +221,8 @@ __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBl
 
 // dS = P (dP - delta), times the derivative of the score_mod, in place of dP.
 template <typename Traits, typename Ds>
-__device__ __forceinline__ void to_ds(Ds& ds, const Probabilities<Traits>& block_p, const BwdBlock<Traits>& block, uint32_t stage) {
-    const float* delta = block.row_values(Traits::sDelta + stage);
+__device__ __forceinline__ void to_ds(Ds& ds, const Probabilities<Traits>& block_p, const BwdBlock<Traits>& block, uint32_t stage_offset) {
+    const float* delta = block.row_values(Traits::sDelta + stage_offset);
 #pragma unroll
     for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll
@@ -232,14 +233,14 @@ __device__ __forceinline__ void to_ds(Ds& ds, const Probabilities<Traits>& block
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
                     ds.x[i][j][e] = block_p.p.x[i][j][e] * (ds.x[i][j][e] - delta_row);
-                    if constexpr (Traits::ScoreMod::kModifies) ds.x[i][j][e] *= block_p.derivative.x[i][j][e];
+                    if constexpr (!Traits::ScoreMod::kIdentity) ds.x[i][j][e] *= block_p.derivative.x[i][j][e];
                 }
         }
 }
 
 // P and dS of one tile of queries, rounded, into sP and sDs.
 template <typename Block>
-__device__ __forceinline__ void recompute(const Block& block, const QueryTile& tile, uint32_t stage, uint32_t ds_buffer) {
+__device__ __forceinline__ void recompute(const Block& block, const QueryTile& tile, uint32_t stage_offset, uint32_t ds_offset) {
     using Traits = typename Block::Traits;
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
@@ -255,29 +256,29 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     Probabilities<Traits> block_p;
     block_p.p.clear();
     multiply_ahead<T, Traits::kHeadDim / 16>(
-        block_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage, Traits::sQ, warp.s_row, lane),
+        block_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kGroupKeys>(shared, Traits::sK, warp.s_col, lane));
-    to_p(block_p, block, tile, stage);
+    to_p(block_p, block, tile, stage_offset);
     if (partial) hide(block_p.p, block.sees, first_row, first_col, lane, 0.f);
     store_fragment<T, TileP>(shared, Traits::sP, block_p.p, warp.s_row, warp.s_col, lane);
 
     Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
     ds.clear();
     multiply_ahead<T, Traits::kHeadDim / 16>(
-        ds, OperandA<TileQ, Order::kContiguousK>(shared + stage, Traits::sDo, warp.s_row, lane),
+        ds, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sDo, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kGroupKeys>(shared, Traits::sV, warp.s_col, lane));
-    to_ds(ds, block_p, block, stage);
-    store_fragment<T, TileP>(shared + ds_buffer, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
+    to_ds(ds, block_p, block, stage_offset);
+    store_fragment<T, TileP>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
 }
 
 // dq_accum += dS k, of one tile of queries. kOrdered: in the order of DqSemaphores.
 template <bool kOrdered, typename Traits>
-__device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const QueryTile& tile, uint32_t ds_buffer) {
+__device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const QueryTile& tile, uint32_t ds_offset) {
     typename DqTile<Traits>::Block dq;
     dq.clear();
     multiply<typename Traits::T, Traits::kBlockN / 16>(
         dq,
-        OperandA<typename Traits::TileP, Order::kContiguousK>(block.shared + ds_buffer, Traits::sDs, block.warp.q_row, block.lane),
+        OperandA<typename Traits::TileP, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.q_row, block.lane),
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kQDTiles * 8>(block.shared, Traits::sK, block.warp.q_col,
                                                                                    block.lane));
     const int64_t at =
@@ -304,8 +305,8 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     QueryTile tile{}, before;
     block.start_queries(0, head, m_block);
     for (int step = 0; step < steps; ++step) {
-        const uint32_t stage = step % Traits::kStages * Traits::kStageBytes;
-        const uint32_t ds_buffer = step % Traits::kDsBuffers * TileP::kBytes;
+        const uint32_t stage_offset = step % Traits::kStages * Traits::kStageBytes;
+        const uint32_t ds_offset = step % Traits::kDsBuffers * TileP::kBytes;
         const int first_row = m_block * Traits::kBlockM;
         before = tile;
         tile = {head, m_block, {first_row, min(first_row + Traits::kBlockM, block.sequence.seqlen_q)}};
@@ -315,20 +316,20 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
 
         cp_async_wait<0>();
         __syncthreads();  // q and do have arrived, and every warp is done with the step before
-        if (Traits::kStages == 2 && step + 1 < steps) block.start_queries(Traits::kStageBytes - stage, head, m_block);
-        if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileP::kBytes - ds_buffer);
-        recompute(block, tile, stage, ds_buffer);
+        if (Traits::kStages == 2 && step + 1 < steps) block.start_queries(Traits::kStageBytes - stage_offset, head, m_block);
+        if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileP::kBytes - ds_offset);
+        recompute(block, tile, stage_offset, ds_offset);
         group_sync<Traits::kGroupThreads>(warp.group);  // the group's P and dS are in shared memory
         multiply<T, Traits::kBlockM / 16>(
             dv, OperandA<TileP, Order::kTransposed>(shared, Traits::sP, warp.kv_row, lane),
-            OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage, Traits::sDo, warp.kv_col, lane));
+            OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sDo, warp.kv_col, lane));
         if constexpr (Traits::kDqBeforeDk) {
             __syncthreads();  // all of dS is in shared memory
             add_dq<kOrdered>(block, tile, 0);
         }
         multiply<T, Traits::kBlockM / 16>(
-            dk, OperandA<TileP, Order::kTransposed>(shared + ds_buffer, Traits::sDs, warp.kv_row, lane),
-            OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage, Traits::sQ, warp.kv_col, lane));
+            dk, OperandA<TileP, Order::kTransposed>(shared + ds_offset, Traits::sDs, warp.kv_row, lane),
+            OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sQ, warp.kv_col, lane));
         if constexpr (Traits::kStages == 1) {
             __syncthreads();  // all of dS is in shared memory, and every warp is done with q and do
             if (step + 1 < steps) block.start_queries(0, head, m_block);

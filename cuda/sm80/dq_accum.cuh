@@ -72,7 +72,7 @@ __device__ __forceinline__ int64_t dq_tile(const DqTiles& tiles, const Shape& sh
     return sequence.batch * tiles.batch + head * tiles.head + first + m_block;
 }
 
-// What a thread block works on: x a tile of keys, y a key head, z a sequence counted from Shape::first_batch.
+// The work of a thread block: x is a tile of keys, y a key head, z a sequence counted from Shape::first_batch.
 struct BlockIndex {
     int x, y, z;
 };
@@ -85,8 +85,8 @@ struct BlockIndex {
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile, then one that counts started blocks
 
-    // What this block works on. All threads call it together, once, before anything else is in shared memory. The count goes on from one
-    // launch to the next; a launch begins at sequence `first_batch`.
+    // Returns the work of this block. All threads call it together, once, before anything else is in shared memory. If a call needs several
+    // launches, the count goes on, and `first_batch` is the sequence where this launch starts.
     __device__ __forceinline__ BlockIndex block_index(int64_t tiles, int first_batch, uint8_t* shared) const {
         volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(shared);
         if (threadIdx.x == 0) *to_all = atomicAdd(counters + tiles, 1u);

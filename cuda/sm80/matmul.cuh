@@ -136,7 +136,7 @@ __device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, c
     constexpr int kPanelChunks = Tile::kPanel / Tile::kChunk;
     constexpr bool kAcrossPanels = kNTiles % kPanelChunks != 0 && kPanelChunks % kNTiles != 0;
     const int chunk = kAcrossPanels ? first_col / 8 : 0;
-    const uint32_t base = shared + Tile::offset(first_row + lane / 4, kAcrossPanels ? 0 : first_col / 8) + lane % 4 * 4;
+    const uint32_t base = shared + Tile::offset(first_row + fragment_row(lane, 0), kAcrossPanels ? 0 : first_col / 8) + fragment_col(lane, 0) * 2;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

@@ -40,7 +40,7 @@ __device__ __forceinline__ void init_barriers(Control<Traits>& control) {
 
 // Recomputes the rows of one consumer warp, in all tiles of this block with a nonfinite o.
 template <typename Traits>
-__device__ __forceinline__ void recompute_tiles(const HopperFwdParams& params, const Control<Traits>& control, int warp_row, int lane) {
+__device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, const Control<Traits>& control, int warp_row, int lane) {
 #pragma unroll 1
     for (int number = 0; number < Traits::kMaxTiles; ++number) {
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void recompute_tiles(const HopperFwdParams& params, c
 }
 
 template <typename Traits>
-__device__ __forceinline__ void forward(const HopperFwdParams& params) {
+__device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     extern __shared__ __align__(1024) uint8_t shared[];
     Control<Traits>& control = *reinterpret_cast<Control<Traits>*>(shared + Traits::kSharedBytes - Traits::kControlBytes);
     static_assert(sizeof(Control<Traits>) <= Traits::kControlBytes, "Control must fit after the tiles");

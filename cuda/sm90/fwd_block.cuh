@@ -27,14 +27,15 @@ struct FwdTraits {
     using TileK = Tile<kBlockN, kHeadDim>;
 
     static constexpr int kStages = 2;  // pipeline stages of k, and of v
-    static constexpr int kControlBytes = 3072;
+    static constexpr int kControlBytes = 3072;  // sizeof(Control) in whole KB, asserted in fwd.cuh
     static constexpr int kKeyBytes = 2 * kStages * TileK::kBytes;
     static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
     static constexpr int kMaxTiles = 512;    // work tiles that one block can take (max_tiles of the launch)
-    static constexpr int kWorkStages = 4;    // work tiles that the producer may be ahead
-    static constexpr int kPartStages = 2;    // work tiles that a consumer warp has in progress
+    // Slots of WorkTile: while a consumer writes tile n, the producer may publish n + 1 and n + 2. A power of two makes the index cheap.
+    static constexpr int kWorkStages = 4;
+    static constexpr int kPartStages = 2;  // slots of Part: the current tile of a consumer warp, and the next one
 
     // The fastest places to wait for o and to rescale it, as measured (docs/log/hopper.md).
     // kWaitsBetweenRows: wait for o between the softmax of a thread's first and second row. If false, ptxas places the wait, which is
@@ -42,8 +43,8 @@ struct FwdTraits {
     static constexpr bool kWaitsBetweenRows = kHeadDim > 64;
     static constexpr bool kRescalesLate = kWaitsBetweenRows && kHeadDim <= 128;
 
-    // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer gives up
-    // all but kLeast of them, and the consumers share what that frees.
+    // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
+    // at least kLeast of them, and the consumers share the others in multiples of 8.
     static constexpr int kLeast = 32;
     static constexpr int kLaunchRegisters = kRegistersPerSm / kThreads / 8 * 8;
     static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
@@ -59,7 +60,7 @@ struct FwdTraits {
 
 // The part of a work tile that one warpgroup computes. Ranges and counts are in key tiles.
 struct Part {
-    Range own;             // key tiles that this warpgroup's rows see; at least one if it has rows and any warpgroup sees a tile
+    Range own;             // key tiles that this warpgroup's rows see. If they see none but another warpgroup does: one hidden tile
     Range unmasked;        // key tiles of the steps after the first in which nothing is hidden
     bool first_unmasked;   // nothing is hidden in the first step
     int before;            // number of tiles that the producer loads before `own` ..

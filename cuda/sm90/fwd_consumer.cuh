@@ -19,13 +19,13 @@ struct Consumer {
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
 
-    const HopperFwdParams& params;
+    const Sm90FwdParams& params;
     Control<Traits>& control;
     const uint32_t base;
     const int group;  // 0 .. kConsumers - 1
     const int warp;   // in the warpgroup
     const int lane;
-    Ring<Traits::kStages> k, v;
+    Ring<Traits::kStages> k_ring, v_ring;
     Accumulator<1, Traits::kNTiles> s;
     Accumulator<1, Traits::kDTiles> o;
     uint32_t p[Traits::kBlockN / 16][4];
@@ -37,7 +37,7 @@ struct Consumer {
     __device__ __forceinline__ Part& part_of(int number) const {
         return control.parts[4 * group + warp][number % Traits::kPartStages];
     }
-    __device__ __forceinline__ Ring<Traits::kQStages> q_of(int number) const { return {uint32_t(number)}; }
+    __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
     __device__ __forceinline__ int group_row(const WorkTile& tile) const {
         return tile.m_block * Traits::kBlockM + Traits::kGroupRows * group;
     }
@@ -45,8 +45,8 @@ struct Consumer {
 
     // Waits for work tile `number`. Returns whether it exists.
     __device__ __forceinline__ bool take(int number) {
-        const Ring<Traits::kQStages> q = q_of(number);
-        mbarrier_wait(shared_address(&control.q_full[q.stage()]), q.parity());
+        const Ring<Traits::kQStages> q_ring = q_ring_of(number);
+        mbarrier_wait(shared_address(&control.q_full[q_ring.stage()]), q_ring.parity());
         const WorkTile& tile = tile_of(number);
         if (!tile.exists()) return false;
         const Visibility sees(params.fwd.shape, tile.sequence);
@@ -74,10 +74,10 @@ struct Consumer {
 
     // Starts S = q k^T of work tile `number` with the next k.
     __device__ __forceinline__ void start_scores(int number) {
-        mbarrier_wait(shared_address(&control.k_full[k.stage()]), k.parity());
-        const uint32_t sQ = base + Traits::sQ + q_of(number).stage() * TileQ::kBytes;
+        mbarrier_wait(shared_address(&control.k_full[k_ring.stage()]), k_ring.parity());
+        const uint32_t sQ = base + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
         const uint64_t rows = Descriptor<TileQ>::of(opaque(sQ + group * Traits::kGroupRows * Descriptor<TileQ>::kRowBytes));
-        const uint64_t columns = Descriptor<TileK>::of(opaque(base + Traits::sK + k.stage() * TileK::kBytes));
+        const uint64_t columns = Descriptor<TileK>::of(opaque(base + Traits::sK + k_ring.stage() * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kHeadDim / 16; ++step)
@@ -88,8 +88,8 @@ struct Consumer {
 
     // Starts o += P v with the next v; `fresh`: o = P v.
     __device__ __forceinline__ void start_output(bool fresh) {
-        mbarrier_wait(shared_address(&control.v_full[v.stage()]), v.parity());
-        const uint64_t columns = Descriptor<TileK>::of(opaque(base + Traits::sV + v.stage() * TileK::kBytes));
+        mbarrier_wait(shared_address(&control.v_full[v_ring.stage()]), v_ring.parity());
+        const uint64_t columns = Descriptor<TileK>::of(opaque(base + Traits::sV + v_ring.stage() * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kBlockN / 16; ++step)
@@ -101,29 +101,22 @@ struct Consumer {
     __device__ __forceinline__ void scores_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(s);
-        release(control.k_empty[k.stage()]);
-        k.advance();
+        release(control.k_empty[k_ring.stage()]);
+        k_ring.advance();
     }
 
     template <int kPending = 0>
     __device__ __forceinline__ void output_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(o);
-        release(control.v_empty[v.stage()]);
-        v.advance();
-    }
-
-    // One bit for each of this thread's columns of a tile: bit 2j + e for column 8j + e, counted from the thread's first column. The bits of
-    // columns below `col` are set. `col` may be negative.
-    __device__ __forceinline__ static uint32_t columns_below(int col) {
-        const int count = 2 * (col >> 3) + min(col & 7, 2);
-        return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
+        release(control.v_empty[v_ring.stage()]);
+        v_ring.advance();
     }
 
     // Applies the score_mod to S of key tile n, and hides what a row does not see.
     template <bool kMasked>
-    __device__ __forceinline__ void modify(int number, int n) {
-        if (!kMasked && !ScoreMod::kModifies) return;
+    __device__ __forceinline__ void score_and_mask(int number, int n) {
+        if (!kMasked && ScoreMod::kIdentity) return;
         const WorkTile& tile = tile_of(opaque(number));
         const Visibility sees(params.fwd.shape, tile.sequence);
         const ScoreMod score_mod(params.fwd.shape, tile.sequence, tile.head);
@@ -140,7 +133,7 @@ struct Consumer {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& x = s.x[0][j][2 * half + e];
-                    if (ScoreMod::kModifies) x = score_mod.apply(x, this_row, lane_col + 8 * j + e);
+                    if (!ScoreMod::kIdentity) x = score_mod.apply(x, this_row, lane_col + 8 * j + e);
                     if (kMasked && (seen & 1u << (2 * j + e)) == 0) x = -INFINITY;
                 }
         }
@@ -165,7 +158,7 @@ struct Consumer {
         if (Traits::kRescalesLate) rescale_output();
         start_output(fresh);
         scores_arrived<1>();
-        modify<kMasked>(number, n);
+        score_and_mask<kMasked>(number, n);
         float new_max[2];
         if (softmax.all_nonnegative(0)) {
 #pragma unroll
@@ -188,7 +181,7 @@ struct Consumer {
     }
 
     // This branch is never taken, but ptxas cannot prove it. Without it, ptxas moves the wait for o ahead of the softmax and the overlap is
-    // lost. No wgmma and no wait for one may stand in such a branch: all four warps of a warpgroup must reach them.
+    // lost (1 to 5% from head_dim 96 on, H200, docs/log/hopper.md). No wgmma and no wait for one may stand in such a branch: all four warps of a warpgroup must reach them.
     __device__ __forceinline__ void hold() {
         float& sum = softmax.row_sum[0][0];
         if (__any_sync(~0u, sum < 0.f)) {
@@ -215,9 +208,9 @@ struct Consumer {
         scores_arrived<0>();
         const Part& part = part_of(number);
         if (part.first_unmasked) {
-            modify<false>(number, part.own.end - 1);
+            score_and_mask<false>(number, part.own.end - 1);
         } else {
-            modify<true>(number, part.own.end - 1);
+            score_and_mask<true>(number, part.own.end - 1);
         }
         softmax.clear();
         rescale[0] = rescale[1] = 1.f;
@@ -229,19 +222,19 @@ struct Consumer {
     // Skips key tiles that are fully masked for this warpgroup's rows.
     __device__ __forceinline__ void skip_k(int count) {
         for (; count > 0; --count) {
-            mbarrier_wait(shared_address(&control.k_full[k.stage()]), k.parity());
+            mbarrier_wait(shared_address(&control.k_full[k_ring.stage()]), k_ring.parity());
             __syncwarp();  // every lane has seen this phase end
-            release(control.k_empty[k.stage()]);
-            k.advance();
+            release(control.k_empty[k_ring.stage()]);
+            k_ring.advance();
         }
     }
 
     __device__ __forceinline__ void skip_v(int count) {
         for (; count > 0; --count) {
-            mbarrier_wait(shared_address(&control.v_full[v.stage()]), v.parity());
+            mbarrier_wait(shared_address(&control.v_full[v_ring.stage()]), v_ring.parity());
             __syncwarp();
-            release(control.v_empty[v.stage()]);
-            v.advance();
+            release(control.v_empty[v_ring.stage()]);
+            v_ring.advance();
         }
     }
 
@@ -268,9 +261,9 @@ struct Consumer {
         write(tile, nothing);
     }
 
-    // Whether the first S of work tile `next` may start right after the last product of the current one. The warpgroup then skips the key
-    // tiles between them while it still holds the v of that product. With two stages the producer can load three tiles past that v, so at
-    // most two may be skipped.
+    // Whether the first S of work tile `next` may start before the last o += P v of the current tile has ended. Until it ends, this warpgroup
+    // holds the v of that product, and so the producer can load only three more k. One of them is the k of that S, so at most two key tiles
+    // may be skipped before it.
     __device__ __forceinline__ bool flows_into(const Part& next) const {
         return !next.own.empty() && part_of(number).after + next.before <= 2;
     }
@@ -280,7 +273,7 @@ struct Consumer {
         const WorkTile& tile = tile_of(number);
         if (part.before + part.after == 0 && group_row(tile) < tile.sequence.seqlen_q) write_blind(tile);
         skip_keys(part.before + part.after);
-        release(control.q_empty[q_of(number).stage()]);
+        release(control.q_empty[q_ring_of(number).stage()]);
     }
 
     __device__ __forceinline__ void run() {
@@ -298,7 +291,7 @@ struct Consumer {
             bool flows = true;
             while (flows) {
                 const bool fresh = steps();
-                release(control.q_empty[q_of(number).stage()]);
+                release(control.q_empty[q_ring_of(number).stage()]);
                 OnlineSoftmax<1> statistics = softmax;
                 start_output(fresh);
                 flows = false;

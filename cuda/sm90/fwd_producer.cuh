@@ -13,16 +13,22 @@ struct Producer {
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
 
-    const HopperFwdParams& params;
+    const Sm90FwdParams& params;
     Control<Traits>& control;
     const uint32_t base;
     const int lane;
-    Ring<Traits::kStages> k, v;
-    Ring<Traits::kQStages> q;
+    Ring<Traits::kStages> k_ring, v_ring;
+    Ring<Traits::kQStages> q_ring;
     int published = 0;   // number of tiles handed to the consumers
     int taken = 0;       // number of tiles taken, at most kMaxTiles
     int next_index = 0;  // lane 0: index of the next tile; its load may still be in flight
     int index = 0;       // of the tile taken last
+
+    // v of the last key tile whose k has been loaded.
+    struct PendingV {
+        bool exists;
+        int row, head, batch;
+    } pending_v = {};
 
     // Asks for the index of the next tile.
     __device__ __forceinline__ void request() {
@@ -56,22 +62,22 @@ struct Producer {
 
     // Hands a tile, or the end, to the consumers. Starts the copy of its q if they will need it.
     __device__ __forceinline__ void publish(WorkTile tile, bool copy) {
-        mbarrier_wait(shared_address(&control.q_empty[q.stage()]), q.parity() ^ 1);
+        mbarrier_wait(shared_address(&control.q_empty[q_ring.stage()]), q_ring.parity() ^ 1);
         if (lane == 0) {
-            const uint32_t full = shared_address(&control.q_full[q.stage()]);
+            const uint32_t full = shared_address(&control.q_full[q_ring.stage()]);
             tile.number = published;
             control.tiles[published % Traits::kWorkStages] = tile;
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
                 mbarrier_arrive_expect(full, TileQ::kBytes);
-                tma_load_tile<TileQ>(base + Traits::sQ + q.stage() * TileQ::kBytes, params.q, full,
+                tma_load_tile<TileQ>(base + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
                                      tile.sequence.first_q + tile.m_block * Traits::kBlockM, tile.head, batch_of(tile));
             } else {
                 mbarrier_arrive(full);
             }
         }
         __syncwarp();
-        q.advance();
+        q_ring.advance();
         ++published;
     }
 
@@ -97,44 +103,45 @@ struct Producer {
         return key_tiles<Traits>(Visibility(params.fwd.shape, tile.sequence), rows_of<Traits>(tile));
     }
 
+    // Loads k of key tile n, and v of the key tile before. So S never waits for a v.
+    __device__ __forceinline__ void load_keys(const WorkTile& tile, int n) {
+        const int row = tile.sequence.first_k + n * Traits::kBlockN, head = key_head(params.fwd.shape, tile.head);
+        load(k_ring, control.k_full, control.k_empty, Traits::sK, params.k, row, head, batch_of(tile));
+        load_pending_v();
+        pending_v = {true, row, head, batch_of(tile)};
+    }
+
+    __device__ __forceinline__ void load_pending_v() {
+        if (pending_v.exists)
+            load(v_ring, control.v_full, control.v_empty, Traits::sV, params.v, pending_v.row, pending_v.head, pending_v.batch);
+        pending_v.exists = false;
+    }
+
     __device__ __forceinline__ void run() {
+        // With two stages of q, a tile is published while the keys of the tile before are loaded. With one, after its own first k.
         constexpr bool kPublishesEarly = Traits::kQStages > 1;
-        // Load v of a step after k of the next step, so that S never waits for a v.
-        bool owes_v = false;
-        int v_row = 0, v_head = 0, v_batch = 0;
-        const auto load_v = [&] {
-            if (owes_v) load(v, control.v_full, control.v_empty, Traits::sV, params.v, v_row, v_head, v_batch);
-            owes_v = false;
-        };
         request();
         WorkTile next = take();
         if (kPublishesEarly) publish(next, !tiles_of(next).empty());
         while (next.exists()) {
             const WorkTile tile = next;
             const Range tiles = tiles_of(tile);
-            bool has_next = false, is_published = kPublishesEarly;
             request();
             const auto take_next = [&] {
                 next = take();
                 if (kPublishesEarly) publish(next, !tiles_of(next).empty());
-                has_next = true;
             };
-            const int head = key_head(params.fwd.shape, tile.head), batch = batch_of(tile);
             for (int n = tiles.end - 1; n >= tiles.begin; --n) {
-                const int row = tile.sequence.first_k + n * Traits::kBlockN;
-                load(k, control.k_full, control.k_empty, Traits::sK, params.k, row, head, batch);
-                load_v();
-                owes_v = true, v_row = row, v_head = head, v_batch = batch;
-                if (!is_published) publish(tile, true);
-                is_published = true;
-                if (!has_next && n < tiles.end - 1) take_next();
+                load_keys(tile, n);
+                if (!kPublishesEarly && n == tiles.end - 1) publish(tile, true);
+                if (n == tiles.end - 2) take_next();
             }
             // publish() waits until every warpgroup has released its tile. A warpgroup without rows releases it only after the last v.
-            if (tiles.empty()) load_v();
-            if (!is_published) publish(tile, false);
-            if (!has_next) take_next();
+            if (tiles.empty()) load_pending_v();
+            if (!kPublishesEarly && tiles.empty()) publish(tile, false);
+            if (tiles.end - tiles.begin < 2) take_next();
         }
-        load_v();
+        load_pending_v();
         if (!kPublishesEarly) publish(next, false);
         finish();
     }

@@ -10,7 +10,7 @@ use super::call::Call;
 use super::counters::Counters;
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, Element};
-use super::params::{FwdParams, HopperFwdParams, Schedule};
+use super::params::{FwdParams, Schedule, Sm90FwdParams};
 use super::tensor_map;
 use crate::output::Output;
 use crate::plan::Launch;
@@ -102,5 +102,5 @@ fn queue<T: Element>(
     let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;
     let Inputs { q, k, v } = tensor_map::of_inputs(problem, launch.kernel, &params)?;
     let schedule = Schedule::new(schedule, counters);
-    Ok(launcher.launch(launch, &HopperFwdParams { q, k, v, fwd: params, schedule })?)
+    Ok(launcher.launch(launch, &Sm90FwdParams { q, k, v, fwd: params, schedule })?)
 }

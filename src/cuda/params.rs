@@ -32,7 +32,7 @@ macro_rules! params {
 }
 params!(
     FwdParams: shape;
-    HopperFwdParams: fwd.shape;
+    Sm90FwdParams: fwd.shape;
     DeltaParams: shape;
     BwdParams: shape;
     ConvertParams: shape;

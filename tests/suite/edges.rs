@@ -279,6 +279,22 @@ fn hidden_keys_do_not_leak() -> Result<()> {
     Ok(())
 }
 
+/// A key whose score is -inf has a weight of exactly 0, so its infinite value gives NaN. A weight that underflows keeps the infinity.
+#[test]
+fn infinite_values_under_small_weights() -> Result<()> {
+    for target in targets().into_iter().filter(|target| !target.device.is_cpu() || target.dtype == DType::F64) {
+        for score in [f64::NEG_INFINITY, -40.0] {
+            let case = Case::new(&target).batch(1, 3, 9).heads(1, 1).head_dim(8).softmax_scale(1.0);
+            let mut input = case.draw();
+            input.q.fill(1.0);
+            input.k[4 * 8..][..8].fill(score); // times 8: exp underflows in f32, not in f64
+            input.v[4 * 8..][..8].fill(f64::INFINITY);
+            case.check_on(&input).map_err(|error| error.context(format!("scores of {score}")))?;
+        }
+    }
+    Ok(())
+}
+
 /// A non-finite value in one sequence and one group of heads. All rows of other sequences and groups keep their bits, in o, lse
 /// and all gradients.
 ///

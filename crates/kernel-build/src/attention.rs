@@ -43,7 +43,7 @@ pub static FAMILIES: [Family; 4] = [
             symbol: "fwd_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
             pass: "Forward",
             function: "fa2::sm90::forward",
-            params: "HopperFwdParams",
+            params: "Sm90FwdParams",
             grid: Grid::Persistent { max_tiles: 512 },
             variants: &[PLAIN, SCORE_MOD],
             shared_bytes: Some(shared::fwd_sm90),

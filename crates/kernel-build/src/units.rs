@@ -170,7 +170,7 @@ mod tests {
 
     fn structs() -> Structs {
         let fields = "float* lse;  // as given\n";
-        let names = ["FwdParams", "HopperFwdParams", "BwdParams", "ConvertParams", "DeltaParams"];
+        let names = ["FwdParams", "Sm90FwdParams", "BwdParams", "ConvertParams", "DeltaParams"];
         let text: String = names.iter().map(|name| format!("struct {name} {{\n{fields}}};\n")).collect();
         Structs::parse(&format!("namespace fa2 {{\n{text}}}\n"), "params.h").expect("the text is right")
     }
@@ -198,13 +198,13 @@ static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMaxTiles, 512>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
 extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
-fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::HopperFwdParams params) {
+fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::Sm90FwdParams params) {
     fa2::sm90::forward<fwd_sm90_bf16_d64_192x128_score_mod_traits>(params);
 }
 ";
         let source = forward.source(&structs());
         assert!(source.starts_with("#include <cstddef>\n\n#include \"sm90/fwd.cuh\"\n"), "{source}");
-        assert!(source.contains("static_assert(sizeof(fa2::HopperFwdParams) == 8"), "{source}");
+        assert!(source.contains("static_assert(sizeof(fa2::Sm90FwdParams) == 8"), "{source}");
         assert!(!source.contains("BwdParams"), "{source}");
         assert!(source.ends_with(kernel), "{source}");
     }
@@ -229,7 +229,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
-                   params: \"HopperFwdParams\", grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
+                   params: \"Sm90FwdParams\", grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),
