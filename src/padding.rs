@@ -9,7 +9,8 @@ use crate::{Error, Result};
 
 /// The number of valid keys in each sequence of a padded batch (`seqused_k` or `cache_seqlens` of FlashAttention).
 ///
-/// The other keys have no effect, even if they are NaN, and their gradients are 0. With [`PaddingSide::Right`] the first
+/// The other keys have no effect, even if they are NaN, and their gradients are 0. Fill unused slots with zeros, though: on Hopper, a NaN
+/// in v near the last valid key makes the forward compute its rows a second, slow way. With [`PaddingSide::Right`] the first
 /// keys are valid, with [`PaddingSide::Left`] the last ones. [`Attention::key_lengths`](crate::Attention::key_lengths) says
 /// when to use this and how masks align.
 ///
