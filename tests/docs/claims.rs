@@ -84,14 +84,19 @@ fn standard(gpu: &Machine) -> Option<Claim> {
 fn rates(gpu: &Machine, peak: f64) -> Vec<Claim> {
     let highest = |dir| grid(dir).filter_map(|call| gpu.record.tflops("ours", &call)).reduce(f64::max);
     let of_product = |rate: f64| {
-        let share = |product: f64| format!(", {:.0}% of a matrix product's {product:.0}", 100.0 * rate / product);
+        let share =
+            |product: f64| format!(", {:.0}% of the rate of a matrix product, {product:.0}", 100.0 * rate / product);
         let product = gpu.record.calls("ceiling").find(|call| call.kind == "matmul8192");
         product.and_then(|call| gpu.record.tflops("ceiling", call)).map_or(String::new(), share)
     };
     let share = |dir, least: f64, paper| {
         let claim = |rate: f64| Claim {
             paper,
-            here: format!("{rate:.0} TFLOP/s: {:.0}% of the data sheet's{}", 100.0 * rate / peak, of_product(rate)),
+            here: format!(
+                "{rate:.0} TFLOP/s: {:.0}% of the data sheet's peak{}",
+                100.0 * rate / peak,
+                of_product(rate)
+            ),
             holds: rate / peak >= least,
         };
         highest(dir).map(claim)
@@ -165,7 +170,7 @@ fn training(gpu: &Machine, peak: f64) -> Result<Vec<Claim>> {
     let fastest = flash.filter_map(|row| number(row, "model_tflops")).reduce(f64::max);
     claims.extend(fastest.map(|rate| Claim {
         paper: "GPT training at up to 225 TFLOP/s, 72% of the peak (of an A100)",
-        here: format!("up to {rate:.0} TFLOP/s, {:.0}% of the data sheet's", 100.0 * rate / peak),
+        here: format!("up to {rate:.0} TFLOP/s, {:.0}% of the data sheet's peak", 100.0 * rate / peak),
         holds: rate >= 0.72 * peak,
     }));
     Ok(claims)

@@ -55,5 +55,6 @@ fn documents() -> Result<Vec<PathBuf>> {
     let markdown = |path: &Path| path.extension().is_some_and(|extension| extension == "md");
     let mut documents = files("docs", &markdown)?;
     documents.extend(["README.md", "CHANGELOG.md"].map(PathBuf::from));
+    documents.extend(files("crates", &|path| path.ends_with("README.md"))?);
     Ok(documents)
 }

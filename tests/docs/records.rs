@@ -1,47 +1,58 @@
-//! The newest record of each machine in the documents.
+//! The records that the documents show: of each machine the newest that compares a pass with other implementations.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 
 use super::{loss, read, root};
 use figures::record::{median, Call, Record};
 use figures::Figure;
 
-/// Machines by their folders in benches/record.
+/// The other implementations of a record. The peer `before` is an older version of ours.
+const OTHERS: [&str; 5] = ["flash", "cudnn", "fa3", "standard", "candle_flash"];
+
+/// A record of each machine, and of the H200 one for each pass: its passes were not measured on the same day.
 pub struct Records {
     /// Runs of the CPU path.
     pub xeon: Machine,
     /// Runs of the sm80 kernels.
     pub h100: Machine,
     /// Runs of the forward on the sm90 kernels.
-    pub h200: Machine,
+    pub h200_forward: Machine,
+    /// Runs of the backward, which uses the sm80 kernels.
+    pub h200_backward: Machine,
 }
 
-/// Reads the newest record of each machine.
+/// Reads the newest records.
 pub fn newest() -> Result<Records> {
+    let xeon = ("xeon-sapphire-rapids-2-cores", "Xeon Sapphire Rapids, 2 cores");
+    let (h100, h200) = (("h100-80gb-hbm3", "H100 80GB HBM3"), ("h200", "H200"));
     // If two machines have the same figure, one of them is shown under another name.
     let of_every_gpu = ["forward", "backward", "forward-backward", "memory", "ablations", "heads", "loss"];
     Ok(Records {
-        xeon: Machine::newest("xeon-sapphire-rapids-2-cores", &[("cpu", "cpu")])?,
-        h100: Machine::newest("h100-80gb-hbm3", &of_every_gpu.map(|name| (name, name)))?,
-        h200: Machine::newest("h200", &[("forward", "hopper-forward")])?,
+        xeon: Machine::newest(xeon, "fwd", &[("cpu", "cpu")])?,
+        h100: Machine::newest(h100, "fwd", &of_every_gpu.map(|name| (name, name)))?,
+        h200_forward: Machine::newest(h200, "fwd", &[("forward", "hopper-forward")])?,
+        h200_backward: Machine::newest(h200, "bwd", &[])?,
     })
 }
 
 impl Records {
     /// Every figure of docs/plots.
     pub fn figures(self) -> Vec<Figure> {
-        [self.xeon, self.h100, self.h200].into_iter().flat_map(|machine| machine.figures).collect()
+        let machines = [self.xeon, self.h100, self.h200_forward, self.h200_backward];
+        machines.into_iter().flat_map(|machine| machine.figures).collect()
     }
 }
 
-/// The newest record of one machine.
+/// One record of a machine.
 pub struct Machine {
     /// `benches/record/MACHINE/DATE`.
     pub folder: String,
-    /// Machine and date.
+    /// The name of the machine in a document.
+    pub name: &'static str,
+    /// Name, date, and the versions that the record names.
     pub origin: String,
     /// Medians over all files.
     pub record: Record,
@@ -51,16 +62,30 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// `shown` lists the figures of this machine: the name in [`figures`], and the name of the file.
-    fn newest(machine: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
-        let dates = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
+    /// The newest record of a machine in which another implementation ran the pass `dir`.
+    fn newest(machine: (&str, &'static str), dir: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
+        let dates =
+            fs::read_dir(root().join("benches/record").join(machine.0)).with_context(|| machine.0.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        let date = dates.collect::<Result<Vec<String>>>()?.into_iter().max();
-        let date = date.with_context(|| format!("{machine} has no runs"))?;
-        let folder = format!("benches/record/{machine}/{date}");
-        let origin = format!("{}, {date}", machine.replace('-', " "));
+        let mut dates = dates.collect::<Result<Vec<String>>>()?;
+        dates.sort();
+        for date in dates.iter().rev() {
+            let record = Self::read(machine, date, shown)?;
+            let compares = |peer: &&str| record.record.calls(peer).any(|call| call.dir == dir);
+            if OTHERS.iter().any(compares) {
+                return Ok(record);
+            }
+        }
+        bail!("no record of {} compares {dir} with another implementation", machine.0)
+    }
 
+    /// `shown` lists the figures of this record: the name in [`figures`], and the name of the file.
+    fn read((machine, name): (&str, &'static str), date: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
+        let folder = format!("benches/record/{machine}/{date}");
         let texts = csv_files(&folder)?;
+        let measured = format!("{name}, {date}");
+        let origin = [Some(measured.as_str()), versions(&texts)].into_iter().flatten().collect::<Vec<_>>().join("; ");
+
         let mut runs = BTreeMap::<u32, Vec<&str>>::new();
         for (name, text) in &texts {
             if let Some(run) = name.rsplit_once('-').and_then(|(_, run)| run.parse().ok()) {
@@ -70,7 +95,7 @@ impl Machine {
         let runs = runs.into_iter().map(|(run, texts)| Ok((run, Record::read(texts)?))).collect::<Result<_>>()?;
         let record = Record::read(texts.values().map(String::as_str)).with_context(|| folder.clone())?;
 
-        let source = format!("Measured on: {}", origin.to_uppercase());
+        let source = format!("Measured on: {measured}");
         let mut figures = figures::of_record(&record, &source)?;
         if let (Some(standard), Some(flash)) = (texts.get("gpt-standard"), texts.get("gpt-flash")) {
             figures.push(("loss", loss::figure(standard, flash, &source)?));
@@ -80,7 +105,7 @@ impl Machine {
             Some((file, svg))
         };
         let figures = figures.into_iter().filter_map(rename).collect();
-        Ok(Self { folder, origin, record, runs, figures })
+        Ok(Self { folder, name, origin, record, runs, figures })
     }
 
     /// Markdown that shows a figure. Empty if the record has no such figure. `to_docs` is the path from the document to docs.
@@ -136,6 +161,12 @@ impl Machine {
         }
         Ok(rows)
     }
+}
+
+/// The versions that `benches/peers.py` writes into the first line of its file, after the name of the GPU.
+fn versions(texts: &BTreeMap<String, String>) -> Option<&str> {
+    let comment = texts.values().filter_map(|text| text.lines().next()).find(|line| line.starts_with('#'))?;
+    comment.split_once("; ").map(|(_, versions)| versions)
 }
 
 /// The CSV files of a record: their text by name, without the extension.

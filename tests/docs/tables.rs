@@ -13,6 +13,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
 const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
 
+/// The first columns of [`rows_with_the_fastest`].
+const COLUMNS: [&str; 4] = ["pass", "device", "head_dim", "mask"];
+
 /// The other implementations: the name in the rows, and the name in a table.
 pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
 
@@ -87,30 +90,46 @@ pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> 
     Ok(table + &measured_on(gpu, to_root))
 }
 
-/// The table of README.md: the forward on the sm90 kernels, and the backward on the sm80 kernels.
-pub fn front_page(hopper: &Machine, gpu: &Machine) -> Result<String> {
+/// The table of README.md: the forward on the sm90 kernels, and the backward on the sm80 kernels. `older` has the newest run with cuDNN's
+/// backward; ours was an older version then.
+pub fn front_page(forward: &Machine, backward: &Machine, older: &Machine) -> Result<String> {
     let seqlens = [1024, 4096, 16384];
-    let mut table = head_by_seqlen(&["pass", "head_dim", "mask"], &seqlens);
+    let mut table = head_by_seqlen(&COLUMNS, &seqlens);
+    for (machine, pass) in [forward, backward].into_iter().zip(PASSES) {
+        table += &rows_with_the_fastest(machine, pass, &HEAD_DIMS, &seqlens)?;
+    }
     let mut notes = String::new();
-    for (machine, (dir, pass)) in [hopper, gpu].into_iter().zip(PASSES) {
-        table += &rows_with_the_fastest(machine, (dir, pass), &HEAD_DIMS, &seqlens)?;
+    for (machine, dir, version) in
+        [(forward, "fwd", "forward"), (backward, "bwd", "backward"), (older, "bwd", "an older backward")]
+    {
         let Machine { origin, folder, .. } = machine;
         let to = |(peer, name): (&str, &str)| {
             let mean = mean(&machine.compared(peer, &["mha"], dir))?;
             Some(format!("{mean:.2}x {name}"))
         };
         let means: Vec<String> = PEERS.into_iter().filter_map(to).collect();
-        notes += &format!("- {pass}, on {origin} ([the runs]({folder})): {}\n", means.join(", "));
+        notes += &format!("- {version}: {}. {origin} ([the runs]({folder}))\n", means.join(", "));
     }
     Ok(format!(
-        "{table}\nGeometric means over all 36 shapes of the papers' grid, from 512 to 16,384 tokens:\n\n{notes}"
+        "{table}\nOur speed relative to others, geometric means over the 36 shapes of the papers' grid, from 512 to 16,384 \
+         tokens:\n\n{notes}"
     ))
+}
+
+/// One pass, every head_dim and length.
+fn pass(gpu: &Machine, pass: (&str, &str), to_root: &str) -> Result<String> {
+    let rows = rows_with_the_fastest(gpu, pass, &[64, 96, 128, 192, 256], &SEQLENS)?;
+    Ok(head_by_seqlen(&COLUMNS, &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
 }
 
 /// The forward of every head_dim and length.
 pub fn forward(gpu: &Machine, to_root: &str) -> Result<String> {
-    let rows = rows_with_the_fastest(gpu, PASSES[0], &[64, 96, 128, 192, 256], &SEQLENS)?;
-    Ok(head_by_seqlen(&["pass", "head_dim", "mask"], &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
+    pass(gpu, PASSES[0], to_root)
+}
+
+/// The backward of every head_dim and length.
+pub fn backward(gpu: &Machine, to_root: &str) -> Result<String> {
+    pass(gpu, PASSES[1], to_root)
 }
 
 /// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192. They have 16 heads.
@@ -123,7 +142,7 @@ fn rows_with_the_fastest(
     let mut rows = String::new();
     for &head_dim in head_dims {
         for (causal, mask) in MASKS {
-            rows += &format!("| {pass} | {head_dim} | {mask} |");
+            rows += &format!("| {pass} | {} | {head_dim} | {mask} |", gpu.name);
             for &seqlen in seqlens {
                 let of_grid = Call::of_the_grid(dir, head_dim, causal, seqlen);
                 let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };

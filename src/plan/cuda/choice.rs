@@ -1,4 +1,5 @@
-//! Chooses the kernel of a pass, and records why each other kernel was rejected.
+//! Chooses the kernel of a pass. Records why each other candidate was rejected; a candidate has the type of the call, the right
+//! variant and a sufficient head_dim.
 
 use std::cmp::Reverse;
 
