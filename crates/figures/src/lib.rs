@@ -1,4 +1,4 @@
-//! What the bench, the documents and the GPT example share: figures, records of runs, rates of GPUs.
+//! Figures, records of runs and rates of GPUs, for the bench, the documents and the GPT example.
 //!
 //! This crate measures nothing. [`of_record`] draws CSV files with the columns of benches/record as SVG: speed by seqlen as in the
 //! papers, speed on a CPU, memory, and the gain of each idea. [`curves`] draws the loss of a training.
@@ -185,7 +185,7 @@ pub fn batches(calls: &[Call]) -> String {
     }
 }
 
-/// What each idea of the paper brings: speed with it over speed without it, a panel for each pass.
+/// The gain of each idea of the paper: speed with it over speed without it, a panel for each pass.
 fn ablations(record: &Record, source: &str) -> Option<Chart> {
     let variants = variants(record);
     let series: Vec<(usize, bool, Series)> = [
@@ -284,8 +284,8 @@ pub fn variant_name(variant: &str) -> String {
     known.unwrap_or_else(|| variant.trim_start_matches("ablation_").replace('_', " "))
 }
 
-/// The speed that a variant is compared with: that of the variant that lacks nothing, because the two differ in one idea only.
-/// That variant itself is compared with ours, and so is a call that it did not time.
+/// The speed of a variant's baseline. The baseline of a variant is `none`: our kernel in the same frame. The baseline of `none`, and of
+/// calls that `none` did not run, is our real kernel.
 pub fn baseline(record: &Record, variant: &str, call: &Call) -> Option<f64> {
     let frame = if variant == LACKS_NOTHING { None } else { record.tflops(LACKS_NOTHING, call) };
     frame.or_else(|| record.ours_for(call)?.tflops)
