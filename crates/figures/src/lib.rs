@@ -259,6 +259,14 @@ const LACKS_NOTHING: &str = "ablation_none";
 pub const ABLATION: &str = "ablation";
 pub const BY_HEADS: &str = "ablation_heads";
 
+/// From this batch x heads on, one thread block per head keeps all multiprocessors of any GPU so far busy. With fewer heads,
+/// a comparison with FlashAttention-1 mostly measures idle multiprocessors.
+pub const FULL_GPU: usize = 256;
+
+/// The paper's highest shares of an A100's peak rate, in the forward and in the backward.
+pub const PAPER_FORWARD_SHARE: f64 = 0.73;
+pub const PAPER_BACKWARD_SHARE: f64 = 0.63;
+
 /// Variants of our kernels, each without one idea of the paper, in the paper's order; and what each does instead.
 const VARIANTS: [(&str, &str); 6] = [
     (LACKS_NOTHING, "nothing: ours in this frame"),
