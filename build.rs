@@ -14,12 +14,7 @@
 //! Lines of sm90 are compiled for 9.0 only, without PTX, because no other GPU has their instructions. With the feature `cuda`
 //! the table has these lines if 90 is among the GPUs to compile for.
 //!
-//! | variable | meaning |
-//! | --- | --- |
-//! | `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH` | where to look for nvcc, in this order, as for Candle's own kernels |
-//! | `CUDA_COMPUTE_CAP` | the GPU to compile for, as for Candle: `90`; without it nvidia-smi tells |
-//! | `CANDLE_FA2_CUDA_ARCHS` | several GPUs to compile for: `80,86,89,90` |
-//! | `CANDLE_FA2_SPILLS` | `strict`: a kernel whose local memory differs from the LOCAL lines is an error, not a warning |
+//! docs/environment.md lists the environment variables that it reads.
 
 use std::process::ExitCode;
 

@@ -2,7 +2,7 @@
 """Times variants of the kernels next to PyTorch's FlashAttention-2. It needs a GPU, nvcc and PyTorch, but no Rust.
 
     cargo run --bin kernel-build -- describe --dtype bf16 --plain > kernels.json     on a machine with Rust
-    cargo run -p attention-reference -- fixtures target/fixtures                     on the same machine: the right answers
+    cargo run -p attention-reference -- fixtures target/fixtures 64 128              on the same machine: the right answers
     tune.py kernels.json                        the kernels of cuda/instances.def
     tune.py kernels.json --points full:4096 causal:512
     tune.py kernels.json --deterministic        each backward once more, adding to dq_accum in a fixed order
@@ -131,9 +131,9 @@ class Line:
             log.write_text(run.stdout + run.stderr)
         elif not (self.image.exists() and log.exists()):
             sys.exit(f"{self.image} does not exist, so --reuse cannot take it; run without --reuse first")
-        lines = log.read_text().split(f"Function properties for {self.main.name}\n")[1].splitlines()
-        used = next(line for line in lines if "Used" in line).partition("Used")[2]
-        return f"{lines[0].strip()}, used{used}, {self.main.shared_bytes} bytes shared"
+        # The two lines after the name: local memory, and registers.
+        told = log.read_text().partition(f"Function properties for {self.main.name}\n")[2].splitlines()[:2]
+        return "; ".join([line.strip() for line in told] + [f"{self.main.shared_bytes} bytes of dynamic shared memory"])
 
 
 class Description:
@@ -426,15 +426,16 @@ class Fixture:
 
 def read_fixtures(torch, folder, head_dims):
     """The fixtures of each head_dim."""
-    index, write = folder / "fixtures.json", f"`cargo run -p attention-reference -- fixtures {folder}"
+    index = folder / "fixtures.json"
+    write = f"`cargo run -p attention-reference -- fixtures {folder} {' '.join(map(str, head_dims))}`"
     if not index.exists():
-        sys.exit(f"{index} does not exist; {write}` writes it")
+        sys.exit(f"{index} does not exist; {write} writes it")
     cases = json.loads(index.read_text())["cases"]
     of = lambda d: [Fixture(torch, folder, case) for case in cases if case["name"].startswith(f"d{d}-")]
     fixtures = {head_dim: of(head_dim) for head_dim in head_dims}
     lacking = [str(head_dim) for head_dim, found in fixtures.items() if not found]
     if lacking:
-        sys.exit(f"{index} has no case for head_dim {', '.join(lacking)}; {write} {' '.join(map(str, head_dims))}` writes all")
+        sys.exit(f"{index} has no case for head_dim {', '.join(lacking)}; {write} writes all")
     return fixtures
 
 

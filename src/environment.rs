@@ -1,9 +1,4 @@
-//! The environment variables of this crate. Each is read once per process.
-//!
-//! | variable | effect |
-//! | --- | --- |
-//! | `CANDLE_FA2_LOG` | `plan` prints each distinct problem and its plan once, to standard error |
-//! | `CANDLE_FA2_SHARED_LIMIT` | limits the shared memory per thread block to this number of bytes, to run the kernels of smaller GPUs |
+//! The environment variables of this crate. Each is read once per process. docs/environment.md describes them.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};

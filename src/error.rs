@@ -439,10 +439,10 @@ impl From<Error> for candle_core::Error {
 /// The solution for a tensor with the wrong number of axes. `axes` describes the expected axes, for example
 /// `(batch, seqlen_q, num_heads, head_dim)`.
 fn way_to_rank(axes: &str) -> &'static str {
-    // There is no packed call for a fused tensor of q, k and v.
-    let of_heads = (axes.contains("num_heads") || axes.contains("embed_dim")) && !axes.contains('+');
+    // A fused tensor of q, k and v has no packed call, and neither has a tensor with any other axes after the sequences.
+    let has_packed_call = axes.split(',').count() > 2 && !axes.contains('+') && !axes.contains("..");
     match axes.split(',').next() {
-        Some("(batch") if of_heads => "reshape it, or use the packed call for sequences laid end to end",
+        Some("(batch") if has_packed_call => "reshape it, or use the packed call for sequences laid end to end",
         Some("(total" | "(total_q" | "(total_k" | "(num_heads" | "(num_heads_k") => {
             "reshape it, or use the padded call for sequences of one length"
         }

@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 
-/// What a kernel computes.
+/// The results of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pass {
     /// o and lse.
@@ -55,7 +55,7 @@ impl std::fmt::Display for Arch {
 pub enum Grid {
     /// One block for each work tile. The position of the block in the grid determines the tile.
     Tiles,
-    /// As many blocks as the GPU runs at once. Each block processes several tiles.
+    /// One block for each multiprocessor, or more if these could not list all tiles. Each block processes several tiles.
     Persistent {
         /// Number of tiles that one block can take.
         max_tiles: usize,
@@ -69,7 +69,7 @@ pub struct Kernel {
     pub name: &'static str,
     /// Index of its image. There is one image for each line of cuda/instances.def.
     pub image: usize,
-    /// What it computes.
+    /// Its results.
     pub pass: Pass,
     /// Its instruction set.
     pub arch: Arch,

@@ -63,9 +63,9 @@ impl FlashAttention {
         untracked(storage, &self.problem.shape_lse())
     }
 
-    fn cpu_call(&self) -> Result<cpu::Execution<'_>> {
+    fn cpu_call(&self) -> Result<cpu::Call<'_>> {
         let Plan::Cpu(plan) = &self.plan else { unreachable!("Plan::choose returns Plan::Cpu on the CPU") };
-        cpu::Execution::new(&self.problem, plan, self.alibi_slopes.as_ref())
+        cpu::Call::new(&self.problem, plan, self.alibi_slopes.as_ref())
     }
 
     #[cfg(feature = "cuda")]

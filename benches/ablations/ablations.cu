@@ -17,7 +17,7 @@ using namespace fa2;
 using namespace fa2::sm80;
 using namespace fa2::ablations;
 
-// The tiles of cuda/instances.def, so that nothing else differs.
+// The tiles of cuda/instances.def, so that nothing else differs. tests/docs/ablations.rs compares them.
 #if ABLATION_HEAD_DIM == 64
 using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 64, 128, 128, 4, NoScoreMod>;
 using FromLse = sm80::BwdTraits<ABLATION_TYPE, 64, 32, 128, 4, 2, 1, 4, 1, NoScoreMod>;

@@ -1,6 +1,7 @@
 // The softmax of FlashAttention-1.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 
 #include "core/fragment.cuh"
@@ -19,6 +20,7 @@ struct Statistics {
     float* max;  // of the scores, natural
     float* sum;  // of exp(score - max)
 };
+static_assert(sizeof(Statistics) == 16 && offsetof(Statistics, sum) == 8, "call.rs of the bench has the same struct");
 
 // A row that has seen no key yet has a sum of 0 and an o of 0.
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }

@@ -18,7 +18,7 @@ use crate::peers::Answer;
 /// limit would let some of them pass (16 keys tried, f32, head_dim 64, 128 and 256).
 const SHARE_OF_THE_RULE: f64 = 0.5;
 
-/// What the answer of a case must be, at the checked queries.
+/// The right answer of a case at the checked queries, and its limits.
 pub struct Reference {
     want: Output,
     tolerances: [Tolerance; 5],

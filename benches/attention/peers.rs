@@ -35,14 +35,14 @@ pub struct Contender {
 /// The order of the axes of a peer's tensors.
 #[derive(Clone, Copy, PartialEq)]
 enum Axes {
-    /// That of [`Inputs`].
+    /// The order of [`Inputs`].
     SeqlenFirst,
     /// `(batch, heads, seqlen, head_dim)`.
     HeadsFirst,
 }
 
 impl Axes {
-    /// Between the order of [`Inputs`] and this one, either way.
+    /// Converts from the order of [`Inputs`] to this one, and back.
     fn swap(self, tensor: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Axes::SeqlenFirst => Ok(tensor.clone()),

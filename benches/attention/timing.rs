@@ -27,7 +27,7 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// Of `runs` in seconds, at least one.
+    /// Sorts `runs`, at least one time in seconds.
     pub fn new(mut runs: Vec<f64>, waited: Option<f64>) -> Self {
         assert!(!runs.is_empty(), "a time needs a run");
         runs.sort_by(f64::total_cmp);

@@ -9,8 +9,8 @@
 
 use std::ops::Range;
 
+use super::call::Call;
 use super::element::{Element, Real};
-use super::execution::Execution;
 use super::forward::{tile, transpose};
 use super::lse::Lse;
 use super::matmul::{matmul, matmul_scores, matmul_visible, Mat, Out};
@@ -76,7 +76,7 @@ struct Scratch<A> {
 
 /// The inputs and outputs of one backward call. All its tasks share them.
 struct Pass<'a, T: Element, G> {
-    execution: &'a Execution<'a>,
+    call: &'a Call<'a>,
     inputs: Inputs<&'a [T]>,
     lse: Lse<&'a [T::Acc]>,
     /// rowsum(do * o) - dlse, in the order of lse.
@@ -91,13 +91,13 @@ struct Pass<'a, T: Element, G> {
 
 /// Computes the wanted ones of dq, dk and dv, contiguous in the shapes of q, k and v.
 pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
-    execution: &Execution,
+    call: &Call,
     inputs: Inputs<&[T]>,
     lse: Lse<&[T::Acc]>,
     upstream: &Upstream<G>,
     wanted: Wanted,
 ) -> Gradients<Option<Vec<T>>> {
-    let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
+    let (problem, head_dim) = (call.problem, call.problem.head_dim);
     let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
     let q_len = problem.rows_q() * problem.num_heads * head_dim;
     let len_if = |wanted: bool, len: usize| if wanted { len } else { 0 };
@@ -105,11 +105,11 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let mut dk = vec![T::default(); len_if(wanted.dk, k_len)];
     let mut dv = vec![T::default(); len_if(wanted.dv, k_len)];
 
-    let delta = delta::<G>(execution, upstream);
-    let (tasks, query_tiles) = (tasks(execution), query_tiles(execution));
+    let delta = delta::<G>(call, upstream);
+    let (tasks, query_tiles) = (tasks(call), query_tiles(call));
     let dq_semaphores = dq_semaphores(&query_tiles, problem.num_heads);
     let pass = Pass {
-        execution,
+        call,
         inputs,
         lse,
         delta,
@@ -150,10 +150,10 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
 ///
 /// The gradient of a score is `p * (dp - rowsum(do * o))` through o, and `p * dlse` through lse. Their sum is
 /// `p * (dp - delta)`.
-fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Acc> {
+fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
     // Rows per task. The work of a task must outweigh the cost of handing it to a thread.
     const ROWS: usize = 256;
-    let (problem, head_dim) = (execution.problem, execution.problem.head_dim);
+    let (problem, head_dim) = (call.problem, call.problem.head_dim);
     let o_strides = problem.contiguous_o();
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
@@ -176,7 +176,7 @@ fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Ac
             let do_start = upstream.do_strides.start(sequence.batch, sequence.first_q + row, *head);
             G::widen(&upstream.o[o_start..][..head_dim], wide_o);
             G::widen(&upstream.do_[do_start..][..head_dim], wide_do);
-            delta[i] = execution.arch.dispatch(Dot { a: wide_o, b: wide_do });
+            delta[i] = call.arch.dispatch(Dot { a: wide_o, b: wide_do });
         }
         if let Some(dlse) = upstream.dlse {
             let mut wide = [G::Acc::ZERO; ROWS];
@@ -191,8 +191,8 @@ fn delta<G: Element>(execution: &Execution, upstream: &Upstream<G>) -> Vec<G::Ac
 ///
 /// Under a causal mask the most queries see the first keys, so the longest tasks start first. In this order, tasks that
 /// add to the same tile of `dq_accum` are far apart.
-fn tasks(execution: &Execution) -> Vec<Task> {
-    let (problem, block_n) = (execution.problem, execution.backward.block_n);
+fn tasks(call: &Call) -> Vec<Task> {
+    let (problem, block_n) = (call.problem, call.backward.block_n);
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let visibility = problem.visibility(&sequence);
@@ -208,8 +208,8 @@ fn tasks(execution: &Execution) -> Vec<Task> {
 }
 
 /// The query tiles of each sequence.
-fn query_tiles(execution: &Execution) -> Vec<QueryTiles> {
-    let (problem, tile) = (execution.problem, execution.backward);
+fn query_tiles(call: &Call) -> Vec<QueryTiles> {
+    let (problem, tile) = (call.problem, call.backward);
     let mut first_semaphore = 0;
     let mut query_tiles = Vec::with_capacity(problem.batch());
     for sequence in problem.sequences() {
@@ -236,7 +236,7 @@ fn dq_semaphores(query_tiles: &[QueryTiles], num_heads: usize) -> DqSemaphores {
 
 impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
     fn scratch(&self) -> Scratch<T::Acc> {
-        let (tile, problem) = (self.execution.backward, self.execution.problem);
+        let (tile, problem) = (self.call.backward, self.call.problem);
         let Tile { block_m, block_n } = tile;
         let zeros = |len: usize| vec![T::Acc::ZERO; len];
         let (m, n, scores) = (block_m * problem.head_dim, block_n * problem.head_dim, block_m * block_n);
@@ -256,7 +256,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
 
     /// Computes one task: adds to `dq_accum`, and leaves dk and dv of the task's keys in `scratch`.
     fn run(&self, task: &Task, scratch: &mut Scratch<T::Acc>) {
-        let problem = self.execution.problem;
+        let problem = self.call.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let n = cols.len();
         scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
@@ -291,12 +291,12 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         k: Mat<T::Acc>,
         scratch: &mut Scratch<T::Acc>,
     ) {
-        let problem = self.execution.problem;
+        let problem = self.call.problem;
         let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
         let (m, n) = (rows.len(), cols.len());
         let visibility = problem.visibility(sequence);
         let partial = visibility.coverage(rows, cols) != Coverage::Full;
-        let score_mod = ScoreMod::<T::Acc>::new(problem, self.execution.slope(sequence.batch, head));
+        let score_mod = ScoreMod::<T::Acc>::new(problem, self.call.slope(sequence.batch, head));
         let scale = T::Acc::from_f64_lossy(problem.softmax_scale);
         let strides = &self.upstream.do_strides;
 
@@ -311,14 +311,14 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul_scores(self.execution.arch, p, (m, n, head_dim), score_mod.scale, q, k_transposed);
+        matmul_scores(self.call.arch, p, (m, n, head_dim), score_mod.scale, q, k_transposed);
         // dv needs only P.
         if self.wanted.dq || self.wanted.dk {
             matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
         }
         let mask = TileMask { rows, cols, visibility, partial };
         let derivative = &mut scratch.derivative;
-        self.execution.arch.dispatch(GradientStep { score_mod, mask, p, ds, derivative, row_max, log2_row_sum, delta });
+        self.call.arch.dispatch(GradientStep { score_mod, mask, p, ds, derivative, row_max, log2_row_sum, delta });
         let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
         let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;

@@ -8,8 +8,8 @@
 
 use std::ops::Range;
 
+use super::call::Call;
 use super::element::{Element, Real};
-use super::execution::Execution;
 use super::lse::Lse;
 use super::matmul::{matmul_scores, matmul_visible, Mat, Out};
 use super::parallel::{for_each_task, Shared};
@@ -40,14 +40,14 @@ struct Scratch<A> {
 
 /// Computes `o`, contiguous in its layout, and `lse`, `(batch, num_heads, seqlen_q)` or `(num_heads, total_q)`.
 pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
-    execution: &Execution,
+    call: &Call,
     inputs: Inputs<&[T]>,
     o: &mut [O],
     lse: &mut Lse<Vec<T::Acc>>,
 ) {
-    let (problem, tile) = (execution.problem, execution.forward);
+    let (problem, tile) = (call.problem, call.forward);
     let head_dim = problem.head_dim;
-    let tasks = tasks(execution);
+    let tasks = tasks(call);
     let o_strides = problem.contiguous_o();
     let (o, row_max, log2_row_sum) =
         (Shared::new(o), Shared::new(&mut lse.row_max), Shared::new(&mut lse.log2_row_sum));
@@ -65,7 +65,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     for_each_task(tasks.len(), multiply_adds, scratch, |scratch, index| {
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
-        attend(execution, inputs, task, scratch);
+        attend(call, inputs, task, scratch);
         let visibility = problem.visibility(sequence);
         let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
@@ -90,13 +90,13 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
 }
 
 /// All tasks, the longest first. A long task that started last would leave the other threads idle.
-fn tasks(execution: &Execution) -> Vec<Task> {
-    let problem = execution.problem;
+fn tasks(call: &Call) -> Vec<Task> {
+    let problem = call.problem;
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let visibility = problem.visibility(&sequence);
-        for start in (0..sequence.seqlen_q).step_by(execution.forward.block_m) {
-            let rows = start..(start + execution.forward.block_m).min(sequence.seqlen_q);
+        for start in (0..sequence.seqlen_q).step_by(call.forward.block_m) {
+            let rows = start..(start + call.forward.block_m).min(sequence.seqlen_q);
             let pairs = rows.len() * visibility.keys_of(&rows).len();
             tasks.extend((0..problem.num_heads).map(|head| Task { sequence, head, rows: rows.clone(), pairs }));
         }
@@ -106,12 +106,12 @@ fn tasks(execution: &Execution) -> Vec<Task> {
 }
 
 /// Computes one task: the unnormalised output in `scratch.o`, and row_max and row_sum in `scratch.softmax`.
-fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
+fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
     let Inputs { q, k, v } = inputs;
-    let (problem, block_n) = (execution.problem, execution.forward.block_n);
+    let (problem, block_n) = (call.problem, call.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
-    let score_mod = ScoreMod::new(problem, execution.slope(sequence.batch, task.head));
+    let score_mod = ScoreMod::new(problem, call.slope(sequence.batch, task.head));
     let visibility = problem.visibility(sequence);
     let m = rows.len();
 
@@ -136,11 +136,11 @@ fn attend<T: Element>(execution: &Execution, inputs: Inputs<&[T]>, task: &Task, 
         let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
-        matmul_scores(execution.arch, scores, (n, m, head_dim), score_mod.scale, k_tile, q_transposed);
+        matmul_scores(call.arch, scores, (n, m, head_dim), score_mod.scale, k_tile, q_transposed);
         let o = &mut scratch.o[..m * head_dim];
         let mask = TileMask { rows, cols: &cols, visibility, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;
-        execution.arch.dispatch(SoftmaxStep { score_mod, mask, scores, softmax, o, head_dim });
+        call.arch.dispatch(SoftmaxStep { score_mod, mask, scores, softmax, o, head_dim });
         let keys = |row: usize| mask.keys(row);
         let keys: Option<&dyn Fn(usize) -> Range<usize>> = mask.partial.then_some(&keys);
         let p = Mat::rows(scores, m).transposed();

@@ -5,8 +5,8 @@
 //! The tiles alone fix the order of every sum, so the bits do not depend on the number of threads.
 
 mod backward;
+mod call;
 mod element;
-mod execution;
 mod forward;
 mod lse;
 mod matmul;
@@ -16,8 +16,8 @@ mod scores;
 use candle_core::{CpuStorage, DType, Result, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
 
+pub(crate) use self::call::Call;
 use self::element::{Element, Real};
-pub(crate) use self::execution::Execution;
 pub(crate) use self::lse::Lse;
 use crate::output::Output;
 use crate::problem::{Problem, Strides};
@@ -27,15 +27,15 @@ use crate::tensors::{BackwardInputs, Gradients, Inputs};
 ///
 /// Returns the result that `output` asks for, and the lse that the backward reads.
 pub(crate) fn forward(
-    execution: &Execution,
+    call: &Call,
     output: Output,
     inputs: Inputs<&CpuStorage>,
 ) -> Result<(CpuStorage, Lse<CpuStorage>)> {
-    match execution.problem.dtype {
-        DType::F64 => typed_forward::<f64>(execution, output, inputs),
-        DType::F32 => typed_forward::<f32>(execution, output, inputs),
-        DType::F16 => typed_forward::<f16>(execution, output, inputs),
-        DType::BF16 => typed_forward::<bf16>(execution, output, inputs),
+    match call.problem.dtype {
+        DType::F64 => typed_forward::<f64>(call, output, inputs),
+        DType::F32 => typed_forward::<f32>(call, output, inputs),
+        DType::F16 => typed_forward::<f16>(call, output, inputs),
+        DType::BF16 => typed_forward::<bf16>(call, output, inputs),
         other => unreachable!("Problem accepts no {other:?}"),
     }
 }
@@ -44,38 +44,38 @@ pub(crate) fn forward(
 ///
 /// Returns the gradients of q, k and v; `None` for an input that is not tracked.
 pub(crate) fn backward(
-    execution: &Execution,
+    call: &Call,
     output: Output,
     tensors: BackwardInputs<Lse<Tensor>>,
 ) -> Result<Gradients<Option<CpuStorage>>> {
-    match execution.problem.dtype {
-        DType::F64 => typed_backward::<f64>(execution, output, tensors),
-        DType::F32 => typed_backward::<f32>(execution, output, tensors),
-        DType::F16 => typed_backward::<f16>(execution, output, tensors),
-        DType::BF16 => typed_backward::<bf16>(execution, output, tensors),
+    match call.problem.dtype {
+        DType::F64 => typed_backward::<f64>(call, output, tensors),
+        DType::F32 => typed_backward::<f32>(call, output, tensors),
+        DType::F16 => typed_backward::<f16>(call, output, tensors),
+        DType::BF16 => typed_backward::<bf16>(call, output, tensors),
         other => unreachable!("Problem accepts no {other:?}"),
     }
 }
 
 fn typed_forward<T: Element>(
-    execution: &Execution,
+    call: &Call,
     output: Output,
     inputs: Inputs<&CpuStorage>,
 ) -> Result<(CpuStorage, Lse<CpuStorage>)> {
     let inputs = inputs.try_map(T::cpu_storage_as_slice)?;
-    let rows = execution.problem.rows_q() * execution.problem.num_heads;
-    let o_len = rows * execution.problem.head_dim;
+    let rows = call.problem.rows_q() * call.problem.num_heads;
+    let o_len = rows * call.problem.head_dim;
     let mut lse = Lse { row_max: vec![T::Acc::ZERO; rows], log2_row_sum: vec![T::Acc::ZERO; rows] };
     let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
-            forward::forward(execution, inputs, &mut o, &mut lse);
+            forward::forward(call, inputs, &mut o, &mut lse);
             T::to_cpu_storage_owned(o)
         }
         Output::OAndLse => {
             let mut both = vec![T::Acc::ZERO; o_len + rows];
             let (o, natural) = both.split_at_mut(o_len);
-            forward::forward(execution, inputs, o, &mut lse);
+            forward::forward(call, inputs, o, &mut lse);
             for ((natural, &row_max), &log2_row_sum) in natural.iter_mut().zip(&lse.row_max).zip(&lse.log2_row_sum) {
                 *natural = (row_max + log2_row_sum) * T::Acc::LN_2;
             }
@@ -86,11 +86,11 @@ fn typed_forward<T: Element>(
 }
 
 fn typed_backward<T: Element>(
-    execution: &Execution,
+    call: &Call,
     output: Output,
     BackwardInputs { inputs, result, grad, lse }: BackwardInputs<Lse<Tensor>>,
 ) -> Result<Gradients<Option<CpuStorage>>> {
-    let problem = execution.problem;
+    let problem = call.problem;
     let wanted = backward::Wanted { dq: inputs.q.track_op(), dk: inputs.k.track_op(), dv: inputs.v.track_op() };
     let grad = readable(problem, output, grad)?;
     let grad_start = grad.layout().start_offset();
@@ -106,7 +106,7 @@ fn typed_backward<T: Element>(
                 do_strides: Strides::of("do", grad.layout(), problem.output_layout)?,
                 dlse: None,
             };
-            backward::backward(execution, inputs, lse, &upstream, wanted)
+            backward::backward(call, inputs, lse, &upstream, wanted)
         }
         Output::OAndLse => {
             let o_len = problem.rows_q() * problem.num_heads * problem.head_dim;
@@ -117,7 +117,7 @@ fn typed_backward<T: Element>(
                 do_strides: problem.contiguous_o(),
                 dlse: Some(dlse),
             };
-            backward::backward(execution, inputs, lse, &upstream, wanted)
+            backward::backward(call, inputs, lse, &upstream, wanted)
         }
     };
     Ok(grads.map(|grad| grad.map(T::to_cpu_storage_owned)))

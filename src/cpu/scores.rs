@@ -296,8 +296,8 @@ fn gradients<A: Real>(p: &mut [A], ds: &mut [A], RowStatistics { row_max, log2_r
     for (p, ds) in p.iter_mut().zip(ds) {
         // row_max is one of the scores, so `score - row_max` is exact where p matters. `row_max + log2_row_sum` would be
         // rounded, and with large scores p would inherit a large error.
-        // A product of another shape than the forward's may round a score to more than row_max, so the difference is
-        // clamped to 0. The comparison is false for NaN, so NaN stays.
+        // If the backward's product has another shape, a score can round to a value above row_max. So the difference is limited
+        // to 0. The comparison is false for NaN, so NaN stays.
         let above_max = *p - row_max;
         let above_max = if above_max > A::ZERO { A::ZERO } else { above_max };
         *p = (above_max - log2_row_sum).exp2();

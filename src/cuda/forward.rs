@@ -10,7 +10,7 @@ use super::call::Call;
 use super::counters::Counters;
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, Element};
-use super::params::{FwdParams, Schedule, Sm90FwdParams};
+use super::params::{FwdParams, Params, Schedule, Sm90FwdParams};
 use super::tensor_map;
 use crate::output::Output;
 use crate::plan::Launch;
@@ -98,7 +98,11 @@ fn queue<T: Element>(
         shape: side.shape(&mut launcher)?,
         o_is_f32: i32::from(o_is_f32),
     };
-    let Some(schedule) = &launch.schedule else { return Ok(launcher.launch(launch, &params)?) };
+    if launch.kernel.params == FwdParams::NAME {
+        return Ok(launcher.launch(launch, &params)?);
+    }
+    // The other kernels read q, k and v through tensor maps and take their tiles from a schedule.
+    let schedule = launch.schedule.as_ref().expect("a kernel with tensor maps has a persistent grid");
     let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;
     let Inputs { q, k, v } = tensor_map::of_inputs(problem, launch.kernel, &params)?;
     let schedule = Schedule::new(schedule, counters);

@@ -3,14 +3,11 @@
 use super::records::Machine;
 use anyhow::{Context, Result};
 use figures::record::Call;
-use figures::{data_sheet, geometric_mean, ratios, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS, SEQLENS};
+use figures::{data_sheet, geometric_mean, ratios, ABLATION, BY_HEADS, FULL_GPU, HEADS_ONLY, HEAD_DIMS};
+use figures::{PAPER_BACKWARD_SHARE, PAPER_FORWARD_SHARE, SEQLENS};
 
 /// The GPU of the record whose rates are claimed.
 const GPU: &str = "NVIDIA H100 80GB HBM3";
-
-/// From this batch x heads on, one thread block per head keeps all 132 multiprocessors of an H100 busy. With fewer heads the
-/// comparison mostly measures idle multiprocessors; a claim of its own covers that.
-const FULL: usize = 256;
 
 struct Claim {
     paper: &'static str,
@@ -23,12 +20,12 @@ pub fn table(gpu: &Machine) -> Result<String> {
     let mut claims = Vec::new();
     for (dir, pass) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
         let all = || ratios(&gpu.record, "ablation_flash1", ABLATION).filter(|(call, _)| call.dir == dir);
-        let full = spread(all().filter(|(call, _)| call.batch * call.num_heads >= FULL).map(|(_, ratio)| ratio));
+        let full = spread(all().filter(|(call, _)| call.batch * call.num_heads >= FULL_GPU).map(|(_, ratio)| ratio));
         let any = spread(all().map(|(_, ratio)| ratio));
         claims.extend(full.zip(any).map(|((mean, full), (_, any))| Claim {
             paper: "1.7 to 3.0 times as fast as FlashAttention",
             here: format!(
-                "{full} over our kernels in the manner of FlashAttention-1 where batch x heads fills the GPU ({FULL} and \
+                "{full} over our kernels in the manner of FlashAttention-1 where batch x heads fills the GPU ({FULL_GPU} and \
                  more), {any} over all lengths; {pass}"
             ),
             holds: mean >= 1.7,
@@ -106,8 +103,8 @@ fn rates(gpu: &Machine, peak: f64) -> Vec<Claim> {
         here: format!("up to {rate:.0} TFLOP/s"),
         holds: rate.round() >= 335.0,
     });
-    let forward = share("fwd", 0.73, "forward up to 73% of the peak (of an A100)");
-    let backward = share("bwd", 0.63, "backward up to 63% of the peak (of an A100)");
+    let forward = share("fwd", PAPER_FORWARD_SHARE, "forward up to 73% of the peak (of an A100)");
+    let backward = share("bwd", PAPER_BACKWARD_SHARE, "backward up to 63% of the peak (of an A100)");
     [both, forward, backward].into_iter().flatten().collect()
 }
 

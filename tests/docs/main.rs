@@ -2,6 +2,7 @@
 //!
 //! `CANDLE_FA2_UPDATE=1 cargo test --test docs` (`just tables`) rewrites the generated parts.
 
+mod ablations;
 mod claims;
 mod environment;
 mod generated;

@@ -185,21 +185,27 @@ fn long_problem(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Result<P
     Ok(testing::problem(attention, &q, &k, &k)?)
 }
 
+/// The newest architecture among the forward kernels with the smallest sufficient head_dim, and this head_dim.
+fn newest_forward(head_dim: usize) -> (Arch, usize) {
+    let sufficient = KERNELS.iter().filter(|kernel| kernel.pass == Pass::Forward && kernel.head_dim >= head_dim);
+    let smallest =
+        sufficient.clone().map(|kernel| kernel.head_dim).min().expect("the table has a kernel for head_dim 256");
+    let newest = sufficient.filter(|kernel| kernel.head_dim == smallest).map(|kernel| kernel.arch).max();
+    (newest.expect("one kernel has this head_dim"), smallest)
+}
+
 /// sm90 kernels are chosen only for compute capability 9.0, with its shared memory, and for more than a few queries. The plan
 /// takes the smallest sufficient head_dim.
 #[test]
 fn hopper_has_kernels_of_its_own() -> Result<()> {
+    let hopper = [32, 40, 80, 128, 160, 256].map(|head_dim| newest_forward(head_dim).0 == Arch::Sm90);
+    assert_eq!(hopper.contains(&true), has_hopper());
     let others = [A100, caps((8, 9), 128, 99 * 1024), B200, caps((12, 0), 170, 99 * 1024), caps((9, 0), 132, 101_376)];
     for attention in [Attention::new(), Attention::new().softcap(20.0)] {
-        for (head_dim, want) in
-            [(32, None), (40, Some(64)), (80, Some(96)), (128, Some(128)), (160, Some(192)), (256, Some(256))]
-        {
+        for head_dim in [32, 40, 80, 128, 160, 256] {
             let of = |seqlen| long_problem(&attention, [1, seqlen, 2, head_dim], [1, 100, 2, head_dim]);
             let kernel = forward(&plan(&of(17)?, &H100)?).kernel;
-            match want {
-                Some(want) if has_hopper() => assert_eq!((kernel.arch, kernel.head_dim), (Arch::Sm90, want)),
-                _ => assert_eq!(kernel.arch, Arch::Sm80, "head_dim {head_dim}"),
-            }
+            assert_eq!((kernel.arch, kernel.head_dim), newest_forward(head_dim), "head_dim {head_dim}");
             assert_eq!(forward(&plan(&of(16)?, &H100)?).kernel.arch, Arch::Sm80, "decoding with head_dim {head_dim}");
             for other in &others {
                 let Launch { kernel, schedule, .. } = forward(&plan(&of(100)?, other)?);
@@ -321,7 +327,7 @@ fn a_cuda_plan_prints() -> Result<()> {
     Ok(())
 }
 
-/// What a plan prints of the kernels that it did not take.
+/// A plan prints each kernel that it did not take, with the reason.
 #[test]
 fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     let rejected = |head_dim, seqlen, caps: &DeviceCaps| -> Result<Vec<String>> {
@@ -350,7 +356,11 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     if has_hopper() {
         has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 exactly");
         has(&rejected(64, 100, &H100)?, "fwd_sm80_bf16_d64_", " is for older GPUs");
-        has(&rejected(64, 1, &H100)?, "fwd_sm90_bf16_d64_", " has large tiles, but decoding is faster with small ones");
+        has(
+            &rejected(64, 1, &H100)?,
+            "fwd_sm90_bf16_d64_",
+            " has large tiles, and decoding would leave most of their rows empty",
+        );
     }
     Ok(())
 }
@@ -452,7 +462,7 @@ fn refusals_by_size() -> Result<()> {
 
 /// A deterministic backward numbers its blocks in 32 bits.
 #[test]
-fn more_blocks_than_tickets() -> Result<()> {
+fn more_blocks_than_a_semaphore_counts() -> Result<()> {
     // 600,000 sequences, all empty except for one. Each has as many blocks as the longest.
     let mut lengths = vec![0; 600_000];
     lengths[7] = 1 << 20;

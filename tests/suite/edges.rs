@@ -298,8 +298,9 @@ fn infinite_values_under_small_weights() -> Result<()> {
 /// A non-finite value in one sequence and one group of heads. All rows of other sequences and groups keep their bits, in o, lse
 /// and all gradients.
 ///
-/// On a GPU with the kernels of sm80. The packed forward of sm90 loads whole key tiles, so a sequence may meet values of v of the next
-/// one. It then computes its rows again from its own keys, right but with other roundings.
+/// On a GPU with the kernels of sm80. The packed forward of sm90 loads whole tiles, so the last tiles of a sequence may have rows of q
+/// and of v of the next one. If these are not finite, the sequence computes its rows again from its own queries and keys. They are
+/// right, but with other roundings.
 #[test]
 fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
     for target in targets() {

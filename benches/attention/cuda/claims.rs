@@ -1,7 +1,7 @@
 //! Compares the claims of the papers, and the aims of this crate, with the rows of this run.
 
 use figures::record::OUT_OF_MEMORY;
-use figures::ABLATION;
+use figures::{ABLATION, FULL_GPU, PAPER_BACKWARD_SHARE, PAPER_FORWARD_SHARE};
 
 use crate::rows::CsvRow;
 
@@ -121,7 +121,7 @@ fn rates(facts: &[Fact], data_sheet: Option<f64>) -> Vec<Claim> {
     let is_product = |fact: &&Fact| fact.peer == "ceiling" && fact.kind.starts_with("matmul");
     let product = facts.iter().find(is_product).and_then(|fact| fact.tflops);
     let mut claims = Vec::new();
-    for (dir, name, share) in [("fwd", "forward", 0.73), ("bwd", "backward", 0.63)] {
+    for (dir, name, share) in [("fwd", "forward", PAPER_FORWARD_SHARE), ("bwd", "backward", PAPER_BACKWARD_SHARE)] {
         let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.dir == dir);
         let Some((tflops, cell)) = largest(ours.filter_map(|fact| Some((fact.tflops?, &fact.cell)))) else { continue };
         for (whole, of_what) in [(data_sheet, "of the data sheet's rate"), (product, "of the matrix product's rate")] {
@@ -138,12 +138,9 @@ fn rates(facts: &[Fact], data_sheet: Option<f64>) -> Vec<Claim> {
 }
 
 fn flash1(facts: &[Fact]) -> Vec<Claim> {
-    /// This many thread blocks fill any GPU so far. FlashAttention-1 has one for each head. With fewer heads it would leave
-    /// multiprocessors idle, and the comparison would favor ours.
-    const FULL: usize = 256;
     let full = |dir| {
         let of_dir = move |(_, cell): &(f64, &Cell)| {
-            cell.dir == dir && cell.batch.zip(cell.heads.0).is_some_and(|(batch, heads)| batch * heads >= FULL)
+            cell.dir == dir && cell.batch.zip(cell.heads.0).is_some_and(|(batch, heads)| batch * heads >= FULL_GPU)
         };
         largest(ratios(facts, "ablation_flash1", ABLATION).filter(of_dir))
     };

@@ -1,4 +1,4 @@
-//! What the bench, the documents and the GPT example share: figures, records of runs, rates of GPUs.
+//! Figures, records of runs and rates of GPUs, for the bench, the documents and the GPT example.
 //!
 //! This crate measures nothing. [`of_record`] draws CSV files with the columns of benches/record as SVG: speed by seqlen as in the
 //! papers, speed on a CPU, memory, and the gain of each idea. [`curves`] draws the loss of a training.
@@ -185,7 +185,7 @@ pub fn batches(calls: &[Call]) -> String {
     }
 }
 
-/// What each idea of the paper brings: speed with it over speed without it, a panel for each pass.
+/// The gain of each idea of the paper: speed with it over speed without it, a panel for each pass.
 fn ablations(record: &Record, source: &str) -> Option<Chart> {
     let variants = variants(record);
     let series: Vec<(usize, bool, Series)> = [
@@ -259,6 +259,14 @@ const LACKS_NOTHING: &str = "ablation_none";
 pub const ABLATION: &str = "ablation";
 pub const BY_HEADS: &str = "ablation_heads";
 
+/// From this batch x heads on, one thread block per head keeps all multiprocessors of any GPU so far busy. With fewer heads,
+/// a comparison with FlashAttention-1 mostly measures idle multiprocessors.
+pub const FULL_GPU: usize = 256;
+
+/// The paper's highest shares of an A100's peak rate, in the forward and in the backward.
+pub const PAPER_FORWARD_SHARE: f64 = 0.73;
+pub const PAPER_BACKWARD_SHARE: f64 = 0.63;
+
 /// Variants of our kernels, each without one idea of the paper, in the paper's order; and what each does instead.
 const VARIANTS: [(&str, &str); 6] = [
     (LACKS_NOTHING, "nothing: ours in this frame"),
@@ -284,8 +292,8 @@ pub fn variant_name(variant: &str) -> String {
     known.unwrap_or_else(|| variant.trim_start_matches("ablation_").replace('_', " "))
 }
 
-/// The speed that a variant is compared with: that of the variant that lacks nothing, because the two differ in one idea only.
-/// That variant itself is compared with ours, and so is a call that it did not time.
+/// The speed of a variant's baseline. The baseline of a variant is `none`: our kernel in the same frame. The baseline of `none`, and of
+/// calls that `none` did not run, is our real kernel.
 pub fn baseline(record: &Record, variant: &str, call: &Call) -> Option<f64> {
     let frame = if variant == LACKS_NOTHING { None } else { record.tflops(LACKS_NOTHING, call) };
     frame.or_else(|| record.ours_for(call)?.tflops)

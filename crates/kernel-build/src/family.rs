@@ -36,7 +36,7 @@ impl Arch {
 pub enum Grid {
     /// One for each work tile. The position of the block in the grid determines the tile.
     Tiles,
-    /// As many as the GPU runs at once. They share the work tiles.
+    /// One for each multiprocessor, or more if these could not list all work tiles. They share the work tiles.
     Persistent {
         /// Number of work tiles that one block can take, the `kMaxTiles` of its traits.
         max_tiles: usize,

@@ -6,6 +6,9 @@ use crate::table::Line;
 /// The control block of the sm90 forward: barriers and work tiles.
 const SM90_CONTROL: usize = 3 * 1024;
 
+/// Pipeline stages of k, and of v, in the sm90 forward.
+const SM90_STAGES: usize = 2;
+
 /// One tile of q, and one of k or v.
 fn tiles(line: &Line, element_bytes: usize) -> (usize, usize) {
     let row = line.get("head_dim") * element_bytes;
@@ -18,10 +21,10 @@ pub fn fwd_sm80(line: &Line, element_bytes: usize) -> usize {
     tile_q + 2 * tile_k
 }
 
-/// Two stages of k and of v, `q_stages` of q, and the control block.
+/// `SM90_STAGES` stages of k and of v, `q_stages` of q, and the control block.
 pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
-    line.get("q_stages") * tile_q + 4 * tile_k + SM90_CONTROL
+    line.get("q_stages") * tile_q + 2 * SM90_STAGES * tile_k + SM90_CONTROL
 }
 
 /// k and v, P, dS (twice if a group is one warp), and for each stage q, do, lse and delta.

@@ -1,5 +1,5 @@
-//! `cargo run --release -p attention-reference -- fixtures DIR [HEAD_DIM..]` writes inputs, answers and limits in bf16
-//! into DIR, for the kernels of each head_dim. benches/tune.py reads them.
+//! `cargo run --release -p attention-reference -- fixtures DIR HEAD_DIM..` writes inputs, answers and limits in bf16 into
+//! DIR, for the kernels of each head_dim. benches/tune.py reads them.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -7,10 +7,7 @@ use std::process::ExitCode;
 use anyhow::{ensure, Context, Result};
 use attention_reference::{fixtures, Precision};
 
-/// The default: every head_dim of cuda/instances.def.
-const HEAD_DIMS: [usize; 6] = [32, 64, 96, 128, 192, 256];
-
-const USAGE: &str = "usage: attention-reference fixtures DIR [HEAD_DIM..]";
+const USAGE: &str = "usage: attention-reference fixtures DIR HEAD_DIM..";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -32,9 +29,7 @@ fn run(arguments: &[String]) -> Result<()> {
         ensure!(head_dim > 8, "head_dim must be above 8, because one case is 8 less, got {head_dim}");
         chosen.push(head_dim);
     }
-    if chosen.is_empty() {
-        chosen.extend(HEAD_DIMS);
-    }
+    ensure!(!chosen.is_empty(), "expected a head_dim after {folder}; {USAGE}");
     let of_kernel = |&head_dim: &usize| fixtures::of_kernel(Precision::Bf16, head_dim);
     let all: Vec<fixtures::Fixture> = chosen.iter().flat_map(of_kernel).collect();
     fixtures::write(Path::new(folder), &all)?;

@@ -41,9 +41,9 @@ pub struct Errors {
     precision: Precision,
     k: Vec<Size>,
     v: Vec<Size>,
-    /// Of each row of dk, summed over the queries so far.
+    /// The error of each row of dk, summed over the queries so far.
     pub dk: Vec<RowError>,
-    /// Of each row of dv, summed over the queries so far.
+    /// The error of each row of dv, summed over the queries so far.
     pub dv: Vec<RowError>,
 }
 

@@ -10,7 +10,7 @@ pub(super) trait Spec {
         None
     }
 
-    /// Why the kernels of another architecture are faster.
+    /// Why kernels of another architecture come first.
     fn unsuited(&self, _problem: &Problem) -> Option<Reason> {
         None
     }
@@ -55,7 +55,7 @@ impl std::fmt::Display for Reason {
             Self::Tiles { got, max } => write!(f, "supports at most {max} tiles, got {got}"),
             Self::Stride { got, max } => write!(f, "supports strides of at most {max} elements, got {got}"),
             Self::HeadDim => f.write_str("pads head_dim more"),
-            Self::Decoding => f.write_str("has large tiles, but decoding is faster with small ones"),
+            Self::Decoding => f.write_str("has large tiles, and decoding would leave most of their rows empty"),
             Self::OlderArch => f.write_str("is for older GPUs"),
             Self::LaterLine => f.write_str("comes later in the table"),
         }

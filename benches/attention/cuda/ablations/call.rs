@@ -18,18 +18,20 @@ use crate::cases::{Case, Pass};
 use crate::inputs::{precision, values, Inputs};
 use crate::peers::{self, Answer};
 
-/// The rounding steps by which a row may differ from ours, relative to the sum of its norm and that of a usual row.
-/// Each of the two results rounds every p or ds by at most half a step, and then the result: at most one step each. A
-/// tile of 64 keys lost among 16k makes 8 steps, and more among fewer keys.
+/// Limit of a row's error in rounding steps. The error is divided by the row's norm plus the root mean square of all rows'
+/// norms. Each of the two results rounds every p or ds by at most half a step, and then the result: at most one step each.
+/// A tile of 64 keys lost among 16k makes 8 steps, and more among fewer keys.
 const STEPS: f64 = 3.0;
 
-/// `Statistics` of benches/ablations/softmax.cuh: the second argument of every kernel of ablations.cu.
+/// `Statistics` of benches/ablations/softmax.cuh: the second argument of every kernel of ablations.cu. Both files assert the layout.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Statistics {
     max: u64,
     sum: u64,
 }
+
+const _: () = assert!(size_of::<Statistics>() == 16 && std::mem::offset_of!(Statistics, sum) == 8);
 
 // SAFETY: it is `#[repr(C)]` and has two addresses, as the struct of the kernels.
 unsafe impl DeviceRepr for Statistics {}
@@ -292,7 +294,7 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    /// The largest error of a row, relative to the sum of its norm and that of a usual row.
+    /// The largest error of a row, divided by the row's norm plus the root mean square of all rows' norms.
     fn compare(&self, name: &str, got: &Tensor, want: &Tensor) -> Result<f64> {
         let (got, want) = (got.to_dtype(DType::F32)?, want.to_dtype(DType::F32)?);
         let lengths = |rows: Tensor| anyhow::Ok(values(&rows.sqr()?.sum(D::Minus1)?.sqrt()?)?);
@@ -311,7 +313,7 @@ impl<'a> Call<'a> {
         let (token, head) = (at / self.case.num_heads, at % self.case.num_heads);
         ensure!(
             wrong == 0,
-            "{name} differs from ours: [row {token}, head {head}] by {worst:.2e} of its length and the usual one, limit \
+            "{name} differs from ours: [row {token}, head {head}] by {worst:.2e} of its norm plus the usual norm, limit \
              {limit:.2e}; {wrong} of {} rows are over it",
             off.len()
         );

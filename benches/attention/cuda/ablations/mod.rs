@@ -102,13 +102,9 @@ pub fn run(cases: &[Case], gpu: &mut Gpu, options: &Options, report: &mut Report
     Ok(())
 }
 
-/// The column `kind` of a record. Cases by number of heads are not part of the papers' grid.
-fn kind(case: &Case) -> &'static str {
-    if case.name.starts_with(HEADS_CASES) {
-        BY_HEADS
-    } else {
-        ABLATION
-    }
+/// Whether a case belongs to those that differ only in the number of heads. They are not part of the papers' grid.
+fn is_by_heads(case: &Case) -> bool {
+    case.name.starts_with(HEADS_CASES)
 }
 
 /// The rates of ours and of a variant in one case, in TFLOP/s.
@@ -147,7 +143,7 @@ impl Bench<'_> {
         let errors = sample::check(case, Peer::Ours, &inputs, &answer, &lse)?;
         let call = Call::new(case, &inputs, answer, lse, self.gpu)?;
 
-        let by_heads = case.name.starts_with(HEADS_CASES);
+        let by_heads = is_by_heads(case);
         for &pass in &case.passes {
             let ours = Kernel::ours(&call.plan, pass, call.stream.context())?;
             let (_, cost) = self.run(&call, &ours).with_context(|| format!("{pass} of ours, launched by hand"))?;
@@ -172,7 +168,7 @@ impl Bench<'_> {
             return Ok(());
         };
         let rate = self.record(case, variant.pass, &format!("ablation_{}", variant.name), Some(error), &cost)?;
-        let by_heads = case.name.starts_with(BY_HEADS);
+        let by_heads = is_by_heads(case);
         self.ratios.push(Ratio {
             by_heads,
             line: format!("{:<12} {} d{:<3} {}", variant.name, variant.pass, case.head_dim, case.mask),
@@ -220,7 +216,7 @@ impl Bench<'_> {
         );
         self.report.keep(CsvRow {
             peer,
-            kind: kind(case).into(),
+            kind: if is_by_heads(case) { BY_HEADS } else { ABLATION }.into(),
             dir: &pass.to_string(),
             dtype: dtype_of_peers(case.dtype),
             tflops: significant(tflops),

@@ -121,7 +121,7 @@ namespace fa2 {
 struct alignas(64) Map {
     uint64_t words[2];
 };
-// Of one <call>.
+// Arguments of one <call>.
 struct Params {
     const float* lse;  // (batch, num_heads)
     Map map;
@@ -142,7 +142,7 @@ struct Other {
     fn rust_has_the_fields_their_comments_and_the_layout() {
         let rust = structs().rust();
         let params = "
-/// Of one \\<call>.
+/// Arguments of one \\<call>.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Params {

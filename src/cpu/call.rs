@@ -6,7 +6,7 @@ use crate::plan::{CpuPlan, Tile};
 use crate::problem::{Alibi, Problem};
 
 /// A [`Problem`] and everything else that the CPU needs to compute it.
-pub(crate) struct Execution<'a> {
+pub(crate) struct Call<'a> {
     pub(super) problem: &'a Problem,
     pub(super) forward: Tile,
     pub(super) backward: Tile,
@@ -16,7 +16,7 @@ pub(crate) struct Execution<'a> {
     pub(super) arch: pulp::Arch,
 }
 
-impl<'a> Execution<'a> {
+impl<'a> Call<'a> {
     pub(crate) fn new(problem: &'a Problem, plan: &CpuPlan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
         let &CpuPlan { forward, backward } = plan;
         let slopes = match alibi_slopes {
