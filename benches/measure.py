@@ -9,9 +9,9 @@ RUNS = 7, 100  # at least and at most, whatever time they take
 FLOP_OF_PASS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # FLOP, relative to those of the forward
 
 
-def papers_flop(direction, head_dim, num_heads, pairs, causal):
+def papers_flop(pass_, head_dim, num_heads, pairs, causal):
     """FLOP of a pass over `pairs` of query and key in each head, visible or not; benches/attention/cases.rs counts alike."""
-    return FLOP_OF_PASS[direction] * 4.0 * head_dim * num_heads * pairs * (0.5 if causal else 1.0)
+    return FLOP_OF_PASS[pass_] * 4.0 * head_dim * num_heads * pairs * (0.5 if causal else 1.0)
 
 
 class Timer:

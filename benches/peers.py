@@ -62,17 +62,17 @@ class Case:
         seqlen = "" if self.lengths else f"/s{self.seqlen}"
         return f"{self.kind}/d{self.head_dim}/{'causal' if self.causal else 'full'}{seqlen}"
 
-    def flop(self, direction):
+    def flop(self, pass_):
         pairs = sum(length**2 for length in self.lengths) if self.lengths else self.batch * self.seqlen**2
-        return papers_flop(direction, self.head_dim, self.num_heads, pairs, self.causal)
+        return papers_flop(pass_, self.head_dim, self.num_heads, pairs, self.causal)
 
-    def row(self, peer, direction, dtype):
+    def row(self, peer, pass_, dtype):
         seqlens = {"seqlen_q": self.seqlen, "seqlen_k": self.seqlen}
         shape = {"hdim": self.head_dim, "causal": int(self.causal), "hq": self.num_heads, "hkv": self.num_heads_k}
         return {
             "peer": peer,
             "kind": self.kind,
-            "dir": direction,
+            "dir": pass_,
             "dtype": dtype,
             "batch": self.batch,
             **shape,
@@ -327,16 +327,16 @@ class Bench:
     def case(self, name, peer, case):
         """Writes a row for each pass, and one for the sum of both. A pass that does not fit into memory has no numbers, nor has
         the sum."""
-        sums, row = 0.0, lambda direction: case.row(name, direction, self.options.dtype)
-        for direction in self.options.passes:
+        sums, row = 0.0, lambda pass_: case.row(name, pass_, self.options.dtype)
+        for pass_ in self.options.passes:
             try:
-                told, ms = self.timed(self.calls(peer, case)[direction], case.flop(direction))
+                told, ms = self.timed(self.calls(peer, case)[pass_], case.flop(pass_))
             except self.torch.cuda.OutOfMemoryError:
-                self.write(row(direction) | OUT_OF_MEMORY)
+                self.write(row(pass_) | OUT_OF_MEMORY)
                 total = OUT_OF_MEMORY
                 break
             sums += ms
-            self.write(row(direction) | told)
+            self.write(row(pass_) | told)
         else:
             total = {"ms": f"{sums:.5g}", "tflops": f"{case.flop('fwd+bwd') / sums * 1e-9:.5g}"}
         if set(self.options.passes) == set(PASSES):

@@ -453,7 +453,7 @@ def error(line, forward, driver, deterministic, fixtures):
     return worst
 
 
-def flash_runs(timer, call, direction):
+def flash_runs(timer, call, pass_):
     """Times of PyTorch's FlashAttention-2."""
     torch = timer.torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -461,7 +461,7 @@ def flash_runs(timer, call, direction):
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (call.q, call.k, call.v))
     attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=call.causal)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        if direction == "fwd":
+        if pass_ == "fwd":
             with torch.no_grad():
                 return timer.runs(attend)
         o, do = attend(), call.do.transpose(1, 2)
@@ -489,8 +489,8 @@ def measure(lines, points, deterministic, folder):
             causal, batch = mask == "causal", TOKENS // seqlen
             call = draw(driver, batch, seqlen, num_heads, head_dim, causal)
             call.forward(forwards[head_dim])()
-            for kind, direction in [("Forward", "fwd"), ("Backward", "bwd")]:
-                flop = papers_flop(direction, head_dim, num_heads, batch * seqlen**2, causal)
+            for kind, pass_ in [("Forward", "fwd"), ("Backward", "bwd")]:
+                flop = papers_flop(pass_, head_dim, num_heads, batch * seqlen**2, causal)
                 rate = lambda runs: flop / statistics.median(runs) / 1e9
                 cells = []
                 for line, in_order, name in variants:
@@ -498,7 +498,7 @@ def measure(lines, points, deterministic, folder):
                         run = call.forward(line) if kind == "Forward" else call.backward(line, in_order)
                         cells.append(f"{name} {rate(timer.runs(run)):.0f}")
                 if cells:
-                    flash = rate(flash_runs(timer, call, direction))
+                    flash = rate(flash_runs(timer, call, pass_))
                     print(f"d{head_dim} {mask} {seqlen} {kind}: FlashAttention-2 {flash:.0f}; {', '.join(cells)}", flush=True)
 
 

@@ -18,7 +18,7 @@
 //! cargo bench --features cuda -- --list                    the parts, their cases, and why each is there
 //! cargo bench --features cuda -- --quick                   a handful of cases
 //! cargo bench --features cuda -- standard memory           these two parts
-//! cargo bench --features cuda -- grid d128 --dirs fwd      of the papers' grid, forward only, head_dim 128
+//! cargo bench --features cuda -- grid d128 --passes fwd    of the papers' grid, forward only, head_dim 128
 //! cargo bench --features cuda -- --device cpu              the CPU's cases
 //! ```
 //!

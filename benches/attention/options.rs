@@ -79,7 +79,7 @@ pub struct CudaOptions {
         default_values = ["fwd", "bwd", "fwd+bwd"],
         value_parser = pass
     )]
-    pub dirs: Vec<Pass>,
+    pub passes: Vec<Pass>,
     /// GPU: milliseconds of timing for each pass of each case
     #[arg(long, value_name = "MS", default_value_t = 100.0)]
     pub rep_ms: f64,

@@ -18,7 +18,8 @@ pub struct Csv(Option<csv::Writer<File>>);
 pub struct CsvRow<'a> {
     pub peer: &'a str,
     pub kind: String,
-    pub dir: &'a str,
+    #[serde(rename = "dir")]
+    pub pass: &'a str,
     pub dtype: &'a str,
     pub hdim: Option<usize>,
     pub causal: u8,

@@ -18,15 +18,15 @@ struct Claim {
 /// A line for each claim that the record has rows for.
 pub fn table(gpu: &Machine) -> Result<String> {
     let mut claims = Vec::new();
-    for (dir, pass) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
-        let all = || ratios(&gpu.record, "ablation_flash1", ABLATION).filter(|(call, _)| call.dir == dir);
+    for (pass, title) in [("fwd", "forward"), ("bwd", "backward, the main kernel alone")] {
+        let all = || ratios(&gpu.record, "ablation_flash1", ABLATION).filter(|(call, _)| call.pass == pass);
         let full = spread(all().filter(|(call, _)| call.batch * call.num_heads >= FULL_GPU).map(|(_, ratio)| ratio));
         let any = spread(all().map(|(_, ratio)| ratio));
         claims.extend(full.zip(any).map(|((mean, full), (_, any))| Claim {
             paper: "1.7 to 3.0 times as fast as FlashAttention",
             here: format!(
                 "{full} over our kernels in the manner of FlashAttention-1 where batch x heads fills the GPU ({FULL_GPU} and \
-                 more), {any} over all lengths; {pass}"
+                 more), {any} over all lengths; {title}"
             ),
             holds: mean >= 1.7,
         }));
@@ -58,10 +58,10 @@ fn spread(values: impl Iterator<Item = f64>) -> Option<(f64, String)> {
 }
 
 /// The calls of the papers' grid.
-fn grid(dir: &'static str) -> impl Iterator<Item = Call> {
+fn grid(pass: &'static str) -> impl Iterator<Item = Call> {
     let masks = [false, true].into_iter();
     let shapes = masks.flat_map(|causal| HEAD_DIMS.map(|hdim| (causal, hdim)));
-    shapes.flat_map(move |(causal, hdim)| SEQLENS.map(|seqlen| Call::of_the_grid(dir, hdim, causal, seqlen)))
+    shapes.flat_map(move |(causal, hdim)| SEQLENS.map(|seqlen| Call::of_the_grid(pass, hdim, causal, seqlen)))
 }
 
 fn standard(gpu: &Machine) -> Option<Claim> {
@@ -79,14 +79,14 @@ fn standard(gpu: &Machine) -> Option<Claim> {
 
 /// The claims about the highest rates.
 fn rates(gpu: &Machine, peak: f64) -> Vec<Claim> {
-    let highest = |dir| grid(dir).filter_map(|call| gpu.record.tflops("ours", &call)).reduce(f64::max);
+    let highest = |pass| grid(pass).filter_map(|call| gpu.record.tflops("ours", &call)).reduce(f64::max);
     let of_product = |rate: f64| {
         let share =
             |product: f64| format!(", {:.0}% of the rate of a matrix product, {product:.0}", 100.0 * rate / product);
         let product = gpu.record.calls("ceiling").find(|call| call.kind == "matmul8192");
         product.and_then(|call| gpu.record.tflops("ceiling", call)).map_or(String::new(), share)
     };
-    let share = |dir, least: f64, paper| {
+    let share = |pass, least: f64, paper| {
         let claim = |rate: f64| Claim {
             paper,
             here: format!(
@@ -96,7 +96,7 @@ fn rates(gpu: &Machine, peak: f64) -> Vec<Claim> {
             ),
             holds: rate / peak >= least,
         };
-        highest(dir).map(claim)
+        highest(pass).map(claim)
     };
     let both = highest("fwd+bwd").map(|rate| Claim {
         paper: "up to 335 TFLOP/s forward + backward on an H100",
@@ -132,7 +132,7 @@ fn heads(gpu: &Machine) -> Option<Claim> {
 }
 
 fn memory(gpu: &Machine) -> Option<Claim> {
-    let calls = gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
+    let calls = gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.pass == "fwd+bwd");
     let longer = calls.max_by_key(|call| call.seqlen)?;
     let shorter = Call { seqlen: longer.seqlen / 2, ..longer.clone() };
     let growth = |peer: &str, longer: &Call, shorter: &Call| {

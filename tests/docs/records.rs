@@ -62,8 +62,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The newest record of a machine in which another implementation ran the pass `dir`.
-    fn newest(machine: (&str, &'static str), dir: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
+    /// The newest record of a machine in which another implementation ran `pass`.
+    fn newest(machine: (&str, &'static str), pass: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
         let dates =
             fs::read_dir(root().join("benches/record").join(machine.0)).with_context(|| machine.0.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
@@ -71,12 +71,12 @@ impl Machine {
         dates.sort();
         for date in dates.iter().rev() {
             let record = Self::read(machine, date, shown)?;
-            let compares = |peer: &&str| record.record.calls(peer).any(|call| call.dir == dir);
+            let compares = |peer: &&str| record.record.calls(peer).any(|call| call.pass == pass);
             if OTHERS.iter().any(compares) {
                 return Ok(record);
             }
         }
-        bail!("no record of {} compares {dir} with another implementation", machine.0)
+        bail!("no record of {} compares {pass} with another implementation", machine.0)
     }
 
     /// `shown` lists the figures of this record: the name in [`figures`], and the name of the file.
@@ -136,12 +136,12 @@ impl Machine {
     }
 
     /// The calls of one direction that ours and `peer` have timed. For `mha` only calls of the papers' grid.
-    pub fn compared(&self, peer: &str, kinds: &[&str], dir: &str) -> Vec<(Call, f64)> {
+    pub fn compared(&self, peer: &str, kinds: &[&str], pass: &str) -> Vec<(Call, f64)> {
         let of_the_grid = |call: &Call| {
-            let of_grid = Call::of_the_grid(&call.dir, call.head_dim, call.causal, call.seqlen);
+            let of_grid = Call::of_the_grid(&call.pass, call.head_dim, call.causal, call.seqlen);
             call.kind != "mha" || *call == of_grid
         };
-        let calls = self.record.calls(peer).filter(|call| kinds.contains(&call.kind.as_str()) && call.dir == dir);
+        let calls = self.record.calls(peer).filter(|call| kinds.contains(&call.kind.as_str()) && call.pass == pass);
         let ratio = |call: &Call| Some((call.clone(), self.ratio(peer, call)?));
         calls.filter(|call| of_the_grid(call)).filter_map(ratio).collect()
     }

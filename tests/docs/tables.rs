@@ -39,7 +39,7 @@ fn measured_on(Machine { folder, origin, .. }: &Machine, to_root: &str) -> Strin
 pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
     let call = Call {
         kind: "mha".to_string(),
-        dir: String::new(),
+        pass: String::new(),
         head_dim: 64,
         causal: true,
         batch: 1,
@@ -47,8 +47,8 @@ pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
         num_heads: 8,
         num_heads_k: 8,
     };
-    let ms = |peer: &str, dir: &str| cpu.record.get(peer, &call.with_dir(dir))?.ms;
-    let cell = |peer: &str, dir: &str| match (ms(peer, dir), ms("ours", dir)) {
+    let ms = |peer: &str, pass: &str| cpu.record.get(peer, &call.with_pass(pass))?.ms;
+    let cell = |peer: &str, pass: &str| match (ms(peer, pass), ms("ours", pass)) {
         (Some(ms), _) if peer == "ours" => format!("{ms:.1} ms"),
         (Some(ms), Some(ours)) => format!("{ms:.0} ms, {:.1}x as long", ms / ours),
         _ => "has no backward".to_string(),
@@ -64,15 +64,15 @@ pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
     Ok(table + "\n" + &measured_on(cpu, to_root))
 }
 
-/// Ours and its ratio to FlashAttention-2, by head_dim, mask and direction, over the papers' grid.
+/// Ours and its ratio to FlashAttention-2, by head_dim, mask and pass, over the papers' grid.
 pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> {
     let mut table = head_by_seqlen(&["head_dim", "mask", "pass"], seqlens);
-    for (dir, pass) in PASSES {
+    for (pass, title) in PASSES {
         for hdim in HEAD_DIMS {
             for (causal, mask) in MASKS {
-                table += &format!("| {hdim} | {mask} | {pass} |");
+                table += &format!("| {hdim} | {mask} | {title} |");
                 for &seqlen in seqlens {
-                    let call = Call::of_the_grid(dir, hdim, causal, seqlen);
+                    let call = Call::of_the_grid(pass, hdim, causal, seqlen);
                     let cell = gpu.record.tflops("ours", &call).zip(gpu.ratio("flash", &call));
                     let (ours, ratio) = cell.with_context(|| format!("no run has {call:?}"))?;
                     table += &format!(" {ours:.0}, {ratio:.2}x |");
@@ -81,7 +81,7 @@ pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> 
             }
         }
     }
-    let means = PASSES.map(|(dir, _)| mean(&gpu.compared("flash", &["mha"], dir)).unwrap_or(f64::NAN));
+    let means = PASSES.map(|(pass, _)| mean(&gpu.compared("flash", &["mha"], pass)).unwrap_or(f64::NAN));
     let shapes = gpu.compared("flash", &["mha"], "fwd").len();
     table += &format!(
         "\nGeometric mean of the ratios over the papers' grid, {shapes} shapes: {:.2} forward, {:.2} backward.\n",
@@ -99,12 +99,12 @@ pub fn front_page(forward: &Machine, backward: &Machine, older: &Machine) -> Res
         table += &rows_with_the_fastest(machine, pass, &HEAD_DIMS, &seqlens)?;
     }
     let mut notes = String::new();
-    for (machine, dir, version) in
+    for (machine, pass, version) in
         [(forward, "fwd", "forward"), (backward, "bwd", "backward"), (older, "bwd", "an older backward")]
     {
         let Machine { origin, folder, .. } = machine;
         let to = |(peer, name): (&str, &str)| {
-            let mean = mean(&machine.compared(peer, &["mha"], dir))?;
+            let mean = mean(&machine.compared(peer, &["mha"], pass))?;
             Some(format!("{mean:.2}x {name}"))
         };
         let means: Vec<String> = PEERS.into_iter().filter_map(to).collect();
@@ -135,16 +135,16 @@ pub fn backward(gpu: &Machine, to_root: &str) -> Result<String> {
 /// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192. They have 16 heads.
 fn rows_with_the_fastest(
     gpu: &Machine,
-    (dir, pass): (&str, &str),
+    (pass, title): (&str, &str),
     head_dims: &[usize],
     seqlens: &[usize],
 ) -> Result<String> {
     let mut rows = String::new();
     for &head_dim in head_dims {
         for (causal, mask) in MASKS {
-            rows += &format!("| {pass} | {} | {head_dim} | {mask} |", gpu.name);
+            rows += &format!("| {title} | {} | {head_dim} | {mask} |", gpu.name);
             for &seqlen in seqlens {
-                let of_grid = Call::of_the_grid(dir, head_dim, causal, seqlen);
+                let of_grid = Call::of_the_grid(pass, head_dim, causal, seqlen);
                 let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };
                 let call = Call { num_heads, num_heads_k: num_heads, ..of_grid };
                 let ours = gpu.record.tflops("ours", &call).with_context(|| format!("no run has {call:?}"))?;
@@ -209,12 +209,12 @@ pub fn summary(gpu: &Machine) -> Result<String> {
     Ok(table)
 }
 
-/// A line for each direction.
+/// A line for each pass.
 fn ratios_to(gpu: &Machine, peer: &str, kinds: &[&str], name: &str) -> String {
-    let line = |(dir, pass): (&str, &str)| {
-        let compared = gpu.compared(peer, kinds, dir);
+    let line = |(pass, title): (&str, &str)| {
+        let compared = gpu.compared(peer, kinds, pass);
         let smallest = smallest(&compared);
-        let line = |mean: f64| format!("| {name} | {pass} | {} | {mean:.2} | {smallest:.2} |\n", compared.len());
+        let line = |mean: f64| format!("| {name} | {title} | {} | {mean:.2} | {smallest:.2} |\n", compared.len());
         mean(&compared).map(line)
     };
     PASSES.into_iter().filter_map(line).collect()
@@ -256,7 +256,7 @@ pub fn standard(gpu: &Machine) -> Result<String> {
 /// Peak memory of a forward + backward: ours, and standard attention's.
 pub fn memory(gpu: &Machine) -> Result<String> {
     let alike = |call: &Call| (call.head_dim, call.causal, call.num_heads);
-    let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.dir == "fwd+bwd");
+    let calls = || gpu.record.calls("ours").filter(|call| call.kind == "memory" && call.pass == "fwd+bwd");
     let seqlens: BTreeSet<usize> = calls().map(|call| call.seqlen).collect();
     let shapes: Vec<_> = calls().map(alike).collect::<BTreeSet<_>>().into_iter().collect();
     let here = |shape| calls().filter(|call| alike(call) == shape).cloned().collect::<Vec<Call>>();
@@ -295,9 +295,9 @@ pub fn ablations(gpu: &Machine) -> Result<String> {
     });
     let mut table = String::new();
     for variant in variants(record) {
-        for (dir, pass) in PASSES {
+        for (pass, title) in PASSES {
             let cell = |&(head_dim, (causal, _)): &(usize, (bool, &str))| {
-                let of_it = |call: &Call| call.dir == dir && (call.head_dim, call.causal) == (head_dim, causal);
+                let of_it = |call: &Call| call.pass == pass && (call.head_dim, call.causal) == (head_dim, causal);
                 let ratios: Vec<_> = ratios(record, variant, ABLATION).filter(|(call, _)| of_it(call)).collect();
                 let longest = ratios.iter().map(|&(call, _)| call).max_by_key(|call| call.seqlen)?;
                 let ours = baseline(record, variant, longest)?;
@@ -308,7 +308,7 @@ pub fn ablations(gpu: &Machine) -> Result<String> {
             let cells: Vec<Option<String>> = shapes.iter().map(cell).collect();
             if cells.iter().any(Option::is_some) {
                 let cells: Vec<String> = cells.into_iter().map(Option::unwrap_or_default).collect();
-                table += &format!("| {} | {pass} | {} |\n", variant_name(variant), cells.join(" | "));
+                table += &format!("| {} | {title} | {} |\n", variant_name(variant), cells.join(" | "));
             }
         }
     }
@@ -325,7 +325,7 @@ pub fn heads(gpu: &Machine) -> Result<String> {
     for (call, ratio) in all.into_iter().filter(|(call, _)| call.seqlen == seqlen) {
         let tflops = |cost: Option<Cost>| cost.and_then(|cost| cost.tflops).unwrap_or(f64::NAN);
         let (ours, theirs) = (tflops(gpu.record.ours_for(call)), tflops(gpu.record.get(HEADS_ONLY, call)));
-        let cells = lines.entry((call.dir == "bwd", call.head_dim, call.causal)).or_default();
+        let cells = lines.entry((call.pass == "bwd", call.head_dim, call.causal)).or_default();
         cells.insert(call.batch * call.num_heads, format!("{ours:.0}, {theirs:.0}: {ratio:.1}x"));
     }
     let blocks: BTreeSet<usize> = lines.values().flat_map(BTreeMap::keys).copied().collect();
@@ -333,10 +333,10 @@ pub fn heads(gpu: &Machine) -> Result<String> {
     columns.extend(blocks.iter().map(usize::to_string));
     let mut table = head(&columns.iter().map(String::as_str).collect::<Vec<_>>());
     for ((backward, head_dim, causal), cells) in &lines {
-        let (pass, mask) = (if *backward { "backward" } else { "forward" }, if *causal { "causal" } else { "full" });
+        let (title, mask) = (if *backward { "backward" } else { "forward" }, if *causal { "causal" } else { "full" });
         let cells: String =
             blocks.iter().map(|at| format!(" {} |", cells.get(at).map_or("-", String::as_str))).collect();
-        table += &format!("| {pass} | {head_dim} | {mask} |{cells}\n");
+        table += &format!("| {title} | {head_dim} | {mask} |{cells}\n");
     }
     Ok(gpu.figure("heads", "") + &format!("\n{seqlen} tokens; by batch x heads:\n\n") + &table)
 }

@@ -75,7 +75,7 @@ impl Report {
             self.csv.write(CsvRow {
                 peer: "ceiling",
                 kind: format!("matmul{}{threads}", Gemm::SIZE),
-                dir: "fwd",
+                pass: "fwd",
                 dtype: "f32",
                 seqlen_q: Gemm::SIZE,
                 seqlen_k: Gemm::SIZE,
@@ -176,7 +176,7 @@ impl Report {
                 self.csv.write(CsvRow {
                     peer: &row.peer.to_string(),
                     kind: "memory".into(),
-                    dir: &Pass::Both.to_string(),
+                    pass: &Pass::Both.to_string(),
                     peak_mib: significant(peak),
                     ..CsvRow::of(case)
                 })
@@ -185,14 +185,14 @@ impl Report {
     }
 
     fn time_csv(&mut self, case: &Case, row: &Row, timing: &Timing) -> Result<()> {
-        let (peer, dir) = (row.peer.to_string(), row.pass.to_string());
+        let (peer, pass) = (row.peer.to_string(), row.pass.to_string());
         // A record has no column for threads, so they go into the kind.
         let threads = row.own_threads.map_or(String::new(), |threads| format!("_threads{threads}"));
         let bytes = (row.pass == Pass::Forward && case.seqlens().0 == 1).then(|| case.forward_bytes());
         self.csv.write(CsvRow {
             peer: &peer,
             kind: case.kind() + &threads,
-            dir: &dir,
+            pass: &pass,
             tflops: significant(case.flop(row.pass) / timing.median() / 1e12),
             gbps: bytes.map_or(String::new(), |bytes| significant(bytes / timing.median() / 1e9)),
             err: row.error().map_or(String::new(), significant),

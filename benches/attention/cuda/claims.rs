@@ -19,7 +19,7 @@ pub struct Fact {
 /// A pass of a call, by any peer.
 #[derive(Clone, PartialEq)]
 struct Cell {
-    dir: String,
+    pass: String,
     dtype: String,
     hdim: Option<usize>,
     causal: bool,
@@ -34,7 +34,7 @@ impl From<&CsvRow<'_>> for Fact {
             peer: row.peer.to_string(),
             kind: row.kind.clone(),
             cell: Cell {
-                dir: row.dir.to_string(),
+                pass: row.pass.to_string(),
                 dtype: row.dtype.to_string(),
                 hdim: row.hdim,
                 causal: row.causal == 1,
@@ -54,7 +54,7 @@ impl std::fmt::Display for Cell {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let mask = if self.causal { "causal" } else { "full" };
         let head_dim = self.hdim.unwrap_or_default();
-        write!(f, "{} {} d{head_dim} {mask} s{}", self.dir, self.dtype, self.seqlens.0)?;
+        write!(f, "{} {} d{head_dim} {mask} s{}", self.pass, self.dtype, self.seqlens.0)?;
         self.heads.0.map_or(Ok(()), |heads| write!(f, " h{heads}"))
     }
 }
@@ -104,13 +104,13 @@ fn times(what: &str, (ratio, cell): (f64, &Cell), at_least: f64) -> Claim {
 }
 
 fn speed(facts: &[Fact]) -> Vec<Claim> {
-    let both = ratios(facts, "standard", "standard").filter(|(_, cell)| cell.dir == "fwd+bwd");
+    let both = ratios(facts, "standard", "standard").filter(|(_, cell)| cell.pass == "fwd+bwd");
     let claim = |best| times("paper: up to 10x standard attention, forward + backward", best, 10.0);
     largest(both).map(claim).into_iter().collect()
 }
 
 fn standard_from_2k(facts: &[Fact]) -> Vec<Claim> {
-    let long = |(_, cell): &(f64, &Cell)| cell.dir == "fwd+bwd" && cell.seqlens.0 >= 2048;
+    let long = |(_, cell): &(f64, &Cell)| cell.pass == "fwd+bwd" && cell.seqlens.0 >= 2048;
     let smallest = ratios(facts, "standard", "standard").filter(long).min_by(|a, b| a.0.total_cmp(&b.0));
     let claim = |worst| times("aim: at least 10x Candle's, forward + backward, from 2k tokens on", worst, 10.0);
     smallest.map(claim).into_iter().collect()
@@ -121,8 +121,8 @@ fn rates(facts: &[Fact], data_sheet: Option<f64>) -> Vec<Claim> {
     let is_product = |fact: &&Fact| fact.peer == "ceiling" && fact.kind.starts_with("matmul");
     let product = facts.iter().find(is_product).and_then(|fact| fact.tflops);
     let mut claims = Vec::new();
-    for (dir, name, share) in [("fwd", "forward", PAPER_FORWARD_SHARE), ("bwd", "backward", PAPER_BACKWARD_SHARE)] {
-        let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.dir == dir);
+    for (pass, name, share) in [("fwd", "forward", PAPER_FORWARD_SHARE), ("bwd", "backward", PAPER_BACKWARD_SHARE)] {
+        let ours = facts.iter().filter(|fact| fact.peer == "ours" && fact.kind == "mha" && fact.cell.pass == pass);
         let Some((tflops, cell)) = largest(ours.filter_map(|fact| Some((fact.tflops?, &fact.cell)))) else { continue };
         for (whole, of_what) in [(data_sheet, "of the data sheet's rate"), (product, "of the matrix product's rate")] {
             let Some(whole) = whole else { continue };
@@ -138,15 +138,15 @@ fn rates(facts: &[Fact], data_sheet: Option<f64>) -> Vec<Claim> {
 }
 
 fn flash1(facts: &[Fact]) -> Vec<Claim> {
-    let full = |dir| {
-        let of_dir = move |(_, cell): &(f64, &Cell)| {
-            cell.dir == dir && cell.batch.zip(cell.heads.0).is_some_and(|(batch, heads)| batch * heads >= FULL_GPU)
+    let full = |pass| {
+        let of_pass = move |(_, cell): &(f64, &Cell)| {
+            cell.pass == pass && cell.batch.zip(cell.heads.0).is_some_and(|(batch, heads)| batch * heads >= FULL_GPU)
         };
-        largest(ratios(facts, "ablation_flash1", ABLATION).filter(of_dir))
+        largest(ratios(facts, "ablation_flash1", ABLATION).filter(of_pass))
     };
     let claims =
         [("fwd", "paper: up to 2x FlashAttention; ours in its manner, forward"), ("bwd", "the same, backward")];
-    claims.into_iter().filter_map(|(dir, what)| Some(times(what, full(dir)?, 2.0))).collect()
+    claims.into_iter().filter_map(|(pass, what)| Some(times(what, full(pass)?, 2.0))).collect()
 }
 
 fn memory(facts: &[Fact]) -> Vec<Claim> {

@@ -37,7 +37,7 @@ fn choose(options: &Options) -> Result<Vec<(Part, Vec<Case>)>> {
         let of_part = cases.iter().filter(|(of, case)| *of == part && options.wants(case, &words));
         let mut cases: Vec<Case> = of_part.map(|(_, case)| case.clone()).collect();
         for case in &mut cases {
-            case.passes.retain(|pass| *pass == Pass::Memory || options.cuda.dirs.contains(pass));
+            case.passes.retain(|pass| *pass == Pass::Memory || options.cuda.passes.contains(pass));
         }
         cases.retain(|case| !case.passes.is_empty());
         let by_itself = part.has_no_cases() && (words.is_empty() || named.contains(&part));
@@ -52,11 +52,11 @@ fn choose(options: &Options) -> Result<Vec<(Part, Vec<Case>)>> {
         })
     };
     let case = options.case_of("benches/cuda.toml");
-    let cases = format!("{case} with a pass of --dirs {}", passes(&options.cuda.dirs));
+    let cases = format!("{case} with a pass of --passes {}", passes(&options.cuda.passes));
     let parts = Part::ALL.map(Part::name).join(", ");
-    // In `--dirs fwd bwd` the option takes only `fwd`, and `bwd` becomes a filter.
+    // In `--passes fwd bwd` the option takes only `fwd`, and `bwd` becomes a filter.
     let commas = match options.filters.iter().any(|word| options::pass(word).is_ok()) {
-        true => "; --dirs takes passes with a comma between them, as in --dirs fwd,bwd",
+        true => "; --passes takes passes with a comma between them, as in --passes fwd,bwd",
         false => "",
     };
     let known = format!("the parts are {parts}; --list prints their cases{commas}");

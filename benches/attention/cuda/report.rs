@@ -174,7 +174,7 @@ impl Report {
         }
         self.keep(CsvRow {
             peer: "ours",
-            dir: &row.pass.to_string(),
+            pass: &row.pass.to_string(),
             dtype: dtype_of_peers(case.dtype),
             tflops: significant(tflops),
             gbps: gbps.map_or(String::new(), significant),
@@ -210,7 +210,7 @@ impl Report {
             let row = CsvRow {
                 peer: &peer.to_string(),
                 kind: kind.to_string(),
-                dir: &(if pass == Pass::Forward { pass } else { Pass::Both }).to_string(),
+                pass: &(if pass == Pass::Forward { pass } else { Pass::Both }).to_string(),
                 dtype: dtype_of_peers(case.dtype),
                 peak_mib: peak_mib.clone(),
                 ..CsvRow::of(case)
@@ -300,7 +300,7 @@ impl Report {
         );
         let row = |cost: &Cost| CsvRow {
             peer: "ceiling",
-            dir: "fwd",
+            pass: "fwd",
             dtype,
             sm_mhz: cost.gauges.sm_mhz.clone(),
             watts: cost.gauges.watts.clone(),
@@ -320,7 +320,7 @@ impl Report {
             self.keep(CsvRow {
                 peer: "ours",
                 kind: "first_call".into(),
-                dir: &pass.to_string(),
+                pass: &pass.to_string(),
                 dtype: dtype_of_peers(case.dtype),
                 ms: significant(ms),
                 reps: Some(1),
@@ -338,7 +338,7 @@ impl Report {
             self.keep(CsvRow {
                 peer: "ours",
                 kind: case.name.clone(),
-                dir: &pass.to_string(),
+                pass: &pass.to_string(),
                 dtype: dtype_of_peers(case.dtype),
                 host_us: significant(host_us),
                 ..CsvRow::of(case)

@@ -42,12 +42,12 @@ pub const SEQLENS: [usize; 6] = [512, 1024, 2048, 4096, 8192, 16384];
 /// If a figure cannot be drawn.
 pub fn of_record(record: &Record, source: &str) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
-    for (name, dir, pass) in [
+    for (name, pass, title) in [
         ("forward", "fwd", "Forward"),
         ("backward", "bwd", "Backward"),
         ("forward-backward", "fwd+bwd", "Forward + backward"),
     ] {
-        figures.extend(speed(record, dir, pass, source).map(|chart| (name, chart)));
+        figures.extend(speed(record, pass, title, source).map(|chart| (name, chart)));
     }
     figures.extend(cpu(record, source).map(|chart| ("cpu", chart)));
     figures.extend(memory(record, source).map(|chart| ("memory", chart)));
@@ -80,10 +80,10 @@ fn value(cost: Option<Cost>, of: fn(&Cost) -> Option<f64>) -> Value {
 }
 
 /// TFLOP/s by seqlen of every implementation that ran one pass of the papers' grid, a panel for each head_dim and mask.
-fn speed(record: &Record, dir: &str, pass: &str, source: &str) -> Option<Chart> {
+fn speed(record: &Record, pass: &str, title: &str, source: &str) -> Option<Chart> {
     let value = |peer: &str, kind: &str, head_dim: usize, causal: bool, seqlen: usize| {
-        let call = Call::of_the_grid(dir, head_dim, causal, seqlen);
-        if kind == "ablation" && dir != "fwd" {
+        let call = Call::of_the_grid(pass, head_dim, causal, seqlen);
+        if kind == "ablation" && pass != "fwd" {
             return Value::Missing; // the ablations time the main kernel alone, not the whole backward
         }
         // Rows of PyTorch's standard attention have the kind of the grid.
@@ -105,7 +105,7 @@ fn speed(record: &Record, dir: &str, pass: &str, source: &str) -> Option<Chart> 
         }
     }
     let about = format!("{}, 16,384 tokens, heads x head_dim = 2048", record.dtype);
-    let title = format!("{pass}: TFLOP/s by sequence length");
+    let title = format!("{title}: TFLOP/s by sequence length");
     let chart = Chart::new(title, [&about, source], PEERS.map(|(.., series)| series), panels)?;
     Some(Chart { units: ["TFLOP/s", "seqlen"], ..chart })
 }
@@ -119,8 +119,8 @@ fn cpu(record: &Record, source: &str) -> Option<Chart> {
         let kind = ["mha", "gqa", "varlen"].contains(&call.kind.as_str());
         kind && call.seqlen == SEQLEN && call.num_heads * call.head_dim == WIDTH
     };
-    let panel = |(dir, title): (&str, &str)| {
-        let mut calls: Vec<&Call> = record.calls("ours").filter(|call| call.dir == dir).filter(drawn).collect();
+    let panel = |(pass, title): (&str, &str)| {
+        let mut calls: Vec<&Call> = record.calls("ours").filter(|call| call.pass == pass).filter(drawn).collect();
         calls.sort_by_key(|call| (call.kind != "mha", *call));
         let name = |call: &&Call| {
             let what = match call.kind.as_str() {
@@ -156,7 +156,7 @@ fn memory(record: &Record, source: &str) -> Option<Chart> {
     let mut panels: Vec<Panel> = Vec::new();
     for one in once(calls().map(|call| Call { seqlen: 0, batch: 0, ..call.clone() })) {
         let here = once(calls().filter(|call| Call { seqlen: 0, batch: 0, ..(*call).clone() } == one).cloned());
-        let mut here: Vec<Call> = here.into_iter().filter(|call| call.dir == "fwd+bwd").collect();
+        let mut here: Vec<Call> = here.into_iter().filter(|call| call.pass == "fwd+bwd").collect();
         here.sort_by_key(|call| (call.seqlen, call.batch));
         let value = |peer: &str, call: &Call| value(record.get(peer, call), |cost| cost.peak_mib);
         panels.push(Panel {
@@ -198,9 +198,9 @@ fn ablations(record: &Record, source: &str) -> Option<Chart> {
     ]
     .map(|(head_dim, causal, name, colour)| (head_dim, causal, Series { name, colour }))
     .to_vec();
-    let panel = |(dir, title): (&str, &str)| {
+    let panel = |(pass, title): (&str, &str)| {
         let value = |variant: &str, head_dim: usize, causal: bool| {
-            let calls = ratios(record, variant, ABLATION).filter(|(call, _)| call.dir == dir);
+            let calls = ratios(record, variant, ABLATION).filter(|(call, _)| call.pass == pass);
             let of_it = calls.filter(|(call, _)| call.head_dim == head_dim && call.causal == causal);
             geometric_mean(of_it.map(|(_, ratio)| ratio)).map_or(Value::Missing, Value::Of)
         };
@@ -227,9 +227,9 @@ fn ablations(record: &Record, source: &str) -> Option<Chart> {
 /// head_dim.
 fn heads(record: &Record, source: &str) -> Option<Chart> {
     let calls: Vec<&Call> =
-        record.calls(HEADS_ONLY).filter(|call| call.kind == BY_HEADS && call.dir != "fwd+bwd").collect();
+        record.calls(HEADS_ONLY).filter(|call| call.kind == BY_HEADS && call.pass != "fwd+bwd").collect();
     let blocks = |call: &Call| call.batch * call.num_heads;
-    let one_panel = |call: &Call| (call.dir == "bwd", call.head_dim, call.causal, call.seqlen);
+    let one_panel = |call: &Call| (call.pass == "bwd", call.head_dim, call.causal, call.seqlen);
     let mut panels = Vec::new();
     for key in once(calls.iter().map(|call| one_panel(call))) {
         let mut here: Vec<&Call> = calls.iter().copied().filter(|call| one_panel(call) == key).collect();
@@ -303,7 +303,7 @@ pub fn baseline(record: &Record, variant: &str, call: &Call) -> Option<f64> {
 pub fn ratios<'a>(record: &'a Record, variant: &'a str, kind: &'a str) -> impl Iterator<Item = (&'a Call, f64)> {
     record
         .calls(variant)
-        .filter(move |call| call.dir != "fwd+bwd" && call.kind == kind)
+        .filter(move |call| call.pass != "fwd+bwd" && call.kind == kind)
         .filter_map(move |call| Some((call, baseline(record, variant, call)? / record.tflops(variant, call)?)))
 }
 
@@ -354,7 +354,7 @@ mod tests {
             record.dtype == "bf16" && record.tflops("ours", &call) == Some(300.0),
             "the median of three runs is 300"
         );
-        let both = call.with_dir("fwd+bwd");
+        let both = call.with_pass("fwd+bwd");
         ensure!(record.tflops("ours", &both) == Some((300.0 * 2.0 + 250.0 * 6.0) / 8.0), "the sum of 2 ms and 6 ms");
         let standard = record.get("standard", &both.with_kind("standard")).context("a row that failed is a row")?;
         ensure!(standard.failure == Some("out of memory") && standard.ms.is_none());

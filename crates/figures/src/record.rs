@@ -15,7 +15,7 @@ pub const GRID_WIDTH: usize = 2048;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Call {
     pub kind: String,
-    pub dir: String,
+    pub pass: String,
     pub head_dim: usize,
     pub causal: bool,
     pub batch: usize,
@@ -26,14 +26,14 @@ pub struct Call {
 
 impl Call {
     /// A call of the papers' grid.
-    pub fn of_the_grid(dir: &str, head_dim: usize, causal: bool, seqlen: usize) -> Self {
-        let (kind, dir) = ("mha".to_string(), dir.to_string());
+    pub fn of_the_grid(pass: &str, head_dim: usize, causal: bool, seqlen: usize) -> Self {
+        let (kind, pass) = ("mha".to_string(), pass.to_string());
         let num_heads = GRID_WIDTH / head_dim;
-        Self { kind, dir, head_dim, causal, batch: GRID_TOKENS / seqlen, seqlen, num_heads, num_heads_k: num_heads }
+        Self { kind, pass, head_dim, causal, batch: GRID_TOKENS / seqlen, seqlen, num_heads, num_heads_k: num_heads }
     }
 
-    pub fn with_dir(&self, dir: &str) -> Self {
-        Self { dir: dir.to_string(), ..self.clone() }
+    pub fn with_pass(&self, pass: &str) -> Self {
+        Self { pass: pass.to_string(), ..self.clone() }
     }
 
     pub fn with_kind(&self, kind: &str) -> Self {
@@ -72,7 +72,8 @@ pub struct Record {
 struct Row {
     peer: String,
     kind: String,
-    dir: String,
+    #[serde(rename = "dir")]
+    pass: String,
     #[serde(default)]
     dtype: String,
     hdim: Option<usize>,
@@ -136,12 +137,12 @@ impl Record {
     /// Adds rows for forward + backward: the sum of the two, where both were timed. Candle's standard attention needs none: its
     /// forward + backward is timed as one, through autograd.
     fn add_up_passes(&mut self) {
-        let forward: Vec<_> = self.costs.iter().filter(|((_, call), _)| call.dir == "fwd").collect();
+        let forward: Vec<_> = self.costs.iter().filter(|((_, call), _)| call.pass == "fwd").collect();
         let sums: Vec<_> = forward
             .into_iter()
             .filter_map(|((peer, call), forward)| {
-                let backward = self.get(peer, &call.with_dir("bwd"))?;
-                Some(((peer.clone(), call.with_dir("fwd+bwd")), forward.and_then(backward)))
+                let backward = self.get(peer, &call.with_pass("bwd"))?;
+                Some(((peer.clone(), call.with_pass("fwd+bwd")), forward.and_then(backward)))
             })
             .collect();
         for (key, sum) in sums {
@@ -181,7 +182,7 @@ impl Row {
         let or_none = |value: Option<usize>| value.unwrap_or_default();
         Call {
             kind: self.kind.clone(),
-            dir: self.dir.clone(),
+            pass: self.pass.clone(),
             head_dim: or_none(self.hdim),
             causal: self.causal == Some(1),
             batch: or_none(self.batch),

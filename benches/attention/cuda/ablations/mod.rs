@@ -217,7 +217,7 @@ impl Bench<'_> {
         self.report.keep(CsvRow {
             peer,
             kind: if is_by_heads(case) { BY_HEADS } else { ABLATION }.into(),
-            dir: &pass.to_string(),
+            pass: &pass.to_string(),
             dtype: dtype_of_peers(case.dtype),
             tflops: significant(tflops),
             sm_mhz: gauges.sm_mhz.clone(),
