@@ -1,4 +1,4 @@
-"""What peers.py and tune.py share: FLOP as the papers count them, and the times of calls on this GPU."""
+"""For peers.py and tune.py: FLOP as the papers count them, and the times of calls on this GPU."""
 
 import time
 

@@ -147,7 +147,7 @@ __device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accu
     const ByWarp<Traits> maxima{reinterpret_cast<float*>(block.bytes + Traits::sMax)};
     const ByWarp<Traits> sums{reinterpret_cast<float*>(block.bytes + Traits::sSum)};
     const Parts<Traits> parts{reinterpret_cast<float4*>(block.bytes + Traits::sParts), warp, lane};
-    // Of all rows: row_max, which all warps know, and the row_sum of this thread's columns.
+    // The row_max of all rows, which all warps know, and the row_sum of this thread's columns.
     OnlineSoftmax<Traits::kRowTiles> all;
     all.clear();
     const int n_first = block.keys.begin / Traits::kBlockN;
