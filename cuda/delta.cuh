@@ -11,14 +11,16 @@
 namespace fa2 {
 
 constexpr int kDeltaThreads = 256;
+constexpr int kDeltaChunk = 8;      // elements that a thread reads at once, 16 bytes
+constexpr int kDeltaMinLanes = 4;  // threads per row at least: as many as read one row of head_dim 32
 
 template <typename T>
 __device__ __forceinline__ void delta(const DeltaParams& params) {
     const Shape& shape = params.shape;
     const int head = blockIdx.y, batch = shape.first_batch + blockIdx.z;
     const Sequence sequence(shape, batch);
-    int lanes = 4;  // per row; head_dim is at most 256
-    while (lanes * 8 < shape.head_dim) lanes *= 2;
+    int lanes = kDeltaMinLanes;  // per row
+    while (lanes * kDeltaChunk < shape.head_dim) lanes *= 2;
     const int rows_per_block = kDeltaThreads / lanes;
     const int chunk = threadIdx.x % lanes;
     const T* gO = row_of<const T>(params.o, params.o_strides, batch, sequence.first_q, head);
@@ -28,9 +30,9 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     const int first = blockIdx.x * rows_per_block + threadIdx.x / lanes;
     for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {
         float sum = 0.f;
-        if (row < sequence.seqlen_q && chunk * 8 < shape.head_dim) {
-            const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * 8);
-            const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * 8);
+        if (row < sequence.seqlen_q && chunk * kDeltaChunk < shape.head_dim) {
+            const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
+            const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
             const uint32_t a[4] = {o.x, o.y, o.z, o.w}, b[4] = {do_.x, do_.y, do_.z, do_.w};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {

@@ -101,8 +101,8 @@ struct BwdParams {
     const float* delta;  // as lse
     float* dq_accum;     // tiles of f32, zeros at the start
     uint32_t* semaphores;  // (tiles + 1), zeros at the start: blocks add to each tile in a fixed order; or null: in any order
-    void* dk;            // as k, contiguous
-    void* dv;            // as k, contiguous
+    void* dk;            // as k
+    void* dv;            // as k
     Strides q_strides;
     Strides k_strides;
     Strides v_strides;
@@ -116,7 +116,7 @@ struct BwdParams {
 // dq = softmax_scale * dq_accum, rounded; runs after the main kernel.
 struct ConvertParams {
     const float* dq_accum;
-    void* dq;  // as q, contiguous
+    void* dq;  // as q
     Strides dq_strides;
     DqTiles dq_tiles;
     Shape shape;

@@ -34,7 +34,7 @@ use crate::problem::Problem;
 /// - The forward keeps lse: two floats per query and head on the CPU, one on a GPU.
 /// - The backward adds one float per query and head, and accumulates dq in the accumulator's type. On a GPU, these accumulators
 ///   are whole tiles of up to 64 queries for each sequence and head.
-/// - If a call returns lse, it also keeps o of f16 and bf16 in f32.
+/// - If a call returns lse, it also keeps o of f16 and bf16 in f32; on a GPU its backward rounds copies of o and of its gradient.
 ///
 /// | tensor | padded | packed | type |
 /// | --- | --- | --- | --- |
@@ -110,8 +110,8 @@ impl Attention {
     /// Whether the same inputs always give the same bits of the gradient of `q` on a GPU.
     ///
     /// All other results always have the same bits, and on the CPU this gradient too. On a GPU, key tiles add to the gradient
-    /// of `q` in any order. With this option semaphores order them, which costs 16 to 28% of the backward's speed
-    /// (docs/benchmarks.md).
+    /// of `q` in any order. With this option semaphores order them. That cost 16 to 28% of the backward's speed when it was
+    /// measured last (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;
         self

@@ -9,8 +9,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why a call of the operator was refused.
 ///
-/// All variants except [`Error::Candle`] are from checks before attention computes, queues or changes anything. The layers have
-/// their own errors: [`layers::Error`](crate::layers::Error).
+/// All variants are from checks before attention computes, queues or changes anything, except [`Error::Candle`], [`Error::Driver`]
+/// and [`Error::NoForward`]. The layers have their own errors: [`layers::Error`](crate::layers::Error).
 ///
 /// Converts into [`candle_core::Error`], so `?` works in functions that return Candle's `Result`.
 #[derive(Debug, thiserror::Error)]

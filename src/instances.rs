@@ -55,7 +55,8 @@ impl std::fmt::Display for Arch {
 pub enum Grid {
     /// One block for each work tile. The position of the block in the grid determines the tile.
     Tiles,
-    /// One block for each multiprocessor, or more if these could not list all tiles. Each block processes several tiles.
+    /// One block for each multiprocessor: fewer if there are fewer tiles, more if these could not list all tiles. Each block processes
+    /// several tiles.
     Persistent {
         /// Number of tiles that one block can take.
         max_tiles: usize,
@@ -67,7 +68,7 @@ pub enum Grid {
 pub struct Kernel {
     /// Its symbol.
     pub name: &'static str,
-    /// Index of its image. There is one image for each line of cuda/instances.def.
+    /// Index of its image. There is one image for each line of cuda/instances.def that this build compiles.
     pub image: usize,
     /// Its results.
     pub pass: Pass,

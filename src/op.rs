@@ -17,6 +17,7 @@ use crate::problem::{split_qkv, Problem};
 use crate::tensors::{BackwardInputs, Inputs};
 
 /// One attention call as a node of Candle's graph.
+#[derive(Debug)]
 pub(crate) struct FlashAttention {
     problem: Problem,
     plan: Plan,
@@ -28,6 +29,7 @@ pub(crate) struct FlashAttention {
 }
 
 /// The log-sum-exp of each row, in the form of the device. Its shape is [`Problem::shape_lse`].
+#[derive(Debug)]
 enum Lse {
     Cpu(cpu::Lse<Tensor>),
     #[cfg(feature = "cuda")]

@@ -13,9 +13,9 @@ namespace fa2::ablations {
 // The sums lie after delta.
 template <typename Base>
 struct MaxAndSumTraits : Base {
-    static constexpr int kStageBytes = Base::kStageBytes + Base::kRowBytes;
-    static constexpr int kSharedBytes = Base::kSharedBytes + Base::kStages * Base::kRowBytes;
-    static constexpr uint32_t sSum = Base::sDelta + Base::kRowBytes;
+    static constexpr int kStageBytes = Base::kStageBytes + Base::kStatBytes;
+    static constexpr int kSharedBytes = Base::kSharedBytes + Base::kStages * Base::kStatBytes;
+    static constexpr uint32_t sSum = Base::sDelta + Base::kStatBytes;
     static_assert(kStageBytes % 128 == 0, "every stage starts at a whole swizzle pattern");
 };
 

@@ -55,9 +55,9 @@ __device__ __forceinline__ void write_rows(const FwdParams& params, const Sequen
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + 16 * i + fragment_row(lane, half);
-            const bool blind = sees.keys(row).empty();
-            if (lane % 4 == 0 && row < sequence.seqlen_q) lse[row] = blind ? -INFINITY : softmax.lse(i, half, scale_log2);
-            softmax.rescale(o, i, half, blind ? 0.f : 1.f / softmax.row_sum[i][half]);
+            const bool sees_nothing = sees.keys(row).empty();
+            if (lane % 4 == 0 && row < sequence.seqlen_q) lse[row] = sees_nothing ? -INFINITY : softmax.lse(i, half, scale_log2);
+            softmax.rescale(o, i, half, sees_nothing ? 0.f : 1.f / softmax.row_sum[i][half]);
         }
     write_o<T>(params, sequence, head, first_row, lane, o);
 }

@@ -10,7 +10,7 @@
 //            epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.semaphores in one order.
-// Nonfinite  numbers spread within their sequence and their group of heads, also to rows that do not see them. They never leave it:
+// Nonfinite  numbers (NaN, infinity) spread within their sequence and their group of heads, also to rows that do not see them. They never leave it:
 //            a block reads one sequence and one group only.
 // Expects    as fwd.cuh; lse and delta of the same inputs; dq_accum of zeros.
 #pragma once
@@ -45,7 +45,7 @@ struct BwdTraits {
     static constexpr int kGroups = kWarps / kWarpsM;
     static constexpr int kGroupThreads = kWarpsM * kWarpSize;
     static constexpr int kGroupKeys = kBlockN / kGroups;
-    static constexpr int kGroupRows = kWarpsN / kGroups;  // warps of a group along its keys of dk and dv
+    static constexpr int kGroupWarpsN = kWarpsN / kGroups;  // warps of a group along its keys of dk and dv
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
     static constexpr int kNTiles = kGroupKeys / 8;                        // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
@@ -54,21 +54,21 @@ struct BwdTraits {
     static constexpr int kQDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
     // A group of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
     static constexpr bool kDefersDq = kWarpsM == 1;
-    // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (full mask, 4k
-    // tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
+    // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
+    // 4k tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
     static constexpr bool kDqBeforeDk = kStages == 2 && !kDefersDq;
     static constexpr int kMinBlocks = 1;  // to a multiprocessor: shared memory and registers allow two at most
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
     using TileP = Tile<kBlockM, kBlockN>;
-    static constexpr int kRowBytes = kBlockM * 4;  // lse, or delta, of a tile of queries
-    static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kRowBytes;
+    static constexpr int kStatBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
+    static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kStatBytes;
     static constexpr int kDsBuffers = kDefersDq ? 2 : 1;
     static constexpr int kSharedBytes = 2 * TileK::kBytes + (1 + kDsBuffers) * TileP::kBytes + kStages * kStageBytes;
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
     static constexpr uint32_t sQ = sDs + kDsBuffers * TileP::kBytes, sDo = sQ + TileQ::kBytes;
-    static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kRowBytes;
+    static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kStatBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kGroups == 0, "dk and dv of a warp lie within its group's keys");
     static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
@@ -95,8 +95,8 @@ struct BwdWarp {
         group = warp / Traits::kWarpsM;
         s_row = in_group * Traits::kMTiles * 16;
         s_col = group * Traits::kGroupKeys;
-        kv_row = s_col + in_group % Traits::kGroupRows * Traits::kKvMTiles * 16;
-        kv_col = in_group / Traits::kGroupRows * Traits::kKvDTiles * 8;
+        kv_row = s_col + in_group % Traits::kGroupWarpsN * Traits::kKvMTiles * 16;
+        kv_col = in_group / Traits::kGroupWarpsN * Traits::kKvDTiles * 8;
         q_row = warp % Traits::kWarpsQ * Traits::kQMTiles * 16;
         q_col = warp / Traits::kWarpsQ * Traits::kQDTiles * 8;
     }

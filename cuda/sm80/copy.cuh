@@ -31,6 +31,7 @@ struct TileCopy {
     static constexpr int kRowsPerStep = kThreads / Tile::kChunksPerRow;
     static constexpr int kActive = kRowsPerStep * Tile::kChunksPerRow;
     static constexpr int kSteps = ceil_div(Tile::kRows, kRowsPerStep);
+    static_assert(kRowsPerStep <= 32, "the host limits row strides so that 32 rows fit a 32-bit offset (MAX_ROW_STRIDE)");
 
     const T* first;  // this thread's chunk of row 0 of the sequence
     int row_stride;  // elements

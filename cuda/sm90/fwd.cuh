@@ -24,7 +24,7 @@ namespace fa2::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(Control<Traits>& control) {
-    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    constexpr int kConsumerWarps = Traits::kGroupWarps * Traits::kConsumers;
     for (int i = 0; i < Traits::kStages; ++i) {
         mbarrier_init(shared_address(&control.k_full[i]), 1);
         mbarrier_init(shared_address(&control.v_full[i]), 1);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
         const WorkTile tile = work_tile<Traits::kBlockM>(params.fwd.shape, params.schedule, control.taken[number], lane);
         const int first_row = tile.m_block * Traits::kBlockM + warp_row;
-        recompute_rows<Traits>(params.fwd, tile.sequence.batch, tile.head, first_row, 16);
+        recompute_rows<Traits>(params.fwd, tile.sequence.batch, tile.head, first_row, Traits::kWarpRows);
     }
 }
 
@@ -66,18 +66,18 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     }
     if (threadIdx.x < Traits::kMaxTiles / 32) control.nonfinite[threadIdx.x] = 0;
     __syncthreads();
-    if (warp < 4) {
+    if (warp < Traits::kGroupWarps) {
         give_registers<Traits::kProducerRegisters>();
         if (warp == 0) Producer<Traits>{params, control, base, lane}.run();
         return;
     }
     take_registers<Traits::kConsumerRegisters>();
-    const int group = warp / 4 - 1;
-    Consumer<Traits>{params, control, base, group, warp % 4, lane}.run();
-    bar_sync<128 * Traits::kConsumers>(kFirstNamedBarrier);  // all consumers have set their bits and written their rows
+    const int group = warp / Traits::kGroupWarps - 1, group_warp = warp % Traits::kGroupWarps;
+    Consumer<Traits>{params, control, base, group, group_warp, lane}.run();
+    bar_sync<Traits::kGroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);  // all consumers have set their bits and written their rows
     uint32_t any = 0;
     for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
-    if (any != 0) recompute_tiles(params, control, Traits::kGroupRows * group + 16 * (warp % 4), lane);
+    if (any != 0) recompute_tiles(params, control, Traits::kGroupRows * group + Traits::kWarpRows * group_warp, lane);
 }
 
 }  // namespace fa2::sm90

@@ -17,9 +17,12 @@ struct FwdTraits {
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;
-    static constexpr int kThreads = kWarps_ * kWarpSize;
+    static constexpr int kWarps = kWarps_;
+    static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kMinBlocks = 1;
-    static constexpr int kGroupRows = 64;  // of a warpgroup
+    static constexpr int kGroupWarps = 4;  // warps of a warpgroup
+    static constexpr int kGroupRows = 64;  // rows of a warpgroup, the M of wgmma
+    static constexpr int kWarpRows = kGroupRows / kGroupWarps;
     static constexpr int kConsumers = kBlockM / kGroupRows;
     static constexpr int kNTiles = kBlockN / 8;
     static constexpr int kDTiles = kHeadDim / 8;
@@ -32,7 +35,8 @@ struct FwdTraits {
     static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
-    static constexpr int kMaxTiles = 512;    // work tiles that one block can take (max_tiles of the launch)
+    // Work tiles that one block can take (max_tiles of the launch). The list of them takes 2 KB of shared memory.
+    static constexpr int kMaxTiles = 512;
     // Slots of WorkTile: while a consumer writes tile n, the producer may publish n + 1 and n + 2. A power of two makes the index cheap.
     static constexpr int kWorkStages = 4;
     static constexpr int kPartStages = 2;  // slots of Part: the current tile of a consumer warp, and the next one
@@ -51,7 +55,7 @@ struct FwdTraits {
     static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
 
     static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three consumer warpgroups of 64 rows");
-    static_assert(kWarps_ == 4 * (kConsumers + 1), "and one producer warpgroup");
+    static_assert(kWarps == kGroupWarps * (kConsumers + 1), "and one producer warpgroup");
     static_assert(kQStages == 1 || kQStages == 2, "the producer is at most one tile of q ahead");
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
@@ -74,7 +78,7 @@ struct Control {
     uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
     WorkTile tiles[Traits::kWorkStages];
-    Part parts[4 * Traits::kConsumers][Traits::kPartStages];
+    Part parts[Traits::kGroupWarps * Traits::kConsumers][Traits::kPartStages];
     uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
     int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
 };

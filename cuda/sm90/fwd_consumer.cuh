@@ -35,7 +35,7 @@ struct Consumer {
 
     __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kWorkStages]; }
     __device__ __forceinline__ Part& part_of(int number) const {
-        return control.parts[4 * group + warp][number % Traits::kPartStages];
+        return control.parts[Traits::kGroupWarps * group + warp][number % Traits::kPartStages];
     }
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
     __device__ __forceinline__ int group_row(const WorkTile& tile) const {
@@ -113,7 +113,8 @@ struct Consumer {
         v_ring.advance();
     }
 
-    // Applies the score_mod to S of key tile n, and hides what a row does not see.
+    // Applies the score_mod to S of key tile n, and hides what a row does not see. One word of bits per row costs fewer instructions than the
+    // comparisons of hide(): ptxas loads seven predicates at a time from it (docs/design/hopper.md).
     template <bool kMasked>
     __device__ __forceinline__ void score_and_mask(int number, int n) {
         if (!kMasked && ScoreMod::kIdentity) return;
@@ -121,7 +122,7 @@ struct Consumer {
         const Visibility sees(params.fwd.shape, tile.sequence);
         const ScoreMod score_mod(params.fwd.shape, tile.sequence, tile.head);
         const int lane = opaque(this->lane);
-        const int row = group_row(tile) + 16 * warp + fragment_row(lane, 0);
+        const int row = group_row(tile) + Traits::kWarpRows * warp + fragment_row(lane, 0);
         const int lane_col = n * Traits::kBlockN + fragment_col(lane, 0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -250,11 +251,11 @@ struct Consumer {
     __device__ __forceinline__ void write(const WorkTile& tile, OnlineSoftmax<1>& statistics) {
         const int lane = opaque(this->lane);
         if (__any_sync(~0u, !o.finite()) && lane == 0) atomicOr(&control.nonfinite[tile.number / 32], 1u << tile.number % 32);
-        write_rows<T>(params.fwd, tile.sequence, tile.head, group_row(tile) + 16 * warp, lane, o, statistics, scale_log2());
+        write_rows<T>(params.fwd, tile.sequence, tile.head, group_row(tile) + Traits::kWarpRows * warp, lane, o, statistics, scale_log2());
     }
 
     // Writes o = 0 and lse = -inf for rows that see nothing.
-    __device__ __forceinline__ void write_blind(const WorkTile& tile) {
+    __device__ __forceinline__ void write_nothing_seen(const WorkTile& tile) {
         o.clear();
         OnlineSoftmax<1> nothing;
         nothing.clear();
@@ -271,7 +272,7 @@ struct Consumer {
     // Skips a work tile in which this warpgroup has no rows, or in which its rows see nothing.
     __device__ __forceinline__ void skip(const Part& part) {
         const WorkTile& tile = tile_of(number);
-        if (part.before + part.after == 0 && group_row(tile) < tile.sequence.seqlen_q) write_blind(tile);
+        if (part.before + part.after == 0 && group_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
         skip_keys(part.before + part.after);
         release(control.q_empty[q_ring_of(number).stage()]);
     }

@@ -3,7 +3,7 @@
 /// The log-sum-exp of each row, in two parts. Each part is a vector, slice, storage or tensor. The backward reads both.
 ///
 /// A single number would be rounded. With large scores the rounding error is large, and `exp(score - lse)` would inherit it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Lse<T> {
     /// Largest score, in the log2 domain. Minus infinity if the row sees no key.
     pub(crate) row_max: T,

@@ -73,9 +73,10 @@ impl SideTensors<'_> {
     pub(super) fn shape<'b>(&'b self, launcher: &mut Launcher<'b>) -> Result<Shape> {
         let mut lengths =
             |tensor: &'b Option<Locked<'_>>| address_or_null(tensor.as_ref(), |lengths| lengths.read::<u32>(launcher));
-        let cu_seqlens = [lengths(&self.cu_seqlens_q)?, lengths(&self.cu_seqlens_k)?];
+        let cu_seqlens_q = lengths(&self.cu_seqlens_q)?;
+        let cu_seqlens_k = lengths(&self.cu_seqlens_k)?;
         let key_lengths = lengths(&self.key_lengths)?;
         let alibi_slopes = address_or_null(self.slopes.as_ref(), |slopes| slopes.read::<f32>(launcher))?;
-        Ok(Shape::new(self.problem, ShapeAddresses { cu_seqlens, key_lengths, alibi_slopes }))
+        Ok(Shape::new(self.problem, ShapeAddresses { cu_seqlens_q, cu_seqlens_k, key_lengths, alibi_slopes }))
     }
 }

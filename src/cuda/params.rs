@@ -66,8 +66,10 @@ impl Schedule {
 /// The device addresses of a [`Shape`]; [`NULL`] if the call does not use the tensor.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ShapeAddresses {
-    /// `u32`, `batch + 1` entries each: cu_seqlens_q, cu_seqlens_k.
-    pub cu_seqlens: [CUdeviceptr; 2],
+    /// `u32`, `batch + 1` entries.
+    pub cu_seqlens_q: CUdeviceptr,
+    /// `u32`, `batch + 1` entries.
+    pub cu_seqlens_k: CUdeviceptr,
     /// `u32`, `batch` entries.
     pub key_lengths: CUdeviceptr,
     /// f32.
@@ -77,7 +79,7 @@ pub struct ShapeAddresses {
 impl Shape {
     /// Sizes, mask and options of `problem`, with its device addresses.
     pub fn new(problem: &Problem, addresses: ShapeAddresses) -> Self {
-        let ShapeAddresses { cu_seqlens, key_lengths, alibi_slopes } = addresses;
+        let ShapeAddresses { cu_seqlens_q, cu_seqlens_k, key_lengths, alibi_slopes } = addresses;
         // `Plan` has checked that sizes fit 32 bits.
         let keys_at_end = match &problem.lengths {
             Lengths::Padded { key_lengths: Some(lengths), .. } => lengths.side() == PaddingSide::Left,
@@ -102,8 +104,8 @@ impl Shape {
         // 0 means no softcap, and the device flushes numbers below the normal range to 0.
         let softcap_log2 = problem.softcap.map_or(0.0, |softcap| (softcap * log2_e).max(f64::from(f32::MIN_POSITIVE)));
         Self {
-            cu_seqlens_q: cu_seqlens[0],
-            cu_seqlens_k: cu_seqlens[1],
+            cu_seqlens_q,
+            cu_seqlens_k,
             key_lengths,
             alibi_slopes,
             lse_batch: lse_batch as i64,

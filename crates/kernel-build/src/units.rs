@@ -98,6 +98,11 @@ impl Kernel {
                 let numbers: String = self.line.values().iter().map(|number| format!("{number}, ")).collect();
                 let _ =
                     writeln!(text, "using {name}_traits = {template}<{}, {numbers}{}>;", dtype.cuda, variant.argument);
+                // Template arguments go by position. So assert that each column arrives under its own name.
+                for (column, number) in self.line.family.columns.iter().zip(self.line.values()) {
+                    let constant = constant_of(column);
+                    let _ = writeln!(text, "static_assert(Same<{name}_traits::{constant}, {number}>::kHere);");
+                }
                 if entry.shared_bytes.is_some() {
                     let _ = writeln!(text, "static_assert(Same<{name}_traits::kSharedBytes, {shared_bytes}>::kHere);");
                 }
@@ -120,6 +125,12 @@ impl Kernel {
         );
         text
     }
+}
+
+/// The constant of the traits that holds a column: `kWarpsN` for `warps_n`.
+fn constant_of(column: &str) -> String {
+    let capitalized = column.split('_').map(|word| word[..1].to_uppercase() + &word[1..]);
+    format!("k{}", capitalized.collect::<String>())
 }
 
 /// Asserts that two numbers are equal. If they differ, the compiler shows both, as template arguments.
@@ -194,6 +205,11 @@ mod tests {
         forward.kernels.retain(|kernel| kernel.name == "fwd_sm90_bf16_d64_192x128_score_mod");
         let kernel = "\
 using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, fa2::SoftcapAlibi>;
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kHeadDim, 64>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kBlockM, 192>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kBlockN, 128>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kWarps, 16>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kQStages, 2>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMaxTiles, 512>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::instances::KERNELS;
 use crate::problem::{Problem, Strides};
 
-/// Number of elements in 16 bytes, the size of every access to q, k, v, o and their gradients.
+/// Number of elements in 16 bytes. Kernels access q, k, v, o and their gradients in pieces of this size.
 pub(super) const CHUNK: usize = 8;
 
 /// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -15,7 +15,7 @@ const MAX_GRID_Y: usize = 65_535;
 /// Kernels add rows, mask bounds and tiles in 32-bit integers. With this limit, a sum of three of these is below 2^31.
 pub(crate) const MAX_SEQLEN: usize = 1 << 29;
 
-/// The largest stride of rows. A copy advances by at most 32 rows at once, with a 32-bit offset.
+/// The largest stride of rows. A copy advances by at most 32 rows at once, with a 32-bit offset (cuda/sm80/copy.cuh asserts it).
 const MAX_ROW_STRIDE: usize = i32::MAX as usize / 32;
 
 /// Returns an error for a call that no CUDA kernel supports.
