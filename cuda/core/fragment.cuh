@@ -46,6 +46,19 @@ struct Accumulator {
 __device__ __forceinline__ int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }
 __device__ __forceinline__ int fragment_col(int lane, int n_tile) { return 8 * n_tile + 2 * (lane % 4); }
 
+// Calls `visit` with each element of a block of accumulators that begins at (first_row, first_col), and with its row and column.
+template <int kMTiles, int kNTiles, typename Visit>
+__device__ __forceinline__ void visit_elements(Accumulator<kMTiles, kNTiles>& block, int first_row, int first_col, int lane,
+                                               const Visit& visit) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                visit(block.x[i][j][e], first_row + 16 * i + fragment_row(lane, e / 2), first_col + fragment_col(lane, j) + e % 2);
+}
+
 // The A operand of k-step `k_step` (16 columns), from accumulators of the same rows. It needs rounding, but no shuffle.
 template <typename T, int kNTiles>
 __device__ __forceinline__ void to_a_operand(uint32_t (&a)[4], const float (&x)[kNTiles][4], int k_step) {

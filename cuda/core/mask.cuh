@@ -58,16 +58,9 @@ __device__ __forceinline__ uint32_t columns_below(int col) {
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void hide(Accumulator<kMTiles, kNTiles>& block, const Visibility& sees, int first_row,
                                      int first_col, int lane, float value) {
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int row = first_row + 16 * i + fragment_row(lane, e / 2);
-                const int col = first_col + fragment_col(lane, j) + e % 2;
-                if (!sees.visible(row, col)) block.x[i][j][e] = value;
-            }
+    visit_elements(block, first_row, first_col, lane, [&](float& x, int row, int col) {
+        if (!sees.visible(row, col)) x = value;
+    });
 }
 
 }  // namespace fa2

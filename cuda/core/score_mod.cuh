@@ -77,16 +77,7 @@ struct SoftcapAlibi {
 template <typename ScoreMod, int kMTiles, int kNTiles>
 __device__ __forceinline__ void apply(const ScoreMod& score_mod, Accumulator<kMTiles, kNTiles>& block, int first_row, int first_col,
                                       int lane) {
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int row = first_row + 16 * i + fragment_row(lane, e / 2);
-                const int col = first_col + fragment_col(lane, j) + e % 2;
-                block.x[i][j][e] = score_mod.apply(block.x[i][j][e], row, col);
-            }
+    visit_elements(block, first_row, first_col, lane, [&](float& x, int row, int col) { x = score_mod.apply(x, row, col); });
 }
 
 }  // namespace fa2
