@@ -19,11 +19,11 @@ using namespace fa2::ablations;
 
 // The tiles of cuda/instances.def, so that nothing else differs. tests/docs/ablations.rs compares them.
 #if ABLATION_HEAD_DIM == 64
-using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 64, 128, 128, 4, NoScoreMod>;
-using FromLse = sm80::BwdTraits<ABLATION_TYPE, 64, 32, 128, 4, 2, 1, 4, 1, NoScoreMod>;
+using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 64, 128, 128, 4, 1, NoScoreMod>;
+using FromLse = sm80::BwdTraits<ABLATION_TYPE, 64, 32, 128, 4, 1, 2, 1, 4, 1, NoScoreMod>;
 #elif ABLATION_HEAD_DIM == 128
-using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 128, 128, 64, 4, NoScoreMod>;
-using FromLse = sm80::BwdTraits<ABLATION_TYPE, 128, 64, 128, 8, 2, 2, 4, 4, NoScoreMod>;
+using SplitQ = sm80::FwdTraits<ABLATION_TYPE, 128, 128, 64, 4, 1, NoScoreMod>;
+using FromLse = sm80::BwdTraits<ABLATION_TYPE, 128, 64, 128, 8, 1, 2, 2, 4, 4, NoScoreMod>;
 #endif
 using SplitKeys = SplitKTraits<ABLATION_TYPE, ABLATION_HEAD_DIM>;
 using FromMaxAndSum = MaxAndSumTraits<FromLse>;

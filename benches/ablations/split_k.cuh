@@ -20,8 +20,8 @@ using namespace fa2::sm80;
 struct SplitK {};
 
 template <typename T, int kHeadDim>
-struct SplitKTraits : FwdTraits<T, kHeadDim, 64, 128, 4, NoScoreMod>, SplitK {
-    using Base = FwdTraits<T, kHeadDim, 64, 128, 4, NoScoreMod>;
+struct SplitKTraits : FwdTraits<T, kHeadDim, 64, 128, 4, 1, NoScoreMod>, SplitK {
+    using Base = FwdTraits<T, kHeadDim, 64, 128, 4, 1, NoScoreMod>;
     static constexpr int kRowTiles = Base::kBlockM / 16;            // S, parts: m16 tiles, the same in all warps
     static constexpr int kWarpKeys = Base::kBlockN / Base::kWarps;
     static constexpr int kKeyTiles = kWarpKeys / 8;                 // S: n8 tiles of a warp

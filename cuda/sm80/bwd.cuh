@@ -28,8 +28,8 @@
 
 namespace fa2::sm80 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_, int kWarpsM_, int kWarpsN_,
-          int kWarpsQ_, typename ScoreMod_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kMinBlocks_, int kStages_, int kWarpsM_,
+          int kWarpsN_, int kWarpsQ_, typename ScoreMod_>
 struct BwdTraits {
     using T = T_;
     using ScoreMod = ScoreMod_;
@@ -37,6 +37,7 @@ struct BwdTraits {
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;
     static constexpr int kWarps = kWarps_;
+    static constexpr int kMinBlocks = kMinBlocks_;
     static constexpr int kStages = kStages_;
     static constexpr int kWarpsM = kWarpsM_;  // warps of a group; they split the queries of S and dP
     static constexpr int kWarpsN = kWarpsN_;  // warps along the keys of dk and dv, over all groups; the others divide head_dim
@@ -57,7 +58,6 @@ struct BwdTraits {
     // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
     // 4k tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
     static constexpr bool kDqBeforeDk = kStages == 2 && !kDefersDq;
-    static constexpr int kMinBlocks = 1;  // to a multiprocessor: shared memory and registers allow two at most
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
     using TileP = Tile<kBlockM, kBlockN>;

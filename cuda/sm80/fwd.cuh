@@ -25,7 +25,7 @@
 
 namespace fa2::sm80 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, typename ScoreMod_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kMinBlocks_, typename ScoreMod_>
 struct FwdTraits {
     using T = T_;
     using ScoreMod = ScoreMod_;
@@ -33,6 +33,7 @@ struct FwdTraits {
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;
     static constexpr int kWarps = kWarps_;
+    static constexpr int kMinBlocks = kMinBlocks_;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kWarpRows = kBlockM / kWarps;
     static constexpr int kMTiles = kWarpRows / 16;
@@ -40,8 +41,6 @@ struct FwdTraits {
     static constexpr int kDTiles = kHeadDim / 8;
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
-    // Blocks to a multiprocessor that the registers must allow. (head_dim 32, full mask, 4k tokens, H100: 247 TFLOP/s with three, 220 with two.)
-    static constexpr int kMinBlocks = kHeadDim <= 32 ? 3 : 1;
     static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileK::kBytes;
     static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
     static_assert(kBlockM % kWarps == 0 && kWarpRows % 16 == 0, "a warp owns whole m16 tiles");

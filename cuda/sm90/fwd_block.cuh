@@ -10,7 +10,8 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, typename ScoreMod_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kMidWait_,
+          int kLateRescale_, typename ScoreMod_>
 struct FwdTraits {
     using T = T_;
     using ScoreMod = ScoreMod_;
@@ -19,7 +20,7 @@ struct FwdTraits {
     static constexpr int kBlockN = kBlockN_;
     static constexpr int kWarps = kWarps_;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kMinBlocks = 1;
+    static constexpr int kMinBlocks = 1;  // the registers of a block fill a multiprocessor
     static constexpr int kGroupWarps = 4;  // warps of a warpgroup
     static constexpr int kGroupRows = 64;  // rows of a warpgroup, the M of wgmma
     static constexpr int kWarpRows = kGroupRows / kGroupWarps;
@@ -41,11 +42,8 @@ struct FwdTraits {
     static constexpr int kWorkStages = 4;
     static constexpr int kPartStages = 2;  // slots of Part: the current tile of a consumer warp, and the next one
 
-    // The fastest places to wait for o and to rescale it, as measured (docs/log/hopper.md).
-    // kWaitsBetweenRows: wait for o between the softmax of a thread's first and second row. If false, ptxas places the wait, which is
-    // before both. kRescalesLate: rescale o after the next S has started. If false, before it.
-    static constexpr bool kWaitsBetweenRows = kHeadDim > 64;
-    static constexpr bool kRescalesLate = kWaitsBetweenRows && kHeadDim <= 128;
+    static constexpr bool kMidWait = kMidWait_ != 0;
+    static constexpr bool kLateRescale = kLateRescale_ != 0;
 
     // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
     // at least kLeast of them, and the consumers share the others in multiples of 8.

@@ -156,7 +156,7 @@ struct Consumer {
     template <bool kMasked>
     __device__ __forceinline__ void step(int n, bool fresh) {
         start_scores(number);
-        if (Traits::kRescalesLate) rescale_output();
+        if (Traits::kLateRescale) rescale_output();
         start_output(fresh);
         scores_arrived<1>();
         score_and_mask<kMasked>(number, n);
@@ -171,14 +171,14 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) rescale[half] = softmax.raise_max(0, half, quad_max(new_max[half]), scale_log2());
         softmax.exponentiate(s, 0, 0, scale_log2(), rescale[0]);
-        if (Traits::kWaitsBetweenRows) {
+        if (Traits::kMidWait) {
             hold();
             output_arrived();
         }
         softmax.exponentiate(s, 0, 1, scale_log2(), rescale[1]);
-        if (!Traits::kWaitsBetweenRows) output_arrived();
+        if (!Traits::kMidWait) output_arrived();
         round_p();
-        if (!Traits::kRescalesLate) rescale_output();
+        if (!Traits::kLateRescale) rescale_output();
     }
 
     // This branch is never taken, but ptxas cannot prove it. Without it, ptxas moves the wait for o ahead of the softmax and the overlap is
@@ -200,7 +200,7 @@ struct Consumer {
             for (; n >= first_unmasked; --n, fresh = false) step<false>(n, fresh);
             if (n >= part.own.begin) step<true>(n--, fresh), fresh = false;
         }
-        if (Traits::kRescalesLate) rescale_output();
+        if (Traits::kLateRescale) rescale_output();
         return fresh;
     }
 

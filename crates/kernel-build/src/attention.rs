@@ -18,7 +18,8 @@ pub static FAMILIES: [Family; 4] = [
     Family {
         pass: "fwd",
         arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps"],
+        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks"],
+        flags: &[],
         header: "sm80/fwd.cuh",
         template: Template::Traits("fa2::sm80::FwdTraits"),
         dtypes: HALVES,
@@ -35,7 +36,8 @@ pub static FAMILIES: [Family; 4] = [
     Family {
         pass: "fwd",
         arch: SM90,
-        columns: &["head_dim", "block_m", "block_n", "warps", "q_stages"],
+        columns: &["head_dim", "block_m", "block_n", "warps", "q_stages", "mid_wait", "late_rescale"],
+        flags: &["mid_wait", "late_rescale"],
         header: "sm90/fwd.cuh",
         template: Template::Traits("fa2::sm90::FwdTraits"),
         dtypes: HALVES,
@@ -52,7 +54,8 @@ pub static FAMILIES: [Family; 4] = [
     Family {
         pass: "bwd",
         arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps", "stages", "warps_m", "warps_n", "warps_q"],
+        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks", "stages", "warps_m", "warps_n", "warps_q"],
+        flags: &[],
         // This header includes bwd.cuh, because the conversion reads dq_accum in the order of the backward's threads.
         header: "sm80/convert.cuh",
         template: Template::Traits("fa2::sm80::BwdTraits"),
@@ -82,6 +85,7 @@ pub static FAMILIES: [Family; 4] = [
         pass: "delta",
         arch: SM80,
         columns: &["warps"],
+        flags: &[],
         header: "delta.cuh",
         template: Template::Dtype { threads: "fa2::kDeltaThreads" },
         dtypes: HALVES,

@@ -98,6 +98,8 @@ pub struct Family {
     pub arch: Arch,
     /// The names of the other arguments, which are numbers. One name is `warps`. They are template arguments in this order.
     pub columns: &'static [&'static str],
+    /// The columns that are 0 or 1. All others are above 0.
+    pub flags: &'static [&'static str],
     /// The header with the templates.
     pub header: &'static str,
     /// How the templates are instantiated.

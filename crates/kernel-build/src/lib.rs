@@ -18,7 +18,7 @@
 //! use kernel_build::table::Table;
 //! use kernel_build::{attention, units};
 //!
-//! let table = Table::parse("KERNEL(fwd, sm80, 128, 128, 64, 4)  // 374 TFLOP/s", "instances.def", &attention::FAMILIES)?;
+//! let table = Table::parse("KERNEL(fwd, sm80, 128, 128, 64, 4, 1)  // 374 TFLOP/s", "instances.def", &attention::FAMILIES)?;
 //! let header = "namespace fa2 {\nstruct FwdParams {\n    const void* q;\n};\n}\n";
 //! let structs = Structs::parse(header, "params.h")?;
 //!

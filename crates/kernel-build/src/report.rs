@@ -240,7 +240,7 @@ ptxas info    : Used 250 registers, used 2 barriers
     }
 
     fn table(locals: &str) -> Table {
-        let text = format!("KERNEL(fwd, sm80, 64, 128, 128, 4)\nKERNEL(delta, sm80, 8)\n{locals}");
+        let text = format!("KERNEL(fwd, sm80, 64, 128, 128, 4, 1)\nKERNEL(delta, sm80, 8)\n{locals}");
         Table::parse(&text, "instances.def", &FAMILIES).expect("the lines are right")
     }
 

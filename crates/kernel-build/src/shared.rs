@@ -27,7 +27,7 @@ pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
     line.get("q_stages") * tile_q + 2 * SM90_STAGES * tile_k + SM90_CONTROL
 }
 
-/// k and v, P, dS (twice if a group is one warp), and for each stage q, do, lse and delta.
+/// k and v, P, dS (twice if a team is one warp), and for each stage q, do, lse and delta.
 pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
     let ds_buffers = if line.get("warps_m") == 1 { 2 } else { 1 };
@@ -45,14 +45,14 @@ mod tests {
     #[test]
     fn formulas_give_the_recorded_bytes() {
         for (line, kib) in [
-            ("KERNEL(fwd, sm80, 128, 128, 64, 4)", 64.0),
-            ("KERNEL(fwd, sm80, 192, 64, 96, 4)", 96.0),
-            ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)", 115.0),
-            ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2)", 195.0),
-            ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1)", 227.0),
-            ("KERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4, 1)", 72.5), // two buffers of dS
-            ("KERNEL(bwd, sm80, 128, 64, 128, 8, 2, 2, 4, 4)", 161.0),
-            ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4, 2)", 96.25),
+            ("KERNEL(fwd, sm80, 128, 128, 64, 4, 1)", 64.0),
+            ("KERNEL(fwd, sm80, 192, 64, 96, 4, 1)", 96.0),
+            ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 0)", 115.0),
+            ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2, 0, 0)", 195.0),
+            ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1, 0, 0)", 227.0),
+            ("KERNEL(bwd, sm80, 64, 32, 128, 4, 1, 2, 1, 4, 1)", 72.5), // two buffers of dS
+            ("KERNEL(bwd, sm80, 128, 64, 128, 8, 1, 2, 2, 4, 4)", 161.0),
+            ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 1, 2, 4, 2)", 96.25),
         ] {
             let table = Table::parse(line, "lines", &FAMILIES).expect("the line is right");
             let line = &table.lines[0];

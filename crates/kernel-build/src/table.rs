@@ -1,7 +1,7 @@
 //! Parses a table of kernels. It has one line for each instance of the templates.
 //!
 //! ```text
-//! KERNEL(fwd, sm80, 128, 128, 64, 4)     // a line of a family: pass, arch, and a number for each column
+//! KERNEL(fwd, sm80, 128, 128, 64, 4, 1)  // a line of a family: pass, arch, and a number for each column
 //! LOCAL(fwd_sm80_d128_128x64, 112)       // these kernels (f16 and bf16) may use 112 bytes of local memory per thread; the reason
 //! ```
 //! Everything after `//` is a comment. A LOCAL line must have a comment, and must name a kernel of the table.
@@ -178,8 +178,19 @@ fn kernel(
     if numbers.len() != family.columns.len() {
         return Err(format!("expected {}", family.form()));
     }
-    let values = numbers.iter().map(|text| positive(text)).collect::<Result<_, _>>()?;
+    let value = |(column, text): (&&str, &&str)| {
+        if family.flags.contains(column) {
+            flag(column, text)
+        } else {
+            positive(text)
+        }
+    };
+    let values = family.columns.iter().zip(numbers).map(value).collect::<Result<_, _>>()?;
     Ok(Line { family, number, values })
+}
+
+fn flag(column: &str, text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number <= 1).ok_or_else(|| format!("expected 0 or 1 for {column} {text}"))
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -201,8 +212,8 @@ mod tests {
 
     #[test]
     fn a_line_has_its_columns_and_names() {
-        let table =
-            parse("// comment\n\nKERNEL(bwd, sm80, 64, 32, 128, 4, 2, 1, 4, 1)  // 295\n").expect("the line is right");
+        let table = parse("// comment\n\nKERNEL(bwd, sm80, 64, 32, 128, 4, 1, 2, 1, 4, 1)  // 295\n")
+            .expect("the line is right");
         let line = &table.lines[0];
         assert_eq!((line.number, line.get("head_dim"), line.get("stages"), line.get("splits")), (3, 64, 2, 0));
         let [backward, convert] = line.family.entries else { panic!("a backward has two entries") };
@@ -215,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_local_line_names_kernels_of_the_table() {
-        let kernel = "KERNEL(fwd, sm80, 64, 128, 128, 4)\n";
+        let kernel = "KERNEL(fwd, sm80, 64, 128, 128, 4, 1)\n";
         let table = parse(&format!("{kernel}LOCAL(fwd_sm80_d64_128x128, 88)  // why")).expect("the lines are right");
         assert_eq!(table.locals, [Local { label: "fwd_sm80_d64_128x128".to_string(), bytes: 88, number: 2 }]);
         assert_eq!(
@@ -237,11 +248,15 @@ mod tests {
     fn an_error_names_line_rule_and_text() {
         assert_eq!(
             error("KERNEL(fwd, sm80, 64, 128)"),
-            "instances.def:1: expected KERNEL(fwd, sm80, head_dim, block_m, block_n, warps), got KERNEL(fwd, sm80, 64, 128)"
+            "instances.def:1: expected KERNEL(fwd, sm80, head_dim, block_m, block_n, warps, min_blocks), got KERNEL(fwd, sm80, 64, 128)"
         );
         assert_eq!(
-            error("\nKERNEL(fwd, sm80, 64, 128, 0, 4) // tile"),
-            "instances.def:2: expected a number above 0 for 0, got KERNEL(fwd, sm80, 64, 128, 0, 4) // tile"
+            error("\nKERNEL(fwd, sm80, 64, 128, 0, 4, 1) // tile"),
+            "instances.def:2: expected a number above 0 for 0, got KERNEL(fwd, sm80, 64, 128, 0, 4, 1) // tile"
+        );
+        assert_eq!(
+            error("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 2)"),
+            "instances.def:1: expected 0 or 1 for late_rescale 2, got KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 2)"
         );
         assert!(error("KERNEL(bwd, sm90, 64)").starts_with("instances.def:1: expected one of KERNEL(fwd, sm80, "));
         for text in ["KERNEL(fwd, sm80, 64", "TILE(64)", "LOCAL(a, b, c)  // why", "fwd"] {
@@ -253,14 +268,14 @@ mod tests {
     #[test]
     fn two_lines_of_one_name_are_an_error() {
         assert_eq!(
-            error("KERNEL(fwd, sm80, 64, 128, 128, 4)\nKERNEL(fwd, sm80, 64, 128, 128, 8)"),
+            error("KERNEL(fwd, sm80, 64, 128, 128, 4, 1)\nKERNEL(fwd, sm80, 64, 128, 128, 8, 1)"),
             "instances.def:2: line 1 makes a kernel fwd_sm80_d64_128x128 too; remove one of the lines"
         );
     }
 
     #[test]
     fn only_lines_with_code_are_kept() {
-        let text = "KERNEL(fwd, sm80, 64, 128, 128, 4)\nKERNEL(fwd, sm90, 64, 192, 128, 16, 2)";
+        let text = "KERNEL(fwd, sm80, 64, 128, 128, 4, 1)\nKERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 0)";
         for (gpus, kept, without) in
             [("80", 1, vec![]), ("90", 2, vec![]), ("100 120", 1, vec![]), ("70 80", 1, vec![70])]
         {
@@ -273,6 +288,7 @@ mod tests {
     #[test]
     fn every_pattern_of_a_family_is_filled() {
         for family in &FAMILIES {
+            assert!(family.flags.iter().all(|flag| family.columns.contains(flag)), "{}", family.form());
             let line = Line { family, number: 1, values: vec![1; family.columns.len()] };
             assert!(family.columns.contains(&"warps"), "{}", family.form());
             assert!(line.labels().all(|label| !label.contains(['{', '}'])), "{}", family.form());

@@ -188,28 +188,30 @@ mod tests {
 
     #[test]
     fn a_unit_has_each_dtype_and_variant() {
-        let forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)");
+        let forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 1)");
         assert_eq!(forward.name, "fwd_sm90_d64_192x128");
         let names: Vec<&str> = forward.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
         let want = ["f16_d64_192x128", "f16_d64_192x128_score_mod", "bf16_d64_192x128", "bf16_d64_192x128_score_mod"];
         assert_eq!(names, want.map(|name| format!("fwd_sm90_{name}")));
         // A backward comes with the conversion of its dq_accum, which has no score_mod.
-        let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 2, 4, 2)");
+        let backward = unit("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 1, 2, 4, 2)");
         let passes: Vec<&str> = backward.kernels.iter().map(|kernel| kernel.entry.pass).collect();
         assert_eq!(passes, ["Backward", "Backward", "Convert", "Backward", "Backward", "Convert"]);
     }
 
     #[test]
     fn a_source_instantiates_and_asserts() {
-        let mut forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)");
+        let mut forward = unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 1)");
         forward.kernels.retain(|kernel| kernel.name == "fwd_sm90_bf16_d64_192x128_score_mod");
         let kernel = "\
-using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, fa2::SoftcapAlibi>;
+using fwd_sm90_bf16_d64_192x128_score_mod_traits = fa2::sm90::FwdTraits<fa2::bf16, 64, 192, 128, 16, 2, 0, 1, fa2::SoftcapAlibi>;
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kHeadDim, 64>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kBlockM, 192>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kBlockN, 128>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kWarps, 16>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kQStages, 2>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMidWait, 0>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kLateRescale, 1>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMaxTiles, 512>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
@@ -240,7 +242,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
 
     #[test]
     fn rust_rows_have_what_a_launch_needs() {
-        let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2)")];
+        let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 1)")];
         let table = rust_table(&units);
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
