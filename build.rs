@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | instances.rs | one `Kernel` per line, element type and variant; the only file without the feature |
 //! | params.rs | the parameter structs of cuda/params.h in Rust |
+//! | generated/wgmma.cuh | the wgmma of every N, for cuda/sm90/wgmma.cuh |
 //! | UNIT.cu | one per line: `extern "C"` kernels that call the templates in cuda/ |
 //! | UNIT.fatbin | its machine code for each GPU to compile for, and PTX, which the driver compiles for later GPUs |
 //! | images.rs | the fatbins, in the order of `Kernel::image` |

@@ -81,8 +81,8 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kHeadDim / 16; ++step)
-            WgmmaShared<T, Traits::kBlockN>::step(s.x[0], rows + Descriptor<TileQ>::columns(step),
-                                                  columns + Descriptor<TileK>::columns(step), step > 0);
+            WgmmaShared<T, Traits::kBlockN, false, false>::step(s.x[0], rows + Descriptor<TileQ>::columns(step),
+                                                                columns + Descriptor<TileK>::columns(step), step > 0);
         wgmma_commit();
     }
 
@@ -93,7 +93,8 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kBlockN / 16; ++step)
-            WgmmaRegisters<T, Traits::kHeadDim>::step(o.x[0], p[step], columns + Descriptor<TileK>::rows(step), step > 0 || !fresh);
+            WgmmaRegisters<T, Traits::kHeadDim, true>::step(o.x[0], p[step], columns + Descriptor<TileK>::rows(step),
+                                                            step > 0 || !fresh);
         wgmma_commit();
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::thread;
 
-use crate::nvcc::{Gpus, Nvcc, FLAGS};
+use crate::nvcc::{self, Gpus, Nvcc, FLAGS};
 use crate::params::Structs;
 use crate::report::{self, Report};
 use crate::units::Unit;
@@ -22,7 +22,7 @@ pub struct Compiler {
     pub gpus: Gpus,
     /// The folder of the headers.
     pub include: PathBuf,
-    /// The folder for sources, images and logs. A unit has one file of each.
+    /// The folder for sources, images and logs, of which a unit has one file each, and for generated headers.
     pub out: PathBuf,
 }
 
@@ -44,6 +44,7 @@ impl Compiler {
         let jobs: Vec<Job> = units.iter().map(|unit| self.job(unit, structs)).collect::<Result<_>>()?;
         // Start with the end of the table: the backwards are there, and they take longest.
         let changed: Vec<&Job> = jobs.iter().rev().filter(|job| self.changed(job)).collect();
+        headers::write_generated(&self.out)?;
         self.run(&changed)?;
         Report::read(self, units)
     }
@@ -88,9 +89,9 @@ impl Compiler {
 
     fn job<'a>(&self, unit: &'a Unit, structs: &Structs) -> Result<Job<'a>> {
         let source = unit.source(structs);
-        let include = self.include.display().to_string();
         let mut options = self.gpus.options(&unit.family.arch);
-        options.extend(["-I".to_string(), include, "-fatbin".to_string()]);
+        options.extend(nvcc::include(&[&self.include, &self.out]));
+        options.push("-fatbin".to_string());
         let mut hasher = DefaultHasher::new();
         (self.nvcc.identity(), FLAGS, &options, &source, headers::of_text(&source, &self.include)?).hash(&mut hasher);
         Ok(Job { unit, source, options, fingerprint: format!("{:016x}", hasher.finish()) })

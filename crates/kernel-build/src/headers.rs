@@ -5,13 +5,31 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::{files, Error, Result};
+use crate::{files, wgmma, Error, Result};
 
 /// Texts of files by path. The paths are relative to a folder.
 pub type Sources = BTreeMap<PathBuf, String>;
 
-/// The headers under `include` that a source text includes as `#include "name"`, by their paths there. Headers that are not found
-/// there belong to the compiler.
+/// The headers that this crate generates: the name that a source includes, and the function that makes the text.
+pub static GENERATED: [(&str, fn() -> String); 1] = [("generated/wgmma.cuh", wgmma::header)];
+
+/// Writes the generated headers into a folder. nvcc finds them there if the folder is one of its `-I`.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write_generated(folder: &Path) -> Result<()> {
+    for (name, text) in GENERATED {
+        let path = folder.join(name);
+        let parent = path.parent().unwrap_or(folder);
+        fs::create_dir_all(parent)
+            .map_err(|error| Error::new(format!("cannot create {}: {error}", parent.display())))?;
+        files::write(&path, &text())?;
+    }
+    Ok(())
+}
+
+/// The headers under `include` that a source text includes as `#include "name"`, by their paths there. Generated headers
+/// count as if they were there. Headers that are not found belong to the compiler.
 ///
 /// # Errors
 /// If `include` is not a folder.
@@ -43,8 +61,11 @@ pub fn of_file(root: &Path, source: &str, include: &str) -> Result<Sources> {
 pub fn rust_sources(root: &Path, source: &str, include: &str) -> Result<String> {
     let sources = of_file(root, source, include)?;
     let mut text = format!("pub static SOURCES: [(&str, &str); {}] = [\n", sources.len());
-    for path in sources.keys() {
-        let _ = writeln!(text, "    ({path:?}, include_str!({:?})),", canonical(&root.join(path))?);
+    for (path, source) in &sources {
+        let _ = match canonical(&root.join(path)) {
+            Ok(file) => writeln!(text, "    ({path:?}, include_str!({file:?})),"),
+            Err(_) => writeln!(text, "    ({path:?}, {source:?}),"), // generated
+        };
     }
     Ok(text + "];\n")
 }
@@ -53,7 +74,12 @@ fn collect(source: &str, folder: &Path, include: &Path, found: &mut Sources) {
     let names = source.lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next());
     for name in names {
         let paths = [folder.join(name), include.join(name)];
-        let Some(path) = paths.iter().find_map(|path| path.canonicalize().ok()) else { continue };
+        let Some(path) = paths.iter().find_map(|path| path.canonicalize().ok()) else {
+            if let Some((_, text)) = GENERATED.iter().find(|(generated, _)| *generated == name) {
+                found.insert(include.join(name), text());
+            }
+            continue;
+        };
         if let (false, Ok(text)) = (found.contains_key(&path), fs::read_to_string(&path)) {
             found.insert(path.clone(), text.clone());
             collect(&text, path.parent().unwrap_or(folder), include, found);
@@ -82,6 +108,7 @@ mod tests {
             fs::create_dir_all(path.parent().expect("it lies in a folder")).expect("writable");
             fs::write(path, text).expect("writable");
         };
+        write("cuda/sm90/fwd.cuh", "#include \"generated/wgmma.cuh\"\n");
         write("cuda/sm80/fwd.cuh", "#include \"../core/mask.cuh\"\n#include \"copy.cuh\"\n#include <cstdint>\n");
         write("cuda/sm80/copy.cuh", "#include \"fwd.cuh\"\n"); // a circle; #pragma once allows it
         write("cuda/core/mask.cuh", "");
@@ -91,6 +118,10 @@ mod tests {
         let names = |sources: &Sources| sources.keys().map(|path| path.display().to_string()).collect::<Vec<_>>();
         let found = of_text("#include \"sm80/fwd.cuh\"\n", &folder.path().join("cuda"))?;
         assert_eq!(names(&found), ["core/mask.cuh", "sm80/copy.cuh", "sm80/fwd.cuh"]);
+        let found = of_text("#include \"sm90/fwd.cuh\"\n", &folder.path().join("cuda"))?;
+        assert_eq!(names(&found), ["generated/wgmma.cuh", "sm90/fwd.cuh"]);
+        let rust = rust_sources(folder.path(), "cuda/sm90/fwd.cuh", "cuda")?;
+        assert!(rust.contains("    (\"cuda/generated/wgmma.cuh\", \"// The wgmma of every N. "), "{rust}");
         let found = of_file(folder.path(), "bench/one.cu", "cuda")?;
         assert_eq!(names(&found), ["bench/one.cu", "bench/two.cuh", "cuda/core/mask.cuh"]);
         let rust = rust_sources(folder.path(), "bench/one.cu", "cuda")?;

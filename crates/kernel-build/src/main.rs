@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use kernel_build::nvcc::Nvcc;
 use kernel_build::params::Structs;
 use kernel_build::table::Table;
-use kernel_build::{attention, describe, report, units, Error, Result};
+use kernel_build::{attention, describe, headers, report, units, Error, Result};
 
 const USAGE: &str = "\
 kernel-build describe [--cuda DIR] [--table FILE] [--dtype NAME] [--plain]
@@ -78,10 +78,13 @@ fn print_usage(arguments: &[String]) -> Result<()> {
         return Err(Error::new(format!("usage needs a source and --arch\n\n{USAGE}")));
     };
     options.extend(["-Werror", "all-warnings"].map(String::from));
-    let output = std::env::temp_dir().join(format!("kernel-build-{}.cubin", std::process::id()));
-    let log = Nvcc::find()?.cubin(Path::new(source), &output, gpu, Path::new(include), &options)?;
-    // Only the log is needed. If the image cannot be removed, it stays in the folder for temporary files, where it does no harm.
-    let _ = std::fs::remove_file(&output);
+    let folder = std::env::temp_dir().join(format!("kernel-build-{}", std::process::id()));
+    headers::write_generated(&folder)?;
+    let log =
+        Nvcc::find()?.cubin(Path::new(source), &folder.join("cubin"), gpu, &[Path::new(include), &folder], &options);
+    // Only the log is needed. If the folder cannot be removed, it stays with the temporary files, where it does no harm.
+    let _ = std::fs::remove_dir_all(&folder);
+    let log = log?;
     for ((kernel, _), usage) in report::parse(&log) {
         println!("{kernel:<18} {usage}");
     }

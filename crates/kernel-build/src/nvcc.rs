@@ -67,16 +67,28 @@ impl Nvcc {
         Ok(log.into_owned())
     }
 
-    /// Compiles `source` into machine code for one GPU, such as `90`, with the headers of `include`. Otherwise as [`Self::compile`].
+    /// Compiles `source` into machine code for one GPU, such as `90`, with the headers of some folders. Otherwise as [`Self::compile`].
     ///
     /// # Errors
     /// As [`Self::compile`].
-    pub fn cubin(&self, source: &Path, output: &Path, gpu: &str, include: &Path, options: &[String]) -> Result<String> {
-        let include = include.display().to_string();
-        let mut all = vec!["-cubin".to_string(), format!("-arch=sm_{gpu}"), "-I".to_string(), include];
+    pub fn cubin(
+        &self,
+        source: &Path,
+        output: &Path,
+        gpu: &str,
+        folders: &[&Path],
+        options: &[String],
+    ) -> Result<String> {
+        let mut all = vec!["-cubin".to_string(), format!("-arch=sm_{gpu}")];
+        all.extend(include(folders));
         all.extend_from_slice(options);
         self.compile(source, output, &all)
     }
+}
+
+/// The options that let nvcc look for headers in some folders.
+pub(crate) fn include(folders: &[&Path]) -> Vec<String> {
+    folders.iter().flat_map(|folder| ["-I".to_string(), folder.display().to_string()]).collect()
 }
 
 /// Paths where nvcc may be, in the order of the search. `variable` reads the environment.

@@ -137,7 +137,7 @@ impl Images {
             let cubin = folder.path().join(format!("d{head_dim}.cubin"));
             let (source, include) = (folder.path().join(SOURCE), folder.path().join("cuda"));
             let defines = [format!("-DABLATION_TYPE={}", dtype.as_str()), format!("-DABLATION_HEAD_DIM={head_dim}")];
-            nvcc.cubin(&source, &cubin, &format!("{major}{minor}"), &include, &defines)?;
+            nvcc.cubin(&source, &cubin, &format!("{major}{minor}"), &[&include], &defines)?;
             Ok(fs::read(cubin)?)
         };
         let compiled: Vec<Result<Vec<u8>>> = thread::scope(|scope| {
