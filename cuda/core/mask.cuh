@@ -47,8 +47,8 @@ struct Visibility {
     }
 };
 
-// One bit for each column that a thread holds of a tile's row: bit 2j + e for column 8j + e, counted from the thread's first column. The bits
-// of columns below `col` are set. `col` may be negative.
+// One bit for each column that a thread holds of a tile's row: bit 2j + e for column 8j + e, counted from the thread's first column.
+// The bits of columns below `col` are set. `col` may be negative.
 __device__ __forceinline__ uint32_t columns_below(int col) {
     const int count = 2 * (col >> 3) + min(col & 7, 2);
     return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
@@ -61,6 +61,29 @@ __device__ __forceinline__ void hide(Accumulator<kMTiles, kNTiles>& block, const
     visit_elements(block, first_row, first_col, lane, [&](float& x, int row, int col) {
         if (!sees.visible(row, col)) x = value;
     });
+}
+
+// Turns the products of one m16 tile into scores, and with kMasked hides by -inf what the mask hides. The thread's first element is at
+// (lane_row, lane_col). One word of bits per row costs fewer instructions than the comparisons of hide(): ptxas loads seven predicates
+// at a time from it (docs/design/hopper.md).
+template <bool kMasked, typename ScoreMod, int kNTiles>
+__device__ __forceinline__ void apply_and_hide(const ScoreMod& score_mod, Accumulator<1, kNTiles>& block, const Visibility& sees,
+                                               int lane_row, int lane_col) {
+    static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible keys of a row");
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = lane_row + 8 * half;
+        const Range keys = sees.keys(row);
+        const uint32_t seen = columns_below(keys.end - lane_col) & ~columns_below(keys.begin - lane_col);
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float& x = block.x[0][j][2 * half + e];
+                if (!ScoreMod::kIdentity) x = score_mod.apply(x, row, lane_col + 8 * j + e);
+                if (kMasked && (seen & 1u << (2 * j + e)) == 0) x = -INFINITY;
+            }
+    }
 }
 
 }  // namespace fa2

@@ -43,13 +43,13 @@ __device__ __forceinline__ float tanh_precise(float x) {
 struct SoftcapAlibi {
     static constexpr bool kIdentity = false;
 
-    float scale;         // of the product: into the argument of tanh, or into the log2 domain
-    float softcap_log2;  // 0: no softcap
-    float slope_log2;    // 0: no ALiBi
+    float to_tanh_or_log2;  // times a product: with a softcap, the argument of tanh; without, the score in the log2 domain
+    float softcap_log2;     // 0: no softcap
+    float slope_log2;       // 0: no ALiBi
     int shift;
 
     __device__ __forceinline__ SoftcapAlibi(const Shape& shape, const Sequence& sequence, int head)
-        : scale(shape.softcap_log2 != 0.f ? shape.softmax_scale_over_softcap : shape.softmax_scale_log2),
+        : to_tanh_or_log2(shape.softcap_log2 != 0.f ? shape.softmax_scale_over_softcap : shape.softmax_scale_log2),
           softcap_log2(shape.softcap_log2), slope_log2(0.f), shift(sequence.shift()) {
         if (shape.alibi_slopes != nullptr) slope_log2 = shape.alibi_slopes[int64_t(sequence.batch) * shape.alibi_batch + head] * kLog2e;
     }
@@ -57,7 +57,7 @@ struct SoftcapAlibi {
     __device__ __forceinline__ static float scale_log2(const Shape&) { return 1.f; }
 
     __device__ __forceinline__ float apply(float product, int row, int col, float& derivative) const {
-        float score = scale * product;
+        float score = to_tanh_or_log2 * product;
         derivative = 1.f;
         if (softcap_log2 != 0.f) {
             const float t = tanh_precise(score);

@@ -1,17 +1,17 @@
-// dq, dk and dv on mma.sync. One thread block, one (batch, head_k, n_block), every query head of the group.
+// dq, dk and dv on mma.sync. One thread block, one (batch, head_k, n_block), every query head of the key head's group.
 //
 // Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse.
-// Warps      form groups, and each group owns some of the keys: it computes S, dP, dk and dv of those keys, S and dP split by queries,
+// Warps      form teams, and each team owns some of the keys: it computes S, dP, dk and dv of those keys, S and dP split by queries,
 //            dk and dv by keys and columns. Only dq sums over all keys, so it needs every warp.
-// Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | group barrier | dv += P^T do | barrier | dq = dS k |
+// Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | team barrier | dv += P^T do | barrier | dq = dS k |
 //            dk += dS^T q. With one stage: .. | dv, dk | barrier | start next q, do | dq. With kDefersDq: dq comes after the first barrier
 //            of the next step, and that is the only barrier of a step.
 // Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefersDq), kStages times sQ, sDo, lse and delta; the
 //            epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.semaphores in one order.
-// Nonfinite  numbers (NaN, infinity) spread within their sequence and their group of heads, also to rows that do not see them. They never leave it:
-//            a block reads one sequence and one group only.
+// Nonfinite  numbers (NaN, infinity) spread within their sequence and their group of heads, also to rows that do not see them. They never
+//            leave it: a block reads one sequence and one group only.
 // Expects    as fwd.cuh; lse and delta of the same inputs; dq_accum of zeros.
 #pragma once
 
@@ -39,21 +39,21 @@ struct BwdTraits {
     static constexpr int kWarps = kWarps_;
     static constexpr int kMinBlocks = kMinBlocks_;
     static constexpr int kStages = kStages_;
-    static constexpr int kWarpsM = kWarpsM_;  // warps of a group; they split the queries of S and dP
-    static constexpr int kWarpsN = kWarpsN_;  // warps along the keys of dk and dv, over all groups; the others divide head_dim
+    static constexpr int kWarpsM = kWarpsM_;  // warps of a team; they split the queries of S and dP
+    static constexpr int kWarpsN = kWarpsN_;  // warps along the keys of dk and dv, over all teams; the others divide head_dim
     static constexpr int kWarpsQ = kWarpsQ_;  // warps along the queries of dq; the others divide head_dim
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kGroups = kWarps / kWarpsM;
-    static constexpr int kGroupThreads = kWarpsM * kWarpSize;
-    static constexpr int kGroupKeys = kBlockN / kGroups;
-    static constexpr int kGroupWarpsN = kWarpsN / kGroups;  // warps of a group along its keys of dk and dv
+    static constexpr int kTeams = kWarps / kWarpsM;
+    static constexpr int kTeamThreads = kWarpsM * kWarpSize;
+    static constexpr int kTeamKeys = kBlockN / kTeams;
+    static constexpr int kTeamWarpsN = kWarpsN / kTeams;  // warps of a team along its keys of dk and dv
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
-    static constexpr int kNTiles = kGroupKeys / 8;                        // S, dP: n8 tiles of a warp
+    static constexpr int kNTiles = kTeamKeys / 8;                        // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
     static constexpr int kKvDTiles = kHeadDim / (kWarps / kWarpsN) / 8;   // dk, dv: n8 tiles of a warp
     static constexpr int kQMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
     static constexpr int kQDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
-    // A group of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
+    // A team of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
     static constexpr bool kDefersDq = kWarpsM == 1;
     // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
     // 4k tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
@@ -70,9 +70,9 @@ struct BwdTraits {
     static constexpr uint32_t sQ = sDs + kDsBuffers * TileP::kBytes, sDo = sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kStatBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
-    static_assert(kWarpsN % kGroups == 0, "dk and dv of a warp lie within its group's keys");
+    static_assert(kWarpsN % kTeams == 0, "dk and dv of a warp lie within its team's keys");
     static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
-    static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kGroups * 8 == kBlockN, "the warps divide S evenly");
+    static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kTeams * 8 == kBlockN, "the warps divide S evenly");
     static_assert(kKvMTiles * kWarpsN * 16 == kBlockN, "and the rows of dk and dv");
     static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kHeadDim, "and their columns");
     static_assert(kQMTiles * kWarpsQ * 16 == kBlockM, "and the rows of dq");
@@ -85,18 +85,18 @@ struct BwdTraits {
 // The blocks of S, dk and dv, and dq that belong to one warp: first row and first column.
 template <typename Traits>
 struct BwdWarp {
-    int group;
+    int team;
     int s_row, s_col;
     int kv_row, kv_col;
     int q_row, q_col;
 
     __device__ __forceinline__ explicit BwdWarp(int warp) {
-        const int in_group = warp % Traits::kWarpsM;
-        group = warp / Traits::kWarpsM;
-        s_row = in_group * Traits::kMTiles * 16;
-        s_col = group * Traits::kGroupKeys;
-        kv_row = s_col + in_group % Traits::kGroupWarpsN * Traits::kKvMTiles * 16;
-        kv_col = in_group / Traits::kGroupWarpsN * Traits::kKvDTiles * 8;
+        const int in_team = warp % Traits::kWarpsM;
+        team = warp / Traits::kWarpsM;
+        s_row = in_team * Traits::kMTiles * 16;
+        s_col = team * Traits::kTeamKeys;
+        kv_row = s_col + in_team % Traits::kTeamWarpsN * Traits::kKvMTiles * 16;
+        kv_col = in_team / Traits::kTeamWarpsN * Traits::kKvDTiles * 8;
         q_row = warp % Traits::kWarpsQ * Traits::kQMTiles * 16;
         q_col = warp / Traits::kWarpsQ * Traits::kQDTiles * 8;
     }
@@ -172,13 +172,13 @@ struct QueryTile {
     Range rows;  // of the sequence
 };
 
-// Waits for the warps of a group.
+// Waits for the warps of a team.
 template <int kThreads>
-__device__ __forceinline__ void group_sync(int group) {
+__device__ __forceinline__ void team_sync(int team) {
     if constexpr (kThreads == kWarpSize) {
         __syncwarp();
     } else {
-        bar_sync<kThreads>(kFirstNamedBarrier + group);
+        bar_sync<kThreads>(kFirstNamedBarrier + team);
     }
 }
 
@@ -257,7 +257,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     block_p.p.clear();
     multiply_ahead<T, Traits::kHeadDim / 16>(
         block_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
-        OperandB<TileK, Order::kContiguousK, Traits::kGroupKeys>(shared, Traits::sK, warp.s_col, lane));
+        OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sK, warp.s_col, lane));
     to_p(block_p, block, tile, stage_offset);
     if (partial) hide(block_p.p, block.sees, first_row, first_col, lane, 0.f);
     store_fragment<T, TileP>(shared, Traits::sP, block_p.p, warp.s_row, warp.s_col, lane);
@@ -266,7 +266,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     ds.clear();
     multiply_ahead<T, Traits::kHeadDim / 16>(
         ds, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sDo, warp.s_row, lane),
-        OperandB<TileK, Order::kContiguousK, Traits::kGroupKeys>(shared, Traits::sV, warp.s_col, lane));
+        OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sV, warp.s_col, lane));
     to_ds(ds, block_p, block, stage_offset);
     store_fragment<T, TileP>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
 }
@@ -319,7 +319,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
         if (Traits::kStages == 2 && step + 1 < steps) block.start_queries(Traits::kStageBytes - stage_offset, head, m_block);
         if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileP::kBytes - ds_offset);
         recompute(block, tile, stage_offset, ds_offset);
-        group_sync<Traits::kGroupThreads>(warp.group);  // the group's P and dS are in shared memory
+        team_sync<Traits::kTeamThreads>(warp.team);  // the team's P and dS are in shared memory
         multiply<T, Traits::kBlockM / 16>(
             dv, OperandA<TileP, Order::kTransposed>(shared, Traits::sP, warp.kv_row, lane),
             OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sDo, warp.kv_col, lane));

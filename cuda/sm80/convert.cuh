@@ -16,7 +16,7 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
     static_assert(TileQ::kBytes <= 48 * 1024, "a kernel gets 48 KB of static shared memory at most");
-    __shared__ __align__(1024) uint8_t shared[TileQ::kBytes];
+    __shared__ __align__(1024) uint8_t bytes[TileQ::kBytes];
     const int thread = threadIdx.x, m_block = blockIdx.x, head = blockIdx.y;
     const int batch = params.shape.first_batch + blockIdx.z;
     const Sequence sequence(params.shape, batch);
@@ -27,10 +27,10 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     DqTile<Traits>::load(dq, params.dq_accum + tile * DqTile<Traits>::kElements, thread);
     dq.scale(params.softmax_scale);
     const BwdWarp<Traits> warp(thread / kWarpSize);
-    store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(shared)), 0, dq, warp.q_row, warp.q_col, thread % kWarpSize);
+    store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(bytes)), 0, dq, warp.q_row, warp.q_col, thread % kWarpSize);
     __syncthreads();
     T* to = row_of<T>(params.dq, params.dq_strides, batch, sequence.first_q + first_row, head);
-    store_tile<TileQ, Traits::kThreads>(to, params.dq_strides.row, shared, rows, params.shape.head_dim, thread);
+    store_tile<TileQ, Traits::kThreads>(to, params.dq_strides.row, bytes, rows, params.shape.head_dim, thread);
 }
 
 }  // namespace fa2::sm80

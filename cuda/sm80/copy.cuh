@@ -18,7 +18,7 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, 
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `kPending` of this thread's groups are still being copied.
+// Waits until at most `kPending` of this thread's cp.async-groups (PTX ISA) are still being copied.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -2,7 +2,7 @@
 //
 // Each tile of queries has a tile of dq_accum. Inside it the elements lie in the order in which the threads of the backward hold them. A
 // warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they are part
-// of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a group instead of the block,
+// of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a team instead of the block,
 // took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
 #pragma once
 
@@ -87,8 +87,8 @@ struct DqSemaphores {
 
     // Returns the work of this block. All threads call it together, once, before anything else is in shared memory. If a call needs several
     // launches, the count goes on, and `first_batch` is the sequence where this launch starts.
-    __device__ __forceinline__ BlockIndex block_index(int64_t tiles, int first_batch, uint8_t* shared) const {
-        volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(shared);
+    __device__ __forceinline__ BlockIndex block_index(int64_t tiles, int first_batch, uint8_t* bytes) const {
+        volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(bytes);
         if (threadIdx.x == 0) *to_all = atomicAdd(counters + tiles, 1u);
         __syncthreads();
         const uint32_t number = *to_all, heads = number / gridDim.x;

@@ -24,7 +24,7 @@ namespace fa2::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(Control<Traits>& control) {
-    constexpr int kConsumerWarps = Traits::kGroupWarps * Traits::kConsumers;
+    constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
     for (int i = 0; i < Traits::kStages; ++i) {
         mbarrier_init(shared_address(&control.k_full[i]), 1);
         mbarrier_init(shared_address(&control.v_full[i]), 1);
@@ -52,10 +52,10 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
 
 template <typename Traits>
 __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    Control<Traits>& control = *reinterpret_cast<Control<Traits>*>(shared + Traits::kSharedBytes - Traits::kControlBytes);
+    extern __shared__ __align__(1024) uint8_t bytes[];
+    Control<Traits>& control = *reinterpret_cast<Control<Traits>*>(bytes + Traits::kSharedBytes - Traits::kControlBytes);
     static_assert(sizeof(Control<Traits>) <= Traits::kControlBytes, "Control must fit after the tiles");
-    const uint32_t base = shared_address(shared);
+    const uint32_t shared = shared_address(bytes);
     // All lanes take the warp index from one lane, so the compiler knows that branches on it are uniform.
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
     if (threadIdx.x == 0) {
@@ -66,18 +66,19 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     }
     if (threadIdx.x < Traits::kMaxTiles / 32) control.nonfinite[threadIdx.x] = 0;
     __syncthreads();
-    if (warp < Traits::kGroupWarps) {
+    if (warp < Traits::kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
-        if (warp == 0) Producer<Traits>{params, control, base, lane}.run();
+        if (warp == 0) Producer<Traits>{params, control, shared, lane}.run();
         return;
     }
     take_registers<Traits::kConsumerRegisters>();
-    const int group = warp / Traits::kGroupWarps - 1, group_warp = warp % Traits::kGroupWarps;
-    Consumer<Traits>{params, control, base, group, group_warp, lane}.run();
-    bar_sync<Traits::kGroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);  // all consumers have set their bits and written their rows
+    const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_it = warp % Traits::kWarpgroupWarps;
+    Consumer<Traits>{params, control, shared, warpgroup, warp_in_it, lane}.run();
+    // All consumers have set their bits and written their rows.
+    bar_sync<Traits::kWarpgroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);
     uint32_t any = 0;
     for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
-    if (any != 0) recompute_tiles(params, control, Traits::kGroupRows * group + Traits::kWarpRows * group_warp, lane);
+    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * warpgroup + Traits::kWarpRows * warp_in_it, lane);
 }
 
 }  // namespace fa2::sm90

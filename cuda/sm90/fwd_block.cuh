@@ -21,10 +21,10 @@ struct FwdTraits {
     static constexpr int kWarps = kWarps_;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kMinBlocks = 1;  // the registers of a block fill a multiprocessor
-    static constexpr int kGroupWarps = 4;  // warps of a warpgroup
-    static constexpr int kGroupRows = 64;  // rows of a warpgroup, the M of wgmma
-    static constexpr int kWarpRows = kGroupRows / kGroupWarps;
-    static constexpr int kConsumers = kBlockM / kGroupRows;
+    static constexpr int kWarpgroupWarps = 4;  // warps of a warpgroup
+    static constexpr int kWarpgroupRows = 64;  // rows of a warpgroup, the M of wgmma
+    static constexpr int kWarpRows = kWarpgroupRows / kWarpgroupWarps;
+    static constexpr int kConsumers = kBlockM / kWarpgroupRows;
     static constexpr int kNTiles = kBlockN / 8;
     static constexpr int kDTiles = kHeadDim / 8;
     using TileQ = Tile<kBlockM, kHeadDim>;
@@ -52,12 +52,11 @@ struct FwdTraits {
     static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
     static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
 
-    static_assert(kBlockM % kGroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three consumer warpgroups of 64 rows");
-    static_assert(kWarps == kGroupWarps * (kConsumers + 1), "and one producer warpgroup");
+    static_assert(kBlockM % kWarpgroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three consumer warpgroups of 64 rows");
+    static_assert(kWarps == kWarpgroupWarps * (kConsumers + 1), "and one producer warpgroup");
     static_assert(kQStages == 1 || kQStages == 2, "the producer is at most one tile of q ahead");
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
-    static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible keys of a row");
 };
 
 // The part of a work tile that one warpgroup computes. Ranges and counts are in key tiles.
@@ -76,7 +75,7 @@ struct Control {
     uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
     WorkTile tiles[Traits::kWorkStages];
-    Part parts[Traits::kGroupWarps * Traits::kConsumers][Traits::kPartStages];
+    Part parts[Traits::kWarpgroupWarps * Traits::kConsumers][Traits::kPartStages];
     uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
     int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
 };

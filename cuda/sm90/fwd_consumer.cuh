@@ -21,9 +21,9 @@ struct Consumer {
 
     const Sm90FwdParams& params;
     Control<Traits>& control;
-    const uint32_t base;
-    const int group;  // 0 .. kConsumers - 1
-    const int warp;   // in the warpgroup
+    const uint32_t shared;
+    const int warpgroup;  // 0 .. kConsumers - 1
+    const int warp;       // in the warpgroup
     const int lane;
     Ring<Traits::kStages> k_ring, v_ring;
     Accumulator<1, Traits::kNTiles> s;
@@ -31,15 +31,16 @@ struct Consumer {
     uint32_t p[Traits::kBlockN / 16][4];
     OnlineSoftmax<1> softmax;
     float rescale[2];  // factors that o still needs after the last softmax
-    int number = 0;    // of this block's work tiles: the current one
+    int current = 0;   // the number of the current work tile, among those of this block
 
     __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kWorkStages]; }
     __device__ __forceinline__ Part& part_of(int number) const {
-        return control.parts[Traits::kGroupWarps * group + warp][number % Traits::kPartStages];
+        return control.parts[Traits::kWarpgroupWarps * warpgroup + warp][number % Traits::kPartStages];
     }
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
-    __device__ __forceinline__ int group_row(const WorkTile& tile) const {
-        return tile.m_block * Traits::kBlockM + Traits::kGroupRows * group;
+    // The first row of this warpgroup.
+    __device__ __forceinline__ int first_row(const WorkTile& tile) const {
+        return tile.m_block * Traits::kBlockM + Traits::kWarpgroupRows * warpgroup;
     }
     __device__ __forceinline__ float scale_log2() const { return ScoreMod::scale_log2(params.fwd.shape); }
 
@@ -51,8 +52,8 @@ struct Consumer {
         if (!tile.exists()) return false;
         const Visibility sees(params.fwd.shape, tile.sequence);
         const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(tile));
-        const int first = group_row(tile);
-        const Range rows = {first, min(first + Traits::kGroupRows, tile.sequence.seqlen_q)};
+        const int first = first_row(tile);
+        const Range rows = {first, min(first + Traits::kWarpgroupRows, tile.sequence.seqlen_q)};
         Part part;
         part.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need row statistics, so they take one fully hidden tile.
@@ -75,9 +76,9 @@ struct Consumer {
     // Starts S = q k^T of work tile `number` with the next k.
     __device__ __forceinline__ void start_scores(int number) {
         mbarrier_wait(shared_address(&control.k_full[k_ring.stage()]), k_ring.parity());
-        const uint32_t sQ = base + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
-        const uint64_t rows = Descriptor<TileQ>::of(opaque(sQ + group * Traits::kGroupRows * Descriptor<TileQ>::kRowBytes));
-        const uint64_t columns = Descriptor<TileK>::of(opaque(base + Traits::sK + k_ring.stage() * TileK::kBytes));
+        const uint32_t sQ = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
+        const uint64_t rows = Descriptor<TileQ>::of(opaque(sQ + warpgroup * Traits::kWarpgroupRows * Descriptor<TileQ>::kRowBytes));
+        const uint64_t columns = Descriptor<TileK>::of(opaque(shared + Traits::sK + k_ring.stage() * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kHeadDim / 16; ++step)
@@ -89,7 +90,7 @@ struct Consumer {
     // Starts o += P v with the next v; `fresh`: o = P v.
     __device__ __forceinline__ void start_output(bool fresh) {
         mbarrier_wait(shared_address(&control.v_full[v_ring.stage()]), v_ring.parity());
-        const uint64_t columns = Descriptor<TileK>::of(opaque(base + Traits::sV + v_ring.stage() * TileK::kBytes));
+        const uint64_t columns = Descriptor<TileK>::of(opaque(shared + Traits::sV + v_ring.stage() * TileK::kBytes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kBlockN / 16; ++step)
@@ -114,8 +115,7 @@ struct Consumer {
         v_ring.advance();
     }
 
-    // Applies the score_mod to S of key tile n, and hides what a row does not see. One word of bits per row costs fewer instructions than the
-    // comparisons of hide(): ptxas loads seven predicates at a time from it (docs/design/hopper.md).
+    // Applies the score_mod to S of key tile n, and hides what a row does not see.
     template <bool kMasked>
     __device__ __forceinline__ void score_and_mask(int number, int n) {
         if (!kMasked && ScoreMod::kIdentity) return;
@@ -123,22 +123,9 @@ struct Consumer {
         const Visibility sees(params.fwd.shape, tile.sequence);
         const ScoreMod score_mod(params.fwd.shape, tile.sequence, tile.head);
         const int lane = opaque(this->lane);
-        const int row = group_row(tile) + Traits::kWarpRows * warp + fragment_row(lane, 0);
-        const int lane_col = n * Traits::kBlockN + fragment_col(lane, 0);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int this_row = row + 8 * half;
-            const Range keys = sees.keys(this_row);
-            const uint32_t seen = columns_below(keys.end - lane_col) & ~columns_below(keys.begin - lane_col);
-#pragma unroll
-            for (int j = 0; j < Traits::kNTiles; ++j)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& x = s.x[0][j][2 * half + e];
-                    if (!ScoreMod::kIdentity) x = score_mod.apply(x, this_row, lane_col + 8 * j + e);
-                    if (kMasked && (seen & 1u << (2 * j + e)) == 0) x = -INFINITY;
-                }
-        }
+        const int row = first_row(tile) + Traits::kWarpRows * warp + fragment_row(lane, 0);
+        const int col = n * Traits::kBlockN + fragment_col(lane, 0);
+        apply_and_hide<kMasked>(score_mod, s, sees, row, col);
     }
 
     __device__ __forceinline__ void round_p() {
@@ -156,11 +143,11 @@ struct Consumer {
     // One step of the main loop: S of key tile n becomes P, while o += P v of the previous step runs. `fresh`: o starts with this product.
     template <bool kMasked>
     __device__ __forceinline__ void step(int n, bool fresh) {
-        start_scores(number);
+        start_scores(current);
         if (Traits::kLateRescale) rescale_output();
         start_output(fresh);
         scores_arrived<1>();
-        score_and_mask<kMasked>(number, n);
+        score_and_mask<kMasked>(current, n);
         float new_max[2];
         if (softmax.all_nonnegative(0)) {
 #pragma unroll
@@ -183,7 +170,8 @@ struct Consumer {
     }
 
     // This branch is never taken, but ptxas cannot prove it. Without it, ptxas moves the wait for o ahead of the softmax and the overlap is
-    // lost (1 to 5% from head_dim 96 on, H200, docs/log/hopper.md). No wgmma and no wait for one may stand in such a branch: all four warps of a warpgroup must reach them.
+    // lost (1 to 5% from head_dim 96 on, H200, docs/log/hopper.md). No wgmma and no wait for one may stand in such a branch: all four
+    // warps of a warpgroup must reach them.
     __device__ __forceinline__ void hold() {
         float& sum = softmax.row_sum[0][0];
         if (__any_sync(~0u, sum < 0.f)) {
@@ -194,7 +182,7 @@ struct Consumer {
 
     // All steps of a work tile after the first. Returns whether there were none, so that o has no product yet.
     __device__ __forceinline__ bool steps() {
-        const Part& part = part_of(opaque(number));
+        const Part& part = part_of(opaque(current));
         bool fresh = true;
         for (int n = part.own.end - 2; n >= part.own.begin;) {
             const int first_unmasked = n < part.unmasked.end ? part.unmasked.begin : n + 1;
@@ -252,7 +240,8 @@ struct Consumer {
     __device__ __forceinline__ void write(const WorkTile& tile, OnlineSoftmax<1>& statistics) {
         const int lane = opaque(this->lane);
         if (__any_sync(~0u, !o.finite()) && lane == 0) atomicOr(&control.nonfinite[tile.number / 32], 1u << tile.number % 32);
-        write_rows<T>(params.fwd, tile.sequence, tile.head, group_row(tile) + Traits::kWarpRows * warp, lane, o, statistics, scale_log2());
+        const int row = first_row(tile) + Traits::kWarpRows * warp;
+        write_rows<T>(params.fwd, tile.sequence, tile.head, row, lane, o, statistics, scale_log2());
     }
 
     // Writes o = 0 and lse = -inf for rows that see nothing.
@@ -263,59 +252,59 @@ struct Consumer {
         write(tile, nothing);
     }
 
-    // Whether the first S of work tile `next` may start before the last o += P v of the current tile has ended. Until it ends, this warpgroup
-    // holds the v of that product, and so the producer can load only three more k. One of them is the k of that S, so at most two key tiles
-    // may be skipped before it.
+    // Whether the first S of work tile `next` may start before the last o += P v of the current tile has ended. Until it ends, this
+    // warpgroup holds the v of that product, and so the producer can load only three more k. One of them is the k of that S, so at most
+    // two key tiles may be skipped before it.
     __device__ __forceinline__ bool flows_into(const Part& next) const {
-        return !next.own.empty() && part_of(number).after + next.before <= 2;
+        return !next.own.empty() && part_of(current).after + next.before <= 2;
     }
 
     // Skips a work tile in which this warpgroup has no rows, or in which its rows see nothing.
     __device__ __forceinline__ void skip(const Part& part) {
-        const WorkTile& tile = tile_of(number);
-        if (part.before + part.after == 0 && group_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
+        const WorkTile& tile = tile_of(current);
+        if (part.before + part.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
         skip_keys(part.before + part.after);
-        release(control.q_empty[q_ring_of(number).stage()]);
+        release(control.q_empty[q_ring_of(current).stage()]);
     }
 
     __device__ __forceinline__ void run() {
-        bool exists = take(number);
+        bool exists = take(current);
         while (exists) {
-            const Part& part = part_of(number);
+            const Part& part = part_of(current);
             if (part.own.empty()) {
                 skip(part);
-                exists = take(++number);
+                exists = take(++current);
                 continue;
             }
             skip_keys(part.before);
-            start_scores(number);
-            first_softmax(number);
+            start_scores(current);
+            first_softmax(current);
             bool flows = true;
             while (flows) {
                 const bool fresh = steps();
-                release(control.q_empty[q_ring_of(number).stage()]);
+                release(control.q_empty[q_ring_of(current).stage()]);
                 OnlineSoftmax<1> statistics = softmax;
                 start_output(fresh);
                 flows = false;
                 if constexpr (Traits::kQStages > 1) {
-                    exists = take(number + 1);
-                    flows = exists && flows_into(part_of(number + 1));
+                    exists = take(current + 1);
+                    flows = exists && flows_into(part_of(current + 1));
                 }
                 if (flows) {
-                    const int between = part_of(number).after + part_of(number + 1).before;
+                    const int between = part_of(current).after + part_of(current + 1).before;
                     skip_k(between);
-                    start_scores(number + 1);
+                    start_scores(current + 1);
                     output_arrived<1>();
-                    write(tile_of(number), statistics);
+                    write(tile_of(current), statistics);
                     skip_v(between);
-                    first_softmax(number + 1);
+                    first_softmax(current + 1);
                 } else {
                     output_arrived();
-                    skip_keys(part_of(number).after);
-                    write(tile_of(number), statistics);
-                    if constexpr (Traits::kQStages == 1) exists = take(number + 1);
+                    skip_keys(part_of(current).after);
+                    write(tile_of(current), statistics);
+                    if constexpr (Traits::kQStages == 1) exists = take(current + 1);
                 }
-                ++number;
+                ++current;
             }
         }
     }

@@ -15,7 +15,7 @@ struct Producer {
 
     const Sm90FwdParams& params;
     Control<Traits>& control;
-    const uint32_t base;
+    const uint32_t shared;
     const int lane;
     Ring<Traits::kStages> k_ring, v_ring;
     Ring<Traits::kQStages> q_ring;
@@ -70,7 +70,7 @@ struct Producer {
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
                 mbarrier_arrive_expect(full, TileQ::kBytes);
-                tma_load_tile<TileQ>(base + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
+                tma_load_tile<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
                                      tile.sequence.first_q + tile.m_block * Traits::kBlockM, tile.head, batch_of(tile));
             } else {
                 mbarrier_arrive(full);
@@ -92,7 +92,7 @@ struct Producer {
         if (lane == 0) {
             const uint32_t barrier = shared_address(&full[ring.stage()]);
             mbarrier_arrive_expect(barrier, TileK::kBytes);
-            tma_load_tile<TileK>(base + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
+            tma_load_tile<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
         }
         __syncwarp();
         ring.advance();

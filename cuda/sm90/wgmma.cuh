@@ -14,10 +14,10 @@ namespace fa2::sm90 {
 // Call this before a wgmma if its accumulators or A operands have changed since the last wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Makes one group of the wgmmas since the last call.
+// Makes one wgmma-group (PTX ISA) of the wgmmas since the last call.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most kPending groups are still running.
+// Waits until at most kPending wgmma-groups are still running.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
