@@ -12,6 +12,7 @@ struct Range {
     int end;
 
     __device__ __forceinline__ bool empty() const { return end <= begin; }
+    __device__ __forceinline__ bool contains(const Range& other) const { return other.begin >= begin && other.end <= end; }
 };
 
 // The mask over one sequence. Both bounds grow with the row, so each row sees one range of keys.
@@ -36,7 +37,7 @@ struct Visibility {
         return {max(rows.begin - left, 0), min(rows.end + right, seqlen_k)};
     }
 
-    // Keys that every row of a tile sees.
+    // Keys that every row of a tile sees. Nothing is hidden from `rows` in `cols` if common_keys(rows).contains(cols).
     __device__ __forceinline__ Range common_keys(Range rows) const {
         return {max(rows.end - 1 - left, 0), min(rows.begin + right + 1, seqlen_k)};
     }

@@ -251,7 +251,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     const uint32_t shared = block.shared;
     const int first_row = tile.rows.begin + warp.s_row, first_col = block.cols.begin + warp.s_col;
     const Range common = block.sees.common_keys(tile.rows);
-    const bool partial = block.cols.begin < common.begin || block.cols.begin + Traits::kBlockN > common.end;
+    const bool partial = !common.contains({block.cols.begin, block.cols.begin + Traits::kBlockN});
 
     Probabilities<Traits> block_p;
     block_p.p.clear();

@@ -113,7 +113,7 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
             s, OperandA<typename Traits::TileQ, Order::kContiguousK>(shared, Traits::sQ, block.warp_row, lane),
             OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(shared, Traits::sK, 0, lane));
         if constexpr (!ScoreMod::kIdentity) apply(score_mod, s, first_row, first_col, lane);
-        if (first_col < common.begin || first_col + Traits::kBlockN > common.end)
+        if (!common.contains({first_col, first_col + Traits::kBlockN}))
             hide(s, block.sees, first_row, first_col, lane, -INFINITY);
         cp_async_wait<0>();
         __syncthreads();  // v has arrived, and every warp is done with k

@@ -60,7 +60,7 @@ struct Consumer {
         if (!rows.empty() && part.own.empty() && !tiles.empty()) part.own = {tiles.end - 1, tiles.end};
         const Range common = sees.common_keys(rows);
         part.unmasked = {max(ceil_div(common.begin, Traits::kBlockN), part.own.begin), common.end / Traits::kBlockN};
-        part.first_unmasked = part.own.end - 1 >= part.unmasked.begin && part.own.end - 1 < part.unmasked.end;
+        part.first_unmasked = part.unmasked.contains({part.own.end - 1, part.own.end});
         part.before = tiles.end - part.own.end;
         part.after = part.own.begin - tiles.begin;
         __syncwarp();
