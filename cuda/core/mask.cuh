@@ -15,6 +15,9 @@ struct Range {
     __device__ __forceinline__ bool contains(const Range& other) const { return other.begin >= begin && other.end <= end; }
 };
 
+// The rows, or keys, of a tile: `size` of them from `first` on, cut to a sequence of `seqlen`.
+__device__ __forceinline__ Range tile_range(int first, int size, int seqlen) { return {first, min(first + size, seqlen)}; }
+
 // The mask over one sequence. Both bounds grow with the row, so each row sees one range of keys.
 struct Visibility {
     int left;   // the first visible key of row r is r - left ..

@@ -127,7 +127,7 @@ struct BwdBlock {
         : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(threadIdx.x),
           lane(thread % kWarpSize), warp(thread / kWarpSize), n_block(index.x), head_k(index.y),
           sequence(params.shape, params.shape.first_batch + index.z), sees(params.shape, sequence),
-          cols{n_block * Traits::kBlockN, min((n_block + 1) * Traits::kBlockN, sequence.seqlen_k)},
+          cols(tile_range(n_block * Traits::kBlockN, Traits::kBlockN, sequence.seqlen_k)),
           queries(sees.queries_of(cols)), m_first(queries.begin / Traits::kBlockM),
           m_last((queries.end - 1) / Traits::kBlockM), group_size(params.shape.num_heads / params.shape.num_heads_k) {}
 
@@ -307,9 +307,8 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     for (int step = 0; step < steps; ++step) {
         const uint32_t stage_offset = step % Traits::kStages * Traits::kStageBytes;
         const uint32_t ds_offset = step % Traits::kDsBuffers * TileP::kBytes;
-        const int first_row = m_block * Traits::kBlockM;
         before = tile;
-        tile = {head, m_block, {first_row, min(first_row + Traits::kBlockM, block.sequence.seqlen_q)}};
+        tile = {head, m_block, tile_range(m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q)};
         const bool next_head = m_block == block.m_last;
         head += next_head;
         m_block = next_head ? block.m_first : m_block + 1;

@@ -69,7 +69,7 @@ struct FwdBlock {
         : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(opaque(threadIdx.x)),
           lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows), head(head), sequence(params.shape, batch),
           sees(params.shape, sequence),
-          rows{m_block * Traits::kBlockM, min((m_block + 1) * Traits::kBlockM, sequence.seqlen_q)}, keys(sees.keys_of(rows)) {}
+          rows(tile_range(m_block * Traits::kBlockM, Traits::kBlockM, sequence.seqlen_q)), keys(sees.keys_of(rows)) {}
 
     __device__ __forceinline__ void start_q() const {
         const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + rows.begin, head);

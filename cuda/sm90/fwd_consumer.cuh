@@ -52,8 +52,7 @@ struct Consumer {
         if (!tile.exists()) return false;
         const Visibility sees(params.fwd.shape, tile.sequence);
         const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(tile));
-        const int first = first_row(tile);
-        const Range rows = {first, min(first + Traits::kWarpgroupRows, tile.sequence.seqlen_q)};
+        const Range rows = tile_range(first_row(tile), Traits::kWarpgroupRows, tile.sequence.seqlen_q);
         Part part;
         part.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need row statistics, so they take one fully hidden tile.
