@@ -40,6 +40,37 @@ __device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
 // becomes NaN; such a p comes as -0.
 __device__ __forceinline__ float weigh(float p, float v) { return isinf(v) && !signbit(p) ? fmaf(p, 0.f, v) : p * v; }
 
+// The maximum of a row's scores. A lane takes every 32nd key. A score of NaN or +inf makes NaN of the whole row: row_sum becomes NaN, and
+// the search ends. So a model whose numbers are all NaN costs one step of 32 keys per row.
+template <typename Score>
+__device__ __forceinline__ void find_max(const Range& keys, int lane, const Score& score, float& row_max, float& row_sum) {
+    for (int first = keys.begin; first < keys.end && row_sum == 0.f; first += kWarpSize) {
+        const float s = score(first + lane);
+        row_max = fmaxf(row_max, s);
+        if (__any_sync(~0u, isnan(s) || s == INFINITY)) row_sum = NAN;
+    }
+    row_max = warp_max(row_max);
+}
+
+// Writes a row of o, times `scale`.
+template <typename T, int kPairs>
+__device__ __forceinline__ void write_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane,
+                                          const float2 (&o)[kPairs], int pairs, float scale) {
+    const int row_of_o = sequence.first_q + row;
+    float2* o_f32 = reinterpret_cast<float2*>(row_of<float>(params.o, params.o_strides, sequence.batch, row_of_o, head));
+    uint32_t* o_rounded = reinterpret_cast<uint32_t*>(row_of<T>(params.o, params.o_strides, sequence.batch, row_of_o, head));
+    for (int i = 0; i < kPairs; ++i) {
+        const int pair = lane + i * kWarpSize;
+        if (pair >= pairs) continue;
+        const float2 x = {o[i].x * scale, o[i].y * scale};
+        if (params.o_is_f32) {
+            o_f32[pair] = x;
+        } else {
+            o_rounded[pair] = pack2<T>(x.x, x.y);
+        }
+    }
+}
+
 // One warp computes one row of o and its lse. A lane takes every 32nd key for the scores, and every 32nd pair of columns for o.
 template <typename Traits>
 __device__ __forceinline__ void recompute_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane) {
@@ -57,19 +88,11 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     const auto score = [&](int key) {
         return score_mod.apply(dot(q, k + key * params.k_strides.row, shape.head_dim), row, key);
     };
-
     const auto score_or_hidden = [&](int key) { return key < keys.end ? score(key) : -INFINITY; };
 
-    // A score of NaN or +inf makes NaN of the whole row. So a model whose numbers are all NaN costs one step of 32 keys per row.
     float row_max = -INFINITY, row_sum = 0.f;
-    for (int first = keys.begin; first < keys.end && row_sum == 0.f; first += kWarpSize) {
-        const float s = score_or_hidden(first + lane);
-        row_max = fmaxf(row_max, s);
-        if (__any_sync(~0u, isnan(s) || s == INFINITY)) row_sum = NAN;
-    }
-    row_max = warp_max(row_max);
+    find_max(keys, lane, score_or_hidden, row_max, row_sum);
     const float offset = exponent_offset(row_max, scale_log2);
-
     float2 o[kPairs] = {};
     for (int first = keys.begin; first < keys.end && !isnan(row_sum); first += kWarpSize) {
         const float s = score_or_hidden(first + lane);
@@ -88,21 +111,8 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
         }
     }
     row_sum = warp_sum(row_sum);
-
     const float scale = keys.empty() ? 0.f : 1.f / row_sum;
-    const int row_of_o = sequence.first_q + row;
-    float2* o_f32 = reinterpret_cast<float2*>(row_of<float>(params.o, params.o_strides, sequence.batch, row_of_o, head));
-    uint32_t* o_rounded = reinterpret_cast<uint32_t*>(row_of<T>(params.o, params.o_strides, sequence.batch, row_of_o, head));
-    for (int i = 0; i < kPairs; ++i) {
-        const int pair = lane + i * kWarpSize;
-        if (pair >= pairs) continue;
-        const float2 x = {o[i].x * scale, o[i].y * scale};
-        if (params.o_is_f32) {
-            o_f32[pair] = x;
-        } else {
-            o_rounded[pair] = pack2<T>(x.x, x.y);
-        }
-    }
+    write_row<T>(params, sequence, head, row, lane, o, pairs, scale);
     if (lane == 0) {
         float* lse = params.lse + sequence.lse_offset(shape, head);
         lse[row] = keys.empty() ? -INFINITY : natural_lse(row_max, row_sum, scale_log2);
