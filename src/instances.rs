@@ -63,6 +63,17 @@ pub enum Grid {
     },
 }
 
+/// The struct of cuda/params.h that a kernel takes. The name of the struct is the variant's, and then `Params`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Parameters {
+    Fwd,
+    Sm90Fwd,
+    Bwd,
+    Delta,
+    Convert,
+}
+
 /// One CUDA kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kernel {
@@ -86,8 +97,8 @@ pub struct Kernel {
     pub warps: usize,
     /// Whether it supports softcap, ALiBi and a softmax_scale that is not above 0.
     pub score_mod: bool,
-    /// The struct of cuda/params.h that is its only argument.
-    pub params: &'static str,
+    /// Its only argument.
+    pub params: Parameters,
     /// How its grid is made.
     pub grid: Grid,
     /// Dynamic shared memory of a thread block.

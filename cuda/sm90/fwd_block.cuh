@@ -47,6 +47,7 @@ struct FwdTraits {
 
     // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
     // at least kLeast of them, and the consumers share the others in multiples of 8.
+    // 32 is enough for the producer (no local memory, docs/kernels.md). 24, the least of setmaxnreg, is too, but was not timed.
     static constexpr int kLeast = 32;
     static constexpr int kLaunchRegisters = kRegistersPerSm / kThreads / 8 * 8;
     static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;

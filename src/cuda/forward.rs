@@ -10,8 +10,9 @@ use super::call::Call;
 use super::counters::Counters;
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, Element};
-use super::params::{FwdParams, Params, Schedule, Sm90FwdParams};
+use super::params::{FwdParams, Schedule, Sm90FwdParams};
 use super::tensor_map;
+use crate::instances::Parameters;
 use crate::output::Output;
 use crate::plan::Launch;
 use crate::tensors::Inputs;
@@ -98,7 +99,7 @@ fn queue<T: Element>(
         shape: side.shape(&mut launcher)?,
         o_is_f32: i32::from(o_is_f32),
     };
-    if launch.kernel.params == FwdParams::NAME {
+    if launch.kernel.params == Parameters::Fwd {
         return Ok(launcher.launch(launch, &params)?);
     }
     // The other kernels read q, k and v through tensor maps and take their tiles from a schedule.

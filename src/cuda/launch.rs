@@ -69,7 +69,7 @@ impl<'a> Launcher<'a> {
 
     fn queue<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         let Launch { kernel, grid, .. } = *launch;
-        assert_eq!(kernel.params, P::NAME, "{} takes other parameters", kernel.name);
+        assert_eq!(kernel.params, P::KIND, "{} takes other parameters", kernel.name);
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }

@@ -4,6 +4,7 @@
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
 
+use crate::instances::Parameters;
 use crate::layout::PaddingSide;
 use crate::mask::Mask;
 use crate::plan::{self, MAX_SEQLEN};
@@ -12,18 +13,18 @@ use crate::problem::{self, Alibi, Lengths, Problem};
 // The structs, with their layout asserted: generated from cuda/params.h, on which nvcc asserts the same.
 include!(concat!(env!("OUT_DIR"), "/params.rs"));
 
-/// A parameter struct: the one argument of the kernels whose row in the table has its name.
+/// A parameter struct: the one argument of the kernels whose row in the table has its kind.
 pub(super) trait Params: DeviceRepr + Copy {
-    const NAME: &'static str;
+    const KIND: Parameters;
     fn shape_mut(&mut self) -> &mut Shape;
 }
 
 macro_rules! params {
-    ($($name:ident: $($shape:ident).+;)*) => {$(
+    ($($name:ident, $kind:ident: $($shape:ident).+;)*) => {$(
         // SAFETY: `#[repr(C)]`, integers and floats only, laid out as the kernels' struct of the same name.
         unsafe impl DeviceRepr for $name {}
         impl Params for $name {
-            const NAME: &'static str = stringify!($name);
+            const KIND: Parameters = Parameters::$kind;
             fn shape_mut(&mut self) -> &mut Shape {
                 &mut self.$($shape).+
             }
@@ -31,11 +32,11 @@ macro_rules! params {
     )*};
 }
 params!(
-    FwdParams: shape;
-    Sm90FwdParams: fwd.shape;
-    DeltaParams: shape;
-    BwdParams: shape;
-    ConvertParams: shape;
+    FwdParams, Fwd: shape;
+    Sm90FwdParams, Sm90Fwd: fwd.shape;
+    DeltaParams, Delta: shape;
+    BwdParams, Bwd: shape;
+    ConvertParams, Convert: shape;
 );
 
 /// The null pointer.

@@ -78,7 +78,7 @@ pub struct Entry {
     pub pass: &'static str,
     /// The template function that it calls.
     pub function: &'static str,
-    /// The struct that is its only argument.
+    /// The struct that is its only argument. Its name ends in `Params`; the generated table has a variant of `Parameters` for it.
     pub params: &'static str,
     /// The number of its thread blocks.
     pub grid: Grid,

@@ -30,7 +30,7 @@
 //! let source = units[0].source(&structs);
 //! assert!(source.contains("fa2::sm80::forward<fwd_sm80_f16_d128_128x64_traits>(params);"));
 //! assert!(source.contains("static_assert(offsetof(fa2::FwdParams, q) == 0"));
-//! assert!(kernel_build::units::rust_table(&units).contains("params: \"FwdParams\""));
+//! assert!(kernel_build::units::rust_table(&units).contains("params: Parameters::Fwd,"));
 //! # Ok::<(), kernel_build::Error>(())
 //! ```
 //! The build script of candle-fa2 does this for the kernels in `cuda/`.

@@ -152,10 +152,11 @@ pub fn rust_table(units: &[Unit]) -> String {
 fn rust_row(image: usize, kernel: &Kernel) -> String {
     let Kernel { name, entry, dtype, variant, line, shared_bytes, .. } = kernel;
     let Entry { pass, params, grid, .. } = entry;
+    let params = params.strip_suffix("Params").unwrap_or(params);
     let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
     format!(
         "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, score_mod: {}, \
-         params: {params:?}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
+         params: Parameters::{params}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
         line.family.arch.sm,
         dtype.rust,
         columns.join(", "),
@@ -247,7 +248,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
-                   params: \"Sm90FwdParams\", grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
+                   params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),

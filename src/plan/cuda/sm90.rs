@@ -6,7 +6,8 @@ use super::spec::{Reason, Spec};
 use crate::instances::Kernel;
 use crate::problem::Problem;
 
-/// A call with at most this many queries is decoding. The best limit has not been measured.
+/// A call with at most this many queries is decoding. A warp owns 16 rows, so all consumer warps but one have no row.
+/// The best limit has not been measured. The part `decode` of the bench on a GPU has calls with one query.
 const DECODING: usize = 16;
 
 /// The largest stride in elements of 2 bytes. Strides of TMA must be below 2^40 bytes.
