@@ -48,7 +48,7 @@ struct BwdTraits {
     static constexpr int kTeamKeys = kBlockN / kTeams;
     static constexpr int kTeamWarpsN = kWarpsN / kTeams;  // warps of a team along its keys of dk and dv
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
-    static constexpr int kNTiles = kTeamKeys / 8;                        // S, dP: n8 tiles of a warp
+    static constexpr int kNTiles = kTeamKeys / 8;                         // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
     static constexpr int kKvDTiles = kHeadDim / (kWarps / kWarpsN) / 8;   // dk, dv: n8 tiles of a warp
     static constexpr int kQMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp

@@ -10,15 +10,24 @@ use crate::{files, wgmma, Error, Result};
 /// Texts of files by path. The paths are relative to a folder.
 pub type Sources = BTreeMap<PathBuf, String>;
 
-/// The headers that this crate generates: the name that a source includes, and the function that makes the text.
-pub static GENERATED: [(&str, fn() -> String); 1] = [("generated/wgmma.cuh", wgmma::header)];
+/// A header that this crate generates.
+#[derive(Debug)]
+pub struct Generated {
+    /// The name that a source includes.
+    pub name: &'static str,
+    /// Makes the text.
+    pub text: fn() -> String,
+}
+
+/// All headers that this crate generates.
+pub static GENERATED: [Generated; 1] = [Generated { name: "generated/wgmma.cuh", text: wgmma::header }];
 
 /// Writes the generated headers into a folder. nvcc finds them there if the folder is one of its `-I`.
 ///
 /// # Errors
 /// If a file cannot be written.
 pub fn write_generated(folder: &Path) -> Result<()> {
-    for (name, text) in GENERATED {
+    for Generated { name, text } in &GENERATED {
         let path = folder.join(name);
         let parent = path.parent().unwrap_or(folder);
         fs::create_dir_all(parent)
@@ -75,8 +84,8 @@ fn collect(source: &str, folder: &Path, include: &Path, found: &mut Sources) {
     for name in names {
         let paths = [folder.join(name), include.join(name)];
         let Some(path) = paths.iter().find_map(|path| path.canonicalize().ok()) else {
-            if let Some((_, text)) = GENERATED.iter().find(|(generated, _)| *generated == name) {
-                found.insert(include.join(name), text());
+            if let Some(generated) = GENERATED.iter().find(|generated| generated.name == name) {
+                found.insert(include.join(name), (generated.text)());
             }
             continue;
         };
