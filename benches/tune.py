@@ -342,31 +342,35 @@ class Call:
                 "shape": shape,
             },
         )
-        run_main = self.launch(
-            line,
-            kernel,
-            (n_blocks, self.num_heads_k, self.batch),
-            {
-                "q": self.q.data_ptr(),
-                "k": self.k.data_ptr(),
-                "v": self.v.data_ptr(),
-                "do_": self.do.data_ptr(),
-                "lse": self.lse.data_ptr(),
-                "delta": self.delta.data_ptr(),
-                "dq_accum": dq_accum.data_ptr(),
-                "semaphores": semaphores.data_ptr() if deterministic else NULL,
-                "dk": self.dk.data_ptr(),
-                "dv": self.dv.data_ptr(),
-                "q_strides": strides(self.q),
-                "k_strides": strides(self.k),
-                "v_strides": strides(self.v),
-                "do_strides": strides(self.do),
-                "dk_strides": strides(self.dk),
-                "dq_tiles": tiles,
-                "shape": shape,
-                "softmax_scale": self.softmax_scale,
-            },
-        )
+        values = {
+            "q": self.q.data_ptr(),
+            "k": self.k.data_ptr(),
+            "v": self.v.data_ptr(),
+            "do_": self.do.data_ptr(),
+            "lse": self.lse.data_ptr(),
+            "delta": self.delta.data_ptr(),
+            "dq_accum": dq_accum.data_ptr(),
+            "semaphores": semaphores.data_ptr() if deterministic else NULL,
+            "dk": self.dk.data_ptr(),
+            "dv": self.dv.data_ptr(),
+            "q_strides": strides(self.q),
+            "k_strides": strides(self.k),
+            "v_strides": strides(self.v),
+            "do_strides": strides(self.do),
+            "dk_strides": strides(self.dk),
+            "dq_tiles": tiles,
+            "shape": shape,
+            "softmax_scale": self.softmax_scale,
+        }
+        if kernel.params == "Sm90BwdParams":
+            values = {
+                "q": self.driver.tensor_map(kernel, self.q, kernel.block_m),
+                "k": self.driver.tensor_map(kernel, self.k, kernel.block_n),
+                "v": self.driver.tensor_map(kernel, self.v, kernel.block_n),
+                "do_": self.driver.tensor_map(kernel, self.do, kernel.block_m),
+                "bwd": values,
+            }
+        run_main = self.launch(line, kernel, (n_blocks, self.num_heads_k, self.batch), values)
         run_convert = self.launch(
             line,
             line.kernels["Convert"],

@@ -113,6 +113,15 @@ struct BwdParams {
     float softmax_scale;  // of dk; the conversion applies it to dq
 };
 
+// The backward of sm90. The tensor maps are as in the forward.
+struct Sm90BwdParams {
+    TensorMap q;    // boxes of block_m rows
+    TensorMap k;    // boxes of block_n rows
+    TensorMap v;    // as k
+    TensorMap do_;  // as q
+    BwdParams bwd;
+};
+
 // dq = softmax_scale * dq_accum, rounded; runs after the main kernel.
 struct ConvertParams {
     const float* dq_accum;

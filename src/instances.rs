@@ -70,6 +70,7 @@ pub enum Parameters {
     Fwd,
     Sm90Fwd,
     Bwd,
+    Sm90Bwd,
     Delta,
     Convert,
 }

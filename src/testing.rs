@@ -4,12 +4,12 @@ use candle_core::{CustomOp3, Tensor};
 
 use crate::attention::logged_plan;
 pub use crate::device::caps as device_caps;
-pub use crate::instances::{Arch, Kernel, Pass, KERNELS};
+pub use crate::instances::{Arch, Grid, Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 use crate::output::{o_and_lse, Output};
 pub use crate::plan::{
-    BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Launch, Plan, Reason, Rejection, Schedule, Tile,
+    cost, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Launch, Plan, Reason, Rejection, Schedule, Tile,
 };
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};

@@ -5,15 +5,14 @@
 #include "mask.cuh"
 #include "sequence.cuh"
 #include "softmax.cuh"
+#include "store.cuh"
 
 namespace fa2 {
 
-// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence. Four neighbouring threads exchange their
-// parts of a row, so that each writes 16 bytes at once.
+// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence.
 template <typename T, int kMTiles, int kDTiles>
 __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
                                         const Accumulator<kMTiles, kDTiles>& o) {
-    static_assert(kDTiles % 4 == 0, "four threads exchange four n8 tiles");
     const int head_dim = params.shape.head_dim;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
@@ -31,15 +30,7 @@ __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence&
                 continue;
             }
             T* to = row_of<T>(params.o, params.o_strides, sequence.batch, sequence.first_q + row, head);
-#pragma unroll
-            for (int j = 0; j < kDTiles; j += 4) {
-                uint32_t x[4];
-#pragma unroll
-                for (int c = 0; c < 4; ++c) x[c] = pack2<T>(o.x[i][j + c][2 * half], o.x[i][j + c][2 * half + 1]);
-                gather_chunks(x, lane);
-                const int col = 8 * (j + lane % 4);
-                if (stored && col < head_dim) *reinterpret_cast<uint4*>(to + col) = make_uint4(x[0], x[1], x[2], x[3]);
-            }
+            store_row(to, o.x[i], half, head_dim, stored, lane);
         }
 }
 

@@ -58,6 +58,11 @@ __device__ __forceinline__ uint32_t columns_below(int col) {
     return count >= 32 ? ~0u : (1u << max(count, 0)) - 1;
 }
 
+// The bits of the columns in `cols`, for a thread whose first column is `lane_col`.
+__device__ __forceinline__ uint32_t columns_in(Range cols, int lane_col) {
+    return columns_below(cols.end - lane_col) & ~columns_below(cols.begin - lane_col);
+}
+
 // Writes `value` over every element that the mask hides. The block begins at (first_row, first_col) of the sequence.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void hide(Accumulator<kMTiles, kNTiles>& block, const Visibility& sees, int first_row,
@@ -77,8 +82,7 @@ __device__ __forceinline__ void apply_and_hide(const ScoreMod& score_mod, Accumu
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane_row + 8 * half;
-        const Range keys = sees.keys(row);
-        const uint32_t seen = columns_below(keys.end - lane_col) & ~columns_below(keys.begin - lane_col);
+        const uint32_t seen = columns_in(sees.keys(row), lane_col);
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll

@@ -45,7 +45,15 @@ __device__ __forceinline__ T* row_of(Pointer* tensor, const Strides& strides, in
     return static_cast<T*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
 }
 
+// Query heads of a key head.
+__device__ __forceinline__ int group_size(const Shape& shape) { return shape.num_heads / shape.num_heads_k; }
+
 // The head of k and v that a head of q reads.
-__device__ __forceinline__ int key_head(const Shape& shape, int head) { return head / (shape.num_heads / shape.num_heads_k); }
+__device__ __forceinline__ int key_head(const Shape& shape, int head) { return head / group_size(shape); }
+
+// The entry of a sequence on the batch axis of a tensor. The tensors of a packed call have one entry.
+__device__ __forceinline__ int batch_entry(const Shape& shape, const Sequence& sequence) {
+    return is_packed(shape) ? 0 : sequence.batch;
+}
 
 }  // namespace fa2

@@ -38,6 +38,14 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// P of one score in the backward, which has lse from the forward.
+__device__ __forceinline__ float weight_of(float score, float scale_log2, float lse_log2) {
+    return exp2_approx(fmaf(score, scale_log2, -lse_log2));
+}
+
+// dS of one element. It still lacks the derivative of the score_mod.
+__device__ __forceinline__ float ds_of(float p, float dp, float delta) { return p * (dp - delta); }
+
 // The row statistics of a thread's rows: two of each 16 rows of its warp.
 template <int kMTiles>
 struct OnlineSoftmax {

@@ -16,14 +16,17 @@
 #pragma once
 
 #include "../core/barrier.cuh"
+#include "../core/convert.cuh"  // each backward has its own conversion
+#include "../core/dq_accum.cuh"
 #include "../core/fragment.cuh"
 #include "../core/mask.cuh"
 #include "../core/score_mod.cuh"
 #include "../core/sequence.cuh"
+#include "../core/softmax.cuh"
+#include "../core/store.cuh"
 #include "../core/tile.cuh"
 #include "../params.h"
 #include "copy.cuh"
-#include "dq_accum.cuh"
 #include "matmul.cuh"
 
 namespace fa2::sm80 {
@@ -53,6 +56,10 @@ struct BwdTraits {
     static constexpr int kKvDTiles = kHeadDim / (kWarps / kWarpsN) / 8;   // dk, dv: n8 tiles of a warp
     static constexpr int kQMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
     static constexpr int kQDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
+    static constexpr int kDqThreads = kThreads;                           // that add to dq_accum
+    // The block of dq of a warp.
+    __device__ __forceinline__ static int dq_row(int warp) { return warp % kWarpsQ * kQMTiles * 16; }
+    __device__ __forceinline__ static int dq_col(int warp) { return warp / kWarpsQ * kQDTiles * 8; }
     // A team of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
     static constexpr bool kDefersDq = kWarpsM == 1;
     // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
@@ -88,7 +95,7 @@ struct BwdWarp {
     int team;
     int s_row, s_col;
     int kv_row, kv_col;
-    int q_row, q_col;
+    int dq_row, dq_col;
 
     __device__ __forceinline__ explicit BwdWarp(int warp) {
         const int in_team = warp % Traits::kWarpsM;
@@ -97,8 +104,8 @@ struct BwdWarp {
         s_col = team * Traits::kTeamKeys;
         kv_row = s_col + in_team % Traits::kTeamWarpsN * Traits::kKvMTiles * 16;
         kv_col = in_team / Traits::kTeamWarpsN * Traits::kKvDTiles * 8;
-        q_row = warp % Traits::kWarpsQ * Traits::kQMTiles * 16;
-        q_col = warp / Traits::kWarpsQ * Traits::kQDTiles * 8;
+        dq_row = Traits::dq_row(warp);
+        dq_col = Traits::dq_col(warp);
     }
 };
 
@@ -129,7 +136,7 @@ struct BwdBlock {
           sequence(params.shape, params.shape.first_batch + index.z), sees(params.shape, sequence),
           cols(tile_range(n_block * Traits::kBlockN, Traits::kBlockN, sequence.seqlen_k)),
           queries(sees.queries_of(cols)), m_first(queries.begin / Traits::kBlockM),
-          m_last((queries.end - 1) / Traits::kBlockM), group_size(params.shape.num_heads / params.shape.num_heads_k) {}
+          m_last((queries.end - 1) / Traits::kBlockM), group_size(fa2::group_size(params.shape)) {}
 
     __device__ __forceinline__ const T* head_of(const void* tensor, const Strides& strides, int first_row, int head) const {
         return row_of<const T>(tensor, strides, sequence.batch, first_row, head);
@@ -214,7 +221,7 @@ __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBl
                         const int col = block.cols.begin + block.warp.s_col + fragment_col(block.lane, j) + e;
                         x = score_mod.apply(x, row, col, block_p.derivative.x[i][j][2 * half + e]);
                     }
-                    x = exp2_approx(fmaf(x, scale_log2, -lse_log2));
+                    x = weight_of(x, scale_log2, lse_log2);
                 }
         }
 }
@@ -232,7 +239,7 @@ __device__ __forceinline__ void to_ds(Ds& ds, const Probabilities<Traits>& block
             for (int j = 0; j < Traits::kNTiles; ++j)
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    ds.x[i][j][e] = block_p.p.x[i][j][e] * (ds.x[i][j][e] - delta_row);
+                    ds.x[i][j][e] = ds_of(block_p.p.x[i][j][e], ds.x[i][j][e], delta_row);
                     if constexpr (!Traits::ScoreMod::kIdentity) ds.x[i][j][e] *= block_p.derivative.x[i][j][e];
                 }
         }
@@ -278,14 +285,13 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
     dq.clear();
     multiply<typename Traits::T, Traits::kBlockN / 16>(
         dq,
-        OperandA<typename Traits::TileP, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.q_row, block.lane),
-        OperandB<typename Traits::TileK, Order::kTransposed, Traits::kQDTiles * 8>(block.shared, Traits::sK, block.warp.q_col,
+        OperandA<typename Traits::TileP, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
+        OperandB<typename Traits::TileK, Order::kTransposed, Traits::kQDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
     const int64_t at =
         dq_tile(block.params.dq_tiles, block.params.shape, block.sequence, tile.head, tile.m_block, Traits::kBlockM);
     const DqSemaphores semaphores{block.params.semaphores};
-    // The block with the last keys that the tile sees adds first.
-    if (kOrdered) semaphores.wait(at, (block.sees.keys_of(tile.rows).end - 1) / Traits::kBlockN - block.n_block);
+    if (kOrdered) semaphores.wait(at, DqSemaphores::blocks_before(block.sees, tile.rows, block.n_block, Traits::kBlockN));
     DqTile<Traits>::add(block.params.dq_accum + at * DqTile<Traits>::kElements, dq, block.thread);
     if (kOrdered) semaphores.release(at);
 }

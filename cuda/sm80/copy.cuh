@@ -1,4 +1,4 @@
-// Copies of tiles between global and shared memory, by cp.async (PTX ISA, "Data movement and conversion instructions") on the way in.
+// Copies of tiles from global to shared memory, by cp.async (PTX ISA, "Data movement and conversion instructions").
 #pragma once
 
 #include "../core/tile.cuh"
@@ -70,16 +70,5 @@ struct TileCopy {
         }
     }
 };
-
-// Writes the first `rows` rows and head_dim columns of a tile to global memory, 16 bytes at a time, all threads together.
-template <typename Tile, int kThreads, typename T>
-__device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const uint8_t* tile, int rows, int head_dim, int thread) {
-    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
-        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
-        if (row < rows && chunk * Tile::kChunk < head_dim)
-            *reinterpret_cast<uint4*>(to + row * row_stride + chunk * Tile::kChunk) =
-                *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
-    }
-}
 
 }  // namespace fa2::sm80

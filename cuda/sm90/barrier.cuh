@@ -1,9 +1,11 @@
-// mbarriers in shared memory (PTX ISA, "mbarrier") and the registers of a warpgroup ("setmaxnreg").
+// mbarriers in shared memory (PTX ISA, "mbarrier").
 #pragma once
 
 #include <cstdint>
 
 namespace fa2::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -34,16 +36,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Sets the number of registers of a thread. All warps of the warpgroup call it together.
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
+// Makes this thread's writes to shared memory visible to the wgmma and TMA that follow a barrier.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Position of a reader or writer in a ring of pipeline stages.
 template <int kStages>

@@ -6,7 +6,7 @@
 // Pipeline   of a consumer, step i:  start S = q k_i^T | start o += P v_(i-1) | wait S | mask, softmax | wait o | round P
 //            Its softmax runs during the products of the other consumers, and in part during its own o += P v. With two stages of q, the
 //            first S of a tile starts right after the last product of the previous tile, and the consumer writes o while S runs.
-// Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then Control.
+// Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then FwdControl.
 // Registers  S and o in f32, P packed, because P is the A operand of the next step.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
 // Nonfinite  see core/nonfinite.cuh. recompute_rows() needs registers, so a block recomputes its tiles after all its other work.
@@ -23,7 +23,7 @@
 namespace fa2::sm90 {
 
 template <typename Traits>
-__device__ __forceinline__ void init_barriers(Control<Traits>& control) {
+__device__ __forceinline__ void init_barriers(FwdControl<Traits>& control) {
     constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
     for (int i = 0; i < Traits::kStages; ++i) {
         mbarrier_init(shared_address(&control.k_full[i]), 1);
@@ -40,7 +40,7 @@ __device__ __forceinline__ void init_barriers(Control<Traits>& control) {
 
 // Recomputes the rows of one consumer warp, in all tiles of this block with a nonfinite o.
 template <typename Traits>
-__device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, const Control<Traits>& control, int warp_row, int lane) {
+__device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, const FwdControl<Traits>& control, int warp_row, int lane) {
 #pragma unroll 1
     for (int number = 0; number < Traits::kMaxTiles; ++number) {
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
@@ -53,8 +53,8 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
 template <typename Traits>
 __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     extern __shared__ __align__(1024) uint8_t bytes[];
-    Control<Traits>& control = *reinterpret_cast<Control<Traits>*>(bytes + Traits::kSharedBytes - Traits::kControlBytes);
-    static_assert(sizeof(Control<Traits>) <= Traits::kControlBytes, "Control must fit after the tiles");
+    FwdControl<Traits>& control = *reinterpret_cast<FwdControl<Traits>*>(bytes + Traits::kSharedBytes - Traits::kControlBytes);
+    static_assert(sizeof(FwdControl<Traits>) <= Traits::kControlBytes, "FwdControl must fit after the tiles");
     const uint32_t shared = shared_address(bytes);
     // All lanes take the warp index from one lane, so the compiler knows that branches on it are uniform.
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
@@ -68,17 +68,17 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     __syncthreads();
     if (warp < Traits::kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
-        if (warp == 0) Producer<Traits>{params, control, shared, lane}.run();
+        if (warp == 0) FwdProducer<Traits>{params, control, shared, lane}.run();
         return;
     }
     take_registers<Traits::kConsumerRegisters>();
-    const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_it = warp % Traits::kWarpgroupWarps;
-    Consumer<Traits>{params, control, shared, warpgroup, warp_in_it, lane}.run();
+    const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_warpgroup = warp % Traits::kWarpgroupWarps;
+    FwdConsumer<Traits>{params, control, shared, warpgroup, warp_in_warpgroup, lane}.run();
     // All consumers have set their bits and written their rows.
     bar_sync<Traits::kWarpgroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);
     uint32_t any = 0;
     for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
-    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * warpgroup + Traits::kWarpRows * warp_in_it, lane);
+    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * warpgroup + Traits::kWarpRows * warp_in_warpgroup, lane);
 }
 
 }  // namespace fa2::sm90

@@ -6,13 +6,19 @@
 #include "../core/tile.cuh"
 #include "../core/types.cuh"
 #include "../params.h"
+#include "barrier.cuh"
 #include "schedule.cuh"
+#include "warpgroups.cuh"
 
 namespace fa2::sm90 {
 
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kMidWait_,
           int kLateRescale_, typename ScoreMod_>
-struct FwdTraits {
+struct FwdTraits : Warpgroups<kBlockM_ / 64, 32> {
+    using Groups = Warpgroups<kBlockM_ / 64, 32>;
+    using Groups::kConsumers;
+    using Groups::kWarpgroupRows;
+    using Groups::kWarpgroupWarps;
     using T = T_;
     using ScoreMod = ScoreMod_;
     static constexpr int kHeadDim = kHeadDim_;
@@ -21,17 +27,13 @@ struct FwdTraits {
     static constexpr int kWarps = kWarps_;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kMinBlocks = 1;  // the registers of a block fill a multiprocessor
-    static constexpr int kWarpgroupWarps = 4;  // warps of a warpgroup
-    static constexpr int kWarpgroupRows = 64;  // rows of a warpgroup, the M of wgmma
-    static constexpr int kWarpRows = kWarpgroupRows / kWarpgroupWarps;
-    static constexpr int kConsumers = kBlockM / kWarpgroupRows;
     static constexpr int kNTiles = kBlockN / 8;
     static constexpr int kDTiles = kHeadDim / 8;
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
 
     static constexpr int kStages = 2;  // pipeline stages of k, and of v
-    static constexpr int kControlBytes = 3072;  // sizeof(Control) in whole KB, asserted in fwd.cuh
+    static constexpr int kControlBytes = 3072;  // sizeof(FwdControl) in whole KB, asserted in fwd.cuh
     static constexpr int kKeyBytes = 2 * kStages * TileK::kBytes;
     static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
@@ -44,14 +46,6 @@ struct FwdTraits {
 
     static constexpr bool kMidWait = kMidWait_ != 0;
     static constexpr bool kLateRescale = kLateRescale_ != 0;
-
-    // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
-    // at least kLeast of them, and the consumers share the others in multiples of 8.
-    // 32 is enough for the producer (no local memory, docs/kernels.md). 24, the least of setmaxnreg, is too, but was not timed.
-    static constexpr int kLeast = 32;
-    static constexpr int kLaunchRegisters = kRegistersPerSm / kThreads / 8 * 8;
-    static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
-    static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
 
     static_assert(kBlockM % kWarpgroupRows == 0 && (kConsumers == 2 || kConsumers == 3), "two or three consumer warpgroups of 64 rows");
     static_assert(kWarps == kWarpgroupWarps * (kConsumers + 1), "and one producer warpgroup");
@@ -71,7 +65,7 @@ struct Part {
 
 // The data after the tiles in shared memory.
 template <typename Traits>
-struct Control {
+struct FwdControl {
     uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
     uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
@@ -80,8 +74,6 @@ struct Control {
     uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
     int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // Key tiles that any of `rows` sees.
 template <typename Traits>

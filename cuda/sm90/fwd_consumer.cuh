@@ -13,14 +13,14 @@
 namespace fa2::sm90 {
 
 template <typename Traits>
-struct Consumer {
+struct FwdConsumer {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
 
     const Sm90FwdParams& params;
-    Control<Traits>& control;
+    FwdControl<Traits>& control;
     const uint32_t shared;
     const int warpgroup;  // 0 .. kConsumers - 1
     const int warp;       // in the warpgroup

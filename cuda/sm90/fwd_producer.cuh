@@ -9,12 +9,12 @@
 namespace fa2::sm90 {
 
 template <typename Traits>
-struct Producer {
+struct FwdProducer {
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
 
     const Sm90FwdParams& params;
-    Control<Traits>& control;
+    FwdControl<Traits>& control;
     const uint32_t shared;
     const int lane;
     Ring<Traits::kStages> k_ring, v_ring;
@@ -69,9 +69,8 @@ struct Producer {
             control.tiles[published % Traits::kWorkStages] = tile;
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
-                mbarrier_arrive_expect(full, TileQ::kBytes);
-                tma_load_tile<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
-                                     tile.sequence.first_q + tile.m_block * Traits::kBlockM, tile.head, batch_of(tile));
+                tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
+                                tile.sequence.first_q + tile.m_block * Traits::kBlockM, tile.head, batch_of(tile));
             } else {
                 mbarrier_arrive(full);
             }
@@ -81,18 +80,14 @@ struct Producer {
         ++published;
     }
 
-    // The tensors of a packed call have one batch entry.
-    __device__ __forceinline__ int batch_of(const WorkTile& tile) const {
-        return is_packed(params.fwd.shape) ? 0 : tile.sequence.batch;
-    }
+    __device__ __forceinline__ int batch_of(const WorkTile& tile) const { return batch_entry(params.fwd.shape, tile.sequence); }
 
     __device__ __forceinline__ void load(Ring<Traits::kStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
                                          const TensorMap& map, int row, int head, int batch) {
         mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
         if (lane == 0) {
             const uint32_t barrier = shared_address(&full[ring.stage()]);
-            mbarrier_arrive_expect(barrier, TileK::kBytes);
-            tma_load_tile<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
+            tma_fill<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
         }
         __syncwarp();
         ring.advance();

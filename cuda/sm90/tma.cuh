@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "barrier.cuh"
 
 namespace fa2::sm90 {
 
@@ -28,6 +29,13 @@ __device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& 
 #pragma unroll
     for (int col = 0; col < Tile::kCols; col += Tile::kPanel)
         tma_load(shared + col * Tile::kRows * 2, map, barrier, col, row, head, batch);
+}
+
+// The same. Also arrives at the barrier and makes it wait for the tile.
+template <typename Tile>
+__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+    mbarrier_arrive_expect(barrier, Tile::kBytes);
+    tma_load_tile<Tile>(shared, map, barrier, row, head, batch);
 }
 
 }  // namespace fa2::sm90

@@ -7,8 +7,9 @@ use candle_core::{CudaDevice, CudaStorage, Result, Tensor};
 use super::call::{Call, SideTensors};
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, zeros, Element, Locked};
-use super::params::{BwdParams, ConvertParams, DeltaParams};
-use crate::instances::Pass;
+use super::params::{BwdParams, ConvertParams, DeltaParams, Sm90BwdParams};
+use super::tensor_map::TensorMaps;
+use crate::instances::{Parameters, Pass};
 use crate::output::Output;
 use crate::plan::{aligned, in_reach, DqTiles, Launch};
 use crate::problem::{Lengths, Problem, Strides};
@@ -233,7 +234,14 @@ impl Kernels<'_> {
             shape: self.side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
         };
-        Ok(launcher.launch(launch, &params)?)
+        if launch.kernel.params == Parameters::Bwd {
+            return Ok(launcher.launch(launch, &params)?);
+        }
+        // The other kernel reads q, k, v and do through tensor maps.
+        let maps = TensorMaps { problem, kernel: launch.kernel, not_empty: params.lse };
+        let do_ = maps.of("do", params.do_, &self.do_strides, &problem.shape_q(), launch.kernel.block_m)?;
+        let Inputs { q, k, v } = maps.of_inputs(Inputs { q, k, v })?;
+        Ok(launcher.launch(launch, &Sm90BwdParams { q, k, v, do_, bwd: params })?)
     }
 
     /// dq from dq_accum.

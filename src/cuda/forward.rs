@@ -11,7 +11,7 @@ use super::counters::Counters;
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, Element};
 use super::params::{FwdParams, Schedule, Sm90FwdParams};
-use super::tensor_map;
+use super::tensor_map::TensorMaps;
 use crate::instances::Parameters;
 use crate::output::Output;
 use crate::plan::Launch;
@@ -102,10 +102,11 @@ fn queue<T: Element>(
     if launch.kernel.params == Parameters::Fwd {
         return Ok(launcher.launch(launch, &params)?);
     }
-    // The other kernels read q, k and v through tensor maps and take their tiles from a schedule.
+    // The other kernel reads q, k and v through tensor maps and takes its tiles from a schedule.
     let schedule = launch.schedule.as_ref().expect("a kernel with tensor maps has a persistent grid");
     let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;
-    let Inputs { q, k, v } = tensor_map::of_inputs(problem, launch.kernel, &params)?;
+    let maps = TensorMaps { problem, kernel: launch.kernel, not_empty: params.o };
+    let Inputs { q, k, v } = maps.of_inputs(Inputs { q, k, v })?;
     let schedule = Schedule::new(schedule, counters);
     Ok(launcher.launch(launch, &Sm90FwdParams { q, k, v, fwd: params, schedule })?)
 }

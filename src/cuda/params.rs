@@ -36,6 +36,7 @@ params!(
     Sm90FwdParams, Sm90Fwd: fwd.shape;
     DeltaParams, Delta: shape;
     BwdParams, Bwd: shape;
+    Sm90BwdParams, Sm90Bwd: bwd.shape;
     ConvertParams, Convert: shape;
 );
 

@@ -9,31 +9,53 @@ use candle_core::cuda::cudarc::driver::sys::{
 use candle_core::DType;
 
 use super::driver::error_name;
-use super::params::{FwdParams, TensorMap};
+use super::params::TensorMap;
 use crate::error::{Error, Result};
 use crate::instances::Kernel;
 use crate::plan::axes;
 use crate::problem::{Problem, Strides};
 use crate::tensors::Inputs;
 
-/// The tensor maps of q, k and v. Their addresses are in `params`, and their boxes are the tiles of `kernel`.
-///
-/// # Errors
-/// [`Error::Driver`] if the driver refuses one.
-pub(super) fn of_inputs(problem: &Problem, kernel: &Kernel, params: &FwdParams) -> Result<Inputs<TensorMap>> {
-    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
-    let encode = |name, address, strides: &Strides, shape: &[usize], box_rows| {
-        // A size of 0 cannot be encoded, and the address of an empty tensor may be invalid. So use a map of the first row of o.
-        // It is never used.
+/// Encodes the tensor maps of one launch.
+pub(super) struct TensorMaps<'a> {
+    pub problem: &'a Problem,
+    /// The boxes are its tiles.
+    pub kernel: &'a Kernel,
+    /// A tensor that is not empty. A size of 0 cannot be encoded, and the address of an empty tensor may be invalid. So the map of
+    /// an empty tensor is that of the first row here; it is never used.
+    pub not_empty: CUdeviceptr,
+}
+
+impl TensorMaps<'_> {
+    /// The maps of q, k and v at these addresses.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver refuses one.
+    pub fn of_inputs(&self, addresses: Inputs<CUdeviceptr>) -> Result<Inputs<TensorMap>> {
+        let Self { problem, kernel, .. } = *self;
+        Ok(Inputs {
+            q: self.of("q", addresses.q, &problem.q, &problem.shape_q(), kernel.block_m)?,
+            k: self.of("k", addresses.k, &problem.k, &problem.shape_k(), kernel.block_n)?,
+            v: self.of("v", addresses.v, &problem.v, &problem.shape_k(), kernel.block_n)?,
+        })
+    }
+
+    /// The map of one tensor, with boxes of `box_rows` rows.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver refuses it.
+    pub fn of(
+        &self,
+        name: &str,
+        address: CUdeviceptr,
+        strides: &Strides,
+        shape: &[usize],
+        box_rows: usize,
+    ) -> Result<TensorMap> {
         let (address, axes) =
-            if shape.contains(&0) { (params.o, [(0, 1); 3]) } else { (address, axes(strides, shape)) };
-        encode(kernel, name, address, problem.head_dim, axes, box_rows)
-    };
-    Ok(Inputs {
-        q: encode("q", params.q, &problem.q, &shape_q, kernel.block_m)?,
-        k: encode("k", params.k, &problem.k, &shape_k, kernel.block_n)?,
-        v: encode("v", params.v, &problem.v, &shape_k, kernel.block_n)?,
-    })
+            if shape.contains(&0) { (self.not_empty, [(0, 1); 3]) } else { (address, axes(strides, shape)) };
+        encode(self.kernel, name, address, self.problem.head_dim, axes, box_rows)
+    }
 }
 
 /// Encodes the map of a tensor `(head_dim, rows, heads, batch)`. `axes` has stride and size of the last three.

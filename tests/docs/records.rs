@@ -12,16 +12,14 @@ use figures::Figure;
 /// The other implementations of a record. The peer `before` is an older version of ours.
 const OTHERS: [&str; 5] = ["flash", "cudnn", "fa3", "standard", "candle_flash"];
 
-/// A record of each machine, and of the H200 one for each pass: its passes were not measured on the same day.
+/// A record of each machine.
 pub struct Records {
     /// Runs of the CPU path.
     pub xeon: Machine,
     /// Runs of the sm80 kernels.
     pub h100: Machine,
-    /// Runs of the forward on the sm90 kernels.
-    pub h200_forward: Machine,
-    /// Runs of the backward, which uses the sm80 kernels.
-    pub h200_backward: Machine,
+    /// Runs of the sm90 kernels, and of the sm80 backward where sm90 has none.
+    pub h200: Machine,
 }
 
 /// Reads the newest records.
@@ -33,15 +31,14 @@ pub fn newest() -> Result<Records> {
     Ok(Records {
         xeon: Machine::newest(xeon, "fwd", &[("cpu", "cpu")])?,
         h100: Machine::newest(h100, "fwd", &of_every_gpu.map(|name| (name, name)))?,
-        h200_forward: Machine::newest(h200, "fwd", &[("forward", "hopper-forward")])?,
-        h200_backward: Machine::newest(h200, "bwd", &[])?,
+        h200: Machine::newest(h200, "bwd", &[("forward", "hopper-forward"), ("backward", "hopper-backward")])?,
     })
 }
 
 impl Records {
     /// Every figure of docs/plots.
     pub fn figures(self) -> Vec<Figure> {
-        let machines = [self.xeon, self.h100, self.h200_forward, self.h200_backward];
+        let machines = [self.xeon, self.h100, self.h200];
         machines.into_iter().flat_map(|machine| machine.figures).collect()
     }
 }
@@ -115,6 +112,9 @@ impl Machine {
             "forward" => "TFLOP/s of the forward by sequence length",
             "hopper-forward" => "TFLOP/s of the forward by sequence length on a Hopper GPU, with other implementations",
             "backward" => "TFLOP/s of the backward by sequence length",
+            "hopper-backward" => {
+                "TFLOP/s of the backward by sequence length on a Hopper GPU, with other implementations"
+            }
             "forward-backward" => "TFLOP/s of forward and backward by sequence length, with other implementations",
             "memory" => "memory of forward and backward by sequence length",
             "ablations" => "speed over the same kernels without one idea each",

@@ -16,22 +16,27 @@ fn kib(kernel: &Kernel) -> String {
     format!("{} KiB", kernel.shared_bytes as f64 / 1024.0)
 }
 
-/// The forward on Hopper. One warpgroup of a block is the producer, the others are consumers.
+const PASSES: [(Pass, &str); 2] = [(Pass::Forward, "forward"), (Pass::Backward, "backward")];
+
+/// Both passes on Hopper. One warpgroup of a block is the producer, the others are consumers.
 pub fn hopper() -> String {
     const WARPS_OF_A_WARPGROUP: usize = 4;
-    let line = |kernel: &Kernel| {
-        let &Kernel { head_dim, block_m, block_n, .. } = kernel;
-        let consumers = kernel.warps / WARPS_OF_A_WARPGROUP - 1;
-        format!("| {head_dim} | {block_m} x {block_n} | {consumers} | {} |\n", kib(kernel))
-    };
-    let lines: String = lines(Arch::Sm90, Pass::Forward).map(line).collect();
-    head(&["head_dim up to", "block_m x block_n", "consumer warpgroups", "shared memory"]) + &lines
+    let mut table = head(&["pass", "head_dim up to", "block_m x block_n", "consumer warpgroups", "shared memory"]);
+    for (pass, name) in PASSES {
+        let line = |kernel: &Kernel| {
+            let &Kernel { head_dim, block_m, block_n, .. } = kernel;
+            let consumers = kernel.warps / WARPS_OF_A_WARPGROUP - 1;
+            format!("| {name} | {head_dim} | {block_m} x {block_n} | {consumers} | {} |\n", kib(kernel))
+        };
+        table += &lines(Arch::Sm90, pass).map(line).collect::<String>();
+    }
+    table
 }
 
 /// Both passes on mma.sync.
 pub fn sm80() -> String {
     let mut table = head(&["pass", "head_dim up to", "block_m x block_n", "warps", "shared memory"]);
-    for (pass, name) in [(Pass::Forward, "forward"), (Pass::Backward, "backward")] {
+    for (pass, name) in PASSES {
         let line = |kernel: &Kernel| {
             let &Kernel { head_dim, block_m, block_n, warps, .. } = kernel;
             format!("| {name} | {head_dim} | {block_m} x {block_n} | {warps} | {} |\n", kib(kernel))

@@ -90,29 +90,24 @@ pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> 
     Ok(table + &measured_on(gpu, to_root))
 }
 
-/// The table of README.md: the forward on the sm90 kernels, and the backward on the sm80 kernels. `older` has the newest run with cuDNN's
-/// backward; ours was an older version then.
-pub fn front_page(forward: &Machine, backward: &Machine, older: &Machine) -> Result<String> {
+/// The table of README.md: both passes on a Hopper GPU.
+pub fn front_page(gpu: &Machine) -> Result<String> {
     let seqlens = [1024, 4096, 16384];
     let mut table = head_by_seqlen(&COLUMNS, &seqlens);
-    for (machine, pass) in [forward, backward].into_iter().zip(PASSES) {
-        table += &rows_with_the_fastest(machine, pass, &HEAD_DIMS, &seqlens)?;
-    }
     let mut notes = String::new();
-    for (machine, pass, version) in
-        [(forward, "fwd", "forward"), (backward, "bwd", "backward"), (older, "bwd", "an older backward")]
-    {
-        let Machine { origin, folder, .. } = machine;
+    for pass in PASSES {
+        table += &rows_with_the_fastest(gpu, pass, &HEAD_DIMS, &seqlens)?;
         let to = |(peer, name): (&str, &str)| {
-            let mean = mean(&machine.compared(peer, &["mha"], pass))?;
+            let mean = mean(&gpu.compared(peer, &["mha"], pass.0))?;
             Some(format!("{mean:.2}x {name}"))
         };
         let means: Vec<String> = PEERS.into_iter().filter_map(to).collect();
-        notes += &format!("- {version}: {}. {origin} ([the runs]({folder}))\n", means.join(", "));
+        notes += &format!("- {}: {}\n", pass.1, means.join(", "));
     }
     Ok(format!(
         "{table}\nOur speed relative to others, geometric means over the 36 shapes of the papers' grid, from 512 to 16,384 \
-         tokens:\n\n{notes}"
+         tokens:\n\n{notes}\n{}",
+        measured_on(gpu, "")
     ))
 }
 

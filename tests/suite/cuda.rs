@@ -20,7 +20,7 @@ use crate::common::compare;
 use crate::common::reference::{Input, Output};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor, Var};
-use candle_fa2::testing::{self, Arch, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, KERNELS};
+use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Grid, Kernel, Launch, Pass, Plan, KERNELS};
 use candle_fa2::{Attention, Mask, PaddingSide};
 use rayon::prelude::*;
 
@@ -160,7 +160,7 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
     const RUNS: usize = 3;
     let kernels = tiled_kernels()?;
     let mut cases = Vec::new();
-    for tiled in kernels.iter().filter(|tiled| tiled.kernel.arch == Arch::Sm90) {
+    for tiled in kernels.iter().filter(|tiled| matches!(tiled.kernel.grid, Grid::Persistent { .. })) {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
         let case = |variant| Case { deterministic: true, ..tiled.case(variant) };
         let lengths: Vec<(usize, usize)> =
@@ -284,7 +284,7 @@ fn sweep(dtype: DType) -> Result<()> {
             small(at + 2).packed(&[(seqlen_q, 5), (3, seqlen_k)]).mask(window(block_n / 2, 20)),
             small(at + 3).batch(2, 20, seqlen_k).key_lengths(&[block_n + 1, 3], PaddingSide::Left),
         ];
-        if tiled.kernel.arch == Arch::Sm90 {
+        if matches!(tiled.kernel.grid, Grid::Persistent { .. }) {
             // More tiles than a GPU has multiprocessors, so that a block processes several tiles.
             of_kernel.push(small(at).batch(48, seqlen_q, seqlen_k).mask(window(block_n / 2, 20)));
         }

@@ -1,6 +1,8 @@
 //! The CUDA kernels and grids that a plan chooses, and the calls that it refuses. No GPU is needed, because a plan is made from
 //! capabilities.
 
+use std::cmp::Reverse;
+
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_fa2::testing::{
@@ -46,8 +48,8 @@ fn backward(plan: &CudaPlan) -> Launch {
     launch(plan, Pass::Backward)
 }
 
-/// For every head_dim that the README promises, in both types, with and without a score_mod, each pass has the kernel with
-/// the smallest sufficient head_dim.
+/// For every head_dim that the README promises, in both types, with and without a score_mod, each pass has the kernel of the
+/// lowest cost.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
     for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (B200, 227 * 1024), (RTX_3090, 99 * 1024)] {
@@ -61,8 +63,11 @@ fn every_head_dim_has_kernels() -> Result<()> {
                         assert_eq!((kernel.pass, kernel.dtype), (pass, dtype), "{context}");
                         assert!(kernel.shared_bytes <= shared_limit, "{context}");
                         if matches!(pass, Pass::Forward | Pass::Backward) {
-                            let tight = KERNELS.iter().filter(|k| k.pass == pass && k.head_dim >= head_dim);
-                            assert_eq!(Some(kernel.head_dim), tight.map(|k| k.head_dim).min(), "{context}");
+                            let DeviceCaps::Cuda(gpu) = &caps else { unreachable!() };
+                            let runs = |k: &&Kernel| k.head_dim >= head_dim && k.arch.runs_on(gpu.compute_cap);
+                            let sufficient = KERNELS.iter().filter(|k| k.pass == pass).filter(runs);
+                            let least = sufficient.map(testing::cost).min();
+                            assert_eq!(Some(testing::cost(kernel)), least, "{context}");
                         }
                     }
                 }
@@ -185,31 +190,35 @@ fn long_problem(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Result<P
     Ok(testing::problem(attention, &q, &k, &k)?)
 }
 
-/// The newest architecture among the forward kernels with the smallest sufficient head_dim, and this head_dim.
-fn newest_forward(head_dim: usize) -> (Arch, usize) {
-    let sufficient = KERNELS.iter().filter(|kernel| kernel.pass == Pass::Forward && kernel.head_dim >= head_dim);
-    let smallest =
-        sufficient.clone().map(|kernel| kernel.head_dim).min().expect("the table has a kernel for head_dim 256");
-    let newest = sufficient.filter(|kernel| kernel.head_dim == smallest).map(|kernel| kernel.arch).max();
-    (newest.expect("one kernel has this head_dim"), smallest)
+/// Architecture and head_dim of the kernel with the lowest cost; for equal costs, of the newest architecture.
+fn cheapest(pass: Pass, head_dim: usize) -> (Arch, usize) {
+    let sufficient = KERNELS.iter().filter(|kernel| kernel.pass == pass && kernel.head_dim >= head_dim);
+    let best = sufficient.min_by_key(|kernel| (testing::cost(kernel), Reverse(kernel.arch)));
+    best.map(|kernel| (kernel.arch, kernel.head_dim)).expect("the table has a kernel for head_dim 256")
 }
 
-/// sm90 kernels are chosen only for compute capability 9.0, with its shared memory, and for more than a few queries. The plan
-/// takes the smallest sufficient head_dim.
+/// sm90 kernels are chosen only for compute capability 9.0, with its shared memory; for a forward, with more than a few queries. The plan
+/// takes the lowest cost.
 #[test]
 fn hopper_has_kernels_of_its_own() -> Result<()> {
-    let hopper = [32, 40, 80, 128, 160, 256].map(|head_dim| newest_forward(head_dim).0 == Arch::Sm90);
+    let hopper = [32, 40, 80, 128, 160, 256].map(|head_dim| cheapest(Pass::Forward, head_dim).0 == Arch::Sm90);
     assert_eq!(hopper.contains(&true), has_hopper());
     let others = [A100, caps((8, 9), 128, 99 * 1024), B200, caps((12, 0), 170, 99 * 1024), caps((9, 0), 132, 101_376)];
     for attention in [Attention::new(), Attention::new().softcap(20.0)] {
         for head_dim in [32, 40, 80, 128, 160, 256] {
             let of = |seqlen| long_problem(&attention, [1, seqlen, 2, head_dim], [1, 100, 2, head_dim]);
-            let kernel = forward(&plan(&of(17)?, &H100)?).kernel;
-            assert_eq!((kernel.arch, kernel.head_dim), newest_forward(head_dim), "head_dim {head_dim}");
+            let on_hopper = plan(&of(17)?, &H100)?;
+            for (pass, kernel) in
+                [(Pass::Forward, forward(&on_hopper).kernel), (Pass::Backward, backward(&on_hopper).kernel)]
+            {
+                assert_eq!((kernel.arch, kernel.head_dim), cheapest(pass, head_dim), "{pass:?} of head_dim {head_dim}");
+            }
             assert_eq!(forward(&plan(&of(16)?, &H100)?).kernel.arch, Arch::Sm80, "decoding with head_dim {head_dim}");
             for other in &others {
-                let Launch { kernel, schedule, .. } = forward(&plan(&of(100)?, other)?);
+                let elsewhere = plan(&of(100)?, other)?;
+                let Launch { kernel, schedule, .. } = forward(&elsewhere);
                 assert_eq!((kernel.arch, schedule), (Arch::Sm80, None), "{other:?}");
+                assert_eq!(backward(&elsewhere).kernel.arch, Arch::Sm80, "{other:?}");
             }
         }
     }
@@ -387,7 +396,7 @@ fn a_backward_may_be_missing() -> Result<()> {
         "k: tracked for gradients, but head_dim 128 has no BF16 backward kernel for compute capability 8.6 with {bytes} bytes \
          of shared memory per block (bwd_sm80_bf16_d128_"
     );
-    let end = " bytes of shared memory); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference, \
+    let end = "); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference, \
                call .detach() on the inputs";
     assert!(refused.starts_with(&start) && refused.ends_with(end), "{refused}");
     plan(&problem, &RTX_3090)?;

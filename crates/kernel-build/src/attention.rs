@@ -14,7 +14,7 @@ const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_
 const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
 
 /// Every family that a line of cuda/instances.def may name.
-pub static FAMILIES: [Family; 4] = [
+pub static FAMILIES: [Family; 5] = [
     Family {
         pass: "fwd",
         arch: SM80,
@@ -56,8 +56,7 @@ pub static FAMILIES: [Family; 4] = [
         arch: SM80,
         columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks", "stages", "warps_m", "warps_n", "warps_q"],
         flags: &[],
-        // This header includes bwd.cuh, because the conversion reads dq_accum in the order of the backward's threads.
-        header: "sm80/convert.cuh",
+        header: "sm80/bwd.cuh",
         template: Template::Traits("fa2::sm80::BwdTraits"),
         dtypes: HALVES,
         entries: &[
@@ -73,7 +72,36 @@ pub static FAMILIES: [Family; 4] = [
             Entry {
                 symbol: "convert_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
                 pass: "Convert",
-                function: "fa2::sm80::convert",
+                function: "fa2::convert",
+                params: "ConvertParams",
+                grid: Grid::Tiles,
+                variants: &[PLAIN],
+                shared_bytes: None,
+            },
+        ],
+    },
+    Family {
+        pass: "bwd",
+        arch: SM90,
+        columns: &["head_dim", "block_m", "block_n", "warps", "stages"],
+        flags: &[],
+        header: "sm90/bwd.cuh",
+        template: Template::Traits("fa2::sm90::BwdTraits"),
+        dtypes: HALVES,
+        entries: &[
+            Entry {
+                symbol: "bwd_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
+                pass: "Backward",
+                function: "fa2::sm90::backward",
+                params: "Sm90BwdParams",
+                grid: Grid::Tiles,
+                variants: &[PLAIN, SCORE_MOD],
+                shared_bytes: Some(shared::bwd_sm90),
+            },
+            Entry {
+                symbol: "convert_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
+                pass: "Convert",
+                function: "fa2::convert",
                 params: "ConvertParams",
                 grid: Grid::Tiles,
                 variants: &[PLAIN],

@@ -6,6 +6,9 @@ use crate::table::Line;
 /// The control block of the sm90 forward: barriers and work tiles.
 const SM90_CONTROL: usize = 3 * 1024;
 
+/// The control block of the sm90 backward: barriers and the work of the block.
+const SM90_BWD_CONTROL: usize = 512;
+
 /// Pipeline stages of k, and of v, in the sm90 forward.
 const SM90_STAGES: usize = 2;
 
@@ -32,8 +35,16 @@ pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
     let ds_buffers = if line.get("warps_m") == 1 { 2 } else { 1 };
     let scores = (1 + ds_buffers) * line.get("block_m") * line.get("block_n") * element_bytes;
-    let row_statistics = 2 * line.get("block_m") * size_of::<f32>();
-    2 * tile_k + scores + line.get("stages") * (2 * tile_q + row_statistics)
+    let lse_and_delta = 2 * line.get("block_m") * size_of::<f32>();
+    2 * tile_k + scores + line.get("stages") * (2 * tile_q + lse_and_delta)
+}
+
+/// k and v, two tiles of dS, for each stage q, do, lse and delta, and the control block.
+pub fn bwd_sm90(line: &Line, element_bytes: usize) -> usize {
+    let (tile_q, tile_k) = tiles(line, element_bytes);
+    let ds = 2 * line.get("block_m") * line.get("block_n") * element_bytes;
+    let lse_and_delta = 2 * line.get("block_m") * size_of::<f32>();
+    2 * tile_k + ds + line.get("stages") * (2 * tile_q + lse_and_delta) + SM90_BWD_CONTROL
 }
 
 #[cfg(test)]
@@ -50,6 +61,8 @@ mod tests {
             ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 0)", 115.0),
             ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2, 0, 0)", 195.0),
             ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1, 0, 0)", 227.0),
+            ("KERNEL(bwd, sm90, 64, 128, 128, 12, 2)", 162.5),
+            ("KERNEL(bwd, sm90, 128, 64, 128, 12, 2)", 161.5),
             ("KERNEL(bwd, sm80, 64, 32, 128, 4, 1, 2, 1, 4, 1)", 72.5), // two buffers of dS
             ("KERNEL(bwd, sm80, 128, 64, 128, 8, 1, 2, 2, 4, 4)", 161.0),
             ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 1, 2, 4, 2)", 96.25),

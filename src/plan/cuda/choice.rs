@@ -18,6 +18,11 @@ fn spec(arch: Arch) -> &'static dyn Spec {
     }
 }
 
+/// The cost of `kernel`, see [`Spec::cost`].
+pub fn cost(kernel: &Kernel) -> usize {
+    spec(kernel.arch).cost(kernel)
+}
+
 /// A kernel for the pass that was not chosen.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Rejection {
@@ -48,10 +53,11 @@ pub(super) struct Choice {
 
 /// Chooses among the kernels of `pass` that `allow` accepts and that can compute `problem` on this GPU.
 ///
-/// The smallest sufficient head_dim comes first, even before the architecture. Among these, a kernel that suits the call comes first,
-/// then the kernel for the newest GPUs, then the first in cuda/instances.def.
+/// The lowest cost comes first: the smallest sufficient head_dim, except where a larger one of another architecture was measured to be
+/// faster. Among these, a kernel that suits the call comes first, then the kernel for the newest GPUs, then the first in
+/// cuda/instances.def.
 ///
-/// So Hopper uses a kernel of sm80 if sm90 has only larger head_dims. Nobody has measured whether those are faster there.
+/// So a forward on Hopper uses a kernel of sm80 if sm90 has only larger head_dims. Nobody has measured whether those are faster there.
 pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
     let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
@@ -66,9 +72,9 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
             None => possible.push(kernel),
         }
     }
-    let suits = |kernel: &Kernel| spec(kernel.arch).unsuited(problem).is_none();
+    let suits = |kernel: &Kernel| spec(kernel.arch).unsuited(problem, kernel).is_none();
     // For equal keys, min_by_key returns the first kernel.
-    let best = |kernel: &&'static Kernel| (kernel.head_dim, Reverse((suits(kernel), kernel.arch)));
+    let best = |kernel: &&'static Kernel| (cost(kernel), Reverse((suits(kernel), kernel.arch)));
     let chosen = possible.iter().copied().min_by_key(best);
     if let Some(chosen) = chosen {
         let others = possible.into_iter().filter(|kernel| kernel.name != chosen.name);
@@ -102,7 +108,7 @@ fn worse(problem: &Problem, kernel: &Kernel, chosen: &Kernel) -> Reason {
     if kernel.head_dim > chosen.head_dim {
         return Reason::HeadDim;
     }
-    match (spec(kernel.arch).unsuited(problem), spec(chosen.arch).unsuited(problem)) {
+    match (spec(kernel.arch).unsuited(problem, kernel), spec(chosen.arch).unsuited(problem, chosen)) {
         (Some(reason), None) => reason,
         _ if kernel.arch < chosen.arch => Reason::OlderArch,
         _ => Reason::LaterLine,

@@ -1,17 +1,18 @@
 // dq_accum: the f32 sums of dq. Where its tiles lie, and in which order thread blocks add to them.
 //
-// Each tile of queries has a tile of dq_accum. Inside it the elements lie in the order in which the threads of the backward hold them. A
-// warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they are part
-// of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a team instead of the block,
-// took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
+// Each tile of queries has a tile of dq_accum. kDqThreads threads of the backward add to it, and inside it the elements lie in their
+// order. A warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they
+// are part of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a team instead of the
+// block, took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
 #pragma once
 
-#include "../core/fragment.cuh"
-#include "../core/sequence.cuh"
-#include "../core/types.cuh"
 #include "../params.h"
+#include "fragment.cuh"
+#include "mask.cuh"
+#include "sequence.cuh"
+#include "types.cuh"
 
-namespace fa2::sm80 {
+namespace fa2 {
 
 // One tile of dq_accum, kBlockM x kHeadDim.
 template <typename Traits>
@@ -22,9 +23,9 @@ struct DqTile {
     // Offset of element e of accumulator (i, j) of a thread. Code for 9.0 and later adds and reads four elements at once.
     __device__ __forceinline__ static int offset(int i, int j, int e, int thread) {
 #if __CUDA_ARCH__ >= 900
-        return ((i * Traits::kQDTiles + j) * Traits::kThreads + thread) * 4 + e;
+        return ((i * Traits::kQDTiles + j) * Traits::kDqThreads + thread) * 4 + e;
 #else
-        return ((i * Traits::kQDTiles + j) * 4 + e) * Traits::kThreads + thread;
+        return ((i * Traits::kQDTiles + j) * 4 + e) * Traits::kDqThreads + thread;
 #endif
     }
 
@@ -96,23 +97,36 @@ struct DqSemaphores {
         return {int(gridDim.x - 1 - number % gridDim.x), int(heads % gridDim.y), int(heads / gridDim.y) - first_batch};
     }
 
-    // Waits until `count` blocks have added to the tile.
+    // Number of blocks that add to a tile of queries before the block of keys `n_block`. The one with the last keys that the tile sees is
+    // the first.
+    __device__ __forceinline__ static int blocks_before(const Visibility& sees, Range rows, int n_block, int block_n) {
+        return (sees.keys_of(rows).end - 1) / block_n - n_block;
+    }
+
+    // One thread. Waits until `count` parts have been added to the tile.
+    __device__ __forceinline__ void poll(int64_t tile, uint32_t count) const {
+        uint32_t added;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(added) : "l"(counters + tile) : "memory");
+        } while (added < count);
+    }
+
+    // One thread. Says that a part has been added. The release also covers what other threads added before a barrier.
+    __device__ __forceinline__ void post(int64_t tile) const {
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
+    }
+
+    // All threads of a block. Waits until `count` blocks have added to the tile.
     __device__ __forceinline__ void wait(int64_t tile, uint32_t count) const {
-        if (threadIdx.x == 0) {
-            uint32_t passed;
-            do {
-                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(counters + tile) : "memory");
-            } while (passed != count);
-        }
+        if (threadIdx.x == 0) poll(tile, count);
         __syncthreads();
     }
 
-    // Lets the next block add to the tile.
+    // All threads of a block. Lets the next block add to the tile.
     __device__ __forceinline__ void release(int64_t tile) const {
         __syncthreads();
-        // The release also covers what the other threads added before the barrier.
-        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
+        if (threadIdx.x == 0) post(tile);
     }
 };
 
-}  // namespace fa2::sm80
+}  // namespace fa2

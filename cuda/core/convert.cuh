@@ -1,15 +1,15 @@
 // Converts dq_accum to dq: multiplies by softmax_scale, rounds, and changes the order from that of the backward's threads to that of q.
 //
-// Grid       (m_block, num_heads, batch) of the backward's tiles, with as many threads. A thread reads the elements of the thread with its
-//            number in the backward.
+// Grid       (m_block, num_heads, batch) of the backward's tiles, with as many threads as the backward. A thread reads the elements of the
+//            dq thread with its number. Every backward uses this file.
 #pragma once
 
-#include "../core/sequence.cuh"
 #include "../params.h"
-#include "bwd.cuh"
 #include "dq_accum.cuh"
+#include "sequence.cuh"
+#include "store.cuh"
 
-namespace fa2::sm80 {
+namespace fa2 {
 
 template <typename Traits>
 __device__ __forceinline__ void convert(const ConvertParams& params) {
@@ -23,14 +23,17 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     const int first_row = m_block * Traits::kBlockM, rows = min(sequence.seqlen_q - first_row, Traits::kBlockM);
     if (rows <= 0) return;
     const int64_t tile = dq_tile(params.dq_tiles, params.shape, sequence, head, m_block, Traits::kBlockM);
-    typename DqTile<Traits>::Block dq;
-    DqTile<Traits>::load(dq, params.dq_accum + tile * DqTile<Traits>::kElements, thread);
-    dq.scale(params.softmax_scale);
-    const BwdWarp<Traits> warp(thread / kWarpSize);
-    store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(bytes)), 0, dq, warp.q_row, warp.q_col, thread % kWarpSize);
+    if (thread < Traits::kDqThreads) {
+        typename DqTile<Traits>::Block dq;
+        DqTile<Traits>::load(dq, params.dq_accum + tile * DqTile<Traits>::kElements, thread);
+        dq.scale(params.softmax_scale);
+        const int warp = thread / kWarpSize;
+        store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(bytes)), 0, dq, Traits::dq_row(warp), Traits::dq_col(warp),
+                                 thread % kWarpSize);
+    }
     __syncthreads();
     T* to = row_of<T>(params.dq, params.dq_strides, batch, sequence.first_q + first_row, head);
     store_tile<TileQ, Traits::kThreads>(to, params.dq_strides.row, bytes, rows, params.shape.head_dim, thread);
 }
 
-}  // namespace fa2::sm80
+}  // namespace fa2

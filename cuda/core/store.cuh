@@ -1,0 +1,60 @@
+// Writes accumulators, rounded, to a tensor or to a tile in shared memory, and a tile to a tensor.
+#pragma once
+
+#include "fragment.cuh"
+#include "tile.cuh"
+#include "types.cuh"
+
+namespace fa2 {
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Writes accumulators, rounded, into a tile: the block of kMTiles x kNTiles that begins at (first_row, first_col).
+template <typename T, typename Tile, int kMTiles, int kNTiles>
+__device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, const Accumulator<kMTiles, kNTiles>& acc,
+                                               int first_row, int first_col, int lane) {
+    constexpr int kPanelChunks = Tile::kPanel / Tile::kChunk;
+    constexpr bool kAcrossPanels = kNTiles % kPanelChunks != 0 && kPanelChunks % kNTiles != 0;
+    const int chunk = kAcrossPanels ? first_col / 8 : 0;
+    const uint32_t chunk_base = Tile::offset(first_row + fragment_row(lane, 0), kAcrossPanels ? 0 : first_col / 8);
+    const uint32_t base = shared + chunk_base + fragment_col(lane, 0) * 2;
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                store_shared(Tile::advance(base, j + chunk) + (Tile::row_step(16 * i + 8 * half) + tile),
+                             pack2<T>(acc.x[i][j][2 * half], acc.x[i][j][2 * half + 1]));
+}
+
+// Writes the first `rows` rows and head_dim columns of a tile to global memory, 16 bytes at a time, all threads together.
+template <typename Tile, int kThreads, typename T>
+__device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const uint8_t* tile, int rows, int head_dim, int thread) {
+    for (int index = thread; index < Tile::kRows * Tile::kChunksPerRow; index += kThreads) {
+        const int row = index / Tile::kChunksPerRow, chunk = index % Tile::kChunksPerRow;
+        if (row < rows && chunk * Tile::kChunk < head_dim)
+            *reinterpret_cast<uint4*>(to + row * row_stride + chunk * Tile::kChunk) =
+                *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
+    }
+}
+
+// Writes one row of a warp's accumulators, rounded, if it `exists`: row `half` of a thread's two. Four neighbouring threads exchange their
+// parts of the row, so that each writes 16 bytes at once.
+template <typename T, int kDTiles>
+__device__ __forceinline__ void store_row(T* to, const float (&x)[kDTiles][4], int half, int head_dim, bool exists, int lane) {
+    static_assert(kDTiles % 4 == 0, "four threads exchange four n8 tiles");
+#pragma unroll
+    for (int j = 0; j < kDTiles; j += 4) {
+        uint32_t chunks[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) chunks[c] = pack2<T>(x[j + c][2 * half], x[j + c][2 * half + 1]);
+        gather_chunks(chunks, lane);
+        const int col = 8 * (j + lane % 4);
+        if (exists && col < head_dim) *reinterpret_cast<uint4*>(to + col) = make_uint4(chunks[0], chunks[1], chunks[2], chunks[3]);
+    }
+}
+
+}  // namespace fa2

@@ -1,0 +1,35 @@
+// The warpgroups of a block: one producer, then the consumers. They share the registers of a multiprocessor (PTX ISA, "setmaxnreg").
+#pragma once
+
+#include "../core/types.cuh"
+
+namespace fa2::sm90 {
+
+// kLeast: registers that a thread of the producer needs, 24 at least (setmaxnreg), without local memory (docs/kernels.md).
+template <int kConsumers_, int kLeast>
+struct Warpgroups {
+    static constexpr int kConsumers = kConsumers_;
+    static constexpr int kWarpgroupWarps = 4;  // warps of a warpgroup
+    static constexpr int kWarpgroupRows = 64;  // the M of wgmma
+    static constexpr int kWarpRows = kWarpgroupRows / kWarpgroupWarps;
+    static constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpSize;
+
+    // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
+    // at least kLeast of them, and the consumers share the others in multiples of 8.
+    static constexpr int kLaunchRegisters = kRegistersPerSm / (kWarpgroupThreads * (kConsumers + 1)) / 8 * 8;
+    static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
+    static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
+};
+
+// Sets the number of registers of a thread. All warps of the warpgroup call it together.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace fa2::sm90
