@@ -1,4 +1,4 @@
-// dq_accum: the f32 sums of dq. Where its tiles lie, and in which order thread blocks add to them.
+// dq_accum: dq in f32, as it is summed up. Where its tiles lie, and in which order thread blocks add to them.
 //
 // Each tile of queries has a tile of dq_accum. kDqThreads threads of the backward add to it, and inside it the elements lie in their
 // order. A warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they
@@ -18,22 +18,22 @@ namespace fa2 {
 template <typename Traits>
 struct DqTile {
     static constexpr int kElements = Traits::kBlockM * Traits::kHeadDim;
-    using Block = Accumulator<Traits::kQMTiles, Traits::kQDTiles>;
+    using Block = Accumulator<Traits::kDqMTiles, Traits::kDqDTiles>;
 
     // Offset of element e of accumulator (i, j) of a thread. Code for 9.0 and later adds and reads four elements at once.
     __device__ __forceinline__ static int offset(int i, int j, int e, int thread) {
 #if __CUDA_ARCH__ >= 900
-        return ((i * Traits::kQDTiles + j) * Traits::kDqThreads + thread) * 4 + e;
+        return ((i * Traits::kDqDTiles + j) * Traits::kDqThreads + thread) * 4 + e;
 #else
-        return ((i * Traits::kQDTiles + j) * 4 + e) * Traits::kDqThreads + thread;
+        return ((i * Traits::kDqDTiles + j) * 4 + e) * Traits::kDqThreads + thread;
 #endif
     }
 
     __device__ __forceinline__ static void add(float* tile, const Block& dq, int thread) {
 #pragma unroll
-        for (int i = 0; i < Traits::kQMTiles; ++i)
+        for (int i = 0; i < Traits::kDqMTiles; ++i)
 #pragma unroll
-            for (int j = 0; j < Traits::kQDTiles; ++j) {
+            for (int j = 0; j < Traits::kDqDTiles; ++j) {
                 const float (&x)[4] = dq.x[i][j];
 #if __CUDA_ARCH__ >= 900
                 asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(tile + offset(i, j, 0, thread)), "f"(x[0]),
@@ -49,9 +49,9 @@ struct DqTile {
 
     __device__ __forceinline__ static void load(Block& dq, const float* tile, int thread) {
 #pragma unroll
-        for (int i = 0; i < Traits::kQMTiles; ++i)
+        for (int i = 0; i < Traits::kDqMTiles; ++i)
 #pragma unroll
-            for (int j = 0; j < Traits::kQDTiles; ++j) {
+            for (int j = 0; j < Traits::kDqDTiles; ++j) {
 #if __CUDA_ARCH__ >= 900
                 const float4 x = *reinterpret_cast<const float4*>(tile + offset(i, j, 0, thread));
                 dq.x[i][j][0] = x.x;

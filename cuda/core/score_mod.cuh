@@ -1,6 +1,6 @@
 // Turns a product q . k into a score, before the exponential. src/cpu/scores.rs does the same on the CPU.
 //
-// A score_mod is a type with the members of NoScoreMod. A kernel takes one as a template argument; cuda/instances.def says which.
+// A score_mod is a type with the members of NoScoreMod. A kernel takes one as a template argument; the table of kernels has one row for each.
 #pragma once
 
 #include "fragment.cuh"

@@ -54,12 +54,12 @@ struct BwdTraits {
     static constexpr int kNTiles = kTeamKeys / 8;                         // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
     static constexpr int kKvDTiles = kHeadDim / (kWarps / kWarpsN) / 8;   // dk, dv: n8 tiles of a warp
-    static constexpr int kQMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
-    static constexpr int kQDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
+    static constexpr int kDqMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
+    static constexpr int kDqDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
     static constexpr int kDqThreads = kThreads;                           // that add to dq_accum
     // The block of dq of a warp.
-    __device__ __forceinline__ static int dq_row(int warp) { return warp % kWarpsQ * kQMTiles * 16; }
-    __device__ __forceinline__ static int dq_col(int warp) { return warp / kWarpsQ * kQDTiles * 8; }
+    __device__ __forceinline__ static int dq_row(int warp) { return warp % kWarpsQ * kDqMTiles * 16; }
+    __device__ __forceinline__ static int dq_col(int warp) { return warp / kWarpsQ * kDqDTiles * 8; }
     // A team of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
     static constexpr bool kDefersDq = kWarpsM == 1;
     // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
@@ -70,11 +70,11 @@ struct BwdTraits {
     using TileP = Tile<kBlockM, kBlockN>;
     static constexpr int kStatBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
     static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kStatBytes;
-    static constexpr int kDsBuffers = kDefersDq ? 2 : 1;
-    static constexpr int kSharedBytes = 2 * TileK::kBytes + (1 + kDsBuffers) * TileP::kBytes + kStages * kStageBytes;
+    static constexpr int kDsStages = kDefersDq ? 2 : 1;
+    static constexpr int kSharedBytes = 2 * TileK::kBytes + (1 + kDsStages) * TileP::kBytes + kStages * kStageBytes;
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
-    static constexpr uint32_t sQ = sDs + kDsBuffers * TileP::kBytes, sDo = sQ + TileQ::kBytes;
+    static constexpr uint32_t sQ = sDs + kDsStages * TileP::kBytes, sDo = sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kStatBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kTeams == 0, "dk and dv of a warp lie within its team's keys");
@@ -82,8 +82,8 @@ struct BwdTraits {
     static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kTeams * 8 == kBlockN, "the warps divide S evenly");
     static_assert(kKvMTiles * kWarpsN * 16 == kBlockN, "and the rows of dk and dv");
     static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kHeadDim, "and their columns");
-    static_assert(kQMTiles * kWarpsQ * 16 == kBlockM, "and the rows of dq");
-    static_assert(kQDTiles * (kWarps / kWarpsQ) * 8 == kHeadDim, "and its columns");
+    static_assert(kDqMTiles * kWarpsQ * 16 == kBlockM, "and the rows of dq");
+    static_assert(kDqDTiles * (kWarps / kWarpsQ) * 8 == kHeadDim, "and its columns");
     static_assert((kKvMTiles & (kKvMTiles - 1)) == 0, "OperandA's rows of a warp do not cross a panel");
     static_assert(kStageBytes % 128 == 0, "every buffer starts at a whole swizzle pattern");
     static_assert(kBlockM <= kThreads, "a thread copies lse and delta of one query");
@@ -286,7 +286,7 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
     multiply<typename Traits::T, Traits::kBlockN / 16>(
         dq,
         OperandA<typename Traits::TileP, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
-        OperandB<typename Traits::TileK, Order::kTransposed, Traits::kQDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
+        OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
     const int64_t at =
         dq_tile(block.params.dq_tiles, block.params.shape, block.sequence, tile.head, tile.m_block, Traits::kBlockM);
@@ -312,7 +312,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     block.start_queries(0, head, m_block);
     for (int step = 0; step < steps; ++step) {
         const uint32_t stage_offset = step % Traits::kStages * Traits::kStageBytes;
-        const uint32_t ds_offset = step % Traits::kDsBuffers * TileP::kBytes;
+        const uint32_t ds_offset = step % Traits::kDsStages * TileP::kBytes;
         before = tile;
         tile = {head, m_block, tile_range(m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q)};
         const bool next_head = m_block == block.m_last;
@@ -343,7 +343,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     }
     if constexpr (Traits::kDefersDq) {
         __syncthreads();  // all of the last dS is in shared memory
-        add_dq<kOrdered>(block, tile, (steps - 1) % Traits::kDsBuffers * TileP::kBytes);
+        add_dq<kOrdered>(block, tile, (steps - 1) % Traits::kDsStages * TileP::kBytes);
     }
 }
 

@@ -24,7 +24,7 @@ namespace fa2::sm90 {
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
     constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
-    mbarrier_init(shared_address(&control.keys_full), 2);  // k and v
+    mbarrier_init(shared_address(&control.keys_full), 1);
     for (int i = 0; i < Traits::kStages; ++i) {
         // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
         mbarrier_init(shared_address(&control.q_full[i]), 2);

@@ -35,15 +35,15 @@ struct BwdTraits : Warpgroups<kBlockN_ / 64, 24> {
 
     // dq of a tile of queries: the consumers split its rows if each gets 64, otherwise its columns.
     static constexpr bool kDqSplitsRows = kBlockM == kWarpgroupRows * kConsumers;
-    static constexpr int kQCols = kDqSplitsRows ? kHeadDim : kHeadDim / kConsumers;
-    static constexpr int kQMTiles = 1;           // dq: m16 tiles of a warp
-    static constexpr int kQDTiles = kQCols / 8;  // dq: n8 tiles of a warp
+    static constexpr int kDqCols = kDqSplitsRows ? kHeadDim : kHeadDim / kConsumers;
+    static constexpr int kDqMTiles = 1;           // dq: m16 tiles of a warp
+    static constexpr int kDqDTiles = kDqCols / 8;  // dq: n8 tiles of a warp
     static constexpr int kDqThreads = kConsumers * kWarpgroupThreads;
     // The block of dq of a warp. Warps count from the first consumer.
     __device__ __forceinline__ static int dq_row(int warp) {
         return warp % kWarpgroupWarps * kWarpRows + (kDqSplitsRows ? first_row(warp) : 0);
     }
-    __device__ __forceinline__ static int dq_col(int warp) { return kDqSplitsRows ? 0 : warp / kWarpgroupWarps * kQCols; }
+    __device__ __forceinline__ static int dq_col(int warp) { return kDqSplitsRows ? 0 : warp / kWarpgroupWarps * kDqCols; }
     __device__ __forceinline__ static int first_row(int warp) { return warp / kWarpgroupWarps * kWarpgroupRows; }
 
     using TileQ = Tile<kBlockM, kHeadDim>;
@@ -64,9 +64,9 @@ struct BwdTraits : Warpgroups<kBlockN_ / 64, 24> {
 
     static_assert(kBlockN % kWarpgroupRows == 0, "a consumer warpgroup owns 64 keys");
     static_assert(kWarps == kWarpgroupWarps * (kConsumers + 1), "the consumers and one producer warpgroup");
-    static_assert(kDqSplitsRows || (kBlockM == kWarpgroupRows && kQCols % TileK::kPanel == 0),
+    static_assert(kDqSplitsRows || (kBlockM == kWarpgroupRows && kDqCols % TileK::kPanel == 0),
                   "a consumer computes 64 rows of dq, and whole panels of its columns");
-    static_assert(kQDTiles % 2 == 0 && 2 * kNTiles <= 32, "a thread has one word of bits for the visible queries of a key");
+    static_assert(kDqDTiles % 2 == 0 && 2 * kNTiles <= 32, "a thread has one word of bits for the visible queries of a key");
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
 };
 

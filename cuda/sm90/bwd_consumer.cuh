@@ -42,7 +42,7 @@ struct BwdConsumer {
     Accumulator<1, Traits::kDTiles> dk, dv;
     Accumulator<1, Traits::kNTiles> s, dp;  // S^T and dP^T: a row is a key
     uint32_t p[Traits::kKSteps][4], ds[Traits::kKSteps][4];
-    Accumulator<1, Traits::kQDTiles> dq;
+    Accumulator<1, Traits::kDqDTiles> dq;
 
     // This warp's first key in the tile.
     __device__ __forceinline__ int tile_key() const { return warpgroup * Traits::kWarpgroupRows + warp * Traits::kWarpRows; }
@@ -109,7 +109,7 @@ struct BwdConsumer {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kBlockN / 16; ++step)
-            WgmmaShared<T, Traits::kQCols, true, true>::step(dq.x[0], rows + Descriptor<TileDs>::rows(step),
+            WgmmaShared<T, Traits::kDqCols, true, true>::step(dq.x[0], rows + Descriptor<TileDs>::rows(step),
                                                              columns + Descriptor<TileK>::rows(step), step > 0);
         wgmma_commit();
     }

@@ -23,8 +23,9 @@ struct BwdProducer {
         const BwdBlock& block = control.block;
         const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
         const int row = block.sequence.first_k + block.cols.begin;
-        tma_fill<TileK>(shared + Traits::sK, params.k, full, row, block.head_k, batch());
-        tma_fill<TileK>(shared + Traits::sV, params.v, full, row, block.head_k, batch());
+        mbarrier_arrive_expect(full, 2 * TileK::kBytes);
+        tma_load_tile<TileK>(shared + Traits::sK, params.k, full, row, block.head_k, batch());
+        tma_load_tile<TileK>(shared + Traits::sV, params.v, full, row, block.head_k, batch());
     }
 
     // k and v, and q and do of every step. One thread.

@@ -33,8 +33,8 @@ pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
 /// k and v, P, dS (twice if a team is one warp), and for each stage q, do, lse and delta.
 pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
-    let ds_buffers = if line.get("warps_m") == 1 { 2 } else { 1 };
-    let scores = (1 + ds_buffers) * line.get("block_m") * line.get("block_n") * element_bytes;
+    let ds_stages = if line.get("warps_m") == 1 { 2 } else { 1 };
+    let scores = (1 + ds_stages) * line.get("block_m") * line.get("block_n") * element_bytes;
     let lse_and_delta = 2 * line.get("block_m") * size_of::<f32>();
     2 * tile_k + scores + line.get("stages") * (2 * tile_q + lse_and_delta)
 }

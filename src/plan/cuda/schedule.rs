@@ -33,8 +33,8 @@ impl Schedule {
         m_blocks * heads
     }
 
-    /// Number of thread blocks: one per multiprocessor, fewer if there are fewer tiles, more if these blocks could not take all tiles. The average block gets
-    /// at most half of `max_tiles`, because some blocks are faster than others and take more.
+    /// Number of thread blocks: one per multiprocessor, fewer if there are fewer tiles, more if these blocks could not take all tiles.
+    /// The average block gets at most half of `max_tiles`, because some blocks are faster than others and take more.
     pub(super) fn blocks(&self, multiprocessors: usize, max_tiles: usize) -> usize {
         self.tiles.min(multiprocessors).max(self.tiles.div_ceil(max_tiles / 2))
     }

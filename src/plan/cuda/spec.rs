@@ -3,7 +3,7 @@
 use crate::instances::{Arch, Kernel};
 use crate::problem::Problem;
 
-/// The cost of a column of head_dim, where nothing else was measured.
+/// The cost of one column of head_dim, except where an architecture has its own.
 pub(super) const SAME_COST: usize = 8;
 
 /// The limits and preferences of the kernels of one architecture. Each architecture implements it once.
