@@ -258,7 +258,7 @@ mod tests {
             error("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 2)"),
             "instances.def:1: expected 0 or 1 for late_rescale 2, got KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 2)"
         );
-        assert!(error("KERNEL(bwd, sm90, 64)").starts_with("instances.def:1: expected one of KERNEL(fwd, sm80, "));
+        assert!(error("KERNEL(delta, sm90, 8)").starts_with("instances.def:1: expected one of KERNEL(fwd, sm80, "));
         for text in ["KERNEL(fwd, sm80, 64", "TILE(64)", "LOCAL(a, b, c)  // why", "fwd"] {
             let rule = "instances.def:1: expected KERNEL(pass, arch, numbers ..) or LOCAL(kernel, bytes), got ";
             assert_eq!(error(text), format!("{rule}{text}"));
