@@ -1,6 +1,7 @@
 // Turns a product q . k into a score, before the exponential. src/cpu/scores.rs does the same on the CPU.
 //
-// A score_mod is a type with the members of NoScoreMod. A kernel takes one as a template argument; the table of kernels has one row for each.
+// A score_mod is a type with the members of NoScoreMod. A kernel takes one as a template argument; the table of kernels has a row for
+// each.
 #pragma once
 
 #include "fragment.cuh"

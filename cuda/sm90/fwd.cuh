@@ -6,7 +6,7 @@
 // Pipeline   of a consumer, step i:  start S = q k_i^T | start o += P v_(i-1) | wait S | mask, softmax | wait o | round P
 //            Its softmax runs during the products of the other consumers, and in part during its own o += P v. With two stages of q, the
 //            first S of a tile starts right after the last product of the previous tile, and the consumer writes o while S runs.
-// Shared     sQ kQStages tiles of q, sK and sV kStages tiles each; then FwdControl.
+// Shared     sQ kQStages tiles of q, sK and sV kKeyStages tiles each; then FwdControl.
 // Registers  S and o in f32, P packed, because P is the A operand of the next step.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
 // Nonfinite  see core/nonfinite.cuh. recompute_rows() needs registers, so a block recomputes its tiles after all its other work.
@@ -25,7 +25,7 @@ namespace fa2::sm90 {
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(FwdControl<Traits>& control) {
     constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
-    for (int i = 0; i < Traits::kStages; ++i) {
+    for (int i = 0; i < Traits::kKeyStages; ++i) {
         mbarrier_init(shared_address(&control.k_full[i]), 1);
         mbarrier_init(shared_address(&control.v_full[i]), 1);
         mbarrier_init(shared_address(&control.k_empty[i]), kConsumerWarps);

@@ -32,11 +32,11 @@ struct FwdTraits : Warpgroups<kBlockM_ / 64, 32> {
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
 
-    static constexpr int kStages = 2;  // pipeline stages of k, and of v
+    static constexpr int kKeyStages = 2;  // pipeline stages of k, and of v
     static constexpr int kControlBytes = 3072;  // sizeof(FwdControl) in whole KB, asserted in fwd.cuh
-    static constexpr int kKeyBytes = 2 * kStages * TileK::kBytes;
+    static constexpr int kKeyBytes = 2 * kKeyStages * TileK::kBytes;
     static constexpr int kQStages = kQStages_;
-    static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kStages * TileK::kBytes;
+    static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kKeyStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
     // Work tiles that one block can take (max_tiles of the launch). The list of them takes 2 KB of shared memory.
     static constexpr int kMaxTiles = 512;
@@ -66,8 +66,8 @@ struct Part {
 // The data after the tiles in shared memory.
 template <typename Traits>
 struct FwdControl {
-    uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
-    uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
+    uint64_t k_full[Traits::kKeyStages], k_empty[Traits::kKeyStages];
+    uint64_t v_full[Traits::kKeyStages], v_empty[Traits::kKeyStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
     WorkTile tiles[Traits::kWorkStages];
     Part parts[Traits::kWarpgroupWarps * Traits::kConsumers][Traits::kPartStages];

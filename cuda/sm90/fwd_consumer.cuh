@@ -25,7 +25,7 @@ struct FwdConsumer {
     const int warpgroup;  // 0 .. kConsumers - 1
     const int warp;       // in the warpgroup
     const int lane;
-    Ring<Traits::kStages> k_ring, v_ring;
+    Ring<Traits::kKeyStages> k_ring, v_ring;
     Accumulator<1, Traits::kNTiles> s;
     Accumulator<1, Traits::kDTiles> o;
     uint32_t p[Traits::kBlockN / 16][4];

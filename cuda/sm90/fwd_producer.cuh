@@ -17,7 +17,7 @@ struct FwdProducer {
     FwdControl<Traits>& control;
     const uint32_t shared;
     const int lane;
-    Ring<Traits::kStages> k_ring, v_ring;
+    Ring<Traits::kKeyStages> k_ring, v_ring;
     Ring<Traits::kQStages> q_ring;
     int published = 0;   // number of tiles handed to the consumers
     int taken = 0;       // number of tiles taken, at most kMaxTiles
@@ -82,7 +82,7 @@ struct FwdProducer {
 
     __device__ __forceinline__ int batch_of(const WorkTile& tile) const { return batch_entry(params.fwd.shape, tile.sequence); }
 
-    __device__ __forceinline__ void load(Ring<Traits::kStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
+    __device__ __forceinline__ void load(Ring<Traits::kKeyStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
                                          const TensorMap& map, int row, int head, int batch) {
         mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
         if (lane == 0) {

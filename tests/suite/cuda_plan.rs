@@ -84,8 +84,8 @@ fn more_shared_memory_brings_larger_kernels() -> Result<()> {
         let bytes = |caps| -> Result<usize> {
             Ok(backward(&plan(&problem(&Attention::new(), 256, dtype)?, caps)?).kernel.shared_bytes)
         };
-        let (h100, a100, rtx_3090) = (bytes(&H100)?, bytes(&A100)?, bytes(&RTX_3090)?);
-        assert!(h100 > a100 && a100 > rtx_3090, "{h100}, {a100} and {rtx_3090} bytes");
+        let (b200, a100, rtx_3090) = (bytes(&B200)?, bytes(&A100)?, bytes(&RTX_3090)?);
+        assert!(b200 > a100 && a100 > rtx_3090, "{b200}, {a100} and {rtx_3090} bytes");
     }
     Ok(())
 }
@@ -234,7 +234,9 @@ fn hopper_kernels_can_be_asked_for() -> Result<()> {
     if !has_hopper() {
         return Ok(());
     }
-    assert!(refused.contains("fwd_sm90_bf16_d128_128x128 needs compute capability 9.0 exactly"), "{refused}");
+    let needs =
+        |text: &str| text.starts_with("fwd_sm90_bf16_d128_") && text.contains("needs compute capability 9.0 exactly");
+    assert!(refused.split(['(', ',']).any(|text| needs(text.trim())), "{refused}");
     assert_eq!(forward(&CudaPlan::choose(&decoding, &H100, only)?).kernel.arch, Arch::Sm90);
     Ok(())
 }
@@ -257,18 +259,19 @@ fn schedules_cover_the_call() -> Result<()> {
     assert_eq!(schedule, Schedule { tiles: 12 * m_blocks, m_blocks, section_heads: 1 });
     assert_eq!(blocks, 12 * m_blocks as u32);
     // Many tiles: one block per multiprocessor. More tiles than these blocks can list: more blocks.
-    for (batch, want) in [(8, 132), (60_000, 1875)] {
-        let (schedule, blocks, _) = of(&long_problem(&causal, [batch, 100, 8, 64], [batch, 100, 8, 64])?)?;
-        assert_eq!((schedule.tiles, schedule.m_blocks), (8 * batch, 1));
-        assert_eq!(blocks, if batch == 8 { 64 } else { want });
+    for batch in [8, 60_000] {
+        let (schedule, blocks, block_m) = of(&long_problem(&causal, [batch, 100, 8, 64], [batch, 100, 8, 64])?)?;
+        let m_blocks = 100usize.div_ceil(block_m);
+        let tiles = 8 * batch * m_blocks;
+        assert_eq!((schedule.tiles, schedule.m_blocks), (tiles, m_blocks));
+        assert_eq!(blocks as usize, tiles.min(132).max(tiles.div_ceil(256)));
     }
     let (_, blocks, _) = of(&long_problem(&causal, [1, 16_384, 16, 128], [1, 16_384, 16, 128])?)?;
     assert_eq!(blocks, 132);
     // With a mask, sections have one size: about four tiles per multiprocessor, at most 32 heads, at most all heads.
-    let sections =
-        [(512, 64, 32), (1024, 80, 27), (4096, 64, 16), (16_384, 16, 4), (16_384, 7, 4), (1024, 4, 4), (131_072, 4, 1)];
-    for (seqlen, heads, want) in sections {
-        let shape = [1, seqlen, heads, 128];
+    let sections = [(4, 64, 32), (8, 80, 27), (32, 64, 16), (128, 16, 4), (128, 7, 4), (8, 4, 4), (1024, 4, 1)];
+    for (m_blocks, heads, want) in sections {
+        let shape = [1, m_blocks * block_m, heads, 128];
         for attention in [&causal, &Attention::new().mask(Mask::Window { left: Some(100), right: None })] {
             assert_eq!(of(&long_problem(attention, shape, shape)?)?.0.section_heads, want, "{shape:?}");
         }
@@ -361,7 +364,7 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     let ampere = rejected(64, 100, &A100)?;
     has(&ampere, "fwd_sm80_bf16_d96_", " pads head_dim more");
     has(&rejected(256, 100, &RTX_3090)?, "bwd_sm80_bf16_d256_", " bytes of shared memory");
-    has(&rejected(256, 100, &H100)?, "bwd_sm80_bf16_d256_", " comes later in the table");
+    has(&rejected(256, 100, &A100)?, "bwd_sm80_bf16_d256_", " comes later in the table");
     if has_hopper() {
         has(&ampere, "fwd_sm90_bf16_d64_", " needs compute capability 9.0 exactly");
         has(&rejected(64, 100, &H100)?, "fwd_sm80_bf16_d64_", " is for older GPUs");
@@ -481,11 +484,13 @@ fn more_blocks_than_a_semaphore_counts() -> Result<()> {
         let attention = Attention::new().deterministic(deterministic);
         Ok(plan(&testing::problem_packed(&attention, (&x, &x, &x), &lengths, &lengths)?, &H100))
     };
-    assert!(plan(false)?.is_ok());
+    let blocks = 600_000 * (1usize << 20).div_ceil(backward(&plan(false)??).kernel.block_n);
+    assert!(blocks > u32::MAX as usize);
     let refused = plan(true)?.expect_err("must be refused").to_string();
-    let start =
-        "number of thread blocks of a deterministic backward is 4915200000, but a CUDA kernel takes at most 4294967295";
-    assert!(refused.starts_with(start), "{refused}");
+    let start = format!(
+        "number of thread blocks of a deterministic backward is {blocks}, but a CUDA kernel takes at most 4294967295"
+    );
+    assert!(refused.starts_with(&start), "{refused}");
     Ok(())
 }
 
