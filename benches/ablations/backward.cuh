@@ -4,7 +4,6 @@
 
 #include "forward.cuh"
 #include "sm80/bwd.cuh"
-#include "sm80/convert.cuh"
 #include "softmax.cuh"
 
 namespace fa2::ablations {
