@@ -18,7 +18,7 @@ fn spec(arch: Arch) -> &'static dyn Spec {
     }
 }
 
-/// The cost of `kernel`, see [`Spec::cost`].
+/// The time of `kernel` relative to others of its pass, if its tiles are full. It includes the padding of head_dim.
 pub fn cost(kernel: &Kernel) -> usize {
     spec(kernel.arch).cost(kernel)
 }
