@@ -13,6 +13,19 @@ const SM90: Arch = Arch { sm: 90, exact: true };
 const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_mod: false };
 const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
 
+/// The conversion of dq_accum, which every backward has: it reads the order of that backward's threads.
+const fn convert(symbol: &'static str) -> Entry {
+    Entry {
+        symbol,
+        pass: "Convert",
+        function: "fa2::convert",
+        params: "ConvertParams",
+        grid: Grid::Tiles,
+        variants: &[PLAIN],
+        shared_bytes: None,
+    }
+}
+
 /// Every family that a line of cuda/instances.def may name.
 pub static FAMILIES: [Family; 5] = [
     Family {
@@ -69,15 +82,7 @@ pub static FAMILIES: [Family; 5] = [
                 variants: &[PLAIN, SCORE_MOD],
                 shared_bytes: Some(shared::bwd_sm80),
             },
-            Entry {
-                symbol: "convert_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
-                pass: "Convert",
-                function: "fa2::convert",
-                params: "ConvertParams",
-                grid: Grid::Tiles,
-                variants: &[PLAIN],
-                shared_bytes: None,
-            },
+            convert("convert_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}"),
         ],
     },
     Family {
@@ -98,15 +103,7 @@ pub static FAMILIES: [Family; 5] = [
                 variants: &[PLAIN, SCORE_MOD],
                 shared_bytes: Some(shared::bwd_sm90),
             },
-            Entry {
-                symbol: "convert_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
-                pass: "Convert",
-                function: "fa2::convert",
-                params: "ConvertParams",
-                grid: Grid::Tiles,
-                variants: &[PLAIN],
-                shared_bytes: None,
-            },
+            convert("convert_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}"),
         ],
     },
     Family {
