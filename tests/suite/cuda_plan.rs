@@ -68,6 +68,11 @@ fn every_head_dim_has_kernels() -> Result<()> {
                             let sufficient = KERNELS.iter().filter(|k| k.pass == pass).filter(runs);
                             let least = sufficient.map(testing::cost).min();
                             assert_eq!(Some(testing::cost(kernel)), least, "{context}");
+                            // Only a backward on Hopper may have a larger head_dim than needed.
+                            let tight = KERNELS.iter().filter(|k| k.pass == pass && k.head_dim >= head_dim);
+                            let smallest = tight.map(|k| k.head_dim).min();
+                            let faster = (pass, kernel.arch) == (Pass::Backward, Arch::Sm90);
+                            assert!(Some(kernel.head_dim) == smallest || faster, "{context}");
                         }
                     }
                 }
@@ -225,6 +230,17 @@ fn hopper_has_kernels_of_its_own() -> Result<()> {
     Ok(())
 }
 
+/// The backward of sm90 is faster than that of sm80 even if it pads 96 to 128, but not if it pads 32 to 64.
+#[test]
+fn a_faster_backward_may_pad_more() -> Result<()> {
+    for (head_dim, on_hopper) in [(32, (Arch::Sm80, 32)), (72, (Arch::Sm90, 128)), (96, (Arch::Sm90, 128))] {
+        let kernel = backward(&plan(&problem(&Attention::new(), head_dim, DType::BF16)?, &H100)?).kernel;
+        let want = if has_hopper() { on_hopper } else { (Arch::Sm80, if head_dim == 32 { 32 } else { 96 }) };
+        assert_eq!((kernel.arch, kernel.head_dim), want, "head_dim {head_dim}");
+    }
+    Ok(())
+}
+
 /// Only sm90 kernels are allowed. On another GPU the error says which GPU they need, and decoding uses them too.
 #[test]
 fn hopper_kernels_can_be_asked_for() -> Result<()> {
@@ -259,12 +275,11 @@ fn schedules_cover_the_call() -> Result<()> {
     assert_eq!(schedule, Schedule { tiles: 12 * m_blocks, m_blocks, section_heads: 1 });
     assert_eq!(blocks, 12 * m_blocks as u32);
     // Many tiles: one block per multiprocessor. More tiles than these blocks can list: more blocks.
-    for batch in [8, 60_000] {
-        let (schedule, blocks, block_m) = of(&long_problem(&causal, [batch, 100, 8, 64], [batch, 100, 8, 64])?)?;
-        let m_blocks = 100usize.div_ceil(block_m);
-        let tiles = 8 * batch * m_blocks;
-        assert_eq!((schedule.tiles, schedule.m_blocks), (tiles, m_blocks));
-        assert_eq!(blocks as usize, tiles.min(132).max(tiles.div_ceil(256)));
+    // 17 queries, more than a decoding call has, fill no tile of any kernel.
+    for (batch, want) in [(8, 64), (20, 132), (60_000, 1875)] {
+        let (schedule, blocks, _) = of(&long_problem(&causal, [batch, 17, 8, 64], [batch, 17, 8, 64])?)?;
+        assert_eq!((schedule.tiles, schedule.m_blocks), (8 * batch, 1));
+        assert_eq!(blocks, want);
     }
     let (_, blocks, _) = of(&long_problem(&causal, [1, 16_384, 16, 128], [1, 16_384, 16, 128])?)?;
     assert_eq!(blocks, 132);
@@ -399,6 +414,7 @@ fn a_backward_may_be_missing() -> Result<()> {
         "k: tracked for gradients, but head_dim 128 has no BF16 backward kernel for compute capability 8.6 with {bytes} bytes \
          of shared memory per block (bwd_sm80_bf16_d128_"
     );
+    assert!(refused.contains(" bytes of shared memory, bwd_sm80_bf16_d"), "{refused}");
     let end = "); use another head_dim, or move q, k and v with to_device(&Device::Cpu); for inference, \
                call .detach() on the inputs";
     assert!(refused.starts_with(&start) && refused.ends_with(end), "{refused}");
