@@ -39,4 +39,7 @@ struct Tile {
     __device__ __forceinline__ static constexpr uint32_t row_step(int rows) { return rows * kPanel * 2; }
 };
 
+// How a tile lies as an operand of a product: its rows run along k, or along the outer axis ("transposed").
+enum class Order { kContiguousK, kTransposed };
+
 }  // namespace fa2

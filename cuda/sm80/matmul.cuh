@@ -7,9 +7,6 @@
 
 namespace fa2::sm80 {
 
-// How an operand lies in shared memory: its rows run along k, or along its outer axis ("transposed").
-enum class Order { kContiguousK, kTransposed };
-
 // Addresses of one warp's A operand: 16 x 16 fragments at (row 16 i, k-step).
 //
 // `base` is the address that the lane would read if the tile began at `shared`. The tile's own offset is added last, as a constant in

@@ -75,26 +75,15 @@ struct BwdConsumer {
 
     // Starts S^T = k q^T, or dP^T = v do^T, of this warpgroup's keys and a tile of queries.
     __device__ __forceinline__ void start_product(Accumulator<1, Traits::kNTiles>& d, uint32_t keys, uint32_t queries) {
-        const uint32_t first_key = warpgroup * Traits::kWarpgroupRows * Descriptor<TileK>::kRowBytes;
-        const uint64_t rows = Descriptor<TileK>::of(opaque(shared + keys + first_key));
-        const uint64_t columns = Descriptor<TileQ>::of(opaque(shared + queries));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Traits::kHeadDim / 16; ++step)
-            WgmmaShared<T, Traits::kBlockM, false, false>::step(d.x[0], rows + Descriptor<TileK>::columns(step),
-                                                                columns + Descriptor<TileQ>::columns(step), step > 0);
-        wgmma_commit();
+        const Operand<TileK, Order::kContiguousK> a(shared + keys, warpgroup * Traits::kWarpgroupRows);
+        const Operand<TileQ, Order::kContiguousK> b(shared + queries);
+        start_multiply<T, Traits::kHeadDim / 16>(d, a, b);
     }
 
     // Starts dv += P^T do, or dk += dS^T q.
     __device__ __forceinline__ void start_sum(Accumulator<1, Traits::kDTiles>& d, const uint32_t (&a)[Traits::kKSteps][4],
                                               uint32_t queries) {
-        const uint64_t columns = Descriptor<TileQ>::of(opaque(shared + queries));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Traits::kKSteps; ++step)
-            WgmmaRegisters<T, Traits::kHeadDim, true>::step(d.x[0], a[step], columns + Descriptor<TileQ>::rows(step), 1);
-        wgmma_commit();
+        start_multiply_add<T>(d, a, Operand<TileQ, Order::kTransposed>(shared + queries));
     }
 
     // Starts this warpgroup's part of dq = dS k, with the dS of all consumers at ring position `at`. If that does not exist, it multiplies
@@ -102,16 +91,10 @@ struct BwdConsumer {
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         const int first_warp = warpgroup * Traits::kWarpgroupWarps;
-        const int row_panel = Traits::dq_row(first_warp) / TileDs::kPanel, col_panel = Traits::dq_col(first_warp) / TileK::kPanel;
-        const uint64_t rows = Descriptor<TileDs>::of(
-            opaque(shared + Traits::sDs + at.stage() * TileDs::kBytes + row_panel * Descriptor<TileDs>::kPanelBytes));
-        const uint64_t columns = Descriptor<TileK>::of(opaque(shared + Traits::sK + col_panel * Descriptor<TileK>::kPanelBytes));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Traits::kBlockN / 16; ++step)
-            WgmmaShared<T, Traits::kDqCols, true, true>::step(dq.x[0], rows + Descriptor<TileDs>::rows(step),
-                                                             columns + Descriptor<TileK>::rows(step), step > 0);
-        wgmma_commit();
+        const uint32_t tile_ds = shared + Traits::sDs + at.stage() * TileDs::kBytes;
+        const Operand<TileDs, Order::kTransposed> a(tile_ds, Traits::dq_row(first_warp));
+        const Operand<TileK, Order::kTransposed> b(shared + Traits::sK, Traits::dq_col(first_warp));
+        start_multiply<T, Traits::kBlockN / 16>(dq, a, b);
     }
 
     // Waits until the blocks that add to a tile of dq_accum before this one have done so.

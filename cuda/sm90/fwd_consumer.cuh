@@ -75,27 +75,17 @@ struct FwdConsumer {
     // Starts S = q k^T of work tile `number` with the next k.
     __device__ __forceinline__ void start_scores(int number) {
         mbarrier_wait(shared_address(&control.k_full[k_ring.stage()]), k_ring.parity());
-        const uint32_t sQ = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
-        const uint64_t rows = Descriptor<TileQ>::of(opaque(sQ + warpgroup * Traits::kWarpgroupRows * Descriptor<TileQ>::kRowBytes));
-        const uint64_t columns = Descriptor<TileK>::of(opaque(shared + Traits::sK + k_ring.stage() * TileK::kBytes));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Traits::kHeadDim / 16; ++step)
-            WgmmaShared<T, Traits::kBlockN, false, false>::step(s.x[0], rows + Descriptor<TileQ>::columns(step),
-                                                                columns + Descriptor<TileK>::columns(step), step > 0);
-        wgmma_commit();
+        const uint32_t tile_q = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
+        const Operand<TileQ, Order::kContiguousK> q(tile_q, warpgroup * Traits::kWarpgroupRows);
+        const Operand<TileK, Order::kContiguousK> k(shared + Traits::sK + k_ring.stage() * TileK::kBytes);
+        start_multiply<T, Traits::kHeadDim / 16>(s, q, k);
     }
 
     // Starts o += P v with the next v; `fresh`: o = P v.
     __device__ __forceinline__ void start_output(bool fresh) {
         mbarrier_wait(shared_address(&control.v_full[v_ring.stage()]), v_ring.parity());
-        const uint64_t columns = Descriptor<TileK>::of(opaque(shared + Traits::sV + v_ring.stage() * TileK::kBytes));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Traits::kBlockN / 16; ++step)
-            WgmmaRegisters<T, Traits::kHeadDim, true>::step(o.x[0], p[step], columns + Descriptor<TileK>::rows(step),
-                                                            step > 0 || !fresh);
-        wgmma_commit();
+        const Operand<TileK, Order::kTransposed> v(shared + Traits::sV + v_ring.stage() * TileK::kBytes);
+        start_multiply_add<T>(o, p, v, fresh);
     }
 
     template <int kPending>

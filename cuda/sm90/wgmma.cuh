@@ -34,26 +34,30 @@ __device__ __forceinline__ void wgmma_arrived(Accumulator<kMTiles, kNTiles>& acc
             for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(acc.x[i][j][e])::"memory");
 }
 
-// The descriptor of a tile as an operand (PTX ISA, "matrix descriptor"), for tiles as TMA writes them. Its fields are in units of 16 bytes.
-template <typename Tile>
-struct Descriptor {
+// A tile as TMA writes it, as an operand: its matrix descriptor (PTX ISA, "matrix descriptor"), with fields in units of 16 bytes.
+template <typename Tile, Order kOrder>
+struct Operand {
+    static constexpr bool kTransposed = kOrder == Order::kTransposed;
     static constexpr uint64_t kSwizzle = Tile::kPanel == 64 ? 1 : 2;  // 128 or 64 bytes
-    static constexpr int kRowBytes = Tile::kPanel * 2;
-    static constexpr int kPanelBytes = Tile::kRows * kRowBytes;
+    static constexpr int kPanelBytes = Tile::row_step(Tile::kRows);
     static constexpr uint64_t kFields =
-        kSwizzle << 62 | uint64_t(8 * kRowBytes / 16) << 32 | uint64_t(kPanelBytes / 16) << 16;
+        kSwizzle << 62 | uint64_t(Tile::row_step(8) / 16) << 32 | uint64_t(kPanelBytes / 16) << 16;
 
-    // shared: a multiple of 1024, below 256 KB.
-    __device__ __forceinline__ static uint64_t of(uint32_t shared) { return kFields | (shared >> 4); }
+    uint64_t descriptor;
 
-    // Added to a descriptor: moves to the 16 columns of step `step`. For operands whose rows run along k.
-    __device__ __forceinline__ static constexpr uint64_t columns(int step) {
-        constexpr int kSteps = Tile::kPanel / 16;
-        return uint64_t((step / kSteps * kPanelBytes + step % kSteps * 32) / 16);
+    // tile: its address in shared memory, a multiple of 1024 below 256 KB. first: where the operand begins on the outer axis, a multiple of
+    // 8, or of a panel if transposed. opaque(): the compiler computes a descriptor again for each product and keeps none in registers.
+    __device__ __forceinline__ explicit Operand(uint32_t tile, int first = 0) {
+        const uint32_t address = opaque(tile + (kTransposed ? first / Tile::kPanel * kPanelBytes : Tile::row_step(first)));
+        descriptor = kFields | address >> 4;
     }
 
-    // Added to a descriptor: moves to the 16 rows of step `step`. For operands whose rows run along the outer axis ("transposed").
-    __device__ __forceinline__ static constexpr uint64_t rows(int step) { return uint64_t(step * 16 * kRowBytes / 16); }
+    // The descriptor of step `step`: of 16 columns of the tile, or of 16 rows if transposed.
+    __device__ __forceinline__ uint64_t at(int step) const {
+        constexpr int kPanelSteps = Tile::kPanel / 16;
+        const int bytes = kTransposed ? Tile::row_step(16 * step) : step / kPanelSteps * kPanelBytes + step % kPanelSteps * 32;
+        return descriptor + uint64_t(bytes / 16);
+    }
 };
 
 // One step of 16: d = a b, or d += a b if `accumulate` is not 0. d is 64 x kN, for kN = 8, 16, .. 256. Both operands are in shared memory.
@@ -64,6 +68,27 @@ struct WgmmaShared;
 // The same with a in registers.
 template <typename T, int kN, bool kTransposedB>
 struct WgmmaRegisters;
+
+// Starts d = a b over kSteps of 16, as one wgmma-group. Both operands are in shared memory.
+template <typename T, int kSteps, int kNTiles, typename A, typename B>
+__device__ __forceinline__ void start_multiply(Accumulator<1, kNTiles>& d, const A& a, const B& b) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+        WgmmaShared<T, 8 * kNTiles, A::kTransposed, B::kTransposed>::step(d.x[0], a.at(step), b.at(step), step > 0);
+    wgmma_commit();
+}
+
+// Starts d += a b, or d = a b if `fresh`, as one wgmma-group. a is in registers.
+template <typename T, int kSteps, int kNTiles, typename B>
+__device__ __forceinline__ void start_multiply_add(Accumulator<1, kNTiles>& d, const uint32_t (&a)[kSteps][4], const B& b,
+                                                   bool fresh = false) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+        WgmmaRegisters<T, 8 * kNTiles, B::kTransposed>::step(d.x[0], a[step], b.at(step), step > 0 || !fresh);
+    wgmma_commit();
+}
 
 }  // namespace fa2::sm90
 
