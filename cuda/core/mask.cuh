@@ -13,6 +13,12 @@ struct Range {
 
     __device__ __forceinline__ bool empty() const { return end <= begin; }
     __device__ __forceinline__ bool contains(const Range& other) const { return other.begin >= begin && other.end <= end; }
+
+    // The tiles of `size` that the range touches.
+    __device__ __forceinline__ Range tiles(int size) const {
+        if (empty()) return {0, 0};
+        return {begin / size, ceil_div(end, size)};
+    }
 };
 
 // The rows, or keys, of a tile: `size` of them from `first` on, cut to a sequence of `seqlen`.

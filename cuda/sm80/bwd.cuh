@@ -125,18 +125,18 @@ struct BwdBlock {
     int n_block, head_k;
     Sequence sequence;
     Visibility sees;
-    Range cols;     // keys of this block
-    Range queries;  // queries that see any of them
-    int m_first, m_last;
-    int group_size;
+    Range cols;      // keys of this block
+    Range queries;   // queries that see any of them
+    Range m_blocks;  // .. and their tiles, of each head. Range::tiles() tests for an empty range again, and ptxas then spills more
+    int group_size;  // query heads of a key head
 
     __device__ __forceinline__ BwdBlock(const BwdParams& params, uint8_t* bytes, const BlockIndex& index)
         : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(threadIdx.x),
           lane(thread % kWarpSize), warp(thread / kWarpSize), n_block(index.x), head_k(index.y),
           sequence(params.shape, params.shape.first_batch + index.z), sees(params.shape, sequence),
           cols(tile_range(n_block * Traits::kBlockN, Traits::kBlockN, sequence.seqlen_k)),
-          queries(sees.queries_of(cols)), m_first(queries.begin / Traits::kBlockM),
-          m_last((queries.end - 1) / Traits::kBlockM), group_size(fa2::group_size(params.shape)) {}
+          queries(sees.queries_of(cols)), m_blocks{queries.begin / Traits::kBlockM, (queries.end - 1) / Traits::kBlockM + 1},
+          group_size(fa2::group_size(params.shape)) {}
 
     __device__ __forceinline__ const T* head_of(const void* tensor, const Strides& strides, int first_row, int head) const {
         return row_of<const T>(tensor, strides, sequence.batch, first_row, head);
@@ -306,8 +306,8 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     const BwdWarp<Traits>& warp = block.warp;
     const int lane = block.lane;
     const uint32_t shared = block.shared;
-    const int steps = (block.m_last - block.m_first + 1) * block.group_size;
-    int head = block.head_k * block.group_size, m_block = block.m_first;
+    const int steps = (block.m_blocks.end - block.m_blocks.begin) * block.group_size;
+    int head = block.head_k * block.group_size, m_block = block.m_blocks.begin;
     QueryTile tile{}, before;
     block.start_queries(0, head, m_block);
     for (int step = 0; step < steps; ++step) {
@@ -315,9 +315,9 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
         const uint32_t ds_offset = step % Traits::kDsStages * TileP::kBytes;
         before = tile;
         tile = {head, m_block, tile_range(m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q)};
-        const bool next_head = m_block == block.m_last;
+        const bool next_head = m_block == block.m_blocks.end - 1;
         head += next_head;
-        m_block = next_head ? block.m_first : m_block + 1;
+        m_block = next_head ? block.m_blocks.begin : m_block + 1;
 
         cp_async_wait<0>();
         __syncthreads();  // q and do have arrived, and every warp is done with the step before

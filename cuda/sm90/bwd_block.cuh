@@ -89,8 +89,7 @@ __device__ __forceinline__ BwdBlock bwd_block(const Shape& shape, int n_block, i
     block.n_block = n_block;
     block.head_k = head_k;
     block.group_size = group_size(shape);
-    const Range queries = Visibility(shape, block.sequence).queries_of(block.cols);
-    block.m_blocks = queries.empty() ? Range{0, 0} : Range{queries.begin / Traits::kBlockM, ceil_div(queries.end, Traits::kBlockM)};
+    block.m_blocks = Visibility(shape, block.sequence).queries_of(block.cols).tiles(Traits::kBlockM);
     return block;
 }
 

@@ -78,9 +78,7 @@ struct FwdControl {
 // Key tiles that any of `rows` sees.
 template <typename Traits>
 __device__ __forceinline__ Range key_tiles(const Visibility& sees, Range rows) {
-    const Range keys = sees.keys_of(rows);
-    if (keys.empty()) return {0, 0};
-    return {keys.begin / Traits::kBlockN, ceil_div(keys.end, Traits::kBlockN)};
+    return sees.keys_of(rows).tiles(Traits::kBlockN);
 }
 
 template <typename Traits>
