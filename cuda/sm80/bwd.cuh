@@ -68,13 +68,14 @@ struct BwdTraits {
     using TileQ = Tile<kBlockM, kHeadDim>;
     using TileK = Tile<kBlockN, kHeadDim>;
     using TileP = Tile<kBlockM, kBlockN>;
+    using TileDs = TileP;
     static constexpr int kStatBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
     static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kStatBytes;
     static constexpr int kDsStages = kDefersDq ? 2 : 1;
-    static constexpr int kSharedBytes = 2 * TileK::kBytes + (1 + kDsStages) * TileP::kBytes + kStages * kStageBytes;
+    static constexpr int kSharedBytes = 2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + kStages * kStageBytes;
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
-    static constexpr uint32_t sQ = sDs + kDsStages * TileP::kBytes, sDo = sQ + TileQ::kBytes;
+    static constexpr uint32_t sQ = sDs + kDsStages * TileDs::kBytes, sDo = sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kStatBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kTeams == 0, "dk and dv of a warp lie within its team's keys");
@@ -253,6 +254,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
     using TileP = typename Traits::TileP;
+    using TileDs = typename Traits::TileDs;
     const BwdWarp<Traits>& warp = block.warp;
     const int lane = block.lane;
     const uint32_t shared = block.shared;
@@ -275,7 +277,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
         ds, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sDo, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sV, warp.s_col, lane));
     to_ds(ds, block_p, block, stage_offset);
-    store_fragment<T, TileP>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
+    store_fragment<T, TileDs>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
 }
 
 // dq_accum += dS k, of one tile of queries. kOrdered: in the order of DqSemaphores.
@@ -285,7 +287,7 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
     dq.clear();
     multiply<typename Traits::T, Traits::kBlockN / 16>(
         dq,
-        OperandA<typename Traits::TileP, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
+        OperandA<typename Traits::TileDs, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
     const int64_t at =
@@ -303,6 +305,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
     using TileP = typename Traits::TileP;
+    using TileDs = typename Traits::TileDs;
     const BwdWarp<Traits>& warp = block.warp;
     const int lane = block.lane;
     const uint32_t shared = block.shared;
@@ -312,7 +315,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     block.start_queries(0, head, m_block);
     for (int step = 0; step < steps; ++step) {
         const uint32_t stage_offset = step % Traits::kStages * Traits::kStageBytes;
-        const uint32_t ds_offset = step % Traits::kDsStages * TileP::kBytes;
+        const uint32_t ds_offset = step % Traits::kDsStages * TileDs::kBytes;
         before = tile;
         tile = {head, m_block, tile_range(m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q)};
         const bool next_head = m_block == block.m_blocks.end - 1;
@@ -322,7 +325,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
         cp_async_wait<0>();
         __syncthreads();  // q and do have arrived, and every warp is done with the step before
         if (Traits::kStages == 2 && step + 1 < steps) block.start_queries(Traits::kStageBytes - stage_offset, head, m_block);
-        if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileP::kBytes - ds_offset);
+        if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileDs::kBytes - ds_offset);
         recompute(block, tile, stage_offset, ds_offset);
         team_sync<Traits::kTeamThreads>(warp.team);  // the team's P and dS are in shared memory
         multiply<T, Traits::kBlockM / 16>(
@@ -333,7 +336,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
             add_dq<kOrdered>(block, tile, 0);
         }
         multiply<T, Traits::kBlockM / 16>(
-            dk, OperandA<TileP, Order::kTransposed>(shared + ds_offset, Traits::sDs, warp.kv_row, lane),
+            dk, OperandA<TileDs, Order::kTransposed>(shared + ds_offset, Traits::sDs, warp.kv_row, lane),
             OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sQ, warp.kv_col, lane));
         if constexpr (Traits::kStages == 1) {
             __syncthreads();  // all of dS is in shared memory, and every warp is done with q and do
@@ -343,7 +346,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     }
     if constexpr (Traits::kDefersDq) {
         __syncthreads();  // all of the last dS is in shared memory
-        add_dq<kOrdered>(block, tile, (steps - 1) % Traits::kDsStages * TileP::kBytes);
+        add_dq<kOrdered>(block, tile, (steps - 1) % Traits::kDsStages * TileDs::kBytes);
     }
 }
 
