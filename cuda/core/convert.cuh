@@ -1,7 +1,7 @@
 // Converts dq_accum to dq: multiplies by softmax_scale, rounds, and changes the order from that of the backward's threads to that of q.
 //
-// Grid       (m_block, num_heads, batch) of the backward's tiles, with as many threads as the backward. A thread reads the elements of the
-//            dq thread with its number. Every backward uses this file.
+// Grid       (m_block, num_heads, batch) of the backward's tiles, with as many threads as the backward. Thread i reads what the i-th
+//            of the threads that add to dq_accum has added. Every backward uses this file.
 #pragma once
 
 #include "../params.h"
@@ -22,10 +22,10 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     const Sequence sequence(params.shape, batch);
     const int first_row = m_block * Traits::kBlockM, rows = min(sequence.seqlen_q - first_row, Traits::kBlockM);
     if (rows <= 0) return;
-    const int64_t tile = dq_tile(params.dq_tiles, params.shape, sequence, head, m_block, Traits::kBlockM);
+    const int64_t index = dq_tile_index(params.dq_tiles, params.shape, sequence, head, m_block, Traits::kBlockM);
     if (thread < Traits::kDqThreads) {
         typename DqTile<Traits>::Block dq;
-        DqTile<Traits>::load(dq, params.dq_accum + tile * DqTile<Traits>::kElements, thread);
+        DqTile<Traits>::load(dq, params.dq_accum + index * DqTile<Traits>::kElements, thread);
         dq.scale(params.softmax_scale);
         const int warp = thread / kWarpSize;
         store_fragment<T, TileQ>(uint32_t(__cvta_generic_to_shared(bytes)), 0, dq, Traits::dq_row(warp), Traits::dq_col(warp),

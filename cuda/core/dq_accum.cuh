@@ -1,7 +1,7 @@
 // dq_accum: dq in f32, as it is summed up. Where its tiles lie, and in which order thread blocks add to them.
 //
-// Each tile of queries has a tile of dq_accum. kDqThreads threads of the backward add to it, and inside it the elements lie in their
-// order. A warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they
+// Each tile of queries has a tile of dq_accum. kDqThreads threads of the backward add to it, and its elements lie in the order of these
+// threads. A warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they
 // are part of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a team instead of the
 // block, took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
 #pragma once
@@ -66,16 +66,17 @@ struct DqTile {
     }
 };
 
-// Index of a tile. A packed sequence starts at a tile of its own, and all of its tiles lie before the first one of the next sequence.
-__device__ __forceinline__ int64_t dq_tile(const DqTiles& tiles, const Shape& shape, const Sequence& sequence, int head, int m_block,
-                                           int block_m) {
+// Index of a tile of dq_accum. A packed sequence starts at a tile of its own, and all of its tiles lie before the first one of the next
+// sequence.
+__device__ __forceinline__ int64_t dq_tile_index(const DqTiles& tiles, const Shape& shape, const Sequence& sequence, int head,
+                                                 int m_block, int block_m) {
     const int first = is_packed(shape) ? sequence.first_q / block_m + sequence.batch : 0;
     return sequence.batch * tiles.batch + head * tiles.head + first + m_block;
 }
 
-// The work of a thread block: x is a tile of keys, y a key head, z a sequence counted from Shape::first_batch.
+// The work of a thread block: a tile of keys of one key head of one sequence, which is counted from Shape::first_batch.
 struct BlockIndex {
-    int x, y, z;
+    int n_block, head_k, batch;
 };
 
 // The order in which blocks add to the tiles of dq_accum: the block with the last keys first. The sums then have the same bits each time.

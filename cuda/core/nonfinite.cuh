@@ -36,8 +36,8 @@ __device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
     return sum.x + sum.y;
 }
 
-// p * v, where p has been rounded. If p has been rounded to 0, an infinity of v stays one. If p is exactly 0, for a score of -inf, it
-// becomes NaN; such a p comes as -0.
+// p * v, where p has been rounded to the input type. A p that was not 0 before it was rounded keeps an infinity of v. A p of exactly 0,
+// from a score of -inf, turns it into NaN; the caller passes that p as -0.
 __device__ __forceinline__ float weigh(float p, float v) { return isinf(v) && !signbit(p) ? fmaf(p, 0.f, v) : p * v; }
 
 // The maximum of a row's scores. A lane takes every 32nd key. A score of NaN or +inf makes NaN of the whole row: row_sum becomes NaN, and

@@ -28,8 +28,8 @@ struct Tile {
         return uint32_t(panel * kRows * kPanel * 2 + row * kPanel * 2 + swizzled * 16);
     }
 
-    // From `offset(row, chunk)` to `offset(row, chunk + step)`. Adding the rest of `step` to `chunk` within a panel must not carry: XOR
-    // replaces that addition. The row's swizzle stays in the base, so a loop over columns needs one register and one instruction a step.
+    // From `offset(row, chunk)` to `offset(row, chunk + step)`. XOR replaces the addition within a panel, so `chunk` and `step` must not
+    // have a bit in common there. The base keeps the row's swizzle, so a loop over columns needs one register and one instruction a step.
     __device__ __forceinline__ static uint32_t advance(uint32_t base, int step) {
         constexpr int kPanelChunks = kPanel / kChunk;
         return (base ^ uint32_t(step % kPanelChunks * 16)) + uint32_t(step / kPanelChunks * kRows * kPanel * 2);

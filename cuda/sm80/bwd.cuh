@@ -60,7 +60,7 @@ struct BwdTraits {
     // The block of dq of a warp.
     __device__ __forceinline__ static int dq_row(int warp) { return warp % kWarpsQ * kDqMTiles * 16; }
     __device__ __forceinline__ static int dq_col(int warp) { return warp / kWarpsQ * kDqDTiles * 8; }
-    // A team of one warp needs no barrier between dS and dk. dq then waits for the barrier of the next step, the only one of a step.
+    // If a team is one warp, dk needs no barrier after dS. dq comes after the barrier of the next step, so a step has only one barrier.
     static constexpr bool kDefersDq = kWarpsM == 1;
     // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
     // 4k tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
@@ -133,8 +133,8 @@ struct BwdBlock {
 
     __device__ __forceinline__ BwdBlock(const BwdParams& params, uint8_t* bytes, const BlockIndex& index)
         : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(threadIdx.x),
-          lane(thread % kWarpSize), warp(thread / kWarpSize), n_block(index.x), head_k(index.y),
-          sequence(params.shape, params.shape.first_batch + index.z), sees(params.shape, sequence),
+          lane(thread % kWarpSize), warp(thread / kWarpSize), n_block(index.n_block), head_k(index.head_k),
+          sequence(params.shape, params.shape.first_batch + index.batch), sees(params.shape, sequence),
           cols(tile_range(n_block * Traits::kBlockN, Traits::kBlockN, sequence.seqlen_k)),
           queries(sees.queries_of(cols)), m_blocks{queries.begin / Traits::kBlockM, (queries.end - 1) / Traits::kBlockM + 1},
           group_size(fa2::group_size(params.shape)) {}
@@ -260,7 +260,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     const uint32_t shared = block.shared;
     const int first_row = tile.rows.begin + warp.s_row, first_col = block.cols.begin + warp.s_col;
     const Range common = block.sees.common_keys(tile.rows);
-    const bool partial = !common.contains({block.cols.begin, block.cols.begin + Traits::kBlockN});
+    const bool masked = !common.contains({block.cols.begin, block.cols.begin + Traits::kBlockN});
 
     Probabilities<Traits> block_p;
     block_p.p.clear();
@@ -268,7 +268,7 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
         block_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sK, warp.s_col, lane));
     to_p(block_p, block, tile, stage_offset);
-    if (partial) hide(block_p.p, block.sees, first_row, first_col, lane, 0.f);
+    if (masked) hide(block_p.p, block.sees, first_row, first_col, lane, 0.f);
     store_fragment<T, TileP>(shared, Traits::sP, block_p.p, warp.s_row, warp.s_col, lane);
 
     Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
@@ -290,12 +290,12 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
         OperandA<typename Traits::TileDs, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
-    const int64_t at =
-        dq_tile(block.params.dq_tiles, block.params.shape, block.sequence, tile.head, tile.m_block, Traits::kBlockM);
+    const int64_t index =
+        dq_tile_index(block.params.dq_tiles, block.params.shape, block.sequence, tile.head, tile.m_block, Traits::kBlockM);
     const DqSemaphores semaphores{block.params.semaphores};
-    if (kOrdered) semaphores.wait(at, DqSemaphores::blocks_before(block.sees, tile.rows, block.n_block, Traits::kBlockN));
-    DqTile<Traits>::add(block.params.dq_accum + at * DqTile<Traits>::kElements, dq, block.thread);
-    if (kOrdered) semaphores.release(at);
+    if (kOrdered) semaphores.wait(index, DqSemaphores::blocks_before(block.sees, tile.rows, block.n_block, Traits::kBlockN));
+    DqTile<Traits>::add(block.params.dq_accum + index * DqTile<Traits>::kElements, dq, block.thread);
+    if (kOrdered) semaphores.release(index);
 }
 
 // Every tile of queries that sees the keys of `block`: dk and dv in registers, and what they add to dq_accum.

@@ -48,7 +48,7 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
     const bool ordered = params.bwd.semaphores != nullptr;
     BlockIndex index{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
     if (ordered) index = DqSemaphores{params.bwd.semaphores}.block_index(params.bwd.dq_tiles.count, shape.first_batch, bytes);
-    const BwdBlock block = bwd_block<Traits>(shape, index.x, index.y, shape.first_batch + index.z);
+    const BwdBlock block = bwd_block<Traits>(shape, index.n_block, index.head_k, shape.first_batch + index.batch);
     if (block.cols.empty()) return;
     // All lanes take the warp index from one lane, so the compiler knows that branches on it are uniform.
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / kWarpSize, 0), lane = threadIdx.x % kWarpSize;

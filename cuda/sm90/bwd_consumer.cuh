@@ -86,8 +86,8 @@ struct BwdConsumer {
         start_multiply_add<T>(d, a, Operand<TileQ, Order::kTransposed>(shared + queries));
     }
 
-    // Starts this warpgroup's part of dq = dS k, with the dS of all consumers at ring position `at`. If that does not exist, it multiplies
-    // old data, and nobody reads the result: in a branch around wgmma, ptxas would run them one by one.
+    // Starts this warpgroup's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step no such dS `exists`:
+    // it multiplies old data, and nothing uses the result. With a branch around the wgmmas, ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         const int first_warp = warpgroup * Traits::kWarpgroupWarps;
@@ -117,7 +117,7 @@ struct BwdConsumer {
     __device__ __forceinline__ void add_dq(DsRing at, const QueryTile& tile) {
         release(control.ds_empty[at.stage()]);
         const BwdParams& bwd = params.bwd;
-        const int64_t index = dq_tile(bwd.dq_tiles, bwd.shape, control.block.sequence, tile.head, tile.m_block, Traits::kBlockM);
+        const int64_t index = dq_tile_index(bwd.dq_tiles, bwd.shape, control.block.sequence, tile.head, tile.m_block, Traits::kBlockM);
         if constexpr (kOrdered) wait_for_blocks_before(index, tile);
         DqTile<Traits>::add(bwd.dq_accum + index * DqTile<Traits>::kElements, dq, dq_thread());
         if constexpr (kOrdered) let_next_block_add(index);

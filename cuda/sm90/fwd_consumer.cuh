@@ -104,16 +104,16 @@ struct FwdConsumer {
         v_ring.advance();
     }
 
-    // Applies the score_mod to S of key tile n, and hides what a row does not see.
+    // Applies the score_mod to S of key tile n_block, and hides what a row does not see.
     template <bool kMasked>
-    __device__ __forceinline__ void score_and_mask(int number, int n) {
+    __device__ __forceinline__ void score_and_mask(int number, int n_block) {
         if (!kMasked && ScoreMod::kIdentity) return;
         const WorkTile& tile = tile_of(opaque(number));
         const Visibility sees(params.fwd.shape, tile.sequence);
         const ScoreMod score_mod(params.fwd.shape, tile.sequence, tile.head);
         const int lane = opaque(this->lane);
         const int row = first_row(tile) + Traits::kWarpRows * warp + fragment_row(lane, 0);
-        const int col = n * Traits::kBlockN + fragment_col(lane, 0);
+        const int col = n_block * Traits::kBlockN + fragment_col(lane, 0);
         apply_and_hide<kMasked>(score_mod, s, sees, row, col);
     }
 
@@ -129,14 +129,15 @@ struct FwdConsumer {
             if (__any_sync(~0u, rescale[half] != 1.f)) softmax.rescale(o, 0, half, rescale[half]);
     }
 
-    // One step of the main loop: S of key tile n becomes P, while o += P v of the previous step runs. `fresh`: o starts with this product.
+    // One step of the main loop: S of key tile n_block becomes P, while o += P v of the previous step runs. `fresh`: o starts with this
+    // product.
     template <bool kMasked>
-    __device__ __forceinline__ void step(int n, bool fresh) {
+    __device__ __forceinline__ void step(int n_block, bool fresh) {
         start_scores(current);
         if (Traits::kLateRescale) rescale_output();
         start_output(fresh);
         scores_arrived<1>();
-        score_and_mask<kMasked>(current, n);
+        score_and_mask<kMasked>(current, n_block);
         float new_max[2];
         if (softmax.all_nonnegative(0)) {
 #pragma unroll
@@ -173,10 +174,10 @@ struct FwdConsumer {
     __device__ __forceinline__ bool steps() {
         const Part& part = part_of(opaque(current));
         bool fresh = true;
-        for (int n = part.own.end - 2; n >= part.own.begin;) {
-            const int first_unmasked = n < part.unmasked.end ? part.unmasked.begin : n + 1;
-            for (; n >= first_unmasked; --n, fresh = false) step<false>(n, fresh);
-            if (n >= part.own.begin) step<true>(n--, fresh), fresh = false;
+        for (int n_block = part.own.end - 2; n_block >= part.own.begin;) {
+            const int first_unmasked = n_block < part.unmasked.end ? part.unmasked.begin : n_block + 1;
+            for (; n_block >= first_unmasked; --n_block, fresh = false) step<false>(n_block, fresh);
+            if (n_block >= part.own.begin) step<true>(n_block--, fresh), fresh = false;
         }
         if (Traits::kLateRescale) rescale_output();
         return fresh;

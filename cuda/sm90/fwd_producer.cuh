@@ -98,9 +98,9 @@ struct FwdProducer {
         return key_tiles<Traits>(Visibility(params.fwd.shape, tile.sequence), rows_of<Traits>(tile));
     }
 
-    // Loads k of key tile n, and v of the key tile before. So S never waits for a v.
-    __device__ __forceinline__ void load_keys(const WorkTile& tile, int n) {
-        const int row = tile.sequence.first_k + n * Traits::kBlockN, head = key_head(params.fwd.shape, tile.head);
+    // Loads k of key tile n_block, and v of the key tile before. So S never waits for a v.
+    __device__ __forceinline__ void load_keys(const WorkTile& tile, int n_block) {
+        const int row = tile.sequence.first_k + n_block * Traits::kBlockN, head = key_head(params.fwd.shape, tile.head);
         load(k_ring, control.k_full, control.k_empty, Traits::sK, params.k, row, head, batch_of(tile));
         load_pending_v();
         pending_v = {true, row, head, batch_of(tile)};
@@ -126,10 +126,10 @@ struct FwdProducer {
                 next = take();
                 if (kPublishesEarly) publish(next, !tiles_of(next).empty());
             };
-            for (int n = tiles.end - 1; n >= tiles.begin; --n) {
-                load_keys(tile, n);
-                if (!kPublishesEarly && n == tiles.end - 1) publish(tile, true);
-                if (n == tiles.end - 2) take_next();
+            for (int n_block = tiles.end - 1; n_block >= tiles.begin; --n_block) {
+                load_keys(tile, n_block);
+                if (!kPublishesEarly && n_block == tiles.end - 1) publish(tile, true);
+                if (n_block == tiles.end - 2) take_next();
             }
             // publish() waits until every warpgroup has released its tile. A warpgroup without rows releases it only after the last v.
             if (tiles.empty()) load_pending_v();
