@@ -1,9 +1,9 @@
-// dq_accum: dq in f32, as it is summed up. Where its tiles lie, and in which order thread blocks add to them.
+// dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
-// Each tile of queries has a tile of dq_accum. kDqThreads threads of the backward add to it, and inside it the elements lie in their
-// order. A warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they
-// are part of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a team instead of the
-// block, took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
+// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim / 16
+// blocks of 8 rows and 16 columns, 512 bytes each. Inside a block, the elements lie in the order in which the lanes of a warp hold them. So
+// a warp adds to 512 contiguous bytes (128 before compute capability 9.0). The layout does not depend on tiles and warps, so all backwards
+// share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -14,63 +14,73 @@
 
 namespace fa2 {
 
-// One tile of dq_accum, kBlockM x kHeadDim.
-template <typename Traits>
-struct DqTile {
-    static constexpr int kElements = Traits::kBlockM * Traits::kHeadDim;
-    using Block = Accumulator<Traits::kDqMTiles, Traits::kDqDTiles>;
+constexpr int kDqGroupRows = 8;
+constexpr int kDqBlockCols = 16;
+constexpr int kDqBlockElements = kDqGroupRows * kDqBlockCols;
 
-    // Offset of element e of accumulator (i, j) of a thread. Code for 9.0 and later adds and reads four elements at once.
-    __device__ __forceinline__ static int offset(int i, int j, int e, int thread) {
-#if __CUDA_ARCH__ >= 900
-        return ((i * Traits::kDqDTiles + j) * Traits::kDqThreads + thread) * 4 + e;
-#else
-        return ((i * Traits::kDqDTiles + j) * 4 + e) * Traits::kDqThreads + thread;
-#endif
-    }
+// Index of the first block of rows of one head of a sequence. The blocks have `rows` rows. Packed sequences start at a block of their own:
+// all blocks of a sequence lie before the first one of the next sequence.
+__device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int rows, const Shape& shape, const Sequence& sequence,
+                                                   int head) {
+    const int first = is_packed(shape) ? sequence.first_q / rows + sequence.batch : 0;
+    return sequence.batch * blocks.batch + head * blocks.head + first;
+}
 
-    __device__ __forceinline__ static void add(float* tile, const Block& dq, int thread) {
-#pragma unroll
-        for (int i = 0; i < Traits::kDqMTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < Traits::kDqDTiles; ++j) {
-                const float (&x)[4] = dq.x[i][j];
+// Offset of the block of 8 rows and 16 columns that begins at (row, col) of a head. dq_accum has `head_dim` columns.
+__device__ __forceinline__ int64_t dq_offset(const RowBlocks& groups, const Shape& shape, const Sequence& sequence, int head, int row,
+                                             int col, int head_dim) {
+    return (first_row_block(groups, kDqGroupRows, shape, sequence, head) * kDqGroupRows + row) * head_dim + col * kDqGroupRows;
+}
+
+// A lane has four elements of a block: row lane / 4 and columns c, c + 1, c + 8 and c + 9 with c = 2 (lane % 4). So they are elements
+// 2 half and 2 half + 1 of two neighbouring accumulators. Code for 9.0 and later adds and reads the four at once.
+__device__ __forceinline__ void add_to_dq_block(float* block, const float (&x)[4], int lane, bool exists) {
 #if __CUDA_ARCH__ >= 900
-                asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(tile + offset(i, j, 0, thread)), "f"(x[0]),
-                             "f"(x[1]), "f"(x[2]), "f"(x[3])
-                             : "memory");
+    asm volatile(
+        "{\n.reg .pred exists;\n"
+        "setp.ne.u32 exists, %5, 0;\n"
+        "@exists red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(block + lane * 4),
+        "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(uint32_t(exists))
+        : "memory");
 #else
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(tile + offset(i, j, e, thread)), "f"(x[e]) : "memory");
+    for (int e = 0; e < 4; ++e)
+        asm volatile(
+            "{\n.reg .pred exists;\n"
+            "setp.ne.u32 exists, %2, 0;\n"
+            "@exists red.global.add.f32 [%0], %1;\n}" ::"l"(block + e * kWarpSize + lane),
+            "f"(x[e]), "r"(uint32_t(exists))
+            : "memory");
 #endif
+}
+
+__device__ __forceinline__ float4 load_dq_block(const float* block, int lane) {
+#if __CUDA_ARCH__ >= 900
+    return reinterpret_cast<const float4*>(block)[lane];
+#else
+    return {block[lane], block[lane + kWarpSize], block[lane + 2 * kWarpSize], block[lane + 3 * kWarpSize]};
+#endif
+}
+
+// Adds the accumulators of one warp to dq_accum of a head. They begin at (row, col). Row groups after the end of the sequence are left out,
+// because the next sequence has its rows there. The test is a predicate: with a branch, ptxas would not overlap the additions with products.
+template <int kHeadDim, int kMTiles, int kNTiles>
+__device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequence& sequence, int head, int row, int col,
+                                          const Accumulator<kMTiles, kNTiles>& dq, int lane) {
+    static_assert(kHeadDim % 32 == 0 && kNTiles % 2 == 0, "the conversion reads two blocks at once, and a warp adds to whole blocks");
+    float* const first = params.dq_accum + dq_offset(params.dq_groups, params.shape, sequence, head, row, col, kHeadDim);
+    const int rows = sequence.seqlen_q - row;
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int j = 0; j < kNTiles; j += 2) {
+                const float x[4] = {dq.x[i][j][2 * half], dq.x[i][j][2 * half + 1], dq.x[i][j + 1][2 * half],
+                                    dq.x[i][j + 1][2 * half + 1]};
+                const int first_row = 16 * i + 8 * half;
+                add_to_dq_block(first + first_row * kHeadDim + j / 2 * kDqBlockElements, x, lane, first_row < rows);
             }
-    }
-
-    __device__ __forceinline__ static void load(Block& dq, const float* tile, int thread) {
-#pragma unroll
-        for (int i = 0; i < Traits::kDqMTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < Traits::kDqDTiles; ++j) {
-#if __CUDA_ARCH__ >= 900
-                const float4 x = *reinterpret_cast<const float4*>(tile + offset(i, j, 0, thread));
-                dq.x[i][j][0] = x.x;
-                dq.x[i][j][1] = x.y;
-                dq.x[i][j][2] = x.z;
-                dq.x[i][j][3] = x.w;
-#else
-#pragma unroll
-                for (int e = 0; e < 4; ++e) dq.x[i][j][e] = tile[offset(i, j, e, thread)];
-#endif
-            }
-    }
-};
-
-// Index of a tile. A packed sequence starts at a tile of its own, and all of its tiles lie before the first one of the next sequence.
-__device__ __forceinline__ int64_t dq_tile(const DqTiles& tiles, const Shape& shape, const Sequence& sequence, int head, int m_block,
-                                           int block_m) {
-    const int first = is_packed(shape) ? sequence.first_q / block_m + sequence.batch : 0;
-    return sequence.batch * tiles.batch + head * tiles.head + first + m_block;
 }
 
 // The work of a thread block: x is a tile of keys, y a key head, z a sequence counted from Shape::first_batch.
@@ -78,7 +88,7 @@ struct BlockIndex {
     int x, y, z;
 };
 
-// The order in which blocks add to the tiles of dq_accum: the block with the last keys first. The sums then have the same bits each time.
+// The order in which blocks add to a tile of queries in dq_accum: the block with the last keys first. The sums then have the same bits each time.
 //
 // A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
 // first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first
