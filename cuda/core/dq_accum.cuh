@@ -1,9 +1,8 @@
 // dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
-// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim / 16
-// blocks of 8 rows and 16 columns, 512 bytes each. Inside a block, the elements lie in the order in which the lanes of a warp hold them. So
-// a warp adds to 512 contiguous bytes (128 before compute capability 9.0). The layout does not depend on tiles and warps, so all backwards
-// share one conversion.
+// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim / 8
+// blocks of 8 x 8. A warp adds to a whole block at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to 128 bytes: to
+// the even columns and to the odd ones. The layout does not depend on tiles and warps, so all backwards share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -15,8 +14,7 @@
 namespace fa2 {
 
 constexpr int kDqGroupRows = 8;
-constexpr int kDqBlockCols = 16;
-constexpr int kDqBlockElements = kDqGroupRows * kDqBlockCols;
+constexpr int kDqBlockElements = kDqGroupRows * 8;
 
 // Index of the first block of rows of one head of a sequence. The blocks have `rows` rows. Packed sequences start at a block of their own:
 // all blocks of a sequence lie before the first one of the next sequence.
@@ -26,61 +24,56 @@ __device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int 
     return sequence.batch * blocks.batch + head * blocks.head + first;
 }
 
-// Offset of the block of 8 rows and 16 columns that begins at (row, col) of a head. dq_accum has `head_dim` columns.
+// Offset of the block of 8 x 8 that begins at (row, col) of a head. dq_accum has `head_dim` columns.
 __device__ __forceinline__ int64_t dq_offset(const RowBlocks& groups, const Shape& shape, const Sequence& sequence, int head, int row,
                                              int col, int head_dim) {
     return (first_row_block(groups, kDqGroupRows, shape, sequence, head) * kDqGroupRows + row) * head_dim + col * kDqGroupRows;
 }
 
-// A lane has four elements of a block: row lane / 4 and columns c, c + 1, c + 8 and c + 9 with c = 2 (lane % 4). So they are elements
-// 2 half and 2 half + 1 of two neighbouring accumulators. Code for 9.0 and later adds and reads the four at once.
-__device__ __forceinline__ void add_to_dq_block(float* block, const float (&x)[4], int lane, bool exists) {
+// Adds row `half` of an accumulator to a block: lane l has row l / 4 and columns 2 (l % 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void add_to_dq_block(float* block, const float (&x)[4], int half, int lane) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n.reg .pred exists;\n"
-        "setp.ne.u32 exists, %5, 0;\n"
-        "@exists red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(block + lane * 4),
-        "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(uint32_t(exists))
-        : "memory");
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(block + 2 * lane), "f"(x[2 * half]), "f"(x[2 * half + 1]) : "memory");
 #else
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(block + lane), "f"(x[2 * half]) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(block + kWarpSize + lane), "f"(x[2 * half + 1]) : "memory");
+#endif
+}
+
+// Reads the eight columns of one row of a block.
+__device__ __forceinline__ void load_dq_block(float (&x)[8], const float* block, int row) {
+#if __CUDA_ARCH__ >= 900
+    const float4* from = reinterpret_cast<const float4*>(block) + 2 * row;
+    const float4 a = from[0], b = from[1];
+    const float columns[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#else
+    const float4* from = reinterpret_cast<const float4*>(block) + row;
+    const float4 even = from[0], odd = from[kWarpSize / 4];
+    const float columns[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+#endif
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-        asm volatile(
-            "{\n.reg .pred exists;\n"
-            "setp.ne.u32 exists, %2, 0;\n"
-            "@exists red.global.add.f32 [%0], %1;\n}" ::"l"(block + e * kWarpSize + lane),
-            "f"(x[e]), "r"(uint32_t(exists))
-            : "memory");
-#endif
+    for (int i = 0; i < 8; ++i) x[i] = columns[i];
 }
 
-__device__ __forceinline__ float4 load_dq_block(const float* block, int lane) {
-#if __CUDA_ARCH__ >= 900
-    return reinterpret_cast<const float4*>(block)[lane];
-#else
-    return {block[lane], block[lane + kWarpSize], block[lane + 2 * kWarpSize], block[lane + 3 * kWarpSize]};
-#endif
-}
-
-// Adds the accumulators of one warp to dq_accum of a head. They begin at (row, col). Row groups after the end of the sequence are left out,
-// because the next sequence has its rows there. The test is a predicate: with a branch, ptxas would not overlap the additions with products.
+// Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
+//
+// A row group after the end of the sequence does not exist. Its accumulators are zeros (or NaN, which may spread within the sequence), and
+// they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer overlaps
+// the additions with products.
 template <int kHeadDim, int kMTiles, int kNTiles>
 __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequence& sequence, int head, int row, int col,
                                           const Accumulator<kMTiles, kNTiles>& dq, int lane) {
-    static_assert(kHeadDim % 32 == 0 && kNTiles % 2 == 0, "the conversion reads two blocks at once, and a warp adds to whole blocks");
-    float* const first = params.dq_accum + dq_offset(params.dq_groups, params.shape, sequence, head, row, col, kHeadDim);
-    const int rows = sequence.seqlen_q - row;
+    const int last_group = (sequence.seqlen_q - 1) / kDqGroupRows;
+    float* const first = params.dq_accum + dq_offset(params.dq_groups, params.shape, sequence, head, 0, col, kHeadDim);
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half) {
+            const int group = min(row / kDqGroupRows + 2 * i + half, last_group);
+            float* const group_row = first + int64_t(group) * (kDqGroupRows * kHeadDim);
 #pragma unroll
-            for (int j = 0; j < kNTiles; j += 2) {
-                const float x[4] = {dq.x[i][j][2 * half], dq.x[i][j][2 * half + 1], dq.x[i][j + 1][2 * half],
-                                    dq.x[i][j + 1][2 * half + 1]};
-                const int first_row = 16 * i + 8 * half;
-                add_to_dq_block(first + first_row * kHeadDim + j / 2 * kDqBlockElements, x, lane, first_row < rows);
-            }
+            for (int j = 0; j < kNTiles; ++j) add_to_dq_block(group_row + j * kDqBlockElements, dq.x[i][j], half, lane);
+        }
 }
 
 // The work of a thread block: x is a tile of keys, y a key head, z a sequence counted from Shape::first_batch.

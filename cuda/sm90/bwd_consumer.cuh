@@ -138,8 +138,8 @@ struct BwdConsumer {
         const int64_t index = first_row_block(bwd.dq_tiles, Traits::kBlockM, bwd.shape, sequence, tile.head) + tile.m_block;
         if constexpr (kOrdered) wait_for_blocks_before(index, tile);
         const int dq_warp = warpgroup * Traits::kWarpgroupWarps + warp;
-        add_to_dq<Traits::kHeadDim>(bwd, sequence, tile.head, tile.m_block * Traits::kBlockM + Traits::dq_row(dq_warp),
-                                    Traits::dq_col(dq_warp), dq, lane);
+        const int row = tile.m_block * Traits::kBlockM + Traits::dq_row(dq_warp);
+        if (row < sequence.seqlen_q) add_to_dq<Traits::kHeadDim>(bwd, sequence, tile.head, row, Traits::dq_col(dq_warp), dq, lane);
         if constexpr (kOrdered) let_next_block_add(index);
     }
 
