@@ -63,17 +63,21 @@ __device__ __forceinline__ void load_dq_block(float (&x)[8], const float* block,
 template <int kHeadDim, int kMTiles, int kNTiles>
 __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequence& sequence, int head, int row, int col,
                                           const Accumulator<kMTiles, kNTiles>& dq, int lane) {
-    const int last_group = (sequence.seqlen_q - 1) / kDqGroupRows;
-    float* const first = params.dq_accum + dq_offset(params.dq_groups, params.shape, sequence, head, 0, col, kHeadDim);
+    constexpr int kGroupElements = kDqGroupRows * kHeadDim;
+    const int group = row / kDqGroupRows, last_group = (sequence.seqlen_q - 1) / kDqGroupRows;
+    const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, params.shape, sequence, head);
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
+    for (int i = 0; i < kMTiles; ++i) {
+        float* to[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int group = min(row / kDqGroupRows + 2 * i + half, last_group);
-            float* const group_row = first + int64_t(group) * (kDqGroupRows * kHeadDim);
+        for (int half = 0; half < 2; ++half)
+            to[half] = params.dq_accum + (first_group + min(group + 2 * i + half, last_group)) * kGroupElements + col * kDqGroupRows;
+        // Both halves of an accumulator follow each other, so that its registers are free early.
 #pragma unroll
-            for (int j = 0; j < kNTiles; ++j) add_to_dq_block(group_row + j * kDqBlockElements, dq.x[i][j], half, lane);
-        }
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) add_to_dq_block(to[half] + j * kDqBlockElements, dq.x[i][j], half, lane);
+    }
 }
 
 // The work of a thread block: x is a tile of keys, y a key head, z a sequence counted from Shape::first_batch.
