@@ -21,12 +21,12 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     const int head = blockIdx.y, lane = threadIdx.x % kWarpSize;
     const int part = blockIdx.x * (kConvertThreads / kWarpSize) + threadIdx.x / kWarpSize;
     const int parts_per_group = ceil_div(shape.head_dim, kConvertCols);
-    const int first_row = part / parts_per_group * kDqGroupRows, row = first_row + lane / 4;
+    const int group = part / parts_per_group, row = group * kDqGroupRows + lane / 4;
     const int col = part % parts_per_group * kConvertCols + lane % 4 * 8;
     if (row >= sequence.seqlen_q || col >= shape.head_dim) return;
+    const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, shape, sequence, head);
     float x[8];
-    load_dq_block(x, params.dq_accum + dq_offset(params.dq_groups, shape, sequence, head, first_row, col, params.dq_accum_head_dim),
-                  lane / 4);
+    load_dq_block(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + col) * kDqGroupRows, lane / 4);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] *= params.softmax_scale;
     T* to = row_of<T>(params.dq, params.dq_strides, sequence.batch, sequence.first_q + row, head);

@@ -24,12 +24,6 @@ __device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int 
     return sequence.batch * blocks.batch + head * blocks.head + first;
 }
 
-// Offset of the block of 8 x 8 that begins at (row, col) of a head. dq_accum has `head_dim` columns.
-__device__ __forceinline__ int64_t dq_offset(const RowBlocks& groups, const Shape& shape, const Sequence& sequence, int head, int row,
-                                             int col, int head_dim) {
-    return (first_row_block(groups, kDqGroupRows, shape, sequence, head) * kDqGroupRows + row) * head_dim + col * kDqGroupRows;
-}
-
 // Adds row `half` of an accumulator to a block: lane l has row l / 4 and columns 2 (l % 4) and 2 (l % 4) + 1.
 __device__ __forceinline__ void add_to_dq_block(float* block, const float (&x)[4], int half, int lane) {
 #if __CUDA_ARCH__ >= 900
