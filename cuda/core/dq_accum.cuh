@@ -1,8 +1,8 @@
 // dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
-// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim / 8
-// blocks of 8 x 8. A warp adds to a whole block at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to 128 bytes: to
-// the even columns and to the odd ones. The layout does not depend on tiles and warps, so all backwards share one conversion.
+// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has
+// kHeadDim / 8 blocks of 8 x 8. A warp adds to a whole block at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to
+// 128 bytes: to the even columns and to the odd ones. The layout does not depend on tiles and warps, so all backwards share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -52,8 +52,8 @@ __device__ __forceinline__ void load_dq_block(float (&x)[8], const float* block,
 // Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
 //
 // A row group after the end of the sequence does not exist. Its accumulators are zeros (or NaN, which may spread within the sequence), and
-// they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer overlaps
-// the additions with products.
+// they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer
+// overlaps the additions with products.
 template <int kHeadDim, int kMTiles, int kNTiles>
 __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequence& sequence, int head, int row, int col,
                                           const Accumulator<kMTiles, kNTiles>& dq, int lane) {
@@ -79,7 +79,8 @@ struct BlockIndex {
     int x, y, z;
 };
 
-// The order in which blocks add to a tile of queries in dq_accum: the block with the last keys first. The sums then have the same bits each time.
+// The order in which blocks add to the rows of a tile of queries: the block with the last keys first. The sums then have the same bits each
+// time.
 //
 // A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
 // first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first
