@@ -36,6 +36,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENS, WIDTH = 16384, 2048
 LOG2_E = math.log2(math.e)
 OPEN_SIDE = 1 << 29  # MAX_SEQLEN of the plan: a window that hides nothing
+GROUP_ROWS, CONVERT_COLS = 8, 32  # of dq_accum, and of a warp of its conversion (cuda/core/dq_accum.cuh, cuda/convert.cuh)
 REPEAT_MS = 60
 NULL = 0
 
@@ -151,9 +152,9 @@ class Description:
     def runs_on(self, line, arch):
         return arch == line.unit["sm"] if line.unit["exact"] else arch >= line.unit["sm"]
 
-    def delta(self):
-        found = [line for line in self.lines if line.kind == "Delta"]
-        return found[0] if found else sys.exit("the table has no line such as KERNEL(delta, sm80, 8), which a backward needs")
+    def companion(self, kind):
+        found = [line for line in self.lines if line.kind == kind]
+        return found[0] if found else sys.exit(f"the table has no line KERNEL({kind.lower()}, sm80, warps), which a backward needs")
 
 
 def read(paths, out, arch):
@@ -320,11 +321,15 @@ class Call:
 
     def backward(self, line, deterministic):
         torch, shape = self.driver.torch, self.shape
-        kernel, delta = line.main, line.description.delta()
-        m_blocks, n_blocks = ceil_div(self.seqlen_q, kernel.block_m), ceil_div(self.seqlen_k, kernel.block_n)
+        kernel, delta, convert = line.main, *(line.description.companion(kind) for kind in ("Delta", "Convert"))
         heads = (self.num_heads, self.batch)
-        tiles = {"batch": self.num_heads * m_blocks, "head": m_blocks, "count": math.prod(heads) * m_blocks}
-        dq_accum = torch.empty(tiles["count"] * kernel.block_m * kernel.head_dim, device="cuda")
+
+        def row_blocks(rows):
+            head = ceil_div(self.seqlen_q, rows)
+            return {"batch": self.num_heads * head, "head": head, "count": math.prod(heads) * head}
+
+        groups, tiles = row_blocks(GROUP_ROWS), row_blocks(kernel.block_m)
+        dq_accum = torch.empty(groups["count"] * GROUP_ROWS * kernel.head_dim, device="cuda")
         semaphores = torch.zeros(tiles["count"] + 1, dtype=torch.int32, device="cuda") if deterministic else None
         # As the plan does: the number of threads of a row is a power of two, at least 4, and each takes 8 elements.
         lanes = max(4, 1 << (ceil_div(self.head_dim, 8) - 1).bit_length())
@@ -358,6 +363,7 @@ class Call:
             "v_strides": strides(self.v),
             "do_strides": strides(self.do),
             "dk_strides": strides(self.dk),
+            "dq_groups": groups,
             "dq_tiles": tiles,
             "shape": shape,
             "softmax_scale": self.softmax_scale,
@@ -370,17 +376,18 @@ class Call:
                 "do_": self.driver.tensor_map(kernel, self.do, kernel.block_m),
                 "bwd": values,
             }
-        run_main = self.launch(line, kernel, (n_blocks, self.num_heads_k, self.batch), values)
+        run_main = self.launch(line, kernel, (ceil_div(self.seqlen_k, kernel.block_n), self.num_heads_k, self.batch), values)
         run_convert = self.launch(
-            line,
-            line.kernels["Convert"],
-            (m_blocks, *heads),
+            convert,
+            convert.main,
+            (ceil_div(groups["head"] * ceil_div(self.head_dim, CONVERT_COLS), convert.main.threads // 32), *heads),
             {
                 "dq_accum": dq_accum.data_ptr(),
                 "dq": self.dq.data_ptr(),
                 "dq_strides": strides(self.dq),
-                "dq_tiles": tiles,
+                "dq_groups": groups,
                 "shape": shape,
+                "dq_accum_head_dim": kernel.head_dim,
                 "softmax_scale": self.softmax_scale,
             },
         )
@@ -475,12 +482,12 @@ def flash_runs(timer, call, pass_):
 def measure(lines, points, deterministic, folder):
     import torch
 
-    fixtures = read_fixtures(torch, folder, sorted({line.head_dim for line in lines if line.kind != "Delta"}))
+    fixtures = read_fixtures(torch, folder, sorted({line.head_dim for line in lines if line.kind in ("Forward", "Backward")}))
     driver, timer = Driver(torch), Timer(torch, REPEAT_MS)
     print(torch.cuda.get_device_name())
     # The first forward of each head_dim computes o and lse for all backwards.
     forwards = {line.head_dim: line for line in reversed(lines) if line.kind == "Forward"}
-    variants = [(line, False, line.name) for line in lines if line.kind != "Delta"]
+    variants = [(line, False, line.name) for line in lines if line.kind in ("Forward", "Backward")]
     if deterministic:
         variants += [(line, True, f"{line.name} in order") for line in lines if line.kind == "Backward"]
     for line, in_order, name in variants:

@@ -85,11 +85,12 @@ struct DeltaParams {
     Shape shape;
 };
 
-// The layout of dq_accum. A tile is block_m x kHeadDim numbers of f32, of the backward's kernel. Strides are in tiles.
-struct DqTiles {
+// How blocks of a fixed number of queries are numbered, over all heads and sequences. Each head of each sequence has blocks of its own.
+// Strides are in blocks.
+struct RowBlocks {
     int64_t batch;  // 0 for packed tensors
     int64_t head;
-    int64_t count;  // number of tiles
+    int64_t count;  // number of blocks
 };
 
 struct BwdParams {
@@ -99,8 +100,8 @@ struct BwdParams {
     const void* do_;     // as q
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
-    float* dq_accum;     // tiles of f32, zeros at the start
-    uint32_t* semaphores;  // (tiles + 1), zeros at the start: blocks add to each tile in a fixed order; or null: in any order
+    float* dq_accum;     // row groups of 8 x kHeadDim (core/dq_accum.cuh), zeros at the start
+    uint32_t* semaphores;  // (dq_tiles.count + 1), zeros at the start: blocks add to each tile in a fixed order; or null: in any order
     void* dk;            // as k
     void* dv;            // as k
     Strides q_strides;
@@ -108,7 +109,8 @@ struct BwdParams {
     Strides v_strides;
     Strides do_strides;
     Strides dk_strides;  // of dk and dv
-    DqTiles dq_tiles;
+    RowBlocks dq_groups;  // of dq_accum: 8 rows each
+    RowBlocks dq_tiles;   // of the semaphores: block_m rows each
     Shape shape;
     float softmax_scale;  // of dk; the conversion applies it to dq
 };
@@ -127,8 +129,9 @@ struct ConvertParams {
     const float* dq_accum;
     void* dq;  // as q
     Strides dq_strides;
-    DqTiles dq_tiles;
+    RowBlocks dq_groups;  // as in BwdParams
     Shape shape;
+    int32_t dq_accum_head_dim;  // kHeadDim of the backward
     float softmax_scale;
 };
 

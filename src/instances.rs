@@ -11,7 +11,7 @@ pub enum Pass {
     Backward,
     /// delta = rowsum(do * o) - dlse.
     Delta,
-    /// dq from dq_accum. The layout of dq_accum is that of the backward in the same image.
+    /// dq from dq_accum.
     Convert,
 }
 

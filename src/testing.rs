@@ -9,7 +9,8 @@ pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 use crate::output::{o_and_lse, Output};
 pub use crate::plan::{
-    cost, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Launch, Plan, Reason, Rejection, Schedule, Tile,
+    cost, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Launch, Plan, Reason, Rejection, RowBlocks, Schedule,
+    Tile,
 };
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};
@@ -115,7 +116,7 @@ impl Call {
 pub mod cuda {
     pub use crate::cuda::module::function;
     pub use crate::cuda::params::{
-        BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, ShapeAddresses, Strides, NULL,
+        BwdParams, ConvertParams, DeltaParams, FwdParams, RowBlocks, Shape, ShapeAddresses, Strides, NULL,
     };
 }
 

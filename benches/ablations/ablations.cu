@@ -56,8 +56,3 @@ BACKWARD(bwd_none, LseBlock, FromLse, Grid::kTiles)
 BACKWARD(bwd_max_and_sum, MaxAndSumBlock, FromMaxAndSum, Grid::kTiles)
 BACKWARD(bwd_heads_only, LseBlock, FromLse, Grid::kHeads)
 BACKWARD(bwd_flash1, MaxAndSumBlock, FromMaxAndSum, Grid::kHeads)
-
-// dq of all variants. They all write dq_accum in the same order.
-extern "C" __global__ void __launch_bounds__(FromLse::kThreads) bwd_convert(const __grid_constant__ ConvertParams params) {
-    convert<FromLse>(params);
-}

@@ -1,9 +1,8 @@
-// dq_accum: dq in f32, as it is summed up. Where its tiles lie, and in which order thread blocks add to them.
+// dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
-// Each tile of queries has a tile of dq_accum. kDqThreads threads of the backward add to it, and its elements lie in the order of these
-// threads. A warp then adds to 512 contiguous bytes (128 before compute capability 9.0). Rows and columns past the end need no test: they
-// are part of the tile, and the conversion leaves them out. (bench mha/full/s4096 bwd, H100: this, and barriers of a team instead of the
-// block, took d256 from 184 to 248 TFLOP/s and d128 from 265 to 306.)
+// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has
+// kHeadDim / 8 blocks of 8 x 8. A warp adds to a whole block at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to
+// 128 bytes: to the even columns and to the odd ones. The layout does not depend on tiles and warps, so all backwards share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -14,64 +13,65 @@
 
 namespace fa2 {
 
-// One tile of dq_accum, kBlockM x kHeadDim.
-template <typename Traits>
-struct DqTile {
-    static constexpr int kElements = Traits::kBlockM * Traits::kHeadDim;
-    using Block = Accumulator<Traits::kDqMTiles, Traits::kDqDTiles>;
+constexpr int kDqGroupRows = 8;
+constexpr int kDqBlockElements = kDqGroupRows * 8;
 
-    // Offset of element e of accumulator (i, j) of a thread. Code for 9.0 and later adds and reads four elements at once.
-    __device__ __forceinline__ static int offset(int i, int j, int e, int thread) {
+// Index of the first block of rows of one head of a sequence. The blocks have `rows` rows. Packed sequences start at a block of their own:
+// all blocks of a sequence lie before the first one of the next sequence.
+__device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int rows, const Shape& shape, const Sequence& sequence,
+                                                   int head) {
+    const int first = is_packed(shape) ? sequence.first_q / rows + sequence.batch : 0;
+    return sequence.batch * blocks.batch + head * blocks.head + first;
+}
+
+// Adds row `half` of an accumulator to a block: lane l has row l / 4 and columns 2 (l % 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void add_to_dq_block(float* block, const float (&x)[4], int half, int lane) {
 #if __CUDA_ARCH__ >= 900
-        return ((i * Traits::kDqDTiles + j) * Traits::kDqThreads + thread) * 4 + e;
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(block + 2 * lane), "f"(x[2 * half]), "f"(x[2 * half + 1]) : "memory");
 #else
-        return ((i * Traits::kDqDTiles + j) * 4 + e) * Traits::kDqThreads + thread;
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(block + lane), "f"(x[2 * half]) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(block + kWarpSize + lane), "f"(x[2 * half + 1]) : "memory");
 #endif
-    }
+}
 
-    __device__ __forceinline__ static void add(float* tile, const Block& dq, int thread) {
-#pragma unroll
-        for (int i = 0; i < Traits::kDqMTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < Traits::kDqDTiles; ++j) {
-                const float (&x)[4] = dq.x[i][j];
+// Reads the eight columns of one row of a block.
+__device__ __forceinline__ void load_dq_block(float (&x)[8], const float* block, int row) {
 #if __CUDA_ARCH__ >= 900
-                asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(tile + offset(i, j, 0, thread)), "f"(x[0]),
-                             "f"(x[1]), "f"(x[2]), "f"(x[3])
-                             : "memory");
+    const float4* from = reinterpret_cast<const float4*>(block) + 2 * row;
+    const float4 a = from[0], b = from[1];
+    const float columns[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #else
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(tile + offset(i, j, e, thread)), "f"(x[e]) : "memory");
+    const float4* from = reinterpret_cast<const float4*>(block) + row;
+    const float4 even = from[0], odd = from[kWarpSize / 4];
+    const float columns[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
 #endif
-            }
-    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = columns[i];
+}
 
-    __device__ __forceinline__ static void load(Block& dq, const float* tile, int thread) {
+// Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
+//
+// A row group after the end of the sequence does not exist. Its accumulators are zeros (or NaN, which may spread within the sequence), and
+// they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer
+// overlaps the additions with products.
+template <int kHeadDim, int kMTiles, int kNTiles>
+__device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequence& sequence, int head, int row, int col,
+                                          const Accumulator<kMTiles, kNTiles>& dq, int lane) {
+    constexpr int kGroupElements = kDqGroupRows * kHeadDim;
+    const int group = row / kDqGroupRows, last_group = (sequence.seqlen_q - 1) / kDqGroupRows;
+    const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, params.shape, sequence, head);
 #pragma unroll
-        for (int i = 0; i < Traits::kDqMTiles; ++i)
+    for (int i = 0; i < kMTiles; ++i) {
+        float* to[2];
 #pragma unroll
-            for (int j = 0; j < Traits::kDqDTiles; ++j) {
-#if __CUDA_ARCH__ >= 900
-                const float4 x = *reinterpret_cast<const float4*>(tile + offset(i, j, 0, thread));
-                dq.x[i][j][0] = x.x;
-                dq.x[i][j][1] = x.y;
-                dq.x[i][j][2] = x.z;
-                dq.x[i][j][3] = x.w;
-#else
+        for (int half = 0; half < 2; ++half)
+            to[half] = params.dq_accum + (first_group + min(group + 2 * i + half, last_group)) * kGroupElements + col * kDqGroupRows;
+        // Both halves of an accumulator follow each other, so that its registers are free early.
 #pragma unroll
-                for (int e = 0; e < 4; ++e) dq.x[i][j][e] = tile[offset(i, j, e, thread)];
-#endif
-            }
+        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) add_to_dq_block(to[half] + j * kDqBlockElements, dq.x[i][j], half, lane);
     }
-};
-
-// Index of a tile of dq_accum. A packed sequence starts at a tile of its own, and all of its tiles lie before the first one of the next
-// sequence.
-__device__ __forceinline__ int64_t dq_tile_index(const DqTiles& tiles, const Shape& shape, const Sequence& sequence, int head,
-                                                 int m_block, int block_m) {
-    const int first = is_packed(shape) ? sequence.first_q / block_m + sequence.batch : 0;
-    return sequence.batch * tiles.batch + head * tiles.head + first + m_block;
 }
 
 // The work of a thread block: a tile of keys of one key head of one sequence, which is counted from Shape::first_batch.
@@ -79,7 +79,8 @@ struct BlockIndex {
     int n_block, head_k, batch;
 };
 
-// The order in which blocks add to the tiles of dq_accum: the block with the last keys first. The sums then have the same bits each time.
+// The order in which blocks add to the rows of a tile of queries: the block with the last keys first. The sums then have the same bits each
+// time.
 //
 // A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
 // first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first

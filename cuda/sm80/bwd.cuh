@@ -16,7 +16,6 @@
 #pragma once
 
 #include "../core/barrier.cuh"
-#include "../core/convert.cuh"  // each backward has its own conversion
 #include "../core/dq_accum.cuh"
 #include "../core/fragment.cuh"
 #include "../core/mask.cuh"
@@ -56,7 +55,6 @@ struct BwdTraits {
     static constexpr int kKvDTiles = kHeadDim / (kWarps / kWarpsN) / 8;   // dk, dv: n8 tiles of a warp
     static constexpr int kDqMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
     static constexpr int kDqDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
-    static constexpr int kDqThreads = kThreads;                           // that add to dq_accum
     // The block of dq of a warp.
     __device__ __forceinline__ static int dq_row(int warp) { return warp % kWarpsQ * kDqMTiles * 16; }
     __device__ __forceinline__ static int dq_col(int warp) { return warp / kWarpsQ * kDqDTiles * 8; }
@@ -283,18 +281,20 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
 // dq_accum += dS k, of one tile of queries. kOrdered: in the order of DqSemaphores.
 template <bool kOrdered, typename Traits>
 __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const QueryTile& tile, uint32_t ds_offset) {
-    typename DqTile<Traits>::Block dq;
+    Accumulator<Traits::kDqMTiles, Traits::kDqDTiles> dq;
     dq.clear();
     multiply<typename Traits::T, Traits::kBlockN / 16>(
         dq,
         OperandA<typename Traits::TileDs, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
+    const BwdParams& params = block.params;
     const int64_t index =
-        dq_tile_index(block.params.dq_tiles, block.params.shape, block.sequence, tile.head, tile.m_block, Traits::kBlockM);
-    const DqSemaphores semaphores{block.params.semaphores};
+        first_row_block(params.dq_tiles, Traits::kBlockM, params.shape, block.sequence, tile.head) + tile.m_block;
+    const DqSemaphores semaphores{params.semaphores};
     if (kOrdered) semaphores.wait(index, DqSemaphores::blocks_before(block.sees, tile.rows, block.n_block, Traits::kBlockN));
-    DqTile<Traits>::add(block.params.dq_accum + index * DqTile<Traits>::kElements, dq, block.thread);
+    add_to_dq<Traits::kHeadDim>(params, block.sequence, tile.head, tile.rows.begin + block.warp.dq_row, block.warp.dq_col, dq,
+                                block.lane);
     if (kOrdered) semaphores.release(index);
 }
 

@@ -13,7 +13,6 @@
 // Expects    head_dim <= kHeadDim, a multiple of 8; lse and delta of the same inputs; dq_accum of zeros.
 #pragma once
 
-#include "../core/convert.cuh"  // each backward has its own conversion
 #include "barrier.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_producer.cuh"

@@ -36,9 +36,8 @@ struct BwdTraits : Warpgroups<kBlockN_ / 64, 24> {
     // dq of a tile of queries: the consumers split its rows if each gets 64, otherwise its columns.
     static constexpr bool kDqSplitsRows = kBlockM == kWarpgroupRows * kConsumers;
     static constexpr int kDqCols = kDqSplitsRows ? kHeadDim : kHeadDim / kConsumers;
-    static constexpr int kDqMTiles = 1;           // dq: m16 tiles of a warp
     static constexpr int kDqDTiles = kDqCols / 8;  // dq: n8 tiles of a warp
-    static constexpr int kDqThreads = kConsumers * kWarpgroupThreads;
+    static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
     // The block of dq of a warp. Warps count from the first consumer.
     __device__ __forceinline__ static int dq_row(int warp) {
         return warp % kWarpgroupWarps * kWarpRows + (kDqSplitsRows ? first_row(warp) : 0);

@@ -48,7 +48,7 @@ struct BwdConsumer {
     __device__ __forceinline__ int tile_key() const { return warpgroup * Traits::kWarpgroupRows + warp * Traits::kWarpRows; }
 
     // This thread's number, counted from the first consumer.
-    __device__ __forceinline__ int dq_thread() const { return (warpgroup * Traits::kWarpgroupWarps + warp) * kWarpSize + lane; }
+    __device__ __forceinline__ int consumer_thread() const { return (warpgroup * Traits::kWarpgroupWarps + warp) * kWarpSize + lane; }
 
     // Says that this warp has read a stage, or written its part of it.
     __device__ __forceinline__ void release(uint64_t& barrier) const {
@@ -64,13 +64,13 @@ struct BwdConsumer {
     // be NaN. All consumers share the block.
     template <typename Tile>
     __device__ __forceinline__ void clear_tail(uint32_t tile, int rows) const {
-        for (int i = rows * Tile::kChunksPerRow + dq_thread(); i < Tile::kRows * Tile::kChunksPerRow; i += Traits::kDqThreads)
+        for (int i = rows * Tile::kChunksPerRow + consumer_thread(); i < Tile::kRows * Tile::kChunksPerRow; i += Traits::kConsumerThreads)
             *reinterpret_cast<uint4*>(bytes + tile + Tile::offset(i / Tile::kChunksPerRow, i % Tile::kChunksPerRow)) = uint4{};
     }
 
     __device__ __forceinline__ void tails_cleared() const {
         fence_proxy_async();
-        bar_sync<Traits::kDqThreads>(kFirstNamedBarrier + Traits::kConsumers);
+        bar_sync<Traits::kConsumerThreads>(kFirstNamedBarrier + Traits::kConsumers);
     }
 
     // Starts S^T = k q^T, or dP^T = v do^T, of this warpgroup's keys and a tile of queries.
@@ -117,9 +117,12 @@ struct BwdConsumer {
     __device__ __forceinline__ void add_dq(DsRing at, const QueryTile& tile) {
         release(control.ds_empty[at.stage()]);
         const BwdParams& bwd = params.bwd;
-        const int64_t index = dq_tile_index(bwd.dq_tiles, bwd.shape, control.block.sequence, tile.head, tile.m_block, Traits::kBlockM);
+        const Sequence& sequence = control.block.sequence;
+        const int64_t index = first_row_block(bwd.dq_tiles, Traits::kBlockM, bwd.shape, sequence, tile.head) + tile.m_block;
         if constexpr (kOrdered) wait_for_blocks_before(index, tile);
-        DqTile<Traits>::add(bwd.dq_accum + index * DqTile<Traits>::kElements, dq, dq_thread());
+        const int dq_warp = warpgroup * Traits::kWarpgroupWarps + warp;
+        const int row = tile.m_block * Traits::kBlockM + Traits::dq_row(dq_warp);
+        if (row < sequence.seqlen_q) add_to_dq<Traits::kHeadDim>(bwd, sequence, tile.head, row, Traits::dq_col(dq_warp), dq, lane);
         if constexpr (kOrdered) let_next_block_add(index);
     }
 

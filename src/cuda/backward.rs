@@ -11,7 +11,7 @@ use super::params::{BwdParams, ConvertParams, DeltaParams, Sm90BwdParams};
 use super::tensor_map::TensorMaps;
 use crate::instances::{Parameters, Pass};
 use crate::output::Output;
-use crate::plan::{aligned, in_reach, DqTiles, Launch};
+use crate::plan::{aligned, in_reach, BackwardPlan, Launch};
 use crate::problem::{Lengths, Problem, Strides};
 use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
@@ -137,22 +137,21 @@ fn queue<T: Element>(
     }
     let device = tensors.inputs.q.device().as_cuda_device()?;
     let upstream = Upstream::new::<T>(problem, output, tensors.result, tensors.grad)?;
-    let tiles = plan.dq_tiles;
     let mut memory = Memory {
         delta: uninit(device, rows)?,
-        dq_accum: zeros(device, tiles.count * tiles.elements)?,
+        dq_accum: zeros(device, plan.dq_accum.len())?,
         // One semaphore for each tile, and a counter of started blocks.
-        semaphores: problem.deterministic.then(|| zeros(device, tiles.count + 1)).transpose()?,
+        semaphores: problem.deterministic.then(|| zeros(device, plan.dq_tiles.count + 1)).transpose()?,
     };
     let kernels = Kernels {
         call,
+        plan,
         device,
         side: call.side_tensors(),
         inputs: tensors.inputs.map(Locked::of),
         do_strides: Strides::of("do", upstream.do_.layout(), problem.output_layout)?,
         o: Locked::of(&upstream.o),
         do_: Locked::of(&upstream.do_),
-        dq_tiles: tiles,
         dlse: upstream.dlse.as_ref().map(Locked::of),
         lse: Locked::of(tensors.lse),
     };
@@ -178,13 +177,13 @@ struct Memory {
 /// The kernels of one backward, and the tensors that they read.
 struct Kernels<'a> {
     call: &'a Call<'a>,
+    plan: &'a BackwardPlan,
     device: &'a CudaDevice,
     side: SideTensors<'a>,
     inputs: Inputs<Locked<'a>>,
     o: Locked<'a>,
     do_: Locked<'a>,
     do_strides: Strides,
-    dq_tiles: DqTiles,
     dlse: Option<Locked<'a>>,
     lse: Locked<'a>,
 }
@@ -230,7 +229,8 @@ impl Kernels<'_> {
             v_strides: problem.v.into(),
             do_strides: self.do_strides.into(),
             dk_strides: dk_strides.into(),
-            dq_tiles: self.dq_tiles.into(),
+            dq_groups: self.plan.dq_accum.groups.into(),
+            dq_tiles: self.plan.dq_tiles.into(),
             shape: self.side.shape(&mut launcher)?,
             softmax_scale: problem.softmax_scale as f32,
         };
@@ -254,8 +254,9 @@ impl Kernels<'_> {
             dq_accum: launcher.read(&memory.dq_accum),
             dq: grads.write(&mut launcher).dq,
             dq_strides: dq_strides.into(),
-            dq_tiles: self.dq_tiles.into(),
+            dq_groups: self.plan.dq_accum.groups.into(),
             shape: self.side.shape(&mut launcher)?,
+            dq_accum_head_dim: self.plan.dq_accum.head_dim as i32,
             softmax_scale: problem.softmax_scale as f32,
         };
         Ok(launcher.launch(launch, &params)?)

@@ -50,9 +50,9 @@ impl From<problem::Strides> for Strides {
     }
 }
 
-impl From<plan::DqTiles> for DqTiles {
-    fn from(tiles: plan::DqTiles) -> Self {
-        Self { batch: tiles.batch as i64, head: tiles.head as i64, count: tiles.count as i64 }
+impl From<plan::RowBlocks> for RowBlocks {
+    fn from(blocks: plan::RowBlocks) -> Self {
+        Self { batch: blocks.batch as i64, head: blocks.head as i64, count: blocks.count as i64 }
     }
 }
 

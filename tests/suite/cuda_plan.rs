@@ -6,7 +6,8 @@ use std::cmp::Reverse;
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_fa2::testing::{
-    self, Arch, CudaCaps, CudaPlan, DeviceCaps, DqTiles, Kernel, Launch, Pass, Plan, Problem, Schedule, KERNELS,
+    self, Arch, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Kernel, Launch, Pass, Plan, Problem, RowBlocks,
+    Schedule, KERNELS,
 };
 use candle_fa2::{Attention, CuSeqlens, Error, Mask};
 
@@ -96,7 +97,7 @@ fn more_shared_memory_brings_larger_kernels() -> Result<()> {
 }
 
 /// The forward has a block for every query tile of the longest sequence, every head and every sequence. The backward has a
-/// block for every key tile of every key head. The conversion has a block for every query tile.
+/// block for every key tile of every key head. The conversion has a warp for every 8 queries and 32 columns.
 #[test]
 fn grids_cover_the_call() -> Result<()> {
     let (q, k) = (zeros(&[3, 1000, 12, 72], DType::BF16)?, zeros(&[3, 700, 4, 72], DType::BF16)?);
@@ -111,42 +112,62 @@ fn grids_cover_the_call() -> Result<()> {
         assert_eq!(forward(&plan).grid, (tiles(seqlen_q, forward(&plan).kernel.block_m), 12, batch));
         assert_eq!(backward(&plan).grid, (tiles(seqlen_k, backward(&plan).kernel.block_n), 4, batch));
         assert_eq!((launch(&plan, Pass::Delta).grid.1, launch(&plan, Pass::Delta).grid.2), (12, batch));
-        // The conversion reads dq_accum in the tiles of the backward.
-        assert_eq!(launch(&plan, Pass::Convert).kernel.image, backward(&plan).kernel.image);
-        assert_eq!(launch(&plan, Pass::Convert).kernel.threads(), backward(&plan).kernel.threads());
-        assert_eq!(launch(&plan, Pass::Convert).grid, (tiles(seqlen_q, backward(&plan).kernel.block_m), 12, batch));
+        // A warp of the conversion takes 8 queries and 32 columns, a third of 72.
+        let warps = launch(&plan, Pass::Convert).kernel.warps;
+        assert_eq!(launch(&plan, Pass::Convert).grid, (tiles(3 * seqlen_q.div_ceil(8), warps), 12, batch));
     }
     Ok(())
 }
 
-/// The kernel of the backward, and the layout of its tiles in dq_accum.
-fn dq_tiles(plan: &CudaPlan) -> (&'static Kernel, DqTiles) {
-    (backward(plan).kernel, plan.backward.as_ref().expect("a kernel fits").dq_tiles)
+fn backward_plan(plan: &CudaPlan) -> &BackwardPlan {
+    plan.backward.as_ref().expect("a kernel fits")
 }
 
-/// In dq_accum, every sequence and head has its own whole tiles, for any lengths.
+/// Every sequence and head has row groups of its own in dq_accum, and tiles of its own among the semaphores, for any lengths.
 #[test]
-fn tiles_of_dq_accum_do_not_overlap() -> Result<()> {
-    for lengths_q in [&[1000usize, 0, 900, 1100][..], &[1, 1, 1], &[63, 65, 64, 1, 0, 0, 127], &[0], &[5000]] {
+fn rows_of_dq_do_not_overlap() -> Result<()> {
+    for lengths_q in
+        [&[1000usize, 0, 900, 1100][..], &[1, 1, 1], &[63, 65, 64, 1, 0, 0, 127], &[7, 9, 8, 0, 15, 1], &[0], &[5000]]
+    {
         let q = zeros(&[lengths_q.iter().sum(), 2, 64], DType::F16)?;
         let cu_seqlens = CuSeqlens::from_lengths(lengths_q, &Device::Cpu)?;
         let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &cu_seqlens, &cu_seqlens)?;
-        let (kernel, dq_tiles) = dq_tiles(&plan(&problem, &H100)?);
-        let block_m = kernel.block_m;
-        // The formula of the kernels: a packed sequence begins at the tile of its first row, plus one for each sequence before.
-        let first = |batch: usize| cu_seqlens.offsets()[batch] as usize / block_m + batch;
-        for (batch, seqlen_q) in lengths_q.iter().enumerate() {
-            let end = first(batch) + seqlen_q.div_ceil(block_m);
-            let limit = if batch + 1 < lengths_q.len() { first(batch + 1) } else { dq_tiles.head };
-            assert!(end <= limit, "sequence {batch} of {lengths_q:?} ends at tile {end}, the next begins at {limit}");
+        let plan = plan(&problem, &H100)?;
+        let (kernel, &BackwardPlan { dq_accum, dq_tiles, .. }) = (backward(&plan).kernel, backward_plan(&plan));
+        for (rows, blocks) in [(DqAccum::GROUP_ROWS, dq_accum.groups), (kernel.block_m, dq_tiles)] {
+            // The formula of the kernels: a packed sequence begins at the block of its first row, plus one for each sequence before.
+            let first = |batch: usize| cu_seqlens.offsets()[batch] as usize / rows + batch;
+            for (batch, seqlen_q) in lengths_q.iter().enumerate() {
+                let end = first(batch) + seqlen_q.div_ceil(rows);
+                let limit = if batch + 1 < lengths_q.len() { first(batch + 1) } else { blocks.head };
+                assert!(end <= limit, "sequence {batch} of {lengths_q:?} ends at {end}, the next begins at {limit}");
+            }
+            assert_eq!((blocks.batch, blocks.count), (0, 2 * blocks.head));
         }
-        assert_eq!((dq_tiles.batch, dq_tiles.count), (0, 2 * dq_tiles.head));
-        assert_eq!(dq_tiles.elements, block_m * kernel.head_dim);
+        assert_eq!(dq_accum.len(), dq_accum.groups.count * 8 * kernel.head_dim);
     }
     let q = zeros(&[3, 1000, 12, 72], DType::BF16)?;
-    let (kernel, dq_tiles) = dq_tiles(&plan(&testing::problem(&Attention::new(), &q, &q, &q)?, &H100)?);
-    let tiles = 1000usize.div_ceil(kernel.block_m);
-    assert_eq!((dq_tiles.head, dq_tiles.batch, dq_tiles.count), (tiles, 12 * tiles, 3 * 12 * tiles));
+    let plan = plan(&testing::problem(&Attention::new(), &q, &q, &q)?, &H100)?;
+    let (kernel, &BackwardPlan { dq_accum, dq_tiles, .. }) = (backward(&plan).kernel, backward_plan(&plan));
+    for (blocks, head) in [(dq_accum.groups, 125), (dq_tiles, 1000usize.div_ceil(kernel.block_m))] {
+        assert_eq!(blocks, RowBlocks { head, batch: 12 * head, count: 3 * 12 * head });
+    }
+    Ok(())
+}
+
+/// 4,096 packed sequences of 8 tokens: each has a row group, and the numbering leaves one more. So dq_accum has two f32 for each element
+/// of q: four times the bytes of q in bf16.
+#[test]
+fn short_sequences_need_little_memory() -> Result<()> {
+    const SEQUENCES: usize = 4096;
+    let q = zeros(&[8 * SEQUENCES, 2, 128], DType::BF16)?;
+    let lengths = CuSeqlens::from_lengths(&[8; SEQUENCES], &Device::Cpu)?;
+    let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
+    for caps in [A100, H100, B200, RTX_3090] {
+        let plan = plan(&problem, &caps)?;
+        let bytes = backward_plan(&plan).dq_accum.len() * size_of::<f32>();
+        assert_eq!(bytes, 4 * q.elem_count() * DType::BF16.size_in_bytes());
+    }
     Ok(())
 }
 

@@ -13,21 +13,8 @@ const SM90: Arch = Arch { sm: 90, exact: true };
 const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_mod: false };
 const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
 
-/// The conversion of dq_accum, which every backward has: it reads the order of that backward's threads.
-const fn convert(symbol: &'static str) -> Entry {
-    Entry {
-        symbol,
-        pass: "Convert",
-        function: "fa2::convert",
-        params: "ConvertParams",
-        grid: Grid::Tiles,
-        variants: &[PLAIN],
-        shared_bytes: None,
-    }
-}
-
 /// Every family that a line of cuda/instances.def may name.
-pub static FAMILIES: [Family; 5] = [
+pub static FAMILIES: [Family; 6] = [
     Family {
         pass: "fwd",
         arch: SM80,
@@ -72,18 +59,15 @@ pub static FAMILIES: [Family; 5] = [
         header: "sm80/bwd.cuh",
         template: Template::Traits("fa2::sm80::BwdTraits"),
         dtypes: HALVES,
-        entries: &[
-            Entry {
-                symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
-                pass: "Backward",
-                function: "fa2::sm80::backward",
-                params: "BwdParams",
-                grid: Grid::Tiles,
-                variants: &[PLAIN, SCORE_MOD],
-                shared_bytes: Some(shared::bwd_sm80),
-            },
-            convert("convert_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}"),
-        ],
+        entries: &[Entry {
+            symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
+            pass: "Backward",
+            function: "fa2::sm80::backward",
+            params: "BwdParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN, SCORE_MOD],
+            shared_bytes: Some(shared::bwd_sm80),
+        }],
     },
     Family {
         pass: "bwd",
@@ -93,18 +77,15 @@ pub static FAMILIES: [Family; 5] = [
         header: "sm90/bwd.cuh",
         template: Template::Traits("fa2::sm90::BwdTraits"),
         dtypes: HALVES,
-        entries: &[
-            Entry {
-                symbol: "bwd_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
-                pass: "Backward",
-                function: "fa2::sm90::backward",
-                params: "Sm90BwdParams",
-                grid: Grid::Tiles,
-                variants: &[PLAIN, SCORE_MOD],
-                shared_bytes: Some(shared::bwd_sm90),
-            },
-            convert("convert_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}"),
-        ],
+        entries: &[Entry {
+            symbol: "bwd_sm90_{dtype}_d{head_dim}_{block_m}x{block_n}",
+            pass: "Backward",
+            function: "fa2::sm90::backward",
+            params: "Sm90BwdParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN, SCORE_MOD],
+            shared_bytes: Some(shared::bwd_sm90),
+        }],
     },
     Family {
         pass: "delta",
@@ -119,6 +100,24 @@ pub static FAMILIES: [Family; 5] = [
             pass: "Delta",
             function: "fa2::delta",
             params: "DeltaParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN],
+            shared_bytes: None,
+        }],
+    },
+    Family {
+        pass: "convert",
+        arch: SM80,
+        columns: &["warps"],
+        flags: &[],
+        header: "convert.cuh",
+        template: Template::Dtype { threads: "fa2::kConvertThreads" },
+        dtypes: HALVES,
+        entries: &[Entry {
+            symbol: "convert_{dtype}",
+            pass: "Convert",
+            function: "fa2::convert",
+            params: "ConvertParams",
             grid: Grid::Tiles,
             variants: &[PLAIN],
             shared_bytes: None,

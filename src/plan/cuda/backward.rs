@@ -11,8 +11,10 @@ use crate::problem::{Lengths, Problem};
 pub struct BackwardPlan {
     /// In order: delta; then dk, dv and dq_accum; then dq.
     pub launches: Vec<Launch>,
-    /// The layout of the tiles of dq_accum.
-    pub dq_tiles: DqTiles,
+    /// The layout of dq_accum.
+    pub dq_accum: DqAccum,
+    /// The query tiles of the main kernel. A deterministic backward has a semaphore for each.
+    pub dq_tiles: RowBlocks,
 }
 
 impl BackwardPlan {
@@ -21,10 +23,7 @@ impl BackwardPlan {
     /// # Errors
     /// [`Error::CudaSize`] if the backward is deterministic and has more thread blocks than it can number in 32 bits.
     pub(super) fn new(problem: &Problem, kernel: &'static Kernel) -> Result<Self> {
-        let delta = companion(Pass::Delta, |delta| delta.dtype == problem.dtype);
-        let convert = companion(Pass::Convert, |convert| {
-            (convert.dtype, convert.image) == (problem.dtype, kernel.image) // each backward has its own convert kernel
-        });
+        let (delta, convert) = (companion(Pass::Delta, problem), companion(Pass::Convert, problem));
         // The number of threads per row is a power of two. Any number of blocks is correct, because blocks loop over the rows.
         let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
         let (seqlen_q, seqlen_k) = (problem.max_seqlen_q(), problem.max_seqlen_k());
@@ -39,9 +38,10 @@ impl BackwardPlan {
         let launches = vec![
             launch(delta, seqlen_q.div_ceil(rows_per_block), problem.num_heads),
             backward,
-            launch(convert, seqlen_q.div_ceil(kernel.block_m), problem.num_heads),
+            launch(convert, DqAccum::convert_blocks(problem, convert), problem.num_heads),
         ];
-        Ok(Self { launches, dq_tiles: DqTiles::new(problem, kernel) })
+        let (dq_accum, dq_tiles) = (DqAccum::new(problem, kernel), RowBlocks::new(problem, kernel.block_m));
+        Ok(Self { launches, dq_accum, dq_tiles })
     }
 }
 
@@ -56,39 +56,68 @@ fn check_semaphore(backward: &Launch) -> Result<()> {
     Ok(())
 }
 
-/// The only kernel of a pass for which `is_it` is true.
-fn companion(pass: Pass, is_it: impl Fn(&Kernel) -> bool) -> &'static Kernel {
-    let found = KERNELS.iter().find(|kernel| kernel.pass == pass && is_it(kernel));
-    found.expect("cuda/instances.def has delta, and every backward has its convert kernel")
+/// The only kernel of a pass for the problem's dtype.
+fn companion(pass: Pass, problem: &Problem) -> &'static Kernel {
+    let found = KERNELS.iter().find(|kernel| (kernel.pass, kernel.dtype) == (pass, problem.dtype));
+    found.expect("cuda/instances.def has a line for delta, and one for convert")
 }
 
-/// The layout of dq_accum, the f32 accumulators of dq. Each sequence and head has whole tiles of `block_m` queries and `head_dim`
-/// columns, the sizes of the backward kernel. Units are tiles, except for `elements`.
+/// The layout of dq_accum, the f32 accumulators of dq: row groups of 8 queries and `head_dim` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DqTiles {
+pub struct DqAccum {
+    /// The row groups.
+    pub groups: RowBlocks,
+    /// The head_dim of the backward kernel.
+    pub head_dim: usize,
+}
+
+impl DqAccum {
+    /// Number of queries of a row group, `kDqGroupRows` of the kernels.
+    pub const GROUP_ROWS: usize = 8;
+
+    /// Columns of a row group that a warp of the conversion takes, `kConvertCols` of the kernels.
+    const CONVERT_COLS: usize = 32;
+
+    fn new(problem: &Problem, backward: &Kernel) -> Self {
+        Self { groups: RowBlocks::new(problem, Self::GROUP_ROWS), head_dim: backward.head_dim }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.groups.count * Self::GROUP_ROWS * self.head_dim
+    }
+
+    /// Thread blocks that convert one head of the longest sequence.
+    fn convert_blocks(problem: &Problem, convert: &Kernel) -> usize {
+        let groups = problem.max_seqlen_q().div_ceil(Self::GROUP_ROWS);
+        (groups * problem.head_dim.div_ceil(Self::CONVERT_COLS)).div_ceil(convert.warps)
+    }
+}
+
+/// How blocks of a fixed number of queries are numbered. Each head of each sequence has blocks of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowBlocks {
     /// Stride from one sequence to the next; 0 for packed tensors.
     pub batch: usize,
     /// Stride from one head to the next.
     pub head: usize,
-    /// Number of tiles.
+    /// Number of blocks.
     pub count: usize,
-    /// Number of f32 elements of one tile.
-    pub elements: usize,
 }
 
-impl DqTiles {
-    fn new(problem: &Problem, backward: &Kernel) -> Self {
-        let (batch, head, count) = match &problem.lengths {
+impl RowBlocks {
+    /// Blocks of `rows` queries.
+    fn new(problem: &Problem, rows: usize) -> Self {
+        match &problem.lengths {
             &Lengths::Padded { batch, seqlen_q, .. } => {
-                let head = seqlen_q.div_ceil(backward.block_m);
-                (problem.num_heads * head, head, batch * problem.num_heads * head)
+                let head = seqlen_q.div_ceil(rows);
+                Self { batch: problem.num_heads * head, head, count: batch * problem.num_heads * head }
             }
-            // Sequence `b` begins at tile first_q / block_m + b. For any lengths, this is not before the end of sequence `b - 1`.
+            // Sequence `b` begins at block first_q / rows + b. For any lengths, this is not before the end of sequence `b - 1`.
             Lengths::Packed { cu_seqlens_q, .. } => {
-                let head = cu_seqlens_q.total() / backward.block_m + cu_seqlens_q.batch();
-                (0, head, problem.num_heads * head)
+                let head = cu_seqlens_q.total() / rows + cu_seqlens_q.batch();
+                Self { batch: 0, head, count: problem.num_heads * head }
             }
-        };
-        Self { batch, head, count, elements: backward.block_m * backward.head_dim }
+        }
     }
 }

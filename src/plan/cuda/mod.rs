@@ -12,7 +12,7 @@ mod sm80;
 mod sm90;
 mod spec;
 
-pub use self::backward::{BackwardPlan, DqTiles};
+pub use self::backward::{BackwardPlan, DqAccum, RowBlocks};
 pub use self::choice::{cost, Rejection};
 pub use self::launch::Launch;
 #[cfg(feature = "cuda")]

@@ -7,7 +7,7 @@ use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr, DeviceRepr, Launc
 use candle_core::cuda::CudaDType;
 use candle_core::{CudaStorage, DType, Storage, Tensor, D};
 use candle_fa2::testing::cuda::{
-    BwdParams, ConvertParams, DeltaParams, DqTiles, FwdParams, Shape, ShapeAddresses, Strides, NULL,
+    BwdParams, ConvertParams, DeltaParams, FwdParams, Shape, ShapeAddresses, Strides, NULL,
 };
 use candle_fa2::testing::{self, Arch, CudaPlan, Problem};
 use half::{bf16, f16};
@@ -119,13 +119,8 @@ impl<'a> Call<'a> {
                 self.compare("o", o, &self.answer.o)
             }
             Outputs::Backward { convert, grads, .. } => {
-                let tiles = self.case.seqlens().0.div_ceil(kernel.block_m) as u32;
-                let converter = match kernel.variant {
-                    Some(_) => images.convert(self.case, kernel)?,
-                    None => self.of_crate(self.launch_of(testing::Pass::Convert)?.kernel)?,
-                };
-                let grid = (tiles, self.case.num_heads as u32, self.case.batch as u32);
-                self.queue(&converter, grid, &**convert, None)?;
+                let convert_launch = self.launch_of(testing::Pass::Convert)?;
+                self.queue(&self.of_crate(convert_launch.kernel)?, convert_launch.grid, &**convert, None)?;
                 let want = self.answer.grads.as_ref().context("a case with a backward has gradients")?;
                 let mut worst = 0f64;
                 for ((name, got), want) in ["dq", "dk", "dv"].into_iter().zip(grads).zip(want) {
@@ -200,18 +195,14 @@ impl<'a> Call<'a> {
 
     fn backward(&self, kernel: &Kernel, images: &Images) -> Result<Work> {
         let (case, Inputs { q, k, v, do_ }) = (self.case, self.inputs);
-        let (batch, num_heads) = (case.batch, case.num_heads);
         let delta = self.delta.as_ref().context("a case with a backward has a delta")?;
         // The maximum takes the place of lse.
         let (max, sum) = match kernel.max_and_sum() {
             true => self.max_and_sum(images)?,
             false => (self.lse.clone(), self.statistics()?),
         };
-        let head = case.seqlens().0.div_ceil(kernel.block_m);
-        let [batch_stride, head_stride, count] = [num_heads * head, head, batch * num_heads * head].map(|n| n as i64);
-        let dq_tiles = DqTiles { batch: batch_stride, head: head_stride, count };
-        let accum_shape = (batch * num_heads * head * kernel.block_m, case.head_dim);
-        let dq_accum = Tensor::zeros(accum_shape, DType::F32, q.device())?;
+        let plan = self.plan.backward.as_ref().context("a case with a backward has its plan")?;
+        let dq_accum = Tensor::zeros(plan.dq_accum.len(), DType::F32, q.device())?;
         let grads = [poisoned_like(q)?, poisoned_like(k)?, poisoned_like(v)?];
         let strides: Strides = self.problem.contiguous_q().into();
         let softmax_scale = self.problem.softmax_scale as f32;
@@ -231,7 +222,8 @@ impl<'a> Call<'a> {
             v_strides: self.problem.v.into(),
             do_strides: strides,
             dk_strides: self.problem.contiguous_k().into(),
-            dq_tiles,
+            dq_groups: plan.dq_accum.groups.into(),
+            dq_tiles: plan.dq_tiles.into(),
             shape: self.shape(),
             softmax_scale,
         };
@@ -239,8 +231,9 @@ impl<'a> Call<'a> {
             dq_accum: params.dq_accum,
             dq: address(&grads[0])?,
             dq_strides: strides,
-            dq_tiles,
+            dq_groups: params.dq_groups,
             shape: params.shape,
+            dq_accum_head_dim: plan.dq_accum.head_dim as i32,
             softmax_scale,
         };
         Ok(Work {

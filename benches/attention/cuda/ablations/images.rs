@@ -188,13 +188,6 @@ impl Images {
         }))
     }
 
-    /// The conversion of dq_accum for `backward`, compiled in ablations.cu. It has as many threads as the backward, and its
-    /// only argument is the parameters.
-    pub fn convert(&self, case: &Case, backward: &Kernel) -> Result<Kernel> {
-        let function = self.module(case)?.load_function("bwd_convert")?;
-        Ok(Kernel { function, variant: None, shared_bytes: 0, ..*backward })
-    }
-
     fn module(&self, case: &Case) -> Result<&Arc<CudaModule>> {
         let found = self.modules.iter().find(|(head_dim, _)| *head_dim == case.head_dim);
         Ok(&found.context("every case's head_dim is compiled")?.1)

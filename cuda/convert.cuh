@@ -1,0 +1,37 @@
+// dq = softmax_scale * dq_accum, rounded, in the order of q.
+//
+// Grid       (any, num_heads, batch); a warp takes 32 columns of a row group.
+// Work       8 elements per thread: it reads 32 bytes and writes 16. Four neighbouring lanes have the same row.
+#pragma once
+
+#include "core/dq_accum.cuh"
+#include "core/sequence.cuh"
+#include "core/types.cuh"
+#include "params.h"
+
+namespace fa2 {
+
+constexpr int kConvertThreads = 128;
+constexpr int kConvertCols = 32;  // of a warp
+
+template <typename T>
+__device__ __forceinline__ void convert(const ConvertParams& params) {
+    const Shape& shape = params.shape;
+    const Sequence sequence(shape, shape.first_batch + blockIdx.z);
+    const int head = blockIdx.y, lane = threadIdx.x % kWarpSize;
+    const int part = blockIdx.x * (kConvertThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    const int parts_per_group = ceil_div(shape.head_dim, kConvertCols);
+    const int group = part / parts_per_group, row = group * kDqGroupRows + lane / 4;
+    const int col = part % parts_per_group * kConvertCols + lane % 4 * 8;
+    if (row >= sequence.seqlen_q || col >= shape.head_dim) return;
+    const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, shape, sequence, head);
+    float x[8];
+    load_dq_block(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + col) * kDqGroupRows, lane / 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= params.softmax_scale;
+    T* to = row_of<T>(params.dq, params.dq_strides, sequence.batch, sequence.first_q + row, head);
+    *reinterpret_cast<uint4*>(to + col) =
+        make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+}
+
+}  // namespace fa2

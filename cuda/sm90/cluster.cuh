@@ -1,0 +1,54 @@
+// Clusters of two thread blocks (PTX ISA, "cluster of CTAs"). Each block can write to the shared memory of the other, its peer.
+#pragma once
+
+#include <cstdint>
+
+namespace fa2::sm90 {
+
+constexpr int kClusterBlocks = 2;
+
+// The rank of this block in its cluster.
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+
+// The address that the peer's shared memory at `shared` has in the cluster.
+__device__ __forceinline__ uint32_t peer_address(uint32_t shared, int peer) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(peer));
+    return address;
+}
+
+// All threads of both blocks wait for each other. Writes before it are visible after it.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives at a barrier of the peer. `barrier` is an address of peer_address().
+__device__ __forceinline__ void mbarrier_arrive_peer(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// mbarrier_wait() for a barrier at which the peer arrives.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra ended;\n"
+        "bra again;\n"
+        "ended:\n"
+        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Starts a copy of `bytes` to the peer. `to` and `barrier` are addresses of peer_address(); the barrier counts the bytes.
+__device__ __forceinline__ void copy_to_peer(uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+}  // namespace fa2::sm90
