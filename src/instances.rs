@@ -96,6 +96,8 @@ pub struct Kernel {
     pub block_n: usize,
     /// Warps of a thread block.
     pub warps: usize,
+    /// Thread blocks of a cluster, along the first axis of the grid.
+    pub cluster: usize,
     /// Whether it supports softcap, ALiBi and a softmax_scale that is not above 0.
     pub score_mod: bool,
     /// Its only argument.

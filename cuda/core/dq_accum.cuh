@@ -74,6 +74,18 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
     }
 }
 
+// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups.
+template <int kHeadDim, int kNTiles>
+__device__ __forceinline__ void store_dq(float* tile, int row, int col, const Accumulator<1, kNTiles>& dq, int lane) {
+    float* to = tile + row * kHeadDim + col * kDqGroupRows + 2 * lane;
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float2*>(to + half * kDqGroupRows * kHeadDim + j * kDqBlockElements) =
+                make_float2(dq.x[0][j][2 * half], dq.x[0][j][2 * half + 1]);
+}
+
 // The work of a thread block: a tile of keys of one key head of one sequence, which is counted from Shape::first_batch.
 struct BlockIndex {
     int n_block, head_k, batch;
@@ -88,15 +100,28 @@ struct BlockIndex {
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile, then one that counts started blocks
 
-    // Returns the work of this block. All threads call it together, once, before anything else is in shared memory. If a call needs several
-    // launches, the count goes on, and `first_batch` is the sequence where this launch starts.
-    __device__ __forceinline__ BlockIndex block_index(int64_t tiles, int first_batch, uint8_t* bytes) const {
+    // One thread. The number of this block, or cluster, in the order in which they start.
+    __device__ __forceinline__ uint32_t count(int64_t tiles) const { return atomicAdd(counters + tiles, 1u); }
+
+    // The same for a block, with its number for each thread. All threads call it together, before anything else is in shared memory.
+    __device__ __forceinline__ uint32_t count_blocks(int64_t tiles, uint8_t* bytes) const {
         volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(bytes);
-        if (threadIdx.x == 0) *to_all = atomicAdd(counters + tiles, 1u);
+        if (threadIdx.x == 0) *to_all = count(tiles);
         __syncthreads();
-        const uint32_t number = *to_all, heads = number / gridDim.x;
+        const uint32_t number = *to_all;
         __syncthreads();  // every thread has read it, and shared memory is free again
-        return {int(gridDim.x - 1 - number % gridDim.x), int(heads % gridDim.y), int(heads / gridDim.y) - first_batch};
+        return number;
+    }
+
+    // The work of block `number`. Blocks of short sequences take turns with those of other heads, so that a block starts some time after the
+    // one for which it waits. If a call needs several launches, the count goes on, and `first_batch` is the sequence where this launch starts.
+    __device__ __forceinline__ static BlockIndex block_index(uint32_t number, uint32_t n_blocks, uint32_t first_batch) {
+        constexpr uint32_t kBlocksTogether = 128;  // about one for each multiprocessor
+        const uint32_t heads = gridDim.y * gridDim.z, section_heads = max(kBlocksTogether / n_blocks, 1u);
+        number -= first_batch * gridDim.y * n_blocks;
+        const uint32_t first_head = number / (section_heads * n_blocks) * section_heads, width = min(section_heads, heads - first_head);
+        const uint32_t in_section = number - first_head * n_blocks, head = first_head + in_section % width;
+        return {int(n_blocks - 1 - in_section / width), int(head % gridDim.y), int(head / gridDim.y)};
     }
 
     // Number of blocks that add to a tile of queries before the block of keys `n_block`. The one with the last keys that the tile sees is

@@ -51,6 +51,11 @@ struct Visibility {
         return {max(rows.end - 1 - left, 0), min(rows.begin + right + 1, seqlen_k)};
     }
 
+    // Queries that see every key of a tile, whose keys all exist.
+    __device__ __forceinline__ Range common_queries(Range cols) const {
+        return {max(cols.end - 1 - right, 0), min(cols.begin + left + 1, seqlen_q)};
+    }
+
     // Queries that see at least one key of a tile.
     __device__ __forceinline__ Range queries_of(Range cols) const {
         return {max(cols.begin - right, 0), min(cols.end + left, seqlen_q)};

@@ -8,15 +8,15 @@
 
 namespace fa2 {
 
-template <int kRows_, int kCols_>
+template <int kRows_, int kCols_, int kPanel_ = kCols_ % 64 == 0 ? 64 : 32>
 struct Tile {
     static constexpr int kRows = kRows_;
     static constexpr int kCols = kCols_;
-    static constexpr int kPanel = kCols % 64 == 0 ? 64 : 32;
+    static constexpr int kPanel = kPanel_;
     static constexpr int kChunk = 8;  // elements in 16 bytes
     static constexpr int kChunksPerRow = kCols / kChunk;
     static constexpr int kBytes = kRows * kCols * 2;
-    static_assert(kCols % 32 == 0, "panels are 32 or 64 columns");
+    static_assert((kPanel == 32 || kPanel == 64) && kCols % kPanel == 0, "panels are 32 or 64 columns");
     static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
 
     // Byte offset of chunk `chunk` of row `row`.

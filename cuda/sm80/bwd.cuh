@@ -391,7 +391,7 @@ template <typename Traits>
 __device__ __noinline__ void ordered_backward(const BwdParams& params) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     const DqSemaphores semaphores{params.semaphores};
-    backward_block<Traits, true>(params, bytes, semaphores.block_index(params.dq_tiles.count, params.shape.first_batch, bytes));
+    backward_block<Traits, true>(params, bytes, DqSemaphores::block_index(semaphores.count_blocks(params.dq_tiles.count, bytes), gridDim.x, params.shape.first_batch));
 }
 
 template <typename Traits>

@@ -1,19 +1,21 @@
 // dq, dk and dv on wgmma, fed by TMA. One thread block, one (batch, head_k, n_block), every query head of the key head's group.
 //
-// Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse.
-// Warps      warpgroup 0 is the producer: one thread loads tiles, one warp loads lse and delta. Each consumer warpgroup owns 64 keys. It
-//            computes S^T = k q^T and dP^T = v do^T, so P^T and dS^T are already the A operands of dv += P^T do and dk += dS^T q. Only dS
-//            goes through shared memory, because dq sums over all keys.
-// Pipeline   of a consumer: wait q | start S | wait do | start dP | P | dS | start dv, dq of the step before, dk | add dq. A consumer
+// Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse. This describes the backward of
+//            bwd_consumer.cuh. Above head_dim 128, two blocks work together: bwd_cluster.cuh says what is different.
+// Warps      warpgroup 0 is the producer: one thread loads tiles, one warp loads lse and delta, two warps add dq to dq_accum. Each consumer
+//            warpgroup owns 64 keys. It computes S^T = k q^T and dP^T = v do^T, so P^T and dS^T are already the A operands of
+//            dv += P^T do and dk += dS^T q. Only dS goes through shared memory, because dq sums over all keys.
+// Pipeline   of a consumer: wait q | start S | wait do | start dP | P | dS | start dv, dq of the step before, dk | hand over dq. A consumer
 //            waits for the dS of the other one only a step later, so the products of one run during the exponentials of the other.
-// Shared     sK, sV one tile each, kStages times sQ, sDo, lse and delta, sDs two tiles; then BwdControl.
+// Shared     sK, sV one tile each; stages of sQ, sDo, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.bwd.semaphores in one order.
 // Nonfinite  as sm80/bwd.cuh. The tail of a tile is cleared, because it holds rows of the next packed sequence.
-// Expects    head_dim <= kHeadDim, a multiple of 8; lse and delta of the same inputs; dq_accum of zeros.
+// Expects    head_dim <= kHeadDim, a multiple of 8; lse and delta of the same inputs; dq_accum of zeros. gridDim.x is a multiple of kCluster.
 #pragma once
 
 #include "barrier.cuh"
+#include "bwd_cluster.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_producer.cuh"
 #include "tma.cuh"
@@ -22,20 +24,55 @@ namespace fa2::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
-    constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
     mbarrier_init(shared_address(&control.keys_full), 1);
-    for (int i = 0; i < Traits::kStages; ++i) {
-        // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
+    // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
+    for (int i = 0; i < Traits::kQStages; ++i) {
         mbarrier_init(shared_address(&control.q_full[i]), 2);
-        mbarrier_init(shared_address(&control.do_full[i]), 2);
-        mbarrier_init(shared_address(&control.q_empty[i]), kConsumerWarps);
-        mbarrier_init(shared_address(&control.do_empty[i]), kConsumerWarps);
+        mbarrier_init(shared_address(&control.q_empty[i]), Traits::kConsumerWarps);
     }
+    for (int i = 0; i < Traits::kDoStages; ++i) {
+        mbarrier_init(shared_address(&control.do_full[i]), 2);
+        mbarrier_init(shared_address(&control.do_empty[i]), Traits::kConsumerWarps);
+    }
+    // In a cluster one of the block's warpgroups writes dS, and the warps of both blocks read it.
     for (int i = 0; i < Traits::kDsStages; ++i) {
-        mbarrier_init(shared_address(&control.ds_full[i]), kConsumerWarps);
-        mbarrier_init(shared_address(&control.ds_empty[i]), kConsumerWarps);
+        mbarrier_init(shared_address(&control.ds_full[i]), Traits::kConsumerWarps / Traits::kCluster);
+        mbarrier_init(shared_address(&control.ds_empty[i]), Traits::kConsumerWarps * Traits::kCluster);
+    }
+    for (int i = 0; i < Traits::kWarpgroupWarps; ++i) {
+        mbarrier_init(shared_address(&control.p_full[i]), 1);
+        mbarrier_init(shared_address(&control.p_empty[i]), 1);
     }
     mbarrier_fence_init();
+}
+
+// The number of this cluster, in the order in which clusters start. All threads call it together, before anything else is in shared memory.
+template <typename Traits>
+__device__ __forceinline__ uint32_t count_clusters(const DqSemaphores& semaphores, int64_t tiles, uint8_t* bytes, int rank) {
+    volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(bytes);
+    if (Traits::kCluster == 1) return semaphores.count_blocks(tiles, bytes);
+    cluster_sync();  // the peer has started
+    if (threadIdx.x == 0 && rank == 0) {
+        *to_all = semaphores.count(tiles);
+        store_to_peer(peer_address(shared_address(bytes), 1), *to_all);
+    }
+    cluster_sync();
+    const uint32_t number = *to_all;
+    __syncthreads();  // every thread has read it, and shared memory is free again
+    return number;
+}
+
+template <typename Traits, bool kOrdered>
+__device__ __forceinline__ void consume(const Sm90BwdParams& params, BwdControl<Traits>& control, uint8_t* bytes, int rank, int warpgroup,
+                                        int warp, int lane) {
+    const uint32_t shared = shared_address(bytes);
+    if constexpr (Traits::kCluster == 1) {
+        BwdConsumer<Traits>{{params, control, bytes, shared, warpgroup, warp, lane}}.run();
+    } else if (warpgroup == 0) {
+        BwdClusterConsumer<Traits, 0, kOrdered>{{params, control, bytes, shared, 0, warp, lane}, rank}.run();
+    } else {
+        BwdClusterConsumer<Traits, 1, kOrdered>{{params, control, bytes, shared, 1, warp, lane}, rank}.run();
+    }
 }
 
 template <typename Traits>
@@ -45,10 +82,15 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
     static_assert(sizeof(BwdControl<Traits>) <= Traits::kControlBytes, "BwdControl must fit after the tiles");
     const Shape& shape = params.bwd.shape;
     const bool ordered = params.bwd.semaphores != nullptr;
-    BlockIndex index{int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
-    if (ordered) index = DqSemaphores{params.bwd.semaphores}.block_index(params.bwd.dq_tiles.count, shape.first_batch, bytes);
-    const BwdBlock block = bwd_block<Traits>(shape, index.n_block, index.head_k, shape.first_batch + index.batch);
-    if (block.cols.empty()) return;
+    const int rank = Traits::kCluster == 1 ? 0 : cluster_rank();
+    const int n_blocks = int(gridDim.x) / Traits::kCluster;
+    BlockIndex index{int(blockIdx.x) / Traits::kCluster, int(blockIdx.y), int(blockIdx.z)};
+    if (ordered) {
+        const uint32_t number = count_clusters<Traits>({params.bwd.semaphores}, params.bwd.dq_tiles.count, bytes, rank);
+        index = DqSemaphores::block_index(number, n_blocks, shape.first_batch);
+    }
+    const BwdBlock block = bwd_block<Traits>(shape, index, rank);
+    if (block.n_block * Traits::kClusterKeys >= block.sequence.seqlen_k) return;  // both blocks of a cluster, or none
     // All lanes take the warp index from one lane, so the compiler knows that branches on it are uniform.
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
     if (threadIdx.x == 0) {
@@ -59,21 +101,30 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
         tma_prefetch(params.v);
         tma_prefetch(params.do_);
     }
-    __syncthreads();
+    const auto sync = [] { Traits::kCluster == 1 ? __syncthreads() : cluster_sync(); };
+    sync();
     if (warp < Traits::kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
-        const BwdProducer<Traits> producer{params, control, bytes, lane};
+        const BwdProducer<Traits> producer{params, control, bytes, rank, lane};
         if (warp == 0 && lane == 0) producer.load_tiles();
         if (warp == 1) producer.load_lse_and_delta();
-        return;
-    }
-    take_registers<Traits::kConsumerRegisters>();
-    const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_warpgroup = warp % Traits::kWarpgroupWarps;
-    // A walk of its own for the order, as in sm80/bwd.cuh.
-    if (ordered) {
-        BwdConsumer<Traits, true>{params, control, bytes, shared_address(bytes), warpgroup, warp_in_warpgroup, lane}.run();
+        if constexpr (Traits::kCluster == 1) {
+            if (warp >= 2) producer.add_dq(warp - 2);
+        }
     } else {
-        BwdConsumer<Traits, false>{params, control, bytes, shared_address(bytes), warpgroup, warp_in_warpgroup, lane}.run();
+        take_registers<Traits::kConsumerRegisters>();
+        const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_warpgroup = warp % Traits::kWarpgroupWarps;
+        // In a cluster, a walk of its own for the order, as in sm80/bwd.cuh.
+        if (Traits::kCluster > 1 && ordered) {
+            consume<Traits, true>(params, control, bytes, rank, warpgroup, warp_in_warpgroup, lane);
+        } else {
+            consume<Traits, false>(params, control, bytes, rank, warpgroup, warp_in_warpgroup, lane);
+        }
+    }
+    // A block stays until its peer has written to its shared memory for the last time.
+    if (Traits::kCluster > 1) {
+        __syncwarp();
+        cluster_sync();
     }
 }
 

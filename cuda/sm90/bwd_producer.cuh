@@ -1,6 +1,9 @@
-// The producer of the backward: one thread loads tiles by TMA, one warp loads lse and delta.
+// The producer of the backward: one thread loads tiles by TMA, one warp loads lse and delta, and one warp for each consumer adds
+// dq to dq_accum.
 #pragma once
 
+#include "../core/barrier.cuh"
+#include "../core/dq_accum.cuh"
 #include "barrier.cuh"
 #include "bwd_block.cuh"
 #include "tma.cuh"
@@ -11,89 +14,135 @@ template <typename Traits>
 struct BwdProducer {
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
+    static constexpr int kRows = Traits::kBlockM / kWarpSize;  // queries of a lane
 
     const Sm90BwdParams& params;
     BwdControl<Traits>& control;
     uint8_t* const bytes;
+    const int rank;  // of this block in its cluster
     const int lane;
 
     __device__ __forceinline__ int batch() const { return batch_entry(params.bwd.shape, control.block.sequence); }
 
+    // k, v, and in a cluster the peer's keys, of which the block needs the columns of its own part of dq.
     __device__ __forceinline__ void load_keys() const {
         const BwdBlock& block = control.block;
         const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
         const int row = block.sequence.first_k + block.cols.begin;
-        mbarrier_arrive_expect(full, 2 * TileK::kBytes);
+        mbarrier_arrive_expect(full, Traits::kKeysBytes);
         tma_load_tile<TileK>(shared + Traits::sK, params.k, full, row, block.head_k, batch());
         tma_load_tile<TileK>(shared + Traits::sV, params.v, full, row, block.head_k, batch());
+        if constexpr (Traits::kCluster > 1) {
+            using TilePeerK = typename Traits::TilePeerK;
+            const int peer_row = block.sequence.first_k + Traits::peer_keys(block, rank).begin;
+            tma_load_tile<TilePeerK>(shared + Traits::sPeerK, params.k, full, peer_row, block.head_k, batch(), rank * Traits::kBlockCols);
+        }
     }
 
-    // k and v, and q and do of every step. One thread.
+    // k and v, q and do of every step. One thread.
     __device__ __forceinline__ void load_tiles() const {
         const BwdBlock& block = control.block;
         const uint32_t shared = shared_address(bytes);
-        Ring<Traits::kStages> ring;
+        Ring<Traits::kQStages> q_ring;
+        Ring<Traits::kDoStages> do_ring;
         QueryTile tile = first_tile(block);
         for (int step = block.steps(); step > 0; --step) {
             const int row = block.sequence.first_q + tile.m_block * Traits::kBlockM;
-            const auto load = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map) {
+            const auto load = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map, const auto& ring) {
                 mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
                 const uint32_t barrier = shared_address(&full[ring.stage()]);
                 tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, tile.head, batch());
             };
-            load(control.q_full, control.q_empty, Traits::sQ, params.q);
-            if (ring.passed == 0) load_keys();
-            load(control.do_full, control.do_empty, Traits::sDo, params.do_);
-            ring.advance();
-            tile.advance(block);
+            load(control.q_full, control.q_empty, Traits::sQ, params.q, q_ring);
+            if (q_ring.passed == 0) load_keys();
+            load(control.do_full, control.do_empty, Traits::sDo, params.do_, do_ring);
+            q_ring.advance();
+            do_ring.advance();
+            tile.advance(block.m_blocks);
         }
     }
 
-    __device__ __forceinline__ BwdStep step_of(const QueryTile& tile) const {
-        const BwdBlock& block = control.block;
-        const Range rows = tile_range(tile.m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q);
-        const Range common = Visibility(params.bwd.shape, block.sequence).common_keys(rows);
-        BwdStep step{tile, rows.end - rows.begin, 0};
-        for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
-            const int first = block.cols.begin + consumer * Traits::kWarpgroupRows;
-            if (!common.contains({first, first + Traits::kWarpgroupRows})) step.hides |= 1u << consumer;
-        }
-        return step;
+    // Writes this warp's values of a tile of queries to their stage.
+    template <int kStages>
+    __device__ __forceinline__ void put(const float (&x)[kRows], uint32_t to, uint64_t* full, uint64_t* empty,
+                                        const Ring<kStages>& ring) const {
+        mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
+        float* stage = reinterpret_cast<float*>(bytes + to) + ring.stage() * Traits::kBlockM + lane;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) stage[i * kWarpSize] = x[i];
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&full[ring.stage()]));
     }
 
-    // lse, delta and the BwdStep of every step. One warp. Queries past the end get lse = inf, so that P = exp(score - lse) is 0.
+    // lse and delta of every step. One warp, which reads them before their stage is free. lse is in the log2 domain. Queries past the end get
+    // lse = inf, so that P = exp(score - lse) is 0.
     __device__ __forceinline__ void load_lse_and_delta() const {
-        constexpr int kRows = Traits::kBlockM / kWarpSize;
         const BwdBlock& block = control.block;
-        Ring<Traits::kStages> ring;
+        Ring<Traits::kQStages> q_ring;
+        Ring<Traits::kDoStages> do_ring;
         QueryTile tile = first_tile(block);
         for (int step = block.steps(); step > 0; --step) {
             const int64_t head_offset = block.sequence.lse_offset(params.bwd.shape, tile.head);
             const int first_row = tile.m_block * Traits::kBlockM + lane;
-            const auto load = [&](const float* from, float past_the_end, uint32_t to, uint64_t* full, uint64_t* empty) {
-                float x[kRows];
+            float lse[kRows], delta[kRows];
 #pragma unroll
-                for (int i = 0; i < kRows; ++i) {
-                    const int row = first_row + i * kWarpSize;
-                    x[i] = row < block.sequence.seqlen_q ? from[head_offset + row] : past_the_end;
-                }
-                mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
-                float* stage = reinterpret_cast<float*>(bytes + to) + ring.stage() * Traits::kBlockM + lane;
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) stage[i * kWarpSize] = x[i];
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(shared_address(&full[ring.stage()]));
-            };
-            if (lane == 0) {
-                mbarrier_wait(shared_address(&control.q_empty[ring.stage()]), ring.parity() ^ 1);
-                control.steps[ring.stage()] = step_of(tile);
+            for (int i = 0; i < kRows; ++i) {
+                const int row = first_row + i * kWarpSize;
+                const bool exists = row < block.sequence.seqlen_q;
+                lse[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
+                delta[i] = exists ? params.bwd.delta[head_offset + row] : 0.f;
             }
-            __syncwarp();
-            load(params.bwd.lse, INFINITY, Traits::sLse, control.q_full, control.q_empty);
-            load(params.bwd.delta, 0.f, Traits::sDelta, control.do_full, control.do_empty);
-            ring.advance();
-            tile.advance(block);
+            put(lse, Traits::sLse, control.q_full, control.q_empty, q_ring);
+            put(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
+            q_ring.advance();
+            do_ring.advance();
+            tile.advance(block.m_blocks);
         }
+    }
+
+    // Adds the dq of a consumer, which has written it to shared memory, to dq_accum in every step. One warp; a lane copies a row group.
+    __device__ __forceinline__ void add_dq(int consumer) const {
+        constexpr int kThreads = Traits::kWarpgroupThreads + kWarpSize;
+        const BwdParams& bwd = params.bwd;
+        const BwdBlock& block = control.block;
+        const Sequence& sequence = block.sequence;
+        const int row = Traits::dq_row(consumer) + lane * kDqGroupRows;
+        const int offset = row * Traits::kHeadDim + Traits::dq_col(consumer) * kDqGroupRows;
+        QueryTile tile = first_tile(block);
+        for (int step = 0; step < block.steps(); ++step) {
+            const int first_row = tile.m_block * Traits::kBlockM;
+            const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
+            if (step == 0) bar_arrive<kThreads>(kDqRead + consumer);
+            if (bwd.semaphores != nullptr) wait_for_blocks_before(tile);
+            bar_sync<kThreads>(kDqWritten + consumer);
+            if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
+                float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
+                bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), Traits::kDqGroupBytes);
+            }
+            bulk_wait_read();
+            __syncwarp();
+            if (step + 1 < block.steps()) bar_arrive<kThreads>(kDqRead + consumer);
+            if (bwd.semaphores != nullptr) {
+                bulk_wait();
+                __syncwarp();
+                if (lane == 0) DqSemaphores{bwd.semaphores}.post(semaphore(tile));
+            }
+            tile.advance(block.m_blocks);
+        }
+        bulk_wait();
+    }
+
+    __device__ __forceinline__ int64_t semaphore(const QueryTile& tile) const {
+        return first_row_block(params.bwd.dq_tiles, Traits::kBlockM, params.bwd.shape, control.block.sequence, tile.head) + tile.m_block;
+    }
+
+    __device__ __forceinline__ void wait_for_blocks_before(const QueryTile& tile) const {
+        const Sequence& sequence = control.block.sequence;
+        const Range rows = tile_range(tile.m_block * Traits::kBlockM, Traits::kBlockM, sequence.seqlen_q);
+        const Visibility sees(params.bwd.shape, sequence);
+        const int blocks = DqSemaphores::blocks_before(sees, rows, control.block.n_block, Traits::kBlockN);
+        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile), Traits::kConsumers * blocks);
+        __syncwarp();
     }
 };
 

@@ -1,11 +1,13 @@
-// Clusters of two thread blocks (PTX ISA, "cluster of CTAs"). Each block can write to the shared memory of the other, its peer.
+// Clusters of two thread blocks (PTX ISA, "Cluster of Cooperative Thread Arrays"). Each block can write to the shared memory of the other,
+// its peer.
 #pragma once
 
 #include <cstdint>
 
 namespace fa2::sm90 {
 
-constexpr int kClusterBlocks = 2;
+// The bits of a shared address that a wgmma descriptor holds. In a cluster, the bits above them are the rank of the block.
+constexpr uint32_t kOffsetInBlock = 0x3ffff;
 
 // The rank of this block in its cluster.
 __device__ __forceinline__ int cluster_rank() {
@@ -26,22 +28,13 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+__device__ __forceinline__ void store_to_peer(uint32_t to, uint32_t value) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 // Arrives at a barrier of the peer. `barrier` is an address of peer_address().
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// mbarrier_wait() for a barrier at which the peer arrives.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, int parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra ended;\n"
-        "bra again;\n"
-        "ended:\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
 // Starts a copy of `bytes` to the peer. `to` and `barrier` are addresses of peer_address(); the barrier counts the bytes.

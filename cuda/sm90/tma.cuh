@@ -1,5 +1,5 @@
-// TMA loads (PTX ISA, "cp.async.bulk.tensor"). One thread copies a box of a tensor into shared memory, swizzled. Elements outside the
-// tensor become zeros. An mbarrier counts the bytes.
+// TMA (PTX ISA, "cp.async.bulk.tensor" and "cp.reduce.async.bulk"). One thread copies a box of a tensor into shared memory, swizzled.
+// Elements outside the tensor become zeros. An mbarrier counts the bytes. Or it adds contiguous floats of shared memory to global memory.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,13 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, 
         : "memory");
 }
 
-// Loads a whole tile, one box for each of its panels.
+// Loads a whole tile, from column `first_col` of the tensor, one box for each of its panels.
 template <typename Tile>
-__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch,
+                                              int first_col = 0) {
 #pragma unroll
     for (int col = 0; col < Tile::kCols; col += Tile::kPanel)
-        tma_load(shared + col * Tile::kRows * 2, map, barrier, col, row, head, batch);
+        tma_load(shared + col * Tile::kRows * 2, map, barrier, first_col + col, row, head, batch);
 }
 
 // The same. Also arrives at the barrier and makes it wait for the tile.
@@ -37,5 +38,17 @@ __device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, 
     mbarrier_arrive_expect(barrier, Tile::kBytes);
     tma_load_tile<Tile>(shared, map, barrier, row, head, batch);
 }
+
+// Starts to add `bytes` of floats to global memory, as one bulk group.
+__device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until the bulk groups of this thread have read shared memory.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Waits until the bulk groups of this thread have written to global memory.
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 }  // namespace fa2::sm90

@@ -67,8 +67,8 @@ fn encode(
     axes: [(usize, usize); 3],
     box_rows: usize,
 ) -> Result<TensorMap> {
-    // The width of a box must divide the kernel's head_dim. It is also the width of the swizzle.
-    let (columns, swizzle) = if kernel.head_dim.is_multiple_of(64) {
+    // The width of a box is that of a panel of the kernel's tiles, and of the swizzle. It divides the columns that a block of a cluster owns.
+    let (columns, swizzle) = if (kernel.head_dim / kernel.cluster).is_multiple_of(64) {
         (64, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
     } else {
         (32, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B)

@@ -39,12 +39,15 @@ pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
     2 * tile_k + scores + line.get("stages") * (2 * tile_q + lse_and_delta)
 }
 
-/// k and v, two tiles of dS, for each stage q, do, lse and delta, and the control block.
+/// k and v, two tiles of dS, the stages of q and do, lse and delta, and the control block. A block without a cluster also has a tile of dq in
+/// f32. A block of a cluster has the peer's dS, its keys in half of the columns, and a tile of P in f32.
 pub fn bwd_sm90(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
-    let ds = 2 * line.get("block_m") * line.get("block_n") * element_bytes;
-    let lse_and_delta = 2 * line.get("block_m") * size_of::<f32>();
-    2 * tile_k + ds + line.get("stages") * (2 * tile_q + lse_and_delta) + SM90_BWD_CONTROL
+    let (cluster, stat) = (line.get("cluster"), line.get("block_m") * size_of::<f32>());
+    let ds = cluster * line.get("block_m") * line.get("block_n") * element_bytes;
+    let dq_or_p = if cluster == 1 { line.get("head_dim") * stat } else { line.get("block_n") * stat + tile_k / cluster };
+    let stages = (line.get("q_stages") + line.get("do_stages")) * (tile_q + stat);
+    2 * tile_k + 2 * ds + dq_or_p + stages + SM90_BWD_CONTROL
 }
 
 #[cfg(test)]
@@ -61,8 +64,9 @@ mod tests {
             ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 0)", 115.0),
             ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2, 0, 0)", 195.0),
             ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1, 0, 0)", 227.0),
-            ("KERNEL(bwd, sm90, 64, 128, 128, 12, 2)", 162.5),
-            ("KERNEL(bwd, sm90, 128, 64, 128, 12, 2)", 161.5),
+            ("KERNEL(bwd, sm90, 64, 128, 128, 12, 1, 2, 2)", 194.5),
+            ("KERNEL(bwd, sm90, 128, 64, 128, 12, 1, 2, 2)", 193.5),
+            ("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 2, 1)", 225.25),
             ("KERNEL(bwd, sm80, 64, 32, 128, 4, 1, 2, 1, 4, 1)", 72.5), // two buffers of dS
             ("KERNEL(bwd, sm80, 128, 64, 128, 8, 1, 2, 2, 4, 4)", 161.0),
             ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 1, 2, 4, 2)", 96.25),

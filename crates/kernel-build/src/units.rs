@@ -86,6 +86,11 @@ impl Kernel {
         self.line.get("warps") * WARP_SIZE
     }
 
+    /// Thread blocks of a cluster.
+    pub fn cluster(&self) -> usize {
+        self.line.get("cluster").max(1)
+    }
+
     fn source(&self, namespace: &str) -> String {
         let Self { name, entry, dtype, variant, shared_bytes, .. } = self;
         let threads = self.threads();
@@ -117,9 +122,13 @@ impl Kernel {
             }
         };
         let _ = writeln!(text, "static_assert(Same<{kernel_threads}, {threads}>::kHere);");
+        let cluster = match self.cluster() {
+            1 => String::new(),
+            blocks => format!("__cluster_dims__({blocks}, 1, 1) "),
+        };
         let _ = write!(
             text,
-            "extern \"C\" __global__ void __launch_bounds__({bounds})\n\
+            "extern \"C\" __global__ void {cluster}__launch_bounds__({bounds})\n\
              {name}(const __grid_constant__ {namespace}::{} params) {{\n    {}<{arguments}>(params);\n}}\n",
             entry.params, entry.function
         );
@@ -155,11 +164,12 @@ fn rust_row(image: usize, kernel: &Kernel) -> String {
     let params = params.strip_suffix("Params").unwrap_or(params);
     let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
     format!(
-        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, score_mod: {}, \
+        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, cluster: {}, score_mod: {}, \
          params: Parameters::{params}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
         line.family.arch.sm,
         dtype.rust,
         columns.join(", "),
+        kernel.cluster(),
         variant.score_mod,
     )
 }

@@ -1,0 +1,208 @@
+// What the consumer warpgroups of both backwards have in common: their walk over the queries, P, and the tails of tiles.
+#pragma once
+
+#include "../core/fragment.cuh"
+#include "../core/mask.cuh"
+#include "../core/score_mod.cuh"
+#include "../core/softmax.cuh"
+#include "../core/store.cuh"
+#include "barrier.cuh"
+#include "bwd_block.cuh"
+#include "wgmma.cuh"
+
+namespace fa2::sm90 {
+
+// Stores four 8 x 8 matrices (PTX ISA, "stmatrix"). Lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+                 "r"(r[3])
+                 : "memory");
+}
+
+// Where a consumer is in its walk over the tiles of queries. It is in registers, because a read of shared memory would delay the first
+// product of a step.
+struct BwdWalk {
+    QueryTile tile;
+    Range m_blocks;
+    Range clear;       // tiles from which the mask hides nothing of the consumer's keys
+    int tail_m_block;  // the tile with rows after the end of the sequence, or -1
+
+    __device__ __forceinline__ bool masked() const { return tile.m_block < clear.begin || tile.m_block >= clear.end; }
+};
+
+// keys: kWarpgroupRows keys of a consumer. Those after the end of the sequence are hidden from every query.
+template <typename Traits>
+__device__ __forceinline__ BwdWalk bwd_walk(const Shape& shape, const BwdBlock& block, Range keys) {
+    const Visibility sees(shape, block.sequence);
+    const Range clear = keys.end > block.sequence.seqlen_k ? Range{0, 0} : sees.common_queries(keys);
+    const int tail = block.sequence.seqlen_q % Traits::kBlockM == 0 ? -1 : block.sequence.seqlen_q / Traits::kBlockM;
+    return {first_tile(block), block.m_blocks, {ceil_div(clear.begin, Traits::kBlockM), clear.end / Traits::kBlockM}, tail};
+}
+
+template <typename Traits>
+struct BwdWarpgroup {
+    using T = typename Traits::T;
+    using ScoreMod = typename Traits::ScoreMod;
+    using TileQ = typename Traits::TileQ;
+    using TileK = typename Traits::TileK;
+    using TileDs = typename Traits::TileDs;
+    using ScoreTile = Accumulator<1, Traits::kNTiles>;  // of S^T, dP^T: a row is a key
+    using RoundedTile = uint32_t[Traits::kKSteps][4];   // P^T or dS^T as the A operand
+    using SumTile = Accumulator<1, Traits::kDTiles>;    // dk or dv
+    using RowValues = float2[Traits::kNTiles];          // lse or delta of the thread's queries
+
+    const Sm90BwdParams& params;
+    BwdControl<Traits>& control;
+    uint8_t* const bytes;
+    const uint32_t shared;
+    const int warpgroup;  // 0 .. kConsumers - 1
+    const int warp;       // in the warpgroup
+    const int lane;
+    BwdWalk walk;
+    Ring<Traits::kQStages> q_ring;
+    Ring<Traits::kDoStages> do_ring;
+    Ring<Traits::kDsStages> ds_ring;
+
+    __device__ __forceinline__ void start_walk() {
+        const int first = control.block.cols.begin + Traits::first_key(warpgroup);
+        walk = bwd_walk<Traits>(params.bwd.shape, control.block, {first, first + Traits::kWarpgroupRows});
+    }
+
+    // This warp's first key in the tile.
+    __device__ __forceinline__ int tile_key() const { return Traits::first_key(warpgroup) + warp * Traits::kWarpRows; }
+
+    // Offsets of the tiles of this step.
+    __device__ __forceinline__ uint32_t q() const { return Traits::sQ + q_ring.stage() * TileQ::kBytes; }
+    __device__ __forceinline__ uint32_t do_() const { return Traits::sDo + do_ring.stage() * TileQ::kBytes; }
+
+    // The address of an operand of wgmma.
+    __device__ __forceinline__ uint32_t operand(uint32_t offset) const {
+        return (Traits::kCluster > 1 ? shared & kOffsetInBlock : shared) + offset;
+    }
+
+    // Says that this warp has read a stage, or written its part of it.
+    __device__ __forceinline__ void release(uint64_t& barrier) const {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+    }
+
+    __device__ __forceinline__ void wait_for_do() const {
+        mbarrier_wait(shared_address(&control.do_full[do_ring.stage()]), do_ring.parity());
+    }
+
+    // Clears the rows of a tile from `rows` on. They lie after the sequence, and TMA has filled them with rows of the next one: 0 times their
+    // NaN would be NaN. All consumers share the work.
+    template <typename Tile>
+    __device__ __forceinline__ void clear_tail(uint32_t tile, int rows) const {
+        const int thread = (warpgroup * Traits::kWarpgroupWarps + warp) * kWarpSize + lane;
+        for (int i = rows * Tile::kChunksPerRow + thread; i < Tile::kRows * Tile::kChunksPerRow; i += Traits::kConsumerThreads)
+            *reinterpret_cast<uint4*>(bytes + tile + Tile::offset(i / Tile::kChunksPerRow, i % Tile::kChunksPerRow)) = uint4{};
+    }
+
+    __device__ __forceinline__ void tails_cleared() const {
+        fence_proxy_async();
+        bar_sync<Traits::kConsumerThreads>(kTailsCleared);
+    }
+
+    // Waits for q and lse of this step, and clears the tails of q and do.
+    __device__ __forceinline__ void wait_for_q() const {
+        mbarrier_wait(shared_address(&control.q_full[q_ring.stage()]), q_ring.parity());
+        if (walk.tile.m_block == walk.tail_m_block) {
+            const int rows = control.block.sequence.seqlen_q - walk.tile.m_block * Traits::kBlockM;
+            wait_for_do();
+            clear_tail<TileQ>(q(), rows);
+            clear_tail<TileQ>(do_(), rows);
+            tails_cleared();
+        }
+    }
+
+    __device__ __forceinline__ void advance() {
+        walk.tile.advance(walk.m_blocks);
+        q_ring.advance();
+        do_ring.advance();
+        ds_ring.advance();
+    }
+
+    // Starts S^T = k q^T, or dP^T = v do^T, of 64 keys from `first_key` on and a tile of queries.
+    __device__ __forceinline__ void start_product(ScoreTile& d, uint32_t keys, uint32_t queries) const {
+        const Operand<TileK, Order::kContiguousK> a(operand(keys), Traits::first_key(warpgroup));
+        const Operand<TileQ, Order::kContiguousK> b(operand(queries));
+        start_multiply<T, Traits::kHeadDim / 16>(d, a, b);
+    }
+
+    // Starts dv += P^T do, or dk += dS^T q.
+    __device__ __forceinline__ void start_sum(SumTile& d, const RoundedTile& a, uint32_t queries) const {
+        start_multiply_add<T>(d, a, Operand<TileQ, Order::kTransposed>(operand(queries)));
+    }
+
+    __device__ __forceinline__ void load_row_values(RowValues& x, uint32_t offset, int stage) const {
+        const float* from = reinterpret_cast<const float*>(bytes + offset) + stage * Traits::kBlockM + fragment_col(lane, 0);
+#pragma unroll
+        for (int j = 0; j < Traits::kNTiles; ++j) x[j] = *reinterpret_cast<const float2*>(from + 8 * j);
+    }
+    __device__ __forceinline__ void load_lse(RowValues& x) const { load_row_values(x, Traits::sLse, q_ring.stage()); }
+    __device__ __forceinline__ void load_delta(RowValues& x) const { load_row_values(x, Traits::sDelta, do_ring.stage()); }
+
+    // P^T = exp2(score - lse). With a score_mod, s becomes P^T times its derivative. kRound: P^T itself, rounded, goes to p.
+    template <bool kMasked, bool kRound>
+    __device__ __forceinline__ void to_p(ScoreTile& s, RoundedTile& p, const RowValues& lse) const {
+        const Shape& shape = params.bwd.shape;
+        const float scale_log2 = ScoreMod::scale_log2(shape);
+        const ScoreMod score_mod(shape, control.block.sequence, walk.tile.head);
+        const int first_query = walk.tile.m_block * Traits::kBlockM + fragment_col(lane, 0);
+        const int first_key = control.block.cols.begin + tile_key();
+        uint32_t seen[2];  // for each of the thread's keys, a bit for each of its queries
+        if constexpr (kMasked) {
+            const Visibility sees(shape, control.block.sequence);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int key = first_key + fragment_row(lane, half);
+                const Range queries = key < control.block.cols.end ? sees.queries_of({key, key + 1}) : Range{0, 0};
+                seen[half] = columns_in(queries, first_query);
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < Traits::kKSteps; ++step) {
+            float derivative[2][4];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int j = 2 * step + c;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float& x = s.x[0][j][e];
+                    x = score_mod.apply(x, first_query + 8 * j + e % 2, first_key + fragment_row(lane, e / 2), derivative[c][e]);
+                    x = weight_of(x, scale_log2, e % 2 ? lse[j].y : lse[j].x);
+                    if (kMasked && (seen[e / 2] & 1u << (2 * j + e % 2)) == 0) x = 0.f;
+                }
+            }
+            if constexpr (kRound) to_a_operand<T>(p[step], s.x[0], step);
+            if constexpr (!ScoreMod::kIdentity) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s.x[0][2 * step + c][e] *= derivative[c][e];
+            }
+        }
+    }
+
+    // Writes dS^T of this warp's keys to its buffer. The waits for the buffer are the caller's.
+    __device__ __forceinline__ void store_ds(const RoundedTile& ds) const {
+        const uint32_t to = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + TileDs::offset(tile_key() + lane % 16, lane / 16);
+#pragma unroll
+        for (int step = 0; step < Traits::kKSteps; ++step) stmatrix_x4(TileDs::advance(to, 2 * step), ds[step]);
+        fence_proxy_async();
+    }
+
+    // Writes this warp's keys of dk, or of dv.
+    __device__ __forceinline__ void write(void* to, const SumTile& x) const {
+        const BwdBlock& block = control.block;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int key = block.cols.begin + tile_key() + fragment_row(lane, half);
+            T* row = row_of<T>(to, params.bwd.dk_strides, block.sequence.batch, block.sequence.first_k + key, block.head_k);
+            store_row(row, x.x[0], half, params.bwd.shape.head_dim, key < block.cols.end, lane);
+        }
+    }
+};
+
+}  // namespace fa2::sm90
