@@ -202,7 +202,7 @@ impl<'a> Call<'a> {
             false => (self.lse.clone(), self.statistics()?),
         };
         let plan = self.plan.backward.as_ref().context("a case with a backward has its plan")?;
-        let dq_accum = Tensor::zeros(plan.dq_accum.len(), DType::F32, q.device())?;
+        let dq_accum = Tensor::zeros(plan.dq_accum.elements(), DType::F32, q.device())?;
         let grads = [poisoned_like(q)?, poisoned_like(k)?, poisoned_like(v)?];
         let strides: Strides = self.problem.contiguous_q().into();
         let softmax_scale = self.problem.softmax_scale as f32;
