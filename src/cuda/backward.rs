@@ -139,7 +139,7 @@ fn queue<T: Element>(
     let upstream = Upstream::new::<T>(problem, output, tensors.result, tensors.grad)?;
     let mut memory = Memory {
         delta: uninit(device, rows)?,
-        dq_accum: zeros(device, plan.dq_accum.len())?,
+        dq_accum: zeros(device, plan.dq_accum.elements())?,
         // One semaphore for each tile, and a counter of started blocks.
         semaphores: problem.deterministic.then(|| zeros(device, plan.dq_tiles.count + 1)).transpose()?,
     };

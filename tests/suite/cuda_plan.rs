@@ -144,7 +144,7 @@ fn rows_of_dq_do_not_overlap() -> Result<()> {
             }
             assert_eq!((blocks.batch, blocks.count), (0, 2 * blocks.head));
         }
-        assert_eq!(dq_accum.len(), dq_accum.groups.count * 8 * kernel.head_dim);
+        assert_eq!(dq_accum.elements(), dq_accum.groups.count * 8 * kernel.head_dim);
     }
     let q = zeros(&[3, 1000, 12, 72], DType::BF16)?;
     let plan = plan(&testing::problem(&Attention::new(), &q, &q, &q)?, &H100)?;
@@ -165,7 +165,7 @@ fn short_sequences_need_little_memory() -> Result<()> {
     let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
     for caps in [A100, H100, B200, RTX_3090] {
         let plan = plan(&problem, &caps)?;
-        let bytes = backward_plan(&plan).dq_accum.len() * size_of::<f32>();
+        let bytes = backward_plan(&plan).dq_accum.elements() * size_of::<f32>();
         assert_eq!(bytes, 4 * q.elem_count() * DType::BF16.size_in_bytes());
     }
     Ok(())

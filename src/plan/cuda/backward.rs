@@ -83,7 +83,7 @@ impl DqAccum {
     }
 
     /// Number of elements.
-    pub fn len(&self) -> usize {
+    pub fn elements(&self) -> usize {
         self.groups.count * Self::GROUP_ROWS * self.head_dim
     }
 

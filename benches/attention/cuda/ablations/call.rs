@@ -111,7 +111,7 @@ impl<'a> Call<'a> {
     ///
     /// # Errors
     /// If a row is off by more than rounding explains.
-    pub fn check(&self, kernel: &Kernel, work: &Work, images: &Images) -> Result<f64> {
+    pub fn check(&self, kernel: &Kernel, work: &Work) -> Result<f64> {
         match &work.outputs {
             Outputs::Forward { o, lse } => {
                 let lse = if kernel.max_and_sum() { (&work.max + work.sum.log()?)? } else { lse.clone() };
@@ -194,7 +194,7 @@ impl<'a> Call<'a> {
     }
 
     fn backward(&self, kernel: &Kernel, images: &Images) -> Result<Work> {
-        let (case, Inputs { q, k, v, do_ }) = (self.case, self.inputs);
+        let Inputs { q, k, v, do_ } = self.inputs;
         let delta = self.delta.as_ref().context("a case with a backward has a delta")?;
         // The maximum takes the place of lse.
         let (max, sum) = match kernel.max_and_sum() {
@@ -202,7 +202,7 @@ impl<'a> Call<'a> {
             false => (self.lse.clone(), self.statistics()?),
         };
         let plan = self.plan.backward.as_ref().context("a case with a backward has its plan")?;
-        let dq_accum = Tensor::zeros(plan.dq_accum.len(), DType::F32, q.device())?;
+        let dq_accum = Tensor::zeros(plan.dq_accum.elements(), DType::F32, q.device())?;
         let grads = [poisoned_like(q)?, poisoned_like(k)?, poisoned_like(v)?];
         let strides: Strides = self.problem.contiguous_q().into();
         let softmax_scale = self.problem.softmax_scale as f32;

@@ -196,7 +196,7 @@ impl Bench<'_> {
     fn run(&mut self, call: &Call, kernel: &Kernel) -> Result<(f64, Option<Cost>)> {
         let work = call.work(kernel, &self.images)?;
         call.launch(kernel, &work)?;
-        let error = call.check(kernel, &work, &self.images)?;
+        let error = call.check(kernel, &work)?;
         let timed = || self.gpu.time(self.options.cuda.rep_ms, || call.launch(kernel, &work));
         Ok((error, self.options.bench.then(timed).transpose()?))
     }
