@@ -67,7 +67,11 @@ __device__ __forceinline__ void consume(const Sm90BwdParams& params, BwdControl<
                                         int warp, int lane) {
     const uint32_t shared = shared_address(bytes);
     if constexpr (Traits::kCluster == 1) {
-        BwdConsumer<Traits>{{params, control, bytes, shared, warpgroup, warp, lane}}.run();
+        if (Traits::dq_cols(0) == Traits::dq_cols(1) || warpgroup == 0) {
+            BwdConsumer<Traits, Traits::dq_cols(0)>{{params, control, bytes, shared, warpgroup, warp, lane}}.run();
+        } else {
+            BwdConsumer<Traits, Traits::dq_cols(1)>{{params, control, bytes, shared, 1, warp, lane}}.run();
+        }
     } else if (warpgroup == 0) {
         BwdClusterConsumer<Traits, 0, kOrdered>{{params, control, bytes, shared, 0, warp, lane}, rank}.run();
     } else {
@@ -109,7 +113,8 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
         if (warp == 0 && lane == 0) producer.load_tiles();
         if (warp == 1) producer.load_lse_and_delta();
         if constexpr (Traits::kCluster == 1) {
-            if (warp >= 2) producer.add_dq(warp - 2);
+            if (warp == 2) producer.template add_dq<0>();
+            if (warp == 3) producer.template add_dq<1>();
         }
     } else {
         take_registers<Traits::kConsumerRegisters>();

@@ -25,13 +25,14 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     // A consumer's first key in the tile.
     __device__ __forceinline__ static int first_key(int warpgroup) { return warpgroup * kWarpgroupRows; }
 
-    // dq of a tile of queries: the consumers split its rows if each gets 64, otherwise its columns.
+    // dq of a tile of queries: the consumers split its rows if each gets 64, otherwise the panels of its columns.
     static constexpr bool kDqSplitsRows = kBlockM == kWarpgroupRows * kConsumers;
-    static constexpr int kDqCols = kDqSplitsRows ? kHeadDim : kHeadDim / kConsumers;
-    static constexpr int kDqDTiles = kDqCols / 8;  // n8 tiles
-    static constexpr int kDqGroupBytes = kDqGroupRows * kDqCols * int(sizeof(float));  // a consumer's part of a row group
+    static constexpr int kFirstDqCols = (kHeadDim / Base::kPanel + 1) / kConsumers * Base::kPanel;
+    __device__ __forceinline__ static constexpr int dq_cols(int warpgroup) {
+        return kDqSplitsRows ? kHeadDim : warpgroup == 0 ? kFirstDqCols : kHeadDim - kFirstDqCols;
+    }
     __device__ __forceinline__ static int dq_row(int warpgroup) { return kDqSplitsRows ? warpgroup * kWarpgroupRows : 0; }
-    __device__ __forceinline__ static int dq_col(int warpgroup) { return kDqSplitsRows ? 0 : warpgroup * kDqCols; }
+    __device__ __forceinline__ static int dq_col(int warpgroup) { return kDqSplitsRows ? 0 : warpgroup * kFirstDqCols; }
 
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = sV + TileK::kBytes, sDo = sQ + kQStages * TileQ::kBytes;
@@ -47,12 +48,12 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     static constexpr bool kReadsEarly = kBlockM <= kWarpgroupRows;
 
     static_assert(Base::kBlockN == kConsumers * kWarpgroupRows, "a consumer owns 64 keys");
-    static_assert(kDqSplitsRows || (kBlockM == kWarpgroupRows && kDqCols % TileK::kPanel == 0),
-                  "a consumer computes 64 rows of dq, and whole panels of its columns");
+    static_assert(kDqSplitsRows || kBlockM == kWarpgroupRows, "a consumer computes 64 rows of dq");
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
 };
 
-template <typename Traits>
+// kDqCols: Traits::dq_cols() of this warpgroup.
+template <typename Traits, int kDqCols>
 struct BwdConsumer : BwdWarpgroup<Traits> {
     using Base = BwdWarpgroup<Traits>;
     using typename Base::RowValues;
@@ -72,7 +73,7 @@ struct BwdConsumer : BwdWarpgroup<Traits> {
     typename Base::SumTile dk, dv;
     typename Base::ScoreTile s, dp;
     typename Base::RoundedTile p, ds;
-    Accumulator<1, Traits::kDqDTiles> dq;
+    Accumulator<1, kDqCols / 8> dq;
 
     // Starts this warpgroup's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step no such dS `exists`:
     // it multiplies old data, and nothing uses the result. With a branch around the wgmmas, ptxas would run them one by one.

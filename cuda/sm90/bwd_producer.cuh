@@ -101,27 +101,29 @@ struct BwdProducer {
     }
 
     // Adds the dq of a consumer, which has written it to shared memory, to dq_accum in every step. One warp; a lane copies a row group.
-    __device__ __forceinline__ void add_dq(int consumer) const {
+    template <int kConsumer>
+    __device__ __forceinline__ void add_dq() const {
         constexpr int kThreads = Traits::kWarpgroupThreads + kWarpSize;
         const BwdParams& bwd = params.bwd;
         const BwdBlock& block = control.block;
         const Sequence& sequence = block.sequence;
-        const int row = Traits::dq_row(consumer) + lane * kDqGroupRows;
-        const int offset = row * Traits::kHeadDim + Traits::dq_col(consumer) * kDqGroupRows;
+        const int row = Traits::dq_row(kConsumer) + lane * kDqGroupRows;
+        const int offset = row * Traits::kHeadDim + Traits::dq_col(kConsumer) * kDqGroupRows;
+        constexpr int kGroupBytes = kDqGroupRows * Traits::dq_cols(kConsumer) * int(sizeof(float));
         QueryTile tile = first_tile(block);
         for (int step = 0; step < block.steps(); ++step) {
             const int first_row = tile.m_block * Traits::kBlockM;
             const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
-            if (step == 0) bar_arrive<kThreads>(kDqRead + consumer);
+            if (step == 0) bar_arrive<kThreads>(kDqRead + kConsumer);
             if (bwd.semaphores != nullptr) wait_for_blocks_before(tile);
-            bar_sync<kThreads>(kDqWritten + consumer);
+            bar_sync<kThreads>(kDqWritten + kConsumer);
             if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
                 float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
-                bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), Traits::kDqGroupBytes);
+                bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), kGroupBytes);
             }
             bulk_wait_read();
             __syncwarp();
-            if (step + 1 < block.steps()) bar_arrive<kThreads>(kDqRead + consumer);
+            if (step + 1 < block.steps()) bar_arrive<kThreads>(kDqRead + kConsumer);
             if (bwd.semaphores != nullptr) {
                 bulk_wait();
                 __syncwarp();

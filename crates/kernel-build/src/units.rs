@@ -192,7 +192,7 @@ mod tests {
 
     fn structs() -> Structs {
         let fields = "float* lse;  // as given\n";
-        let names = ["FwdParams", "Sm90FwdParams", "BwdParams", "ConvertParams", "DeltaParams"];
+        let names = ["FwdParams", "Sm90FwdParams", "BwdParams", "Sm90BwdParams", "ConvertParams", "DeltaParams"];
         let text: String = names.iter().map(|name| format!("struct {name} {{\n{fields}}};\n")).collect();
         Structs::parse(&format!("namespace fa2 {{\n{text}}}\n"), "params.h").expect("the text is right")
     }
@@ -252,13 +252,24 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
     }
 
     #[test]
+    fn a_cluster_is_in_the_source_and_in_the_table() {
+        let clustered = unit("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 2, 1)");
+        assert!(clustered
+            .source(&structs())
+            .contains("extern \"C\" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, "));
+        assert!(rust_table(&[clustered]).contains("warps: 12, cluster: 2, "));
+        let alone = unit("KERNEL(bwd, sm90, 128, 64, 128, 12, 1, 2, 2)");
+        assert!(!alone.source(&structs()).contains("__cluster_dims__"));
+    }
+
+    #[test]
     fn rust_rows_have_what_a_launch_needs() {
         let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 1)")];
         let table = rust_table(&units);
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
-                   dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, score_mod: false, \
-                   params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
+                   dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, cluster: 1, \
+                   score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),

@@ -31,7 +31,8 @@ impl BackwardPlan {
             Launch::by_tile(kernel, (blocks as u32, heads as u32, problem.batch() as u32))
         };
         // One block processes all query heads of its key head, so that dk and dv are written once.
-        let backward = launch(kernel, seqlen_k.div_ceil(kernel.block_n).next_multiple_of(kernel.cluster), problem.num_heads_k);
+        let backward =
+            launch(kernel, seqlen_k.div_ceil(kernel.block_n).next_multiple_of(kernel.cluster), problem.num_heads_k);
         if problem.deterministic {
             check_semaphore(&backward)?;
         }
