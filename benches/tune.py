@@ -102,6 +102,7 @@ class Kernel:
         self.threads, self.shared_bytes = row["threads"], row["shared_bytes"]
         self.element_bytes = row["element_bytes"]
         self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
+        self.cluster = row.get("cluster", 1)
 
 
 class Line:
@@ -209,7 +210,7 @@ class Driver:
     def tensor_map(self, kernel, tensor, box_rows):
         """The tensor map of (head_dim, rows, heads, batch), encoded as in src/cuda/tensor_map.rs."""
         bfloat16, no_interleave, promotion_256b, fill_zeros = 9, 0, 3, 0  # values of the enums CUtensorMap..
-        columns, swizzle = (64, 3) if kernel.head_dim % 64 == 0 else (32, 2)  # SWIZZLE_128B, SWIZZLE_64B
+        columns, swizzle = (64, 3) if kernel.head_dim // kernel.cluster % 64 == 0 else (32, 2)  # SWIZZLE_128B, SWIZZLE_64B
         batch, rows, heads, head_dim = tensor.shape
         strides = [tensor.stride(axis) * kernel.element_bytes for axis in (1, 2, 0)]
         # cuTensorMapEncodeTiled requires the address of the map to be a multiple of 64.
@@ -376,7 +377,8 @@ class Call:
                 "do_": self.driver.tensor_map(kernel, self.do, kernel.block_m),
                 "bwd": values,
             }
-        run_main = self.launch(line, kernel, (ceil_div(self.seqlen_k, kernel.block_n), self.num_heads_k, self.batch), values)
+        n_blocks = ceil_div(self.seqlen_k, kernel.cluster * kernel.block_n) * kernel.cluster
+        run_main = self.launch(line, kernel, (n_blocks, self.num_heads_k, self.batch), values)
         run_convert = self.launch(
             convert,
             convert.main,

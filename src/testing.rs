@@ -9,8 +9,7 @@ pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 use crate::output::{o_and_lse, Output};
 pub use crate::plan::{
-    cost, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Launch, Plan, Reason, Rejection, RowBlocks, Schedule,
-    Tile,
+    BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Launch, Plan, Reason, Rejection, RowBlocks, Schedule, Tile,
 };
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::{Attention, CuSeqlens, Mask, Result};

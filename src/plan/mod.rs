@@ -10,7 +10,7 @@ pub use self::caps::{CudaCaps, DeviceCaps};
 pub use self::cpu::CpuPlan;
 #[cfg(feature = "cuda")]
 pub(crate) use self::cuda::{aligned, axes, in_reach, MAX_SEQLEN};
-pub use self::cuda::{cost, BackwardPlan, CudaPlan, DqAccum, Launch, Reason, Rejection, RowBlocks, Schedule};
+pub use self::cuda::{BackwardPlan, CudaPlan, DqAccum, Launch, Reason, Rejection, RowBlocks, Schedule};
 pub use self::tile::Tile;
 use crate::error::{Error, Result};
 use crate::instances::{Kernel, Pass};

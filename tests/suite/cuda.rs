@@ -77,14 +77,16 @@ impl Tiled {
 
     /// Cases around the edges of the kernel's tiles:
     ///
-    /// - lengths one row or column before, at, and after an edge, with every kind of mask;
+    /// - lengths one row or column before, at, and after an edge (of a cluster too), with every kind of mask;
     /// - several tiles of queries and keys, with windows that skip whole tiles;
     /// - packed sequences that end inside tiles and at their edges, and empty ones.
     fn around_tiles(&self) -> Vec<Case> {
-        let Kernel { block_m, block_n, .. } = *self.kernel;
+        let Kernel { block_m, block_n, cluster, .. } = *self.kernel;
         let mut cases = Vec::new();
+        let mut edges = vec![block_n, cluster * block_n];
+        edges.dedup();
         for seqlen_q in [block_m - 1, block_m, block_m + 1] {
-            for seqlen_k in [block_n - 1, block_n, block_n + 1] {
+            for seqlen_k in edges.iter().flat_map(|edge| [edge - 1, *edge, edge + 1]) {
                 for mask in [Mask::None, Mask::Causal, window(block_n / 2, 9)] {
                     cases.push(self.case(cases.len()).batch(1, seqlen_q, seqlen_k).mask(mask));
                 }

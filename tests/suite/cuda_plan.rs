@@ -50,7 +50,7 @@ fn backward(plan: &CudaPlan) -> Launch {
 }
 
 /// For every head_dim that the README promises, in both types, with and without a score_mod, each pass has the kernel of the
-/// lowest cost.
+/// smallest sufficient head_dim.
 #[test]
 fn every_head_dim_has_kernels() -> Result<()> {
     for (caps, shared_limit) in [(A100, 163 * 1024), (H100, 227 * 1024), (B200, 227 * 1024), (RTX_3090, 99 * 1024)] {
@@ -64,16 +64,8 @@ fn every_head_dim_has_kernels() -> Result<()> {
                         assert_eq!((kernel.pass, kernel.dtype), (pass, dtype), "{context}");
                         assert!(kernel.shared_bytes <= shared_limit, "{context}");
                         if matches!(pass, Pass::Forward | Pass::Backward) {
-                            let DeviceCaps::Cuda(gpu) = &caps else { unreachable!() };
-                            let runs = |k: &&Kernel| k.head_dim >= head_dim && k.arch.runs_on(gpu.compute_cap);
-                            let sufficient = KERNELS.iter().filter(|k| k.pass == pass).filter(runs);
-                            let least = sufficient.map(testing::cost).min();
-                            assert_eq!(Some(testing::cost(kernel)), least, "{context}");
-                            // Only a backward on Hopper may have a larger head_dim than needed.
-                            let tight = KERNELS.iter().filter(|k| k.pass == pass && k.head_dim >= head_dim);
-                            let smallest = tight.map(|k| k.head_dim).min();
-                            let faster = (pass, kernel.arch) == (Pass::Backward, Arch::Sm90);
-                            assert!(Some(kernel.head_dim) == smallest || faster, "{context}");
+                            let sufficient = KERNELS.iter().filter(|k| k.pass == pass && k.head_dim >= head_dim);
+                            assert_eq!(Some(kernel.head_dim), sufficient.map(|k| k.head_dim).min(), "{context}");
                         }
                     }
                 }
@@ -216,10 +208,10 @@ fn long_problem(attention: &Attention, q: [usize; 4], k: [usize; 4]) -> Result<P
     Ok(testing::problem(attention, &q, &k, &k)?)
 }
 
-/// Architecture and head_dim of the kernel with the lowest cost; for equal costs, of the newest architecture.
-fn cheapest(pass: Pass, head_dim: usize) -> (Arch, usize) {
+/// Architecture and head_dim of the kernel with the smallest sufficient head_dim, the newest of them.
+fn tightest(pass: Pass, head_dim: usize) -> (Arch, usize) {
     let sufficient = KERNELS.iter().filter(|kernel| kernel.pass == pass && kernel.head_dim >= head_dim);
-    let best = sufficient.min_by_key(|kernel| (testing::cost(kernel), Reverse(kernel.arch)));
+    let best = sufficient.min_by_key(|kernel| (kernel.head_dim, Reverse(kernel.arch)));
     best.map(|kernel| (kernel.arch, kernel.head_dim)).expect("the table has a kernel for head_dim 256")
 }
 
@@ -232,17 +224,16 @@ fn plain_and_score_mod(seqlen: usize, head_dim: usize) -> Result<[Problem; 2]> {
     Ok([of(Attention::new())?, of(Attention::new().softcap(20.0))?])
 }
 
-/// On Hopper each pass has the kernel with the lowest cost of the whole table. For some forwards that is an sm90 kernel.
+/// On Hopper each pass has the tightest kernel of the whole table. From head_dim 33 on that is an sm90 kernel.
 #[test]
-fn hopper_takes_the_cheapest_kernel() -> Result<()> {
-    let forwards = HEAD_DIMS.map(|head_dim| cheapest(Pass::Forward, head_dim).0);
-    assert_eq!(forwards.contains(&Arch::Sm90), has_hopper());
+fn hopper_takes_the_tightest_kernel() -> Result<()> {
     for head_dim in HEAD_DIMS {
         for problem in plain_and_score_mod(17, head_dim)? {
             let plan = plan(&problem, &H100)?;
             for pass in [Pass::Forward, Pass::Backward] {
                 let kernel = launch(&plan, pass).kernel;
-                assert_eq!((kernel.arch, kernel.head_dim), cheapest(pass, head_dim), "{pass:?} of head_dim {head_dim}");
+                assert_eq!((kernel.arch, kernel.head_dim), tightest(pass, head_dim), "{pass:?} of head_dim {head_dim}");
+                assert_eq!(kernel.arch == Arch::Sm90, has_hopper() && head_dim > 32, "{pass:?} of head_dim {head_dim}");
             }
         }
     }
@@ -274,17 +265,6 @@ fn other_gpus_take_sm80_kernels() -> Result<()> {
                 assert_eq!(backward(&plan).kernel.arch, Arch::Sm80, "{caps:?}");
             }
         }
-    }
-    Ok(())
-}
-
-/// The backward of sm90 is faster than that of sm80 even if it pads 96 to 128, but not if it pads 32 to 64.
-#[test]
-fn a_faster_backward_may_pad_more() -> Result<()> {
-    for (head_dim, on_hopper) in [(32, (Arch::Sm80, 32)), (72, (Arch::Sm90, 128)), (96, (Arch::Sm90, 128))] {
-        let kernel = backward(&plan(&problem(&Attention::new(), head_dim, DType::BF16)?, &H100)?).kernel;
-        let want = if has_hopper() { on_hopper } else { (Arch::Sm80, if head_dim == 32 { 32 } else { 96 }) };
-        assert_eq!((kernel.arch, kernel.head_dim), want, "head_dim {head_dim}");
     }
     Ok(())
 }

@@ -18,11 +18,6 @@ fn spec(arch: Arch) -> &'static dyn Spec {
     }
 }
 
-/// The time of `kernel` relative to others of its pass, if its tiles are full. It includes the padding of head_dim.
-pub fn cost(kernel: &Kernel) -> usize {
-    spec(kernel.arch).cost(kernel)
-}
-
 /// A kernel for the pass that was not chosen.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Rejection {
@@ -53,11 +48,10 @@ pub(super) struct Choice {
 
 /// Chooses among the kernels of `pass` that `allow` accepts and that can compute `problem` on this GPU.
 ///
-/// The lowest cost comes first: the smallest sufficient head_dim, except where a larger one of another architecture was measured to be
-/// faster. Among these, a kernel that suits the call comes first, then the kernel for the newest GPUs, then the first in
-/// cuda/instances.def.
+/// The smallest sufficient head_dim comes first. Among these, a kernel that suits the call comes first, then the kernel for the newest GPUs,
+/// then the first in cuda/instances.def.
 ///
-/// So a forward on Hopper uses a kernel of sm80 if sm90 has only larger head_dims. Nobody has measured whether those are faster there.
+/// So Hopper uses a kernel of sm80 if sm90 has only larger head_dims. Nobody has measured whether those are faster there.
 pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
     let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
@@ -74,7 +68,7 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
     }
     let suits = |kernel: &Kernel| spec(kernel.arch).unsuited(problem, kernel).is_none();
     // For equal keys, min_by_key returns the first kernel.
-    let best = |kernel: &&'static Kernel| (cost(kernel), Reverse((suits(kernel), kernel.arch)));
+    let best = |kernel: &&'static Kernel| (kernel.head_dim, Reverse((suits(kernel), kernel.arch)));
     let chosen = possible.iter().copied().min_by_key(best);
     if let Some(chosen) = chosen {
         let others = possible.into_iter().filter(|kernel| kernel.name != chosen.name);

@@ -13,7 +13,7 @@ mod sm90;
 mod spec;
 
 pub use self::backward::{BackwardPlan, DqAccum, RowBlocks};
-pub use self::choice::{cost, Rejection};
+pub use self::choice::Rejection;
 pub use self::launch::Launch;
 #[cfg(feature = "cuda")]
 pub(crate) use self::limits::{aligned, axes, in_reach, MAX_SEQLEN};

@@ -2,7 +2,7 @@
 
 use super::limits::axes;
 use super::schedule::Schedule;
-use super::spec::{Reason, Spec, SAME_COST};
+use super::spec::{Reason, Spec};
 use crate::instances::{Kernel, Pass};
 use crate::problem::Problem;
 
@@ -23,13 +23,6 @@ impl Spec for Sm90 {
         }
         let longest = longest_stride(problem);
         (longest > MAX_STRIDE).then_some(Reason::Stride { got: longest, max: MAX_STRIDE })
-    }
-
-    /// A backward takes 0.53 to 0.62 of the time of the sm80 backward of its head_dim (H200, 4k tokens, bf16). So it is faster even with
-    /// head_dim padded from 96 to 128, but not from 32 to 64.
-    fn cost(&self, kernel: &Kernel) -> usize {
-        const COST: usize = 5;
-        kernel.head_dim * if kernel.pass == Pass::Backward { COST } else { SAME_COST }
     }
 
     fn unsuited(&self, problem: &Problem, kernel: &Kernel) -> Option<Reason> {

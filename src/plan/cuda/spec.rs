@@ -3,19 +3,11 @@
 use crate::instances::{Arch, Kernel};
 use crate::problem::Problem;
 
-/// The cost of one column of head_dim, except where an architecture has its own.
-pub(super) const SAME_COST: usize = 8;
-
 /// The limits and preferences of the kernels of one architecture. Each architecture implements it once.
 pub(super) trait Spec {
     /// Why `kernel` cannot compute `problem` on any GPU, although the problem is within the limits of all CUDA kernels.
     fn refuses(&self, _problem: &Problem, _kernel: &Kernel) -> Option<Reason> {
         None
-    }
-
-    /// The time of a kernel relative to others of its pass, if its tiles are full. It includes the padding of head_dim.
-    fn cost(&self, kernel: &Kernel) -> usize {
-        kernel.head_dim * SAME_COST
     }
 
     /// Why kernels of another architecture come first.
