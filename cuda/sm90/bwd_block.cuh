@@ -59,8 +59,8 @@ struct BwdShape : Warpgroups<2, 24> {
 template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kCluster, int kQStages, int kDoStages, typename ScoreMod>
 struct BwdTraits;
 
-// Named barriers of both backwards. A consumer adds its number, except to kTailsCleared.
-enum BwdBarrier { kTailsCleared = kFirstNamedBarrier, kDqWritten, kDqRead = kDqWritten + 2, kOneWarpgroup = kDqRead + 2 };
+// Named barriers of both backwards, one for each of two consumers: add the consumer's number.
+enum BwdBarrier { kTailsCleared = kFirstNamedBarrier, kDqWritten = kTailsCleared + 2, kDqRead = kDqWritten + 2, kOneWarpgroup = kDqRead + 2 };
 
 // The work of a block: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.
 struct BwdBlock {

@@ -99,9 +99,12 @@ struct BwdWarpgroup {
             *reinterpret_cast<uint4*>(bytes + tile + Tile::offset(i / Tile::kChunksPerRow, i % Tile::kChunksPerRow)) = uint4{};
     }
 
+    // Waits until the other consumer has cleared its part too. Each consumer waits at a barrier of its own, because the consumers may be in
+    // different code: synccheck wants all waits at a barrier in one place.
     __device__ __forceinline__ void tails_cleared() const {
         fence_proxy_async();
-        bar_sync<Traits::kConsumerThreads>(kTailsCleared);
+        bar_arrive<Traits::kConsumerThreads>(kTailsCleared + (warpgroup ^ 1));
+        bar_sync<Traits::kConsumerThreads>(kTailsCleared + warpgroup);
     }
 
     // Waits for q and lse of this step, and clears the tails of q and do.
