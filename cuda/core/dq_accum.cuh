@@ -113,8 +113,9 @@ struct DqSemaphores {
         return number;
     }
 
-    // The work of block `number`. Blocks of short sequences take turns with those of other heads, so that a block starts some time after the
-    // one for which it waits. If a call needs several launches, the count goes on, and `first_batch` is the sequence where this launch starts.
+    // The work of block `number`. Blocks of short sequences take turns with those of other heads, so that a block starts some time after
+    // the one for which it waits. If a call needs several launches, the count goes on, and `first_batch` is the sequence where this
+    // launch starts.
     __device__ __forceinline__ static BlockIndex block_index(uint32_t number, uint32_t n_blocks, uint32_t first_batch) {
         constexpr uint32_t kBlocksTogether = 128;  // about one for each multiprocessor
         const uint32_t heads = gridDim.y * gridDim.z, section_heads = max(kBlocksTogether / n_blocks, 1u);

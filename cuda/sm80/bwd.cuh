@@ -391,7 +391,8 @@ template <typename Traits>
 __device__ __noinline__ void ordered_backward(const BwdParams& params) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     const DqSemaphores semaphores{params.semaphores};
-    backward_block<Traits, true>(params, bytes, DqSemaphores::block_index(semaphores.count_blocks(params.dq_tiles.count, bytes), gridDim.x, params.shape.first_batch));
+    const uint32_t number = semaphores.count_blocks(params.dq_tiles.count, bytes);
+    backward_block<Traits, true>(params, bytes, DqSemaphores::block_index(number, gridDim.x, params.shape.first_batch));
 }
 
 template <typename Traits>

@@ -60,7 +60,12 @@ template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kC
 struct BwdTraits;
 
 // Named barriers of both backwards, one for each of two consumers: add the consumer's number.
-enum BwdBarrier { kTailsCleared = kFirstNamedBarrier, kDqWritten = kTailsCleared + 2, kDqRead = kDqWritten + 2, kOneWarpgroup = kDqRead + 2 };
+enum BwdBarrier {
+    kTailsCleared = kFirstNamedBarrier,
+    kDqWritten = kTailsCleared + 2,
+    kDqRead = kDqWritten + 2,
+    kOneWarpgroup = kDqRead + 2,
+};
 
 // The work of a block: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.
 struct BwdBlock {

@@ -1,8 +1,8 @@
 // A consumer warpgroup of the backward for head_dim above 128, where dk and dv of 64 keys fill the registers of two warpgroups.
 //
-// Work       a cluster of two thread blocks has 128 keys, each block 64. Warpgroup 0 computes P^T and dv, warpgroup 1 dS^T and dk. P goes from
-//            one to the other in shared memory, in f32. Each block sends its dS to the other one, and computes half of the columns of dq
-//            for all 128 keys. So the cluster adds to dq_accum once, not twice.
+// Work       a cluster of two thread blocks has 128 keys, each block 64. Warpgroup 0 computes P^T and dv, warpgroup 1 dS^T and dk. P goes
+//            from one to the other in shared memory, in f32. Each block sends its dS to the other one, and computes half of the columns
+//            of dq for all 128 keys. So the cluster adds to dq_accum once, not twice.
 // Pipeline   dq one step late, as in bwd_consumer.cuh. Warpgroup 0 is up to a step ahead of warpgroup 1.
 #pragma once
 
@@ -111,7 +111,8 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
         const int64_t index = first_row_block(bwd.dq_tiles, Traits::kBlockM, bwd.shape, sequence, before.head) + before.m_block;
         if constexpr (kOrdered) {
             const Range rows = tile_range(first_row, Traits::kBlockM, sequence.seqlen_q);
-            const int clusters = DqSemaphores::blocks_before(Visibility(bwd.shape, sequence), rows, control.block.n_block, Traits::kClusterKeys);
+            const Visibility sees(bwd.shape, sequence);
+            const int clusters = DqSemaphores::blocks_before(sees, rows, control.block.n_block, Traits::kClusterKeys);
             if (warp == 0 && lane == 0) semaphores.poll(index, Traits::kDqParts * clusters);
             bar_sync<Traits::kWarpgroupThreads>(kOneWarpgroup + kWarpgroup);
         }

@@ -74,8 +74,8 @@ struct BwdProducer {
         if (lane == 0) mbarrier_arrive(shared_address(&full[ring.stage()]));
     }
 
-    // lse and delta of every step. One warp, which reads them before their stage is free. lse is in the log2 domain. Queries past the end get
-    // lse = inf, so that P = exp(score - lse) is 0.
+    // lse and delta of every step. One warp, which reads them before their stage is free. lse is in the log2 domain. Queries past the end
+    // get lse = inf, so that P = exp(score - lse) is 0.
     __device__ __forceinline__ void load_lse_and_delta() const {
         const BwdBlock& block = control.block;
         Ring<Traits::kQStages> q_ring;

@@ -90,8 +90,8 @@ struct BwdWarpgroup {
         mbarrier_wait(shared_address(&control.do_full[do_ring.stage()]), do_ring.parity());
     }
 
-    // Clears the rows of a tile from `rows` on. They lie after the sequence, and TMA has filled them with rows of the next one: 0 times their
-    // NaN would be NaN. All consumers share the work.
+    // Clears the rows of a tile from `rows` on. They lie after the sequence, and TMA has filled them with rows of the next one: 0 times
+    // their NaN would be NaN. All consumers share the work.
     template <typename Tile>
     __device__ __forceinline__ void clear_tail(uint32_t tile, int rows) const {
         const int thread = (warpgroup * Traits::kWarpgroupWarps + warp) * kWarpSize + lane;
@@ -126,7 +126,7 @@ struct BwdWarpgroup {
         ds_ring.advance();
     }
 
-    // Starts S^T = k q^T, or dP^T = v do^T, of 64 keys from `first_key` on and a tile of queries.
+    // Starts S^T = k q^T, or dP^T = v do^T, of this warpgroup's keys and a tile of queries.
     __device__ __forceinline__ void start_product(ScoreTile& d, uint32_t keys, uint32_t queries) const {
         const Operand<TileK, Order::kContiguousK> a(operand(keys), Traits::first_key(warpgroup));
         const Operand<TileQ, Order::kContiguousK> b(operand(queries));
