@@ -1,13 +1,10 @@
-//! Compares the papers' claims with the newest record of a GPU.
+//! Compares the papers' claims with the newest record of each GPU.
 
 use super::records::Machine;
 use anyhow::{Context, Result};
 use figures::record::Call;
 use figures::{data_sheet, geometric_mean, ratios, ABLATION, BY_HEADS, FULL_GPU, HEADS_ONLY, HEAD_DIMS};
 use figures::{PAPER_BACKWARD_SHARE, PAPER_FORWARD_SHARE, SEQLENS};
-
-/// The GPU of the record whose rates are claimed.
-const GPU: &str = "NVIDIA H100 80GB HBM3";
 
 struct Claim {
     paper: &'static str,
@@ -32,7 +29,8 @@ pub fn table(gpu: &Machine) -> Result<String> {
         }));
     }
     claims.extend(standard(gpu));
-    let peak = data_sheet::tflops(GPU).with_context(|| format!("crates/figures has no data sheet of {GPU}"))?;
+    let name = format!("NVIDIA {}", gpu.name);
+    let peak = data_sheet::tflops(&name).with_context(|| format!("crates/figures has no data sheet of {name}"))?;
     claims.extend(rates(gpu, peak));
     claims.extend(causal(gpu));
     claims.extend(heads(gpu));

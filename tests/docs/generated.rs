@@ -10,7 +10,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 type Table = fn(&Records) -> Result<String>;
 
 /// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
-const TABLES: [(&str, &str, Table); 23] = [
+const TABLES: [(&str, &str, Table); 24] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
     ("README.md", "gpu-plot", |records| {
@@ -26,6 +26,7 @@ const TABLES: [(&str, &str, Table); 23] = [
     ("docs/benchmarks.md", "summary", |records| tables::summary(&records.h100)),
     ("docs/benchmarks.md", "speed", |records| tables::peers(&records.h100)),
     ("docs/benchmarks.md", "claims", |records| claims::table(&records.h100)),
+    ("docs/benchmarks.md", "claims-hopper", |records| claims::table(&records.h200)),
     ("docs/benchmarks.md", "standard", |records| tables::standard(&records.h100)),
     ("docs/benchmarks.md", "memory", |records| tables::memory(&records.h100)),
     ("docs/benchmarks.md", "ablations", |records| tables::ablations(&records.h100)),
