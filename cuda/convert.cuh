@@ -1,6 +1,6 @@
 // dq = softmax_scale * dq_accum, rounded, in the order of q.
 //
-// Grid       (any, num_heads, batch); a warp takes 32 columns of a row group.
+// Grid       (a warp for each row group and 32 columns, num_heads, batch). Warps past the end do nothing.
 // Work       8 elements per thread: it reads 32 bytes and writes 16. Four neighbouring lanes have the same row.
 #pragma once
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     if (row >= sequence.seqlen_q || col >= shape.head_dim) return;
     const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, shape, sequence, head);
     float x[8];
-    load_dq_block(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + col) * kDqGroupRows, lane / 4);
+    load_dq_cell(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + col) * kDqGroupRows, lane / 4);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] *= params.softmax_scale;
     T* to = row_of<T>(params.dq, params.dq_strides, sequence.batch, sequence.first_q + row, head);

@@ -100,7 +100,7 @@ struct BwdParams {
     const void* do_;     // as q
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
-    float* dq_accum;     // row groups of 8 x kHeadDim (core/dq_accum.cuh), zeros at the start
+    float* dq_accum;     // (dq_groups.count, 8, kHeadDim), zeros at the start; core/dq_accum.cuh has the layout
     uint32_t* semaphores;  // (dq_tiles.count + 1), zeros at the start: blocks add to each tile in a fixed order; or null: in any order
     void* dk;            // as k
     void* dv;            // as k
@@ -121,12 +121,12 @@ struct Sm90BwdParams {
     TensorMap k;    // boxes of block_n rows
     TensorMap v;    // as k
     TensorMap do_;  // as q
-    BwdParams bwd;
+    BwdParams bwd;  // the kernel does not read its q, k, v and do_, nor their strides
 };
 
 // dq = softmax_scale * dq_accum, rounded; runs after the main kernel.
 struct ConvertParams {
-    const float* dq_accum;
+    const float* dq_accum;  // as in BwdParams
     void* dq;  // as q
     Strides dq_strides;
     RowBlocks dq_groups;  // as in BwdParams

@@ -1,7 +1,7 @@
 // dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
 // The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has
-// kHeadDim / 8 blocks of 8 x 8. A warp adds to a whole block at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to
+// kHeadDim / 8 cells of 8 x 8. A warp adds to a whole cell at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to
 // 128 bytes: to the even columns and to the odd ones. The layout does not depend on tiles and warps, so all backwards share one conversion.
 #pragma once
 
@@ -14,34 +14,37 @@
 namespace fa2 {
 
 constexpr int kDqGroupRows = 8;
-constexpr int kDqBlockElements = kDqGroupRows * 8;
+constexpr int kDqCellElements = kDqGroupRows * 8;
 
-// Index of the first block of rows of one head of a sequence. The blocks have `rows` rows. Packed sequences start at a block of their own:
-// all blocks of a sequence lie before the first one of the next sequence.
+// Index of the first row block of one head of a sequence. Row blocks have `rows` rows: 8 for a row group, kBlockM for a tile of queries.
+// Packed sequences start at a row block of their own: all of a sequence lie before the first one of the next sequence.
 __device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int rows, const Shape& shape, const Sequence& sequence,
                                                    int head) {
     const int first = is_packed(shape) ? sequence.first_q / rows + sequence.batch : 0;
     return sequence.batch * blocks.batch + head * blocks.head + first;
 }
 
-// Adds row `half` of an accumulator to a block: lane l has row l / 4 and columns 2 (l % 4) and 2 (l % 4) + 1.
-__device__ __forceinline__ void add_to_dq_block(float* block, const float (&x)[4], int half, int lane) {
+// From 9.0 on a cell is row-major; before, its even columns come first. All kernels of a GPU are compiled for the same side of 9.0, so the
+// backward and the conversion agree.
+
+// Adds row `half` of an accumulator to a cell: lane l has row l / 4 and columns 2 (l % 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void add_to_dq_cell(float* cell, const float (&x)[4], int half, int lane) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(block + 2 * lane), "f"(x[2 * half]), "f"(x[2 * half + 1]) : "memory");
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(cell + 2 * lane), "f"(x[2 * half]), "f"(x[2 * half + 1]) : "memory");
 #else
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(block + lane), "f"(x[2 * half]) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(block + kWarpSize + lane), "f"(x[2 * half + 1]) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + lane), "f"(x[2 * half]) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + kWarpSize + lane), "f"(x[2 * half + 1]) : "memory");
 #endif
 }
 
-// Reads the eight columns of one row of a block.
-__device__ __forceinline__ void load_dq_block(float (&x)[8], const float* block, int row) {
+// Reads the eight columns of one row of a cell.
+__device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, int row) {
 #if __CUDA_ARCH__ >= 900
-    const float4* from = reinterpret_cast<const float4*>(block) + 2 * row;
+    const float4* from = reinterpret_cast<const float4*>(cell) + 2 * row;
     const float4 a = from[0], b = from[1];
     const float columns[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #else
-    const float4* from = reinterpret_cast<const float4*>(block) + row;
+    const float4* from = reinterpret_cast<const float4*>(cell) + row;
     const float4 even = from[0], odd = from[kWarpSize / 4];
     const float columns[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
 #endif
@@ -70,11 +73,12 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) add_to_dq_block(to[half] + j * kDqBlockElements, dq.x[i][j], half, lane);
+            for (int half = 0; half < 2; ++half) add_to_dq_cell(to[half] + j * kDqCellElements, dq.x[i][j], half, lane);
     }
 }
 
-// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups.
+// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups. Compute capability 9.0
+// only.
 template <int kHeadDim, int kNTiles>
 __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Accumulator<1, kNTiles>& dq, int lane) {
     float* to = tile + row * kHeadDim + col * kDqGroupRows + 2 * lane;
@@ -82,7 +86,7 @@ __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Ac
     for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<float2*>(to + half * kDqGroupRows * kHeadDim + j * kDqBlockElements) =
+            *reinterpret_cast<float2*>(to + half * kDqGroupRows * kHeadDim + j * kDqCellElements) =
                 make_float2(dq.x[0][j][2 * half], dq.x[0][j][2 * half + 1]);
 }
 
@@ -91,31 +95,44 @@ struct BlockIndex {
     int n_block, head_k, batch;
 };
 
+// Index of a tile of queries, for its semaphore.
+template <int kBlockM>
+__device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const Sequence& sequence, int head, int m_block) {
+    return first_row_block(params.dq_tiles, kBlockM, params.shape, sequence, head) + m_block;
+}
+
 // The order in which blocks add to the rows of a tile of queries: the block with the last keys first. The sums then have the same bits each
 // time.
 //
 // A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
 // first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first
-// tile either, because each starts on its own diagonal (kBlockM <= kBlockN).
+// tile either, because each starts on its own diagonal (a tile of queries is not longer than the keys of a block).
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile, then one that counts started blocks
 
     // One thread. The number of this block, or cluster, in the order in which they start.
-    __device__ __forceinline__ uint32_t count(int64_t tiles) const { return atomicAdd(counters + tiles, 1u); }
+    __device__ __forceinline__ uint32_t take_number(int64_t tiles) const { return atomicAdd(counters + tiles, 1u); }
 
     // The same for a block, with its number for each thread. All threads call it together, before anything else is in shared memory.
-    __device__ __forceinline__ uint32_t count_blocks(int64_t tiles, uint8_t* bytes) const {
-        volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(bytes);
-        if (threadIdx.x == 0) *to_all = count(tiles);
+    __device__ __forceinline__ uint32_t take_block_number(int64_t tiles, uint8_t* bytes) const {
+        if (threadIdx.x == 0) *word_for_all(bytes) = take_number(tiles);
         __syncthreads();
-        const uint32_t number = *to_all;
-        __syncthreads();  // every thread has read it, and shared memory is free again
+        return read_for_all(bytes);
+    }
+
+    // One thread writes the number to this word, and after a barrier all threads of the block read it. Then shared memory is free again.
+    __device__ __forceinline__ static volatile uint32_t* word_for_all(uint8_t* bytes) {
+        return reinterpret_cast<volatile uint32_t*>(bytes);
+    }
+    __device__ __forceinline__ static uint32_t read_for_all(uint8_t* bytes) {
+        const uint32_t number = *word_for_all(bytes);
+        __syncthreads();
         return number;
     }
 
-    // The work of block `number`. Blocks of short sequences take turns with those of other heads, so that a block starts some time after
-    // the one for which it waits. If a call needs several launches, the count goes on, and `first_batch` is the sequence where this
-    // launch starts.
+    // The work of block `number`. Blocks of short sequences are interleaved with those of other heads. So the block that another one waits
+    // for starts some time before it (docs/log/hopper-backward.md, "Deterministic"). If a call needs several launches, the numbers go on,
+    // and `first_batch` is the sequence where this launch starts.
     __device__ __forceinline__ static BlockIndex block_index(uint32_t number, uint32_t n_blocks, uint32_t first_batch) {
         constexpr uint32_t kBlocksTogether = 128;  // about one for each multiprocessor
         const uint32_t heads = gridDim.y * gridDim.z, section_heads = max(kBlocksTogether / n_blocks, 1u);
@@ -129,6 +146,13 @@ struct DqSemaphores {
     // the first.
     __device__ __forceinline__ static int blocks_before(const Visibility& sees, Range rows, int n_block, int block_n) {
         return (sees.keys_of(rows).end - 1) / block_n - n_block;
+    }
+
+    // The same for tile `m_block` of kBlockM queries, and blocks of kBlockN keys.
+    template <int kBlockM, int kBlockN>
+    __device__ __forceinline__ static int blocks_before(const Shape& shape, const Sequence& sequence, int m_block, int n_block) {
+        const Range rows = tile_range(m_block * kBlockM, kBlockM, sequence.seqlen_q);
+        return blocks_before(Visibility(shape, sequence), rows, n_block, kBlockN);
     }
 
     // One thread. Waits until `count` parts have been added to the tile.

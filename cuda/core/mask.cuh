@@ -12,6 +12,7 @@ struct Range {
     int end;
 
     __device__ __forceinline__ bool empty() const { return end <= begin; }
+    __device__ __forceinline__ int size() const { return max(end - begin, 0); }
     __device__ __forceinline__ bool contains(const Range& other) const { return other.begin >= begin && other.end <= end; }
 
     // The tiles of `size` that the range touches.

@@ -289,8 +289,7 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
     const BwdParams& params = block.params;
-    const int64_t index =
-        first_row_block(params.dq_tiles, Traits::kBlockM, params.shape, block.sequence, tile.head) + tile.m_block;
+    const int64_t index = dq_tile_index<Traits::kBlockM>(params, block.sequence, tile.head, tile.m_block);
     const DqSemaphores semaphores{params.semaphores};
     if (kOrdered) semaphores.wait(index, DqSemaphores::blocks_before(block.sees, tile.rows, block.n_block, Traits::kBlockN));
     add_to_dq<Traits::kHeadDim>(params, block.sequence, tile.head, tile.rows.begin + block.warp.dq_row, block.warp.dq_col, dq,
@@ -391,7 +390,7 @@ template <typename Traits>
 __device__ __noinline__ void ordered_backward(const BwdParams& params) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     const DqSemaphores semaphores{params.semaphores};
-    const uint32_t number = semaphores.count_blocks(params.dq_tiles.count, bytes);
+    const uint32_t number = semaphores.take_block_number(params.dq_tiles.count, bytes);
     backward_block<Traits, true>(params, bytes, DqSemaphores::block_index(number, gridDim.x, params.shape.first_batch));
 }
 

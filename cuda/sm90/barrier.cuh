@@ -47,6 +47,7 @@ struct Ring {
     __device__ __forceinline__ uint32_t stage() const { return passed % kStages; }
     __device__ __forceinline__ uint32_t parity() const { return passed / kStages % 2; }
     __device__ __forceinline__ void advance() { ++passed; }
+    // The position before this one. Before the first position, that is the last stage.
     __device__ __forceinline__ Ring before() const { return {passed - 1}; }
 };
 

@@ -1,7 +1,7 @@
 // dq, dk and dv on wgmma, fed by TMA. One thread block, one (batch, head_k, n_block), every query head of the key head's group.
 //
 // Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse. This describes the backward of
-//            bwd_consumer.cuh. Above head_dim 128, two blocks work together: bwd_cluster.cuh says what is different.
+//            bwd_consumer.cuh. Above head_dim 128, two blocks work together: bwd_cluster_consumer.cuh says what is different.
 // Warps      warpgroup 0 is the producer: one thread loads tiles, one warp loads lse and delta, two warps add dq to dq_accum. Each consumer
 //            warpgroup owns 64 keys. It computes S^T = k q^T and dP^T = v do^T, so P^T and dS^T are already the A operands of
 //            dv += P^T do and dk += dS^T q. Only dS goes through shared memory, because dq sums over all keys.
@@ -15,7 +15,7 @@
 #pragma once
 
 #include "barrier.cuh"
-#include "bwd_cluster.cuh"
+#include "bwd_cluster_consumer.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_producer.cuh"
 #include "tma.cuh"
@@ -48,34 +48,39 @@ __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
 
 // The number of this cluster, in the order in which clusters start. All threads call it together, before anything else is in shared memory.
 template <typename Traits>
-__device__ __forceinline__ uint32_t count_clusters(const DqSemaphores& semaphores, int64_t tiles, uint8_t* bytes, int rank) {
-    volatile uint32_t* to_all = reinterpret_cast<volatile uint32_t*>(bytes);
-    if (Traits::kCluster == 1) return semaphores.count_blocks(tiles, bytes);
+__device__ __forceinline__ uint32_t take_cluster_number(const DqSemaphores& semaphores, int64_t tiles, uint8_t* bytes, int rank) {
+    if (Traits::kCluster == 1) return semaphores.take_block_number(tiles, bytes);
     cluster_sync();  // the peer has started
     if (threadIdx.x == 0 && rank == 0) {
-        *to_all = semaphores.count(tiles);
-        store_to_peer(peer_address(shared_address(bytes), 1), *to_all);
+        const uint32_t number = semaphores.take_number(tiles);
+        *DqSemaphores::word_for_all(bytes) = number;
+        store_to_peer(peer_address(shared_address(bytes), 1), number);
     }
     cluster_sync();
-    const uint32_t number = *to_all;
-    __syncthreads();  // every thread has read it, and shared memory is free again
-    return number;
+    return DqSemaphores::read_for_all(bytes);
 }
 
-template <typename Traits, bool kOrdered>
-__device__ __forceinline__ void consume(const Sm90BwdParams& params, BwdControl<Traits>& control, uint8_t* bytes, int rank, int warpgroup,
-                                        int warp, int lane) {
-    const uint32_t shared = shared_address(bytes);
-    if constexpr (Traits::kCluster == 1) {
-        if (Traits::dq_cols(0) == Traits::dq_cols(1) || warpgroup == 0) {
-            BwdConsumer<Traits, Traits::dq_cols(0)>{{params, control, bytes, shared, warpgroup, warp, lane}}.run();
+// kOrdered: in a cluster, where the consumers add to dq_accum themselves. Otherwise the producer does, and the code is the same.
+template <bool kOrdered, typename Traits>
+__device__ __forceinline__ void consume(BwdConsumerBase<Traits> base) {
+    // Consumers that differ have code of their own, in which the number of the consumer is a constant.
+    const bool is_first = base.consumer == 0;
+    if constexpr (Traits::kCluster > 1) {
+        if (is_first) {
+            base.consumer = 0;
+            BwdClusterConsumer<Traits, 0, kOrdered>{base}.run();
         } else {
-            BwdConsumer<Traits, Traits::dq_cols(1)>{{params, control, bytes, shared, 1, warp, lane}}.run();
+            base.consumer = 1;
+            BwdClusterConsumer<Traits, 1, kOrdered>{base}.run();
         }
-    } else if (warpgroup == 0) {
-        BwdClusterConsumer<Traits, 0, kOrdered>{{params, control, bytes, shared, 0, warp, lane}, rank}.run();
+    } else if constexpr (Traits::dq_cols(0) == Traits::dq_cols(1)) {
+        BwdConsumer<Traits, Traits::dq_cols(0)>{base}.run();
+    } else if (is_first) {
+        base.consumer = 0;
+        BwdConsumer<Traits, Traits::dq_cols(0)>{base}.run();
     } else {
-        BwdClusterConsumer<Traits, 1, kOrdered>{{params, control, bytes, shared, 1, warp, lane}, rank}.run();
+        base.consumer = 1;
+        BwdConsumer<Traits, Traits::dq_cols(1)>{base}.run();
     }
 }
 
@@ -90,7 +95,7 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
     const int n_blocks = int(gridDim.x) / Traits::kCluster;
     BlockIndex index{int(blockIdx.x) / Traits::kCluster, int(blockIdx.y), int(blockIdx.z)};
     if (ordered) {
-        const uint32_t number = count_clusters<Traits>({params.bwd.semaphores}, params.bwd.dq_tiles.count, bytes, rank);
+        const uint32_t number = take_cluster_number<Traits>({params.bwd.semaphores}, params.bwd.dq_tiles.count, bytes, rank);
         index = DqSemaphores::block_index(number, n_blocks, shape.first_batch);
     }
     const BwdBlock block = bwd_block<Traits>(shape, index, rank);
@@ -105,8 +110,11 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
         tma_prefetch(params.v);
         tma_prefetch(params.do_);
     }
-    const auto sync = [] { Traits::kCluster == 1 ? __syncthreads() : cluster_sync(); };
-    sync();
+    if (Traits::kCluster == 1) {
+        __syncthreads();
+    } else {
+        cluster_sync();
+    }
     if (warp < Traits::kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
         const BwdProducer<Traits> producer{params, control, bytes, rank, lane};
@@ -118,12 +126,14 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
         }
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_warpgroup = warp % Traits::kWarpgroupWarps;
-        // In a cluster, a walk of its own for the order, as in sm80/bwd.cuh.
+        const int consumer = warp / Traits::kWarpgroupWarps - 1;
+        const BwdConsumerBase<Traits> base{params,   control, bytes, shared_address(bytes),
+                                           consumer, rank,    warp % Traits::kWarpgroupWarps, lane};
+        // In a cluster the consumers add dq themselves. So the ordered walk is compiled separately, as in sm80/bwd.cuh.
         if (Traits::kCluster > 1 && ordered) {
-            consume<Traits, true>(params, control, bytes, rank, warpgroup, warp_in_warpgroup, lane);
+            consume<true>(base);
         } else {
-            consume<Traits, false>(params, control, bytes, rank, warpgroup, warp_in_warpgroup, lane);
+            consume<false>(base);
         }
     }
     // A block stays until its peer has written to its shared memory for the last time.

@@ -4,21 +4,21 @@
 #include "../core/barrier.cuh"
 #include "../core/dq_accum.cuh"
 #include "../core/mask.cuh"
-#include "../core/score_mod.cuh"
 #include "../core/tile.cuh"
 #include "../core/types.cuh"
 #include "../params.h"
 #include "barrier.cuh"
-#include "cluster.cuh"
 #include "warpgroups.cuh"
 
 namespace fa2::sm90 {
 
-// What both backwards have in common. kCluster: thread blocks of a cluster.
+constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes, and enough without local memory (docs/kernels.md)
+
+// What the backward with a cluster and the one without have in common. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_, int kDoStages_,
           typename ScoreMod_>
-struct BwdShape : Warpgroups<2, 24> {
-    using Groups = Warpgroups<2, 24>;
+struct BwdShape : Warpgroups<2, kBwdProducerLeast> {
+    using Groups = Warpgroups<2, kBwdProducerLeast>;
     using T = T_;
     using ScoreMod = ScoreMod_;
     using Groups::kConsumers;
@@ -44,6 +44,9 @@ struct BwdShape : Warpgroups<2, 24> {
     static constexpr int kClusterKeys = kCluster * kBlockN;
     static constexpr int kBlockCols = kHeadDim / kCluster;  // columns of dq that a thread block computes
     static constexpr int kPanel = kBlockCols % 64 == 0 ? 64 : 32;
+    // Columns of dq of consumer 0, if the consumers split the block's columns: half of the panels, rounded up. Consumer 1 has the others.
+    static constexpr int kFirstDqCols = ceil_div(kBlockCols / kPanel, kConsumers) * kPanel;
+    static constexpr int kDqParts = kCluster * kConsumers;  // additions of a block, or a cluster, to a tile
     using TileQ = Tile<kBlockM, kHeadDim, kPanel>;
     using TileK = Tile<kBlockN, kHeadDim, kPanel>;
     using TileDs = Tile<kClusterKeys, kBlockM>;  // dS^T
@@ -52,6 +55,7 @@ struct BwdShape : Warpgroups<2, 24> {
     static constexpr int kStatBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
 
     static_assert(kBlockN % kWarpgroupRows == 0 && kBlockM % kWarpgroupRows == 0, "wgmma has 64 rows");
+    static_assert(kBlockM <= kClusterKeys, "with semaphores, no block waits at its first tile under a causal mask (DqSemaphores)");
     static_assert(kWarps == kWarpgroupWarps * (kConsumers + 1), "the consumers and one producer warpgroup");
     static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible queries of a key");
 };
@@ -59,12 +63,12 @@ struct BwdShape : Warpgroups<2, 24> {
 template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kCluster, int kQStages, int kDoStages, typename ScoreMod>
 struct BwdTraits;
 
-// Named barriers of both backwards, one for each of two consumers: add the consumer's number.
+// Named barriers, one for each consumer: add its number.
 enum BwdBarrier {
     kTailsCleared = kFirstNamedBarrier,
     kDqWritten = kTailsCleared + 2,
     kDqRead = kDqWritten + 2,
-    kOneWarpgroup = kDqRead + 2,
+    kOneConsumer = kDqRead + 2,
 };
 
 // The work of a block: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.
@@ -117,7 +121,7 @@ struct BwdControl {
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];      // q and lse
     uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];  // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];
-    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];  // clusters only: P, from one warp to another
+    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];  // clusters only: P, from a warp to another one
 };
 
 }  // namespace fa2::sm90

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bwd_block.cuh"
-#include "bwd_warpgroup.cuh"
+#include "bwd_consumer_base.cuh"
 
 namespace fa2::sm90 {
 
@@ -23,16 +23,15 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     using Base::kWarpgroupRows;
 
     // A consumer's first key in the tile.
-    __device__ __forceinline__ static int first_key(int warpgroup) { return warpgroup * kWarpgroupRows; }
+    __device__ __forceinline__ static int first_key(int consumer) { return consumer * kWarpgroupRows; }
 
     // dq of a tile of queries: the consumers split its rows if each gets 64, otherwise the panels of its columns.
     static constexpr bool kDqSplitsRows = kBlockM == kWarpgroupRows * kConsumers;
-    static constexpr int kFirstDqCols = (kHeadDim / Base::kPanel + 1) / kConsumers * Base::kPanel;
-    __device__ __forceinline__ static constexpr int dq_cols(int warpgroup) {
-        return kDqSplitsRows ? kHeadDim : warpgroup == 0 ? kFirstDqCols : kHeadDim - kFirstDqCols;
+    __device__ __forceinline__ static constexpr int dq_cols(int consumer) {
+        return kDqSplitsRows ? kHeadDim : consumer == 0 ? Base::kFirstDqCols : kHeadDim - Base::kFirstDqCols;
     }
-    __device__ __forceinline__ static int dq_row(int warpgroup) { return kDqSplitsRows ? warpgroup * kWarpgroupRows : 0; }
-    __device__ __forceinline__ static int dq_col(int warpgroup) { return kDqSplitsRows ? 0 : warpgroup * kFirstDqCols; }
+    __device__ __forceinline__ static int dq_row(int consumer) { return kDqSplitsRows ? consumer * kWarpgroupRows : 0; }
+    __device__ __forceinline__ static int dq_col(int consumer) { return kDqSplitsRows ? 0 : consumer * Base::kFirstDqCols; }
 
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = sV + TileK::kBytes, sDo = sQ + kQStages * TileQ::kBytes;
@@ -42,8 +41,8 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
     static constexpr int kKeysBytes = 2 * TileK::kBytes;
 
-    // A score_mod needs the registers of dP while it runs, if the tile has more than 64 queries. So dv then comes before dP. And lse and
-    // delta are read late.
+    // kReadsEarly: in tiles of up to 64 queries there are registers to read lse and delta before the products arrive.
+    // kDvFirst: in larger tiles, a score_mod needs the registers of dP while it runs. So dv comes before dP.
     static constexpr bool kDvFirst = !ScoreMod_::kIdentity && kBlockM > kWarpgroupRows;
     static constexpr bool kReadsEarly = kBlockM <= kWarpgroupRows;
 
@@ -52,10 +51,10 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
 };
 
-// kDqCols: Traits::dq_cols() of this warpgroup.
+// kDqCols: Traits::dq_cols() of this consumer.
 template <typename Traits, int kDqCols>
-struct BwdConsumer : BwdWarpgroup<Traits> {
-    using Base = BwdWarpgroup<Traits>;
+struct BwdConsumer : BwdConsumerBase<Traits> {
+    using Base = BwdConsumerBase<Traits>;
     using typename Base::RowValues;
     using T = typename Traits::T;
     using TileK = typename Traits::TileK;
@@ -67,35 +66,36 @@ struct BwdConsumer : BwdWarpgroup<Traits> {
     using Base::lane;
     using Base::params;
     using Base::walk;
+    using Base::consumer;
     using Base::warp;
-    using Base::warpgroup;
 
     typename Base::SumTile dk, dv;
     typename Base::ScoreTile s, dp;
     typename Base::RoundedTile p, ds;
     Accumulator<1, kDqCols / 8> dq;
 
-    // Starts this warpgroup's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step no such dS `exists`:
-    // it multiplies old data, and nothing uses the result. With a branch around the wgmmas, ptxas would run them one by one.
+    // Starts this consumer's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step there is no
+    // dS yet (exists: false). The product then reads what the buffer holds, and nothing uses its result: with a branch around the wgmmas,
+    // ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
-        const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes), Traits::dq_row(warpgroup));
-        const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), Traits::dq_col(warpgroup));
+        const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes), Traits::dq_row(consumer));
+        const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), Traits::dq_col(consumer));
         start_multiply<T, Traits::kBlockN / 16>(dq, a, b);
     }
 
     // Hands dq, which has arrived, to the warp that adds it to dq_accum.
     __device__ __forceinline__ void hand_over_dq(DsRing at) {
         constexpr int kThreads = Traits::kWarpgroupThreads + kWarpSize;
-        Base::release(control.ds_empty[at.stage()]);
-        bar_sync<kThreads>(kDqRead + warpgroup);
-        const int row = Traits::dq_row(warpgroup) + warp * Traits::kWarpRows;
-        store_dq<Traits::kHeadDim>(reinterpret_cast<float*>(bytes + Traits::sDq), row, Traits::dq_col(warpgroup), dq, lane);
+        Base::arrive(control.ds_empty[at.stage()]);
+        bar_sync<kThreads>(kDqRead + consumer);
+        const int row = Traits::dq_row(consumer) + warp * Traits::kWarpRows;
+        store_dq<Traits::kHeadDim>(reinterpret_cast<float*>(bytes + Traits::sDq), row, Traits::dq_col(consumer), dq, lane);
         fence_proxy_async();
-        bar_arrive<kThreads>(kDqWritten + warpgroup);
+        bar_arrive<kThreads>(kDqWritten + consumer);
     }
 
-    // dS^T = P^T (dP^T - delta). P^T and dS^T are rounded last, when fewer registers are in use.
+    // dS^T = P^T (dP^T - delta), rounded. Without a score_mod, P^T is rounded here too, because fewer registers are in use than in to_p().
     __device__ __forceinline__ void to_ds(const RowValues& delta) {
 #pragma unroll
         for (int j = 0; j < Traits::kNTiles; ++j)
@@ -138,27 +138,27 @@ struct BwdConsumer : BwdWarpgroup<Traits> {
         if (!Traits::kReadsEarly) Base::load_delta(delta);
         to_ds(delta);
         Base::store_ds(ds);
-        Base::release(control.ds_full[ds_ring.stage()]);
+        Base::arrive(control.ds_full[ds_ring.stage()]);
         if (!Traits::kDvFirst) Base::start_sum(dv, p, do_);
         start_dq(ds_ring.before(), !first);
         Base::start_sum(dk, ds, q);
         wgmma_wait<1>();
         wgmma_arrived(dv);
         wgmma_arrived(dq);
-        Base::release(control.do_empty[Base::do_ring.stage()]);
+        Base::arrive(control.do_empty[Base::do_ring.stage()]);
         if (!first) hand_over_dq(ds_ring.before());
         wgmma_wait<0>();
         wgmma_arrived(dk);
-        Base::release(control.q_empty[Base::q_ring.stage()]);
+        Base::arrive(control.q_empty[Base::q_ring.stage()]);
         Base::advance();
     }
 
     __device__ __forceinline__ void walk_queries(int steps) {
-        const int keys = control.block.cols.end - control.block.cols.begin;
+        const int rows = control.block.cols.size();
         mbarrier_wait(shared_address(&control.keys_full), 0);
-        if (keys < Traits::kBlockN) {
-            Base::template clear_tail<TileK>(Traits::sK, keys);
-            Base::template clear_tail<TileK>(Traits::sV, keys);
+        if (rows < Traits::kBlockN) {
+            Base::template clear_tail<TileK>(Traits::sK, rows);
+            Base::template clear_tail<TileK>(Traits::sV, rows);
             Base::tails_cleared();
         }
         Base::start_walk();

@@ -62,10 +62,10 @@ struct BwdProducer {
         }
     }
 
-    // Writes this warp's values of a tile of queries to their stage.
+    // Writes this warp's values of a tile of queries to their stage, when it is free.
     template <int kStages>
-    __device__ __forceinline__ void put(const float (&x)[kRows], uint32_t to, uint64_t* full, uint64_t* empty,
-                                        const Ring<kStages>& ring) const {
+    __device__ __forceinline__ void store_stage(const float (&x)[kRows], uint32_t to, uint64_t* full, uint64_t* empty,
+                                                const Ring<kStages>& ring) const {
         mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
         float* stage = reinterpret_cast<float*>(bytes + to) + ring.stage() * Traits::kBlockM + lane;
 #pragma unroll
@@ -92,8 +92,8 @@ struct BwdProducer {
                 lse[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
                 delta[i] = exists ? params.bwd.delta[head_offset + row] : 0.f;
             }
-            put(lse, Traits::sLse, control.q_full, control.q_empty, q_ring);
-            put(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
+            store_stage(lse, Traits::sLse, control.q_full, control.q_empty, q_ring);
+            store_stage(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
             q_ring.advance();
             do_ring.advance();
             tile.advance(block.m_blocks);
@@ -111,10 +111,11 @@ struct BwdProducer {
         const int offset = row * Traits::kHeadDim + Traits::dq_col(kConsumer) * kDqGroupRows;
         constexpr int kGroupBytes = kDqGroupRows * Traits::dq_cols(kConsumer) * int(sizeof(float));
         QueryTile tile = first_tile(block);
-        for (int step = 0; step < block.steps(); ++step) {
+        const int steps = block.steps();
+        if (steps > 0) bar_arrive<kThreads>(kDqRead + kConsumer);  // sDq is free at the start
+        for (int step = 0; step < steps; ++step) {
             const int first_row = tile.m_block * Traits::kBlockM;
             const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
-            if (step == 0) bar_arrive<kThreads>(kDqRead + kConsumer);
             if (bwd.semaphores != nullptr) wait_for_blocks_before(tile);
             bar_sync<kThreads>(kDqWritten + kConsumer);
             if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
@@ -123,8 +124,9 @@ struct BwdProducer {
             }
             bulk_wait_read();
             __syncwarp();
-            if (step + 1 < block.steps()) bar_arrive<kThreads>(kDqRead + kConsumer);
+            if (step + 1 < steps) bar_arrive<kThreads>(kDqRead + kConsumer);  // the consumer may write the next dq
             if (bwd.semaphores != nullptr) {
+                // Each lane waits until its own additions are in global memory. __syncwarp() then puts them before the post of lane 0.
                 bulk_wait();
                 __syncwarp();
                 if (lane == 0) DqSemaphores{bwd.semaphores}.post(semaphore(tile));
@@ -135,15 +137,14 @@ struct BwdProducer {
     }
 
     __device__ __forceinline__ int64_t semaphore(const QueryTile& tile) const {
-        return first_row_block(params.bwd.dq_tiles, Traits::kBlockM, params.bwd.shape, control.block.sequence, tile.head) + tile.m_block;
+        return dq_tile_index<Traits::kBlockM>(params.bwd, control.block.sequence, tile.head, tile.m_block);
     }
 
     __device__ __forceinline__ void wait_for_blocks_before(const QueryTile& tile) const {
-        const Sequence& sequence = control.block.sequence;
-        const Range rows = tile_range(tile.m_block * Traits::kBlockM, Traits::kBlockM, sequence.seqlen_q);
-        const Visibility sees(params.bwd.shape, sequence);
-        const int blocks = DqSemaphores::blocks_before(sees, rows, control.block.n_block, Traits::kBlockN);
-        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile), Traits::kConsumers * blocks);
+        const BwdBlock& block = control.block;
+        const int blocks = DqSemaphores::blocks_before<Traits::kBlockM, Traits::kBlockN>(params.bwd.shape, block.sequence, tile.m_block,
+                                                                                         block.n_block);
+        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile), Traits::kDqParts * blocks);
         __syncwarp();
     }
 };

@@ -12,10 +12,12 @@
 
 namespace fa2::sm90 {
 
+constexpr int kFwdProducerLeast = 32;  // registers: enough without local memory (docs/kernels.md)
+
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kMidWait_,
           int kLateRescale_, typename ScoreMod_>
-struct FwdTraits : Warpgroups<kBlockM_ / 64, 32> {
-    using Groups = Warpgroups<kBlockM_ / 64, 32>;
+struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerLeast> {
+    using Groups = Warpgroups<kBlockM_ / 64, kFwdProducerLeast>;
     using Groups::kConsumers;
     using Groups::kWarpgroupRows;
     using Groups::kWarpgroupWarps;

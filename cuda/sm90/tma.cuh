@@ -1,5 +1,6 @@
 // TMA (PTX ISA, "cp.async.bulk.tensor" and "cp.reduce.async.bulk"). One thread copies a box of a tensor into shared memory, swizzled.
-// Elements outside the tensor become zeros. An mbarrier counts the bytes. Or it adds contiguous floats of shared memory to global memory.
+// Elements outside the tensor become zeros. An mbarrier counts the bytes. TMA also adds contiguous floats of shared memory to
+// global memory.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// What the consumer warpgroups of both backwards have in common: their walk over the queries, P, and the tails of tiles.
+// What the consumers of the backward with a cluster and of the one without have in common: their walk over the queries, P, and the tails of
+// tiles.
 #pragma once
 
 #include "../core/fragment.cuh"
@@ -8,6 +9,7 @@
 #include "../core/store.cuh"
 #include "barrier.cuh"
 #include "bwd_block.cuh"
+#include "cluster.cuh"
 #include "wgmma.cuh"
 
 namespace fa2::sm90 {
@@ -24,23 +26,23 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r
 struct BwdWalk {
     QueryTile tile;
     Range m_blocks;
-    Range clear;       // tiles from which the mask hides nothing of the consumer's keys
+    Range unmasked;    // tiles in which the mask hides none of the consumer's keys
     int tail_m_block;  // the tile with rows after the end of the sequence, or -1
 
-    __device__ __forceinline__ bool masked() const { return tile.m_block < clear.begin || tile.m_block >= clear.end; }
+    __device__ __forceinline__ bool masked() const { return tile.m_block < unmasked.begin || tile.m_block >= unmasked.end; }
 };
 
 // keys: kWarpgroupRows keys of a consumer. Those after the end of the sequence are hidden from every query.
 template <typename Traits>
 __device__ __forceinline__ BwdWalk bwd_walk(const Shape& shape, const BwdBlock& block, Range keys) {
     const Visibility sees(shape, block.sequence);
-    const Range clear = keys.end > block.sequence.seqlen_k ? Range{0, 0} : sees.common_queries(keys);
+    const Range unmasked = keys.end > block.sequence.seqlen_k ? Range{0, 0} : sees.common_queries(keys);
     const int tail = block.sequence.seqlen_q % Traits::kBlockM == 0 ? -1 : block.sequence.seqlen_q / Traits::kBlockM;
-    return {first_tile(block), block.m_blocks, {ceil_div(clear.begin, Traits::kBlockM), clear.end / Traits::kBlockM}, tail};
+    return {first_tile(block), block.m_blocks, {ceil_div(unmasked.begin, Traits::kBlockM), unmasked.end / Traits::kBlockM}, tail};
 }
 
 template <typename Traits>
-struct BwdWarpgroup {
+struct BwdConsumerBase {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
     using TileQ = typename Traits::TileQ;
@@ -55,21 +57,22 @@ struct BwdWarpgroup {
     BwdControl<Traits>& control;
     uint8_t* const bytes;
     const uint32_t shared;
-    const int warpgroup;  // 0 .. kConsumers - 1
-    const int warp;       // in the warpgroup
-    const int lane;
+    int consumer;  // 0 .. kConsumers - 1
+    int rank;      // of this block in its cluster
+    int warp;      // in the warpgroup
+    int lane;
     BwdWalk walk;
     Ring<Traits::kQStages> q_ring;
     Ring<Traits::kDoStages> do_ring;
     Ring<Traits::kDsStages> ds_ring;
 
     __device__ __forceinline__ void start_walk() {
-        const int first = control.block.cols.begin + Traits::first_key(warpgroup);
+        const int first = control.block.cols.begin + Traits::first_key(consumer);
         walk = bwd_walk<Traits>(params.bwd.shape, control.block, {first, first + Traits::kWarpgroupRows});
     }
 
     // This warp's first key in the tile.
-    __device__ __forceinline__ int tile_key() const { return Traits::first_key(warpgroup) + warp * Traits::kWarpRows; }
+    __device__ __forceinline__ int tile_key() const { return Traits::first_key(consumer) + warp * Traits::kWarpRows; }
 
     // Offsets of the tiles of this step.
     __device__ __forceinline__ uint32_t q() const { return Traits::sQ + q_ring.stage() * TileQ::kBytes; }
@@ -80,8 +83,8 @@ struct BwdWarpgroup {
         return (Traits::kCluster > 1 ? shared & kOffsetInBlock : shared) + offset;
     }
 
-    // Says that this warp has read a stage, or written its part of it.
-    __device__ __forceinline__ void release(uint64_t& barrier) const {
+    // This warp arrives at a barrier: it has read a stage, or written its part of one.
+    __device__ __forceinline__ void arrive(uint64_t& barrier) const {
         __syncwarp();
         if (lane == 0) mbarrier_arrive(shared_address(&barrier));
     }
@@ -94,7 +97,7 @@ struct BwdWarpgroup {
     // their NaN would be NaN. All consumers share the work.
     template <typename Tile>
     __device__ __forceinline__ void clear_tail(uint32_t tile, int rows) const {
-        const int thread = (warpgroup * Traits::kWarpgroupWarps + warp) * kWarpSize + lane;
+        const int thread = (consumer * Traits::kWarpgroupWarps + warp) * kWarpSize + lane;
         for (int i = rows * Tile::kChunksPerRow + thread; i < Tile::kRows * Tile::kChunksPerRow; i += Traits::kConsumerThreads)
             *reinterpret_cast<uint4*>(bytes + tile + Tile::offset(i / Tile::kChunksPerRow, i % Tile::kChunksPerRow)) = uint4{};
     }
@@ -103,8 +106,8 @@ struct BwdWarpgroup {
     // different code: synccheck wants all waits at a barrier in one place.
     __device__ __forceinline__ void tails_cleared() const {
         fence_proxy_async();
-        bar_arrive<Traits::kConsumerThreads>(kTailsCleared + (warpgroup ^ 1));
-        bar_sync<Traits::kConsumerThreads>(kTailsCleared + warpgroup);
+        bar_arrive<Traits::kConsumerThreads>(kTailsCleared + (consumer ^ 1));
+        bar_sync<Traits::kConsumerThreads>(kTailsCleared + consumer);
     }
 
     // Waits for q and lse of this step, and clears the tails of q and do.
@@ -127,15 +130,15 @@ struct BwdWarpgroup {
     }
 
     // Starts S^T = k q^T, or dP^T = v do^T, of this warpgroup's keys and a tile of queries.
-    __device__ __forceinline__ void start_product(ScoreTile& d, uint32_t keys, uint32_t queries) const {
-        const Operand<TileK, Order::kContiguousK> a(operand(keys), Traits::first_key(warpgroup));
-        const Operand<TileQ, Order::kContiguousK> b(operand(queries));
+    __device__ __forceinline__ void start_product(ScoreTile& d, uint32_t tile_k, uint32_t tile_q) const {
+        const Operand<TileK, Order::kContiguousK> a(operand(tile_k), Traits::first_key(consumer));
+        const Operand<TileQ, Order::kContiguousK> b(operand(tile_q));
         start_multiply<T, Traits::kHeadDim / 16>(d, a, b);
     }
 
     // Starts dv += P^T do, or dk += dS^T q.
-    __device__ __forceinline__ void start_sum(SumTile& d, const RoundedTile& a, uint32_t queries) const {
-        start_multiply_add<T>(d, a, Operand<TileQ, Order::kTransposed>(operand(queries)));
+    __device__ __forceinline__ void start_sum(SumTile& d, const RoundedTile& a, uint32_t tile_q) const {
+        start_multiply_add<T>(d, a, Operand<TileQ, Order::kTransposed>(operand(tile_q)));
     }
 
     __device__ __forceinline__ void load_row_values(RowValues& x, uint32_t offset, int stage) const {

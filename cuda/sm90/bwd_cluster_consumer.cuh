@@ -1,13 +1,13 @@
-// A consumer warpgroup of the backward for head_dim above 128, where dk and dv of 64 keys fill the registers of two warpgroups.
+// A consumer of the backward for head_dim above 128, where dk and dv of 64 keys fill the registers of both consumers.
 //
-// Work       a cluster of two thread blocks has 128 keys, each block 64. Warpgroup 0 computes P^T and dv, warpgroup 1 dS^T and dk. P goes
+// Work       a cluster of two thread blocks has 128 keys, each block 64. Consumer 0 computes P^T and dv, consumer 1 dS^T and dk. P goes
 //            from one to the other in shared memory, in f32. Each block sends its dS to the other one, and computes half of the columns
 //            of dq for all 128 keys. So the cluster adds to dq_accum once, not twice.
-// Pipeline   dq one step late, as in bwd_consumer.cuh. Warpgroup 0 is up to a step ahead of warpgroup 1.
+// Pipeline   dq one step late, as in bwd_consumer.cuh. Consumer 0 is up to a step ahead of consumer 1.
 #pragma once
 
 #include "bwd_block.cuh"
-#include "bwd_warpgroup.cuh"
+#include "bwd_consumer_base.cuh"
 #include "cluster.cuh"
 
 namespace fa2::sm90 {
@@ -22,7 +22,6 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     using Base::kBlockCols;
     using Base::kBlockM;
     using Base::kBlockN;
-    using Base::kConsumers;
     using Base::kDoStages;
     using Base::kDsStages;
     using Base::kPanel;
@@ -35,10 +34,6 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     __device__ __forceinline__ static Range peer_keys(const BwdBlock& block, int rank) {
         return tile_range(block.n_block * Base::kClusterKeys + (rank ^ 1) * kBlockN, kBlockN, block.sequence.seqlen_k);
     }
-
-    // Columns of dq of warpgroup 0: half of the block's, rounded up to panels. Warpgroup 1 has the others.
-    static constexpr int kFirstDqCols = (kBlockCols / kPanel + 1) / kConsumers * kPanel;
-    static constexpr int kDqParts = Base::kCluster * kConsumers;  // additions of a cluster to a tile
 
     // Offsets in shared memory, as in bwd_consumer.cuh.
     static constexpr int kDsBytes = TileDs::kBytes / Base::kCluster;  // dS^T of one block
@@ -53,10 +48,10 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
 };
 
-// kWarpgroup: 0 computes P^T and dv, 1 dS^T and dk. kOrdered: adds to dq_accum in the order of DqSemaphores.
-template <typename Traits, int kWarpgroup, bool kOrdered>
-struct BwdClusterConsumer : BwdWarpgroup<Traits> {
-    using Base = BwdWarpgroup<Traits>;
+// kConsumer: 0 computes P^T and dv, 1 dS^T and dk. kOrdered: adds to dq_accum in the order of DqSemaphores.
+template <typename Traits, int kConsumer, bool kOrdered>
+struct BwdClusterConsumer : BwdConsumerBase<Traits> {
+    using Base = BwdConsumerBase<Traits>;
     using typename Base::RowValues;
     using T = typename Traits::T;
     using TileK = typename Traits::TileK;
@@ -69,23 +64,23 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
     using Base::lane;
     using Base::params;
     using Base::q_ring;
+    using Base::rank;
     using Base::shared;
     using Base::walk;
     using Base::warp;
 
-    static constexpr int kDqCols = kWarpgroup == 0 ? Traits::kFirstDqCols : Traits::kBlockCols - Traits::kFirstDqCols;
-    static constexpr int kDqCol = kWarpgroup == 0 ? 0 : Traits::kFirstDqCols;  // the first one, in the block's columns
+    static constexpr int kDqCols = kConsumer == 0 ? Traits::kFirstDqCols : Traits::kBlockCols - Traits::kFirstDqCols;
+    static constexpr int kDqCol = kConsumer == 0 ? 0 : Traits::kFirstDqCols;  // the first one, in the block's columns
 
-    int rank;                             // of this block in its cluster
     QueryTile before;                     // the tile of the step before
-    typename Base::SumTile sum;           // dv, or dk
+    typename Base::SumTile sum;           // dv of consumer 0, dk of consumer 1
     typename Base::ScoreTile x;           // S^T, then P^T; or dP^T, then dS^T
     typename Base::RoundedTile rounded;   // P^T, or dS^T
     Accumulator<1, kDqCols / 8> dq;
 
     __device__ __forceinline__ int peer() const { return rank ^ 1; }
 
-    // Starts this warpgroup's part of dq = dS k, as in bwd_consumer.cuh: first this block's keys, then the peer's.
+    // Starts this consumer's part of dq = dS k, as in bwd_consumer.cuh: first this block's keys, then the peer's.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         constexpr int kSteps = Traits::kBlockN / 16;
@@ -94,7 +89,7 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
         const Operand<TilePeerK, Order::kTransposed> peer_b(Base::operand(Traits::sPeerK), kDqCol);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 2 * kSteps; ++step)
+        for (int step = 0; step < Traits::kCluster * kSteps; ++step)
             WgmmaShared<T, kDqCols, true, true>::step(dq.x[0], a.at(step), step < kSteps ? b.at(step) : peer_b.at(step - kSteps), step > 0);
         wgmma_commit();
     }
@@ -102,38 +97,41 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
     // Adds dq, which has arrived, to dq_accum.
     __device__ __forceinline__ void add_dq(DsRing at) {
         const uint32_t empty = shared_address(&control.ds_empty[at.stage()]);
-        Base::release(control.ds_empty[at.stage()]);
+        Base::arrive(control.ds_empty[at.stage()]);
         if (lane == 0) mbarrier_arrive_peer(peer_address(empty, peer()));
         const BwdParams& bwd = params.bwd;
         const Sequence& sequence = control.block.sequence;
-        const int first_row = before.m_block * Traits::kBlockM, row = first_row + warp * Traits::kWarpRows;
+        const int row = before.m_block * Traits::kBlockM + warp * Traits::kWarpRows;
         const DqSemaphores semaphores{bwd.semaphores};
-        const int64_t index = first_row_block(bwd.dq_tiles, Traits::kBlockM, bwd.shape, sequence, before.head) + before.m_block;
+        const int64_t index = dq_tile_index<Traits::kBlockM>(bwd, sequence, before.head, before.m_block);
         if constexpr (kOrdered) {
-            const Range rows = tile_range(first_row, Traits::kBlockM, sequence.seqlen_q);
-            const Visibility sees(bwd.shape, sequence);
-            const int clusters = DqSemaphores::blocks_before(sees, rows, control.block.n_block, Traits::kClusterKeys);
+            const int n_block = control.block.n_block;
+            const int clusters =
+                DqSemaphores::blocks_before<Traits::kBlockM, Traits::kClusterKeys>(bwd.shape, sequence, before.m_block, n_block);
             if (warp == 0 && lane == 0) semaphores.poll(index, Traits::kDqParts * clusters);
-            bar_sync<Traits::kWarpgroupThreads>(kOneWarpgroup + kWarpgroup);
+            bar_sync<Traits::kWarpgroupThreads>(kOneConsumer + kConsumer);
         }
         const int col = rank * Traits::kBlockCols + kDqCol;
         if (row < sequence.seqlen_q) add_to_dq<Traits::kHeadDim>(bwd, sequence, before.head, row, col, dq, lane);
         if constexpr (kOrdered) {
-            bar_sync<Traits::kWarpgroupThreads>(kOneWarpgroup + kWarpgroup);
+            bar_sync<Traits::kWarpgroupThreads>(kOneConsumer + kConsumer);
             if (warp == 0 && lane == 0) semaphores.post(index);
         }
     }
 
-    // This thread's P, for the thread of the other warpgroup with the same number.
+    // P has one stage.
+    __device__ __forceinline__ int p_parity() const { return int(Ring<1>{q_ring.passed}.parity()); }
+
+    // This thread's P, for the thread of the other consumer with the same number.
     __device__ __forceinline__ float4* p() const { return reinterpret_cast<float4*>(bytes + Traits::sP) + warp * kWarpSize + lane; }
 
-    // P and dv. Both steps return when dq of the step before has arrived.
+    // A step of consumer 0: P and dv. When it or step_of_ds() returns, dq of the step before is in registers.
     __device__ __forceinline__ void step_of_p(bool first) {
         RowValues lse;
         Base::wait_for_q();
         Base::start_product(x, Traits::sK, Base::q());
         Base::load_lse(lse);
-        mbarrier_wait(shared_address(&control.p_empty[warp]), q_ring.passed % 2 ^ 1);
+        mbarrier_wait(shared_address(&control.p_empty[warp]), p_parity() ^ 1);
         wgmma_wait<0>();
         wgmma_arrived(x);
         if (walk.masked()) {
@@ -141,17 +139,17 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
         } else {
             Base::template to_p<false, true>(x, rounded, lse);
         }
-        Base::release(control.q_empty[q_ring.stage()]);
+        Base::arrive(control.q_empty[q_ring.stage()]);
 #pragma unroll
         for (int j = 0; j < Traits::kNTiles; ++j)
             p()[j * Traits::kWarpgroupThreads] = make_float4(x.x[0][j][0], x.x[0][j][1], x.x[0][j][2], x.x[0][j][3]);
-        Base::release(control.p_full[warp]);
+        Base::arrive(control.p_full[warp]);
         Base::wait_for_do();
         Base::start_sum(sum, rounded, Base::do_());
         start_dq(ds_ring.before(), !first);
         wgmma_wait<1>();
         wgmma_arrived(sum);
-        Base::release(control.do_empty[Base::do_ring.stage()]);
+        Base::arrive(control.do_empty[Base::do_ring.stage()]);
         wgmma_wait<0>();
         wgmma_arrived(dq);
     }
@@ -183,7 +181,7 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
         __syncwarp();
     }
 
-    // dS and dk.
+    // A step of consumer 1: dS and dk.
     __device__ __forceinline__ void step_of_ds(bool first) {
         RowValues delta;
         Base::wait_for_q();
@@ -193,35 +191,34 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
         mbarrier_wait(shared_address(&control.ds_empty[ds_ring.stage()]), ds_ring.parity() ^ 1);
         wgmma_wait<0>();
         wgmma_arrived(x);
-        mbarrier_wait(shared_address(&control.p_full[warp]), q_ring.passed % 2);
+        mbarrier_wait(shared_address(&control.p_full[warp]), p_parity());
         to_ds(delta);
-        Base::release(control.p_empty[warp]);
-        Base::release(control.do_empty[Base::do_ring.stage()]);
+        Base::arrive(control.p_empty[warp]);
+        Base::arrive(control.do_empty[Base::do_ring.stage()]);
         Base::store_ds(rounded);
         send_ds();
         Base::start_sum(sum, rounded, Base::q());
         start_dq(ds_ring.before(), !first);
         wgmma_wait<1>();
         wgmma_arrived(sum);
-        Base::release(control.q_empty[q_ring.stage()]);
+        Base::arrive(control.q_empty[q_ring.stage()]);
         wgmma_wait<0>();
         wgmma_arrived(dq);
     }
 
     __device__ __forceinline__ void walk_queries(int steps) {
-        const auto count = [](const Range& keys) { return keys.empty() ? 0 : keys.end - keys.begin; };
-        const int keys = count(control.block.cols), peer_keys = count(Traits::peer_keys(control.block, rank));
+        const int rows = control.block.cols.size(), peer_rows = Traits::peer_keys(control.block, rank).size();
         mbarrier_wait(shared_address(&control.keys_full), 0);
-        if (keys < Traits::kBlockN || peer_keys < Traits::kBlockN) {
-            Base::template clear_tail<TileK>(Traits::sK, keys);
-            Base::template clear_tail<TileK>(Traits::sV, keys);
-            Base::template clear_tail<TilePeerK>(Traits::sPeerK, peer_keys);
+        if (rows < Traits::kBlockN || peer_rows < Traits::kBlockN) {
+            Base::template clear_tail<TileK>(Traits::sK, rows);
+            Base::template clear_tail<TileK>(Traits::sV, rows);
+            Base::template clear_tail<TilePeerK>(Traits::sPeerK, peer_rows);
             Base::tails_cleared();
         }
         Base::start_walk();
 #pragma unroll 1
         for (int i = 0; i < steps; ++i) {
-            if constexpr (kWarpgroup == 0) {
+            if constexpr (kConsumer == 0) {
                 step_of_p(i == 0);
             } else {
                 step_of_ds(i == 0);
@@ -241,8 +238,8 @@ struct BwdClusterConsumer : BwdWarpgroup<Traits> {
         dq.clear();
         const int steps = control.block.steps();
         if (steps > 0) walk_queries(steps);
-        if constexpr (kWarpgroup == 1) sum.scale(params.bwd.softmax_scale);
-        Base::write(kWarpgroup == 0 ? params.bwd.dv : params.bwd.dk, sum);
+        if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
+        Base::write(kConsumer == 0 ? params.bwd.dv : params.bwd.dk, sum);
     }
 };
 
