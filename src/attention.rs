@@ -234,7 +234,7 @@ impl Attention {
     ///
     /// **The mask counts positions within this part.** It aligns the last query with the last key of the part. In a causal model,
     /// for a part that ends `n` keys before the last key of all, use `Mask::Window { left: None, right: Some(n) }`. In ring
-    /// attention with equal parts, this is [`Mask::Causal`] for the part of the queries themselves, and [`Mask::None`] for all
+    /// attention with equal parts: use [`Mask::Causal`] for the part that holds the queries' own keys, and [`Mask::None`] for
     /// earlier parts.
     ///
     /// # Errors

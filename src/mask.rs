@@ -56,7 +56,7 @@ impl Mask {
             Mask::Causal => (None, Some(0)),
             Mask::Window { left, right } => (left, right),
         };
-        // A window longer than both sequences together shows no more keys. The limit prevents overflow.
+        // A window as long as both sequences together already shows every key. So cut it there; this prevents an overflow.
         let limit = seqlen_q + seqlen_k;
         let clamp = |side: Option<usize>| side.map(|size| size.min(limit) as isize);
         Visibility {

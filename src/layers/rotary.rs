@@ -130,7 +130,7 @@ impl RotaryConfig {
 /// ```
 ///
 /// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) cut their result off from the graph, without
-/// an error. The layers before them never learn. `Rotary` uses the same kernels and adds the backward, a rotation by the
+/// an error. The layers before them get no gradient. `Rotary` uses the same kernels and adds the backward, a rotation by the
 /// opposite angles. Gradients flow to `xs`.
 ///
 /// The tables of cos and sin have shape `(max_seqlen, rotary_dim / 2)`. They are computed in f64, rounded once to f32, and
