@@ -1,4 +1,4 @@
-// dq = softmax_scale * dq_accum, rounded, in the order of q.
+// dq = softmax_scale * dq_accum, rounded, with the layout of dq.
 //
 // Grid       (a warp for each row group and 32 columns, num_heads, batch). Warps past the end do nothing.
 // Work       8 elements per thread: it reads 32 bytes and writes 16. Four neighbouring lanes have the same row.

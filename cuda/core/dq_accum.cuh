@@ -1,8 +1,9 @@
 // dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
 // The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has
-// kHeadDim / 8 cells of 8 x 8. A warp adds to a whole cell at once, 256 contiguous bytes. Before compute capability 9.0 it adds twice to
-// 128 bytes: to the even columns and to the odd ones. The layout does not depend on tiles and warps, so all backwards share one conversion.
+// kHeadDim / 8 cells of 8 x 8. From registers, a warp adds a whole cell at once, 256 contiguous bytes (before compute capability 9.0 twice
+// 128: the even columns, the odd ones). On Hopper up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does
+// not depend on tiles and warps, so all backwards share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -105,8 +106,9 @@ __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const 
 // time.
 //
 // A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
-// first: the block that another one waits for has always started before it, on any GPU. Under a causal mask no block waits at its first
-// tile either, because each starts on its own diagonal (a tile of queries is not longer than the keys of a block).
+// first: the block that another one waits for has always started before it, on any GPU. Under a causal mask with seqlen_q == seqlen_k, no
+// block waits at its first tile either: it starts on its own diagonal, and a tile of queries is not longer than the keys of a block. With
+// other lengths the first tile can reach into later keys, and then a block waits there.
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile, then one that counts started blocks
 
@@ -142,8 +144,8 @@ struct DqSemaphores {
         return {int(n_blocks - 1 - in_section / width), int(head % gridDim.y), int(head / gridDim.y)};
     }
 
-    // Number of blocks that add to a tile of queries before the block of keys `n_block`. The one with the last keys that the tile sees is
-    // the first.
+    // Number of key blocks that add to a tile of queries before block `n_block`. The order starts with the block of the last keys that the
+    // tile sees.
     __device__ __forceinline__ static int blocks_before(const Visibility& sees, Range rows, int n_block, int block_n) {
         return (sees.keys_of(rows).end - 1) / block_n - n_block;
     }

@@ -67,14 +67,14 @@ struct BwdTraits {
     using TileK = Tile<kBlockN, kHeadDim>;
     using TileP = Tile<kBlockM, kBlockN>;
     using TileDs = TileP;
-    static constexpr int kStatBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
-    static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kStatBytes;
+    static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
+    static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kRowValuesBytes;
     static constexpr int kDsStages = kDefersDq ? 2 : 1;
     static constexpr int kSharedBytes = 2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + kStages * kStageBytes;
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
     static constexpr uint32_t sQ = sDs + kDsStages * TileDs::kBytes, sDo = sQ + TileQ::kBytes;
-    static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kStatBytes;
+    static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kRowValuesBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kTeams == 0, "dk and dv of a warp lie within its team's keys");
     static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
@@ -85,6 +85,7 @@ struct BwdTraits {
     static_assert(kDqDTiles * (kWarps / kWarpsQ) * 8 == kHeadDim, "and its columns");
     static_assert((kKvMTiles & (kKvMTiles - 1)) == 0, "OperandA's rows of a warp do not cross a panel");
     static_assert(kStageBytes % 128 == 0, "every buffer starts at a whole swizzle pattern");
+    static_assert(kBlockM <= kBlockN, "a tile of queries is not longer than the keys of a block (DqSemaphores)");
     static_assert(kBlockM <= kThreads, "a thread copies lse and delta of one query");
 };
 
@@ -126,7 +127,7 @@ struct BwdBlock {
     Visibility sees;
     Range cols;      // keys of this block
     Range queries;   // queries that see any of them
-    Range m_blocks;  // .. and their tiles, of each head. Range::tiles() tests for an empty range again, and ptxas then spills more
+    Range m_blocks;  // tiles of these queries, of each head. Not from Range::tiles(): its test for an empty range makes ptxas spill more
     int group_size;  // query heads of a key head
 
     __device__ __forceinline__ BwdBlock(const BwdParams& params, uint8_t* bytes, const BlockIndex& index)

@@ -48,7 +48,10 @@ struct Ring {
     __device__ __forceinline__ uint32_t parity() const { return passed / kStages % 2; }
     __device__ __forceinline__ void advance() { ++passed; }
     // The position before this one. Before the first position, that is the last stage.
-    __device__ __forceinline__ Ring before() const { return {passed - 1}; }
+    __device__ __forceinline__ Ring before() const {
+        static_assert((kStages & (kStages - 1)) == 0, "the count wraps around at 2^32");
+        return {passed - 1};
+    }
 };
 
 }  // namespace fa2::sm90

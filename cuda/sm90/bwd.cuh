@@ -10,7 +10,7 @@
 // Shared     sK, sV one tile each; stages of sQ, sDo, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.bwd.semaphores in one order.
-// Nonfinite  as sm80/bwd.cuh. The tail of a tile is cleared, because it holds rows of the next packed sequence.
+// Nonfinite  as sm80/bwd.cuh. The tail of a tile is cleared, because it can hold rows of another sequence, or padding.
 // Expects    head_dim <= kHeadDim, a multiple of 8; lse and delta of the same inputs; dq_accum of zeros; gridDim.x a multiple of kCluster.
 #pragma once
 

@@ -14,7 +14,7 @@ namespace fa2::sm90 {
 
 constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes, and enough without local memory (docs/kernels.md)
 
-// What the backward with a cluster and the one without have in common. kCluster: thread blocks of a cluster.
+// Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_, int kDoStages_,
           typename ScoreMod_>
 struct BwdShape : Warpgroups<2, kBwdProducerLeast> {
@@ -52,10 +52,10 @@ struct BwdShape : Warpgroups<2, kBwdProducerLeast> {
     using TileDs = Tile<kClusterKeys, kBlockM>;  // dS^T
     static constexpr int kDsStages = 2;          // the dS of a step is read in the next step
     static constexpr int kControlBytes = 512;    // room for BwdControl, asserted in bwd.cuh
-    static constexpr int kStatBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
+    static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
 
     static_assert(kBlockN % kWarpgroupRows == 0 && kBlockM % kWarpgroupRows == 0, "wgmma has 64 rows");
-    static_assert(kBlockM <= kClusterKeys, "with semaphores, no block waits at its first tile under a causal mask (DqSemaphores)");
+    static_assert(kBlockM <= kClusterKeys, "a tile of queries is not longer than the keys of a block or cluster (DqSemaphores)");
     static_assert(kWarps == kWarpgroupWarps * (kConsumers + 1), "the consumers and one producer warpgroup");
     static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible queries of a key");
 };

@@ -26,7 +26,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     using Base::kDsStages;
     using Base::kPanel;
     using Base::kQStages;
-    using Base::kStatBytes;
+    using Base::kRowValuesBytes;
     using TilePeerK = Tile<kBlockN, kBlockCols, kPanel>;  // the peer's keys, in the columns of this block's dq
 
     // Both consumers have all keys of the block.
@@ -40,7 +40,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sPeerK = sV + TileK::kBytes, sQ = sPeerK + TilePeerK::kBytes;
     static constexpr uint32_t sDo = sQ + kQStages * TileQ::kBytes, sDs = sDo + kDoStages * TileQ::kBytes;
     static constexpr uint32_t sP = sDs + kDsStages * TileDs::kBytes, sLse = sP + kBlockN * kBlockM * sizeof(float);
-    static constexpr uint32_t sDelta = sLse + kQStages * kStatBytes, sControl = sDelta + kDoStages * kStatBytes;
+    static constexpr uint32_t sDelta = sLse + kQStages * kRowValuesBytes, sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
     static constexpr int kKeysBytes = 2 * TileK::kBytes + TilePeerK::kBytes;
 

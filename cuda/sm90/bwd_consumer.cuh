@@ -19,7 +19,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     using Base::kDsStages;
     using Base::kHeadDim;
     using Base::kQStages;
-    using Base::kStatBytes;
+    using Base::kRowValuesBytes;
     using Base::kWarpgroupRows;
 
     // A consumer's first key in the tile.
@@ -36,8 +36,8 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = sV + TileK::kBytes, sDo = sQ + kQStages * TileQ::kBytes;
     static constexpr uint32_t sDs = sDo + kDoStages * TileQ::kBytes, sDq = sDs + kDsStages * TileDs::kBytes;  // sDq: row groups of dq_accum
-    static constexpr uint32_t sLse = sDq + kBlockM * kHeadDim * sizeof(float), sDelta = sLse + kQStages * kStatBytes;
-    static constexpr uint32_t sControl = sDelta + kDoStages * kStatBytes;
+    static constexpr uint32_t sLse = sDq + kBlockM * kHeadDim * sizeof(float), sDelta = sLse + kQStages * kRowValuesBytes;
+    static constexpr uint32_t sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
     static constexpr int kKeysBytes = 2 * TileK::kBytes;
 

@@ -1,5 +1,4 @@
-// What the consumers of the backward with a cluster and of the one without have in common: their walk over the queries, P, and the tails of
-// tiles.
+// The base of both backward consumers: the walk over the queries, P, and the tails of tiles.
 #pragma once
 
 #include "../core/fragment.cuh"
@@ -93,8 +92,8 @@ struct BwdConsumerBase {
         mbarrier_wait(shared_address(&control.do_full[do_ring.stage()]), do_ring.parity());
     }
 
-    // Clears the rows of a tile from `rows` on. They lie after the sequence, and TMA has filled them with rows of the next one: 0 times
-    // their NaN would be NaN. All consumers share the work.
+    // Clears the rows of a tile from `rows` on, after the end of the sequence. TMA has filled them with the next packed sequence, with
+    // padding keys, or with zeros. Their NaN times 0 would be NaN. All consumers share the work.
     template <typename Tile>
     __device__ __forceinline__ void clear_tail(uint32_t tile, int rows) const {
         const int thread = (consumer * Traits::kWarpgroupWarps + warp) * kWarpSize + lane;

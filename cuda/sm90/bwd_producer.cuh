@@ -100,7 +100,7 @@ struct BwdProducer {
         }
     }
 
-    // Adds the dq of a consumer, which has written it to shared memory, to dq_accum in every step. One warp; a lane copies a row group.
+    // In every step, one warp adds the dq that a consumer left in shared memory to dq_accum. Each of 8 lanes adds one row group.
     template <int kConsumer>
     __device__ __forceinline__ void add_dq() const {
         constexpr int kThreads = Traits::kWarpgroupThreads + kWarpSize;

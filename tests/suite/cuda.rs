@@ -395,7 +395,7 @@ fn many_short_sequences() -> Result<()> {
     Ok(())
 }
 
-/// With more sequences than one grid holds, each kernel is launched twice. The bits equal those of two calls with half of the
+/// With more sequences than one grid holds, each kernel with a grid axis of sequences is launched twice. The bits equal those of two calls with half of the
 /// sequences each.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]

@@ -43,11 +43,14 @@ pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
 /// f32. A block of a cluster has the peer's dS, its keys in half of the columns, and a tile of P in f32.
 pub fn bwd_sm90(line: &Line, element_bytes: usize) -> usize {
     let (tile_q, tile_k) = tiles(line, element_bytes);
-    let (cluster, stat) = (line.get("cluster"), line.get("block_m") * size_of::<f32>());
+    let (cluster, row_values) = (line.get("cluster"), line.get("block_m") * size_of::<f32>());
     let ds = cluster * line.get("block_m") * line.get("block_n") * element_bytes;
-    let dq_or_p =
-        if cluster == 1 { line.get("head_dim") * stat } else { line.get("block_n") * stat + tile_k / cluster };
-    let stages = (line.get("q_stages") + line.get("do_stages")) * (tile_q + stat);
+    let dq_or_p = if cluster == 1 {
+        line.get("head_dim") * row_values
+    } else {
+        line.get("block_n") * row_values + tile_k / cluster
+    };
+    let stages = (line.get("q_stages") + line.get("do_stages")) * (tile_q + row_values);
     2 * tile_k + 2 * ds + dq_or_p + stages + SM90_BWD_CONTROL
 }
 

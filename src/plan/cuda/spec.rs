@@ -5,7 +5,7 @@ use crate::problem::Problem;
 
 /// The limits and preferences of the kernels of one architecture. Each architecture implements it once.
 pub(super) trait Spec {
-    /// Why `kernel` cannot compute `problem` on any GPU, although the problem is within the limits of all CUDA kernels.
+    /// Why kernels of this architecture cannot compute `problem`. The limits of all CUDA kernels are checked before.
     fn refuses(&self, _problem: &Problem, _kernel: &Kernel) -> Option<Reason> {
         None
     }
