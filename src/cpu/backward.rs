@@ -99,11 +99,12 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
 ) -> Gradients<Option<Vec<T>>> {
     let problem = call.problem;
     let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
-    let (heads_q, heads_k) = (problem.rows_q() * problem.num_heads, problem.rows_k() * problem.num_heads_k);
+    // One row for each token and head.
+    let (q_rows, k_rows) = (problem.rows_q() * problem.num_heads, problem.rows_k() * problem.num_heads_k);
     let len_if = |wanted: bool, len: usize| if wanted { len } else { 0 };
-    let mut dq_accum = vec![T::Acc::ZERO; len_if(wanted.dq, heads_q * head_dim)];
-    let mut dk = vec![T::default(); len_if(wanted.dk, heads_k * head_dim)];
-    let mut dv = vec![T::default(); len_if(wanted.dv, heads_k * head_dim_v)];
+    let mut dq_accum = vec![T::Acc::ZERO; len_if(wanted.dq, q_rows * head_dim)];
+    let mut dk = vec![T::default(); len_if(wanted.dk, k_rows * head_dim)];
+    let mut dv = vec![T::default(); len_if(wanted.dv, k_rows * head_dim_v)];
 
     let delta = delta::<G>(call, upstream);
     let (tasks, query_tiles) = (tasks(call), query_tiles(call));
@@ -123,7 +124,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
         let (dk_strides, dv_strides) = (problem.contiguous_k(), problem.contiguous_v());
         let pairs: usize = tasks.iter().map(|task| task.pairs).sum();
-        // Three products have rows of q or k, two have rows of v or do.
+        // For each pair of query and key: S, dk and dq take head_dim multiply-adds each, dP and dv take head_dim_v.
         let multiply_adds = pairs.saturating_mul((3 * head_dim + 2 * head_dim_v) * problem.group_size());
         let work = |scratch: &mut Scratch<T::Acc>, task: &Task| {
             pass.run(task, scratch);
