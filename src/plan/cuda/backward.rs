@@ -25,7 +25,7 @@ impl BackwardPlan {
     pub(super) fn new(problem: &Problem, kernel: &'static Kernel) -> Result<Self> {
         let (delta, convert) = (companion(Pass::Delta, problem), companion(Pass::Convert, problem));
         // The number of threads per row is a power of two. Any number of blocks is correct, because blocks loop over the rows.
-        let rows_per_block = delta.threads() / problem.head_dim_v.div_ceil(CHUNK).next_power_of_two().max(4);
+        let rows_per_block = delta.threads() / problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(4);
         let (seqlen_q, seqlen_k) = (problem.max_seqlen_q(), problem.max_seqlen_k());
         let launch = |kernel, blocks: usize, heads: usize| {
             Launch::by_tile(kernel, (blocks as u32, heads as u32, problem.batch() as u32))
