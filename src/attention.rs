@@ -38,20 +38,23 @@ use crate::problem::Problem;
 ///
 /// | tensor | padded | packed | type |
 /// | --- | --- | --- | --- |
-/// | `q`, result | `(batch, seqlen_q, num_heads, head_dim)` | `(total_q, num_heads, head_dim)` | f64, f32, f16, bf16 |
-/// | `k`, `v` | `(batch, seqlen_k, num_heads_k, head_dim)` | `(total_k, num_heads_k, head_dim)` | as `q` |
+/// | `q` | `(batch, seqlen_q, num_heads, head_dim)` | `(total_q, num_heads, head_dim)` | f64, f32, f16, bf16 |
+/// | `k` | `(batch, seqlen_k, num_heads_k, head_dim)` | `(total_k, num_heads_k, head_dim)` | as `q` |
+/// | `v` | `(batch, seqlen_k, num_heads_k, head_dim_v)` | `(total_k, num_heads_k, head_dim_v)` | as `q` |
+/// | result | `(batch, seqlen_q, num_heads, head_dim_v)` | `(total_q, num_heads, head_dim_v)` | as `q` |
 /// | lse | `(batch, num_heads, seqlen_q)` | `(num_heads, total_q)` | f32; f64 for f64 |
 ///
 /// These shapes are for [`TensorLayout::Bshd`], the default. [`Attention::layout`] selects `(batch, num_heads, seqlen, head_dim)`.
 /// lse has the same shape in both layouts.
 ///
 /// `num_heads` must be a multiple of `num_heads_k`, for grouped-query and multi-query attention; keys and values are not copied.
-/// `head_dim` is 1 to 512. The last axis must be contiguous. All other strides are free, and may be 0.
+/// `head_dim` and `head_dim_v` are 1 to 512. They are usually equal; the default scale depends only on `head_dim`. The last axis must be
+/// contiguous. All other strides are free, and may be 0.
 ///
 /// Sums are in f32 (f64 for f64 inputs). In f32, a probability below `2^-126` of the largest in its row counts as 0.
 ///
-/// On an NVIDIA GPU (feature `cuda`) the types are f16 and bf16, `head_dim` is a multiple of 8 up to 256, and rows must be
-/// 16-byte aligned.
+/// On an NVIDIA GPU (feature `cuda`) the types are f16 and bf16, `head_dim` is a multiple of 8 up to 256, `head_dim_v` must equal
+/// it, and rows must be 16-byte aligned.
 ///
 /// Gradients flow to `q`, `k` and `v`, from the result and from lse. The backward recomputes the scores. It may run several times
 /// over one graph.
@@ -159,7 +162,8 @@ impl Attention {
         self
     }
 
-    /// Attention over a padded batch. The result is contiguous. It has the type and the shape of `q`, in the result's layout.
+    /// Attention over a padded batch. The result is contiguous. It has the type and the shape of `q`, with the `head_dim` of `v`, in
+    /// the result's layout.
     ///
     /// # Errors
     /// If shapes, types, strides, devices or options do not follow the rules of [`Attention`], or if the device has no kernel.
@@ -172,7 +176,8 @@ impl Attention {
     /// `(batch, seqlen, num_heads, head_dim)`.
     ///
     /// `qkv` is `(batch, seqlen, num_heads + 2 * num_heads_k, head_dim)`, or in [`TensorLayout::Bhsd`]
-    /// `(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)`. The heads of q come first, then those of k, then those of v.
+    /// `(batch, num_heads + 2 * num_heads_k, seqlen, head_dim)`. The heads of q come first, then those of k, then those of v. All have
+    /// one `head_dim`.
     /// A `(batch, seqlen, 3, num_heads, head_dim)` tensor has the first shape after `reshape`. Another order of heads, as in
     /// GPT-NeoX, gives a wrong result; see [`QkvOrder`](crate::layers::QkvOrder).
     ///
@@ -208,8 +213,8 @@ impl Attention {
         self.run_with_lse(Problem::padded(&self.options, q, k, v)?, q, k, v)
     }
 
-    /// Attention within each sequence of a packed batch. The result is contiguous. It has the type and the shape of `q`, in the
-    /// result's layout.
+    /// Attention within each sequence of a packed batch. The result is contiguous. It has the type and the shape of `q`, with the
+    /// `head_dim` of `v`, in the result's layout.
     ///
     /// Sequence `b` has the rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` of `q` and the rows
     /// `cu_seqlens_k[b]..cu_seqlens_k[b + 1]` of `k` and `v`. The mask aligns the last query and the last key of each sequence.
@@ -296,7 +301,7 @@ impl Attention {
         self.run_with_lse(Problem::packed(&self.options, (q, k, v), cu_seqlens_q, cu_seqlens_k)?, q, k, v)
     }
 
-    /// As [`Self::forward_partial`], for a packed batch. Returns o `(total_q, num_heads, head_dim)` and lse `(num_heads, total_q)`.
+    /// As [`Self::forward_partial`], for a packed batch. Returns o `(total_q, num_heads, head_dim_v)` and lse `(num_heads, total_q)`.
     ///
     /// Every part has all sequences. The length of a sequence in a part may be 0.
     ///
@@ -352,7 +357,7 @@ impl Attention {
     /// A custom op has only one result, so the op returns o and lse in one flat tensor. Both are views of it. In the backward,
     /// Candle adds their gradients, and the op gets the sum.
     fn run_partial(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (shape_o, shape_lse) = (problem.shape_o(), problem.shape_lse());
+        let (shape_o, shape_lse) = (problem.shape_of_result(), problem.shape_lse());
         let op = self.op(problem, Output::OAndLse, q)?;
         Ok(o_and_lse(&q.apply_op3(k, v, op)?, shape_o, shape_lse)?)
     }

@@ -101,9 +101,11 @@ pub enum Error {
         shape: Vec<usize>,
     },
     /// The head dimension is outside the supported range.
-    #[error("head_dim {head_dim} is not supported (supported: 1 to {max}); choose another num_heads")]
+    #[error("{name} {head_dim} is not supported (supported: 1 to {max}); choose another num_heads")]
     HeadDim {
-        /// Size of the last axis of q.
+        /// `head_dim` of q and k, or `head_dim_v` of v.
+        name: &'static str,
+        /// Its value, the size of the last axis.
         head_dim: usize,
         /// The largest that is supported.
         max: usize,
@@ -335,6 +337,17 @@ pub enum Error {
         /// The largest that is supported.
         max: usize,
     },
+    /// v has another head dimension than q and k. The CUDA kernels take only one.
+    #[error(
+        "v: head_dim_v must be {head_dim} on CUDA, the head_dim of q and k, got {head_dim_v}; move q, k and v with to_device(&Device::Cpu), or {}",
+        way_to_one_head_dim(*head_dim, *head_dim_v)
+    )]
+    CudaHeadDimV {
+        /// Size of the last axis of q and k.
+        head_dim: usize,
+        /// Size of the last axis of v.
+        head_dim_v: usize,
+    },
     /// Rows of a tensor are not 16-byte aligned. The CUDA kernels read 16 bytes at once.
     #[error(
         "{tensor}: rows must begin at multiples of 8 elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
@@ -433,6 +446,15 @@ impl From<Error> for candle_core::Error {
             // Not `Error::wrap`: that appends a backtrace to the text when RUST_BACKTRACE is set.
             other => Self::Wrapped(Box::new(other)),
         }
+    }
+}
+
+/// How to get the same numbers from a call in which q, k and v have one head_dim.
+fn way_to_one_head_dim(head_dim: usize, head_dim_v: usize) -> String {
+    if head_dim_v < head_dim {
+        format!("pad v with zeros and keep the first {head_dim_v} columns of o")
+    } else {
+        format!("pad q and k with zeros and set softmax_scale (default: 1/sqrt({head_dim}))")
     }
 }
 

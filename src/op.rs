@@ -43,9 +43,9 @@ impl FlashAttention {
 
     fn result_shape(&self) -> Shape {
         match self.output {
-            Output::O => Shape::from(self.problem.shape_o()),
+            Output::O => Shape::from(self.problem.shape_of_result()),
             Output::OAndLse => {
-                Shape::from(self.problem.rows_q() * self.problem.num_heads * (self.problem.head_dim + 1))
+                Shape::from(self.problem.rows_q() * self.problem.num_heads * (self.problem.head_dim_v + 1))
             }
         }
     }

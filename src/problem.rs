@@ -78,8 +78,10 @@ pub struct Problem {
     pub num_heads: usize,
     /// Heads of k and v; divides `num_heads`.
     pub num_heads_k: usize,
-    /// Size of the last axis of q, k and v, `1..=MAX_HEAD_DIM`.
+    /// Size of the last axis of q and k, `1..=MAX_HEAD_DIM`.
     pub head_dim: usize,
+    /// Size of the last axis of v and o, `1..=MAX_HEAD_DIM`.
+    pub head_dim_v: usize,
     /// Which keys each query sees.
     pub mask: Mask,
     /// Factor of the scores.
@@ -227,15 +229,20 @@ impl Problem {
         }
         let (_, heads_axis) = options.layout.axes(q.rank());
         let (num_heads, num_heads_k) = (q.dims()[heads_axis], k.dims()[heads_axis]);
-        let head_dim = q.dims()[q.rank() - 1];
-        if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
-            return Err(Error::HeadDim { head_dim, max: MAX_HEAD_DIM });
+        let last = q.rank() - 1;
+        let (head_dim, head_dim_v) = (q.dims()[last], v.dims()[last]);
+        for (name, head_dim) in [("head_dim", head_dim), ("head_dim_v", head_dim_v)] {
+            if !(1..=MAX_HEAD_DIM).contains(&head_dim) {
+                return Err(Error::HeadDim { name, head_dim, max: MAX_HEAD_DIM });
+            }
         }
-        for (tensor, x) in [("q", q), ("k", k), ("v", v)] {
+        let mut shape_o = q.dims().to_vec();
+        shape_o[last] = head_dim_v;
+        for (tensor, shape) in [("q", q.dims()), ("k", k.dims()), ("v", v.dims()), ("o", &shape_o)] {
             // A broadcast tensor may have any shape without using memory, but its gradient and o need memory of that size.
-            let elements = x.dims().iter().try_fold(1usize, |elements, &size| elements.checked_mul(size));
+            let elements = shape.iter().try_fold(1usize, |elements, &size| elements.checked_mul(size));
             if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
-                return Err(Error::TooLarge { tensor, shape: x.dims().to_vec() });
+                return Err(Error::TooLarge { tensor, shape: shape.to_vec() });
             }
         }
         let softmax_scale = options.softmax_scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
@@ -251,6 +258,7 @@ impl Problem {
             num_heads,
             num_heads_k,
             head_dim,
+            head_dim_v,
             mask: options.mask,
             softmax_scale,
             softcap: options.softcap,
@@ -338,23 +346,43 @@ impl Problem {
     }
 
     /// Shape of o in its layout.
-    pub fn shape_o(&self) -> Vec<usize> {
-        self.output_layout.order(self.shape_q())
+    pub fn shape_of_result(&self) -> Vec<usize> {
+        self.output_layout.order(self.shape_o())
     }
 
-    /// Sizes of q and o in the order of [`TensorLayout::Bshd`].
+    /// Sizes of q in the order of [`TensorLayout::Bshd`].
     pub fn shape_q(&self) -> Vec<usize> {
+        self.shape_of_queries(self.head_dim)
+    }
+
+    /// Sizes of k in the order of [`TensorLayout::Bshd`].
+    pub fn shape_k(&self) -> Vec<usize> {
+        self.shape_of_keys(self.head_dim)
+    }
+
+    /// Sizes of v in the order of [`TensorLayout::Bshd`].
+    pub fn shape_v(&self) -> Vec<usize> {
+        self.shape_of_keys(self.head_dim_v)
+    }
+
+    /// Sizes of o in the order of [`TensorLayout::Bshd`].
+    pub fn shape_o(&self) -> Vec<usize> {
+        self.shape_of_queries(self.head_dim_v)
+    }
+
+    /// Sizes of a tensor with `width` elements for each query and head.
+    fn shape_of_queries(&self, width: usize) -> Vec<usize> {
         match &self.lengths {
-            &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, self.head_dim],
-            Lengths::Packed { cu_seqlens_q, .. } => vec![cu_seqlens_q.total(), self.num_heads, self.head_dim],
+            &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, width],
+            Lengths::Packed { cu_seqlens_q, .. } => vec![cu_seqlens_q.total(), self.num_heads, width],
         }
     }
 
-    /// Sizes of k and v in the order of [`TensorLayout::Bshd`].
-    pub fn shape_k(&self) -> Vec<usize> {
+    /// Sizes of a tensor with `width` elements for each key and key head.
+    fn shape_of_keys(&self, width: usize) -> Vec<usize> {
         match &self.lengths {
-            &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, self.head_dim],
-            Lengths::Packed { cu_seqlens_k, .. } => vec![cu_seqlens_k.total(), self.num_heads_k, self.head_dim],
+            &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, width],
+            Lengths::Packed { cu_seqlens_k, .. } => vec![cu_seqlens_k.total(), self.num_heads_k, width],
         }
     }
 
@@ -368,7 +396,7 @@ impl Problem {
 
     /// Strides of o, contiguous in its layout.
     pub fn contiguous_o(&self) -> Strides {
-        self.contiguous(self.output_layout, self.shape_q())
+        self.contiguous(self.output_layout, self.shape_o())
     }
 
     /// Strides of dq, contiguous in the layout of q.
@@ -376,12 +404,18 @@ impl Problem {
         self.contiguous(self.layout, self.shape_q())
     }
 
-    /// Strides of dk and dv, contiguous in the layout of k and v.
+    /// Strides of dk, contiguous in the layout of k.
     pub fn contiguous_k(&self) -> Strides {
         self.contiguous(self.layout, self.shape_k())
     }
 
-    /// Strides of q, k and v, or of their gradients, in one contiguous tensor, one after another along its head axis.
+    /// Strides of dv, contiguous in the layout of v.
+    pub fn contiguous_v(&self) -> Strides {
+        self.contiguous(self.layout, self.shape_v())
+    }
+
+    /// Strides of q, k and v, or of their gradients, in one contiguous tensor, one after another along its head axis. All three have
+    /// the same head_dim.
     pub fn contiguous_qkv(&self) -> [Strides; 3] {
         let mut shape = self.shape_q();
         let heads_axis = shape.len() - 2;
@@ -433,26 +467,29 @@ impl Strides {
     }
 }
 
-/// Names of the axes of q, and of k and v, in [`TensorLayout::Bshd`] and in [`TensorLayout::Bhsd`].
+/// Names of the axes of q, k and v, in [`TensorLayout::Bshd`] and in [`TensorLayout::Bhsd`].
 struct Axes {
     q: [&'static str; 2],
     k: [&'static str; 2],
+    v: [&'static str; 2],
 }
 
 const PADDED: Axes = Axes {
     q: ["(batch, seqlen_q, num_heads, head_dim)", "(batch, num_heads, seqlen_q, head_dim)"],
     k: ["(batch, seqlen_k, num_heads_k, head_dim)", "(batch, num_heads_k, seqlen_k, head_dim)"],
+    v: ["(batch, seqlen_k, num_heads_k, head_dim_v)", "(batch, num_heads_k, seqlen_k, head_dim_v)"],
 };
 
 const PACKED: Axes = Axes {
     q: ["(total_q, num_heads, head_dim)", "(num_heads, total_q, head_dim)"],
     k: ["(total_k, num_heads_k, head_dim)", "(num_heads_k, total_k, head_dim)"],
+    v: ["(total_k, num_heads_k, head_dim_v)", "(num_heads_k, total_k, head_dim_v)"],
 };
 
 /// Checks the ranks of q, k and v.
 fn check_ranks(layout: TensorLayout, axes: &Axes, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-    let (axes_q, axes_k) = (axes.q[layout as usize], axes.k[layout as usize]);
-    for (tensor, x, axes) in [("q", q, axes_q), ("k", k, axes_k), ("v", v, axes_k)] {
+    for (tensor, x, axes) in [("q", q, axes.q), ("k", k, axes.k), ("v", v, axes.v)] {
+        let axes = axes[layout as usize];
         check_rank(tensor, x, axes.split(',').count(), axes)?;
     }
     Ok(())
@@ -503,13 +540,12 @@ fn same_axis(
     }
 }
 
-/// Returns an error unless heads and head_dim of q, k and v agree.
+/// Returns an error unless the heads of q, k and v agree, and the head_dim of q and k. v may have another head_dim.
 fn check_heads(layout: TensorLayout, q: &[usize], k: &[usize], v: &[usize]) -> Result<()> {
     let (last, (_, heads_axis)) = (q.len() - 1, layout.axes(q.len()));
     let (num_heads, num_heads_k) = (q[heads_axis], k[heads_axis]);
     same_axis(("v", v), "num_heads_k", heads_axis, "k", num_heads_k)?;
     same_axis(("k", k), "head_dim", last, "q", q[last])?;
-    same_axis(("v", v), "head_dim", last, "q", q[last])?;
     let no_heads = num_heads == 0 && num_heads_k == 0;
     if !no_heads && (num_heads_k == 0 || !num_heads.is_multiple_of(num_heads_k)) {
         return Err(Error::HeadGroups { num_heads, num_heads_k });

@@ -79,7 +79,7 @@ impl Call {
     pub fn forward_with_lse(&self) -> Result<(Tensor, Tensor)> {
         let [q, k, v] = &self.inputs;
         let both = q.apply_op3_no_bwd(k, v, &self.op_with_lse)?;
-        Ok(o_and_lse(&both, self.problem.shape_o(), self.problem.shape_lse())?)
+        Ok(o_and_lse(&both, self.problem.shape_of_result(), self.problem.shape_lse())?)
     }
 
     /// The gradients of the tracked inputs, from o and its gradient. Run [`Self::forward`] first.

@@ -53,6 +53,7 @@ impl Reference {
             num_heads: case.num_heads,
             num_heads_k: case.num_heads_k(),
             head_dim: case.head_dim,
+            head_dim_v: case.head_dim,
             window: case.window(),
             softmax_scale: case.softmax_scale(),
             softcap: None,

@@ -97,13 +97,14 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     upstream: &Upstream<G>,
     wanted: Wanted,
 ) -> Gradients<Option<Vec<T>>> {
-    let (problem, head_dim) = (call.problem, call.problem.head_dim);
-    let k_len = problem.rows_k() * problem.num_heads_k * head_dim;
-    let q_len = problem.rows_q() * problem.num_heads * head_dim;
+    let problem = call.problem;
+    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
+    // One row for each token and head.
+    let (q_rows, k_rows) = (problem.rows_q() * problem.num_heads, problem.rows_k() * problem.num_heads_k);
     let len_if = |wanted: bool, len: usize| if wanted { len } else { 0 };
-    let mut dq_accum = vec![T::Acc::ZERO; len_if(wanted.dq, q_len)];
-    let mut dk = vec![T::default(); len_if(wanted.dk, k_len)];
-    let mut dv = vec![T::default(); len_if(wanted.dv, k_len)];
+    let mut dq_accum = vec![T::Acc::ZERO; len_if(wanted.dq, q_rows * head_dim)];
+    let mut dk = vec![T::default(); len_if(wanted.dk, k_rows * head_dim)];
+    let mut dv = vec![T::default(); len_if(wanted.dv, k_rows * head_dim_v)];
 
     let delta = delta::<G>(call, upstream);
     let (tasks, query_tiles) = (tasks(call), query_tiles(call));
@@ -121,21 +122,24 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     };
     {
         let (dk, dv) = (Shared::new(&mut dk), Shared::new(&mut dv));
-        let strides = problem.contiguous_k();
+        let (dk_strides, dv_strides) = (problem.contiguous_k(), problem.contiguous_v());
         let pairs: usize = tasks.iter().map(|task| task.pairs).sum();
-        let multiply_adds = pairs.saturating_mul(5 * head_dim * problem.group_size());
+        // For each pair of query and key: S, dk and dq take head_dim multiply-adds each, dP and dv take head_dim_v.
+        let multiply_adds = pairs.saturating_mul((3 * head_dim + 2 * head_dim_v) * problem.group_size());
         let work = |scratch: &mut Scratch<T::Acc>, task: &Task| {
             pass.run(task, scratch);
             for (i, col) in task.cols.clone().enumerate() {
-                let start = strides.start(task.sequence.batch, task.sequence.first_k + col, task.head_k);
-                let row = i * head_dim..(i + 1) * head_dim;
+                let start =
+                    |strides: &Strides| strides.start(task.sequence.batch, task.sequence.first_k + col, task.head_k);
                 if wanted.dk {
                     // SAFETY: each (batch, key head, key) belongs to one task.
-                    T::narrow(&scratch.dk[row.clone()], unsafe { dk.slice(start, head_dim) });
+                    let dk = unsafe { dk.slice(start(&dk_strides), head_dim) };
+                    T::narrow(&scratch.dk[i * head_dim..][..head_dim], dk);
                 }
                 if wanted.dv {
                     // SAFETY: as above.
-                    T::narrow(&scratch.dv[row], unsafe { dv.slice(start, head_dim) });
+                    let dv = unsafe { dv.slice(start(&dv_strides), head_dim_v) };
+                    T::narrow(&scratch.dv[i * head_dim_v..][..head_dim_v], dv);
                 }
             }
         };
@@ -153,7 +157,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
 fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
     // Rows per task. The work of a task must outweigh the cost of handing it to a thread.
     const ROWS: usize = 256;
-    let (problem, head_dim) = (call.problem, call.problem.head_dim);
+    let (problem, head_dim_v) = (call.problem, call.problem.head_dim_v);
     let o_strides = problem.contiguous_o();
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
@@ -163,9 +167,9 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
         }
     }
     let mut delta = vec![G::Acc::ZERO; problem.rows_q() * problem.num_heads];
-    let multiply_adds = delta.len() * head_dim;
+    let multiply_adds = delta.len() * head_dim_v;
     let shared = Shared::new(&mut delta);
-    let scratch = || (vec![G::Acc::ZERO; head_dim], vec![G::Acc::ZERO; head_dim]);
+    let scratch = || (vec![G::Acc::ZERO; head_dim_v], vec![G::Acc::ZERO; head_dim_v]);
     for_each_task(tasks.len(), multiply_adds, scratch, |(wide_o, wide_do), index| {
         let (sequence, head, rows) = &tasks[index];
         let first = problem.lse_start(sequence, *head) + rows.start;
@@ -174,8 +178,8 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
         for (i, row) in rows.clone().enumerate() {
             let o_start = o_strides.start(sequence.batch, sequence.first_q + row, *head);
             let do_start = upstream.do_strides.start(sequence.batch, sequence.first_q + row, *head);
-            G::widen(&upstream.o[o_start..][..head_dim], wide_o);
-            G::widen(&upstream.do_[do_start..][..head_dim], wide_do);
+            G::widen(&upstream.o[o_start..][..head_dim_v], wide_o);
+            G::widen(&upstream.do_[do_start..][..head_dim_v], wide_do);
             delta[i] = call.arch.dispatch(Dot { a: wide_o, b: wide_do });
         }
         if let Some(dlse) = upstream.dlse {
@@ -239,32 +243,32 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let (tile, problem) = (self.call.backward, self.call.problem);
         let Tile { block_m, block_n } = tile;
         let zeros = |len: usize| vec![T::Acc::ZERO; len];
-        let (m, n, scores) = (block_m * problem.head_dim, block_n * problem.head_dim, block_m * block_n);
+        let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
         Scratch {
-            k: zeros(if T::IN_PLACE { 0 } else { n }),
-            k_transposed: zeros(n),
-            v_transposed: zeros(n),
-            q: zeros(if T::IN_PLACE { 0 } else { m }),
-            do_: zeros(if G::IN_PLACE { 0 } else { m }),
-            p: zeros(scores),
-            ds: zeros(scores),
+            k: zeros(if T::IN_PLACE { 0 } else { block_n * head_dim }),
+            k_transposed: zeros(block_n * head_dim),
+            v_transposed: zeros(block_n * head_dim_v),
+            q: zeros(if T::IN_PLACE { 0 } else { block_m * head_dim }),
+            do_: zeros(if G::IN_PLACE { 0 } else { block_m * head_dim_v }),
+            p: zeros(block_m * block_n),
+            ds: zeros(block_m * block_n),
             derivative: zeros(block_n),
-            dk: zeros(n),
-            dv: zeros(n),
+            dk: zeros(block_n * head_dim),
+            dv: zeros(block_n * head_dim_v),
         }
     }
 
     /// Computes one task: adds to `dq_accum`, and leaves dk and dv of the task's keys in `scratch`.
     fn run(&self, task: &Task, scratch: &mut Scratch<T::Acc>) {
         let problem = self.call.problem;
-        let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
-        let n = cols.len();
+        let (sequence, cols) = (&task.sequence, &task.cols);
+        let (n, head_dim, head_dim_v) = (cols.len(), problem.head_dim, problem.head_dim_v);
         scratch.dk[..n * head_dim].fill(T::Acc::ZERO);
-        scratch.dv[..n * head_dim].fill(T::Acc::ZERO);
+        scratch.dv[..n * head_dim_v].fill(T::Acc::ZERO);
         let k = &self.inputs.k[problem.k.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
         let v = &self.inputs.v[problem.v.start(sequence.batch, sequence.first_k + cols.start, task.head_k)..];
         transpose(k, problem.k.row, (n, head_dim), &mut scratch.k_transposed, n);
-        transpose(v, problem.v.row, (n, head_dim), &mut scratch.v_transposed, n);
+        transpose(v, problem.v.row, (n, head_dim_v), &mut scratch.v_transposed, n);
         let mut k_buffer = std::mem::take(&mut scratch.k);
         let k_tile = tile(k, problem.k.row, (n, head_dim), &mut k_buffer);
 
@@ -292,8 +296,8 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         scratch: &mut Scratch<T::Acc>,
     ) {
         let problem = self.call.problem;
-        let (sequence, cols, head_dim) = (&task.sequence, &task.cols, problem.head_dim);
-        let (m, n) = (rows.len(), cols.len());
+        let (sequence, cols) = (&task.sequence, &task.cols);
+        let (m, n, head_dim, head_dim_v) = (rows.len(), cols.len(), problem.head_dim, problem.head_dim_v);
         let visibility = problem.visibility(sequence);
         let partial = visibility.coverage(rows, cols) != Coverage::Full;
         let score_mod = ScoreMod::<T::Acc>::new(problem, self.call.slope(sequence.batch, head));
@@ -303,7 +307,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let q_start = problem.q.start(sequence.batch, sequence.first_q + rows.start, head);
         let do_start = strides.start(sequence.batch, sequence.first_q + rows.start, head);
         let q = tile(&self.inputs.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
-        let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim), &mut scratch.do_);
+        let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim_v), &mut scratch.do_);
         let first_row = problem.lse_start(sequence, head) + rows.start;
         let [row_max, log2_row_sum, delta] =
             [self.lse.row_max, self.lse.log2_row_sum, &self.delta].map(|rows| &rows[first_row..][..m]);
@@ -314,7 +318,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         matmul_scores(self.call.arch, p, (m, n, head_dim), score_mod.scale, q, k_transposed);
         // dv needs only P.
         if self.wanted.dq || self.wanted.dk {
-            matmul(Out::rows(ds, n), (m, n, head_dim), false, T::Acc::ONE, do_, v_transposed);
+            matmul(Out::rows(ds, n), (m, n, head_dim_v), false, T::Acc::ONE, do_, v_transposed);
         }
         let mask = TileMask { rows, cols, visibility, partial };
         let derivative = &mut scratch.derivative;
@@ -323,12 +327,13 @@ impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
         let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;
         let (queries, keys): (Visible, Visible) = (partial.then_some(&queries), partial.then_some(&keys));
-        let size = (n, head_dim, m);
         if self.wanted.dv {
-            matmul_visible(Out::rows(&mut scratch.dv, head_dim), size, T::Acc::ONE, p.transposed(), do_, queries);
+            let dv = Out::rows(&mut scratch.dv, head_dim_v);
+            matmul_visible(dv, (n, head_dim_v, m), T::Acc::ONE, p.transposed(), do_, queries);
         }
         if self.wanted.dk {
-            matmul_visible(Out::rows(&mut scratch.dk, head_dim), size, scale, ds.transposed(), q, queries);
+            let dk = Out::rows(&mut scratch.dk, head_dim);
+            matmul_visible(dk, (n, head_dim, m), scale, ds.transposed(), q, queries);
         }
         if !self.wanted.dq {
             return;

@@ -46,22 +46,22 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     lse: &mut Lse<Vec<T::Acc>>,
 ) {
     let (problem, tile) = (call.problem, call.forward);
-    let head_dim = problem.head_dim;
+    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
     let tasks = tasks(call);
     let o_strides = problem.contiguous_o();
     let (o, row_max, log2_row_sum) =
         (Shared::new(o), Shared::new(&mut lse.row_max), Shared::new(&mut lse.log2_row_sum));
     let Tile { block_m, block_n } = tile;
-    let widened = if T::IN_PLACE { 0 } else { block_n * head_dim };
+    let widened = if T::IN_PLACE { 0 } else { block_n };
     let scratch = || Scratch {
         q_transposed: vec![T::Acc::ZERO; block_m * head_dim],
-        k: vec![T::Acc::ZERO; widened],
-        v: vec![T::Acc::ZERO; widened],
+        k: vec![T::Acc::ZERO; widened * head_dim],
+        v: vec![T::Acc::ZERO; widened * head_dim_v],
         scores: vec![T::Acc::ZERO; block_m * block_n],
-        o: vec![T::Acc::ZERO; block_m * head_dim],
+        o: vec![T::Acc::ZERO; block_m * head_dim_v],
         softmax: OnlineSoftmax::new(block_m),
     };
-    let multiply_adds = tasks.iter().map(|task| task.pairs).sum::<usize>().saturating_mul(2 * head_dim);
+    let multiply_adds = tasks.iter().map(|task| task.pairs).sum::<usize>().saturating_mul(head_dim + head_dim_v);
     for_each_task(tasks.len(), multiply_adds, scratch, |scratch, index| {
         let task = &tasks[index];
         let (sequence, rows) = (&task.sequence, &task.rows);
@@ -74,8 +74,8 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
         for (i, row) in rows.clone().enumerate() {
             let start = o_strides.start(sequence.batch, sequence.first_q + row, task.head);
             // SAFETY: as above.
-            let o = unsafe { o.slice(start, head_dim) };
-            let unscaled = &mut scratch.o[i * head_dim..][..head_dim];
+            let o = unsafe { o.slice(start, head_dim_v) };
+            let unscaled = &mut scratch.o[i * head_dim_v..][..head_dim_v];
             if visibility.keys(row).is_empty() {
                 (row_max[i], log2_row_sum[i]) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
                 unscaled.fill(T::Acc::ZERO);
@@ -110,13 +110,14 @@ fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &
     let Inputs { q, k, v } = inputs;
     let (problem, block_n) = (call.problem, call.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
-    let (head_dim, head_k) = (problem.head_dim, task.head / problem.group_size());
+    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
+    let head_k = task.head / problem.group_size();
     let score_mod = ScoreMod::new(problem, call.slope(sequence.batch, task.head));
     let visibility = problem.visibility(sequence);
     let m = rows.len();
 
     scratch.softmax.reset();
-    scratch.o[..m * head_dim].fill(T::Acc::ZERO);
+    scratch.o[..m * head_dim_v].fill(T::Acc::ZERO);
     let visible = visibility.keys_of(rows);
     if visible.is_empty() {
         return;
@@ -133,18 +134,18 @@ fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &
         let k_start = problem.k.start(sequence.batch, sequence.first_k + cols.start, head_k);
         let v_start = problem.v.start(sequence.batch, sequence.first_k + cols.start, head_k);
         let k_tile = tile(&k[k_start..], problem.k.row, (n, head_dim), &mut scratch.k);
-        let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim), &mut scratch.v);
+        let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim_v), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
         matmul_scores(call.arch, scores, (n, m, head_dim), score_mod.scale, k_tile, q_transposed);
-        let o = &mut scratch.o[..m * head_dim];
+        let o = &mut scratch.o[..m * head_dim_v];
         let mask = TileMask { rows, cols: &cols, visibility, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;
-        call.arch.dispatch(SoftmaxStep { score_mod, mask, scores, softmax, o, head_dim });
+        call.arch.dispatch(SoftmaxStep { score_mod, mask, scores, softmax, o, head_dim_v });
         let keys = |row: usize| mask.keys(row);
         let keys: Option<&dyn Fn(usize) -> Range<usize>> = mask.partial.then_some(&keys);
         let p = Mat::rows(scores, m).transposed();
-        matmul_visible(Out::rows(o, head_dim), (m, head_dim, n), T::Acc::ONE, p, v_tile, keys);
+        matmul_visible(Out::rows(o, head_dim_v), (m, head_dim_v, n), T::Acc::ONE, p, v_tile, keys);
     }
 }
 

@@ -64,7 +64,7 @@ fn typed_forward<T: Element>(
 ) -> Result<(CpuStorage, Lse<CpuStorage>)> {
     let inputs = inputs.try_map(T::cpu_storage_as_slice)?;
     let rows = call.problem.rows_q() * call.problem.num_heads;
-    let o_len = rows * call.problem.head_dim;
+    let o_len = rows * call.problem.head_dim_v;
     let mut lse = Lse { row_max: vec![T::Acc::ZERO; rows], log2_row_sum: vec![T::Acc::ZERO; rows] };
     let result = match output {
         Output::O => {
@@ -109,7 +109,7 @@ fn typed_backward<T: Element>(
             backward::backward(call, inputs, lse, &upstream, wanted)
         }
         Output::OAndLse => {
-            let o_len = problem.rows_q() * problem.num_heads * problem.head_dim;
+            let o_len = problem.rows_q() * problem.num_heads * problem.head_dim_v;
             let (do_, dlse) = locked_grad.slice::<T::Acc>()?[grad_start..].split_at(o_len);
             let upstream = backward::Upstream {
                 o: &result.slice::<T::Acc>()?[..o_len],

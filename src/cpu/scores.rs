@@ -139,10 +139,10 @@ impl<A: Real> OnlineSoftmax<A> {
         }
     }
 
-    /// Multiplies each row of the unnormalised output, of `head_dim` elements, by the factor of the last step.
+    /// Multiplies each row of the unnormalised output, of `head_dim_v` elements, by the factor of the last step.
     #[inline(always)]
-    fn rescale(&self, o: &mut [A], head_dim: usize) {
-        for (row, &rescale) in o.chunks_exact_mut(head_dim).zip(&self.rescale) {
+    fn rescale(&self, o: &mut [A], head_dim_v: usize) {
+        for (row, &rescale) in o.chunks_exact_mut(head_dim_v).zip(&self.rescale) {
             if rescale != A::ONE {
                 for x in row {
                     *x *= rescale;
@@ -206,9 +206,9 @@ pub(super) struct SoftmaxStep<'a, A> {
     /// S^T: one row per key, one column per query.
     pub(super) scores: &'a mut [A],
     pub(super) softmax: &'a mut OnlineSoftmax<A>,
-    /// One row of `head_dim` elements per query.
+    /// One row of `head_dim_v` elements per query.
     pub(super) o: &'a mut [A],
-    pub(super) head_dim: usize,
+    pub(super) head_dim_v: usize,
 }
 
 impl<A: Real> pulp::NullaryFnOnce for SoftmaxStep<'_, A> {
@@ -226,7 +226,7 @@ impl<A: Real> pulp::NullaryFnOnce for SoftmaxStep<'_, A> {
             }
         }
         self.softmax.step(self.scores, rows);
-        self.softmax.rescale(self.o, self.head_dim);
+        self.softmax.rescale(self.o, self.head_dim_v);
     }
 }
 

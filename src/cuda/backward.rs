@@ -28,7 +28,7 @@ pub(super) fn separate<T: Element>(
         dk: gradient::<T>(problem, device, lens.dk)?,
         dv: gradient::<T>(problem, device, lens.dv)?,
     };
-    let strides = Gradients { dq: problem.contiguous_q(), dk: problem.contiguous_k(), dv: problem.contiguous_k() };
+    let strides = Gradients { dq: problem.contiguous_q(), dk: problem.contiguous_k(), dv: problem.contiguous_v() };
     let mut grads = GradientMemory { slices: Slices::Separate(&mut slices), strides };
     queue(call, output, &tensors, &mut grads)?;
     Ok(slices.map(|slice| T::wrap_cuda_slice(slice, device.clone())))
@@ -48,7 +48,7 @@ pub(super) fn fused<T: Element>(call: &Call, output: Output, tensors: BackwardIn
 /// Number of elements of dq, dk and dv.
 fn lens(problem: &Problem) -> Gradients<usize> {
     let len = |shape: Vec<usize>| shape.iter().product();
-    Gradients { dq: len(problem.shape_q()), dk: len(problem.shape_k()), dv: len(problem.shape_k()) }
+    Gradients { dq: len(problem.shape_q()), dk: len(problem.shape_k()), dv: len(problem.shape_v()) }
 }
 
 /// Allocates memory for one gradient, or for all three.
@@ -102,8 +102,10 @@ impl Upstream {
             Output::O => Ok(Self { o: result.clone(), do_: readable(problem, grad)?, dlse: None }),
             // o and its gradient are f32 here. The kernels read the type of q, so round both.
             Output::OAndLse => {
-                let (o_len, lse_len) = (lens(problem).dq, problem.rows_q() * problem.num_heads);
-                let part = |both: &Tensor| both.narrow(0, 0, o_len)?.to_dtype(T::DTYPE)?.reshape(problem.shape_o());
+                let lse_len = problem.rows_q() * problem.num_heads;
+                let o_len = lse_len * problem.head_dim_v;
+                let shape = problem.shape_of_result();
+                let part = |both: &Tensor| both.narrow(0, 0, o_len)?.to_dtype(T::DTYPE)?.reshape(&shape[..]);
                 let dlse = grad.contiguous()?.narrow(0, o_len, lse_len)?;
                 Ok(Self { o: part(result)?, do_: part(grad)?, dlse: Some(dlse) })
             }
@@ -114,7 +116,7 @@ impl Upstream {
 /// A gradient with strides that the kernels support. Candle passes gradients with any strides: transposed, or broadcast from a
 /// sum.
 fn readable(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
-    let shape = problem.shape_q();
+    let shape = problem.shape_o();
     match Strides::of("do", grad.layout(), problem.output_layout) {
         Ok(strides) if aligned(&strides, &shape) && in_reach(&strides, &shape) => Ok(grad.clone()),
         _ => grad.force_contiguous(),
@@ -211,7 +213,7 @@ impl Kernels<'_> {
         let mut launcher = Launcher::new(&stream);
         let inputs = self.inputs.as_ref().map(Locked::storage);
         let Inputs { q, k, v } = self.call.read_inputs::<T>(inputs, &mut launcher)?;
-        let dk_strides = grads.strides.dk; // dv has the same strides
+        let dk_strides = grads.strides.dk; // dv has the same strides, because CUDA plans have one head_dim
         let Gradients { dk, dv, .. } = grads.write(&mut launcher);
         let params = BwdParams {
             q,
@@ -239,7 +241,7 @@ impl Kernels<'_> {
         }
         // The other kernel reads q, k, v and do through tensor maps.
         let maps = TensorMaps { problem, kernel: launch.kernel, not_empty: params.lse };
-        let do_ = maps.of("do", params.do_, &self.do_strides, &problem.shape_q(), launch.kernel.block_m)?;
+        let do_ = maps.of("do", params.do_, &self.do_strides, &problem.shape_o(), launch.kernel.block_m)?;
         let Inputs { q, k, v } = maps.of_inputs(Inputs { q, k, v })?;
         Ok(launcher.launch(launch, &Sm90BwdParams { q, k, v, do_, bwd: params })?)
     }

@@ -24,7 +24,7 @@ pub(super) fn forward<T: Element>(
     inputs: Inputs<&CudaStorage>,
 ) -> Result<(CudaStorage, CudaStorage)> {
     let (device, rows) = (&inputs.q.device, call.rows());
-    let mut result = ResultMemory::<T>::new(device, output, rows, call.problem.head_dim)?;
+    let mut result = ResultMemory::<T>::new(device, output, rows, call.problem.head_dim_v)?;
     let mut lse = uninit::<f32>(device, rows)?;
     for launch in &call.plan.forward {
         queue(call, launch, inputs, &mut result, &mut lse)?;
@@ -41,10 +41,10 @@ enum ResultMemory<T> {
 }
 
 impl<T: Element> ResultMemory<T> {
-    fn new(device: &CudaDevice, output: Output, rows: usize, head_dim: usize) -> Result<Self> {
+    fn new(device: &CudaDevice, output: Output, rows: usize, head_dim_v: usize) -> Result<Self> {
         Ok(match output {
-            Output::O => Self::O(uninit(device, rows * head_dim)?),
-            Output::OAndLse => Self::OAndLse(uninit(device, rows * (head_dim + 1))?),
+            Output::O => Self::O(uninit(device, rows * head_dim_v)?),
+            Output::OAndLse => Self::OAndLse(uninit(device, rows * (head_dim_v + 1))?),
         })
     }
 

@@ -36,7 +36,7 @@ impl TensorMaps<'_> {
         Ok(Inputs {
             q: self.of("q", addresses.q, &problem.q, &problem.shape_q(), kernel.block_m)?,
             k: self.of("k", addresses.k, &problem.k, &problem.shape_k(), kernel.block_n)?,
-            v: self.of("v", addresses.v, &problem.v, &problem.shape_k(), kernel.block_n)?,
+            v: self.of("v", addresses.v, &problem.v, &problem.shape_v(), kernel.block_n)?,
         })
     }
 
@@ -52,9 +52,10 @@ impl TensorMaps<'_> {
         shape: &[usize],
         box_rows: usize,
     ) -> Result<TensorMap> {
+        let head_dim = shape[shape.len() - 1];
         let (address, axes) =
             if shape.contains(&0) { (self.not_empty, [(0, 1); 3]) } else { (address, axes(strides, shape)) };
-        encode(self.kernel, name, address, self.problem.head_dim, axes, box_rows)
+        encode(self.kernel, name, address, head_dim, axes, box_rows)
     }
 }
 

@@ -402,7 +402,7 @@ impl MultiHeadAttentionConfig {
             None => embed_dim / num_heads,
         };
         if head_dim > MAX_HEAD_DIM {
-            return Err(crate::Error::HeadDim { head_dim, max: MAX_HEAD_DIM }.into());
+            return Err(crate::Error::HeadDim { name: "head_dim", head_dim, max: MAX_HEAD_DIM }.into());
         }
         // The fused projection has the largest weight. In f64, the widest type, it must not exceed isize::MAX bytes, the
         // largest allocation.

@@ -27,6 +27,11 @@ fn every_kind_of_head_dim() -> Result<()> {
 }
 
 #[test]
+fn another_head_dim_of_v() -> Result<()> {
+    check(cases::head_dims_v)
+}
+
+#[test]
 fn packed_batches() -> Result<()> {
     check(cases::packed)
 }

@@ -458,13 +458,15 @@ fn same_as_halves(whole: &Output, halves: [&Output; 2], case: &Case) -> Result<(
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn refusals_on_the_device() -> Result<()> {
     for Target { device, dtype } in gpu_targets_or_skip() {
-        let text = |dtype: DType, head_dim: usize| -> Result<String> {
+        let text_of = |dtype: DType, head_dim: usize, head_dim_v: usize| -> Result<String> {
             let x = Tensor::zeros((1, 5, 2, head_dim), dtype, &device)?;
-            let error = Attention::new().forward(&x, &x, &x).expect_err("has no kernel").to_string();
-            let asked = Attention::new().supports(&x, &x, &x).expect_err("has no kernel").to_string();
+            let v = Tensor::zeros((1, 5, 2, head_dim_v), dtype, &device)?;
+            let error = Attention::new().forward(&x, &x, &v).expect_err("has no kernel").to_string();
+            let asked = Attention::new().supports(&x, &x, &v).expect_err("has no kernel").to_string();
             ensure!(error == asked, "forward returns {error:?}, supports returns {asked:?}");
             Ok(error)
         };
+        let text = |dtype: DType, head_dim: usize| text_of(dtype, head_dim, head_dim);
         for other in [DType::F32, DType::F64] {
             assert_eq!(
                 text(other, 64)?,
@@ -480,6 +482,8 @@ fn refusals_on_the_device() -> Result<()> {
                 )
             );
         }
+        let another_head_dim_of_v = text_of(dtype, 192, 128)?;
+        ensure!(another_head_dim_of_v.starts_with("v: head_dim_v must be 192 on CUDA"), "{another_head_dim_of_v}");
     }
     Ok(())
 }

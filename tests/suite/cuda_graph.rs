@@ -69,7 +69,7 @@ struct Inputs {
 impl Inputs {
     fn new(case: &Case, input: &Input) -> Result<Self> {
         let Call { attention, q, k, v } = case.call(input)?;
-        Ok(Self { attention, q, k, v, do_: Var::from_tensor(&case.tensor(&input.do_, &case.shape_q())?)? })
+        Ok(Self { attention, q, k, v, do_: Var::from_tensor(&case.tensor(&input.do_, &case.shape_o())?)? })
     }
 
     /// Copies other values to the same addresses.

@@ -480,6 +480,20 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
     for refused_dim in [1, 60, 257, 264, 512] {
         assert_eq!(refused(refused_dim, DType::F16, &H100)?, format!("head_dim {refused_dim} {head_dim}"));
     }
+    for (head_dim, head_dim_v, way_out) in [
+        (192, 128, "pad v with zeros and keep the first 128 columns of o"),
+        (64, 128, "pad q and k with zeros and set softmax_scale (default: 1/sqrt(64))"),
+    ] {
+        let (q, v) = (zeros(&[1, 2, 1, head_dim], DType::BF16)?, zeros(&[1, 2, 1, head_dim_v], DType::BF16)?);
+        let problem = testing::problem(&Attention::new(), &q, &q, &v)?;
+        assert_eq!(
+            plan(&problem, &H100).expect_err("must be refused").to_string(),
+            format!(
+                "v: head_dim_v must be {head_dim} on CUDA, the head_dim of q and k, got {head_dim_v}; move q, k and v with \
+                 to_device(&Device::Cpu), or {way_out}"
+            )
+        );
+    }
     assert_eq!(
         refused(64, DType::F16, &caps((7, 5), 40, 64 * 1024))?,
         "compute capability 7.5 of this GPU is not supported (supported: 8.0 and newer); \

@@ -22,7 +22,7 @@ fn empty_and_single_sizes() -> Result<()> {
                     let case = Case::new(&target).batch(batch, seqlen_q, seqlen_k).heads(4, 2).head_dim(8).mask(mask);
                     if case.fits() {
                         case.check()?;
-                        case.clone().dlse().alibi(Alibi::PerHead).softcap(3.0).check()?;
+                        case.clone().head_dim_v(5).dlse().alibi(Alibi::PerHead).softcap(3.0).check()?;
                     }
                     let headless = case.heads(0, 2);
                     if headless.fits() {
@@ -46,6 +46,7 @@ fn rows_that_see_no_key() -> Result<()> {
             case().batch(1, 9, 300).mask(window(None, 0)),
             case().batch(1, 20, 8).mask(Mask::Causal).dlse(),
             case().packed(&[(140, 3), (4, 0), (6, 6)]).mask(Mask::Causal).dlse(),
+            case().batch(1, 20, 8).head_dim_v(5).mask(Mask::Causal),
         ] {
             let input = case.draw();
             let got = case.run(&input)?;
@@ -57,14 +58,11 @@ fn rows_that_see_no_key() -> Result<()> {
                     continue;
                 }
                 let first = token * case.num_heads;
-                let zeros = |values: &[f64]| {
-                    values[first * case.head_dim..][..case.num_heads * case.head_dim].iter().all(|&x| x == 0.0)
+                let zeros = |rows: &Rows| {
+                    rows.values[first * rows.width..][..case.num_heads * rows.width].iter().all(|&x| x == 0.0)
                 };
                 let lse = &got.lse.values[first..][..case.num_heads];
-                ensure!(
-                    zeros(&got.o.values) && zeros(&got.dq.values),
-                    "token {token} sees no key, but is not 0\ncase {case}"
-                );
+                ensure!(zeros(&got.o) && zeros(&got.dq), "token {token} sees no key, but is not 0\ncase {case}");
                 ensure!(lse.iter().all(|&x| x == f64::NEG_INFINITY), "lse of token {token} is {lse:?}\ncase {case}");
             }
         }
@@ -229,6 +227,7 @@ fn masks_and_lengths(target: &Target) -> Vec<Case> {
         case().batch(1, 7, 7).mask(Mask::Causal).softcap(2.0),
         case().batch(1, 8, 8).mask(Mask::Causal).alibi(Alibi::PerHead).dlse(),
         case().packed(&[(5, 8), (7, 7)]).mask(Mask::Causal),
+        case().batch(1, 7, 9).head_dim_v(3).mask(Mask::Causal).dlse(),
     ]
 }
 
@@ -308,7 +307,7 @@ fn other_sequences_and_heads_keep_their_bits() -> Result<()> {
             let case = || Case { deterministic: true, ..Case::new(&target).heads(4, 2).head_dim(head_dim) };
             for case in [
                 case().packed(&[(9, 40), (70, 130), (33, 7)]).mask(Mask::Causal),
-                case().batch(3, 37, 50).mask(window(9, 4)).dlse(),
+                case().batch(3, 37, 50).head_dim_v(24).mask(window(9, 4)).dlse(),
             ] {
                 let run = |input: &Input| match case.device.is_cpu() {
                     true => case.run(input),
@@ -352,9 +351,12 @@ fn rows_that_are_not_numbers() -> Result<()> {
             for (name, tensor) in TENSORS.into_iter().filter(|(name, _)| case.dlse || *name != "dlse") {
                 for nonfinite in NONFINITE {
                     let mut input = case.draw();
-                    let head_dim = case.head_dim;
+                    let width = match name {
+                        "q" | "k" => case.head_dim,
+                        "v" | "do" => case.head_dim_v,
+                        _ => 1,
+                    };
                     let values = tensor(&mut input);
-                    let width = if name == "dlse" { 1 } else { head_dim };
                     let row = values.len() / width / 2;
                     values[row * width..][..width].fill(nonfinite);
                     case.check_on(&input)

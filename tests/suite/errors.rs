@@ -43,7 +43,7 @@ fn refused_packed(attention: &Attention, [q, k, v]: [&Tensor; 3], [lengths_q, le
 }
 
 /// Shapes of q, k and v, and the error text.
-const PADDED: [([&[usize]; 3], &str); 16] = [
+const PADDED: [([&[usize]; 3], &str); 18] = [
     (
         [&[3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]],
         "q: expected (batch, seqlen_q, num_heads, head_dim), got 3 axes in shape [3, 8, 64]; reshape it, or use the packed call for sequences laid end to end",
@@ -54,14 +54,13 @@ const PADDED: [([&[usize]; 3], &str); 16] = [
     ),
     (
         [&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 1, 4, 2, 64]],
-        "v: expected (batch, seqlen_k, num_heads_k, head_dim), got 5 axes in shape [2, 1, 4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
+        "v: expected (batch, seqlen_k, num_heads_k, head_dim_v), got 5 axes in shape [2, 1, 4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
     ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 5, 2, 64]], "v: seqlen_k must be 4 as in k, got 5 in shape [2, 5, 2, 64]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 4, 64]], "v: num_heads_k must be 2 as in k, got 4 in shape [2, 4, 4, 64]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 32], &[2, 4, 2, 64]], "k: head_dim must be 64 as in q, got 32 in shape [2, 4, 2, 32]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "v: head_dim must be 64 as in q, got 80 in shape [2, 4, 2, 80]"),
     (
         [&[2, 3, 8, 64], &[2, 4, 3, 64], &[2, 4, 3, 64]],
         "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head must serve the same number of query heads",
@@ -82,9 +81,18 @@ const PADDED: [([&[usize]; 3], &str); 16] = [
         [&[2, 3, 1, 0], &[2, 4, 1, 0], &[2, 4, 1, 0]],
         "head_dim 0 is not supported (supported: 1 to 512); choose another num_heads",
     ),
+    (
+        [&[2, 3, 1, 64], &[2, 4, 1, 64], &[2, 4, 1, 513]],
+        "head_dim_v 513 is not supported (supported: 1 to 512); choose another num_heads",
+    ),
+    (
+        [&[2, 3, 1, 64], &[2, 4, 1, 64], &[2, 4, 1, 0]],
+        "head_dim_v 0 is not supported (supported: 1 to 512); choose another num_heads",
+    ),
     // The error names the first broken rule, in the order of q, k, v.
     ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]], "no error"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "no error"),
 ];
 
 #[test]
@@ -150,6 +158,11 @@ fn more_elements_than_memory() -> Result<()> {
         refused(&Attention::new(), &long, &row, &row),
         "q: shape [1, 144115188075855872, 2, 8] has more elements than can be addressed; split the call"
     );
+    let (long, wide) = (zeros(&[1, 1, 2, 1]).expand((1, 1 << 57, 2, 1))?, zeros(&[1, 1, 2, 512]));
+    assert_eq!(
+        refused(&Attention::new(), &long, &zeros(&[1, 1, 2, 1]), &wide),
+        "o: shape [1, 144115188075855872, 2, 512] has more elements than can be addressed; split the call"
+    );
     Ok(())
 }
 
@@ -170,7 +183,7 @@ fn shapes_and_lengths_of_packed_calls() -> Result<()> {
         (
             [&q, &k, &padded],
             [&lengths_q, &lengths_k],
-            "v: expected (total_k, num_heads_k, head_dim), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
+            "v: expected (total_k, num_heads_k, head_dim_v), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
         ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; a length of 0 counts as a sequence"),
         ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),

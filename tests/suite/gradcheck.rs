@@ -76,6 +76,8 @@ fn small_cases() -> Vec<Case> {
         case().batch(2, 3, 4).alibi(Alibi::PerBatchAndHead).softcap(0.9).softmax_scale(1.4).dlse(),
         case().softmax_scale(-0.8),
         case().packed(&[(3, 2), (0, 2), (2, 4)]).mask(Mask::Causal).dlse(),
+        case().head_dim_v(2).mask(Mask::Causal).softcap(0.9).dlse(),
+        case().packed(&[(3, 2), (2, 4)]).head_dim_v(5).alibi(Alibi::PerHead).dlse(),
     ]
 }
 

@@ -78,7 +78,7 @@ impl Bases {
     }
 
     fn draw_in_chunks(case: &Case, views: [&View; 3], chunk: usize) -> Result<Self> {
-        let dims = [case.shape_q(), case.shape_k(), case.shape_k()];
+        let dims = [case.shape_q(), case.shape_k(), case.shape_v()];
         let mut vars = Vec::new();
         for (n, (view, dims)) in views.into_iter().zip(&dims).enumerate() {
             let shape = (view.base)(dims, chunk);
@@ -143,7 +143,8 @@ fn views_of_padded_tensors_equal_their_copies() -> Result<()> {
             check(&case, [view, &PADDED[1], &PADDED[0]])?;
         }
         // Several tiles, and axes of size 1, whose strides do not matter.
-        let wide = Case::new(&target).batch(1, 140, 290).heads(2, 1).head_dim(16).mask(window(150, 20)).dlse();
+        let wide =
+            Case::new(&target).batch(1, 140, 290).heads(2, 1).head_dim(16).head_dim_v(24).mask(window(150, 20)).dlse();
         let single = Case::new(&target).batch(1, 1, 1).heads(1, 1).head_dim(1);
         for view in &PADDED {
             check(&wide, [view, view, view])?;
@@ -159,7 +160,7 @@ fn views_of_packed_tensors_equal_their_copies() -> Result<()> {
         let case = Case::new(&target).packed(&[(5, 9), (0, 2), (20, 14)]).heads(4, 2).head_dim(8).mask(Mask::Causal);
         for view in &PACKED {
             check(&case, [view, view, view])?;
-            check(&case.clone().dlse(), [&PACKED[0], view, &PACKED[2]])?;
+            check(&case.clone().head_dim_v(5).dlse(), [&PACKED[0], view, &PACKED[2]])?;
         }
     }
     Ok(())
@@ -187,7 +188,7 @@ fn one_tensor_of_q_k_and_v_equals_three() -> Result<()> {
             let contiguous = Var::from_tensor(&Tensor::cat(&parts, 2)?)?;
             let heads_first = Var::from_tensor(&contiguous.transpose(1, 2)?.contiguous()?)?;
             let longer = Var::from_tensor(&Tensor::cat(&[&contiguous.narrow(0, 1, 1)?, contiguous.as_tensor()], 0)?)?;
-            let do_ = case.tensor(&input.do_, &case.shape_q())?;
+            let do_ = case.tensor(&input.do_, &case.shape_o())?;
             let o = attention.forward(&q, &k, &v)?;
             let grads = (&o * &do_)?.sum_all()?.backward()?;
             let grad = |var: &Var| grads.get(var).context("no gradient").cloned();
@@ -257,10 +258,11 @@ fn slopes_that_are_views_equal_their_copies() -> Result<()> {
 #[test]
 fn gradients_through_transposed_and_expanded_results() -> Result<()> {
     for target in targets() {
-        let case = Case::new(&target).batch(2, 9, 11).heads(4, 2).head_dim(8).mask(Mask::Causal).deterministic();
+        let case = Case::new(&target).batch(2, 9, 11).heads(4, 2).head_dim(8).head_dim_v(12);
+        let case = case.mask(Mask::Causal).deterministic();
         let input = case.draw();
         let Call { attention, q, k, v } = case.call(&input)?;
-        let do_ = case.tensor(&input.do_, &case.shape_q())?;
+        let do_ = case.tensor(&input.do_, &case.shape_o())?;
         let ones = do_.ones_like()?;
         let loss = |o: &Tensor, grad: &Tensor| -> candle_core::Result<Tensor> { (o * grad)?.sum_all() };
         type Loss<'a> = &'a dyn Fn(&Tensor) -> candle_core::Result<Tensor>;
@@ -295,7 +297,7 @@ fn gradients_that_are_views_equal_their_copies() -> Result<()> {
         let call = case.call(&input)?;
         let call = testing::Call::new(&call.attention, &call.q, &call.k, &call.v)?;
         let o = call.forward()?;
-        let dims = case.shape_q();
+        let dims = case.shape_o();
         let last_axis = [
             View { name: "one dim for all", base: |d, _| vec![d[0], d[1], d[2], 1], view: |t, d, _| t.broadcast_as(d) },
             View { name: "one number for all", base: |_, _| vec![1], view: |t, d, _| t.broadcast_as(d) },

@@ -202,6 +202,7 @@ fn a_part_is_not_rounded() -> Result<()> {
             Case::new(&target).batch(2, 70, 90).heads(4, 2).head_dim(64).mask(Mask::Causal),
             Case::new(&target).batch(1, 7, 9).head_dim(40).softcap(2.0).layouts(Bhsd, Bhsd),
             Case::new(&target).packed(&[(30, 40), (0, 3), (5, 2)]).head_dim(96),
+            Case::new(&target).packed(&[(30, 40), (0, 3), (5, 2)]).head_dim(40).head_dim_v(24),
         ] {
             let input = case.draw();
             let Call { attention, q, k, v } = case.call(&input)?;
@@ -237,6 +238,7 @@ fn parts_of_the_keys_make_the_whole() -> Result<()> {
             (case().batch(1, 30, 30).mask(window(14, 3)).layouts(Bhsd, Bshd), &[18, 24]),
             (case().batch(1, 150, 300).heads(1, 1).mask(Mask::Causal), &[128]),
             (case().batch(1, 9, 4).mask(Mask::Causal), &[1, 2, 3]), // some rows see no key
+            (case().batch(2, 12, 20).head_dim_v(24).mask(Mask::Causal), &[5, 11, 17]),
         ] {
             check_parts(&case, cuts)?;
         }

@@ -157,7 +157,12 @@ fn gradients_of_pad_and_unpad() -> Result<()> {
 #[test]
 fn a_padded_batch_trains_through_packed_attention() -> Result<()> {
     for target in targets() {
-        let case = Case::new(&target).packed(&[(5, 5), (9, 9), (2, 2)]).mask(Mask::Causal).heads(2, 1).deterministic();
+        let case = Case::new(&target)
+            .packed(&[(5, 5), (9, 9), (2, 2)])
+            .mask(Mask::Causal)
+            .heads(2, 1)
+            .head_dim_v(5)
+            .deterministic();
         let input = case.draw();
         let attention = case.attention(&input)?;
         let (cu_seqlens, _) = case.cu_seqlens()?;
@@ -172,7 +177,7 @@ fn a_padded_batch_trains_through_packed_attention() -> Result<()> {
         };
         let q = padded(&input.q, &case.shape_q())?;
         let k = padded(&input.k, &case.shape_k())?;
-        let v = padded(&input.v, &case.shape_k())?;
+        let v = padded(&input.v, &case.shape_v())?;
         let [q_packed, k_packed, v_packed] = [&q, &k, &v].map(|var| cu_seqlens.unpad(var, Right));
         let o = case.forward(&attention, &q_packed?, &k_packed?, &v_packed?)?;
         compare::same_bits("o", &o, &direct.0, &case)?;

@@ -16,13 +16,14 @@ fn a_problem_says_what_was_asked() -> Result<()> {
     let q = zeros(&[2, 3, 8, 16])?;
     // The storage has the heads first. The view begins at the second sequence.
     let k = zeros(&[3, 4, 5, 16])?.narrow(0, 1, 2)?.transpose(1, 2)?;
-    let v = zeros(&[2, 5, 1, 20])?.narrow(3, 4, 16)?.expand((2, 5, 4, 16))?;
+    let v = zeros(&[2, 5, 1, 20])?.narrow(3, 4, 12)?.expand((2, 5, 4, 12))?;
     let slopes = Tensor::zeros((2, 8), DType::F32, &Device::Cpu)?;
     let mask = Mask::Window { left: Some(7), right: None };
     let attention = Attention::new().mask(mask).softmax_scale(0.25).softcap(30.0).alibi_slopes(&slopes);
     let problem = testing::problem(&attention, &q, &k, &v)?;
     assert_eq!((problem.dtype, problem.device), (DType::BF16, DeviceLocation::Cpu));
     assert_eq!((problem.num_heads, problem.num_heads_k, problem.head_dim, problem.group_size()), (8, 4, 16, 2));
+    assert_eq!(problem.head_dim_v, 12);
     assert_eq!((problem.mask, problem.softmax_scale, problem.softcap), (mask, 0.25, Some(30.0)));
     assert_eq!(problem.alibi, Some(Alibi::PerBatchAndHead));
     assert_eq!(problem.q, Strides { offset: 0, batch: 384, row: 128, head: 16 });
@@ -31,6 +32,9 @@ fn a_problem_says_what_was_asked() -> Result<()> {
     assert!(matches!(problem.lengths, Lengths::Padded { batch: 2, seqlen_q: 3, seqlen_k: 5, .. }));
     assert_eq!((problem.batch(), problem.rows_q(), problem.rows_k()), (2, 6, 10));
     assert_eq!((problem.shape_q(), problem.shape_k()), (vec![2, 3, 8, 16], vec![2, 5, 4, 16]));
+    assert_eq!((problem.shape_v(), problem.shape_o()), (vec![2, 5, 4, 12], vec![2, 3, 8, 12]));
+    assert_eq!(problem.contiguous_v(), Strides { offset: 0, batch: 240, row: 48, head: 12 });
+    assert_eq!(problem.contiguous_o(), Strides { offset: 0, batch: 288, row: 96, head: 12 });
     assert_eq!(problem.shape_lse(), [2, 8, 3]);
     Ok(())
 }
@@ -56,7 +60,10 @@ fn options_left_out_have_defaults() -> Result<()> {
     let x = zeros(&[1, 2, 3, 40])?;
     let problem = testing::problem(&Attention::new(), &x, &x, &x)?;
     assert_eq!((problem.mask, problem.softcap, problem.alibi), (Mask::None, None, None));
-    assert_eq!(problem.softmax_scale, 1.0 / 40f64.sqrt());
+    assert_eq!((problem.head_dim_v, problem.softmax_scale), (40, 1.0 / 40f64.sqrt()));
+    // The default scale does not depend on v.
+    let problem = testing::problem(&Attention::new(), &x, &x, &zeros(&[1, 2, 3, 24])?)?;
+    assert_eq!((problem.head_dim_v, problem.softmax_scale), (24, 1.0 / 40f64.sqrt()));
     Ok(())
 }
 
@@ -85,7 +92,9 @@ fn problem_and_plan_print() -> Result<()> {
     let problem = testing::problem(&Attention::new().mask(Mask::Causal), &x, &x, &x)?;
     let plan = Plan::choose(&problem, &testing::device_caps(&Device::Cpu)?)?;
     let text = format!("{problem:?} -> {plan:?}");
-    for word in ["BF16", "Causal", "head_dim: 40", "seqlen_q: 2", "num_heads: 3", "block_m", "block_n"] {
+    for word in
+        ["BF16", "Causal", "head_dim: 40", "head_dim_v: 40", "seqlen_q: 2", "num_heads: 3", "block_m", "block_n"]
+    {
         assert!(text.contains(word), "{word} is missing in {text}");
     }
     Ok(())

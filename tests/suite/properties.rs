@@ -7,7 +7,7 @@
 
 use crate::common::cases::{self, cpu_targets, gpu_targets, gpu_targets_or_skip, window, Alibi, Case, Lengths, Target};
 use crate::common::compare;
-use crate::common::reference::{self, Input, Output};
+use crate::common::reference::{self, Input, Output, Rows};
 use crate::common::run::Call;
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor, D};
@@ -74,7 +74,9 @@ fn head_dims(targets: &[Target]) -> impl Strategy<Value = usize> {
 ///
 /// On a GPU sizes begin at 1, because Candle allocates no empty tensors there, and some backward passes are deterministic.
 fn padded(targets: Vec<Target>) -> impl Strategy<Value = Case> {
-    let head_dims = head_dims(&targets);
+    // Half of the cases have one head_dim. On a GPU all have.
+    let head_dims_v = prop::option::of(head_dims(&targets));
+    let head_dims = (head_dims(&targets), head_dims_v);
     let short = if targets.iter().all(|target| target.device.is_cpu()) { 9 } else { 3 };
     let target = prop::sample::select(targets);
     let lengths = prop_oneof![short => (0usize..40, 0usize..40), 1 => (100usize..180, 100usize..300)];
@@ -86,7 +88,7 @@ fn padded(targets: Vec<Target>) -> impl Strategy<Value = Case> {
     (target, sizes, options).prop_map(
         |(
             target,
-            (batch, (seqlen_q, seqlen_k), (group, num_heads_k), head_dim),
+            (batch, (seqlen_q, seqlen_k), (group, num_heads_k), (head_dim, head_dim_v)),
             (mask, scale, softcap, alibi, [dlse, deterministic]),
         )| {
             let on_cpu = target.device.is_cpu();
@@ -100,6 +102,7 @@ fn padded(targets: Vec<Target>) -> impl Strategy<Value = Case> {
                     .batch(batch.max(least), seqlen_q.max(least), seqlen_k.max(least))
                     .heads(group * num_heads_k, num_heads_k)
                     .head_dim(head_dim)
+                    .head_dim_v(head_dim_v.unwrap_or(head_dim))
                     .mask(mask)
                     .alibi(alibi)
             }
@@ -229,15 +232,15 @@ fn the_order_of_the_keys_does_not_matter() -> Result<()> {
         order.sort_by_key(|&col| (seed ^ col as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29));
         let order: Vec<usize> =
             (0..case.sequences().len()).flat_map(|batch| order.iter().map(move |col| batch * seqlen_k + col)).collect();
-        let width = case.num_heads_k * case.head_dim;
+        let (width, width_v) = (case.num_heads_k * case.head_dim, case.num_heads_k * case.head_dim_v);
         let mut permuted = input.clone();
         permuted.k = reordered(&input.k, width, &order);
-        permuted.v = reordered(&input.v, width, &order);
+        permuted.v = reordered(&input.v, width_v, &order);
 
         let got = case.run(&permuted)?;
         let mut want = case.run(&input)?;
         want.dk.values = reordered(&want.dk.values, width, &order);
-        want.dv.values = reordered(&want.dv.values, width, &order);
+        want.dv.values = reordered(&want.dv.values, width_v, &order);
         agree(&case, &permuted, &got, &want)
     })
 }
@@ -276,10 +279,15 @@ fn shared_heads_equal_repeated_heads() -> Result<()> {
         let input = case.draw();
         let group = case.num_heads / case.num_heads_k;
         let repeated = Case { num_heads_k: case.num_heads, ..case.clone() };
-        let repeat =
-            |values: &[f64]| -> Vec<f64> { values.chunks(case.head_dim).flat_map(|row| row.repeat(group)).collect() };
-        let repeated_input =
-            Input { num_heads_k: case.num_heads, k: repeat(&input.k), v: repeat(&input.v), ..input.clone() };
+        let repeat = |values: &[f64], width: usize| -> Vec<f64> {
+            values.chunks(width).flat_map(|row| row.repeat(group)).collect()
+        };
+        let repeated_input = Input {
+            num_heads_k: case.num_heads,
+            k: repeat(&input.k, case.head_dim),
+            v: repeat(&input.v, case.head_dim_v),
+            ..input.clone()
+        };
 
         let got = case.run(&input)?;
         let want = repeated.run(&repeated_input)?;
@@ -296,9 +304,9 @@ fn shared_heads_equal_repeated_heads() -> Result<()> {
             let mut tolerance = tolerances[n].clone();
             for (row, limit) in tolerance.limits.iter_mut().enumerate() {
                 *limit += each[n].limits[row * group..][..group].iter().sum::<f64>();
-                for dim in 0..case.head_dim {
-                    let at = |head: usize| (row * group + head) * case.head_dim + dim;
-                    summed.values[row * case.head_dim + dim] = (0..group).map(|head| want.values[at(head)]).sum();
+                for dim in 0..got.width {
+                    let at = |head: usize| (row * group + head) * got.width + dim;
+                    summed.values[row * got.width + dim] = (0..group).map(|head| want.values[at(head)]).sum();
                 }
             }
             compare::close(name, got, &summed, &tolerance, &case)?;
@@ -425,7 +433,7 @@ fn one_sequence(case: &Case, input: &Input, batch: usize) -> (Case, Input) {
     let first_q = before.iter().map(|l| l.0).sum::<usize>() * case.num_heads;
     let first_k = before.iter().map(|l| l.1).sum::<usize>() * case.num_heads_k;
     let (rows_q, rows_k) = (this.0 * case.num_heads, this.1 * case.num_heads_k);
-    let d = case.head_dim;
+    let (d, d_v) = (case.head_dim, case.head_dim_v);
     let of = |values: &[f64], first: usize, rows: usize, width: usize| values[first * width..][..rows * width].to_vec();
     let input = Input {
         lengths: vec![this],
@@ -435,8 +443,8 @@ fn one_sequence(case: &Case, input: &Input, batch: usize) -> (Case, Input) {
             .map(|slopes| slopes[batch * case.num_heads..][..case.num_heads].to_vec()),
         q: of(&input.q, first_q, rows_q, d),
         k: of(&input.k, first_k, rows_k, d),
-        v: of(&input.v, first_k, rows_k, d),
-        do_: of(&input.do_, first_q, rows_q, d),
+        v: of(&input.v, first_k, rows_k, d_v),
+        do_: of(&input.do_, first_q, rows_q, d_v),
         dlse: of(&input.dlse, first_q, rows_q, 1),
         ..input.clone()
     };
@@ -521,6 +529,42 @@ fn the_default_scale_is_one_over_the_root_of_head_dim() -> Result<()> {
         let default = Case { softmax_scale: None, ..case.clone() };
         same_bits(&default, &default.clone().softmax_scale(1.0 / (case.head_dim as f64).sqrt()))
     })
+}
+
+/// A call equals one with a single head_dim, in which zeros fill up the rows of the smaller tensors. The error of a GPU for another
+/// head_dim of v says so.
+#[test]
+fn zeros_make_one_head_dim_of_two() -> Result<()> {
+    let property = |case: Case| {
+        let input = case.draw();
+        let most = case.head_dim.max(case.head_dim_v);
+        let filled = |values: &[f64], width: usize| -> Vec<f64> {
+            let zeros = vec![0.0; most - width];
+            values.chunks(width).flat_map(|row| [row, &zeros].concat()).collect()
+        };
+        let scale = Some(input.softmax_scale);
+        let wide = Case { head_dim: most, head_dim_v: most, softmax_scale: scale, ..case.clone() };
+        let wide_input = Input {
+            head_dim: most,
+            head_dim_v: most,
+            q: filled(&input.q, case.head_dim),
+            k: filled(&input.k, case.head_dim),
+            v: filled(&input.v, case.head_dim_v),
+            do_: filled(&input.do_, case.head_dim_v),
+            ..input.clone()
+        };
+        let cut = |rows: &mut Rows, width: usize| {
+            rows.values = rows.values.chunks(most).flat_map(|row| row[..width].to_vec()).collect();
+            rows.width = width;
+        };
+        let mut got = wide.run(&wide_input)?;
+        cut(&mut got.o, case.head_dim_v);
+        cut(&mut got.dq, case.head_dim);
+        cut(&mut got.dk, case.head_dim);
+        cut(&mut got.dv, case.head_dim_v);
+        agree(&case, &input, &got, &case.run(&input)?)
+    };
+    for_all_of(padded(cpu_targets()), CASES, 0, property).map(drop)
 }
 
 /// Slopes per head give the bits of slopes per batch and head that repeat for each batch.

@@ -29,6 +29,7 @@ fn parallel_cases(dtype: DType) -> Vec<Case> {
         case().batch(5, 20, 30).heads(3, 1).mask(Mask::None),
         case().batch(1, 513, 640).mask(cases::window(100, 30)).softcap(2.0),
         case().packed(&[(300, 310), (1, 500), (0, 3), (17, 17)]).heads(2, 1).dlse(),
+        case().batch(2, 300, 300).heads(2, 1).head_dim_v(24),
     ]
 }
 

@@ -28,9 +28,9 @@ pub struct Head<'a, T> {
     pub q: Matrix<T>,
     /// `(seqlen_k, head_dim)`. Several query heads may share k and v.
     pub k: &'a Matrix<T>,
-    /// `(seqlen_k, head_dim)`
+    /// `(seqlen_k, head_dim_v)`
     pub v: &'a Matrix<T>,
-    /// The gradient of o: `(seqlen_q, head_dim)`.
+    /// The gradient of o: `(seqlen_q, head_dim_v)`.
     pub do_: Matrix<T>,
     /// The gradient of lse.
     pub dlse: Vec<T>,

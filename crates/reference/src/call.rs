@@ -10,8 +10,8 @@ use crate::precision::Precision;
 use crate::rounding::{Errors, QueryErrors, RowError};
 
 /// One call of the operator. Every number is exactly representable in `precision`. A batch is a list of sequences. In a
-/// padded batch they have equal lengths, in a packed batch any lengths. Tensors are token-major: q and `do_`
-/// `(total_q, num_heads, head_dim)`, k and v `(total_k, num_heads_k, head_dim)`.
+/// padded batch they have equal lengths, in a packed batch any lengths. Tensors are token-major: q
+/// `(total_q, num_heads, head_dim)`, k `(total_k, num_heads_k, head_dim)`; v and `do_` with head_dim_v instead of head_dim.
 #[derive(Clone, Debug)]
 pub struct Input {
     pub precision: Precision,
@@ -20,6 +20,7 @@ pub struct Input {
     pub num_heads: usize,
     pub num_heads_k: usize,
     pub head_dim: usize,
+    pub head_dim_v: usize,
     pub window: Window,
     pub softmax_scale: f64,
     pub softcap: Option<f64>,
@@ -129,13 +130,13 @@ impl Input {
             Rows { lengths: lengths.clone(), heads, width, values: vec![value; rows * width], errors }
         };
         let of_q = |width: usize, value: f64| rows(&lengths_q, self.num_heads, width, value);
-        let of_k = || rows(&lengths_k, self.num_heads_k, self.head_dim, 0.0);
+        let of_k = |width: usize| rows(&lengths_k, self.num_heads_k, width, 0.0);
         Output {
-            o: of_q(self.head_dim, 0.0),
+            o: of_q(self.head_dim_v, 0.0),
             lse: of_q(1, f64::NEG_INFINITY),
             dq: of_q(self.head_dim, 0.0),
-            dk: of_k(),
-            dv: of_k(),
+            dk: of_k(self.head_dim),
+            dv: of_k(self.head_dim_v),
         }
     }
 }
@@ -200,21 +201,23 @@ fn attend_key_head<T: Number>(
     variant: &Variant,
     round: fn(T) -> T,
 ) -> KeyHead<T> {
-    let &Input { num_heads, num_heads_k, head_dim, .. } = input;
-    let of_q = |tensor: &[f64], head: usize| Matrix::of_head(tensor, (num_heads, head_dim), head, first_q, seqlen_q);
-    let of_k = |tensor: &[f64]| Matrix::of_head(tensor, (num_heads_k, head_dim), head_k, first_k, seqlen_k);
-    let (k, v) = (of_k(&input.k), of_k(&input.v));
-    let (mut dk, mut dv) = (Matrix::zeros(seqlen_k, head_dim), Matrix::zeros(seqlen_k, head_dim));
+    let &Input { num_heads, num_heads_k, head_dim, head_dim_v, .. } = input;
+    let of_q = |tensor: &[f64], width: usize, head: usize| {
+        Matrix::of_head(tensor, (num_heads, width), head, first_q, seqlen_q)
+    };
+    let of_k = |tensor: &[f64], width: usize| Matrix::of_head(tensor, (num_heads_k, width), head_k, first_k, seqlen_k);
+    let (k, v) = (of_k(&input.k, head_dim), of_k(&input.v, head_dim_v));
+    let (mut dk, mut dv) = (Matrix::zeros(seqlen_k, head_dim), Matrix::zeros(seqlen_k, head_dim_v));
     let mut errors = Errors::new(input.precision, &k, &v);
     let mut queries = Vec::new();
 
     let group = num_heads / num_heads_k;
     for head in head_k * group..(head_k + 1) * group {
         let of_head = Head {
-            q: of_q(&input.q, head),
+            q: of_q(&input.q, head_dim, head),
             k: &k,
             v: &v,
-            do_: of_q(&input.do_, head),
+            do_: of_q(&input.do_, head_dim_v, head),
             dlse: (0..seqlen_q).map(|i| T::from_f64(input.dlse[(first_q + i) * num_heads + head])).collect(),
             window: input.window,
             softmax_scale: T::from_f64(input.softmax_scale),

@@ -76,6 +76,7 @@ impl Fixture {
             num_heads: self.num_heads,
             num_heads_k: self.num_heads_k,
             head_dim: self.head_dim,
+            head_dim_v: self.head_dim,
             window: (None, self.causal.then_some(0)),
             softmax_scale: self.softmax_scale(),
             softcap: None,

@@ -31,6 +31,9 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     if problem.head_dim > max || !problem.head_dim.is_multiple_of(CHUNK) {
         return Err(Error::CudaHeadDim { head_dim: problem.head_dim, max });
     }
+    if problem.head_dim_v != problem.head_dim {
+        return Err(Error::CudaHeadDimV { head_dim: problem.head_dim, head_dim_v: problem.head_dim_v });
+    }
     for (name, got, max) in [
         ("batch", problem.batch(), MAX_SEQLEN),
         ("num_heads", problem.num_heads, MAX_GRID_Y),
@@ -43,9 +46,11 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
             return Err(Error::CudaSize { name, got, max });
         }
     }
-    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
-    for (tensor, strides, shape) in [("q", problem.q, &shape_q), ("k", problem.k, &shape_k), ("v", problem.v, &shape_k)]
-    {
+    for (tensor, strides, shape) in [
+        ("q", problem.q, &problem.shape_q()),
+        ("k", problem.k, &problem.shape_k()),
+        ("v", problem.v, &problem.shape_v()),
+    ] {
         if !aligned(&strides, shape) {
             let Strides { offset, batch, row, head } = strides;
             return Err(Error::Alignment { tensor, offset, strides: [batch, row, head] });

@@ -32,9 +32,8 @@ impl Spec for Sm90 {
 
 /// The longest stride of q, k and v. The stride of an axis with one element is never used.
 fn longest_stride(problem: &Problem) -> usize {
-    let (shape_q, shape_k) = (problem.shape_q(), problem.shape_k());
-    let axes = [(problem.q, &shape_q), (problem.k, &shape_k), (problem.v, &shape_k)]
+    let axes = [(problem.q, problem.shape_q()), (problem.k, problem.shape_k()), (problem.v, problem.shape_v())]
         .into_iter()
-        .flat_map(|(strides, shape)| axes(&strides, shape));
+        .flat_map(|(strides, shape)| axes(&strides, &shape));
     axes.filter(|&(_, size)| size > 1).map(|(stride, _)| stride).max().unwrap_or(0)
 }

@@ -117,7 +117,10 @@ pub struct Case {
     pub layouts: (TensorLayout, TensorLayout),
     pub num_heads: usize,
     pub num_heads_k: usize,
+    /// The head_dim of q and k.
     pub head_dim: usize,
+    /// The head_dim of v and o. On a GPU it is `head_dim`, because the kernels have only one.
+    pub head_dim_v: usize,
     pub mask: Mask,
     /// `None` is the default, `1/sqrt(head_dim)`.
     pub softmax_scale: Option<f64>,
@@ -141,6 +144,7 @@ impl Case {
             num_heads: 2,
             num_heads_k: 2,
             head_dim: 16,
+            head_dim_v: 16,
             mask: Mask::None,
             softmax_scale: None,
             softcap: None,
@@ -176,9 +180,18 @@ impl Case {
         self
     }
 
-    /// Sets `head_dim`, or on a GPU the nearest supported value. So all devices can use one list of cases.
+    /// Sets the head_dim of q, k and v, or on a GPU the nearest supported value. So all devices can use one list of cases.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
         self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device));
+        self.head_dim_v = self.head_dim;
+        self
+    }
+
+    /// Sets the head_dim of v after that of q and k. On a GPU it stays that of q and k.
+    pub fn head_dim_v(mut self, head_dim_v: usize) -> Self {
+        if self.device.is_cpu() {
+            self.head_dim_v = head_dim_v;
+        }
         self
     }
 
@@ -216,7 +229,7 @@ impl Case {
     /// that is skipped for this reason, with a running count.
     pub fn fits(&self) -> bool {
         static LEFT_OUT: AtomicUsize = AtomicUsize::new(0);
-        let empty = [self.shape_q(), self.shape_k()].concat().contains(&0);
+        let empty = [self.shape_q(), self.shape_k(), self.shape_v()].concat().contains(&0);
         let fits = self.device.is_cpu() || !empty;
         if !fits {
             let count = LEFT_OUT.fetch_add(1, Ordering::Relaxed) + 1;
@@ -247,8 +260,8 @@ impl Case {
         let (rows_q, rows_k) = (total_q * self.num_heads, total_k * self.num_heads_k);
         let q = normal(&mut rng, precision, rows_q * self.head_dim);
         let k = normal(&mut rng, precision, rows_k * self.head_dim);
-        let v = normal(&mut rng, precision, rows_k * self.head_dim);
-        let do_ = normal(&mut rng, precision, rows_q * self.head_dim);
+        let v = normal(&mut rng, precision, rows_k * self.head_dim_v);
+        let do_ = normal(&mut rng, precision, rows_q * self.head_dim_v);
         let dlse = match self.dlse {
             true => normal(&mut rng, precision.accumulator(), rows_q),
             false => vec![0.0; rows_q],
@@ -272,6 +285,7 @@ impl Case {
             num_heads: self.num_heads,
             num_heads_k: self.num_heads_k,
             head_dim: self.head_dim,
+            head_dim_v: self.head_dim_v,
             window,
             softmax_scale: self.softmax_scale.unwrap_or(1.0 / (self.head_dim as f64).sqrt()),
             softcap: self.softcap,
@@ -326,19 +340,37 @@ impl Case {
         Ok((CuSeqlens::from_lengths(&lengths_q, &self.device)?, CuSeqlens::from_lengths(&lengths_k, &self.device)?))
     }
 
-    /// Shape of q, o and their gradients, with the tokens before the heads.
+    /// Shape of q and its gradient, with the tokens before the heads.
     pub fn shape_q(&self) -> Vec<usize> {
+        self.shape_of_queries(self.head_dim)
+    }
+
+    /// Shape of k and its gradient, with the tokens before the heads.
+    pub fn shape_k(&self) -> Vec<usize> {
+        self.shape_of_keys(self.head_dim)
+    }
+
+    /// Shape of v and its gradient, with the tokens before the heads.
+    pub fn shape_v(&self) -> Vec<usize> {
+        self.shape_of_keys(self.head_dim_v)
+    }
+
+    /// Shape of o and its gradient, with the tokens before the heads.
+    pub fn shape_o(&self) -> Vec<usize> {
+        self.shape_of_queries(self.head_dim_v)
+    }
+
+    fn shape_of_queries(&self, width: usize) -> Vec<usize> {
         match &self.lengths {
-            &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, self.head_dim],
-            Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.0).sum(), self.num_heads, self.head_dim],
+            &Lengths::Padded { batch, seqlen_q, .. } => vec![batch, seqlen_q, self.num_heads, width],
+            Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.0).sum(), self.num_heads, width],
         }
     }
 
-    /// Shape of k, v and their gradients, with the tokens before the heads.
-    pub fn shape_k(&self) -> Vec<usize> {
+    fn shape_of_keys(&self, width: usize) -> Vec<usize> {
         match &self.lengths {
-            &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, self.head_dim],
-            Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.1).sum(), self.num_heads_k, self.head_dim],
+            &Lengths::Padded { batch, seqlen_k, .. } => vec![batch, seqlen_k, self.num_heads_k, width],
+            Lengths::Packed(lengths) => vec![lengths.iter().map(|l| l.1).sum(), self.num_heads_k, width],
         }
     }
 
@@ -347,9 +379,18 @@ impl Case {
         in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.0)
     }
 
-    /// k or v as the call takes it. Invalid keys are NaN in every second sequence, and large numbers in the others.
+    /// k as the call takes it. Invalid keys are NaN in every second sequence, and large numbers in the others.
     pub fn key_tensor(&self, values: &[f64]) -> Result<Tensor> {
-        let row = self.num_heads_k * self.head_dim;
+        self.with_invalid_keys(values, &self.shape_k())
+    }
+
+    /// v as the call takes it, with invalid keys as in k.
+    pub fn value_tensor(&self, values: &[f64]) -> Result<Tensor> {
+        self.with_invalid_keys(values, &self.shape_v())
+    }
+
+    fn with_invalid_keys(&self, values: &[f64], shape: &[usize]) -> Result<Tensor> {
+        let row = shape.iter().rev().take(2).product::<usize>();
         let all = match (&self.lengths, &self.key_lengths) {
             (&Lengths::Padded { batch, seqlen_k, .. }, Some((lengths, side))) => {
                 let filler = |sequence: usize| [1000.0, f64::NAN][sequence % 2];
@@ -365,12 +406,12 @@ impl Case {
             }
             _ => values.to_vec(),
         };
-        in_layout(&self.tensor(&all, &self.shape_k())?, self.layouts.0)
+        in_layout(&self.tensor(&all, shape)?, self.layouts.0)
     }
 
     /// The gradient of o.
     pub fn output_tensor(&self, values: &[f64]) -> Result<Tensor> {
-        in_layout(&self.tensor(values, &self.shape_q())?, self.layouts.1)
+        in_layout(&self.tensor(values, &self.shape_o())?, self.layouts.1)
     }
 
     /// `values` as a tensor of the case's type, on its device.
@@ -395,6 +436,9 @@ impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let device = if self.device.is_cpu() { "cpu".to_string() } else { format!("{:?}", self.device.location()) };
         write!(f, "{device} {} d{} ", self.dtype.as_str(), self.head_dim)?;
+        if self.head_dim_v != self.head_dim {
+            write!(f, "v{} ", self.head_dim_v)?;
+        }
         let side = |side: Option<usize>| side.map_or("all".to_string(), |size| size.to_string());
         match self.mask {
             Mask::None => write!(f, "full")?,
@@ -562,6 +606,38 @@ pub fn head_dims(target: &Target) -> Vec<Case> {
     let case = |head_dim| Case::new(target).batch(1, 13, 21).heads(2, 1).mask(Mask::Causal).head_dim(head_dim);
     let mut cases = dims.map(case).to_vec();
     cases.dedup_by_key(|case| case.head_dim);
+    cases
+}
+
+/// A head_dim of v other than that of q and k: smaller and larger, the smallest and the largest, at sizes of thin matrix products, and
+/// with every option. Empty on a GPU, because its kernels have one head_dim.
+pub fn head_dims_v(target: &Target) -> Vec<Case> {
+    if !target.device.is_cpu() {
+        return Vec::new();
+    }
+    let dims =
+        [(192, 128), (128, 192), (64, 65), (65, 64), (1, 512), (512, 1), (1, 2), (2, 1), (2, 9), (7, 2), (40, 8)];
+    let case = |(head_dim, head_dim_v)| Case::new(target).heads(4, 2).head_dim(head_dim).head_dim_v(head_dim_v);
+    let mut cases = dims.map(|dims| case(dims).batch(1, 13, 21).mask(Mask::Causal)).to_vec();
+    for dims in [(24, 16), (8, 20)] {
+        let case = || case(dims).batch(2, 9, 14);
+        let (bshd, bhsd) = (TensorLayout::Bshd, TensorLayout::Bhsd);
+        cases.extend([
+            case().dlse(),
+            case().mask(window(3, 1)).softcap(1.5).dlse(),
+            case().mask(Mask::Causal).alibi(Alibi::PerHead),
+            case().alibi(Alibi::PerBatchAndHead).softcap(2.0).softmax_scale(-0.6).dlse(),
+            case().batch(2, 1, 30),
+            case().batch(2, 30, 1).mask(Mask::Causal).dlse(),
+            case().batch(1, 150, 280).mask(Mask::Causal).dlse(),
+            case().key_lengths(&[14, 10], PaddingSide::Right).mask(Mask::Causal),
+            case().key_lengths(&[3, 12], PaddingSide::Left).mask(Mask::Causal).layouts(bhsd, bhsd),
+            case().layouts(bhsd, bshd).dlse(),
+            case().layouts(bshd, bhsd).mask(Mask::Causal),
+            case().packed(&[(5, 9), (0, 4), (12, 3)]).mask(Mask::Causal).dlse(),
+            case().packed(&[(7, 7), (140, 270)]).layouts(bhsd, bshd).softcap(2.0),
+        ]);
+    }
     cases
 }
 

@@ -14,14 +14,14 @@ pub struct Nonfinite {
 
 impl Nonfinite {
     pub fn of(input: &Input) -> Self {
-        let &Input { num_heads, num_heads_k, head_dim, .. } = input;
+        let &Input { num_heads, num_heads_k, head_dim, head_dim_v, .. } = input;
         let mut found = Self { num_heads_k, regions: vec![false; input.lengths.len() * num_heads_k] };
         let (of_q, of_k): (Vec<usize>, Vec<usize>) = input.lengths.iter().copied().unzip();
         for (values, lengths, heads, width) in [
             (&input.q, &of_q, num_heads, head_dim),
             (&input.k, &of_k, num_heads_k, head_dim),
-            (&input.v, &of_k, num_heads_k, head_dim),
-            (&input.do_, &of_q, num_heads, head_dim),
+            (&input.v, &of_k, num_heads_k, head_dim_v),
+            (&input.do_, &of_q, num_heads, head_dim_v),
             (&input.dlse, &of_q, num_heads, 1),
         ] {
             for (row, region) in values.chunks(width).zip(regions(lengths, heads, num_heads_k)) {

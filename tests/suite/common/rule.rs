@@ -89,5 +89,12 @@ fn accepts_correct_implementations() -> Result<()> {
 }
 
 fn many_cases(target: &Target) -> Vec<Case> {
-    [cases::smoke(target), cases::options(target), cases::head_dims(target), cases::packed(target)].concat()
+    [
+        cases::smoke(target),
+        cases::options(target),
+        cases::head_dims(target),
+        cases::head_dims_v(target),
+        cases::packed(target),
+    ]
+    .concat()
 }

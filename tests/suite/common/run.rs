@@ -5,7 +5,7 @@ use super::compare;
 use super::nonfinite::Nonfinite;
 use anyhow::{Context, Result};
 use attention_reference::{self as reference, Input, Output, Rows, Tolerance};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var, D};
 use candle_fa2::testing::{self, CudaPlan, Kernel, Plan, Problem};
 use candle_fa2::Attention;
 
@@ -23,7 +23,7 @@ impl Case {
             attention: self.attention(input)?,
             q: Var::from_tensor(&self.query_tensor(&input.q)?)?,
             k: Var::from_tensor(&self.key_tensor(&input.k)?)?,
-            v: Var::from_tensor(&self.key_tensor(&input.v)?)?,
+            v: Var::from_tensor(&self.value_tensor(&input.v)?)?,
         })
     }
 
@@ -74,7 +74,7 @@ impl Case {
     /// o and lse of untracked inputs, without gradients. Checks that `forward` and `forward_with_lse` give the same bits of o.
     pub fn run_forward(&self, input: &Input) -> Result<Output> {
         let attention = self.attention(input)?;
-        let (q, k, v) = (self.query_tensor(&input.q)?, self.key_tensor(&input.k)?, self.key_tensor(&input.v)?);
+        let (q, k, v) = (self.query_tensor(&input.q)?, self.key_tensor(&input.k)?, self.value_tensor(&input.v)?);
         let (o, lse) = self.forward_with_lse(&attention, &q, &k, &v)?;
         compare::same_bits("o with and without lse", &o, &self.forward(&attention, &q, &k, &v)?, self)?;
         let none = Rows::default;
@@ -203,22 +203,23 @@ impl Case {
         self.rows(&in_layout(o, self.layouts.1)?, true)
     }
 
-    /// The rows of a gradient with the shape and layout of q, or of k.
+    /// The rows of a gradient with the layout and the rows of q, or of k.
     pub fn input_rows(&self, grad: &Tensor, queries: bool) -> Result<Rows> {
         self.rows(&in_layout(grad, self.layouts.0)?, queries)
     }
 
-    /// The rows of a tensor with the shape of q, or of k, and the tokens before the heads. Checks that rows of invalid keys
+    /// The rows of a tensor with the rows of q, or of k, and the tokens before the heads. Checks that rows of invalid keys
     /// are 0, and leaves them out.
     fn rows(&self, tensor: &Tensor, queries: bool) -> Result<Rows> {
         let lengths = self.sequences();
         let lengths = lengths.iter().map(|l| if queries { l.0 } else { l.1 }).collect();
         let heads = if queries { self.num_heads } else { self.num_heads_k };
+        let width = tensor.dim(D::Minus1)?;
         let mut values = values(tensor)?;
         if let (false, Some((counts, side)), &Lengths::Padded { seqlen_k, .. }) =
             (queries, &self.key_lengths, &self.lengths)
         {
-            let row = heads * self.head_dim;
+            let row = heads * width;
             let mut kept = Vec::new();
             for (sequence, &count) in values.chunks_exact((seqlen_k * row).max(1)).zip(counts) {
                 let (before, from) = sequence.split_at(first_token(*side, count, seqlen_k) * row);
@@ -228,7 +229,7 @@ impl Case {
             }
             values = kept;
         }
-        Ok(Rows { lengths, heads, width: self.head_dim, values, ..Rows::default() })
+        Ok(Rows { lengths, heads, width, values, ..Rows::default() })
     }
 
     /// lse, `(batch, num_heads, seqlen_q)` or packed `(num_heads, total_q)`, as rows of one number.
