@@ -12,9 +12,9 @@ namespace fa2::ablations {
 // The sums lie after delta.
 template <typename Base>
 struct MaxAndSumTraits : Base {
-    static constexpr int kStageBytes = Base::kStageBytes + Base::kStatBytes;
-    static constexpr int kSharedBytes = Base::kSharedBytes + Base::kStages * Base::kStatBytes;
-    static constexpr uint32_t sSum = Base::sDelta + Base::kStatBytes;
+    static constexpr int kStageBytes = Base::kStageBytes + Base::kRowValuesBytes;
+    static constexpr int kSharedBytes = Base::kSharedBytes + Base::kStages * Base::kRowValuesBytes;
+    static constexpr uint32_t sSum = Base::sDelta + Base::kRowValuesBytes;
     static_assert(kStageBytes % 128 == 0, "every stage starts at a whole swizzle pattern");
 };
 
