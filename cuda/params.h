@@ -115,7 +115,8 @@ struct BwdParams {
     float softmax_scale;  // of dk; the conversion applies it to dq
 };
 
-// The backward of sm90. The tensor maps are as in the forward.
+// The backward of sm90. The tensor maps are as in the forward, but a box has 64 columns only if kHeadDim / cluster is a multiple of 64,
+// otherwise 32.
 struct Sm90BwdParams {
     TensorMap q;    // boxes of block_m rows
     TensorMap k;    // boxes of block_n rows

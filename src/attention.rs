@@ -51,7 +51,7 @@ use crate::problem::Problem;
 /// `head_dim` and `head_dim_v` are 1 to 512. They are usually equal; the default scale depends only on `head_dim`. The last axis must be
 /// contiguous. All other strides are free, and may be 0.
 ///
-/// Sums are in f32 (f64 for f64 inputs). In f32, a probability below `2^-126` of the largest in its row counts as 0.
+/// Sums are in f32 (f64 for f64 inputs). In f32, a weight below `2^-126` of the largest in its row counts as 0.
 ///
 /// On an NVIDIA GPU (feature `cuda`) the types are f16 and bf16, `head_dim` is a multiple of 8 up to 256, `head_dim_v` must equal
 /// it, and rows must be 16-byte aligned.

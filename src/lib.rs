@@ -53,7 +53,7 @@
 //!
 //! # Gradients
 //!
-//! The operator keeps the log-sum-exp of each row of scores, and the backward recomputes the probabilities from it, tile by tile.
+//! The operator keeps the log-sum-exp of each row of scores, and the backward recomputes the weights from it, tile by tile.
 //! On the CPU the log-sum-exp is kept in two parts, which are exact for scores of any size. `backward()` may be called several
 //! times and gives the same gradients.
 //!

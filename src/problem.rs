@@ -9,7 +9,7 @@ use crate::options::Options;
 use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
 
-/// The largest supported head_dim.
+/// The largest supported head_dim. The CPU keeps a strip of rows of this size on the stack (src/cpu/forward.rs).
 pub const MAX_HEAD_DIM: usize = 512;
 
 /// The supported element types, as text for errors.
@@ -68,7 +68,7 @@ pub enum Alibi {
 /// One checked attention call: everything that defines the result. The plan defines how it is computed.
 #[derive(Clone, Debug)]
 pub struct Problem {
-    /// Element type of q, k, v and o.
+    /// Element type of q, k and v. o has it too, unless the call returns lse: then o has the type of lse.
     pub dtype: DType,
     /// The device of q, k and v.
     pub device: DeviceLocation,

@@ -46,16 +46,16 @@ struct MaxAndSumBlock : BwdBlock<Traits> {
 };
 
 template <typename Traits>
-__device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const MaxAndSumBlock<Traits>& block, const QueryTile& tile,
+__device__ __forceinline__ void to_p(WarpP<Traits>& warp_p, const MaxAndSumBlock<Traits>& block, const QueryTile& tile,
                                      uint32_t stage_offset) {
-    sm80::to_p(block_p, static_cast<const BwdBlock<Traits>&>(block), tile, stage_offset);
+    sm80::to_p(warp_p, static_cast<const BwdBlock<Traits>&>(block), tile, stage_offset);
     const float* sums = block.row_values(Traits::sSum + stage_offset);
 #pragma unroll
     for (int i = 0; i < Traits::kMTiles; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float factor = inverse(sums[block.warp.s_row + 16 * i + fragment_row(block.lane, half)]);
-            OnlineSoftmax<Traits::kMTiles>::rescale(block_p.p, i, half, factor);
+            OnlineSoftmax<Traits::kMTiles>::rescale(warp_p.p, i, half, factor);
         }
 }
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ void backward_tile(const BwdParams& params, const Sta
 
 template <typename Block, Grid kGrid>
 __device__ __forceinline__ void backward(const BwdParams& params, const Statistics& statistics) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     if constexpr (kGrid == Grid::kTiles) {
         backward_tile<Block>(params, statistics, bytes, blockIdx.x);
     } else {

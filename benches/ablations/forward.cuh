@@ -72,7 +72,7 @@ __device__ __forceinline__ void forward_tile(const FwdParams& params, const Stat
 
 template <typename Traits, Rescale kRescale, Grid kGrid>
 __device__ __forceinline__ void forward(const FwdParams& params, const Statistics& statistics) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     if constexpr (kGrid == Grid::kTiles) {
         // As sm80/fwd.cuh: the last rows start first.
         forward_tile<Traits, kRescale>(params, statistics, bytes, gridDim.x - 1 - blockIdx.x);

@@ -136,7 +136,7 @@ struct DqSemaphores {
     // for starts some time before it (docs/log/hopper-backward.md, "Deterministic"). If a call needs several launches, the numbers go on,
     // and `first_batch` is the sequence where this launch starts.
     __device__ __forceinline__ static BlockIndex block_index(uint32_t number, uint32_t n_blocks, uint32_t first_batch) {
-        constexpr uint32_t kBlocksTogether = 128;  // about one for each multiprocessor
+        constexpr uint32_t kBlocksTogether = 128;  // about one for each of an H200's 132 multiprocessors; others were not tried
         const uint32_t heads = gridDim.y * gridDim.z, section_heads = max(kBlocksTogether / n_blocks, 1u);
         number -= first_batch * gridDim.y * n_blocks;
         const uint32_t first_head = number / (section_heads * n_blocks) * section_heads, width = min(section_heads, heads - first_head);

@@ -8,6 +8,9 @@
 
 namespace fa2 {
 
+// Alignment of shared memory: a swizzle pattern has 8 rows of 128 bytes.
+constexpr int kSharedAlignment = 1024;
+
 template <int kRows_, int kCols_, int kPanel_ = kCols_ % 64 == 0 ? 64 : 32>
 struct Tile {
     static constexpr int kRows = kRows_;

@@ -191,7 +191,7 @@ __device__ __forceinline__ void team_sync(int team) {
 
 // This warp's block of P, and of the derivative of the score_mod, which lives as long as P does. Without a score_mod it is not used.
 template <typename Traits>
-struct Probabilities {
+struct WarpP {
     static constexpr bool kIdentity = Traits::ScoreMod::kIdentity;
     Accumulator<Traits::kMTiles, Traits::kNTiles> p;
     Accumulator<kIdentity ? 1 : Traits::kMTiles, kIdentity ? 1 : Traits::kNTiles> derivative;
@@ -199,7 +199,7 @@ struct Probabilities {
 
 // P = exp2(score - lse), from the products of q and k.
 template <typename Traits>
-__device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBlock<Traits>& block, const QueryTile& tile,
+__device__ __forceinline__ void to_p(WarpP<Traits>& warp_p, const BwdBlock<Traits>& block, const QueryTile& tile,
                                      uint32_t stage_offset) {
     using ScoreMod = typename Traits::ScoreMod;
     const float* lse = block.row_values(Traits::sLse + stage_offset);
@@ -216,10 +216,10 @@ __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBl
             for (int j = 0; j < Traits::kNTiles; ++j)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    float& x = block_p.p.x[i][j][2 * half + e];
+                    float& x = warp_p.p.x[i][j][2 * half + e];
                     if constexpr (!ScoreMod::kIdentity) {
                         const int col = block.cols.begin + block.warp.s_col + fragment_col(block.lane, j) + e;
-                        x = score_mod.apply(x, row, col, block_p.derivative.x[i][j][2 * half + e]);
+                        x = score_mod.apply(x, row, col, warp_p.derivative.x[i][j][2 * half + e]);
                     }
                     x = weight_of(x, scale_log2, lse_log2);
                 }
@@ -228,7 +228,7 @@ __device__ __forceinline__ void to_p(Probabilities<Traits>& block_p, const BwdBl
 
 // dS = P (dP - delta), times the derivative of the score_mod, in place of dP.
 template <typename Traits, typename Ds>
-__device__ __forceinline__ void to_ds(Ds& ds, const Probabilities<Traits>& block_p, const BwdBlock<Traits>& block, uint32_t stage_offset) {
+__device__ __forceinline__ void to_ds(Ds& ds, const WarpP<Traits>& warp_p, const BwdBlock<Traits>& block, uint32_t stage_offset) {
     const float* delta = block.row_values(Traits::sDelta + stage_offset);
 #pragma unroll
     for (int i = 0; i < Traits::kMTiles; ++i)
@@ -239,8 +239,8 @@ __device__ __forceinline__ void to_ds(Ds& ds, const Probabilities<Traits>& block
             for (int j = 0; j < Traits::kNTiles; ++j)
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    ds.x[i][j][e] = ds_of(block_p.p.x[i][j][e], ds.x[i][j][e], delta_row);
-                    if constexpr (!Traits::ScoreMod::kIdentity) ds.x[i][j][e] *= block_p.derivative.x[i][j][e];
+                    ds.x[i][j][e] = ds_of(warp_p.p.x[i][j][e], ds.x[i][j][e], delta_row);
+                    if constexpr (!Traits::ScoreMod::kIdentity) ds.x[i][j][e] *= warp_p.derivative.x[i][j][e];
                 }
         }
 }
@@ -261,21 +261,21 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
     const Range common = block.sees.common_keys(tile.rows);
     const bool masked = !common.contains({block.cols.begin, block.cols.begin + Traits::kBlockN});
 
-    Probabilities<Traits> block_p;
-    block_p.p.clear();
+    WarpP<Traits> warp_p;
+    warp_p.p.clear();
     multiply_ahead<T, Traits::kHeadDim / 16>(
-        block_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
+        warp_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sK, warp.s_col, lane));
-    to_p(block_p, block, tile, stage_offset);
-    if (masked) hide(block_p.p, block.sees, first_row, first_col, lane, 0.f);
-    store_fragment<T, TileP>(shared, Traits::sP, block_p.p, warp.s_row, warp.s_col, lane);
+    to_p(warp_p, block, tile, stage_offset);
+    if (masked) hide(warp_p.p, block.sees, first_row, first_col, lane, 0.f);
+    store_fragment<T, TileP>(shared, Traits::sP, warp_p.p, warp.s_row, warp.s_col, lane);
 
     Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
     ds.clear();
     multiply_ahead<T, Traits::kHeadDim / 16>(
         ds, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sDo, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sV, warp.s_col, lane));
-    to_ds(ds, block_p, block, stage_offset);
+    to_ds(ds, warp_p, block, stage_offset);
     store_fragment<T, TileDs>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
 }
 
@@ -389,7 +389,7 @@ __device__ __forceinline__ void backward_block(const BwdParams& params, uint8_t*
 // dq_accum with products (head_dim 256: 8% slower, H200).
 template <typename Traits>
 __device__ __noinline__ void ordered_backward(const BwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     const DqSemaphores semaphores{params.semaphores};
     const uint32_t number = semaphores.take_block_number(params.dq_tiles.count, bytes);
     backward_block<Traits, true>(params, bytes, DqSemaphores::block_index(number, gridDim.x, params.shape.first_batch));
@@ -397,7 +397,7 @@ __device__ __noinline__ void ordered_backward(const BwdParams& params) {
 
 template <typename Traits>
 __device__ __forceinline__ void backward(const BwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     if (params.semaphores != nullptr) return ordered_backward<Traits>(params);
     backward_block<Traits, false>(params, bytes, {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)});
 }

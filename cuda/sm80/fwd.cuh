@@ -129,7 +129,7 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
 
 template <typename Traits>
 __device__ __forceinline__ void forward(const FwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     // The last rows see the most keys under a causal mask, so they start first. opaque(): otherwise ptxas reads the special registers again
     // in every step and recomputes addresses from them (2% more instructions at head_dim 64 and 128, nvcc 13.0, sm_90).
     const int m_block = opaque(gridDim.x - 1 - blockIdx.x), head = opaque(blockIdx.y);

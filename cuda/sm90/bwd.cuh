@@ -60,7 +60,8 @@ __device__ __forceinline__ uint32_t take_cluster_number(const DqSemaphores& sema
     return DqSemaphores::read_for_all(bytes);
 }
 
-// kOrdered: in a cluster, where the consumers add to dq_accum themselves. Otherwise the producer does, and the code is the same.
+// kOrdered: consumers add to dq_accum in the order of DqSemaphores. Only clusters use it. Without a cluster the producer adds dq, and tests
+// for semaphores at run time.
 template <bool kOrdered, typename Traits>
 __device__ __forceinline__ void consume(BwdConsumerBase<Traits> base) {
     // Consumers that differ have code of their own, in which the number of the consumer is a constant.
@@ -86,7 +87,7 @@ __device__ __forceinline__ void consume(BwdConsumerBase<Traits> base) {
 
 template <typename Traits>
 __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     BwdControl<Traits>& control = *reinterpret_cast<BwdControl<Traits>*>(bytes + Traits::sControl);
     static_assert(sizeof(BwdControl<Traits>) <= Traits::kControlBytes, "BwdControl must fit after the tiles");
     const Shape& shape = params.bwd.shape;

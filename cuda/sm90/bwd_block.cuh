@@ -12,13 +12,14 @@
 
 namespace fa2::sm90 {
 
+constexpr int kBwdConsumers = 2;
 constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes, and enough without local memory (docs/kernels.md)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_, int kDoStages_,
           typename ScoreMod_>
-struct BwdShape : Warpgroups<2, kBwdProducerLeast> {
-    using Groups = Warpgroups<2, kBwdProducerLeast>;
+struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
+    using Groups = Warpgroups<kBwdConsumers, kBwdProducerLeast>;
     using T = T_;
     using ScoreMod = ScoreMod_;
     using Groups::kConsumers;
@@ -66,9 +67,9 @@ struct BwdTraits;
 // Named barriers, one for each consumer: add its number.
 enum BwdBarrier {
     kTailsCleared = kFirstNamedBarrier,
-    kDqWritten = kTailsCleared + 2,
-    kDqRead = kDqWritten + 2,
-    kOneConsumer = kDqRead + 2,
+    kDqWritten = kTailsCleared + kBwdConsumers,
+    kDqRead = kDqWritten + kBwdConsumers,
+    kOneConsumer = kDqRead + kBwdConsumers,
 };
 
 // The work of a block: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.

@@ -39,8 +39,8 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     static constexpr int kDsBytes = TileDs::kBytes / Base::kCluster;  // dS^T of one block
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sPeerK = sV + TileK::kBytes, sQ = sPeerK + TilePeerK::kBytes;
     static constexpr uint32_t sDo = sQ + kQStages * TileQ::kBytes, sDs = sDo + kDoStages * TileQ::kBytes;
-    static constexpr uint32_t sP = sDs + kDsStages * TileDs::kBytes, sLse = sP + kBlockN * kBlockM * sizeof(float);
-    static constexpr uint32_t sDelta = sLse + kQStages * kRowValuesBytes, sControl = sDelta + kDoStages * kRowValuesBytes;
+    static constexpr uint32_t sP = sDs + kDsStages * TileDs::kBytes, sLseLog2 = sP + kBlockN * kBlockM * sizeof(float);
+    static constexpr uint32_t sDelta = sLseLog2 + kQStages * kRowValuesBytes, sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
     static constexpr int kKeysBytes = 2 * TileK::kBytes + TilePeerK::kBytes;
 
@@ -74,7 +74,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
 
     QueryTile before;                     // the tile of the step before
     typename Base::SumTile sum;           // dv of consumer 0, dk of consumer 1
-    typename Base::ScoreTile x;           // S^T, then P^T; or dP^T, then dS^T
+    typename Base::ScoreTile x;           // consumer 0: S^T, then P^T. Consumer 1: dP^T, then dS^T
     typename Base::RoundedTile rounded;   // P^T, or dS^T
     Accumulator<1, kDqCols / 8> dq;
 
@@ -127,17 +127,17 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
 
     // A step of consumer 0: P and dv. When it or step_of_ds() returns, dq of the step before is in registers.
     __device__ __forceinline__ void step_of_p(bool first) {
-        RowValues lse;
+        RowValues lse_log2;
         Base::wait_for_q();
         Base::start_product(x, Traits::sK, Base::q());
-        Base::load_lse(lse);
+        Base::load_lse_log2(lse_log2);
         mbarrier_wait(shared_address(&control.p_empty[warp]), p_parity() ^ 1);
         wgmma_wait<0>();
         wgmma_arrived(x);
         if (walk.masked()) {
-            Base::template to_p<true, true>(x, rounded, lse);
+            Base::template to_p<true, true>(x, rounded, lse_log2);
         } else {
-            Base::template to_p<false, true>(x, rounded, lse);
+            Base::template to_p<false, true>(x, rounded, lse_log2);
         }
         Base::arrive(control.q_empty[q_ring.stage()]);
 #pragma unroll

@@ -36,7 +36,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = sV + TileK::kBytes, sDo = sQ + kQStages * TileQ::kBytes;
     static constexpr uint32_t sDs = sDo + kDoStages * TileQ::kBytes, sDq = sDs + kDsStages * TileDs::kBytes;  // sDq: row groups of dq_accum
-    static constexpr uint32_t sLse = sDq + kBlockM * kHeadDim * sizeof(float), sDelta = sLse + kQStages * kRowValuesBytes;
+    static constexpr uint32_t sLseLog2 = sDq + kBlockM * kHeadDim * sizeof(float), sDelta = sLseLog2 + kQStages * kRowValuesBytes;
     static constexpr uint32_t sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
     static constexpr int kKeysBytes = 2 * TileK::kBytes;
@@ -111,19 +111,19 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     // One step of the main loop. It also computes the dq of the step before.
     __device__ __forceinline__ void step(bool first) {
         const uint32_t q = Base::q(), do_ = Base::do_();
-        RowValues lse, delta;
+        RowValues lse_log2, delta;
         Base::wait_for_q();
         Base::start_product(s, Traits::sK, q);
-        if (Traits::kReadsEarly) Base::load_lse(lse);
+        if (Traits::kReadsEarly) Base::load_lse_log2(lse_log2);
         Base::wait_for_do();
         if (!Traits::kDvFirst) Base::start_product(dp, Traits::sV, do_);
         wgmma_wait<Traits::kDvFirst ? 0 : 1>();
         wgmma_arrived(s);
-        if (!Traits::kReadsEarly) Base::load_lse(lse);
+        if (!Traits::kReadsEarly) Base::load_lse_log2(lse_log2);
         if (walk.masked()) {
-            Base::template to_p<true, !Traits::ScoreMod::kIdentity>(s, p, lse);
+            Base::template to_p<true, !Traits::ScoreMod::kIdentity>(s, p, lse_log2);
         } else {
-            Base::template to_p<false, !Traits::ScoreMod::kIdentity>(s, p, lse);
+            Base::template to_p<false, !Traits::ScoreMod::kIdentity>(s, p, lse_log2);
         }
         if (Traits::kReadsEarly) Base::load_delta(delta);
         mbarrier_wait(shared_address(&control.ds_empty[ds_ring.stage()]), ds_ring.parity() ^ 1);

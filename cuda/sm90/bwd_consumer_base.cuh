@@ -145,12 +145,13 @@ struct BwdConsumerBase {
 #pragma unroll
         for (int j = 0; j < Traits::kNTiles; ++j) x[j] = *reinterpret_cast<const float2*>(from + 8 * j);
     }
-    __device__ __forceinline__ void load_lse(RowValues& x) const { load_row_values(x, Traits::sLse, q_ring.stage()); }
+    __device__ __forceinline__ void load_lse_log2(RowValues& x) const { load_row_values(x, Traits::sLseLog2, q_ring.stage()); }
     __device__ __forceinline__ void load_delta(RowValues& x) const { load_row_values(x, Traits::sDelta, do_ring.stage()); }
 
-    // P^T = exp2(score - lse). With a score_mod, s becomes P^T times its derivative. kRound: P^T itself, rounded, goes to p.
+    // P^T = exp2(scale_log2 * score - lse_log2). With a score_mod, s becomes P^T times its derivative. kRound: P^T itself, rounded, goes to
+    // p.
     template <bool kMasked, bool kRound>
-    __device__ __forceinline__ void to_p(ScoreTile& s, RoundedTile& p, const RowValues& lse) const {
+    __device__ __forceinline__ void to_p(ScoreTile& s, RoundedTile& p, const RowValues& lse_log2) const {
         const Shape& shape = params.bwd.shape;
         const float scale_log2 = ScoreMod::scale_log2(shape);
         const ScoreMod score_mod(shape, control.block.sequence, walk.tile.head);
@@ -176,7 +177,7 @@ struct BwdConsumerBase {
                 for (int e = 0; e < 4; ++e) {
                     float& x = s.x[0][j][e];
                     x = score_mod.apply(x, first_query + 8 * j + e % 2, first_key + fragment_row(lane, e / 2), derivative[c][e]);
-                    x = weight_of(x, scale_log2, e % 2 ? lse[j].y : lse[j].x);
+                    x = weight_of(x, scale_log2, e % 2 ? lse_log2[j].y : lse_log2[j].x);
                     if (kMasked && (seen[e / 2] & 1u << (2 * j + e % 2)) == 0) x = 0.f;
                 }
             }

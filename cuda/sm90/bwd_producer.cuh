@@ -24,7 +24,7 @@ struct BwdProducer {
 
     __device__ __forceinline__ int batch() const { return batch_entry(params.bwd.shape, control.block.sequence); }
 
-    // k, v, and in a cluster the peer's keys, of which the block needs the columns of its own part of dq.
+    // k and v. In a cluster also the peer's k, in the columns of dq that this block computes.
     __device__ __forceinline__ void load_keys() const {
         const BwdBlock& block = control.block;
         const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
@@ -74,7 +74,7 @@ struct BwdProducer {
         if (lane == 0) mbarrier_arrive(shared_address(&full[ring.stage()]));
     }
 
-    // lse and delta of every step. One warp, which reads them before their stage is free. lse is in the log2 domain. Queries past the end
+    // lse and delta of every step. One warp, which reads them before their stage is free. Queries past the end
     // get lse = inf, so that P = exp(score - lse) is 0.
     __device__ __forceinline__ void load_lse_and_delta() const {
         const BwdBlock& block = control.block;
@@ -84,15 +84,15 @@ struct BwdProducer {
         for (int step = block.steps(); step > 0; --step) {
             const int64_t head_offset = block.sequence.lse_offset(params.bwd.shape, tile.head);
             const int first_row = tile.m_block * Traits::kBlockM + lane;
-            float lse[kRows], delta[kRows];
+            float lse_log2[kRows], delta[kRows];
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 const int row = first_row + i * kWarpSize;
                 const bool exists = row < block.sequence.seqlen_q;
-                lse[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
+                lse_log2[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
                 delta[i] = exists ? params.bwd.delta[head_offset + row] : 0.f;
             }
-            store_stage(lse, Traits::sLse, control.q_full, control.q_empty, q_ring);
+            store_stage(lse_log2, Traits::sLseLog2, control.q_full, control.q_empty, q_ring);
             store_stage(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
             q_ring.advance();
             do_ring.advance();

@@ -52,7 +52,7 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
 
 template <typename Traits>
 __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
-    extern __shared__ __align__(1024) uint8_t bytes[];
+    extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     FwdControl<Traits>& control = *reinterpret_cast<FwdControl<Traits>*>(bytes + Traits::kSharedBytes - Traits::kControlBytes);
     static_assert(sizeof(FwdControl<Traits>) <= Traits::kControlBytes, "FwdControl must fit after the tiles");
     const uint32_t shared = shared_address(bytes);

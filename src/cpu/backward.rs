@@ -47,7 +47,7 @@ struct Task {
     head_k: usize,
     n_block: usize,
     cols: Range<usize>,
-    /// Number of (query, key) pairs in the query tiles that the task visits, for one head. This is its cost.
+    /// Keys of the tile times queries that see at least one of them, for one head. This is the cost of the task.
     pairs: usize,
 }
 
@@ -75,7 +75,7 @@ struct Scratch<A> {
 }
 
 /// The inputs and outputs of one backward call. All its tasks share them.
-struct Pass<'a, T: Element, G> {
+struct BackwardCall<'a, T: Element, G> {
     call: &'a Call<'a>,
     inputs: Inputs<&'a [T]>,
     lse: Lse<&'a [T::Acc]>,
@@ -109,7 +109,7 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
     let delta = delta::<G>(call, upstream);
     let (tasks, query_tiles) = (tasks(call), query_tiles(call));
     let dq_semaphores = dq_semaphores(&query_tiles, problem.num_heads);
-    let pass = Pass {
+    let pass = BackwardCall {
         call,
         inputs,
         lse,
@@ -238,7 +238,7 @@ fn dq_semaphores(query_tiles: &[QueryTiles], num_heads: usize) -> DqSemaphores {
     DqSemaphores::new(query_tiles.iter().flat_map(|tiles| firsts(tiles).repeat(num_heads)))
 }
 
-impl<T: Element, G: Element<Acc = T::Acc>> Pass<'_, T, G> {
+impl<T: Element, G: Element<Acc = T::Acc>> BackwardCall<'_, T, G> {
     fn scratch(&self) -> Scratch<T::Acc> {
         let (tile, problem) = (self.call.backward, self.call.problem);
         let Tile { block_m, block_n } = tile;

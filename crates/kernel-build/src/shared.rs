@@ -4,54 +4,58 @@
 use crate::table::Line;
 
 /// The control block of the sm90 forward: barriers and work tiles.
-const SM90_CONTROL: usize = 3 * 1024;
+const SM90_FWD_CONTROL_BYTES: usize = 3 * 1024;
 
 /// The control block of the sm90 backward: barriers and the work of the block.
-const SM90_BWD_CONTROL: usize = 512;
+const SM90_BWD_CONTROL_BYTES: usize = 512;
 
 /// Pipeline stages of k, and of v, in the sm90 forward.
-const SM90_STAGES: usize = 2;
+const SM90_KEY_STAGES: usize = 2;
 
-/// One tile of q, and one of k or v.
-fn tiles(line: &Line, element_bytes: usize) -> (usize, usize) {
-    let row = line.get("head_dim") * element_bytes;
-    (line.get("block_m") * row, line.get("block_n") * row)
+/// Bytes of one tile of q, and of one tile of k or v.
+fn tile_bytes(line: &Line, element_bytes: usize) -> (usize, usize) {
+    let row_bytes = line.get("head_dim") * element_bytes;
+    (line.get("block_m") * row_bytes, line.get("block_n") * row_bytes)
+}
+
+/// Bytes of lse, or of delta, of a tile of queries.
+fn row_values_bytes(line: &Line) -> usize {
+    line.get("block_m") * size_of::<f32>()
 }
 
 /// q, k and v.
 pub fn fwd_sm80(line: &Line, element_bytes: usize) -> usize {
-    let (tile_q, tile_k) = tiles(line, element_bytes);
-    tile_q + 2 * tile_k
+    let (q_bytes, k_bytes) = tile_bytes(line, element_bytes);
+    q_bytes + 2 * k_bytes
 }
 
-/// `SM90_STAGES` stages of k and of v, `q_stages` of q, and the control block.
+/// `SM90_KEY_STAGES` stages of k and of v, `q_stages` of q, and the control block.
 pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
-    let (tile_q, tile_k) = tiles(line, element_bytes);
-    line.get("q_stages") * tile_q + 2 * SM90_STAGES * tile_k + SM90_CONTROL
+    let (q_bytes, k_bytes) = tile_bytes(line, element_bytes);
+    line.get("q_stages") * q_bytes + 2 * SM90_KEY_STAGES * k_bytes + SM90_FWD_CONTROL_BYTES
 }
 
 /// k and v, P, dS (twice if a team is one warp), and for each stage q, do, lse and delta.
 pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
-    let (tile_q, tile_k) = tiles(line, element_bytes);
+    let (q_bytes, k_bytes) = tile_bytes(line, element_bytes);
     let ds_stages = if line.get("warps_m") == 1 { 2 } else { 1 };
-    let scores = (1 + ds_stages) * line.get("block_m") * line.get("block_n") * element_bytes;
-    let lse_and_delta = 2 * line.get("block_m") * size_of::<f32>();
-    2 * tile_k + scores + line.get("stages") * (2 * tile_q + lse_and_delta)
+    let p_and_ds_bytes = (1 + ds_stages) * line.get("block_m") * line.get("block_n") * element_bytes;
+    2 * k_bytes + p_and_ds_bytes + line.get("stages") * 2 * (q_bytes + row_values_bytes(line))
 }
 
-/// k and v, two tiles of dS, the stages of q and do, lse and delta, and the control block. A block without a cluster also has a tile of dq in
-/// f32. A block of a cluster has the peer's dS, its keys in half of the columns, and a tile of P in f32.
+/// k and v, two tiles of dS, the stages of q and do, lse and delta, and the control block. A block without a cluster also has a tile of dq
+/// in f32. A block of a cluster has the peer's dS, half of the columns of the peer's k, and a tile of P in f32.
 pub fn bwd_sm90(line: &Line, element_bytes: usize) -> usize {
-    let (tile_q, tile_k) = tiles(line, element_bytes);
-    let (cluster, row_values) = (line.get("cluster"), line.get("block_m") * size_of::<f32>());
-    let ds = cluster * line.get("block_m") * line.get("block_n") * element_bytes;
-    let dq_or_p = if cluster == 1 {
-        line.get("head_dim") * row_values
+    let ((q_bytes, k_bytes), row_values_bytes) = (tile_bytes(line, element_bytes), row_values_bytes(line));
+    let cluster = line.get("cluster");
+    let ds_bytes = cluster * line.get("block_m") * line.get("block_n") * element_bytes;
+    let dq_or_p_bytes = if cluster == 1 {
+        line.get("head_dim") * row_values_bytes
     } else {
-        line.get("block_n") * row_values + tile_k / cluster
+        line.get("block_n") * row_values_bytes + k_bytes / cluster
     };
-    let stages = (line.get("q_stages") + line.get("do_stages")) * (tile_q + row_values);
-    2 * tile_k + 2 * ds + dq_or_p + stages + SM90_BWD_CONTROL
+    let stage_bytes = (line.get("q_stages") + line.get("do_stages")) * (q_bytes + row_values_bytes);
+    2 * k_bytes + 2 * ds_bytes + dq_or_p_bytes + stage_bytes + SM90_BWD_CONTROL_BYTES
 }
 
 #[cfg(test)]
