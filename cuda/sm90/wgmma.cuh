@@ -46,7 +46,8 @@ struct Operand {
     uint64_t descriptor;
 
     // tile: its address in shared memory, a multiple of kSharedAlignment below 256 KB. first: where the operand begins on the outer axis, a
-    // multiple of 8, or of a panel if transposed. opaque(): the compiler computes a descriptor again for each product and keeps none in registers.
+    // multiple of 8, or of a panel if transposed. opaque(): the compiler computes a descriptor again for each product and keeps none in
+    // registers.
     __device__ __forceinline__ explicit Operand(uint32_t tile, int first = 0) {
         const uint32_t address = opaque(tile + (kTransposed ? first / Tile::kPanel * kPanelBytes : Tile::row_step(first)));
         descriptor = kFields | address >> 4;
