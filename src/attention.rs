@@ -113,7 +113,7 @@ impl Attention {
     /// Whether the same inputs always give the same bits of the gradient of `q` on a GPU.
     ///
     /// All other results always have the same bits, and on the CPU this gradient too. On a GPU, key tiles add to the gradient
-    /// of `q` in any order. With this option semaphores order them. That costs 9 to 21% of the backward's speed on Hopper, and
+    /// of `q` in any order. With this option semaphores order them. That costs 9 to 22% of the backward's speed on Hopper, and
     /// 16 to 28% on other GPUs (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;

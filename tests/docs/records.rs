@@ -18,7 +18,7 @@ pub struct Records {
     pub xeon: Machine,
     /// Runs of the sm80 kernels.
     pub h100: Machine,
-    /// Runs of the sm90 kernels, and of the sm80 backward where sm90 has none.
+    /// Runs of the sm90 kernels.
     pub h200: Machine,
 }
 
