@@ -25,8 +25,9 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     const int col = part % parts_per_group * kConvertCols + lane % 4 * 8;
     if (row >= sequence.seqlen_q || col >= shape.head_dim) return;
     const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, shape, sequence, head);
+    const int cell_col = col / kDqCellCols * kDqCellCols, half = col % kDqCellCols / 8;
     float x[8];
-    load_dq_cell(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + col) * kDqGroupRows, lane / 4);
+    load_dq_cell(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + cell_col) * kDqGroupRows, lane / 4, half);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] *= params.softmax_scale;
     T* to = row_of<T>(params.dq, params.dq_strides, sequence.batch, sequence.first_q + row, head);

@@ -56,13 +56,13 @@ struct alignas(64) TensorMap {
     uint64_t words[16];
 };
 
-// The order in which the blocks of a persistent kernel take work tiles. A work tile is block_m queries of one head of one
-// sequence. Tiles are numbered by section, then by m_block from the last to the first, then by head.
+// The order in which the blocks of a persistent kernel take work tiles. A work tile is a block of queries, or of keys, of one head of one
+// sequence. Tiles are numbered by section, then by block along the sequence, then by head.
 struct Schedule {
-    uint32_t* counters;     // the next tile, and the number of finished blocks; both 0 between launches. null: block i takes tile i
-    int32_t tiles;          // m_blocks * heads; a padded call counts the heads of all sequences, a packed call those of one
-    int32_t m_blocks;       // padded: of one sequence; packed: an upper bound for all sequences, total_q / block_m + batch
-    int32_t section_heads;  // heads whose tiles are taken together, so that their keys and values stay in L2
+    uint32_t* counters;     // the next tile, and the number of finished thread blocks; both 0 between launches. null: block i takes tile i
+    int32_t tiles;          // head_tiles * heads; a padded call counts the heads of all sequences, a packed call those of one
+    int32_t head_tiles;     // tiles of a head. padded: of one sequence; packed: an upper bound for all sequences, total / block + batch
+    int32_t section_heads;  // heads whose tiles are taken together, so that what they read and write stays in L2
 };
 
 // The forward of sm90. The tensor maps are (head_dim, rows, heads, batch). A box has 64 columns, or 32 if kHeadDim is not a multiple of 64.
@@ -123,6 +123,7 @@ struct Sm90BwdParams {
     TensorMap v;    // as k
     TensorMap do_;  // as q
     BwdParams bwd;  // the kernel does not read its q, k, v and do_, nor their strides
+    Schedule schedule;  // of blocks of keys; a cluster takes a tile together
 };
 
 // dq = softmax_scale * dq_accum, rounded; runs after the main kernel.

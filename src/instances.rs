@@ -58,8 +58,8 @@ pub enum Grid {
     /// One block for each multiprocessor: fewer if there are fewer tiles, more if these could not list all tiles. Each block processes
     /// several tiles.
     Persistent {
-        /// Number of tiles that one block can take.
-        max_tiles: usize,
+        /// Number of tiles that one block can take. `None`: any number.
+        max_tiles: Option<usize>,
     },
 }
 

@@ -1,9 +1,10 @@
 // dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
 // The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has
-// kHeadDim / 8 cells of 8 x 8. From registers, a warp adds a whole cell at once, 256 contiguous bytes (before compute capability 9.0 twice
-// 128: the even columns, the odd ones). On Hopper up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does
-// not depend on tiles and warps, so all backwards share one conversion.
+// kHeadDim / 16 cells of 8 x 16. A thread of a warp holds four elements of a row of a cell, in two neighbouring accumulators. From registers, a
+// warp adds a whole cell at once, 512 contiguous bytes (before compute capability 9.0 four times 128: the first elements of all threads, the
+// second ones ..). On Hopper up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does not depend on tiles and
+// warps, so all backwards share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -15,7 +16,8 @@
 namespace fa2 {
 
 constexpr int kDqGroupRows = 8;
-constexpr int kDqCellElements = kDqGroupRows * 8;
+constexpr int kDqCellCols = 16;
+constexpr int kDqCellElements = kDqGroupRows * kDqCellCols;
 
 // Index of the first row block of one head of a sequence. Row blocks have `rows` rows: 8 for a row group, kBlockM for a tile of queries.
 // Packed sequences start at a row block of their own: all of a sequence lie before the first one of the next sequence.
@@ -28,29 +30,37 @@ __device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int 
 // From 9.0 on a cell is row-major; before, its even columns come first. All kernels of a GPU are compiled for the same side of 9.0, so the
 // backward and the conversion agree.
 
-// Adds row `half` of an accumulator to a cell: lane l has row l / 4 and columns 2 (l % 4) and 2 (l % 4) + 1.
-__device__ __forceinline__ void add_to_dq_cell(float* cell, const float (&x)[4], int half, int lane) {
+// Adds row `half` of two neighbouring accumulators to a cell. Lane l has row l / 4, and columns c, c + 1, c + 8 and c + 9 for c = 2 (l % 4).
+__device__ __forceinline__ void add_to_dq_cell(float* cell, const float (&x)[4], const float (&y)[4], int half, int lane) {
+    const float elements[4] = {x[2 * half], x[2 * half + 1], y[2 * half], y[2 * half + 1]};
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(cell + 2 * lane), "f"(x[2 * half]), "f"(x[2 * half + 1]) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(cell + 4 * lane), "f"(elements[0]), "f"(elements[1]),
+                 "f"(elements[2]), "f"(elements[3])
+                 : "memory");
 #else
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + lane), "f"(x[2 * half]) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + kWarpSize + lane), "f"(x[2 * half + 1]) : "memory");
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + e * kWarpSize + lane), "f"(elements[e]) : "memory");
 #endif
 }
 
-// Reads the eight columns of one row of a cell.
-__device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, int row) {
+// Reads eight columns of one row of a cell: the first ones, or the last ones if `half` is 1.
+__device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, int row, int half) {
 #if __CUDA_ARCH__ >= 900
-    const float4* from = reinterpret_cast<const float4*>(cell) + 2 * row;
-    const float4 a = from[0], b = from[1];
-    const float columns[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const float2* from = reinterpret_cast<const float2*>(cell + kDqCellCols * row) + half;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 columns = from[2 * i];
+        x[2 * i] = columns.x;
+        x[2 * i + 1] = columns.y;
+    }
 #else
-    const float4* from = reinterpret_cast<const float4*>(cell) + row;
+    const float4* from = reinterpret_cast<const float4*>(cell + 2 * half * kWarpSize) + row;
     const float4 even = from[0], odd = from[kWarpSize / 4];
     const float columns[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
-#endif
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = columns[i];
+#endif
 }
 
 // Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
@@ -71,10 +81,12 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
         for (int half = 0; half < 2; ++half)
             to[half] = params.dq_accum + (first_group + min(group + 2 * i + half, last_group)) * kGroupElements + col * kDqGroupRows;
         // Both halves of an accumulator follow each other, so that its registers are free early.
+        static_assert(kNTiles % 2 == 0, "a cell has two accumulators");
 #pragma unroll
-        for (int j = 0; j < kNTiles; ++j)
+        for (int j = 0; j < kNTiles; j += 2)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) add_to_dq_cell(to[half] + j * kDqCellElements, dq.x[i][j], half, lane);
+            for (int half = 0; half < 2; ++half)
+                add_to_dq_cell(to[half] + j / 2 * kDqCellElements, dq.x[i][j], dq.x[i][j + 1], half, lane);
     }
 }
 
@@ -82,13 +94,15 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
 // only.
 template <int kHeadDim, int kNTiles>
 __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Accumulator<1, kNTiles>& dq, int lane) {
-    float* to = tile + row * kHeadDim + col * kDqGroupRows + 2 * lane;
+    float* to = tile + row * kHeadDim + col * kDqGroupRows + 4 * lane;
 #pragma unroll
-    for (int j = 0; j < kNTiles; ++j)
+    for (int j = 0; j < kNTiles; j += 2)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<float2*>(to + half * kDqGroupRows * kHeadDim + j * kDqCellElements) =
-                make_float2(dq.x[0][j][2 * half], dq.x[0][j][2 * half + 1]);
+        for (int half = 0; half < 2; ++half) {
+            const float(&x)[4] = dq.x[0][j], (&y)[4] = dq.x[0][j + 1];
+            *reinterpret_cast<float4*>(to + half * kDqGroupRows * kHeadDim + j / 2 * kDqCellElements) =
+                make_float4(x[2 * half], x[2 * half + 1], y[2 * half], y[2 * half + 1]);
+        }
 }
 
 // The work of a thread block: a tile of keys of one key head of one sequence, which is counted from Shape::first_batch.

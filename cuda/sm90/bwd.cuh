@@ -24,40 +24,28 @@ namespace fa2::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
-    mbarrier_init(shared_address(&control.keys_full), 1);
+    const auto init = [](uint64_t* barriers, int count, int arrivals) {
+        for (int i = 0; i < count; ++i) mbarrier_init(shared_address(&barriers[i]), arrivals);
+    };
+    init(control.work_full, Traits::kWorkStages, 1);
+    init(control.work_empty, Traits::kWorkStages, Traits::kWorkReaders);
+    init(control.keys_full, Traits::kKeyStages, 1);
+    init(control.keys_empty, Traits::kKeyStages, Traits::kConsumerWarps);
     // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
-    for (int i = 0; i < Traits::kQStages; ++i) {
-        mbarrier_init(shared_address(&control.q_full[i]), 2);
-        mbarrier_init(shared_address(&control.q_empty[i]), Traits::kConsumerWarps);
-    }
-    for (int i = 0; i < Traits::kDoStages; ++i) {
-        mbarrier_init(shared_address(&control.do_full[i]), 2);
-        mbarrier_init(shared_address(&control.do_empty[i]), Traits::kConsumerWarps);
-    }
+    init(control.q_full, Traits::kQStages, 2);
+    init(control.q_empty, Traits::kQStages, Traits::kConsumerWarps);
+    init(control.do_full, Traits::kDoStages, 2);
+    init(control.do_empty, Traits::kDoStages, Traits::kConsumerWarps);
     // In a cluster one of the block's warpgroups writes dS, and the warps of both blocks read it.
-    for (int i = 0; i < Traits::kDsStages; ++i) {
-        mbarrier_init(shared_address(&control.ds_full[i]), Traits::kConsumerWarps / Traits::kCluster);
-        mbarrier_init(shared_address(&control.ds_empty[i]), Traits::kConsumerWarps * Traits::kCluster);
-    }
-    for (int i = 0; i < Traits::kWarpgroupWarps; ++i) {
-        mbarrier_init(shared_address(&control.p_full[i]), 1);
-        mbarrier_init(shared_address(&control.p_empty[i]), 1);
+    init(control.ds_full, Traits::kDsStages, Traits::kConsumerWarps / Traits::kCluster);
+    init(control.ds_empty, Traits::kDsStages, Traits::kConsumerWarps * Traits::kCluster);
+    if (Traits::kCluster > 1) {
+        init(control.p_full, Traits::kWarpgroupWarps, 1);
+        init(control.p_empty, Traits::kWarpgroupWarps, 1);
+        init(&control.index_full, 1, 1);
+        init(&control.index_empty, 1, 1);
     }
     mbarrier_fence_init();
-}
-
-// The number of this cluster, in the order in which clusters start. All threads call it together, before anything else is in shared memory.
-template <typename Traits>
-__device__ __forceinline__ uint32_t take_cluster_number(const DqSemaphores& semaphores, int64_t tiles, uint8_t* bytes, int rank) {
-    if (Traits::kCluster == 1) return semaphores.take_block_number(tiles, bytes);
-    cluster_sync();  // the peer has started
-    if (threadIdx.x == 0 && rank == 0) {
-        const uint32_t number = semaphores.take_number(tiles);
-        *DqSemaphores::word_for_all(bytes) = number;
-        store_to_peer(peer_address(shared_address(bytes), 1), number);
-    }
-    cluster_sync();
-    return DqSemaphores::read_for_all(bytes);
 }
 
 // kOrdered: consumers add to dq_accum in the order of DqSemaphores. Only clusters use it. Without a cluster the producer adds dq, and tests
@@ -90,21 +78,10 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
     extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     BwdControl<Traits>& control = *reinterpret_cast<BwdControl<Traits>*>(bytes + Traits::sControl);
     static_assert(sizeof(BwdControl<Traits>) <= Traits::kControlBytes, "BwdControl must fit after the tiles");
-    const Shape& shape = params.bwd.shape;
-    const bool ordered = params.bwd.semaphores != nullptr;
     const int rank = Traits::kCluster == 1 ? 0 : cluster_rank();
-    const int n_blocks = int(gridDim.x) / Traits::kCluster;
-    BlockIndex index{int(blockIdx.x) / Traits::kCluster, int(blockIdx.y), int(blockIdx.z)};
-    if (ordered) {
-        const uint32_t number = take_cluster_number<Traits>({params.bwd.semaphores}, params.bwd.dq_tiles.count, bytes, rank);
-        index = DqSemaphores::block_index(number, n_blocks, shape.first_batch);
-    }
-    const BwdBlock block = bwd_block<Traits>(shape, index, rank);
-    if (block.n_block * Traits::kClusterKeys >= block.sequence.seqlen_k) return;  // both blocks of a cluster, or none
     // All lanes take the warp index from one lane, so the compiler knows that branches on it are uniform.
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
     if (threadIdx.x == 0) {
-        control.block = block;
         init_barriers(control);
         tma_prefetch(params.q);
         tma_prefetch(params.k);
@@ -118,8 +95,8 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
     }
     if (warp < Traits::kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
-        const BwdProducer<Traits> producer{params, control, bytes, rank, lane};
-        if (warp == 0 && lane == 0) producer.load_tiles();
+        const BwdProducer<Traits> producer{params, control, bytes, lane};
+        if (warp == 0) producer.run();
         if (warp == 1) producer.load_lse_and_delta();
         if constexpr (Traits::kCluster == 1) {
             if (warp == 2) producer.template add_dq<0>();
@@ -129,9 +106,9 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
         take_registers<Traits::kConsumerRegisters>();
         const int consumer = warp / Traits::kWarpgroupWarps - 1;
         const BwdConsumerBase<Traits> base{params,   control, bytes, shared_address(bytes),
-                                           consumer, rank,    warp % Traits::kWarpgroupWarps, lane};
+                                           consumer, rank,    warp % Traits::kWarpgroupWarps, lane, {}, {control}};
         // In a cluster the consumers add dq themselves. So the ordered walk is compiled separately, as in sm80/bwd.cuh.
-        if (Traits::kCluster > 1 && ordered) {
+        if (Traits::kCluster > 1 && params.bwd.semaphores != nullptr) {
             consume<true>(base);
         } else {
             consume<false>(base);

@@ -8,6 +8,7 @@
 #include "../core/types.cuh"
 #include "../params.h"
 #include "barrier.cuh"
+#include "schedule.cuh"
 #include "warpgroups.cuh"
 
 namespace fa2::sm90 {
@@ -16,7 +17,7 @@ constexpr int kBwdConsumers = 2;
 constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes, and enough without local memory (docs/kernels.md)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_, int kDoStages_,
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kKeyStages_, int kQStages_, int kDoStages_,
           typename ScoreMod_>
 struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     using Groups = Warpgroups<kBwdConsumers, kBwdProducerLeast>;
@@ -32,6 +33,7 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     static constexpr int kBlockN = kBlockN_;  // keys of a thread block
     static constexpr int kWarps = kWarps_;
     static constexpr int kCluster = kCluster_;
+    static constexpr int kKeyStages = kKeyStages_;
     static constexpr int kQStages = kQStages_;
     static constexpr int kDoStages = kDoStages_;
     static constexpr int kThreads = kWarps * kWarpSize;
@@ -52,6 +54,9 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     using TileK = Tile<kBlockN, kHeadDim, kPanel>;
     using TileDs = Tile<kClusterKeys, kBlockM>;  // dS^T
     static constexpr int kDsStages = 2;          // the dS of a step is read in the next step
+    // Warps that read BwdBlock: the consumers, the one that loads lse and delta, and without a cluster those that add dq.
+    static constexpr int kWorkReaders = kConsumerWarps + 1 + (kCluster == 1 ? kConsumers : 0);
+    static constexpr int kWorkStages = 2;        // slots of BwdBlock: the current one of a warp, and the next one
     static constexpr int kControlBytes = 512;    // room for BwdControl, asserted in bwd.cuh
     static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
 
@@ -61,7 +66,8 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible queries of a key");
 };
 
-template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kCluster, int kQStages, int kDoStages, typename ScoreMod>
+template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kCluster, int kKeyStages, int kQStages, int kDoStages,
+          typename ScoreMod>
 struct BwdTraits;
 
 // Named barriers, one for each consumer: add its number.
@@ -72,31 +78,31 @@ enum BwdBarrier {
     kOneConsumer = kDqRead + kBwdConsumers,
 };
 
-// The work of a block: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.
+// A work tile: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.
 struct BwdBlock {
     Sequence sequence;
-    Range cols;      // keys of this block. In a cluster, the block after the last key has none, and cols.end <= cols.begin
-    int n_block;     // of the cluster
+    Range cols;      // keys of this thread block. In a cluster, the block after the last key has none, and cols.end <= cols.begin
+    int n_block;     // of the cluster. -1: there is no further work tile
     int head_k;
     int group_size;  // query heads of a key head
     Range m_blocks;  // tiles of queries, of each head
 
-    __device__ __forceinline__ int steps() const { return m_blocks.empty() ? 0 : (m_blocks.end - m_blocks.begin) * group_size; }
+    __device__ __forceinline__ bool exists() const { return n_block >= 0; }
+    __device__ __forceinline__ int steps() const { return m_blocks.size() * group_size; }
 };
 
-// rank: of the block in its cluster.
+// rank: of the thread block in its cluster.
 template <typename Traits>
-__device__ __forceinline__ BwdBlock bwd_block(const Shape& shape, const BlockIndex& index, int rank) {
+__device__ __forceinline__ BwdBlock bwd_block(const Shape& shape, const WorkTile& tile, int rank) {
     BwdBlock block;
-    block.sequence = Sequence(shape, shape.first_batch + index.batch);
+    block.sequence = tile.sequence;
     const int seqlen_k = block.sequence.seqlen_k;
-    const Range cluster_cols = tile_range(index.n_block * Traits::kClusterKeys, Traits::kClusterKeys, seqlen_k);
+    const Range cluster_cols = tile_range(tile.block * Traits::kClusterKeys, Traits::kClusterKeys, seqlen_k);
     block.cols = tile_range(cluster_cols.begin + rank * Traits::kBlockN, Traits::kBlockN, seqlen_k);
-    block.n_block = index.n_block;
-    block.head_k = index.head_k;
+    block.n_block = tile.block;
+    block.head_k = tile.head;
     block.group_size = group_size(shape);
-    block.m_blocks = {0, 0};
-    if (!cluster_cols.empty()) block.m_blocks = Visibility(shape, block.sequence).queries_of(cluster_cols).tiles(Traits::kBlockM);
+    block.m_blocks = Visibility(shape, block.sequence).queries_of(cluster_cols).tiles(Traits::kBlockM);
     return block;
 }
 
@@ -117,12 +123,39 @@ __device__ __forceinline__ QueryTile first_tile(const BwdBlock& block) { return 
 // The data after the tiles in shared memory.
 template <typename Traits>
 struct BwdControl {
-    BwdBlock block;
-    uint64_t keys_full;                                                // k and v
-    uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];      // q and lse
-    uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];  // do and delta
+    BwdBlock blocks[Traits::kWorkStages];
+    uint64_t work_full[Traits::kWorkStages], work_empty[Traits::kWorkStages];
+    uint64_t keys_full[Traits::kKeyStages], keys_empty[Traits::kKeyStages];  // k and v
+    uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];            // q and lse
+    uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];        // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];
-    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];  // clusters only: P, from a warp to another one
+    // Clusters only: P, from a warp to another one, and the index of the next work tile, from one block to the other.
+    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];
+    uint64_t index_full, index_empty;
+    int index;
+};
+
+// The work tiles of a thread block, as one of its warps reads them.
+template <typename Traits>
+struct BwdWork {
+    BwdControl<Traits>& control;
+    Ring<Traits::kWorkStages> ring;
+
+    // The current work tile.
+    __device__ __forceinline__ const BwdBlock& block() const { return control.blocks[ring.stage()]; }
+
+    // Waits until the producer has published the current work tile. Returns whether it exists.
+    __device__ __forceinline__ bool wait() const {
+        mbarrier_wait(shared_address(&control.work_full[ring.stage()]), ring.parity());
+        return block().exists();
+    }
+
+    // This warp is done with the current work tile.
+    __device__ __forceinline__ void advance(int lane) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&control.work_empty[ring.stage()]));
+        ring.advance();
+    }
 };
 
 }  // namespace fa2::sm90

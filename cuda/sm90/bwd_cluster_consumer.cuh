@@ -12,10 +12,11 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kDoStages_, typename ScoreMod_>
-struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoStages_, ScoreMod_>
-    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoStages_, ScoreMod_> {
-    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoStages_, ScoreMod_>;
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kKeyStages_, int kQStages_, int kDoStages_,
+          typename ScoreMod_>
+struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>
+    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQStages_, kDoStages_, ScoreMod_> {
+    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>;
     using typename Base::TileDs;
     using typename Base::TileK;
     using typename Base::TileQ;
@@ -24,6 +25,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     using Base::kBlockN;
     using Base::kDoStages;
     using Base::kDsStages;
+    using Base::kKeyStages;
     using Base::kPanel;
     using Base::kQStages;
     using Base::kRowValuesBytes;
@@ -36,13 +38,13 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     }
 
     // Offsets in shared memory, as in bwd_consumer.cuh.
+    static constexpr int kKeysBytes = 2 * TileK::kBytes + TilePeerK::kBytes;  // k, v, then the peer's k
     static constexpr int kDsBytes = TileDs::kBytes / Base::kCluster;  // dS^T of one block
-    static constexpr uint32_t sK = 0, sV = TileK::kBytes, sPeerK = sV + TileK::kBytes, sQ = sPeerK + TilePeerK::kBytes;
+    static constexpr uint32_t sK = 0, sQ = kKeyStages * kKeysBytes;
     static constexpr uint32_t sDo = sQ + kQStages * TileQ::kBytes, sDs = sDo + kDoStages * TileQ::kBytes;
     static constexpr uint32_t sP = sDs + kDsStages * TileDs::kBytes, sLseLog2 = sP + kBlockN * kBlockM * sizeof(float);
     static constexpr uint32_t sDelta = sLseLog2 + kQStages * kRowValuesBytes, sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
-    static constexpr int kKeysBytes = 2 * TileK::kBytes + TilePeerK::kBytes;
 
     static_assert(kBlockM == Base::kWarpgroupRows && kBlockN == Base::kWarpgroupRows, "a consumer has a tile of 64 x 64");
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
@@ -79,14 +81,15 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     Accumulator<1, kDqCols / 8> dq;
 
     __device__ __forceinline__ int peer() const { return rank ^ 1; }
+    __device__ __forceinline__ uint32_t peer_k() const { return Base::v() + TileK::kBytes; }
 
     // Starts this consumer's part of dq = dS k, as in bwd_consumer.cuh: first this block's keys, then the peer's.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         constexpr int kSteps = Traits::kBlockN / 16;
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes));
-        const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), rank * Traits::kBlockCols + kDqCol);
-        const Operand<TilePeerK, Order::kTransposed> peer_b(Base::operand(Traits::sPeerK), kDqCol);
+        const Operand<TileK, Order::kTransposed> b(Base::operand(Base::k()), rank * Traits::kBlockCols + kDqCol);
+        const Operand<TilePeerK, Order::kTransposed> peer_b(Base::operand(peer_k()), kDqCol);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kCluster * kSteps; ++step)
@@ -100,12 +103,12 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         Base::arrive(control.ds_empty[at.stage()]);
         if (lane == 0) mbarrier_arrive_peer(peer_address(empty, peer()));
         const BwdParams& bwd = params.bwd;
-        const Sequence& sequence = control.block.sequence;
+        const Sequence& sequence = Base::block().sequence;
         const int row = before.m_block * Traits::kBlockM + warp * Traits::kWarpRows;
         const DqSemaphores semaphores{bwd.semaphores};
         const int64_t index = dq_tile_index<Traits::kBlockM>(bwd, sequence, before.head, before.m_block);
         if constexpr (kOrdered) {
-            const int n_block = control.block.n_block;
+            const int n_block = Base::block().n_block;
             const int clusters =
                 DqSemaphores::blocks_before<Traits::kBlockM, Traits::kClusterKeys>(bwd.shape, sequence, before.m_block, n_block);
             if (warp == 0 && lane == 0) semaphores.poll(index, Traits::kDqParts * clusters);
@@ -129,7 +132,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void step_of_p(bool first) {
         RowValues lse_log2;
         Base::wait_for_q();
-        Base::start_product(x, Traits::sK, Base::q());
+        Base::start_product(x, Base::k(), Base::q());
         Base::load_lse_log2(lse_log2);
         mbarrier_wait(shared_address(&control.p_empty[warp]), p_parity() ^ 1);
         wgmma_wait<0>();
@@ -186,7 +189,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         RowValues delta;
         Base::wait_for_q();
         Base::wait_for_do();
-        Base::start_product(x, Traits::sV, Base::do_());
+        Base::start_product(x, Base::v(), Base::do_());
         Base::load_delta(delta);
         mbarrier_wait(shared_address(&control.ds_empty[ds_ring.stage()]), ds_ring.parity() ^ 1);
         wgmma_wait<0>();
@@ -206,13 +209,13 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_arrived(dq);
     }
 
+    // Returns after the last product. dq of the last step is in registers.
     __device__ __forceinline__ void walk_queries(int steps) {
-        const int rows = control.block.cols.size(), peer_rows = Traits::peer_keys(control.block, rank).size();
-        mbarrier_wait(shared_address(&control.keys_full), 0);
+        const int rows = Base::block().cols.size(), peer_rows = Traits::peer_keys(Base::block(), rank).size();
         if (rows < Traits::kBlockN || peer_rows < Traits::kBlockN) {
-            Base::template clear_tail<TileK>(Traits::sK, rows);
-            Base::template clear_tail<TileK>(Traits::sV, rows);
-            Base::template clear_tail<TilePeerK>(Traits::sPeerK, peer_rows);
+            Base::template clear_tail<TileK>(Base::k(), rows);
+            Base::template clear_tail<TileK>(Base::v(), rows);
+            Base::template clear_tail<TilePeerK>(peer_k(), peer_rows);
             Base::tails_cleared();
         }
         Base::start_walk();
@@ -230,16 +233,21 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         start_dq(ds_ring.before(), true);
         wgmma_wait<0>();
         wgmma_arrived(dq);
-        add_dq(ds_ring.before());
     }
 
     __device__ __forceinline__ void run() {
-        sum.clear();
         dq.clear();
-        const int steps = control.block.steps();
-        if (steps > 0) walk_queries(steps);
-        if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
-        Base::write(kConsumer == 0 ? params.bwd.dv : params.bwd.dk, sum);
+        while (Base::work.wait()) {
+            sum.clear();
+            const int steps = Base::block().steps();
+            Base::wait_for_keys();
+            if (steps > 0) walk_queries(steps);
+            Base::arrive(control.keys_empty[Base::key_ring().stage()]);
+            if (steps > 0) add_dq(ds_ring.before());
+            if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
+            Base::write(kConsumer == 0 ? params.bwd.dv : params.bwd.dk, sum);
+            Base::work.advance(lane);
+        }
     }
 };
 

@@ -6,10 +6,10 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kDoStages_, typename ScoreMod_>
-struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoStages_, ScoreMod_>
-    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoStages_, ScoreMod_> {
-    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoStages_, ScoreMod_>;
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kKeyStages_, int kQStages_, int kDoStages_, typename ScoreMod_>
+struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>
+    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_> {
+    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>;
     using typename Base::TileDs;
     using typename Base::TileK;
     using typename Base::TileQ;
@@ -18,6 +18,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     using Base::kDoStages;
     using Base::kDsStages;
     using Base::kHeadDim;
+    using Base::kKeyStages;
     using Base::kQStages;
     using Base::kRowValuesBytes;
     using Base::kWarpgroupRows;
@@ -34,17 +35,19 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     __device__ __forceinline__ static int dq_col(int consumer) { return kDqSplitsRows ? 0 : consumer * Base::kFirstDqCols; }
 
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
-    static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = sV + TileK::kBytes, sDo = sQ + kQStages * TileQ::kBytes;
+    static constexpr int kKeysBytes = 2 * TileK::kBytes;  // k, then v
+    static constexpr uint32_t sK = 0, sQ = kKeyStages * kKeysBytes, sDo = sQ + kQStages * TileQ::kBytes;
     static constexpr uint32_t sDs = sDo + kDoStages * TileQ::kBytes, sDq = sDs + kDsStages * TileDs::kBytes;  // sDq: row groups of dq_accum
     static constexpr uint32_t sLseLog2 = sDq + kBlockM * kHeadDim * sizeof(float), sDelta = sLseLog2 + kQStages * kRowValuesBytes;
     static constexpr uint32_t sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
-    static constexpr int kKeysBytes = 2 * TileK::kBytes;
 
     // kReadsEarly: in tiles of up to 64 queries there are registers to read lse and delta before the products arrive.
     // kDvFirst: in larger tiles, a score_mod needs the registers of dP while it runs. So dv comes before dP.
     static constexpr bool kDvFirst = !ScoreMod_::kIdentity && kBlockM > kWarpgroupRows;
     static constexpr bool kReadsEarly = kBlockM <= kWarpgroupRows;
+
+    static constexpr int kDqThreads = Base::kWarpgroupThreads + kWarpSize;  // a consumer, and the warp that adds its dq
 
     static_assert(Base::kBlockN == kConsumers * kWarpgroupRows, "a consumer owns 64 keys");
     static_assert(kDqSplitsRows || kBlockM == kWarpgroupRows, "a consumer computes 64 rows of dq");
@@ -60,6 +63,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     using TileK = typename Traits::TileK;
     using TileDs = typename Traits::TileDs;
     using DsRing = Ring<Traits::kDsStages>;
+    static constexpr int kDqThreads = Traits::kDqThreads;
     using Base::bytes;
     using Base::control;
     using Base::ds_ring;
@@ -80,19 +84,18 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes), Traits::dq_row(consumer));
-        const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), Traits::dq_col(consumer));
+        const Operand<TileK, Order::kTransposed> b(Base::operand(Base::k()), Traits::dq_col(consumer));
         start_multiply<T, Traits::kBlockN / 16>(dq, a, b);
     }
 
     // Hands dq, which has arrived, to the warp that adds it to dq_accum.
     __device__ __forceinline__ void hand_over_dq(DsRing at) {
-        constexpr int kThreads = Traits::kWarpgroupThreads + kWarpSize;
         Base::arrive(control.ds_empty[at.stage()]);
-        bar_sync<kThreads>(kDqRead + consumer);
+        bar_sync<kDqThreads>(kDqRead + consumer);
         const int row = Traits::dq_row(consumer) + warp * Traits::kWarpRows;
         store_dq<Traits::kHeadDim>(reinterpret_cast<float*>(bytes + Traits::sDq), row, Traits::dq_col(consumer), dq, lane);
         fence_proxy_async();
-        bar_arrive<kThreads>(kDqWritten + consumer);
+        bar_arrive<kDqThreads>(kDqWritten + consumer);
     }
 
     // dS^T = P^T (dP^T - delta), rounded. Without a score_mod, P^T is rounded here too, because fewer registers are in use than in to_p().
@@ -113,10 +116,10 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         const uint32_t q = Base::q(), do_ = Base::do_();
         RowValues lse_log2, delta;
         Base::wait_for_q();
-        Base::start_product(s, Traits::sK, q);
+        Base::start_product(s, Base::k(), q);
         if (Traits::kReadsEarly) Base::load_lse_log2(lse_log2);
         Base::wait_for_do();
-        if (!Traits::kDvFirst) Base::start_product(dp, Traits::sV, do_);
+        if (!Traits::kDvFirst) Base::start_product(dp, Base::v(), do_);
         wgmma_wait<Traits::kDvFirst ? 0 : 1>();
         wgmma_arrived(s);
         if (!Traits::kReadsEarly) Base::load_lse_log2(lse_log2);
@@ -131,7 +134,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
             Base::start_sum(dv, p, do_);
             wgmma_wait<0>();
             wgmma_arrived(dv);
-            Base::start_product(dp, Traits::sV, do_);
+            Base::start_product(dp, Base::v(), do_);
         }
         wgmma_wait<0>();
         wgmma_arrived(dp);
@@ -153,12 +156,12 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         Base::advance();
     }
 
+    // Returns after the last product. dq of the last step is in registers.
     __device__ __forceinline__ void walk_queries(int steps) {
-        const int rows = control.block.cols.size();
-        mbarrier_wait(shared_address(&control.keys_full), 0);
+        const int rows = Base::block().cols.size();
         if (rows < Traits::kBlockN) {
-            Base::template clear_tail<TileK>(Traits::sK, rows);
-            Base::template clear_tail<TileK>(Traits::sV, rows);
+            Base::template clear_tail<TileK>(Base::k(), rows);
+            Base::template clear_tail<TileK>(Base::v(), rows);
             Base::tails_cleared();
         }
         Base::start_walk();
@@ -167,18 +170,24 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         start_dq(ds_ring.before(), true);
         wgmma_wait<0>();
         wgmma_arrived(dq);
-        hand_over_dq(ds_ring.before());
     }
 
     __device__ __forceinline__ void run() {
-        dk.clear();
-        dv.clear();
         dq.clear();
-        const int steps = control.block.steps();
-        if (steps > 0) walk_queries(steps);
-        dk.scale(params.bwd.softmax_scale);
-        Base::write(params.bwd.dk, dk);
-        Base::write(params.bwd.dv, dv);
+        while (Base::work.wait()) {
+            dk.clear();
+            dv.clear();
+            const int steps = Base::block().steps();
+            Base::wait_for_keys();
+            if (steps > 0) walk_queries(steps);
+            Base::arrive(control.keys_empty[Base::key_ring().stage()]);
+            if (steps > 0) hand_over_dq(ds_ring.before());
+            dk.scale(params.bwd.softmax_scale);
+            Base::write(params.bwd.dk, dk);
+            Base::write(params.bwd.dv, dv);
+            Base::work.advance(lane);
+        }
+        bar_sync<kDqThreads>(kDqRead + consumer);  // the producer has said once more that sDq is free
     }
 };
 

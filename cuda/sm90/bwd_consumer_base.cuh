@@ -61,19 +61,31 @@ struct BwdConsumerBase {
     int warp;      // in the warpgroup
     int lane;
     BwdWalk walk;
+    BwdWork<Traits> work;
     Ring<Traits::kQStages> q_ring;
     Ring<Traits::kDoStages> do_ring;
     Ring<Traits::kDsStages> ds_ring;
 
+    __device__ __forceinline__ const BwdBlock& block() const { return work.block(); }
+
     __device__ __forceinline__ void start_walk() {
-        const int first = control.block.cols.begin + Traits::first_key(consumer);
-        walk = bwd_walk<Traits>(params.bwd.shape, control.block, {first, first + Traits::kWarpgroupRows});
+        const int first = block().cols.begin + Traits::first_key(consumer);
+        walk = bwd_walk<Traits>(params.bwd.shape, block(), {first, first + Traits::kWarpgroupRows});
     }
 
     // This warp's first key in the tile.
     __device__ __forceinline__ int tile_key() const { return Traits::first_key(consumer) + warp * Traits::kWarpRows; }
 
-    // Offsets of the tiles of this step.
+    // Each work tile has a tile of k and one of v.
+    __device__ __forceinline__ Ring<Traits::kKeyStages> key_ring() const { return {work.ring.passed}; }
+
+    __device__ __forceinline__ void wait_for_keys() const {
+        mbarrier_wait(shared_address(&control.keys_full[key_ring().stage()]), key_ring().parity());
+    }
+
+    // Offsets of the tiles of this work tile and step.
+    __device__ __forceinline__ uint32_t k() const { return Traits::sK + key_ring().stage() * Traits::kKeysBytes; }
+    __device__ __forceinline__ uint32_t v() const { return k() + TileK::kBytes; }
     __device__ __forceinline__ uint32_t q() const { return Traits::sQ + q_ring.stage() * TileQ::kBytes; }
     __device__ __forceinline__ uint32_t do_() const { return Traits::sDo + do_ring.stage() * TileQ::kBytes; }
 
@@ -113,7 +125,7 @@ struct BwdConsumerBase {
     __device__ __forceinline__ void wait_for_q() const {
         mbarrier_wait(shared_address(&control.q_full[q_ring.stage()]), q_ring.parity());
         if (walk.tile.m_block == walk.tail_m_block) {
-            const int rows = control.block.sequence.seqlen_q - walk.tile.m_block * Traits::kBlockM;
+            const int rows = block().sequence.seqlen_q - walk.tile.m_block * Traits::kBlockM;
             wait_for_do();
             clear_tail<TileQ>(q(), rows);
             clear_tail<TileQ>(do_(), rows);
@@ -154,16 +166,16 @@ struct BwdConsumerBase {
     __device__ __forceinline__ void to_p(ScoreTile& s, RoundedTile& p, const RowValues& lse_log2) const {
         const Shape& shape = params.bwd.shape;
         const float scale_log2 = ScoreMod::scale_log2(shape);
-        const ScoreMod score_mod(shape, control.block.sequence, walk.tile.head);
+        const ScoreMod score_mod(shape, block().sequence, walk.tile.head);
         const int first_query = walk.tile.m_block * Traits::kBlockM + fragment_col(lane, 0);
-        const int first_key = control.block.cols.begin + tile_key();
+        const int first_key = block().cols.begin + tile_key();
         uint32_t seen[2];  // for each of the thread's keys, a bit for each of its queries
         if constexpr (kMasked) {
-            const Visibility sees(shape, control.block.sequence);
+            const Visibility sees(shape, block().sequence);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int key = first_key + fragment_row(lane, half);
-                const Range queries = key < control.block.cols.end ? sees.queries_of({key, key + 1}) : Range{0, 0};
+                const Range queries = key < block().cols.end ? sees.queries_of({key, key + 1}) : Range{0, 0};
                 seen[half] = columns_in(queries, first_query);
             }
         }
@@ -201,7 +213,7 @@ struct BwdConsumerBase {
 
     // Writes this warp's keys of dk, or of dv.
     __device__ __forceinline__ void write(void* to, const SumTile& x) const {
-        const BwdBlock& block = control.block;
+        const BwdBlock& block = work.block();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int key = block.cols.begin + tile_key() + fragment_row(lane, half);

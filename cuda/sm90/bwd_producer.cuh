@@ -1,11 +1,13 @@
-// The producer of the backward: one thread loads tiles by TMA, one warp loads lse and delta, and one warp for each consumer adds
-// dq to dq_accum.
+// The producer of the backward: one warp takes work tiles and loads tiles by TMA, one loads lse and delta, and one for each consumer adds dq
+// to dq_accum.
 #pragma once
 
 #include "../core/barrier.cuh"
 #include "../core/dq_accum.cuh"
 #include "barrier.cuh"
 #include "bwd_block.cuh"
+#include "cluster.cuh"
+#include "schedule.cuh"
 #include "tma.cuh"
 
 namespace fa2::sm90 {
@@ -19,45 +21,108 @@ struct BwdProducer {
     const Sm90BwdParams& params;
     BwdControl<Traits>& control;
     uint8_t* const bytes;
-    const int rank;  // of this block in its cluster
     const int lane;
 
-    __device__ __forceinline__ int batch() const { return batch_entry(params.bwd.shape, control.block.sequence); }
+    // Of this block in its cluster. Read each time, because the producer has few registers.
+    __device__ __forceinline__ static int rank() { return Traits::kCluster == 1 ? 0 : cluster_rank(); }
 
-    // k and v. In a cluster also the peer's k, in the columns of dq that this block computes.
-    __device__ __forceinline__ void load_keys() const {
-        const BwdBlock& block = control.block;
-        const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
-        const int row = block.sequence.first_k + block.cols.begin;
-        mbarrier_arrive_expect(full, Traits::kKeysBytes);
-        tma_load_tile<TileK>(shared + Traits::sK, params.k, full, row, block.head_k, batch());
-        tma_load_tile<TileK>(shared + Traits::sV, params.v, full, row, block.head_k, batch());
-        if constexpr (Traits::kCluster > 1) {
-            using TilePeerK = typename Traits::TilePeerK;
-            const int peer_row = block.sequence.first_k + Traits::peer_keys(block, rank).begin;
-            tma_load_tile<TilePeerK>(shared + Traits::sPeerK, params.k, full, peer_row, block.head_k, batch(), rank * Traits::kBlockCols);
+    __device__ __forceinline__ int batch(const BwdBlock& block) const { return batch_entry(params.bwd.shape, block.sequence); }
+
+    // Lane 0. The index of the next work tile. In a cluster, one block takes it and sends it to the other one.
+    __device__ __forceinline__ int next_index(Ring<1> ring) const {
+        if constexpr (Traits::kCluster == 1) {
+            return int(atomicAdd(params.schedule.counters, 1u));
+        } else {
+            const uint32_t full = shared_address(&control.index_full), empty = shared_address(&control.index_empty);
+            if (rank() == 0) {
+                mbarrier_wait(empty, ring.parity() ^ 1);
+                const int index = int(atomicAdd(params.schedule.counters, 1u));
+                store_to_peer(peer_address(shared_address(&control.index), 1), uint32_t(index), peer_address(full, 1));
+                return index;
+            }
+            mbarrier_arrive_expect(full, sizeof(control.index));
+            mbarrier_wait(full, ring.parity());
+            const int index = control.index;
+            mbarrier_arrive_peer(peer_address(empty, 0));
+            return index;
         }
     }
 
-    // k and v, q and do of every step. One thread.
-    __device__ __forceinline__ void load_tiles() const {
-        const BwdBlock& block = control.block;
+    // Writes the next work tile that has keys to `block`. Returns whether there is one.
+    __device__ __forceinline__ bool take(Ring<1>& ring, BwdBlock& block) const {
+        const Shape& shape = params.bwd.shape;
+        // With semaphores, the blocks of the last keys come first (DqSemaphores). Otherwise the first keys do: under a causal mask, they have
+        // the most queries.
+        const First order = params.bwd.semaphores != nullptr ? First::kLast : First::kFirst;
+        while (true) {
+            int index = lane == 0 ? next_index(ring) : 0;
+            index = __shfl_sync(~0u, index, 0);
+            ring.advance();
+            if (uint32_t(index) >= uint32_t(params.schedule.tiles)) {
+                if (lane == 0) block.n_block = -1;
+                return false;
+            }
+            const WorkTile tile = work_tile<Axis::kKeys, Traits::kClusterKeys>(shape, params.schedule, order, index, lane);
+            if (!tile.exists() || tile.block * Traits::kClusterKeys >= tile.sequence.seqlen_k) continue;
+            if (lane == 0) block = bwd_block<Traits>(shape, tile, rank());
+            return true;
+        }
+    }
+
+    // Takes all work tiles of this thread block, publishes them and loads what they need. One warp.
+    __device__ __forceinline__ void run() const {
+        Ring<1> index_ring;
+        Ring<Traits::kWorkStages> work_ring;
+        uint32_t steps = 0;  // of all work tiles so far
+        while (true) {
+            BwdBlock& block = control.blocks[work_ring.stage()];
+            mbarrier_wait(shared_address(&control.work_empty[work_ring.stage()]), work_ring.parity() ^ 1);
+            const bool exists = take(index_ring, block);
+            if (lane == 0) {
+                mbarrier_arrive(shared_address(&control.work_full[work_ring.stage()]));
+                if (exists) {
+                    load_keys(block, {work_ring.passed});
+                    load_tiles(block, steps);
+                }
+            }
+            __syncwarp();
+            if (!exists) break;
+            work_ring.advance();
+        }
+        if (lane == 0 && rank() == 0) finish_tiles(params.schedule, gridDim.x / Traits::kCluster);
+    }
+
+    // k and v. In a cluster also the peer's k, in the columns of dq that this block computes. One thread.
+    __device__ __forceinline__ void load_keys(const BwdBlock& block, const Ring<Traits::kKeyStages>& ring) const {
+        mbarrier_wait(shared_address(&control.keys_empty[ring.stage()]), ring.parity() ^ 1);
+        const uint32_t full = shared_address(&control.keys_full[ring.stage()]);
+        const uint32_t k = shared_address(bytes) + Traits::sK + ring.stage() * Traits::kKeysBytes, v = k + TileK::kBytes;
+        const int row = block.sequence.first_k + block.cols.begin;
+        mbarrier_arrive_expect(full, Traits::kKeysBytes);
+        tma_load_tile<TileK>(k, params.k, full, row, block.head_k, batch(block));
+        tma_load_tile<TileK>(v, params.v, full, row, block.head_k, batch(block));
+        if constexpr (Traits::kCluster > 1) {
+            using TilePeerK = typename Traits::TilePeerK;
+            const int peer_row = block.sequence.first_k + Traits::peer_keys(block, rank()).begin;
+            tma_load_tile<TilePeerK>(v + TileK::kBytes, params.k, full, peer_row, block.head_k, batch(block), rank() * Traits::kBlockCols);
+        }
+    }
+
+    // q and do of every step. One thread. passed: the steps of all work tiles so far.
+    __device__ __forceinline__ void load_tiles(const BwdBlock& block, uint32_t& passed) const {
         const uint32_t shared = shared_address(bytes);
-        Ring<Traits::kQStages> q_ring;
-        Ring<Traits::kDoStages> do_ring;
         QueryTile tile = first_tile(block);
-        for (int step = block.steps(); step > 0; --step) {
+#pragma unroll 1
+        for (int step = 0; step < block.steps(); ++step) {
             const int row = block.sequence.first_q + tile.m_block * Traits::kBlockM;
             const auto load = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map, const auto& ring) {
                 mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
                 const uint32_t barrier = shared_address(&full[ring.stage()]);
-                tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, tile.head, batch());
+                tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, tile.head, batch(block));
             };
-            load(control.q_full, control.q_empty, Traits::sQ, params.q, q_ring);
-            if (q_ring.passed == 0) load_keys();
-            load(control.do_full, control.do_empty, Traits::sDo, params.do_, do_ring);
-            q_ring.advance();
-            do_ring.advance();
+            load(control.q_full, control.q_empty, Traits::sQ, params.q, Ring<Traits::kQStages>{passed});
+            load(control.do_full, control.do_empty, Traits::sDo, params.do_, Ring<Traits::kDoStages>{passed});
+            ++passed;
             tile.advance(block.m_blocks);
         }
     }
@@ -77,74 +142,74 @@ struct BwdProducer {
     // lse and delta of every step. One warp, which reads them before their stage is free. Queries past the end
     // get lse = inf, so that P = exp(score - lse) is 0.
     __device__ __forceinline__ void load_lse_and_delta() const {
-        const BwdBlock& block = control.block;
         Ring<Traits::kQStages> q_ring;
         Ring<Traits::kDoStages> do_ring;
-        QueryTile tile = first_tile(block);
-        for (int step = block.steps(); step > 0; --step) {
-            const int64_t head_offset = block.sequence.lse_offset(params.bwd.shape, tile.head);
-            const int first_row = tile.m_block * Traits::kBlockM + lane;
-            float lse_log2[kRows], delta[kRows];
+        for (BwdWork<Traits> work{control}; work.wait(); work.advance(lane)) {
+            const BwdBlock& block = work.block();
+            QueryTile tile = first_tile(block);
+            for (int step = block.steps(); step > 0; --step) {
+                const int64_t head_offset = block.sequence.lse_offset(params.bwd.shape, tile.head);
+                const int first_row = tile.m_block * Traits::kBlockM + lane;
+                float lse_log2[kRows], delta[kRows];
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                const int row = first_row + i * kWarpSize;
-                const bool exists = row < block.sequence.seqlen_q;
-                lse_log2[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
-                delta[i] = exists ? params.bwd.delta[head_offset + row] : 0.f;
+                for (int i = 0; i < kRows; ++i) {
+                    const int row = first_row + i * kWarpSize;
+                    const bool exists = row < block.sequence.seqlen_q;
+                    lse_log2[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
+                    delta[i] = exists ? params.bwd.delta[head_offset + row] : 0.f;
+                }
+                store_stage(lse_log2, Traits::sLseLog2, control.q_full, control.q_empty, q_ring);
+                store_stage(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
+                q_ring.advance();
+                do_ring.advance();
+                tile.advance(block.m_blocks);
             }
-            store_stage(lse_log2, Traits::sLseLog2, control.q_full, control.q_empty, q_ring);
-            store_stage(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
-            q_ring.advance();
-            do_ring.advance();
-            tile.advance(block.m_blocks);
         }
     }
 
     // In every step, one warp adds the dq that a consumer left in shared memory to dq_accum. Each of 8 lanes adds one row group.
     template <int kConsumer>
     __device__ __forceinline__ void add_dq() const {
-        constexpr int kThreads = Traits::kWarpgroupThreads + kWarpSize;
-        const BwdParams& bwd = params.bwd;
-        const BwdBlock& block = control.block;
-        const Sequence& sequence = block.sequence;
         const int row = Traits::dq_row(kConsumer) + lane * kDqGroupRows;
         const int offset = row * Traits::kHeadDim + Traits::dq_col(kConsumer) * kDqGroupRows;
+        const BwdParams& bwd = params.bwd;
         constexpr int kGroupBytes = kDqGroupRows * Traits::dq_cols(kConsumer) * int(sizeof(float));
-        QueryTile tile = first_tile(block);
-        const int steps = block.steps();
-        if (steps > 0) bar_arrive<kThreads>(kDqRead + kConsumer);  // sDq is free at the start
-        for (int step = 0; step < steps; ++step) {
-            const int first_row = tile.m_block * Traits::kBlockM;
-            const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
-            if (bwd.semaphores != nullptr) wait_for_blocks_before(tile);
-            bar_sync<kThreads>(kDqWritten + kConsumer);
-            if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
-                float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
-                bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), kGroupBytes);
-            }
-            bulk_wait_read();
-            __syncwarp();
-            if (step + 1 < steps) bar_arrive<kThreads>(kDqRead + kConsumer);  // the consumer may write the next dq
-            if (bwd.semaphores != nullptr) {
-                // Each lane waits until its own additions are in global memory. __syncwarp() then puts them before the post of lane 0.
-                bulk_wait();
+        bar_arrive<Traits::kDqThreads>(kDqRead + kConsumer);  // sDq is free at the start
+        for (BwdWork<Traits> work{control}; work.wait(); work.advance(lane)) {
+            const BwdBlock& block = work.block();
+            const Sequence& sequence = block.sequence;
+            QueryTile tile = first_tile(block);
+            for (int step = block.steps(); step > 0; --step) {
+                const int first_row = tile.m_block * Traits::kBlockM;
+                const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
+                if (bwd.semaphores != nullptr) wait_for_blocks_before(block, tile);
+                bar_sync<Traits::kDqThreads>(kDqWritten + kConsumer);
+                if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
+                    float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
+                    bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), kGroupBytes);
+                }
+                bulk_wait_read();
                 __syncwarp();
-                if (lane == 0) DqSemaphores{bwd.semaphores}.post(semaphore(tile));
+                bar_arrive<Traits::kDqThreads>(kDqRead + kConsumer);  // the consumer may write the next dq
+                if (bwd.semaphores != nullptr) {
+                    // Each lane waits until its own additions are in global memory. __syncwarp() then puts them before the post of lane 0.
+                    bulk_wait();
+                    __syncwarp();
+                    if (lane == 0) DqSemaphores{bwd.semaphores}.post(semaphore(block, tile));
+                }
+                tile.advance(block.m_blocks);
             }
-            tile.advance(block.m_blocks);
         }
-        bulk_wait();
     }
 
-    __device__ __forceinline__ int64_t semaphore(const QueryTile& tile) const {
-        return dq_tile_index<Traits::kBlockM>(params.bwd, control.block.sequence, tile.head, tile.m_block);
+    __device__ __forceinline__ int64_t semaphore(const BwdBlock& block, const QueryTile& tile) const {
+        return dq_tile_index<Traits::kBlockM>(params.bwd, block.sequence, tile.head, tile.m_block);
     }
 
-    __device__ __forceinline__ void wait_for_blocks_before(const QueryTile& tile) const {
-        const BwdBlock& block = control.block;
+    __device__ __forceinline__ void wait_for_blocks_before(const BwdBlock& block, const QueryTile& tile) const {
         const int blocks = DqSemaphores::blocks_before<Traits::kBlockM, Traits::kBlockN>(params.bwd.shape, block.sequence, tile.m_block,
                                                                                          block.n_block);
-        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile), Traits::kDqParts * blocks);
+        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(block, tile), Traits::kDqParts * blocks);
         __syncwarp();
     }
 };

@@ -12,7 +12,7 @@ constexpr uint32_t kOffsetInBlock = 0x3ffff;
 // The rank of this block in its cluster.
 __device__ __forceinline__ int cluster_rank() {
     uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return int(rank);
 }
 
@@ -28,8 +28,9 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-__device__ __forceinline__ void store_to_peer(uint32_t to, uint32_t value) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+// Starts to store a word in the peer's shared memory. `to` and `barrier` are addresses of peer_address(); the barrier counts the bytes.
+__device__ __forceinline__ void store_to_peer(uint32_t to, uint32_t value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value), "r"(barrier) : "memory");
 }
 
 // Arrives at a barrier of the peer. `barrier` is an address of peer_address(). It publishes no data, it only says that a buffer is free: a

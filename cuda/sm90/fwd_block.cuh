@@ -85,7 +85,7 @@ __device__ __forceinline__ Range key_tiles(const Visibility& sees, Range rows) {
 
 template <typename Traits>
 __device__ __forceinline__ Range rows_of(const WorkTile& tile) {
-    return tile_range(tile.m_block * Traits::kBlockM, Traits::kBlockM, tile.sequence.seqlen_q);
+    return tile_range(tile.block * Traits::kBlockM, Traits::kBlockM, tile.sequence.seqlen_q);
 }
 
 }  // namespace fa2::sm90

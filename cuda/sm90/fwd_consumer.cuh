@@ -40,7 +40,7 @@ struct FwdConsumer {
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
     // The first row of this warpgroup.
     __device__ __forceinline__ int first_row(const WorkTile& tile) const {
-        return tile.m_block * Traits::kBlockM + Traits::kWarpgroupRows * warpgroup;
+        return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * warpgroup;
     }
     __device__ __forceinline__ float scale_log2() const { return ScoreMod::scale_log2(params.fwd.shape); }
 

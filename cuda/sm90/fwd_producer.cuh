@@ -47,7 +47,7 @@ struct FwdProducer {
         while (true) {
             index = __shfl_sync(~0u, next_index, 0);
             if (uint32_t(index) >= uint32_t(params.schedule.tiles)) break;  // each block counts one past the end
-            const WorkTile tile = work_tile<Traits::kBlockM>(params.fwd.shape, params.schedule, index, lane);
+            const WorkTile tile = work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, First::kLast, index, lane);
             if (tile.exists() && !rows_of<Traits>(tile).empty()) {
                 ++taken;
                 return tile;
@@ -56,7 +56,7 @@ struct FwdProducer {
             request();
         }
         WorkTile end = {};
-        end.m_block = -1;
+        end.block = -1;
         return end;
     }
 
@@ -70,7 +70,7 @@ struct FwdProducer {
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
                 tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
-                                tile.sequence.first_q + tile.m_block * Traits::kBlockM, tile.head, batch_of(tile));
+                                tile.sequence.first_q + tile.block * Traits::kBlockM, tile.head, batch_of(tile));
             } else {
                 mbarrier_arrive(full);
             }
@@ -138,19 +138,7 @@ struct FwdProducer {
         }
         load_pending_v();
         if (!kPublishesEarly) publish(next, false);
-        finish();
-    }
-
-    // The last block resets the counters to zero.
-    __device__ __forceinline__ void finish() const {
-        uint32_t* counters = params.schedule.counters;
-        if (counters == nullptr || lane != 0) return;
-        __threadfence();
-        if (atomicAdd(&counters[1], 1u) == gridDim.x - 1) {
-            __threadfence();
-            counters[0] = 0;
-            counters[1] = 0;
-        }
+        if (lane == 0 && params.schedule.counters != nullptr) finish_tiles(params.schedule, gridDim.x);
     }
 };
 

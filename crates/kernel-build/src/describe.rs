@@ -41,10 +41,6 @@ fn describe_unit(unit: &Unit, source: String) -> Json {
 
 fn describe_kernel(kernel: &Kernel) -> Json {
     let Kernel { name, entry, dtype, variant, line, shared_bytes, .. } = kernel;
-    let max_tiles = match entry.grid {
-        Grid::Tiles => 0,
-        Grid::Persistent { max_tiles } => max_tiles,
-    };
     let mut members = vec![
         ("name", Json::from(name.as_str())),
         ("pass", Json::from(entry.pass)),
@@ -52,10 +48,12 @@ fn describe_kernel(kernel: &Kernel) -> Json {
         ("element_bytes", Json::from(dtype.bytes)),
         ("score_mod", Json::Bool(variant.score_mod)),
         ("params", Json::from(entry.params)),
-        ("max_tiles", Json::from(max_tiles)),
         ("threads", Json::from(kernel.threads())),
         ("shared_bytes", Json::from(*shared_bytes)),
     ];
+    if let Grid::Persistent { max_tiles: Some(max_tiles) } = entry.grid {
+        members.push(("max_tiles", Json::from(max_tiles)));
+    }
     members.extend(line.family.columns.iter().zip(line.values()).map(|(column, value)| (*column, Json::from(*value))));
     Json::object(members)
 }

@@ -38,8 +38,8 @@ pub enum Grid {
     Tiles,
     /// One for each multiprocessor, or more if these could not list all work tiles. They share the work tiles.
     Persistent {
-        /// Number of work tiles that one block can take, the `kMaxTiles` of its traits.
-        max_tiles: usize,
+        /// Number of work tiles that one block can take, the `kMaxTiles` of its traits. `None`: any number.
+        max_tiles: Option<usize>,
     },
 }
 

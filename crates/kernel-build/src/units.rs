@@ -111,7 +111,7 @@ impl Kernel {
                 if entry.shared_bytes.is_some() {
                     let _ = writeln!(text, "static_assert(Same<{name}_traits::kSharedBytes, {shared_bytes}>::kHere);");
                 }
-                if let Grid::Persistent { max_tiles } = entry.grid {
+                if let Grid::Persistent { max_tiles: Some(max_tiles) } = entry.grid {
                     let _ = writeln!(text, "static_assert(Same<{name}_traits::kMaxTiles, {max_tiles}>::kHere);");
                 }
                 (
@@ -253,12 +253,12 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
 
     #[test]
     fn a_cluster_is_in_the_source_and_in_the_table() {
-        let clustered = unit("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 2, 1)");
+        let clustered = unit("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 1, 2, 1)");
         assert!(clustered
             .source(&structs())
             .contains("extern \"C\" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, "));
         assert!(rust_table(&[clustered]).contains("warps: 12, cluster: 2, "));
-        let alone = unit("KERNEL(bwd, sm90, 128, 64, 128, 12, 1, 2, 2)");
+        let alone = unit("KERNEL(bwd, sm90, 128, 64, 128, 12, 1, 1, 2, 2)");
         assert!(!alone.source(&structs()).contains("__cluster_dims__"));
     }
 
@@ -269,7 +269,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
         assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, cluster: 1, \
-                   score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: 512 }, shared_bytes: 117760 },\n";
+                   score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: Some(512) }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),

@@ -41,7 +41,7 @@ fn the_description_has_all_that_a_launch_needs() -> Result<()> {
     let json = describe(&units(&table), &structs, &root().join("cuda"))?.to_string();
     for part in [
         "{\"flags\": [\"-std=c++17\", ",
-        "\"params\": \"DeltaParams\", \"max_tiles\": 0, \"threads\": 256, \"shared_bytes\": 0, \"warps\": 8}",
+        "\"params\": \"DeltaParams\", \"threads\": 256, \"shared_bytes\": 0, \"warps\": 8}",
         "\"sm\": 90, \"exact\": true, ",
         "\"core/tile.cuh\": \"",
         "\"TensorMap\": {\"size\": 128, ",
