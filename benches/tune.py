@@ -98,7 +98,7 @@ class Kernel:
 
     def __init__(self, row, image):
         self.image = image
-        self.name, self.params, self.max_tiles = row["name"], row["params"], row["max_tiles"]
+        self.name, self.params, self.max_tiles = row["name"], row["params"], row.get("max_tiles")
         self.threads, self.shared_bytes = row["threads"], row["shared_bytes"]
         self.element_bytes = row["element_bytes"]
         self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
@@ -293,32 +293,32 @@ class Call:
             "shape": self.shape,
             "o_is_f32": 0,
         }
-        if not kernel.max_tiles:
+        if kernel.params == "FwdParams":
             return self.launch(line, kernel, (m_blocks, self.num_heads, self.batch), values)
-        tiles = m_blocks * self.num_heads * self.batch
-        blocks = max(min(tiles, self.driver.multiprocessors), ceil_div(tiles, kernel.max_tiles // 2))  # as the plan does
-        # The kernel finds zeros and leaves zeros. A block for every tile needs no counting.
-        self.counters = self.driver.torch.zeros(2, dtype=self.driver.torch.int32, device="cuda")
+        # As the plan does: with a mask, about four tiles of a section for each multiprocessor.
+        schedule = self.schedule(m_blocks, self.num_heads, 4 * self.driver.multiprocessors if self.causal else 1)
+        blocks = max(min(schedule["tiles"], self.driver.multiprocessors), ceil_div(schedule["tiles"], kernel.max_tiles // 2))
         persistent = {
             "q": self.driver.tensor_map(kernel, self.q, kernel.block_m),
             "k": self.driver.tensor_map(kernel, self.k, kernel.block_n),
             "v": self.driver.tensor_map(kernel, self.v, kernel.block_n),
             "fwd": values,
-            "schedule": {
-                "counters": self.counters.data_ptr() if tiles > blocks else NULL,
-                "tiles": tiles,
-                "m_blocks": m_blocks,
-                "section_heads": self.section_heads(m_blocks),
-            },
+            "schedule": schedule,
         }
         return self.launch(line, kernel, (blocks, 1, 1), persistent)
 
-    def section_heads(self, m_blocks):
-        """About four tiles per multiprocessor. The plan also avoids a short last section; these points have none."""
-        if not self.causal:
-            return 1
-        heads = self.num_heads * self.batch
-        return max(1, min(32, heads, round(4 * self.driver.multiprocessors / m_blocks)))
+    def schedule(self, head_tiles, num_heads, section_tiles):
+        """The work tiles of a persistent kernel. The plan also avoids a short last section; these points have none."""
+        # The kernel finds zeros and leaves zeros.
+        self.counters = self.driver.torch.zeros(2, dtype=self.driver.torch.int32, device="cuda")
+        heads = num_heads * self.batch
+        section_heads = max(1, min(32, heads, round(section_tiles / head_tiles)))
+        return {
+            "counters": self.counters.data_ptr(),
+            "tiles": head_tiles * heads,
+            "head_tiles": head_tiles,
+            "section_heads": section_heads,
+        }
 
     def backward(self, line, deterministic):
         torch, shape = self.driver.torch, self.shape
@@ -369,16 +369,21 @@ class Call:
             "shape": shape,
             "softmax_scale": self.softmax_scale,
         }
+        keys = kernel.cluster * kernel.block_n
+        grid = (ceil_div(self.seqlen_k, keys), self.num_heads_k, self.batch)
         if kernel.params == "Sm90BwdParams":
+            takers = self.driver.multiprocessors // kernel.cluster
+            schedule = self.schedule(grid[0], self.num_heads_k, takers)
+            grid = (kernel.cluster * min(schedule["tiles"], takers), 1, 1)
             values = {
                 "q": self.driver.tensor_map(kernel, self.q, kernel.block_m),
                 "k": self.driver.tensor_map(kernel, self.k, kernel.block_n),
                 "v": self.driver.tensor_map(kernel, self.v, kernel.block_n),
                 "do_": self.driver.tensor_map(kernel, self.do, kernel.block_m),
                 "bwd": values,
+                "schedule": schedule,
             }
-        n_blocks = ceil_div(self.seqlen_k, kernel.cluster * kernel.block_n) * kernel.cluster
-        run_main = self.launch(line, kernel, (n_blocks, self.num_heads_k, self.batch), values)
+        run_main = self.launch(line, kernel, grid, values)
         run_convert = self.launch(
             convert,
             convert.main,

@@ -119,29 +119,19 @@ __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const 
 // The order in which blocks add to the rows of a tile of queries: the block with the last keys first. The sums then have the same bits each
 // time.
 //
-// A block waits only for blocks with later keys of its own head. So blocks take their work in the order in which they start, later keys
-// first: the block that another one waits for has always started before it, on any GPU. Under a causal mask with seqlen_q == seqlen_k, no
+// A block waits only for blocks with later keys of its own head. So blocks take their work from a counter, later keys first: the work that a
+// block waits for has always been taken before, by a block that has started, on any GPU. Under a causal mask with seqlen_q == seqlen_k, no
 // block waits at its first tile either: it starts on its own diagonal, and a tile of queries is not longer than the keys of a block. With
 // other lengths the first tile can reach into later keys, and then a block waits there.
 struct DqSemaphores {
-    uint32_t* counters;  // one for each tile, then one that counts started blocks
+    uint32_t* counters;  // one for each tile, then one that counts started blocks (sm80; a persistent kernel has a Schedule)
 
-    // One thread. The number of this block, or cluster, in the order in which they start.
-    __device__ __forceinline__ uint32_t take_number(int64_t tiles) const { return atomicAdd(counters + tiles, 1u); }
-
-    // The same for a block, with its number for each thread. All threads call it together, before anything else is in shared memory.
+    // The number of this block, in the order in which they start. All threads call it together, before anything else is in shared memory.
     __device__ __forceinline__ uint32_t take_block_number(int64_t tiles, uint8_t* bytes) const {
-        if (threadIdx.x == 0) *word_for_all(bytes) = take_number(tiles);
+        volatile uint32_t* word = reinterpret_cast<volatile uint32_t*>(bytes);
+        if (threadIdx.x == 0) *word = atomicAdd(counters + tiles, 1u);
         __syncthreads();
-        return read_for_all(bytes);
-    }
-
-    // One thread writes the number to this word, and after a barrier all threads of the block read it. Then shared memory is free again.
-    __device__ __forceinline__ static volatile uint32_t* word_for_all(uint8_t* bytes) {
-        return reinterpret_cast<volatile uint32_t*>(bytes);
-    }
-    __device__ __forceinline__ static uint32_t read_for_all(uint8_t* bytes) {
-        const uint32_t number = *word_for_all(bytes);
+        const uint32_t number = *word;
         __syncthreads();
         return number;
     }

@@ -1,14 +1,16 @@
-// dq, dk and dv on wgmma, fed by TMA. One thread block, one (batch, head_k, n_block), every query head of the key head's group.
+// dq, dk and dv on wgmma, fed by TMA. Persistent: a thread block takes work tile after work tile.
 //
-// Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse. This describes the backward of
-//            bwd_consumer.cuh. Above head_dim 128, two blocks work together: bwd_cluster_consumer.cuh says what is different.
-// Warps      warpgroup 0 is the producer: one thread loads tiles, one warp loads lse and delta, two warps add dq to dq_accum. Each consumer
+// Work       a tile: kBlockN keys of one key head against every tile of queries that sees them, of every query head of the group; P is
+//            recomputed from lse. This describes the backward of bwd_consumer.cuh. Above head_dim 128, two blocks work together:
+//            bwd_cluster_consumer.cuh says what is different.
+// Warps      warpgroup 0 is the producer: one warp takes work tiles and loads, one loads lse and delta, two add dq to dq_accum. Each consumer
 //            warpgroup owns 64 keys. It computes S^T = k q^T and dP^T = v do^T, so P^T and dS^T are already the A operands of
 //            dv += P^T do and dk += dS^T q. Only dS goes through shared memory, because dq sums over all keys.
 // Pipeline   of a consumer: wait q | start S | wait do | start dP | P | dS | start dv, dq of the step before, dk | hand over dq. A consumer
-//            waits for the dS of the other one only a step later, so the products of one run during the exponentials of the other.
-// Shared     sK, sV one tile each; stages of sQ, sDo, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
-// Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
+//            waits for the dS of the other one only a step later, so the products of one run during the exponentials of the other. The
+//            producer loads the first tiles of the next work tile during the last steps of this one.
+// Shared     stages of k and v, of q, do, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
+// Registers  dk and dv in f32 for the whole work tile; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.bwd.semaphores in one order.
 // Nonfinite  as sm80/bwd.cuh. The tail of a tile is cleared, because it can hold rows of another sequence, or padding.
 // Expects    head_dim <= kHeadDim, a multiple of 8; lse and delta of the same inputs; dq_accum of zeros; gridDim.x a multiple of kCluster.

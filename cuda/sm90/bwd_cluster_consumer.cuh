@@ -86,6 +86,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     // Starts this consumer's part of dq = dS k, as in bwd_consumer.cuh: first this block's keys, then the peer's.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
+        fence_proxy_async();
         constexpr int kSteps = Traits::kBlockN / 16;
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes));
         const Operand<TileK, Order::kTransposed> b(Base::operand(Base::k()), rank * Traits::kBlockCols + kDqCol);
@@ -178,6 +179,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         const uint32_t from = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + warp * kBytes;
         __syncwarp();
         if (lane == 0) {
+            fence_proxy_async();
             mbarrier_arrive_expect(full, kBytes);  // for what the peer's warp sends
             copy_to_peer(peer_address(from + Traits::kDsBytes, peer()), from, kBytes, peer_address(full, peer()));
         }

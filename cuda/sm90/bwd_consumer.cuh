@@ -83,6 +83,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     // ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
+        fence_proxy_async();
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes), Traits::dq_row(consumer));
         const Operand<TileK, Order::kTransposed> b(Base::operand(Base::k()), Traits::dq_col(consumer));
         start_multiply<T, Traits::kBlockN / 16>(dq, a, b);
@@ -94,7 +95,6 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         bar_sync<kDqThreads>(kDqRead + consumer);
         const int row = Traits::dq_row(consumer) + warp * Traits::kWarpRows;
         store_dq<Traits::kHeadDim>(reinterpret_cast<float*>(bytes + Traits::sDq), row, Traits::dq_col(consumer), dq, lane);
-        fence_proxy_async();
         bar_arrive<kDqThreads>(kDqWritten + consumer);
     }
 

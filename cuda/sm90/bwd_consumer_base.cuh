@@ -203,12 +203,11 @@ struct BwdConsumerBase {
         }
     }
 
-    // Writes dS^T of this warp's keys to its buffer. The waits for the buffer are the caller's.
+    // Writes dS^T of this warp's keys to its buffer. The waits for the buffer are the caller's. Who reads it calls fence_proxy_async().
     __device__ __forceinline__ void store_ds(const RoundedTile& ds) const {
         const uint32_t to = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + TileDs::offset(tile_key() + lane % 16, lane / 16);
 #pragma unroll
         for (int step = 0; step < Traits::kKSteps; ++step) stmatrix_x4(TileDs::advance(to, 2 * step), ds[step]);
-        fence_proxy_async();
     }
 
     // Writes this warp's keys of dk, or of dv.

@@ -184,6 +184,7 @@ struct BwdProducer {
                 const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
                 if (bwd.semaphores != nullptr) wait_for_blocks_before(block, tile);
                 bar_sync<Traits::kDqThreads>(kDqWritten + kConsumer);
+                fence_proxy_async();  // here and not in the consumer, which would wait until its writes are done
                 if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
                     float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
                     bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), kGroupBytes);

@@ -60,8 +60,8 @@ impl Schedule {
     /// The tiles of `schedule`, and the address of the tile counter.
     pub fn new(schedule: &plan::Schedule, counters: CUdeviceptr) -> Self {
         // `Plan` has checked that they fit 32 bits.
-        let &plan::Schedule { tiles, m_blocks, section_heads } = schedule;
-        Self { counters, tiles: tiles as i32, m_blocks: m_blocks as i32, section_heads: section_heads as i32 }
+        let &plan::Schedule { tiles, head_tiles, section_heads } = schedule;
+        Self { counters, tiles: tiles as i32, head_tiles: head_tiles as i32, section_heads: section_heads as i32 }
     }
 }
 

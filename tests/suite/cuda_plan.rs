@@ -310,13 +310,13 @@ fn schedules_cover_the_call() -> Result<()> {
     // Few tiles: one block per tile.
     let (schedule, blocks, block_m) = of(&long_problem(&Attention::new(), [2, 1000, 6, 128], [2, 700, 2, 128])?)?;
     let m_blocks = 1000usize.div_ceil(block_m);
-    assert_eq!(schedule, Schedule { tiles: 12 * m_blocks, m_blocks, section_heads: 1 });
+    assert_eq!(schedule, Schedule { tiles: 12 * m_blocks, head_tiles: m_blocks, section_heads: 1 });
     assert_eq!(blocks, 12 * m_blocks as u32);
     // Many tiles: one block per multiprocessor. More tiles than these blocks can list: more blocks.
     // 17 queries, more than a decoding call has, fill no tile of any kernel.
     for (batch, want) in [(8, 64), (20, 132), (60_000, 1875)] {
         let (schedule, blocks, _) = of(&long_problem(&causal, [batch, 17, 8, 64], [batch, 17, 8, 64])?)?;
-        assert_eq!((schedule.tiles, schedule.m_blocks), (8 * batch, 1));
+        assert_eq!((schedule.tiles, schedule.head_tiles), (8 * batch, 1));
         assert_eq!(blocks, want);
     }
     let (_, blocks, _) = of(&long_problem(&causal, [1, 16_384, 16, 128], [1, 16_384, 16, 128])?)?;
@@ -335,7 +335,44 @@ fn schedules_cover_the_call() -> Result<()> {
     let q = zeros(&[3000, 12, 128], DType::BF16)?;
     let packed = testing::problem_packed(&Attention::new(), (&q, &q, &q), &lengths, &lengths)?;
     let (schedule, _, block_m) = of(&packed)?;
-    assert_eq!((schedule.m_blocks, schedule.tiles), (3000 / block_m + 4, 12 * (3000 / block_m + 4)));
+    assert_eq!((schedule.head_tiles, schedule.tiles), (3000 / block_m + 4, 12 * (3000 / block_m + 4)));
+    Ok(())
+}
+
+/// In a backward, a tile has the keys of a block or cluster, and the heads are those of k. There is at most one block per multiprocessor.
+#[test]
+fn backward_schedules_cover_the_call() -> Result<()> {
+    if !has_hopper() {
+        return Ok(());
+    }
+    let of = |problem: &Problem| -> Result<(Schedule, u32, &'static Kernel)> {
+        let plan = plan(problem, &H100)?;
+        let Launch { kernel, grid: (blocks, y, z), schedule } = launch(&plan, Pass::Backward);
+        assert_eq!((y, z), (1, 1));
+        Ok((schedule.expect("on Hopper"), blocks, kernel))
+    };
+    for head_dim in [64, 128, 192, 256] {
+        // Few tiles: one block, or cluster, for each.
+        let few = long_problem(&Attention::new(), [2, 1000, 6, head_dim], [2, 700, 2, head_dim])?;
+        let (schedule, blocks, kernel) = of(&few)?;
+        let keys = kernel.cluster * kernel.block_n;
+        assert_eq!(keys, 128);
+        assert_eq!((schedule.tiles, schedule.head_tiles), (4 * 6, 6), "{}", kernel.name);
+        assert_eq!(blocks as usize, 4 * 6 * kernel.cluster);
+        // Many: a block for each multiprocessor. 70,000 sequences need one launch.
+        let many = long_problem(&Attention::new(), [70_000, 17, 2, head_dim], [70_000, 129, 1, head_dim])?;
+        let (schedule, blocks, _) = of(&many)?;
+        assert_eq!((schedule.tiles, blocks), (140_000, 132));
+        // A section has about one tile for each block or cluster that runs at the same time.
+        let shape = [1, 8 * keys, 33, head_dim];
+        let (schedule, ..) = of(&long_problem(&Attention::new(), shape, shape)?)?;
+        assert_eq!(schedule.section_heads, if kernel.cluster == 1 { 17 } else { 11 }, "{}", kernel.name);
+    }
+    // Packed: an upper bound for any lengths, as in the forward.
+    let lengths = CuSeqlens::from_lengths(&[1000, 0, 900, 1100], &Device::Cpu)?;
+    let (q, k) = (zeros(&[3000, 12, 128], DType::BF16)?, zeros(&[3000, 4, 128], DType::BF16)?);
+    let (schedule, ..) = of(&testing::problem_packed(&Attention::new(), (&q, &k, &k), &lengths, &lengths)?)?;
+    assert_eq!((schedule.head_tiles, schedule.tiles), (3000 / 128 + 4, 4 * (3000 / 128 + 4)));
     Ok(())
 }
 
@@ -386,7 +423,7 @@ fn a_cuda_plan_prints() -> Result<()> {
     if has_hopper() {
         let problem = long_problem(&Attention::new(), [1, 100, 6, 128], [1, 100, 6, 128])?;
         let text = format!("{:?}", self::plan(&problem, &H100)?);
-        let want = "bytes, Schedule { tiles: 6, m_blocks: 1, section_heads: 1 })";
+        let want = "bytes, Schedule { tiles: 6, head_tiles: 1, section_heads: 1 })";
         assert!(text.contains(want), "{text}");
     }
     Ok(())

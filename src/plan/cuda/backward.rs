@@ -3,7 +3,8 @@
 use super::launch::Launch;
 use super::limits::CHUNK;
 use crate::error::{Error, Result};
-use crate::instances::{Kernel, Pass, KERNELS};
+use crate::instances::{Grid, Kernel, Pass, KERNELS};
+use crate::plan::caps::CudaCaps;
 use crate::problem::{Lengths, Problem};
 
 /// The kernels of a backward.
@@ -25,21 +26,26 @@ impl BackwardPlan {
     ///
     /// # Errors
     /// [`Error::CudaSize`] if the backward is deterministic and has more thread blocks than it can number in 32 bits.
-    pub(super) fn new(problem: &Problem, kernel: &'static Kernel) -> Result<Self> {
+    pub(super) fn new(problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Result<Self> {
         let (delta, convert) = (companion(Pass::Delta, problem), companion(Pass::Convert, problem));
         // The number of threads per row is a power of two. Any number of blocks is correct, because blocks loop over the rows.
         let threads_per_row = problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(DELTA_MIN_LANES);
         let rows_per_block = delta.threads() / threads_per_row;
-        let (seqlen_q, seqlen_k) = (problem.max_seqlen_q(), problem.max_seqlen_k());
+        let seqlen_q = problem.max_seqlen_q();
         let launch = |kernel, blocks: usize, heads: usize| {
             Launch::by_tile(kernel, (blocks as u32, heads as u32, problem.batch() as u32))
         };
         // One block processes all query heads of its key head, so that dk and dv are written once.
-        let backward =
-            launch(kernel, seqlen_k.div_ceil(kernel.block_n).next_multiple_of(kernel.cluster), problem.num_heads_k);
-        if problem.deterministic {
-            check_semaphore(&backward)?;
-        }
+        let backward = match kernel.grid {
+            Grid::Tiles => {
+                let backward = launch(kernel, problem.max_seqlen_k().div_ceil(kernel.block_n), problem.num_heads_k);
+                if problem.deterministic {
+                    check_semaphore(&backward)?;
+                }
+                backward
+            }
+            Grid::Persistent { max_tiles } => Launch::persistent(problem, kernel, caps.multiprocessors, max_tiles),
+        };
         let launches = vec![
             launch(delta, seqlen_q.div_ceil(rows_per_block), problem.num_heads),
             backward,

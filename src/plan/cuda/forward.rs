@@ -1,7 +1,6 @@
 //! The launches of a forward.
 
 use super::launch::Launch;
-use super::schedule::Schedule;
 use crate::instances::{Grid, Kernel};
 use crate::plan::caps::CudaCaps;
 use crate::problem::Problem;
@@ -13,11 +12,7 @@ pub(super) fn launches(problem: &Problem, kernel: &'static Kernel, caps: &CudaCa
             let m_blocks = problem.max_seqlen_q().div_ceil(kernel.block_m);
             Launch::by_tile(kernel, (m_blocks as u32, problem.num_heads as u32, problem.batch() as u32))
         }
-        Grid::Persistent { max_tiles } => {
-            let schedule = Schedule::new(problem, kernel, caps.multiprocessors);
-            let blocks = schedule.blocks(caps.multiprocessors, max_tiles);
-            Launch { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
-        }
+        Grid::Persistent { max_tiles } => Launch::persistent(problem, kernel, caps.multiprocessors, max_tiles),
     };
     vec![launch]
 }

@@ -2,6 +2,7 @@
 
 use super::schedule::Schedule;
 use crate::instances::Kernel;
+use crate::problem::Problem;
 
 /// One launch of one kernel.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -18,6 +19,18 @@ impl Launch {
     /// A launch with one block for each work tile.
     pub(super) fn by_tile(kernel: &'static Kernel, grid: (u32, u32, u32)) -> Self {
         Self { kernel, grid, schedule: None }
+    }
+
+    /// The launch of a kernel whose blocks take work tiles, each at most `max_tiles`.
+    pub(super) fn persistent(
+        problem: &Problem,
+        kernel: &'static Kernel,
+        multiprocessors: usize,
+        max_tiles: Option<usize>,
+    ) -> Self {
+        let schedule = Schedule::new(problem, kernel, multiprocessors);
+        let blocks = schedule.blocks(kernel, multiprocessors, max_tiles);
+        Self { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
     }
 
     /// Whether the kernel needs a tile counter. It does not if there is a block for every tile.

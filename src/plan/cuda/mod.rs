@@ -59,7 +59,7 @@ impl CudaPlan {
         }
         Ok(Self {
             forward: forward::launches(problem, kernel, caps),
-            backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel)).transpose()?,
+            backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel, caps)).transpose()?,
             rejected: [of_forward.rejected, of_backward.rejected].concat(),
         })
     }

@@ -18,7 +18,7 @@ pub(super) struct Sm90;
 impl Spec for Sm90 {
     fn refuses(&self, problem: &Problem, kernel: &Kernel) -> Option<Reason> {
         let (tiles, max) = (Schedule::count_tiles(problem, kernel), i32::MAX as usize);
-        if kernel.pass == Pass::Forward && tiles > max {
+        if tiles > max {
             return Some(Reason::Tiles { got: tiles, max });
         }
         let longest = longest_stride(problem);
