@@ -168,17 +168,17 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
         let lengths: Vec<(usize, usize)> =
             (0..40).map(|n| [(block_m + 1, 70), (0, 9), (5, 0), (2 * block_m, block_n + 3)][n % 4]).collect();
         for mask in [Mask::None, Mask::Causal, window(block_n, 3)] {
-            cases.push((tiled, case(cases.len()).batch(5, 40, 150).heads(64, 8).mask(mask)));
-            cases.push((tiled, case(cases.len()).batch(3, 3 * block_m + 1, 2 * block_n).heads(20, 10).mask(mask)));
-            cases.push((tiled, case(cases.len()).packed(&lengths).heads(8, 2).mask(mask)));
+            cases.push((tiled, case(cases.len()).batch(5, 40, 150).heads(64, 32).mask(mask)));
+            cases.push((tiled, case(cases.len()).batch(4, 3 * block_m + 1, 4 * block_n).heads(20, 10).mask(mask)));
+            cases.push((tiled, case(cases.len()).packed(&lengths).heads(8, 4).mask(mask)));
         }
-        cases.push((tiled, case(cases.len()).batch(32, 1, 3).heads(1200, 1)));
+        cases.push((tiled, case(cases.len()).batch(32, 1, 3).heads(1200, 5)));
     }
     cases.par_iter().try_for_each(|(tiled, case)| -> Result<()> {
         let input = case.draw();
         let (plan, first) = tiled.run(case, &input)?;
-        let forward = plan.launch(Pass::Forward).context("a plan has a forward")?;
-        ensure!(forward.counts_tiles(), "as many blocks as tiles: {plan:?}");
+        let launch = plan.launch(tiled.kernel.pass).context("the plan has the kernel's pass")?;
+        ensure!(launch.counts_tiles(), "as many blocks as tiles: {plan:?}");
         for run in 1..RUNS {
             let (_, again) = tiled.run(case, &input)?;
             let what = format!("in run {run}, kernel {}\ncase {case}", tiled.kernel.name);

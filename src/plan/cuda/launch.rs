@@ -33,9 +33,9 @@ impl Launch {
         Self { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
     }
 
-    /// Whether the kernel needs a tile counter. It does not if there is a block for every tile.
+    /// Whether blocks, or clusters, take more than one work tile.
     pub fn counts_tiles(&self) -> bool {
-        self.schedule.is_some_and(|schedule| schedule.tiles > self.grid.0 as usize)
+        self.schedule.is_some_and(|schedule| schedule.tiles > self.grid.0 as usize / self.kernel.cluster)
     }
 }
 
