@@ -61,7 +61,7 @@ struct alignas(64) TensorMap {
 struct Schedule {
     uint32_t* counters;     // the next tile, and the number of finished thread blocks; both 0 between launches. null: block i takes tile i
     int32_t tiles;          // head_tiles * heads; a padded call counts the heads of all sequences, a packed call those of one
-    int32_t head_tiles;     // tiles of a head. padded: of one sequence; packed: an upper bound for all sequences, total / block + batch
+    int32_t head_tiles;     // tiles of a head. padded: of one sequence; packed: an upper bound for all sequences, total / block + batch; some are empty
     int32_t section_heads;  // heads whose tiles are taken together, so that what they read and write stays in L2
 };
 

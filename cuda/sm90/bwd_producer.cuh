@@ -63,7 +63,7 @@ struct BwdProducer {
                 return false;
             }
             const WorkTile tile = work_tile<Axis::kKeys, Traits::kClusterKeys>(shape, params.schedule, order, index, lane);
-            if (!tile.exists() || tile.block * Traits::kClusterKeys >= tile.sequence.seqlen_k) continue;
+            if (tile.block * Traits::kClusterKeys >= tile.sequence.seqlen_k) continue;
             if (lane == 0) block = bwd_block<Traits>(shape, tile, rank());
             return true;
         }

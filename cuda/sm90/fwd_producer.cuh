@@ -48,7 +48,7 @@ struct FwdProducer {
             index = __shfl_sync(~0u, next_index, 0);
             if (uint32_t(index) >= uint32_t(params.schedule.tiles)) break;  // each block counts one past the end
             const WorkTile tile = work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, First::kLast, index, lane);
-            if (tile.exists() && !rows_of<Traits>(tile).empty()) {
+            if (!rows_of<Traits>(tile).empty()) {
                 ++taken;
                 return tile;
             }

@@ -20,8 +20,25 @@ struct WorkTile {
     __device__ __forceinline__ bool exists() const { return block >= 0; }
 };
 
-// Tile `index` of the schedule. A tile is kBlock queries or keys. All lanes of a warp call it together. If a packed batch has fewer tiles than
-// the upper bound in the schedule, the other tiles do not exist.
+// The sequence of a packed call that owns block `block`, counted over all sequences. Sequence b has the blocks from cu_seqlens[b] / kBlock + b
+// up to those of sequence b + 1. These are enough for any lengths, and the last one may be empty. All lanes of a warp call it together and
+// search among 32 sequences at a time.
+template <int kBlock>
+__device__ __forceinline__ int sequence_of_block(const uint32_t* cu_seqlens, int batch, int block, int lane) {
+    int first = 0, count = batch;  // it is one of these
+#pragma unroll 1
+    while (count > 1) {
+        const int step = ceil_div(count, kWarpSize), ahead = lane * step;
+        const bool begins_before = ahead < count && int(cu_seqlens[first + ahead] / kBlock) + first + ahead <= block;
+        const int owner = kWarpSize - 1 - __clz(__ballot_sync(~0u, begins_before || lane == 0));
+        first += owner * step;
+        count = min(step, count - owner * step);
+    }
+    return first;
+}
+
+// Tile `index` of the schedule. A tile is kBlock queries or keys. All lanes of a warp call it together. Some tiles of a packed call are empty:
+// they begin after the end of their sequence.
 template <Axis kAxis, int kBlock>
 __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule& schedule, First order, int index, int lane) {
     const bool packed = is_packed(shape);
@@ -32,38 +49,17 @@ __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule
     const int in_section = min(schedule.section_heads, heads - first_head);
     const int rest = index - first_head * schedule.head_tiles;
     const int head = first_head + rest % in_section;
-    int block = rest / in_section;
-    if (order == First::kLast) block = schedule.head_tiles - 1 - block;
     WorkTile tile;
     tile.number = 0;
     tile.head = packed ? head : head % num_heads;
-    tile.block = block;
-    if (!packed) {
-        tile.sequence = Sequence(shape, head / num_heads);
-        return tile;
+    tile.block = order == First::kLast ? schedule.head_tiles - 1 - rest / in_section : rest / in_section;
+    int batch = head / num_heads;
+    if (packed) {
+        const uint32_t* cu_seqlens = kAxis == Axis::kQueries ? shape.cu_seqlens_q : shape.cu_seqlens_k;
+        batch = sequence_of_block<kBlock>(cu_seqlens, shape.batch, tile.block, lane);
+        tile.block -= int(cu_seqlens[batch] / kBlock) + batch;
     }
-    // `block` counts over all sequences. Search 32 sequences at a time for the one that contains it.
-    const uint32_t* cu_seqlens = kAxis == Axis::kQueries ? shape.cu_seqlens_q : shape.cu_seqlens_k;
-    for (int first = 0; first < shape.batch; first += kWarpSize) {
-        const int batch = min(first + lane, shape.batch - 1);
-        const int begin = cu_seqlens[batch], length = int(cu_seqlens[batch + 1]) - begin;
-        const int blocks = first + lane < shape.batch ? ceil_div(length, kBlock) : 0;
-        int end = blocks;  // blocks of this sequence and of those before it
-#pragma unroll
-        for (int step = 1; step < kWarpSize; step *= 2) {
-            const int before = __shfl_up_sync(~0u, end, step);
-            if (lane >= step) end += before;
-        }
-        const uint32_t found = __ballot_sync(~0u, block < end);
-        if (found != 0) {
-            const int owner = __ffs(found) - 1;
-            tile.block = __shfl_sync(~0u, block - (end - blocks), owner);
-            tile.sequence = Sequence(shape, first + owner);
-            return tile;
-        }
-        block -= __shfl_sync(~0u, end, kWarpSize - 1);
-    }
-    tile.block = -1;
+    tile.sequence = Sequence(shape, batch);
     return tile;
 }
 
