@@ -56,12 +56,12 @@ struct alignas(64) TensorMap {
     uint64_t words[16];
 };
 
-// The order in which the blocks of a persistent kernel take work tiles. A work tile is a block of queries, or of keys, of one head of one
-// sequence. Tiles are numbered by section, then by block along the sequence, then by head.
+// The order in which the blocks of a persistent kernel take work tiles. A work tile is a block of queries (forward) or of keys (backward)
+// of one head of one sequence. Tiles are numbered by section, then by block along the sequence, then by head.
 struct Schedule {
-    uint32_t* counters;     // the next tile, and the number of finished thread blocks; both 0 between launches. null: block i takes tile i
+    uint32_t* counters;     // the next tile, and finished blocks; both 0 between launches. null (forward only): block i takes tile i
     int32_t tiles;          // head_tiles * heads; a padded call counts the heads of all sequences, a packed call those of one
-    int32_t head_tiles;     // tiles of a head. padded: of one sequence; packed: an upper bound for all sequences, total / block + batch; some are empty
+    int32_t head_tiles;     // of a head. padded: in one sequence; packed: in all sequences, total / block + batch, of which some are empty
     int32_t section_heads;  // heads whose tiles are taken together, so that what they read and write stays in L2
 };
 
@@ -101,7 +101,7 @@ struct BwdParams {
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
     float* dq_accum;     // (dq_groups.count, 8, kHeadDim), zeros at the start; core/dq_accum.cuh has the layout
-    uint32_t* semaphores;  // (dq_tiles.count + 1), zeros at the start: blocks add to each tile in a fixed order; or null: in any order
+    uint32_t* semaphores;  // (dq_tiles.count + 1) zeros: blocks add to a tile in one order; the last counts blocks (sm80). null: any order
     void* dk;            // as k
     void* dv;            // as k
     Strides q_strides;

@@ -1,10 +1,10 @@
 // dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
 //
-// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has
-// kHeadDim / 16 cells of 8 x 16. A thread of a warp holds four elements of a row of a cell, in two neighbouring accumulators. From registers, a
-// warp adds a whole cell at once, 512 contiguous bytes (before compute capability 9.0 four times 128: the first elements of all threads, the
-// second ones ..). On Hopper up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does not depend on tiles and
-// warps, so all backwards share one conversion.
+// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim /
+// 16 cells of 8 x 16. A lane of a warp holds four columns of a row of a cell, in two neighbouring accumulators. From registers, a warp adds
+// a whole cell: 512 contiguous bytes with one instruction, or before compute capability 9.0 with four instructions of 128 bytes. On Hopper
+// up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does not depend on tiles and warps, so all backwards
+// share one conversion.
 #pragma once
 
 #include "../params.h"
@@ -27,10 +27,11 @@ __device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int 
     return sequence.batch * blocks.batch + head * blocks.head + first;
 }
 
-// From 9.0 on a cell is row-major; before, its even columns come first. All kernels of a GPU are compiled for the same side of 9.0, so the
-// backward and the conversion agree.
+// Lane l has row l / 4 of a cell, and columns c, c + 1, c + 8 and c + 9 for c = 2 (l % 4). From 9.0 on, these four are next to each other.
+// Before, each of the four has 32 floats of its own, in the order of the lanes. All kernels of a GPU are compiled for the same side of 9.0,
+// so the backward and the conversion agree.
 
-// Adds row `half` of two neighbouring accumulators to a cell. Lane l has row l / 4, and columns c, c + 1, c + 8 and c + 9 for c = 2 (l % 4).
+// Adds row `half` of two neighbouring accumulators to a cell: x has the first two columns, y the others.
 __device__ __forceinline__ void add_to_dq_cell(float* cell, const float (&x)[4], const float (&y)[4], int half, int lane) {
     const float elements[4] = {x[2 * half], x[2 * half + 1], y[2 * half], y[2 * half + 1]};
 #if __CUDA_ARCH__ >= 900
@@ -80,8 +81,8 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             to[half] = params.dq_accum + (first_group + min(group + 2 * i + half, last_group)) * kGroupElements + col * kDqGroupRows;
-        // Both halves of an accumulator follow each other, so that its registers are free early.
         static_assert(kNTiles % 2 == 0, "a cell has two accumulators");
+        // Both rows of a pair of accumulators follow each other, so that their registers are free early.
 #pragma unroll
         for (int j = 0; j < kNTiles; j += 2)
 #pragma unroll
@@ -105,11 +106,6 @@ __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Ac
         }
 }
 
-// The work of a thread block: a tile of keys of one key head of one sequence, which is counted from Shape::first_batch.
-struct BlockIndex {
-    int n_block, head_k, batch;
-};
-
 // Index of a tile of queries, for its semaphore.
 template <int kBlockM>
 __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const Sequence& sequence, int head, int m_block) {
@@ -119,34 +115,12 @@ __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const 
 // The order in which blocks add to the rows of a tile of queries: the block with the last keys first. The sums then have the same bits each
 // time.
 //
-// A block waits only for blocks with later keys of its own head. So blocks take their work from a counter, later keys first: the work that a
-// block waits for has always been taken before, by a block that has started, on any GPU. Under a causal mask with seqlen_q == seqlen_k, no
-// block waits at its first tile either: it starts on its own diagonal, and a tile of queries is not longer than the keys of a block. With
-// other lengths the first tile can reach into later keys, and then a block waits there.
+// A block waits only for blocks with later keys of its own head. So blocks take their work from a counter, later keys first, and finish it
+// in this order: the work that a block waits for has a lower number, and the lowest unfinished number never waits. Under a causal mask with
+// seqlen_q == seqlen_k, no block waits at its first tile either: it starts on its own diagonal, and a tile of queries is not longer than
+// the keys of a block. With other lengths the first tile can reach into later keys, and then a block waits there.
 struct DqSemaphores {
-    uint32_t* counters;  // one for each tile, then one that counts started blocks (sm80; a persistent kernel has a Schedule)
-
-    // The number of this block, in the order in which they start. All threads call it together, before anything else is in shared memory.
-    __device__ __forceinline__ uint32_t take_block_number(int64_t tiles, uint8_t* bytes) const {
-        volatile uint32_t* word = reinterpret_cast<volatile uint32_t*>(bytes);
-        if (threadIdx.x == 0) *word = atomicAdd(counters + tiles, 1u);
-        __syncthreads();
-        const uint32_t number = *word;
-        __syncthreads();
-        return number;
-    }
-
-    // The work of block `number`. Blocks of short sequences are interleaved with those of other heads. So the block that another one waits
-    // for starts some time before it (docs/log/hopper-backward.md, "Deterministic"). If a call needs several launches, the numbers go on,
-    // and `first_batch` is the sequence where this launch starts.
-    __device__ __forceinline__ static BlockIndex block_index(uint32_t number, uint32_t n_blocks, uint32_t first_batch) {
-        constexpr uint32_t kBlocksTogether = 128;  // about one for each of an H200's 132 multiprocessors; others were not tried
-        const uint32_t heads = gridDim.y * gridDim.z, section_heads = max(kBlocksTogether / n_blocks, 1u);
-        number -= first_batch * gridDim.y * n_blocks;
-        const uint32_t first_head = number / (section_heads * n_blocks) * section_heads, width = min(section_heads, heads - first_head);
-        const uint32_t in_section = number - first_head * n_blocks, head = first_head + in_section % width;
-        return {int(n_blocks - 1 - in_section / width), int(head % gridDim.y), int(head / gridDim.y)};
-    }
+    uint32_t* counters;  // one for each tile of queries
 
     // Number of key blocks that add to a tile of queries before block `n_block`. The order starts with the block of the last keys that the
     // tile sees.

@@ -25,6 +25,7 @@
 #include "../core/store.cuh"
 #include "../core/tile.cuh"
 #include "../params.h"
+#include "block_index.cuh"
 #include "copy.cuh"
 #include "matmul.cuh"
 
@@ -390,9 +391,7 @@ __device__ __forceinline__ void backward_block(const BwdParams& params, uint8_t*
 template <typename Traits>
 __device__ __noinline__ void ordered_backward(const BwdParams& params) {
     extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
-    const DqSemaphores semaphores{params.semaphores};
-    const uint32_t number = semaphores.take_block_number(params.dq_tiles.count, bytes);
-    backward_block<Traits, true>(params, bytes, DqSemaphores::block_index(number, gridDim.x, params.shape.first_batch));
+    backward_block<Traits, true>(params, bytes, ordered_block_index(params, bytes));
 }
 
 template <typename Traits>

@@ -1,14 +1,14 @@
 // dq, dk and dv on wgmma, fed by TMA. Persistent: a thread block takes work tile after work tile.
 //
 // Work       a tile: kBlockN keys of one key head against every tile of queries that sees them, of every query head of the group; P is
-//            recomputed from lse. This describes the backward of bwd_consumer.cuh. Above head_dim 128, two blocks work together:
-//            bwd_cluster_consumer.cuh says what is different.
-// Warps      warpgroup 0 is the producer: one warp takes work tiles and loads, one loads lse and delta, two add dq to dq_accum. Each consumer
-//            warpgroup owns 64 keys. It computes S^T = k q^T and dP^T = v do^T, so P^T and dS^T are already the A operands of
+//            recomputed from lse. This comment describes the kernels up to head_dim 128 (bwd_consumer.cuh). Above, two blocks work
+//            together: bwd_cluster_consumer.cuh says what is different.
+// Warps      warpgroup 0 is the producer: one warp takes work tiles and loads, one loads lse and delta, two add dq to dq_accum. Each
+//            consumer warpgroup owns 64 keys. It computes S^T = k q^T and dP^T = v do^T, so P^T and dS^T are already the A operands of
 //            dv += P^T do and dk += dS^T q. Only dS goes through shared memory, because dq sums over all keys.
-// Pipeline   of a consumer: wait q | start S | wait do | start dP | P | dS | start dv, dq of the step before, dk | hand over dq. A consumer
+// Pipeline   of a consumer: wait q | start S | wait do | start dP | P | dS | start dv, dq of the step before, dk | pass on dq. A consumer
 //            waits for the dS of the other one only a step later, so the products of one run during the exponentials of the other. The
-//            producer loads the first tiles of the next work tile during the last steps of this one.
+//            producer loads the first q and do of the next work tile early; its k and v too, if they have two stages.
 // Shared     stages of k and v, of q, do, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
 // Registers  dk and dv in f32 for the whole work tile; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.bwd.semaphores in one order.
@@ -29,8 +29,8 @@ __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
     const auto init = [](uint64_t* barriers, int count, int arrivals) {
         for (int i = 0; i < count; ++i) mbarrier_init(shared_address(&barriers[i]), arrivals);
     };
-    init(control.work_full, Traits::kWorkStages, 1);
-    init(control.work_empty, Traits::kWorkStages, Traits::kWorkReaders);
+    init(control.tile_full, Traits::kTileStages, 1);
+    init(control.tile_empty, Traits::kTileStages, Traits::kTileReaders);
     init(control.keys_full, Traits::kKeyStages, 1);
     init(control.keys_empty, Traits::kKeyStages, Traits::kConsumerWarps);
     // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
@@ -116,7 +116,7 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
             consume<false>(base);
         }
     }
-    // A block stays until its peer has written to its shared memory for the last time.
+    // A block may exit only after its peer's last write to its shared memory.
     if (Traits::kCluster > 1) {
         __syncwarp();
         cluster_sync();

@@ -1,4 +1,4 @@
-// Types that the warps of a backward's block share: tile shapes, shared memory, and the work of a block.
+// Types that the warps of a backward's thread block share: tile shapes, shared memory, and work tiles.
 #pragma once
 
 #include "../core/barrier.cuh"
@@ -14,7 +14,7 @@
 namespace fa2::sm90 {
 
 constexpr int kBwdConsumers = 2;
-constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes, and enough without local memory (docs/kernels.md)
+constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes. A kernel may spill a word (cuda/instances.def)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kKeyStages_, int kQStages_, int kDoStages_,
@@ -54,9 +54,9 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     using TileK = Tile<kBlockN, kHeadDim, kPanel>;
     using TileDs = Tile<kClusterKeys, kBlockM>;  // dS^T
     static constexpr int kDsStages = 2;          // the dS of a step is read in the next step
-    // Warps that read BwdBlock: the consumers, the one that loads lse and delta, and without a cluster those that add dq.
-    static constexpr int kWorkReaders = kConsumerWarps + 1 + (kCluster == 1 ? kConsumers : 0);
-    static constexpr int kWorkStages = 2;        // slots of BwdBlock: the current one of a warp, and the next one
+    // Warps that read BwdTile: the consumers, the one that loads lse and delta, and without a cluster those that add dq.
+    static constexpr int kTileReaders = kConsumerWarps + 1 + (kCluster == 1 ? kConsumers : 0);
+    static constexpr int kTileStages = 2;        // slots of BwdTile: the current one of a warp, and the next one
     static constexpr int kControlBytes = 512;    // room for BwdControl, asserted in bwd.cuh
     static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
 
@@ -73,15 +73,16 @@ struct BwdTraits;
 // Named barriers, one for each consumer: add its number.
 enum BwdBarrier {
     kTailsCleared = kFirstNamedBarrier,
-    kDqWritten = kTailsCleared + kBwdConsumers,
+    kTailsSeen = kTailsCleared + kBwdConsumers,
+    kDqWritten = kTailsSeen + kBwdConsumers,
     kDqRead = kDqWritten + kBwdConsumers,
     kOneConsumer = kDqRead + kBwdConsumers,
 };
 
 // A work tile: kBlockN keys of one key head, against every tile of queries that sees them, of every head of its group.
-struct BwdBlock {
+struct BwdTile {
     Sequence sequence;
-    Range cols;      // keys of this thread block. In a cluster, the block after the last key has none, and cols.end <= cols.begin
+    Range cols;      // keys of this thread block. In a cluster, a block can lie after the last key: then cols.end <= cols.begin
     int n_block;     // of the cluster. -1: there is no further work tile
     int head_k;
     int group_size;  // query heads of a key head
@@ -93,17 +94,17 @@ struct BwdBlock {
 
 // rank: of the thread block in its cluster.
 template <typename Traits>
-__device__ __forceinline__ BwdBlock bwd_block(const Shape& shape, const WorkTile& tile, int rank) {
-    BwdBlock block;
-    block.sequence = tile.sequence;
-    const int seqlen_k = block.sequence.seqlen_k;
-    const Range cluster_cols = tile_range(tile.block * Traits::kClusterKeys, Traits::kClusterKeys, seqlen_k);
-    block.cols = tile_range(cluster_cols.begin + rank * Traits::kBlockN, Traits::kBlockN, seqlen_k);
-    block.n_block = tile.block;
-    block.head_k = tile.head;
-    block.group_size = group_size(shape);
-    block.m_blocks = Visibility(shape, block.sequence).queries_of(cluster_cols).tiles(Traits::kBlockM);
-    return block;
+__device__ __forceinline__ BwdTile bwd_tile(const Shape& shape, const WorkTile& taken, int rank) {
+    BwdTile tile;
+    tile.sequence = taken.sequence;
+    const int seqlen_k = tile.sequence.seqlen_k;
+    const Range cluster_cols = tile_range(taken.block * Traits::kClusterKeys, Traits::kClusterKeys, seqlen_k);
+    tile.cols = tile_range(cluster_cols.begin + rank * Traits::kBlockN, Traits::kBlockN, seqlen_k);
+    tile.n_block = taken.block;
+    tile.head_k = taken.head;
+    tile.group_size = group_size(shape);
+    tile.m_blocks = Visibility(shape, tile.sequence).queries_of(cluster_cols).tiles(Traits::kBlockM);
+    return tile;
 }
 
 // The tile of queries of one step.
@@ -118,18 +119,19 @@ struct QueryTile {
     }
 };
 
-__device__ __forceinline__ QueryTile first_tile(const BwdBlock& block) { return {block.head_k * block.group_size, block.m_blocks.begin}; }
+__device__ __forceinline__ QueryTile first_queries(const BwdTile& tile) { return {tile.head_k * tile.group_size, tile.m_blocks.begin}; }
 
 // The data after the tiles in shared memory.
 template <typename Traits>
 struct BwdControl {
-    BwdBlock blocks[Traits::kWorkStages];
-    uint64_t work_full[Traits::kWorkStages], work_empty[Traits::kWorkStages];
+    BwdTile tiles[Traits::kTileStages];
+    uint64_t tile_full[Traits::kTileStages], tile_empty[Traits::kTileStages];
     uint64_t keys_full[Traits::kKeyStages], keys_empty[Traits::kKeyStages];  // k and v
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];            // q and lse
     uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];        // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];
-    // Clusters only: P, from a warp to another one, and the index of the next work tile, from one block to the other.
+    // Clusters only: barriers for P, which a warp passes to another one, and for the index of the next work tile, which one block passes to
+    // the other; and the index.
     uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];
     uint64_t index_full, index_empty;
     int index;
@@ -137,23 +139,22 @@ struct BwdControl {
 
 // The work tiles of a thread block, as one of its warps reads them.
 template <typename Traits>
-struct BwdWork {
+struct BwdTiles {
     BwdControl<Traits>& control;
-    Ring<Traits::kWorkStages> ring;
+    Ring<Traits::kTileStages> ring;
 
-    // The current work tile.
-    __device__ __forceinline__ const BwdBlock& block() const { return control.blocks[ring.stage()]; }
+    __device__ __forceinline__ const BwdTile& current() const { return control.tiles[ring.stage()]; }
 
     // Waits until the producer has published the current work tile. Returns whether it exists.
     __device__ __forceinline__ bool wait() const {
-        mbarrier_wait(shared_address(&control.work_full[ring.stage()]), ring.parity());
-        return block().exists();
+        mbarrier_wait(shared_address(&control.tile_full[ring.stage()]), ring.parity());
+        return current().exists();
     }
 
     // This warp is done with the current work tile.
     __device__ __forceinline__ void advance(int lane) {
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&control.work_empty[ring.stage()]));
+        if (lane == 0) mbarrier_arrive(shared_address(&control.tile_empty[ring.stage()]));
         ring.advance();
     }
 };

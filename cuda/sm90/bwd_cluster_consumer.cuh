@@ -33,8 +33,8 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQS
 
     // Both consumers have all keys of the block.
     __device__ __forceinline__ static int first_key(int) { return 0; }
-    __device__ __forceinline__ static Range peer_keys(const BwdBlock& block, int rank) {
-        return tile_range(block.n_block * Base::kClusterKeys + (rank ^ 1) * kBlockN, kBlockN, block.sequence.seqlen_k);
+    __device__ __forceinline__ static Range peer_keys(const BwdTile& tile, int rank) {
+        return tile_range(tile.n_block * Base::kClusterKeys + (rank ^ 1) * kBlockN, kBlockN, tile.sequence.seqlen_k);
     }
 
     // Offsets in shared memory, as in bwd_consumer.cuh.
@@ -99,17 +99,17 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     }
 
     // Adds dq, which has arrived, to dq_accum.
-    __device__ __forceinline__ void add_dq(DsRing at) {
+    __device__ __forceinline__ void pass_on_dq(DsRing at) {
         const uint32_t empty = shared_address(&control.ds_empty[at.stage()]);
         Base::arrive(control.ds_empty[at.stage()]);
         if (lane == 0) mbarrier_arrive_peer(peer_address(empty, peer()));
         const BwdParams& bwd = params.bwd;
-        const Sequence& sequence = Base::block().sequence;
+        const Sequence& sequence = Base::tile().sequence;
         const int row = before.m_block * Traits::kBlockM + warp * Traits::kWarpRows;
         const DqSemaphores semaphores{bwd.semaphores};
         const int64_t index = dq_tile_index<Traits::kBlockM>(bwd, sequence, before.head, before.m_block);
         if constexpr (kOrdered) {
-            const int n_block = Base::block().n_block;
+            const int n_block = Base::tile().n_block;
             const int clusters =
                 DqSemaphores::blocks_before<Traits::kBlockM, Traits::kClusterKeys>(bwd.shape, sequence, before.m_block, n_block);
             if (warp == 0 && lane == 0) semaphores.poll(index, Traits::kDqParts * clusters);
@@ -129,7 +129,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     // This thread's P, for the thread of the other consumer with the same number.
     __device__ __forceinline__ float4* p() const { return reinterpret_cast<float4*>(bytes + Traits::sP) + warp * kWarpSize + lane; }
 
-    // A step of consumer 0: P and dv. When it or step_of_ds() returns, dq of the step before is in registers.
+    // A step of consumer 0: P and dv. After it, as after step_of_ds(), dq of the step before is in registers.
     __device__ __forceinline__ void step_of_p(bool first) {
         RowValues lse_log2;
         Base::wait_for_q();
@@ -211,46 +211,34 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_arrived(dq);
     }
 
-    // Returns after the last product. dq of the last step is in registers.
-    __device__ __forceinline__ void walk_queries(int steps) {
-        const int rows = Base::block().cols.size(), peer_rows = Traits::peer_keys(Base::block(), rank).size();
-        if (rows < Traits::kBlockN || peer_rows < Traits::kBlockN) {
-            Base::template clear_tail<TileK>(Base::k(), rows);
-            Base::template clear_tail<TileK>(Base::v(), rows);
-            Base::template clear_tail<TilePeerK>(peer_k(), peer_rows);
-            Base::tails_cleared();
+    __device__ __forceinline__ void step(bool first) {
+        if constexpr (kConsumer == 0) {
+            step_of_p(first);
+        } else {
+            step_of_ds(first);
         }
-        Base::start_walk();
-#pragma unroll 1
-        for (int i = 0; i < steps; ++i) {
-            if constexpr (kConsumer == 0) {
-                step_of_p(i == 0);
-            } else {
-                step_of_ds(i == 0);
-            }
-            if (i > 0) add_dq(ds_ring.before());
-            before = walk.tile;
-            Base::advance();
-        }
-        start_dq(ds_ring.before(), true);
-        wgmma_wait<0>();
-        wgmma_arrived(dq);
+        if (!first) pass_on_dq(ds_ring.before());
+        before = walk.queries;
+        Base::advance();
     }
 
-    __device__ __forceinline__ void run() {
-        dq.clear();
-        while (Base::work.wait()) {
-            sum.clear();
-            const int steps = Base::block().steps();
-            Base::wait_for_keys();
-            if (steps > 0) walk_queries(steps);
-            Base::arrive(control.keys_empty[Base::key_ring().stage()]);
-            if (steps > 0) add_dq(ds_ring.before());
-            if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
-            Base::write(kConsumer == 0 ? params.bwd.dv : params.bwd.dk, sum);
-            Base::work.advance(lane);
-        }
+    __device__ __forceinline__ void clear_key_tails() const {
+        const int rows = Base::tile().cols.size(), peer_rows = Traits::peer_keys(Base::tile(), rank).size();
+        if (rows == Traits::kBlockN && peer_rows == Traits::kBlockN) return;
+        Base::template clear_tail<TileK>(Base::k(), rows);
+        Base::template clear_tail<TileK>(Base::v(), rows);
+        Base::template clear_tail<TilePeerK>(peer_k(), peer_rows);
+        Base::tails_cleared();
     }
+
+    __device__ __forceinline__ void clear_sums() { sum.clear(); }
+
+    __device__ __forceinline__ void write_sums() {
+        if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
+        Base::write(kConsumer == 0 ? params.bwd.dv : params.bwd.dk, sum);
+    }
+
+    __device__ __forceinline__ void run() { Base::run(*this); }
 };
 
 }  // namespace fa2::sm90

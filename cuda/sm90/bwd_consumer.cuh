@@ -6,7 +6,8 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kKeyStages_, int kQStages_, int kDoStages_, typename ScoreMod_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kKeyStages_, int kQStages_, int kDoStages_,
+          typename ScoreMod_>
 struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>
     : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_> {
     using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>;
@@ -79,8 +80,8 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     Accumulator<1, kDqCols / 8> dq;
 
     // Starts this consumer's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step there is no
-    // dS yet (exists: false). The product then reads what the buffer holds, and nothing uses its result: with a branch around the wgmmas,
-    // ptxas would run them one by one.
+    // dS yet (exists: false). The product then reads what the buffer holds, and nothing uses its result. So no branch surrounds the wgmmas.
+    // With one, ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         fence_proxy_async();
@@ -89,8 +90,8 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         start_multiply<T, Traits::kBlockN / 16>(dq, a, b);
     }
 
-    // Hands dq, which has arrived, to the warp that adds it to dq_accum.
-    __device__ __forceinline__ void hand_over_dq(DsRing at) {
+    // Passes dq, which has arrived, to the warp that adds it to dq_accum.
+    __device__ __forceinline__ void pass_on_dq(DsRing at) {
         Base::arrive(control.ds_empty[at.stage()]);
         bar_sync<kDqThreads>(kDqRead + consumer);
         const int row = Traits::dq_row(consumer) + warp * Traits::kWarpRows;
@@ -149,45 +150,35 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         wgmma_arrived(dv);
         wgmma_arrived(dq);
         Base::arrive(control.do_empty[Base::do_ring.stage()]);
-        if (!first) hand_over_dq(ds_ring.before());
+        if (!first) pass_on_dq(ds_ring.before());
         wgmma_wait<0>();
         wgmma_arrived(dk);
         Base::arrive(control.q_empty[Base::q_ring.stage()]);
         Base::advance();
     }
 
-    // Returns after the last product. dq of the last step is in registers.
-    __device__ __forceinline__ void walk_queries(int steps) {
-        const int rows = Base::block().cols.size();
-        if (rows < Traits::kBlockN) {
-            Base::template clear_tail<TileK>(Base::k(), rows);
-            Base::template clear_tail<TileK>(Base::v(), rows);
-            Base::tails_cleared();
-        }
-        Base::start_walk();
-#pragma unroll 1
-        for (int i = 0; i < steps; ++i) step(i == 0);
-        start_dq(ds_ring.before(), true);
-        wgmma_wait<0>();
-        wgmma_arrived(dq);
+    __device__ __forceinline__ void clear_key_tails() const {
+        const int rows = Base::tile().cols.size();
+        if (rows == Traits::kBlockN) return;
+        Base::template clear_tail<TileK>(Base::k(), rows);
+        Base::template clear_tail<TileK>(Base::v(), rows);
+        Base::tails_cleared();
+    }
+
+    __device__ __forceinline__ void clear_sums() {
+        dk.clear();
+        dv.clear();
+    }
+
+    __device__ __forceinline__ void write_sums() {
+        dk.scale(params.bwd.softmax_scale);
+        Base::write(params.bwd.dk, dk);
+        Base::write(params.bwd.dv, dv);
     }
 
     __device__ __forceinline__ void run() {
-        dq.clear();
-        while (Base::work.wait()) {
-            dk.clear();
-            dv.clear();
-            const int steps = Base::block().steps();
-            Base::wait_for_keys();
-            if (steps > 0) walk_queries(steps);
-            Base::arrive(control.keys_empty[Base::key_ring().stage()]);
-            if (steps > 0) hand_over_dq(ds_ring.before());
-            dk.scale(params.bwd.softmax_scale);
-            Base::write(params.bwd.dk, dk);
-            Base::write(params.bwd.dv, dv);
-            Base::work.advance(lane);
-        }
-        bar_sync<kDqThreads>(kDqRead + consumer);  // the producer has said once more that sDq is free
+        Base::run(*this);
+        bar_sync<kDqThreads>(kDqRead + consumer);  // matches the producer's last arrival, so that the barrier is complete
     }
 };
 

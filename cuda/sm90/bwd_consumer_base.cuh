@@ -23,21 +23,21 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r
 // Where a consumer is in its walk over the tiles of queries. It is in registers, because a read of shared memory would delay the first
 // product of a step.
 struct BwdWalk {
-    QueryTile tile;
+    QueryTile queries;
     Range m_blocks;
     Range unmasked;    // tiles in which the mask hides none of the consumer's keys
     int tail_m_block;  // the tile with rows after the end of the sequence, or -1
 
-    __device__ __forceinline__ bool masked() const { return tile.m_block < unmasked.begin || tile.m_block >= unmasked.end; }
+    __device__ __forceinline__ bool masked() const { return queries.m_block < unmasked.begin || queries.m_block >= unmasked.end; }
 };
 
 // keys: kWarpgroupRows keys of a consumer. Those after the end of the sequence are hidden from every query.
 template <typename Traits>
-__device__ __forceinline__ BwdWalk bwd_walk(const Shape& shape, const BwdBlock& block, Range keys) {
-    const Visibility sees(shape, block.sequence);
-    const Range unmasked = keys.end > block.sequence.seqlen_k ? Range{0, 0} : sees.common_queries(keys);
-    const int tail = block.sequence.seqlen_q % Traits::kBlockM == 0 ? -1 : block.sequence.seqlen_q / Traits::kBlockM;
-    return {first_tile(block), block.m_blocks, {ceil_div(unmasked.begin, Traits::kBlockM), unmasked.end / Traits::kBlockM}, tail};
+__device__ __forceinline__ BwdWalk bwd_walk(const Shape& shape, const BwdTile& tile, Range keys) {
+    const Visibility sees(shape, tile.sequence);
+    const Range unmasked = keys.end > tile.sequence.seqlen_k ? Range{0, 0} : sees.common_queries(keys);
+    const int tail = tile.sequence.seqlen_q % Traits::kBlockM == 0 ? -1 : tile.sequence.seqlen_q / Traits::kBlockM;
+    return {first_queries(tile), tile.m_blocks, {ceil_div(unmasked.begin, Traits::kBlockM), unmasked.end / Traits::kBlockM}, tail};
 }
 
 template <typename Traits>
@@ -61,27 +61,47 @@ struct BwdConsumerBase {
     int warp;      // in the warpgroup
     int lane;
     BwdWalk walk;
-    BwdWork<Traits> work;
+    BwdTiles<Traits> tiles;
     Ring<Traits::kQStages> q_ring;
     Ring<Traits::kDoStages> do_ring;
     Ring<Traits::kDsStages> ds_ring;
 
-    __device__ __forceinline__ const BwdBlock& block() const { return work.block(); }
+    __device__ __forceinline__ const BwdTile& tile() const { return tiles.current(); }
 
     __device__ __forceinline__ void start_walk() {
-        const int first = block().cols.begin + Traits::first_key(consumer);
-        walk = bwd_walk<Traits>(params.bwd.shape, block(), {first, first + Traits::kWarpgroupRows});
+        const int first = tile().cols.begin + Traits::first_key(consumer);
+        walk = bwd_walk<Traits>(params.bwd.shape, tile(), {first, first + Traits::kWarpgroupRows});
+    }
+
+    // The work tiles of this thread block. Self: the consumer.
+    template <typename Self>
+    __device__ __forceinline__ void run(Self& self) {
+        self.dq.clear();
+        while (tiles.wait()) {
+            self.clear_sums();
+            const int steps = tile().steps();
+            mbarrier_wait(shared_address(&control.keys_full[key_ring().stage()]), key_ring().parity());
+            if (steps > 0) {
+                self.clear_key_tails();
+                start_walk();
+#pragma unroll 1
+                for (int i = 0; i < steps; ++i) self.step(i == 0);
+                self.start_dq(ds_ring.before(), true);
+                wgmma_wait<0>();
+                wgmma_arrived(self.dq);
+            }
+            arrive(control.keys_empty[key_ring().stage()]);
+            if (steps > 0) self.pass_on_dq(ds_ring.before());
+            self.write_sums();
+            tiles.advance(lane);
+        }
     }
 
     // This warp's first key in the tile.
     __device__ __forceinline__ int tile_key() const { return Traits::first_key(consumer) + warp * Traits::kWarpRows; }
 
     // Each work tile has a tile of k and one of v.
-    __device__ __forceinline__ Ring<Traits::kKeyStages> key_ring() const { return {work.ring.passed}; }
-
-    __device__ __forceinline__ void wait_for_keys() const {
-        mbarrier_wait(shared_address(&control.keys_full[key_ring().stage()]), key_ring().parity());
-    }
+    __device__ __forceinline__ Ring<Traits::kKeyStages> key_ring() const { return {tiles.ring.passed}; }
 
     // Offsets of the tiles of this work tile and step.
     __device__ __forceinline__ uint32_t k() const { return Traits::sK + key_ring().stage() * Traits::kKeysBytes; }
@@ -113,19 +133,26 @@ struct BwdConsumerBase {
             *reinterpret_cast<uint4*>(bytes + tile + Tile::offset(i / Tile::kChunksPerRow, i % Tile::kChunksPerRow)) = uint4{};
     }
 
-    // Waits until the other consumer has cleared its part too. Each consumer waits at a barrier of its own, because the consumers may be in
-    // different code: synccheck wants all waits at a barrier in one place.
+    // Waits until the other consumer has cleared its part too. Each consumer waits at barriers of its own, because synccheck reports an
+    // error if warpgroups wait at one barrier in different code. The second barrier says that all warps have left the first one, so that it
+    // may be used again.
     __device__ __forceinline__ void tails_cleared() const {
         fence_proxy_async();
-        bar_arrive<Traits::kConsumerThreads>(kTailsCleared + (consumer ^ 1));
-        bar_sync<Traits::kConsumerThreads>(kTailsCleared + consumer);
+        meet(kTailsCleared);
+        meet(kTailsSeen);
+    }
+
+    // Waits until the other consumer is here too. `barrier`: that of consumer 0.
+    __device__ __forceinline__ void meet(int barrier) const {
+        bar_arrive<Traits::kConsumerThreads>(barrier + (consumer ^ 1));
+        bar_sync<Traits::kConsumerThreads>(barrier + consumer);
     }
 
     // Waits for q and lse of this step, and clears the tails of q and do.
     __device__ __forceinline__ void wait_for_q() const {
         mbarrier_wait(shared_address(&control.q_full[q_ring.stage()]), q_ring.parity());
-        if (walk.tile.m_block == walk.tail_m_block) {
-            const int rows = block().sequence.seqlen_q - walk.tile.m_block * Traits::kBlockM;
+        if (walk.queries.m_block == walk.tail_m_block) {
+            const int rows = tile().sequence.seqlen_q - walk.queries.m_block * Traits::kBlockM;
             wait_for_do();
             clear_tail<TileQ>(q(), rows);
             clear_tail<TileQ>(do_(), rows);
@@ -134,7 +161,7 @@ struct BwdConsumerBase {
     }
 
     __device__ __forceinline__ void advance() {
-        walk.tile.advance(walk.m_blocks);
+        walk.queries.advance(walk.m_blocks);
         q_ring.advance();
         do_ring.advance();
         ds_ring.advance();
@@ -166,16 +193,16 @@ struct BwdConsumerBase {
     __device__ __forceinline__ void to_p(ScoreTile& s, RoundedTile& p, const RowValues& lse_log2) const {
         const Shape& shape = params.bwd.shape;
         const float scale_log2 = ScoreMod::scale_log2(shape);
-        const ScoreMod score_mod(shape, block().sequence, walk.tile.head);
-        const int first_query = walk.tile.m_block * Traits::kBlockM + fragment_col(lane, 0);
-        const int first_key = block().cols.begin + tile_key();
+        const ScoreMod score_mod(shape, tile().sequence, walk.queries.head);
+        const int first_query = walk.queries.m_block * Traits::kBlockM + fragment_col(lane, 0);
+        const int first_key = tile().cols.begin + tile_key();
         uint32_t seen[2];  // for each of the thread's keys, a bit for each of its queries
         if constexpr (kMasked) {
-            const Visibility sees(shape, block().sequence);
+            const Visibility sees(shape, tile().sequence);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int key = first_key + fragment_row(lane, half);
-                const Range queries = key < block().cols.end ? sees.queries_of({key, key + 1}) : Range{0, 0};
+                const Range queries = key < tile().cols.end ? sees.queries_of({key, key + 1}) : Range{0, 0};
                 seen[half] = columns_in(queries, first_query);
             }
         }
@@ -203,7 +230,7 @@ struct BwdConsumerBase {
         }
     }
 
-    // Writes dS^T of this warp's keys to its buffer. The waits for the buffer are the caller's. Who reads it calls fence_proxy_async().
+    // Writes dS^T of this warp's keys to its buffer. The caller has waited for the buffer. Its readers must call fence_proxy_async().
     __device__ __forceinline__ void store_ds(const RoundedTile& ds) const {
         const uint32_t to = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + TileDs::offset(tile_key() + lane % 16, lane / 16);
 #pragma unroll
@@ -212,12 +239,12 @@ struct BwdConsumerBase {
 
     // Writes this warp's keys of dk, or of dv.
     __device__ __forceinline__ void write(void* to, const SumTile& x) const {
-        const BwdBlock& block = work.block();
+        const BwdTile& tile = tiles.current();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int key = block.cols.begin + tile_key() + fragment_row(lane, half);
-            T* row = row_of<T>(to, params.bwd.dk_strides, block.sequence.batch, block.sequence.first_k + key, block.head_k);
-            store_row(row, x.x[0], half, params.bwd.shape.head_dim, key < block.cols.end, lane);
+            const int key = tile.cols.begin + tile_key() + fragment_row(lane, half);
+            T* row = row_of<T>(to, params.bwd.dk_strides, tile.sequence.batch, tile.sequence.first_k + key, tile.head_k);
+            store_row(row, x.x[0], half, params.bwd.shape.head_dim, key < tile.cols.end, lane);
         }
     }
 };

@@ -1,5 +1,5 @@
-// The producer of the backward: one warp takes work tiles and loads tiles by TMA, one loads lse and delta, and one for each consumer adds dq
-// to dq_accum.
+// The producer of the backward. One warp takes work tiles and loads k, v, q and do by TMA. One loads lse and delta. Without a cluster, two
+// more add dq to dq_accum, one for each consumer.
 #pragma once
 
 #include "../core/barrier.cuh"
@@ -23,10 +23,10 @@ struct BwdProducer {
     uint8_t* const bytes;
     const int lane;
 
-    // Of this block in its cluster. Read each time, because the producer has few registers.
+    // The rank of this block in its cluster. It is read from the special register each time, because the producer has few registers.
     __device__ __forceinline__ static int rank() { return Traits::kCluster == 1 ? 0 : cluster_rank(); }
 
-    __device__ __forceinline__ int batch(const BwdBlock& block) const { return batch_entry(params.bwd.shape, block.sequence); }
+    __device__ __forceinline__ int batch(const BwdTile& tile) const { return batch_entry(params.bwd.shape, tile.sequence); }
 
     // Lane 0. The index of the next work tile. In a cluster, one block takes it and sends it to the other one.
     __device__ __forceinline__ int next_index(Ring<1> ring) const {
@@ -48,23 +48,24 @@ struct BwdProducer {
         }
     }
 
-    // Writes the next work tile that has keys to `block`. Returns whether there is one.
-    __device__ __forceinline__ bool take(Ring<1>& ring, BwdBlock& block) const {
+    // Writes the next work tile that has keys to `tile`. Returns whether there is one. A block takes a work tile while its consumers are in
+    // the one before, and finishes them in the order in which it takes them.
+    __device__ __forceinline__ bool take(Ring<1>& ring, BwdTile& tile) const {
         const Shape& shape = params.bwd.shape;
-        // With semaphores, the blocks of the last keys come first (DqSemaphores). Otherwise the first keys do: under a causal mask, they have
-        // the most queries.
-        const First order = params.bwd.semaphores != nullptr ? First::kLast : First::kFirst;
+        // With semaphores, the blocks of the last keys come first (DqSemaphores). Otherwise the first keys do: under a causal mask, they
+        // have the most queries.
+        const BlockOrder order = params.bwd.semaphores != nullptr ? BlockOrder::kDescending : BlockOrder::kAscending;
         while (true) {
             int index = lane == 0 ? next_index(ring) : 0;
             index = __shfl_sync(~0u, index, 0);
             ring.advance();
             if (uint32_t(index) >= uint32_t(params.schedule.tiles)) {
-                if (lane == 0) block.n_block = -1;
+                if (lane == 0) tile.n_block = -1;
                 return false;
             }
-            const WorkTile tile = work_tile<Axis::kKeys, Traits::kClusterKeys>(shape, params.schedule, order, index, lane);
-            if (tile.block * Traits::kClusterKeys >= tile.sequence.seqlen_k) continue;
-            if (lane == 0) block = bwd_block<Traits>(shape, tile, rank());
+            const WorkTile taken = work_tile<Axis::kKeys, Traits::kClusterKeys>(shape, params.schedule, order, index, lane);
+            if (taken.block * Traits::kClusterKeys >= taken.sequence.seqlen_k) continue;
+            if (lane == 0) tile = bwd_tile<Traits>(shape, taken, rank());
             return true;
         }
     }
@@ -72,58 +73,58 @@ struct BwdProducer {
     // Takes all work tiles of this thread block, publishes them and loads what they need. One warp.
     __device__ __forceinline__ void run() const {
         Ring<1> index_ring;
-        Ring<Traits::kWorkStages> work_ring;
-        uint32_t steps = 0;  // of all work tiles so far
+        Ring<Traits::kTileStages> tile_ring;
+        uint32_t passed = 0;  // steps of all work tiles so far
         while (true) {
-            BwdBlock& block = control.blocks[work_ring.stage()];
-            mbarrier_wait(shared_address(&control.work_empty[work_ring.stage()]), work_ring.parity() ^ 1);
-            const bool exists = take(index_ring, block);
+            BwdTile& tile = control.tiles[tile_ring.stage()];
+            mbarrier_wait(shared_address(&control.tile_empty[tile_ring.stage()]), tile_ring.parity() ^ 1);
+            const bool exists = take(index_ring, tile);
             if (lane == 0) {
-                mbarrier_arrive(shared_address(&control.work_full[work_ring.stage()]));
-                if (exists) {
-                    load_keys(block, {work_ring.passed});
-                    load_tiles(block, steps);
-                }
+                mbarrier_arrive(shared_address(&control.tile_full[tile_ring.stage()]));
+                if (exists) load(tile, {tile_ring.passed}, passed);
             }
             __syncwarp();
             if (!exists) break;
-            work_ring.advance();
+            tile_ring.advance();
         }
         if (lane == 0 && rank() == 0) finish_tiles(params.schedule, gridDim.x / Traits::kCluster);
     }
 
     // k and v. In a cluster also the peer's k, in the columns of dq that this block computes. One thread.
-    __device__ __forceinline__ void load_keys(const BwdBlock& block, const Ring<Traits::kKeyStages>& ring) const {
+    __device__ __forceinline__ void load_keys(const BwdTile& tile, const Ring<Traits::kKeyStages>& ring) const {
         mbarrier_wait(shared_address(&control.keys_empty[ring.stage()]), ring.parity() ^ 1);
         const uint32_t full = shared_address(&control.keys_full[ring.stage()]);
         const uint32_t k = shared_address(bytes) + Traits::sK + ring.stage() * Traits::kKeysBytes, v = k + TileK::kBytes;
-        const int row = block.sequence.first_k + block.cols.begin;
+        const int row = tile.sequence.first_k + tile.cols.begin;
         mbarrier_arrive_expect(full, Traits::kKeysBytes);
-        tma_load_tile<TileK>(k, params.k, full, row, block.head_k, batch(block));
-        tma_load_tile<TileK>(v, params.v, full, row, block.head_k, batch(block));
+        tma_load_tile<TileK>(k, params.k, full, row, tile.head_k, batch(tile));
+        tma_load_tile<TileK>(v, params.v, full, row, tile.head_k, batch(tile));
         if constexpr (Traits::kCluster > 1) {
             using TilePeerK = typename Traits::TilePeerK;
-            const int peer_row = block.sequence.first_k + Traits::peer_keys(block, rank()).begin;
-            tma_load_tile<TilePeerK>(v + TileK::kBytes, params.k, full, peer_row, block.head_k, batch(block), rank() * Traits::kBlockCols);
+            const int peer_row = tile.sequence.first_k + Traits::peer_keys(tile, rank()).begin;
+            tma_load_tile<TilePeerK>(v + TileK::kBytes, params.k, full, peer_row, tile.head_k, batch(tile), rank() * Traits::kBlockCols);
         }
     }
 
-    // q and do of every step. One thread. passed: the steps of all work tiles so far.
-    __device__ __forceinline__ void load_tiles(const BwdBlock& block, uint32_t& passed) const {
+    // k and v, and q and do of every step. One thread. k and v come after the first q and do, because with one stage they wait until the
+    // consumers have finished the work tile before.
+    __device__ __forceinline__ void load(const BwdTile& tile, const Ring<Traits::kKeyStages>& key_ring, uint32_t& passed) const {
         const uint32_t shared = shared_address(bytes);
-        QueryTile tile = first_tile(block);
+        QueryTile queries = first_queries(tile);
+        if (tile.steps() == 0) load_keys(tile, key_ring);
 #pragma unroll 1
-        for (int step = 0; step < block.steps(); ++step) {
-            const int row = block.sequence.first_q + tile.m_block * Traits::kBlockM;
-            const auto load = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map, const auto& ring) {
+        for (int step = 0; step < tile.steps(); ++step) {
+            const int row = tile.sequence.first_q + queries.m_block * Traits::kBlockM;
+            const auto load_stage = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map, const auto& ring) {
                 mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
                 const uint32_t barrier = shared_address(&full[ring.stage()]);
-                tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, tile.head, batch(block));
+                tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, queries.head, batch(tile));
             };
-            load(control.q_full, control.q_empty, Traits::sQ, params.q, Ring<Traits::kQStages>{passed});
-            load(control.do_full, control.do_empty, Traits::sDo, params.do_, Ring<Traits::kDoStages>{passed});
+            load_stage(control.q_full, control.q_empty, Traits::sQ, params.q, Ring<Traits::kQStages>{passed});
+            load_stage(control.do_full, control.do_empty, Traits::sDo, params.do_, Ring<Traits::kDoStages>{passed});
+            if (step == 0) load_keys(tile, key_ring);
             ++passed;
-            tile.advance(block.m_blocks);
+            queries.advance(tile.m_blocks);
         }
     }
 
@@ -139,22 +140,22 @@ struct BwdProducer {
         if (lane == 0) mbarrier_arrive(shared_address(&full[ring.stage()]));
     }
 
-    // lse and delta of every step. One warp, which reads them before their stage is free. Queries past the end
-    // get lse = inf, so that P = exp(score - lse) is 0.
+    // lse and delta of every step. One warp. It reads global memory first, and then waits for the stage in shared memory. Queries past the
+    // end get lse = inf, so that P = exp(score - lse) is 0.
     __device__ __forceinline__ void load_lse_and_delta() const {
         Ring<Traits::kQStages> q_ring;
         Ring<Traits::kDoStages> do_ring;
-        for (BwdWork<Traits> work{control}; work.wait(); work.advance(lane)) {
-            const BwdBlock& block = work.block();
-            QueryTile tile = first_tile(block);
-            for (int step = block.steps(); step > 0; --step) {
-                const int64_t head_offset = block.sequence.lse_offset(params.bwd.shape, tile.head);
-                const int first_row = tile.m_block * Traits::kBlockM + lane;
+        for (BwdTiles<Traits> tiles{control}; tiles.wait(); tiles.advance(lane)) {
+            const BwdTile& tile = tiles.current();
+            QueryTile queries = first_queries(tile);
+            for (int step = tile.steps(); step > 0; --step) {
+                const int64_t head_offset = tile.sequence.lse_offset(params.bwd.shape, queries.head);
+                const int first_row = queries.m_block * Traits::kBlockM + lane;
                 float lse_log2[kRows], delta[kRows];
 #pragma unroll
                 for (int i = 0; i < kRows; ++i) {
                     const int row = first_row + i * kWarpSize;
-                    const bool exists = row < block.sequence.seqlen_q;
+                    const bool exists = row < tile.sequence.seqlen_q;
                     lse_log2[i] = exists ? params.bwd.lse[head_offset + row] * kLog2e : INFINITY;
                     delta[i] = exists ? params.bwd.delta[head_offset + row] : 0.f;
                 }
@@ -162,7 +163,7 @@ struct BwdProducer {
                 store_stage(delta, Traits::sDelta, control.do_full, control.do_empty, do_ring);
                 q_ring.advance();
                 do_ring.advance();
-                tile.advance(block.m_blocks);
+                queries.advance(tile.m_blocks);
             }
         }
     }
@@ -175,16 +176,16 @@ struct BwdProducer {
         const BwdParams& bwd = params.bwd;
         constexpr int kGroupBytes = kDqGroupRows * Traits::dq_cols(kConsumer) * int(sizeof(float));
         bar_arrive<Traits::kDqThreads>(kDqRead + kConsumer);  // sDq is free at the start
-        for (BwdWork<Traits> work{control}; work.wait(); work.advance(lane)) {
-            const BwdBlock& block = work.block();
-            const Sequence& sequence = block.sequence;
-            QueryTile tile = first_tile(block);
-            for (int step = block.steps(); step > 0; --step) {
-                const int first_row = tile.m_block * Traits::kBlockM;
-                const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, tile.head);
-                if (bwd.semaphores != nullptr) wait_for_blocks_before(block, tile);
+        for (BwdTiles<Traits> tiles{control}; tiles.wait(); tiles.advance(lane)) {
+            const BwdTile& tile = tiles.current();
+            const Sequence& sequence = tile.sequence;
+            QueryTile queries = first_queries(tile);
+            for (int step = tile.steps(); step > 0; --step) {
+                const int first_row = queries.m_block * Traits::kBlockM;
+                const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, queries.head);
+                if (bwd.semaphores != nullptr) wait_for_blocks_before(tile, queries);
                 bar_sync<Traits::kDqThreads>(kDqWritten + kConsumer);
-                fence_proxy_async();  // here and not in the consumer, which would wait until its writes are done
+                fence_proxy_async();  // not in the consumer: there it would wait until the consumer's own writes are done
                 if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
                     float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
                     bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), kGroupBytes);
@@ -196,21 +197,21 @@ struct BwdProducer {
                     // Each lane waits until its own additions are in global memory. __syncwarp() then puts them before the post of lane 0.
                     bulk_wait();
                     __syncwarp();
-                    if (lane == 0) DqSemaphores{bwd.semaphores}.post(semaphore(block, tile));
+                    if (lane == 0) DqSemaphores{bwd.semaphores}.post(semaphore(tile, queries));
                 }
-                tile.advance(block.m_blocks);
+                queries.advance(tile.m_blocks);
             }
         }
     }
 
-    __device__ __forceinline__ int64_t semaphore(const BwdBlock& block, const QueryTile& tile) const {
-        return dq_tile_index<Traits::kBlockM>(params.bwd, block.sequence, tile.head, tile.m_block);
+    __device__ __forceinline__ int64_t semaphore(const BwdTile& tile, const QueryTile& queries) const {
+        return dq_tile_index<Traits::kBlockM>(params.bwd, tile.sequence, queries.head, queries.m_block);
     }
 
-    __device__ __forceinline__ void wait_for_blocks_before(const BwdBlock& block, const QueryTile& tile) const {
-        const int blocks = DqSemaphores::blocks_before<Traits::kBlockM, Traits::kBlockN>(params.bwd.shape, block.sequence, tile.m_block,
-                                                                                         block.n_block);
-        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(block, tile), Traits::kDqParts * blocks);
+    __device__ __forceinline__ void wait_for_blocks_before(const BwdTile& tile, const QueryTile& queries) const {
+        const int blocks = DqSemaphores::blocks_before<Traits::kBlockM, Traits::kBlockN>(params.bwd.shape, tile.sequence, queries.m_block,
+                                                                                         tile.n_block);
+        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile, queries), Traits::kDqParts * blocks);
         __syncwarp();
     }
 };

@@ -44,7 +44,7 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
 #pragma unroll 1
     for (int number = 0; number < Traits::kMaxTiles; ++number) {
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
-        const WorkTile tile = work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, First::kLast, control.taken[number], lane);
+        const WorkTile tile = query_tile<Traits>(params, control.taken[number], lane);
         const int first_row = tile.block * Traits::kBlockM + warp_row;
         recompute_rows<Traits>(params.fwd, tile.sequence.batch, tile.head, first_row, Traits::kWarpRows);
     }

@@ -43,7 +43,7 @@ struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerLeast> {
     // Work tiles that one block can take (max_tiles of the launch). The list of them takes 2 KB of shared memory.
     static constexpr int kMaxTiles = 512;
     // Slots of WorkTile: while a consumer writes tile n, the producer may publish n + 1 and n + 2. A power of two makes the index cheap.
-    static constexpr int kWorkStages = 4;
+    static constexpr int kTileStages = 4;
     static constexpr int kPartStages = 2;  // slots of Part: the current tile of a consumer warp, and the next one
 
     static constexpr bool kMidWait = kMidWait_ != 0;
@@ -71,7 +71,7 @@ struct FwdControl {
     uint64_t k_full[Traits::kKeyStages], k_empty[Traits::kKeyStages];
     uint64_t v_full[Traits::kKeyStages], v_empty[Traits::kKeyStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
-    WorkTile tiles[Traits::kWorkStages];
+    WorkTile tiles[Traits::kTileStages];
     Part parts[Traits::kWarpgroupWarps * Traits::kConsumers][Traits::kPartStages];
     uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
     int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
@@ -81,6 +81,12 @@ struct FwdControl {
 template <typename Traits>
 __device__ __forceinline__ Range key_tiles(const Visibility& sees, Range rows) {
     return sees.keys_of(rows).tiles(Traits::kBlockN);
+}
+
+// Work tile `index` of the schedule. The last queries come first: under a causal mask, they see the most keys.
+template <typename Traits>
+__device__ __forceinline__ WorkTile query_tile(const Sm90FwdParams& params, int index, int lane) {
+    return work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, BlockOrder::kDescending, index, lane);
 }
 
 template <typename Traits>

@@ -33,7 +33,7 @@ struct FwdConsumer {
     float rescale[2];  // factors that o still needs after the last softmax
     int current = 0;   // the number of the current work tile, among those of this block
 
-    __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kWorkStages]; }
+    __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kTileStages]; }
     __device__ __forceinline__ Part& part_of(int number) const {
         return control.parts[Traits::kWarpgroupWarps * warpgroup + warp][number % Traits::kPartStages];
     }

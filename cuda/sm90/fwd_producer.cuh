@@ -47,7 +47,7 @@ struct FwdProducer {
         while (true) {
             index = __shfl_sync(~0u, next_index, 0);
             if (uint32_t(index) >= uint32_t(params.schedule.tiles)) break;  // each block counts one past the end
-            const WorkTile tile = work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, First::kLast, index, lane);
+            const WorkTile tile = query_tile<Traits>(params, index, lane);
             if (!rows_of<Traits>(tile).empty()) {
                 ++taken;
                 return tile;
@@ -66,7 +66,7 @@ struct FwdProducer {
         if (lane == 0) {
             const uint32_t full = shared_address(&control.q_full[q_ring.stage()]);
             tile.number = published;
-            control.tiles[published % Traits::kWorkStages] = tile;
+            control.tiles[published % Traits::kTileStages] = tile;
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
                 tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,

@@ -8,7 +8,7 @@
 namespace fa2::sm90 {
 
 enum class Axis { kQueries, kKeys };
-enum class First { kFirst, kLast };  // the block of a head that comes first
+enum class BlockOrder { kAscending, kDescending };  // of the blocks of a head
 
 // A block of queries, or of keys, of one head of one sequence.
 struct WorkTile {
@@ -20,9 +20,9 @@ struct WorkTile {
     __device__ __forceinline__ bool exists() const { return block >= 0; }
 };
 
-// The sequence of a packed call that owns block `block`, counted over all sequences. Sequence b has the blocks from cu_seqlens[b] / kBlock + b
-// up to those of sequence b + 1. These are enough for any lengths, and the last one may be empty. All lanes of a warp call it together and
-// search among 32 sequences at a time.
+// The sequence of a packed call that owns block `block`, counted over all sequences. Sequence b has the blocks from cu_seqlens[b] / kBlock
+// + b up to those of sequence b + 1. These are enough for any lengths, and the last one may be empty. All lanes of a warp call it together
+// and search among 32 sequences at a time.
 template <int kBlock>
 __device__ __forceinline__ int sequence_of_block(const uint32_t* cu_seqlens, int batch, int block, int lane) {
     int first = 0, count = batch;  // it is one of these
@@ -37,10 +37,10 @@ __device__ __forceinline__ int sequence_of_block(const uint32_t* cu_seqlens, int
     return first;
 }
 
-// Tile `index` of the schedule. A tile is kBlock queries or keys. All lanes of a warp call it together. Some tiles of a packed call are empty:
-// they begin after the end of their sequence.
+// Tile `index` of the schedule. A tile is kBlock queries or keys. All lanes of a warp call it together. Some tiles of a packed call are
+// empty: they begin after the end of their sequence.
 template <Axis kAxis, int kBlock>
-__device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule& schedule, First order, int index, int lane) {
+__device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule& schedule, BlockOrder order, int index, int lane) {
     const bool packed = is_packed(shape);
     const int num_heads = kAxis == Axis::kQueries ? shape.num_heads : shape.num_heads_k;
     const int heads = packed ? num_heads : num_heads * shape.batch;
@@ -52,7 +52,7 @@ __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule
     WorkTile tile;
     tile.number = 0;
     tile.head = packed ? head : head % num_heads;
-    tile.block = order == First::kLast ? schedule.head_tiles - 1 - rest / in_section : rest / in_section;
+    tile.block = order == BlockOrder::kDescending ? schedule.head_tiles - 1 - rest / in_section : rest / in_section;
     int batch = head / num_heads;
     if (packed) {
         const uint32_t* cu_seqlens = kAxis == Axis::kQueries ? shape.cu_seqlens_q : shape.cu_seqlens_k;

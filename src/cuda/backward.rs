@@ -211,7 +211,7 @@ impl Kernels<'_> {
     fn backward<T: Element>(&self, launch: &Launch, memory: &mut Memory, grads: &mut GradientMemory<T>) -> Result<()> {
         let problem = self.call.problem;
         let stream = self.device.cuda_stream();
-        let mut counters = launch.schedule.map(|_| Counters::of(&stream)).transpose()?;
+        let mut counters = launch.counts_tiles().then(|| Counters::of(&stream)).transpose()?;
         let mut launcher = Launcher::new(&stream);
         let inputs = self.inputs.as_ref().map(Locked::storage);
         let Inputs { q, k, v } = self.call.read_inputs::<T>(inputs, &mut launcher)?;

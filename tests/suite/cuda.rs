@@ -178,7 +178,7 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
         let input = case.draw();
         let (plan, first) = tiled.run(case, &input)?;
         let launch = plan.launch(tiled.kernel.pass).context("the plan has the kernel's pass")?;
-        ensure!(launch.counts_tiles(), "as many blocks as tiles: {plan:?}");
+        ensure!(launch.shares_tiles(), "as many blocks as tiles: {plan:?}");
         for run in 1..RUNS {
             let (_, again) = tiled.run(case, &input)?;
             let what = format!("in run {run}, kernel {}\ncase {case}", tiled.kernel.name);

@@ -1,7 +1,7 @@
 //! One launch of one kernel.
 
 use super::schedule::Schedule;
-use crate::instances::Kernel;
+use crate::instances::{Kernel, Pass};
 use crate::problem::Problem;
 
 /// One launch of one kernel.
@@ -33,9 +33,15 @@ impl Launch {
         Self { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
     }
 
-    /// Whether blocks, or clusters, take more than one work tile.
-    pub fn counts_tiles(&self) -> bool {
+    /// Whether there are more work tiles than blocks, or clusters.
+    pub fn shares_tiles(&self) -> bool {
         self.schedule.is_some_and(|schedule| schedule.tiles > self.grid.0 as usize / self.kernel.cluster)
+    }
+
+    /// Whether the kernel takes its work tiles from a counter. A forward does not if there is a block for every tile.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(crate) fn counts_tiles(&self) -> bool {
+        self.schedule.is_some() && (self.kernel.pass == Pass::Backward || self.shares_tiles())
     }
 }
 

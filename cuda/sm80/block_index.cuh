@@ -1,0 +1,32 @@
+// The work of a thread block of the backward: by its position in the grid, or in the order of DqSemaphores.
+#pragma once
+
+#include "../core/types.cuh"
+#include "../params.h"
+
+namespace fa2::sm80 {
+
+// A block of keys of one key head of one sequence. `batch` counts from Shape::first_batch.
+struct BlockIndex {
+    int n_block, head_k, batch;
+};
+
+// The work of this block, in the order in which blocks start. Blocks of short sequences are interleaved with those of other heads. So the
+// block that another one waits for starts some time before it (docs/log/hopper-backward.md, "Deterministic"). If a call needs several
+// launches, the count goes on, and Shape::first_batch is the sequence where this launch starts. All threads call it together, before
+// anything else is in shared memory.
+__device__ __forceinline__ BlockIndex ordered_block_index(const BwdParams& params, uint8_t* bytes) {
+    constexpr uint32_t kBlocksTogether = 128;  // about one for each of an H200's 132 multiprocessors; others were not tried
+    volatile uint32_t* word = reinterpret_cast<volatile uint32_t*>(bytes);
+    if (threadIdx.x == 0) *word = atomicAdd(params.semaphores + params.dq_tiles.count, 1u);
+    __syncthreads();
+    const uint32_t started = *word;
+    __syncthreads();
+    const uint32_t n_blocks = gridDim.x, heads = gridDim.y * gridDim.z, section_heads = max(kBlocksTogether / n_blocks, 1u);
+    const uint32_t number = started - params.shape.first_batch * gridDim.y * n_blocks;
+    const uint32_t first_head = number / (section_heads * n_blocks) * section_heads, width = min(section_heads, heads - first_head);
+    const uint32_t in_section = number - first_head * n_blocks, head = first_head + in_section % width;
+    return {int(n_blocks - 1 - in_section / width), int(head % gridDim.y), int(head / gridDim.y)};
+}
+
+}  // namespace fa2::sm80
