@@ -17,8 +17,8 @@ constexpr int kBwdConsumers = 2;
 constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes. A kernel may spill a word (cuda/instances.def)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kKeyStages_, int kQStages_, int kDoStages_,
-          typename ScoreMod_>
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kKeyStages_, int kQStages_,
+          int kDoStages_, typename ScoreMod_>
 struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     using Groups = Warpgroups<kBwdConsumers, kBwdProducerLeast>;
     using T = T_;

@@ -30,7 +30,8 @@ __device__ __forceinline__ void cluster_sync() {
 
 // Starts to store a word in the peer's shared memory. `to` and `barrier` are addresses of peer_address(); the barrier counts the bytes.
 __device__ __forceinline__ void store_to_peer(uint32_t to, uint32_t value, uint32_t barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value), "r"(barrier) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(value), "r"(barrier)
+                 : "memory");
 }
 
 // Arrives at a barrier of the peer. `barrier` is an address of peer_address(). It publishes no data, it only says that a buffer is free: a
