@@ -38,6 +38,20 @@ __device__ __forceinline__ void add_to_dq_cell(float* cell, const float (&x)[4],
 #endif
 }
 
+// Adds four neighbouring columns of a row, from `col` on, to a cell.
+__device__ __forceinline__ void add_to_dq_cell(float* cell, float4 x, int row, int col) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(cell + 8 * row + col), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                 : "memory");
+#else
+    float* even = cell + 4 * row + col / 2;
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(even), "f"(x.x) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(even + kWarpSize), "f"(x.y) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(even + 1), "f"(x.z) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(even + kWarpSize + 1), "f"(x.w) : "memory");
+#endif
+}
+
 // Reads the eight columns of one row of a cell.
 __device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, int row) {
 #if __CUDA_ARCH__ >= 900
@@ -58,7 +72,7 @@ __device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, i
 // A row group after the end of the sequence does not exist. Its accumulators are zeros (or NaN, which may spread within the sequence), and
 // they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer
 // overlaps the additions with products.
-template <int kHeadDim, int kMTiles, int kNTiles>
+template <int kHeadDim, typename T = bf16, int kMTiles, int kNTiles>
 __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequence& sequence, int head, int row, int col,
                                           const Accumulator<kMTiles, kNTiles>& dq, int lane) {
     constexpr int kGroupElements = kDqGroupRows * kHeadDim;
@@ -74,7 +88,16 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) add_to_dq_cell(to[half] + j * kDqCellElements, dq.x[i][j], half, lane);
+            for (int half = 0; half < 2; ++half) {
+                if constexpr (sizeof(T) == 4) {
+                    if (j % 2) continue;
+                    const int in_pair = product_col(lane, 0);
+                    add_to_dq_cell(to[half] + (j + in_pair / 8) * kDqCellElements, product_columns(dq.x[i], j / 2, half), lane / 4,
+                                   in_pair % 8);
+                } else {
+                    add_to_dq_cell(to[half] + j * kDqCellElements, dq.x[i][j], half, lane);
+                }
+            }
     }
 }
 
