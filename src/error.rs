@@ -52,6 +52,14 @@ pub enum Error {
         /// The supported dtypes.
         supported: &'static str,
     },
+    /// An element type without CUDA kernels.
+    #[error("{tensor}: dtype {got:?} is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), or move them with to_device(&Device::Cpu)")]
+    CudaDType {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its dtype.
+        got: DType,
+    },
     /// Tensors of one call have different element types.
     #[error("{tensor}: dtype {got:?} differs from q's {expected:?}; convert one with to_dtype")]
     DTypeMismatch {
@@ -348,7 +356,7 @@ pub enum Error {
         /// Size of the last axis of v.
         head_dim_v: usize,
     },
-    /// Rows of a tensor are not 16-byte aligned. The CUDA kernels read 16 bytes at once.
+    /// Rows of a tensor do not begin at multiples of 8 elements. The CUDA kernels read 8 elements at once.
     #[error(
         "{tensor}: rows must begin at multiples of 8 elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
     )]

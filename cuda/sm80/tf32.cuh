@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kMTiles, kNTiles>& 
 template <int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_split(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     constexpr bool kWide = B::kOrder == Order::kTransposed;  // o, dq, dk and dv, whose accumulators fill the registers
-    constexpr int kTiles = kWide && kNTiles > kPartTiles ? kPartTiles : kNTiles;
+    constexpr int kTiles = !kWide ? kNTiles : kNTiles % kPartTiles == 0 ? kPartTiles : kPartTiles / 2;
     static_assert(kNTiles % kTiles == 0, "parts divide the columns");
 #pragma unroll
     for (int first_tile = 0; first_tile < kNTiles; first_tile += kTiles)

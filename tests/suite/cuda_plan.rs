@@ -473,9 +473,11 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
         let problem = problem(&Attention::new(), head_dim, dtype)?;
         Ok(plan(&problem, caps).expect_err("must be refused").to_string())
     };
-    let dtype = "is not supported (supported: F16, BF16 on CUDA); convert with to_dtype";
-    assert_eq!(refused(64, DType::F32, &H100)?, format!("q: dtype F32 {dtype}"));
-    assert_eq!(refused(64, DType::F64, &H100)?, format!("q: dtype F64 {dtype}"));
+    assert_eq!(
+        refused(64, DType::F64, &H100)?,
+        "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), \
+         or move them with to_device(&Device::Cpu)"
+    );
     let head_dim = "is not supported on CUDA (supported: multiples of 8 up to 256); pad or split the heads";
     for refused_dim in [1, 60, 257, 264, 512] {
         assert_eq!(refused(refused_dim, DType::F16, &H100)?, format!("head_dim {refused_dim} {head_dim}"));
@@ -636,11 +638,13 @@ fn the_table_has_every_variant_once() {
         assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
         let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);
         let variants: Vec<_> = KERNELS.iter().filter(of_line).map(variant).collect();
-        let want = [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)];
-        match kernel.pass {
-            Pass::Forward | Pass::Backward => assert_eq!(variants, want, "{}", kernel.name),
-            Pass::Delta | Pass::Convert => assert_eq!(variants, [want[0], want[2]], "{}", kernel.name),
-        }
+        let want: Vec<_> = match (kernel.pass, kernel.dtype) {
+            (Pass::Delta | Pass::Convert, _) => [DType::F16, DType::BF16, DType::F32].map(|dtype| (dtype, false)).to_vec(),
+            // Lines of f32 have tiles of their own.
+            (_, DType::F32) => vec![(DType::F32, false), (DType::F32, true)],
+            _ => vec![(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)],
+        };
+        assert_eq!(variants, want, "{}", kernel.name);
     }
 }
 

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::instances::KERNELS;
 use crate::problem::{Problem, Strides};
 
-/// Number of elements in 16 bytes. Kernels access q, k, v, o and their gradients in pieces of this size.
+/// Kernels access q, k, v, o and their gradients in pieces of this number of elements: 16 bytes of f16 and bf16, 32 bytes of f32.
 pub(super) const CHUNK: usize = 8;
 
 /// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -24,8 +24,8 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     if compute_cap < oldest {
         return Err(Error::ComputeCap { got: compute_cap, oldest });
     }
-    if !matches!(problem.dtype, DType::F16 | DType::BF16) {
-        return Err(Error::DType { tensor: "q", got: problem.dtype, supported: "F16, BF16 on CUDA" });
+    if !matches!(problem.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Err(Error::CudaDType { tensor: "q", got: problem.dtype });
     }
     let max = KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0);
     if problem.head_dim > max || !problem.head_dim.is_multiple_of(CHUNK) {
@@ -69,7 +69,7 @@ pub(crate) fn axes(strides: &Strides, shape: &[usize]) -> [(usize, usize); 3] {
     [(strides.row, shape[row_axis]), (strides.head, shape[head_axis]), (strides.batch, batch)]
 }
 
-/// Whether all rows of a tensor are 16-byte aligned. The kernels need this.
+/// Whether all rows of a tensor begin at whole pieces. The kernels need this.
 pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
     // The stride of an axis with one element is never used.
     let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));

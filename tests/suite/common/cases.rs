@@ -30,7 +30,7 @@ pub fn cpu_targets() -> Vec<Target> {
 }
 
 /// The types that the GPU kernels support.
-pub const GPU_DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+pub const GPU_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// The first GPU with each of its types. Empty without the feature `cuda` or without a GPU.
 ///
