@@ -356,13 +356,15 @@ pub enum Error {
         /// Size of the last axis of v.
         head_dim_v: usize,
     },
-    /// Rows of a tensor do not begin at multiples of 8 elements. The CUDA kernels read 8 elements at once.
+    /// Rows of a tensor are not 16-byte aligned. The CUDA kernels read 16 bytes at once.
     #[error(
-        "{tensor}: rows must begin at multiples of 8 elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
+        "{tensor}: rows must begin at multiples of {multiple} elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
     )]
     Alignment {
         /// Name of the tensor.
         tensor: &'static str,
+        /// Number of elements in 16 bytes.
+        multiple: usize,
         /// Index of its first element in its storage.
         offset: usize,
         /// Its strides from one sequence, row and head to the next.

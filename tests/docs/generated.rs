@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{ensure, Context, Result};
+use candle_core::DType;
 
 use super::records::{self, Records};
 use super::{claims, files, read, root, shapes, tables, update};
@@ -36,7 +37,8 @@ const TABLES: [(&str, &str, Table); 24] = [
     ("docs/gpt.md", "training", |records| tables::training(&records.h100)),
     ("docs/log/gpt.md", "gpt-steps", |records| tables::gpt_steps(&records.h100)),
     ("docs/design/hopper.md", "shapes", |_| Ok(shapes::hopper())),
-    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80())),
+    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80(DType::BF16))),
+    ("docs/design/sm80.md", "shapes-f32", |_| Ok(shapes::sm80(DType::F32))),
 ];
 
 /// The text in place of a table or figure for which the record has no rows.

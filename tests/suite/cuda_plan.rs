@@ -590,6 +590,12 @@ fn refusals_by_alignment() -> Result<()> {
     let query = zeros(&[2, 1, 1, 16], DType::BF16)?;
     assert_eq!(odd.stride(), [400, 80, 20, 1]);
     assert_eq!(text([&query, &odd, &odd])?, "no error");
+    // 16 bytes are 4 elements of f32.
+    let wide = zeros(&[2, 5, 4, 20], DType::F32)?;
+    let (fine, shifted) = (wide.narrow(3, 4, 16)?, wide.narrow(3, 2, 16)?);
+    let rule = "rows must begin at multiples of 4 elements on CUDA, got offset";
+    assert_eq!(text([&fine, &fine, &fine])?, "no error");
+    assert_eq!(text([&fine, &shifted, &fine])?, format!("k: {rule} 2 and strides [400, 80, 20] {way_out}"));
     Ok(())
 }
 
