@@ -14,24 +14,6 @@ constexpr int kDeltaThreads = 256;
 constexpr int kDeltaChunk = 8;      // elements of a thread: 16 bytes, or 32 of f32
 constexpr int kDeltaMinLanes = 4;  // threads per row at least: as many as read one row of head_dim 32
 
-// Reads eight neighbouring elements, 16 bytes at a time.
-template <typename T>
-__device__ __forceinline__ void load8(float2 (&x)[4], const T* from) {
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float4 chunk = reinterpret_cast<const float4*>(from)[i];
-            x[2 * i] = {chunk.x, chunk.y};
-            x[2 * i + 1] = {chunk.z, chunk.w};
-        }
-    } else {
-        const uint4 chunk = *reinterpret_cast<const uint4*>(from);
-        const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = unpack2<T>(pairs[i]);
-    }
-}
-
 template <typename T>
 __device__ __forceinline__ void delta(const DeltaParams& params) {
     const Shape& shape = params.shape;
@@ -49,11 +31,24 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {
         float sum = 0.f;
         if (row < sequence.seqlen_q && chunk * kDeltaChunk < shape.head_dim) {
-            float2 o[4], do_[4];
-            load8(o, gO + row * params.o_strides.row + chunk * kDeltaChunk);
-            load8(do_, gDo + row * params.do_strides.row + chunk * kDeltaChunk);
+            if constexpr (sizeof(T) == 2) {
+                const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
+                const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
+                const uint32_t a[4] = {o.x, o.y, o.z, o.w}, b[4] = {do_.x, do_.y, do_.z, do_.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum = fmaf(o[i].x, do_[i].x, fmaf(o[i].y, do_[i].y, sum));
+                for (int i = 0; i < 4; ++i) {
+                    const float2 x = unpack2<T>(a[i]), y = unpack2<T>(b[i]);
+                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+                }
+            } else {
+                const float4* o = reinterpret_cast<const float4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
+                const float4* do_ = reinterpret_cast<const float4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
+#pragma unroll
+                for (int i = 0; i < kDeltaChunk / 4; ++i) {
+                    const float4 x = o[i], y = do_[i];
+                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
+                }
+            }
         }
         for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
         if (chunk == 0 && row < sequence.seqlen_q) {
