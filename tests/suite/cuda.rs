@@ -104,7 +104,9 @@ impl Tiled {
         let counts = [2 * block_n, block_n + 1, block_n - 1, 0, 20];
         for side in [PaddingSide::Left, PaddingSide::Right] {
             let case = self.case(cases.len()).heads(2, 1).key_lengths(&counts, side);
-            cases.push(case.clone().batch(counts.len(), 17, 2 * block_n).mask(Mask::Causal));
+            // Under a causal mask, a sequence with keys must not have more queries than keys.
+            let seqlen_q = 17.min(block_n - 1);
+            cases.push(case.clone().batch(counts.len(), seqlen_q, 2 * block_n).mask(Mask::Causal));
             if case.alibi == Alibi::Off || side == PaddingSide::Left {
                 cases.push(case.batch(counts.len(), block_m + 1, 2 * block_n));
             }
