@@ -330,6 +330,12 @@ fn sanitizer_sweep_in_bf16() -> Result<()> {
     sweep(DType::BF16)
 }
 
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn sanitizer_sweep_in_f32() -> Result<()> {
+    sweep(DType::F32)
+}
+
 /// A call without options at every head_dim that the README promises.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
@@ -337,7 +343,7 @@ fn every_head_dim() -> Result<()> {
     let mut cases = Vec::new();
     for target in &gpu_targets_or_skip() {
         let chunk = chunk(&target.device);
-        for head_dim in (chunk..=cases::max_head_dim(&target.device)).step_by(chunk) {
+        for head_dim in (chunk..=cases::max_head_dim(&target.device, target.dtype)).step_by(chunk) {
             let case = Case::new(target).heads(4, 2).head_dim(head_dim).batch(2, 70, 150);
             cases.extend([Mask::None, Mask::Causal, window(40, 3)].map(|mask| case.clone().mask(mask)));
         }

@@ -645,7 +645,9 @@ fn the_table_has_every_variant_once() {
         let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);
         let variants: Vec<_> = KERNELS.iter().filter(of_line).map(variant).collect();
         let want: Vec<_> = match (kernel.pass, kernel.dtype) {
-            (Pass::Delta | Pass::Convert, _) => [DType::F16, DType::BF16, DType::F32].map(|dtype| (dtype, false)).to_vec(),
+            (Pass::Delta | Pass::Convert, _) => {
+                [DType::F16, DType::BF16, DType::F32].map(|dtype| (dtype, false)).to_vec()
+            }
             // Lines of f32 have tiles of their own.
             (_, DType::F32) => vec![(DType::F32, false), (DType::F32, true)],
             _ => vec![(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)],
