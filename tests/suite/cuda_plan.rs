@@ -430,6 +430,26 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     Ok(())
 }
 
+/// f32 runs on the kernels of sm80, on Hopper too. It has a forward for every head_dim and GPU. Above 128 its backward needs 163 KB.
+#[test]
+fn f32_has_kernels_of_its_own() -> Result<()> {
+    for caps in [H100, A100, RTX_3090] {
+        for head_dim in (8..=256).step_by(8) {
+            for attention in [Attention::new(), Attention::new().softcap(5.0)] {
+                let plan = plan(&problem(&attention, head_dim, DType::F32)?, &caps)?;
+                assert!(plan.launches().all(|launch| launch.kernel.dtype == DType::F32), "{plan:?}");
+                assert_eq!(forward(&plan).kernel.arch, Arch::Sm80);
+                assert_eq!(
+                    plan.backward.is_some(),
+                    caps != RTX_3090 || head_dim <= 128,
+                    "head_dim {head_dim}, {caps:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// On a GPU whose shared memory holds a forward and no backward, calls run whose inputs are not tracked for gradients. A
 /// tracked one is refused by the forward, with the reasons.
 #[test]
