@@ -1,7 +1,7 @@
 // dq = softmax_scale * dq_accum, rounded, with the layout of dq.
 //
 // Grid       (a warp for each row group and 32 columns, num_heads, batch). Warps past the end do nothing.
-// Work       8 elements per thread: it reads 32 bytes and writes 16. Four neighbouring lanes have the same row.
+// Work       8 elements per thread: it reads 32 bytes and writes 16, or 32 of f32. Four neighbouring lanes have the same row.
 #pragma once
 
 #include "core/dq_accum.cuh"
@@ -27,12 +27,17 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, shape, sequence, head);
     const int cell_col = col / kDqCellCols * kDqCellCols, half = col % kDqCellCols / 8;
     float x[8];
-    load_dq_cell(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + cell_col) * kDqGroupRows, lane / 4, half);
+    load_dq_cell<T>(x, params.dq_accum + ((first_group + group) * params.dq_accum_head_dim + cell_col) * kDqGroupRows, lane / 4, half);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] *= params.softmax_scale;
     T* to = row_of<T>(params.dq, params.dq_strides, sequence.batch, sequence.first_q + row, head);
-    *reinterpret_cast<uint4*>(to + col) =
-        make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+    if constexpr (sizeof(T) == 4) {
+        reinterpret_cast<float4*>(to + col)[0] = {x[0], x[1], x[2], x[3]};
+        reinterpret_cast<float4*>(to + col)[1] = {x[4], x[5], x[6], x[7]};
+    } else {
+        *reinterpret_cast<uint4*>(to + col) =
+            make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+    }
 }
 
 }  // namespace fa2

@@ -11,7 +11,7 @@
 namespace fa2 {
 
 constexpr int kDeltaThreads = 256;
-constexpr int kDeltaChunk = 8;      // elements that a thread reads at once, 16 bytes
+constexpr int kDeltaChunk = 8;      // elements of a thread: 16 bytes, or 32 of f32
 constexpr int kDeltaMinLanes = 4;  // threads per row at least: as many as read one row of head_dim 32
 
 template <typename T>
@@ -31,13 +31,23 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {
         float sum = 0.f;
         if (row < sequence.seqlen_q && chunk * kDeltaChunk < shape.head_dim) {
-            const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
-            const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
-            const uint32_t a[4] = {o.x, o.y, o.z, o.w}, b[4] = {do_.x, do_.y, do_.z, do_.w};
+            if constexpr (sizeof(T) == 2) {
+                const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
+                const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
+                const uint32_t a[4] = {o.x, o.y, o.z, o.w}, b[4] = {do_.x, do_.y, do_.z, do_.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 x = unpack2<T>(a[i]), y = unpack2<T>(b[i]);
-                sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+                for (int i = 0; i < 4; ++i) {
+                    const float2 x = unpack2<T>(a[i]), y = unpack2<T>(b[i]);
+                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+                }
+            } else {
+                const float4* o = reinterpret_cast<const float4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
+                const float4* do_ = reinterpret_cast<const float4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
+#pragma unroll
+                for (int i = 0; i < kDeltaChunk / 4; ++i) {
+                    const float4 x = o[i], y = do_[i];
+                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
+                }
             }
         }
         for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);

@@ -52,6 +52,14 @@ pub enum Error {
         /// The supported dtypes.
         supported: &'static str,
     },
+    /// An element type without CUDA kernels.
+    #[error("{tensor}: dtype {got:?} is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), or move them with to_device(&Device::Cpu)")]
+    CudaDType {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its dtype.
+        got: DType,
+    },
     /// Tensors of one call have different element types.
     #[error("{tensor}: dtype {got:?} differs from q's {expected:?}; convert one with to_dtype")]
     DTypeMismatch {
@@ -350,11 +358,13 @@ pub enum Error {
     },
     /// Rows of a tensor are not 16-byte aligned. The CUDA kernels read 16 bytes at once.
     #[error(
-        "{tensor}: rows must begin at multiples of 8 elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
+        "{tensor}: rows must begin at multiples of {multiple} elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
     )]
     Alignment {
         /// Name of the tensor.
         tensor: &'static str,
+        /// Number of elements in 16 bytes.
+        multiple: usize,
         /// Index of its first element in its storage.
         offset: usize,
         /// Its strides from one sequence, row and head to the next.

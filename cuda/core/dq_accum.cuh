@@ -27,41 +27,51 @@ __device__ __forceinline__ int64_t first_row_block(const RowBlocks& blocks, int 
     return sequence.batch * blocks.batch + head * blocks.head + first;
 }
 
-// Lane l has row l / 4 of a cell, and columns c, c + 1, c + 8 and c + 9 for c = 2 (l % 4). From 9.0 on, these four are next to each other.
-// Before, each of the four has 32 floats of its own, in the order of the lanes. All kernels of a GPU are compiled for the same side of 9.0,
-// so the backward and the conversion agree.
+// Lane l has row l / 4 of a cell, and four of its columns: c, c + 1, c + 8 and c + 9 for c = 2 (l % 4). For f32, c = 4 (l % 4) and they are
+// c, c + 2, c + 1 and c + 3 (product_columns()). From 9.0 on, these four are next to each other. Before, each of the four has 32 floats of
+// its own, in the order of the lanes. All kernels of a GPU are compiled for the same side of 9.0, so the backward and the conversion agree.
 
-// Adds row `half` of two neighbouring accumulators to a cell: x has the first two columns, y the others.
-__device__ __forceinline__ void add_to_dq_cell(float* cell, const float (&x)[4], const float (&y)[4], int half, int lane) {
-    const float elements[4] = {x[2 * half], x[2 * half + 1], y[2 * half], y[2 * half + 1]};
+// Adds a lane's four elements to a cell.
+__device__ __forceinline__ void add_to_dq_cell(float* cell, const float4& x, int lane) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(cell + 4 * lane), "f"(elements[0]), "f"(elements[1]),
-                 "f"(elements[2]), "f"(elements[3])
-                 : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(cell + 4 * lane), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 #else
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-        asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + e * kWarpSize + lane), "f"(elements[e]) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + lane), "f"(x.x) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + kWarpSize + lane), "f"(x.y) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + 2 * kWarpSize + lane), "f"(x.z) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + 3 * kWarpSize + lane), "f"(x.w) : "memory");
 #endif
 }
 
-// Reads eight columns of one row of a cell: the first ones, or the last ones if `half` is 1.
-__device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, int row, int half) {
+// The four elements of one lane of a row of a cell.
+__device__ __forceinline__ float4 load_dq_lane(const float* cell, int row, int lane_in_row) {
+    const int lane = 4 * row + lane_in_row;
 #if __CUDA_ARCH__ >= 900
-    const float2* from = reinterpret_cast<const float2*>(cell + kDqCellCols * row) + half;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 columns = from[2 * i];
-        x[2 * i] = columns.x;
-        x[2 * i + 1] = columns.y;
-    }
+    return reinterpret_cast<const float4*>(cell)[lane];
 #else
-    const float4* from = reinterpret_cast<const float4*>(cell + 2 * half * kWarpSize) + row;
-    const float4 even = from[0], odd = from[kWarpSize / 4];
-    const float columns[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = columns[i];
+    return make_float4(cell[lane], cell[kWarpSize + lane], cell[2 * kWarpSize + lane], cell[3 * kWarpSize + lane]);
 #endif
+}
+
+// Reads eight columns of one row of a cell: the first ones, or the last ones if `half` is 1. T: the type of q.
+template <typename T>
+__device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, int row, int half) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float4 lane = load_dq_lane(cell, row, 2 * half + i);
+            const float columns[4] = {lane.x, lane.z, lane.y, lane.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[4 * i + e] = columns[e];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float4 lane = load_dq_lane(cell, row, i);
+            x[2 * i] = half == 0 ? lane.x : lane.z;
+            x[2 * i + 1] = half == 0 ? lane.y : lane.w;
+        }
+    }
 }
 
 // Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
@@ -87,7 +97,7 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
         for (int j = 0; j < kNTiles; j += 2)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                add_to_dq_cell(to[half] + j / 2 * kDqCellElements, dq.x[i][j], dq.x[i][j + 1], half, lane);
+                add_to_dq_cell(to[half] + j / 2 * kDqCellElements, row_of_pair(dq.x[i], j / 2, half), lane);
     }
 }
 
@@ -99,11 +109,8 @@ __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Ac
 #pragma unroll
     for (int j = 0; j < kNTiles; j += 2)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float(&x)[4] = dq.x[0][j], (&y)[4] = dq.x[0][j + 1];
-            *reinterpret_cast<float4*>(to + half * kDqGroupRows * kHeadDim + j / 2 * kDqCellElements) =
-                make_float4(x[2 * half], x[2 * half + 1], y[2 * half], y[2 * half + 1]);
-        }
+        for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float4*>(to + half * kDqGroupRows * kHeadDim + j / 2 * kDqCellElements) = row_of_pair(dq.x[0], j / 2, half);
 }
 
 // Index of a tile of queries, for its semaphore.

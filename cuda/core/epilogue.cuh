@@ -20,7 +20,7 @@ __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence&
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + 16 * i + fragment_row(lane, half);
             const bool stored = row < sequence.seqlen_q;
-            if (params.o_is_f32) {
+            if (sizeof(T) == 2 && params.o_is_f32) {
                 float* to = row_of<float>(params.o, params.o_strides, sequence.batch, sequence.first_q + row, head);
                 to += fragment_col(lane, 0);
 #pragma unroll

@@ -46,6 +46,22 @@ struct Accumulator {
 __device__ __forceinline__ int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }
 __device__ __forceinline__ int fragment_col(int lane, int n_tile) { return 8 * n_tile + 2 * (lane % 4); }
 
+// A thread's elements of row `half` of its two, in a pair of neighbouring n8 tiles.
+template <int kNTiles>
+__device__ __forceinline__ float4 row_of_pair(const float (&x)[kNTiles][4], int pair, int half) {
+    const float(&a)[4] = x[2 * pair], (&b)[4] = x[2 * pair + 1];
+    return {a[2 * half], a[2 * half + 1], b[2 * half], b[2 * half + 1]};
+}
+
+// The f32 kernels load the B operand of o, dq, dk and dv such that a thread's accumulators of a pair of n8 tiles, 16 columns, are
+// neighbours: columns 4 (lane % 4) .. 4 (lane % 4) + 3 of row `half` of its two (OperandB of sm80/matmul.cuh).
+template <int kNTiles>
+__device__ __forceinline__ float4 product_columns(const float (&x)[kNTiles][4], int pair, int half) {
+    const float4 row = row_of_pair(x, pair, half);
+    return {row.x, row.z, row.y, row.w};
+}
+__device__ __forceinline__ int product_col(int lane, int pair) { return 16 * pair + 4 * (lane % 4); }
+
 // Calls `visit` with each element of a block of accumulators that begins at (first_row, first_col), and with its row and column.
 template <int kMTiles, int kNTiles, typename Visit>
 __device__ __forceinline__ void visit_elements(Accumulator<kMTiles, kNTiles>& block, int first_row, int first_col, int lane,
@@ -59,13 +75,19 @@ __device__ __forceinline__ void visit_elements(Accumulator<kMTiles, kNTiles>& bl
                 visit(block.x[i][j][e], first_row + 16 * i + fragment_row(lane, e / 2), first_col + fragment_col(lane, j) + e % 2);
 }
 
-// The A operand of k-step `k_step` (16 columns), from accumulators of the same rows. It needs rounding, but no shuffle.
+// The A operand of k-step `k_step` (16 columns, or 8 of f32), from accumulators of the same rows. It needs rounding, but no shuffle. In
+// f32 the columns of each 8 are in the order 0 2 4 6 1 3 5 7, and the rows of B must be too.
 template <typename T, int kNTiles>
 __device__ __forceinline__ void to_a_operand(uint32_t (&a)[4], const float (&x)[kNTiles][4], int k_step) {
-    a[0] = pack2<T>(x[2 * k_step][0], x[2 * k_step][1]);
-    a[1] = pack2<T>(x[2 * k_step][2], x[2 * k_step][3]);
-    a[2] = pack2<T>(x[2 * k_step + 1][0], x[2 * k_step + 1][1]);
-    a[3] = pack2<T>(x[2 * k_step + 1][2], x[2 * k_step + 1][3]);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[e] = __float_as_uint(x[k_step][e / 2 + e % 2 * 2]);
+    } else {
+        a[0] = pack2<T>(x[2 * k_step][0], x[2 * k_step][1]);
+        a[1] = pack2<T>(x[2 * k_step][2], x[2 * k_step][3]);
+        a[2] = pack2<T>(x[2 * k_step + 1][0], x[2 * k_step + 1][1]);
+        a[3] = pack2<T>(x[2 * k_step + 1][2], x[2 * k_step + 1][3]);
+    }
 }
 
 // Four neighbouring lanes hold 4 bytes of each of four 16-byte chunks of their row. Afterwards lane i of the four holds chunk i.

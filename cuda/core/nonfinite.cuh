@@ -23,13 +23,12 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// The inner product of two rows of 16-bit elements, summed in f32.
+// The inner product of two rows, summed in f32.
 template <typename T>
 __device__ __forceinline__ float dot(const T* a, const T* b, int head_dim) {
-    const uint32_t *pairs_a = reinterpret_cast<const uint32_t*>(a), *pairs_b = reinterpret_cast<const uint32_t*>(b);
     float2 sum = {0.f, 0.f};
     for (int i = 0; i < head_dim / 2; ++i) {
-        const float2 x = unpack2<T>(pairs_a[i]), y = unpack2<T>(pairs_b[i]);
+        const float2 x = load2(a, i), y = load2(b, i);
         sum.x = fmaf(x.x, y.x, sum.x);
         sum.y = fmaf(x.y, y.y, sum.y);
     }
@@ -63,7 +62,9 @@ __device__ __forceinline__ void write_row(const FwdParams& params, const Sequenc
         const int pair = lane + i * kWarpSize;
         if (pair >= pairs) continue;
         const float2 x = {o[i].x * scale, o[i].y * scale};
-        if (params.o_is_f32) {
+        if constexpr (sizeof(T) == 4) {
+            o_f32[pair] = x;
+        } else if (params.o_is_f32) {
             o_f32[pair] = x;
         } else {
             o_rounded[pair] = pack2<T>(x.x, x.y);
@@ -98,13 +99,13 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
         const float s = score_or_hidden(first + lane);
         const float p = s == -INFINITY ? -0.f : exp2_approx(fmaf(s, scale_log2, -offset));
         row_sum += p;
-        const float rounded = unpack2<T>(pack2<T>(p, p)).x;
+        const float rounded = round_to<T>(p);
         for (int other = 0; other < min(kWarpSize, keys.end - first); ++other) {
             const float weight = __shfl_sync(~0u, rounded, other);
-            const uint32_t* values = reinterpret_cast<const uint32_t*>(v + (first + other) * params.v_strides.row);
+            const T* values = v + (first + other) * params.v_strides.row;
             for (int i = 0; i < kPairs; ++i) {
                 const int pair = lane + i * kWarpSize;
-                const float2 x = pair < pairs ? unpack2<T>(values[pair]) : float2{};
+                const float2 x = pair < pairs ? load2(values, pair) : float2{};
                 o[i].x += weigh(weight, x.x);
                 o[i].y += weigh(weight, x.y);
             }

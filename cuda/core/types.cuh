@@ -50,6 +50,20 @@ __device__ __forceinline__ float2 unpack2<bf16>(uint32_t packed) {
     return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&packed));
 }
 
+// x rounded to T.
+template <typename T>
+__device__ __forceinline__ float round_to(float x) {
+    if constexpr (sizeof(T) == 4) return x;
+    else return unpack2<T>(pack2<T>(x, x)).x;
+}
+
+// Elements 2i and 2i + 1 of a row.
+template <typename T>
+__device__ __forceinline__ float2 load2(const T* row, int i) {
+    if constexpr (sizeof(T) == 4) return reinterpret_cast<const float2*>(row)[i];
+    else return unpack2<T>(reinterpret_cast<const uint32_t*>(row)[i]);
+}
+
 // Returns x, but the compiler no longer knows its value. It then recomputes what depends on x where it is used, instead of
 // keeping it in registers across a loop.
 __device__ __forceinline__ int opaque(int x) {

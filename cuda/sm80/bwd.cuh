@@ -64,9 +64,9 @@ struct BwdTraits {
     // The additions to dq_accum then run during the products of dk: 318 TFLOP/s at head_dim 128, 297 with dk before dq (tune.py, full mask,
     // 4k tokens, H200). With one stage, dk comes first, because the copies of the next q and do wait for it.
     static constexpr bool kDqBeforeDk = kStages == 2 && !kDefersDq;
-    using TileQ = Tile<kBlockM, kHeadDim>;
-    using TileK = Tile<kBlockN, kHeadDim>;
-    using TileP = Tile<kBlockM, kBlockN>;
+    using TileQ = TileOf<T, kBlockM, kHeadDim>;
+    using TileK = TileOf<T, kBlockN, kHeadDim>;
+    using TileP = TileOf<T, kBlockM, kBlockN>;
     using TileDs = TileP;
     static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
     static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kRowValuesBytes;
@@ -264,28 +264,29 @@ __device__ __forceinline__ void recompute(const Block& block, const QueryTile& t
 
     WarpP<Traits> warp_p;
     warp_p.p.clear();
-    multiply_ahead<T, Traits::kHeadDim / 16>(
+    multiply_ahead<T, Traits::kHeadDim / kStepK<T>>(
         warp_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sK, warp.s_col, lane));
     to_p(warp_p, block, tile, stage_offset);
     if (masked) hide(warp_p.p, block.sees, first_row, first_col, lane, 0.f);
-    store_fragment<T, TileP>(shared, Traits::sP, warp_p.p, warp.s_row, warp.s_col, lane);
+    store_operand<T, TileP>(shared, Traits::sP, warp_p.p, warp.s_row, warp.s_col, lane);
 
     Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
     ds.clear();
-    multiply_ahead<T, Traits::kHeadDim / 16>(
+    multiply_ahead<T, Traits::kHeadDim / kStepK<T>>(
         ds, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sDo, warp.s_row, lane),
         OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sV, warp.s_col, lane));
     to_ds(ds, warp_p, block, stage_offset);
-    store_fragment<T, TileDs>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
+    store_operand<T, TileDs>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
 }
 
 // dq_accum += dS k, of one tile of queries. kOrdered: in the order of DqSemaphores.
 template <bool kOrdered, typename Traits>
 __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const QueryTile& tile, uint32_t ds_offset) {
+    using T = typename Traits::T;
     Accumulator<Traits::kDqMTiles, Traits::kDqDTiles> dq;
     dq.clear();
-    multiply<typename Traits::T, Traits::kBlockN / 16>(
+    multiply<T, Traits::kBlockN / kStepK<T>>(
         dq,
         OperandA<typename Traits::TileDs, Order::kContiguousK>(block.shared + ds_offset, Traits::sDs, block.warp.dq_row, block.lane),
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
@@ -329,14 +330,14 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
         if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileDs::kBytes - ds_offset);
         recompute(block, tile, stage_offset, ds_offset);
         team_sync<Traits::kTeamThreads>(warp.team);  // the team's P and dS are in shared memory
-        multiply<T, Traits::kBlockM / 16>(
+        multiply<T, Traits::kBlockM / kStepK<T>>(
             dv, OperandA<TileP, Order::kTransposed>(shared, Traits::sP, warp.kv_row, lane),
             OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sDo, warp.kv_col, lane));
         if constexpr (Traits::kDqBeforeDk) {
             __syncthreads();  // all of dS is in shared memory
             add_dq<kOrdered>(block, tile, 0);
         }
-        multiply<T, Traits::kBlockM / 16>(
+        multiply<T, Traits::kBlockM / kStepK<T>>(
             dk, OperandA<TileDs, Order::kTransposed>(shared + ds_offset, Traits::sDs, warp.kv_row, lane),
             OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sQ, warp.kv_col, lane));
         if constexpr (Traits::kStages == 1) {
@@ -359,8 +360,8 @@ __device__ __forceinline__ void write_keys(const BwdBlock<Traits>& block, BlockK
     const BwdParams& params = block.params;
     dk.scale(params.softmax_scale);
     __syncthreads();  // every warp is done with k and v
-    store_fragment<T, TileK>(block.shared, Traits::sK, dk, block.warp.kv_row, block.warp.kv_col, block.lane);
-    store_fragment<T, TileK>(block.shared, Traits::sV, dv, block.warp.kv_row, block.warp.kv_col, block.lane);
+    store_product<T, TileK>(block.shared, Traits::sK, dk, block.warp.kv_row, block.warp.kv_col, block.lane);
+    store_product<T, TileK>(block.shared, Traits::sV, dv, block.warp.kv_row, block.warp.kv_col, block.lane);
     __syncthreads();
     const auto store = [&](void* to, uint32_t from) {
         T* rows = row_of<T>(to, params.dk_strides, block.sequence.batch, block.sequence.first_k + block.cols.begin, block.head_k);

@@ -39,8 +39,8 @@ struct FwdTraits {
     static constexpr int kMTiles = kWarpRows / 16;
     static constexpr int kNTiles = kBlockN / 8;
     static constexpr int kDTiles = kHeadDim / 8;
-    using TileQ = Tile<kBlockM, kHeadDim>;
-    using TileK = Tile<kBlockN, kHeadDim>;
+    using TileQ = TileOf<T, kBlockM, kHeadDim>;
+    using TileK = TileOf<T, kBlockN, kHeadDim>;
     static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileK::kBytes;
     static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
     static_assert(kBlockM % kWarps == 0 && kWarpRows % 16 == 0, "a warp owns whole m16 tiles");
@@ -109,7 +109,7 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
         cp_async_commit();
         Accumulator<Traits::kMTiles, Traits::kNTiles> s;
         s.clear();
-        multiply_ahead<T, Traits::kHeadDim / 16>(
+        multiply_ahead<T, Traits::kHeadDim / kStepK<T>>(
             s, OperandA<typename Traits::TileQ, Order::kContiguousK>(shared, Traits::sQ, block.warp_row, lane),
             OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(shared, Traits::sK, 0, lane));
         if constexpr (!ScoreMod::kIdentity) apply(score_mod, s, first_row, first_col, lane);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
         cp_async_commit();
         softmax.step(s, o, ScoreMod::scale_log2(shape));
         // S: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
-        multiply_ahead<T, Traits::kBlockN / 16>(
+        multiply_ahead<T, Traits::kBlockN / kStepK<T>>(
             o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
             OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(shared, Traits::sV, 0, lane));
     }

@@ -119,7 +119,7 @@ impl Upstream {
 fn readable(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
     let shape = problem.shape_o();
     match Strides::of("do", grad.layout(), problem.output_layout) {
-        Ok(strides) if aligned(&strides, &shape) && in_reach(&strides, &shape) => Ok(grad.clone()),
+        Ok(strides) if aligned(&strides, &shape, problem.dtype) && in_reach(&strides, &shape) => Ok(grad.clone()),
         _ => grad.force_contiguous(),
     }
 }

@@ -12,6 +12,7 @@ use super::launch::Launcher;
 pub(super) trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + WithDType {}
 impl Element for f16 {}
 impl Element for bf16 {}
+impl Element for f32 {}
 
 /// Uninitialised memory, at least one element, because the driver refuses to allocate 0 bytes.
 pub(super) fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {

@@ -25,6 +25,7 @@ pub(crate) fn forward(call: &Call, output: Output, inputs: Inputs<&CudaStorage>)
     match call.problem.dtype {
         DType::F16 => forward::forward::<f16>(call, output, inputs),
         DType::BF16 => forward::forward::<bf16>(call, output, inputs),
+        DType::F32 => forward::forward::<f32>(call, output, inputs),
         other => unreachable!("Plan accepts no {other:?} on CUDA"),
     }
 }
@@ -34,6 +35,7 @@ pub(crate) fn backward(call: &Call, output: Output, tensors: BackwardInputs<Tens
     match call.problem.dtype {
         DType::F16 => backward::separate::<f16>(call, output, tensors),
         DType::BF16 => backward::separate::<bf16>(call, output, tensors),
+        DType::F32 => backward::separate::<f32>(call, output, tensors),
         other => unreachable!("Plan accepts no {other:?} on CUDA"),
     }
 }
@@ -43,6 +45,7 @@ pub(crate) fn backward_fused(call: &Call, output: Output, tensors: BackwardInput
     match call.problem.dtype {
         DType::F16 => backward::fused::<f16>(call, output, tensors),
         DType::BF16 => backward::fused::<bf16>(call, output, tensors),
+        DType::F32 => backward::fused::<f32>(call, output, tensors),
         other => unreachable!("Plan accepts no {other:?} on CUDA"),
     }
 }

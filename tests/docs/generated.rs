@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{ensure, Context, Result};
+use candle_core::DType;
 
 use super::records::{self, Records};
 use super::{claims, files, read, root, shapes, tables, update};
@@ -10,7 +11,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 type Table = fn(&Records) -> Result<String>;
 
 /// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
-const TABLES: [(&str, &str, Table); 24] = [
+const TABLES: [(&str, &str, Table); 25] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
     ("README.md", "gpu-plot", |records| {
@@ -36,7 +37,8 @@ const TABLES: [(&str, &str, Table); 24] = [
     ("docs/gpt.md", "training", |records| tables::training(&records.h100)),
     ("docs/log/gpt.md", "gpt-steps", |records| tables::gpt_steps(&records.h100)),
     ("docs/design/hopper.md", "shapes", |_| Ok(shapes::hopper())),
-    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80())),
+    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80(DType::BF16))),
+    ("docs/design/sm80.md", "shapes-f32", |_| Ok(shapes::sm80(DType::F32))),
 ];
 
 /// The text in place of a table or figure for which the record has no rows.

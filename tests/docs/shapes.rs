@@ -5,11 +5,11 @@ use candle_fa2::testing::{Arch, Kernel, Pass, KERNELS};
 
 use super::tables::head;
 
-/// One kernel for each line of cuda/instances.def. Its other kernels, of other dtypes or with a score_mod, have the same shape.
-fn lines(arch: Arch, pass: Pass) -> impl Iterator<Item = &'static Kernel> {
-    KERNELS.iter().filter(move |kernel| {
-        (kernel.arch, kernel.pass, kernel.dtype, kernel.score_mod) == (arch, pass, DType::BF16, false)
-    })
+/// One kernel for each line of cuda/instances.def. Its other kernels, of f16 or with a score_mod, have the same shape.
+fn lines(arch: Arch, dtype: DType, pass: Pass) -> impl Iterator<Item = &'static Kernel> {
+    KERNELS
+        .iter()
+        .filter(move |kernel| (kernel.arch, kernel.pass, kernel.dtype, kernel.score_mod) == (arch, pass, dtype, false))
 }
 
 fn kib(kernel: &Kernel) -> String {
@@ -28,20 +28,20 @@ pub fn hopper() -> String {
             let consumers = kernel.warps / WARPS_OF_A_WARPGROUP - 1;
             format!("| {name} | {head_dim} | {block_m} x {block_n} | {consumers} | {} |\n", kib(kernel))
         };
-        table += &lines(Arch::Sm90, pass).map(line).collect::<String>();
+        table += &lines(Arch::Sm90, DType::BF16, pass).map(line).collect::<String>();
     }
     table
 }
 
-/// Both passes on mma.sync.
-pub fn sm80() -> String {
+/// Both passes on mma.sync, for f16 and bf16 or for f32.
+pub fn sm80(dtype: DType) -> String {
     let mut table = head(&["pass", "head_dim up to", "block_m x block_n", "warps", "shared memory"]);
     for (pass, name) in PASSES {
         let line = |kernel: &Kernel| {
             let &Kernel { head_dim, block_m, block_n, warps, .. } = kernel;
             format!("| {name} | {head_dim} | {block_m} x {block_n} | {warps} | {} |\n", kib(kernel))
         };
-        table += &lines(Arch::Sm80, pass).map(line).collect::<String>();
+        table += &lines(Arch::Sm80, dtype, pass).map(line).collect::<String>();
     }
     table
 }

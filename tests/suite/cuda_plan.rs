@@ -467,6 +467,26 @@ fn a_plan_says_why_kernels_were_not_taken() -> Result<()> {
     Ok(())
 }
 
+/// f32 runs on the kernels of sm80, on Hopper too. It has a forward for every head_dim and GPU. Above 128 its backward needs 163 KB.
+#[test]
+fn f32_has_kernels_of_its_own() -> Result<()> {
+    for caps in [H100, A100, RTX_3090] {
+        for head_dim in (8..=256).step_by(8) {
+            for attention in [Attention::new(), Attention::new().softcap(5.0)] {
+                let plan = plan(&problem(&attention, head_dim, DType::F32)?, &caps)?;
+                assert!(plan.launches().all(|launch| launch.kernel.dtype == DType::F32), "{plan:?}");
+                assert_eq!(forward(&plan).kernel.arch, Arch::Sm80);
+                assert_eq!(
+                    plan.backward.is_some(),
+                    caps != RTX_3090 || head_dim <= 128,
+                    "head_dim {head_dim}, {caps:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// On a GPU whose shared memory holds a forward and no backward, calls run whose inputs are not tracked for gradients. A
 /// tracked one is refused by the forward, with the reasons.
 #[test]
@@ -510,9 +530,11 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
         let problem = problem(&Attention::new(), head_dim, dtype)?;
         Ok(plan(&problem, caps).expect_err("must be refused").to_string())
     };
-    let dtype = "is not supported (supported: F16, BF16 on CUDA); convert with to_dtype";
-    assert_eq!(refused(64, DType::F32, &H100)?, format!("q: dtype F32 {dtype}"));
-    assert_eq!(refused(64, DType::F64, &H100)?, format!("q: dtype F64 {dtype}"));
+    assert_eq!(
+        refused(64, DType::F64, &H100)?,
+        "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), \
+         or move them with to_device(&Device::Cpu)"
+    );
     let head_dim = "is not supported on CUDA (supported: multiples of 8 up to 256); pad or split the heads";
     for refused_dim in [1, 60, 257, 264, 512] {
         assert_eq!(refused(refused_dim, DType::F16, &H100)?, format!("head_dim {refused_dim} {head_dim}"));
@@ -625,6 +647,12 @@ fn refusals_by_alignment() -> Result<()> {
     let query = zeros(&[2, 1, 1, 16], DType::BF16)?;
     assert_eq!(odd.stride(), [400, 80, 20, 1]);
     assert_eq!(text([&query, &odd, &odd])?, "no error");
+    // 16 bytes are 4 elements of f32.
+    let wide = zeros(&[2, 5, 4, 20], DType::F32)?;
+    let (fine, shifted) = (wide.narrow(3, 4, 16)?, wide.narrow(3, 2, 16)?);
+    let rule = "rows must begin at multiples of 4 elements on CUDA, got offset";
+    assert_eq!(text([&fine, &fine, &fine])?, "no error");
+    assert_eq!(text([&fine, &shifted, &fine])?, format!("k: {rule} 2 and strides [400, 80, 20] {way_out}"));
     Ok(())
 }
 
@@ -673,11 +701,15 @@ fn the_table_has_every_variant_once() {
         assert_eq!(KERNELS.iter().filter(|other| other.name == kernel.name).count(), 1, "{}", kernel.name);
         let of_line = |other: &&Kernel| (other.image, other.pass) == (kernel.image, kernel.pass);
         let variants: Vec<_> = KERNELS.iter().filter(of_line).map(variant).collect();
-        let want = [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)];
-        match kernel.pass {
-            Pass::Forward | Pass::Backward => assert_eq!(variants, want, "{}", kernel.name),
-            Pass::Delta | Pass::Convert => assert_eq!(variants, [want[0], want[2]], "{}", kernel.name),
-        }
+        let want: Vec<_> = match (kernel.pass, kernel.dtype) {
+            (Pass::Delta | Pass::Convert, _) => {
+                [DType::F16, DType::BF16, DType::F32].map(|dtype| (dtype, false)).to_vec()
+            }
+            // Lines of f32 have tiles of their own.
+            (_, DType::F32) => vec![(DType::F32, false), (DType::F32, true)],
+            _ => vec![(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)],
+        };
+        assert_eq!(variants, want, "{}", kernel.name);
     }
 }
 

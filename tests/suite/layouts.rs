@@ -223,7 +223,8 @@ fn rows_between_chunks_are_refused_on_a_gpu() -> Result<()> {
         for (name, views) in [("q", [odd, plain, plain]), ("k", [plain, odd, plain]), ("v", [plain, plain, odd])] {
             let seen = Bases::draw_in_chunks(&case, views, 1)?.views(views)?;
             let error = Attention::new().forward(&seen[0], &seen[1], &seen[2]).expect_err("odd rows are not read");
-            let start = format!("{name}: rows must begin at multiples of 8 elements on CUDA, got offset ");
+            let multiple = 16 / target.dtype.size_in_bytes();
+            let start = format!("{name}: rows must begin at multiples of {multiple} elements on CUDA, got offset ");
             let text = error.to_string();
             ensure!(text.starts_with(&start) && text.ends_with("; call .force_contiguous()"), "{text}");
             let copies = seen.iter().map(Tensor::force_contiguous).collect::<candle_core::Result<Vec<_>>>()?;

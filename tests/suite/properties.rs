@@ -62,7 +62,7 @@ fn alibis() -> impl Strategy<Value = Alibi> {
 /// Values of head_dim: up to 40 on the CPU. A GPU has kernels for several values of head_dim, so all of them are drawn, and
 /// small ones more often.
 fn head_dims(targets: &[Target]) -> impl Strategy<Value = usize> {
-    let most = targets.iter().map(|target| cases::max_head_dim(&target.device)).min().expect("a target");
+    let most = targets.iter().map(|target| cases::max_head_dim(&target.device, target.dtype)).min().expect("a target");
     if targets.iter().all(|target| target.device.is_cpu()) {
         (1usize..40).boxed()
     } else {

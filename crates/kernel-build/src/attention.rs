@@ -5,7 +5,9 @@ use crate::shared;
 
 const F16: Dtype = Dtype { name: "f16", cuda: "fa2::f16", rust: "F16", bytes: 2 };
 const BF16: Dtype = Dtype { name: "bf16", cuda: "fa2::bf16", rust: "BF16", bytes: 2 };
+const F32: Dtype = Dtype { name: "f32", cuda: "float", rust: "F32", bytes: 4 };
 const HALVES: &[Dtype] = &[F16, BF16];
+const ALL: &[Dtype] = &[F16, BF16, F32];
 
 const SM80: Arch = Arch { sm: 80, exact: false };
 const SM90: Arch = Arch { sm: 90, exact: true };
@@ -13,8 +15,9 @@ const SM90: Arch = Arch { sm: 90, exact: true };
 const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_mod: false };
 const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
 
-/// Every family that a line of cuda/instances.def may name.
-pub static FAMILIES: [Family; 6] = [
+/// Every family that a line of cuda/instances.def may name. f32 has the templates of f16 and bf16, but tiles of its own. So its lines have
+/// passes of their own.
+pub static FAMILIES: [Family; 8] = [
     Family {
         pass: "fwd",
         arch: SM80,
@@ -88,13 +91,49 @@ pub static FAMILIES: [Family; 6] = [
         }],
     },
     Family {
+        pass: "fwd_f32",
+        arch: SM80,
+        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks"],
+        flags: &[],
+        header: "sm80/fwd.cuh",
+        template: Template::Traits("fa2::sm80::FwdTraits"),
+        dtypes: &[F32],
+        entries: &[Entry {
+            symbol: "fwd_sm80_f32_d{head_dim}_{block_m}x{block_n}",
+            pass: "Forward",
+            function: "fa2::sm80::forward",
+            params: "FwdParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN, SCORE_MOD],
+            shared_bytes: Some(shared::fwd_sm80),
+        }],
+    },
+    Family {
+        pass: "bwd_f32",
+        arch: SM80,
+        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks", "stages", "warps_m", "warps_n", "warps_q"],
+        flags: &[],
+        header: "sm80/bwd.cuh",
+        template: Template::Traits("fa2::sm80::BwdTraits"),
+        dtypes: &[F32],
+        entries: &[Entry {
+            symbol: "bwd_sm80_f32_d{head_dim}_{block_m}x{block_n}_s{stages}",
+            pass: "Backward",
+            function: "fa2::sm80::backward",
+            params: "BwdParams",
+            grid: Grid::Tiles,
+            variants: &[PLAIN, SCORE_MOD],
+            shared_bytes: Some(shared::bwd_sm80),
+        }],
+    },
+    Family {
         pass: "delta",
         arch: SM80,
         columns: &["warps"],
         flags: &[],
         header: "delta.cuh",
         template: Template::Dtype { threads: "fa2::kDeltaThreads" },
-        dtypes: HALVES,
+        dtypes: ALL,
         entries: &[Entry {
             symbol: "delta_{dtype}",
             pass: "Delta",
@@ -112,7 +151,7 @@ pub static FAMILIES: [Family; 6] = [
         flags: &[],
         header: "convert.cuh",
         template: Template::Dtype { threads: "fa2::kConvertThreads" },
-        dtypes: HALVES,
+        dtypes: ALL,
         entries: &[Entry {
             symbol: "convert_{dtype}",
             pass: "Convert",

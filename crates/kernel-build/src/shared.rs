@@ -78,11 +78,13 @@ mod tests {
             ("KERNEL(bwd, sm80, 64, 32, 128, 4, 1, 2, 1, 4, 1)", 72.5), // two buffers of dS
             ("KERNEL(bwd, sm80, 128, 64, 128, 8, 1, 2, 2, 4, 4)", 161.0),
             ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 1, 2, 4, 2)", 96.25),
+            ("KERNEL(fwd_f32, sm80, 128, 128, 64, 8, 1)", 128.0),
+            ("KERNEL(bwd_f32, sm80, 128, 64, 64, 8, 1, 2, 4, 2, 2)", 225.0),
         ] {
             let table = Table::parse(line, "lines", &FAMILIES).expect("the line is right");
             let line = &table.lines[0];
             let formula = line.family.entries[0].shared_bytes.expect("the pass has shared memory");
-            assert_eq!(formula(line, 2) as f64 / 1024.0, kib, "{}", line.family.form());
+            assert_eq!(formula(line, line.family.dtypes[0].bytes) as f64 / 1024.0, kib, "{}", line.family.form());
         }
     }
 }

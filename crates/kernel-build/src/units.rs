@@ -207,7 +207,11 @@ mod tests {
         // The conversion of dq_accum has no score_mod.
         let names: Vec<String> =
             unit("KERNEL(convert, sm80, 4)").kernels.into_iter().map(|kernel| kernel.name).collect();
-        assert_eq!(names, ["convert_f16", "convert_bf16"]);
+        assert_eq!(names, ["convert_f16", "convert_bf16", "convert_f32"]);
+        // Tiles of f32 are in lines of their own.
+        let forward = unit("KERNEL(fwd_f32, sm80, 64, 64, 64, 4, 2)");
+        let names: Vec<&str> = forward.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
+        assert_eq!(names, ["fwd_sm80_f32_d64_64x64", "fwd_sm80_f32_d64_64x64_score_mod"]);
     }
 
     #[test]
@@ -244,8 +248,8 @@ fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::Sm90FwdParams p
         let kernel = "\
 static_assert(Same<fa2::kDeltaThreads, 256>::kHere);
 extern \"C\" __global__ void __launch_bounds__(256)
-delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
-    fa2::delta<fa2::bf16>(params);
+delta_f32(const __grid_constant__ fa2::DeltaParams params) {
+    fa2::delta<float>(params);
 }
 ";
         assert!(source.ends_with(kernel), "{source}");
@@ -266,7 +270,7 @@ delta_bf16(const __grid_constant__ fa2::DeltaParams params) {
     fn rust_rows_have_what_a_launch_needs() {
         let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 1)")];
         let table = rust_table(&units);
-        assert!(table.contains("pub static KERNELS: [Kernel; 6]"), "{table}");
+        assert!(table.contains("pub static KERNELS: [Kernel; 7]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, cluster: 1, \
                    score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: Some(512) }, shared_bytes: 117760 },\n";

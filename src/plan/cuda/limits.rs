@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::instances::KERNELS;
 use crate::problem::{Problem, Strides};
 
-/// Number of elements in 16 bytes. Kernels access q, k, v, o and their gradients in pieces of this size.
+/// head_dim is a multiple of this number of elements.
 pub(super) const CHUNK: usize = 8;
 
 /// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -24,8 +24,8 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     if compute_cap < oldest {
         return Err(Error::ComputeCap { got: compute_cap, oldest });
     }
-    if !matches!(problem.dtype, DType::F16 | DType::BF16) {
-        return Err(Error::DType { tensor: "q", got: problem.dtype, supported: "F16, BF16 on CUDA" });
+    if !matches!(problem.dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Err(Error::CudaDType { tensor: "q", got: problem.dtype });
     }
     let max = KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0);
     if problem.head_dim > max || !problem.head_dim.is_multiple_of(CHUNK) {
@@ -51,9 +51,10 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
         ("k", problem.k, &problem.shape_k()),
         ("v", problem.v, &problem.shape_v()),
     ] {
-        if !aligned(&strides, shape) {
+        if !aligned(&strides, shape, problem.dtype) {
             let Strides { offset, batch, row, head } = strides;
-            return Err(Error::Alignment { tensor, offset, strides: [batch, row, head] });
+            let multiple = alignment(problem.dtype);
+            return Err(Error::Alignment { tensor, multiple, offset, strides: [batch, row, head] });
         }
         if !in_reach(&strides, shape) {
             return Err(Error::CudaRowStride { tensor, got: strides.row, max: MAX_ROW_STRIDE });
@@ -69,11 +70,17 @@ pub(crate) fn axes(strides: &Strides, shape: &[usize]) -> [(usize, usize); 3] {
     [(strides.row, shape[row_axis]), (strides.head, shape[head_axis]), (strides.batch, batch)]
 }
 
+/// Number of elements in 16 bytes. Kernels read and write rows in pieces of this size.
+fn alignment(dtype: DType) -> usize {
+    16 / dtype.size_in_bytes()
+}
+
 /// Whether all rows of a tensor are 16-byte aligned. The kernels need this.
-pub(crate) fn aligned(strides: &Strides, shape: &[usize]) -> bool {
+pub(crate) fn aligned(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
+    let multiple = alignment(dtype);
     // The stride of an axis with one element is never used.
-    let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(CHUNK));
-    shape.contains(&0) || (steps && strides.offset.is_multiple_of(CHUNK))
+    let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(multiple));
+    shape.contains(&0) || (steps && strides.offset.is_multiple_of(multiple))
 }
 
 /// Whether the stride of rows is within the limit of the kernels.

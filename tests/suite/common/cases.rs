@@ -5,7 +5,7 @@ use anyhow::Result;
 use attention_reference::draw::{generator, normal};
 use attention_reference::{Input, Precision};
 use candle_core::{DType, Device, Tensor};
-use candle_fa2::testing::{self, Plan, Tile};
+use candle_fa2::testing::{self, DeviceCaps, Pass, Plan, Tile};
 use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide, TensorLayout};
 use rand::Rng;
 use std::fmt;
@@ -30,7 +30,7 @@ pub fn cpu_targets() -> Vec<Target> {
 }
 
 /// The types that the GPU kernels support.
-pub const GPU_DTYPES: [DType; 2] = [DType::F16, DType::BF16];
+pub const GPU_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// The first GPU with each of its types. Empty without the feature `cuda` or without a GPU.
 ///
@@ -76,13 +76,15 @@ pub fn chunk(device: &Device) -> usize {
     }
 }
 
-/// The largest head_dim that `device` has a kernel for.
-pub fn max_head_dim(device: &Device) -> usize {
-    if device.is_cpu() {
-        testing::MAX_HEAD_DIM
-    } else {
-        testing::KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0)
-    }
+/// The largest head_dim that `device` has gradients for. It depends on the type: f32 needs more shared memory.
+pub fn max_head_dim(device: &Device, dtype: DType) -> usize {
+    let DeviceCaps::Cuda(caps) = testing::device_caps(device).expect("the device answers") else {
+        return testing::MAX_HEAD_DIM;
+    };
+    let backwards = testing::KERNELS.iter().filter(|kernel| (kernel.pass, kernel.dtype) == (Pass::Backward, dtype));
+    let fitting = backwards
+        .filter(|kernel| kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block);
+    fitting.map(|kernel| kernel.head_dim).max().unwrap_or(0)
 }
 
 /// The lengths of the sequences of a batch.
@@ -182,7 +184,7 @@ impl Case {
 
     /// Sets the head_dim of q, k and v, or on a GPU the nearest supported value. So all devices can use one list of cases.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
-        self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device));
+        self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device, self.dtype));
         self.head_dim_v = self.head_dim;
         self
     }
