@@ -15,6 +15,7 @@ use crate::packed::CuSeqlens;
 use crate::padding::KeyLengths;
 use crate::plan::Plan;
 use crate::problem::Problem;
+use crate::tensors::Inputs;
 
 /// Attention of every query over the keys that its mask shows.
 ///
@@ -54,7 +55,7 @@ use crate::problem::Problem;
 /// Sums are in f32 (f64 for f64 inputs). In f32, a weight below `2^-126` of the largest in its row counts as 0.
 ///
 /// On an NVIDIA GPU (feature `cuda`) the types are f32, f16 and bf16, `head_dim` is a multiple of 8 up to 256, `head_dim_v` must equal
-/// it, and rows must be 16-byte aligned.
+/// it. Inputs whose rows are not 16-byte aligned are copied.
 ///
 /// Gradients flow to `q`, `k` and `v`, from the result and from lse. The backward recomputes the scores. It may run several times
 /// over one graph.
@@ -198,7 +199,11 @@ impl Attention {
     /// As [`Self::forward`], and if `qkv` has no head for q.
     pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
         let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
-        let op = self.op(problem, Output::O, &q)?;
+        let plan = logged_plan(&problem, &q)?;
+        if !plan.copied().is_empty() {
+            return self.forward_qkv(&qkv.force_contiguous()?, num_heads_k);
+        }
+        let op = self.op(problem, plan, Output::O);
         Ok(qkv.apply_op1(FusedFlashAttention(op))?)
     }
 
@@ -343,8 +348,7 @@ impl Attention {
     }
 
     fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let op = self.op(problem, Output::O, q)?;
-        Ok(q.apply_op3(k, v, op)?)
+        self.apply(problem, Output::O, Inputs { q, k, v })
     }
 
     fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -358,8 +362,8 @@ impl Attention {
     /// Candle adds their gradients, and the op gets the sum.
     fn run_partial(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (shape_o, shape_lse) = (problem.shape_of_result(), problem.shape_lse());
-        let op = self.op(problem, Output::OAndLse, q)?;
-        Ok(o_and_lse(&q.apply_op3(k, v, op)?, shape_o, shape_lse)?)
+        let result = self.apply(problem, Output::OAndLse, Inputs { q, k, v })?;
+        Ok(o_and_lse(&result, shape_o, shape_lse)?)
     }
 
     /// Returns an error if an option does not fit a call over one part of the keys.
@@ -370,11 +374,28 @@ impl Attention {
         }
     }
 
-    /// The operator of one checked call.
-    fn op(&self, problem: Problem, output: Output, q: &Tensor) -> Result<FlashAttention> {
-        let plan = logged_plan(&problem, q)?;
-        Ok(FlashAttention::new(problem, plan, self.options.alibi_slopes.clone(), output))
+    /// The result of one checked call.
+    fn apply(&self, problem: Problem, output: Output, inputs: Inputs<&Tensor>) -> Result<Tensor> {
+        let plan = logged_plan(&problem, inputs.q)?;
+        let (problem, Inputs { q, k, v }) = copy_inputs(problem, &plan, inputs)?;
+        Ok(q.apply_op3(&k, &v, self.op(problem, plan, output))?)
     }
+
+    /// The operator of one checked call, whose inputs are copied as the plan says.
+    fn op(&self, problem: Problem, plan: Plan, output: Output) -> FlashAttention {
+        FlashAttention::new(problem, plan, self.options.alibi_slopes.clone(), output)
+    }
+}
+
+/// The inputs with the copies that the plan asks for, and the problem of these inputs.
+pub(crate) fn copy_inputs(problem: Problem, plan: &Plan, inputs: Inputs<&Tensor>) -> Result<(Problem, Inputs<Tensor>)> {
+    let copied = plan.copied();
+    let input = |name, tensor: &Tensor| match copied.contains(&name) {
+        true => tensor.force_contiguous(),
+        false => Ok(tensor.clone()),
+    };
+    let inputs = Inputs { q: input("q", inputs.q)?, k: input("k", inputs.k)?, v: input("v", inputs.v)? };
+    Ok((problem.with_copies(copied), inputs))
 }
 
 /// The plan of `problem` on the device of q.

@@ -356,32 +356,6 @@ pub enum Error {
         /// Size of the last axis of v.
         head_dim_v: usize,
     },
-    /// Rows of a tensor are not 16-byte aligned. The CUDA kernels read 16 bytes at once.
-    #[error(
-        "{tensor}: rows must begin at multiples of {multiple} elements on CUDA, got offset {offset} and strides {strides:?} of (batch, row, head); call .force_contiguous()"
-    )]
-    Alignment {
-        /// Name of the tensor.
-        tensor: &'static str,
-        /// Number of elements in 16 bytes.
-        multiple: usize,
-        /// Index of its first element in its storage.
-        offset: usize,
-        /// Its strides from one sequence, row and head to the next.
-        strides: [usize; 3],
-    },
-    /// The stride of rows is too large for the CUDA kernels.
-    #[error(
-        "{tensor}: rows are {got} elements apart, but a CUDA kernel takes at most {max}; call .force_contiguous()"
-    )]
-    CudaRowStride {
-        /// Name of the tensor.
-        tensor: &'static str,
-        /// Its stride from one row to the next.
-        got: usize,
-        /// The largest that is supported.
-        max: usize,
-    },
     /// A size is too large for the CUDA kernels.
     #[error("{name} is {got}, but a CUDA kernel takes at most {max}; split the call")]
     CudaSize {

@@ -7,8 +7,8 @@
 /// | `Bshd` | `(batch, seqlen, num_heads, head_dim)` | `(total, num_heads, head_dim)` | a projection after `reshape`; FlashAttention |
 /// | `Bhsd` | `(batch, num_heads, seqlen, head_dim)` | `(num_heads, total, head_dim)` | `candle_nn::ops::sdpa`, most models of Candle, PyTorch's `scaled_dot_product_attention` |
 ///
-/// The layout only names the axes. Both layouts accept any strides, so a transposed view is read without a copy. (On a GPU,
-/// rows must be 16-byte aligned.)
+/// The layout only names the axes. Both layouts accept any strides, so a transposed view is read without a copy. (On a GPU, if
+/// rows are 16-byte aligned.)
 ///
 /// **A wrong layout usually gives no error.** If there are as many queries as keys, the shapes are valid in both layouts. The
 /// wrong layout then computes attention over heads instead of tokens. [`Error::SwappedAxes`](crate::Error::SwappedAxes) is

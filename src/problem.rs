@@ -414,6 +414,17 @@ impl Problem {
         self.contiguous(self.layout, self.shape_v())
     }
 
+    /// This problem with contiguous copies of the inputs named in `copied`.
+    pub(crate) fn with_copies(mut self, copied: &[&str]) -> Self {
+        let (q, k, v) = (self.contiguous_q(), self.contiguous_k(), self.contiguous_v());
+        for (name, strides, copy) in [("q", &mut self.q, q), ("k", &mut self.k, k), ("v", &mut self.v, v)] {
+            if copied.contains(&name) {
+                *strides = copy;
+            }
+        }
+        self
+    }
+
     /// Strides of q, k and v, or of their gradients, in one contiguous tensor, one after another along its head axis. All three have
     /// the same head_dim.
     pub fn contiguous_qkv(&self) -> [Strides; 3] {

@@ -2,7 +2,7 @@
 
 use candle_core::{CustomOp3, Tensor};
 
-use crate::attention::logged_plan;
+use crate::attention::{copy_inputs, logged_plan};
 pub use crate::device::caps as device_caps;
 pub use crate::instances::{Arch, Grid, Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
@@ -12,6 +12,7 @@ pub use crate::plan::{
     BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Launch, Plan, Reason, Rejection, RowBlocks, Schedule, Tile,
 };
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
+use crate::tensors::Inputs;
 use crate::{Attention, CuSeqlens, Mask, Result};
 
 /// One call whose forward and backward run directly, without Candle's autograd.
@@ -47,7 +48,9 @@ impl Call {
 
     fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
         let plan = logged_plan(&problem, inputs.0)?;
-        Ok(Self::with_plan(attention, problem, inputs, plan))
+        let (q, k, v) = inputs;
+        let (problem, Inputs { q, k, v }) = copy_inputs(problem, &plan, Inputs { q, k, v })?;
+        Ok(Self::with_plan(attention, problem, (&q, &k, &v), plan))
     }
 
     /// A call with a given `problem` and `plan`.

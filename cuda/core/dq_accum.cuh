@@ -36,10 +36,13 @@ __device__ __forceinline__ void add_to_dq_cell(float* cell, const float4& x, int
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(cell + 4 * lane), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 #else
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + lane), "f"(x.x) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + kWarpSize + lane), "f"(x.y) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + 2 * kWarpSize + lane), "f"(x.z) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(cell + 3 * kWarpSize + lane), "f"(x.w) : "memory");
+    // One asm block, so that one address serves all four.
+    asm volatile(
+        "red.global.add.f32 [%0], %1;\n"
+        "red.global.add.f32 [%0 + 128], %2;\n"
+        "red.global.add.f32 [%0 + 256], %3;\n"
+        "red.global.add.f32 [%0 + 384], %4;\n" ::"l"(cell + lane), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+        : "memory");
 #endif
 }
 

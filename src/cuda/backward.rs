@@ -12,7 +12,7 @@ use super::params::{BwdParams, ConvertParams, DeltaParams, Schedule, Sm90BwdPara
 use super::tensor_map::TensorMaps;
 use crate::instances::{Parameters, Pass};
 use crate::output::Output;
-use crate::plan::{aligned, in_reach, BackwardPlan, Launch};
+use crate::plan::{readable, BackwardPlan, Launch};
 use crate::problem::{Lengths, Problem, Strides};
 use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
@@ -100,7 +100,7 @@ struct Upstream {
 impl Upstream {
     fn new<T: Element>(problem: &Problem, output: Output, result: &Tensor, grad: &Tensor) -> Result<Self> {
         match output {
-            Output::O => Ok(Self { o: result.clone(), do_: readable(problem, grad)?, dlse: None }),
+            Output::O => Ok(Self { o: result.clone(), do_: readable_grad(problem, grad)?, dlse: None }),
             // o and its gradient are f32 here. The kernels read the type of q, so round both.
             Output::OAndLse => {
                 let lse_len = problem.rows_q() * problem.num_heads;
@@ -116,10 +116,10 @@ impl Upstream {
 
 /// A gradient with strides that the kernels support. Candle passes gradients with any strides: transposed, or broadcast from a
 /// sum.
-fn readable(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
+fn readable_grad(problem: &Problem, grad: &Tensor) -> Result<Tensor> {
     let shape = problem.shape_o();
     match Strides::of("do", grad.layout(), problem.output_layout) {
-        Ok(strides) if aligned(&strides, &shape, problem.dtype) && in_reach(&strides, &shape) => Ok(grad.clone()),
+        Ok(strides) if readable(&strides, &shape, problem.dtype) => Ok(grad.clone()),
         _ => grad.force_contiguous(),
     }
 }

@@ -83,7 +83,7 @@ impl<'a> Launcher<'a> {
         builder.arg(params);
         // SAFETY: this struct is the kernel's only argument; the assert above checks its name, and both compilers assert its
         // layout. Its addresses point to memory that `self` borrows, or to counters that are never freed. `Problem` and `Plan`
-        // have checked shapes and strides, and `readable` those of do. The kernel writes only memory from `write`, and the
+        // have checked shapes and strides, and `readable_grad` those of do. The kernel writes only memory from `write`, and the
         // counters. `Plan` chose a kernel whose tiles, threads and shared memory fit the GPU.
         let queued = unsafe { builder.launch(config) };
         queued.map(drop).map_err(|error| Error::Driver {

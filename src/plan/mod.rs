@@ -9,7 +9,7 @@ mod tile;
 pub use self::caps::{CudaCaps, DeviceCaps};
 pub use self::cpu::CpuPlan;
 #[cfg(feature = "cuda")]
-pub(crate) use self::cuda::{aligned, axes, in_reach, MAX_SEQLEN};
+pub(crate) use self::cuda::{axes, readable, MAX_SEQLEN};
 pub use self::cuda::{BackwardPlan, CudaPlan, DqAccum, Launch, Reason, Rejection, RowBlocks, Schedule};
 pub use self::tile::Tile;
 use crate::error::{Error, Result};
@@ -36,6 +36,14 @@ impl Plan {
             DeviceCaps::Cpu => Ok(Self::Cpu(CpuPlan::new(problem))),
             DeviceCaps::Cuda(_) => Ok(Self::Cuda(CudaPlan::choose(problem, caps, |_| true)?)),
             &DeviceCaps::Other(device) => Err(Error::NoKernel { dtype: problem.dtype, device }),
+        }
+    }
+
+    /// The inputs of which the call makes contiguous copies first.
+    pub(crate) fn copied(&self) -> &[&'static str] {
+        match self {
+            Self::Cpu(_) => &[],
+            Self::Cuda(plan) => &plan.copied,
         }
     }
 

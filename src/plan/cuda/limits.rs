@@ -46,21 +46,20 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
             return Err(Error::CudaSize { name, got, max });
         }
     }
-    for (tensor, strides, shape) in [
-        ("q", problem.q, &problem.shape_q()),
-        ("k", problem.k, &problem.shape_k()),
-        ("v", problem.v, &problem.shape_v()),
-    ] {
-        if !aligned(&strides, shape, problem.dtype) {
-            let Strides { offset, batch, row, head } = strides;
-            let multiple = alignment(problem.dtype);
-            return Err(Error::Alignment { tensor, multiple, offset, strides: [batch, row, head] });
-        }
-        if !in_reach(&strides, shape) {
-            return Err(Error::CudaRowStride { tensor, got: strides.row, max: MAX_ROW_STRIDE });
-        }
-    }
     Ok(())
+}
+
+/// The names of the inputs that the kernels cannot read in place. A call copies them first.
+pub(super) fn copied(problem: &Problem) -> Vec<&'static str> {
+    let inputs =
+        [("q", problem.q, problem.shape_q()), ("k", problem.k, problem.shape_k()), ("v", problem.v, problem.shape_v())];
+    let unreadable = inputs.into_iter().filter(|(_, strides, shape)| !readable(strides, shape, problem.dtype));
+    unreadable.map(|(name, ..)| name).collect()
+}
+
+/// Whether the kernels can read a tensor in place: its rows are 16-byte aligned, and not too far apart.
+pub(crate) fn readable(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
+    aligned(strides, shape, dtype) && in_reach(strides, shape)
 }
 
 /// Stride and size of the axes rows, heads and sequences. Packed tensors have one sequence.
@@ -76,7 +75,7 @@ fn alignment(dtype: DType) -> usize {
 }
 
 /// Whether all rows of a tensor are 16-byte aligned. The kernels need this.
-pub(crate) fn aligned(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
+fn aligned(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
     let multiple = alignment(dtype);
     // The stride of an axis with one element is never used.
     let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(multiple));
@@ -84,6 +83,6 @@ pub(crate) fn aligned(strides: &Strides, shape: &[usize], dtype: DType) -> bool 
 }
 
 /// Whether the stride of rows is within the limit of the kernels.
-pub(crate) fn in_reach(strides: &Strides, shape: &[usize]) -> bool {
+fn in_reach(strides: &Strides, shape: &[usize]) -> bool {
     shape[shape.len() - 3] <= 1 || strides.row <= MAX_ROW_STRIDE
 }

@@ -16,7 +16,7 @@ pub use self::backward::{BackwardPlan, DqAccum, RowBlocks};
 pub use self::choice::Rejection;
 pub use self::launch::Launch;
 #[cfg(feature = "cuda")]
-pub(crate) use self::limits::{aligned, axes, in_reach, MAX_SEQLEN};
+pub(crate) use self::limits::{axes, readable, MAX_SEQLEN};
 pub use self::schedule::Schedule;
 pub use self::spec::Reason;
 use super::caps::{CudaCaps, DeviceCaps};
@@ -27,6 +27,8 @@ use crate::problem::Problem;
 /// The kernels of one call on an NVIDIA GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaPlan {
+    /// The inputs that are copied first, because their rows are not 16-byte aligned or too far apart. The copies are contiguous.
+    pub copied: Vec<&'static str>,
     /// The launches that compute o and lse, in order.
     pub forward: Vec<Launch>,
     /// The launches that compute dq, dk and dv. `None` if no kernel fits the GPU; the call then has no gradients.
@@ -48,6 +50,9 @@ impl CudaPlan {
             return Err(Error::NoKernel { dtype: problem.dtype, device: problem.device });
         };
         limits::check(problem, caps.compute_cap)?;
+        let copied = limits::copied(problem);
+        let with_copies = problem.clone().with_copies(&copied);
+        let problem = &with_copies;
         let of_forward = choice::choose(problem, Pass::Forward, caps, &allow);
         let of_backward = choice::choose(problem, Pass::Backward, caps, &allow);
         let Some(kernel) = of_forward.kernel else {
@@ -58,6 +63,7 @@ impl CudaPlan {
             return Err(Error::NoBackward { tensor, error: Box::new(error) });
         }
         Ok(Self {
+            copied,
             forward: forward::launches(problem, kernel, caps),
             backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel, caps)).transpose()?,
             rejected: [of_forward.rejected, of_backward.rejected].concat(),
