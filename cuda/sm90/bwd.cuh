@@ -8,8 +8,8 @@
 //            dv += P^T do and dk += dS^T q. Only dS goes through shared memory, because dq sums over all keys.
 // Pipeline   of a consumer: wait q | start S | wait do | start dP | P | dS | start dv, dq of the step before, dk | pass on dq. A consumer
 //            waits for the dS of the other one only a step later, so the products of one run during the exponentials of the other. The
-//            producer loads the first q and do of the next work tile early; its k and v too, if they have two stages.
-// Shared     stages of k and v, of q, do, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
+//            producer loads the first q and do of the next work tile early.
+// Shared     sK, sV one tile each; stages of sQ, sDo, lse and delta; sDs two tiles; sDq one tile of f32; then BwdControl.
 // Registers  dk and dv in f32 for the whole work tile; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.bwd.semaphores in one order.
 // Nonfinite  as sm80/bwd.cuh. The tail of a tile is cleared, because it can hold rows of another sequence, or padding.
@@ -31,8 +31,8 @@ __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
     };
     init(control.tile_full, Traits::kTileStages, 1);
     init(control.tile_empty, Traits::kTileStages, Traits::kTileReaders);
-    init(control.keys_full, Traits::kKeyStages, 1);
-    init(control.keys_empty, Traits::kKeyStages, Traits::kConsumerWarps);
+    init(&control.keys_full, 1, 1);
+    init(&control.keys_empty, 1, Traits::kConsumerWarps);
     // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
     init(control.q_full, Traits::kQStages, 2);
     init(control.q_empty, Traits::kQStages, Traits::kConsumerWarps);

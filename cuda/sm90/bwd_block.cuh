@@ -17,7 +17,7 @@ constexpr int kBwdConsumers = 2;
 constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes. A kernel may spill a word (cuda/instances.def)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kKeyStages_, int kQStages_,
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_,
           int kDoStages_, typename ScoreMod_>
 struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     using Groups = Warpgroups<kBwdConsumers, kBwdProducerLeast>;
@@ -33,7 +33,6 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     static constexpr int kBlockN = kBlockN_;  // keys of a thread block
     static constexpr int kWarps = kWarps_;
     static constexpr int kCluster = kCluster_;
-    static constexpr int kKeyStages = kKeyStages_;
     static constexpr int kQStages = kQStages_;
     static constexpr int kDoStages = kDoStages_;
     static constexpr int kThreads = kWarps * kWarpSize;
@@ -66,7 +65,7 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     static_assert(2 * kNTiles <= 32, "a thread has one word of bits for the visible queries of a key");
 };
 
-template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kCluster, int kKeyStages, int kQStages, int kDoStages,
+template <typename T, int kHeadDim, int kBlockM, int kBlockN, int kWarps, int kCluster, int kQStages, int kDoStages,
           typename ScoreMod>
 struct BwdTraits;
 
@@ -126,7 +125,7 @@ template <typename Traits>
 struct BwdControl {
     BwdTile tiles[Traits::kTileStages];
     uint64_t tile_full[Traits::kTileStages], tile_empty[Traits::kTileStages];
-    uint64_t keys_full[Traits::kKeyStages], keys_empty[Traits::kKeyStages];  // k and v
+    uint64_t keys_full, keys_empty;                                         // k and v
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];            // q and lse
     uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];        // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];

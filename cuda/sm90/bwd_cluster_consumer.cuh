@@ -12,11 +12,11 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kKeyStages_, int kQStages_, int kDoStages_,
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kDoStages_,
           typename ScoreMod_>
-struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>
-    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQStages_, kDoStages_, ScoreMod_> {
-    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>;
+struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoStages_, ScoreMod_>
+    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoStages_, ScoreMod_> {
+    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoStages_, ScoreMod_>;
     using typename Base::TileDs;
     using typename Base::TileK;
     using typename Base::TileQ;
@@ -25,7 +25,6 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQS
     using Base::kBlockN;
     using Base::kDoStages;
     using Base::kDsStages;
-    using Base::kKeyStages;
     using Base::kPanel;
     using Base::kQStages;
     using Base::kRowValuesBytes;
@@ -40,7 +39,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kKeyStages_, kQS
     // Offsets in shared memory, as in bwd_consumer.cuh.
     static constexpr int kKeysBytes = 2 * TileK::kBytes + TilePeerK::kBytes;  // k, v, then the peer's k
     static constexpr int kDsBytes = TileDs::kBytes / Base::kCluster;  // dS^T of one block
-    static constexpr uint32_t sK = 0, sQ = kKeyStages * kKeysBytes;
+    static constexpr uint32_t sK = 0, sV = TileK::kBytes, sPeerK = sV + TileK::kBytes, sQ = kKeysBytes;
     static constexpr uint32_t sDo = sQ + kQStages * TileQ::kBytes, sDs = sDo + kDoStages * TileQ::kBytes;
     static constexpr uint32_t sP = sDs + kDsStages * TileDs::kBytes, sLseLog2 = sP + kBlockN * kBlockM * sizeof(float);
     static constexpr uint32_t sDelta = sLseLog2 + kQStages * kRowValuesBytes, sControl = sDelta + kDoStages * kRowValuesBytes;
@@ -81,7 +80,6 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     Accumulator<1, kDqCols / 8> dq;
 
     __device__ __forceinline__ int peer() const { return rank ^ 1; }
-    __device__ __forceinline__ uint32_t peer_k() const { return Base::v() + TileK::kBytes; }
 
     // Starts this consumer's part of dq = dS k, as in bwd_consumer.cuh: first this block's keys, then the peer's.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
@@ -89,8 +87,8 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         fence_proxy_async();
         constexpr int kSteps = Traits::kBlockN / 16;
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes));
-        const Operand<TileK, Order::kTransposed> b(Base::operand(Base::k()), rank * Traits::kBlockCols + kDqCol);
-        const Operand<TilePeerK, Order::kTransposed> peer_b(Base::operand(peer_k()), kDqCol);
+        const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), rank * Traits::kBlockCols + kDqCol);
+        const Operand<TilePeerK, Order::kTransposed> peer_b(Base::operand(Traits::sPeerK), kDqCol);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kCluster * kSteps; ++step)
@@ -133,7 +131,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void step_of_p(bool first) {
         RowValues lse_log2;
         Base::wait_for_q();
-        Base::start_product(x, Base::k(), Base::q());
+        Base::start_product(x, Traits::sK, Base::q());
         Base::load_lse_log2(lse_log2);
         mbarrier_wait(shared_address(&control.p_empty[warp]), p_parity() ^ 1);
         wgmma_wait<0>();
@@ -191,7 +189,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         RowValues delta;
         Base::wait_for_q();
         Base::wait_for_do();
-        Base::start_product(x, Base::v(), Base::do_());
+        Base::start_product(x, Traits::sV, Base::do_());
         Base::load_delta(delta);
         mbarrier_wait(shared_address(&control.ds_empty[ds_ring.stage()]), ds_ring.parity() ^ 1);
         wgmma_wait<0>();
@@ -225,9 +223,9 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void clear_key_tails() const {
         const int rows = Base::tile().cols.size(), peer_rows = Traits::peer_keys(Base::tile(), rank).size();
         if (rows == Traits::kBlockN && peer_rows == Traits::kBlockN) return;
-        Base::template clear_tail<TileK>(Base::k(), rows);
-        Base::template clear_tail<TileK>(Base::v(), rows);
-        Base::template clear_tail<TilePeerK>(peer_k(), peer_rows);
+        Base::template clear_tail<TileK>(Traits::sK, rows);
+        Base::template clear_tail<TileK>(Traits::sV, rows);
+        Base::template clear_tail<TilePeerK>(Traits::sPeerK, peer_rows);
         Base::tails_cleared();
     }
 

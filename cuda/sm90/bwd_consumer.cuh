@@ -6,11 +6,11 @@
 
 namespace fa2::sm90 {
 
-template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kKeyStages_, int kQStages_, int kDoStages_,
+template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kDoStages_,
           typename ScoreMod_>
-struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>
-    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_> {
-    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQStages_, kDoStages_, ScoreMod_>;
+struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoStages_, ScoreMod_>
+    : BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoStages_, ScoreMod_> {
+    using Base = BwdShape<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoStages_, ScoreMod_>;
     using typename Base::TileDs;
     using typename Base::TileK;
     using typename Base::TileQ;
@@ -19,7 +19,6 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQS
     using Base::kDoStages;
     using Base::kDsStages;
     using Base::kHeadDim;
-    using Base::kKeyStages;
     using Base::kQStages;
     using Base::kRowValuesBytes;
     using Base::kWarpgroupRows;
@@ -37,7 +36,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kKeyStages_, kQS
 
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr int kKeysBytes = 2 * TileK::kBytes;  // k, then v
-    static constexpr uint32_t sK = 0, sQ = kKeyStages * kKeysBytes, sDo = sQ + kQStages * TileQ::kBytes;
+    static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = kKeysBytes, sDo = sQ + kQStages * TileQ::kBytes;
     static constexpr uint32_t sDs = sDo + kDoStages * TileQ::kBytes, sDq = sDs + kDsStages * TileDs::kBytes;  // sDq: row groups of dq_accum
     static constexpr uint32_t sLseLog2 = sDq + kBlockM * kHeadDim * sizeof(float), sDelta = sLseLog2 + kQStages * kRowValuesBytes;
     static constexpr uint32_t sControl = sDelta + kDoStages * kRowValuesBytes;
@@ -86,7 +85,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
         fence_proxy_async();
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes), Traits::dq_row(consumer));
-        const Operand<TileK, Order::kTransposed> b(Base::operand(Base::k()), Traits::dq_col(consumer));
+        const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), Traits::dq_col(consumer));
         start_multiply<T, Traits::kBlockN / 16>(dq, a, b);
     }
 
@@ -117,10 +116,10 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         const uint32_t q = Base::q(), do_ = Base::do_();
         RowValues lse_log2, delta;
         Base::wait_for_q();
-        Base::start_product(s, Base::k(), q);
+        Base::start_product(s, Traits::sK, q);
         if (Traits::kReadsEarly) Base::load_lse_log2(lse_log2);
         Base::wait_for_do();
-        if (!Traits::kDvFirst) Base::start_product(dp, Base::v(), do_);
+        if (!Traits::kDvFirst) Base::start_product(dp, Traits::sV, do_);
         wgmma_wait<Traits::kDvFirst ? 0 : 1>();
         wgmma_arrived(s);
         if (!Traits::kReadsEarly) Base::load_lse_log2(lse_log2);
@@ -135,7 +134,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
             Base::start_sum(dv, p, do_);
             wgmma_wait<0>();
             wgmma_arrived(dv);
-            Base::start_product(dp, Base::v(), do_);
+            Base::start_product(dp, Traits::sV, do_);
         }
         wgmma_wait<0>();
         wgmma_arrived(dp);
@@ -160,8 +159,8 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void clear_key_tails() const {
         const int rows = Base::tile().cols.size();
         if (rows == Traits::kBlockN) return;
-        Base::template clear_tail<TileK>(Base::k(), rows);
-        Base::template clear_tail<TileK>(Base::v(), rows);
+        Base::template clear_tail<TileK>(Traits::sK, rows);
+        Base::template clear_tail<TileK>(Traits::sV, rows);
         Base::tails_cleared();
     }
 

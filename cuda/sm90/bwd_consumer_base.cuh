@@ -80,7 +80,7 @@ struct BwdConsumerBase {
         while (tiles.wait()) {
             self.clear_sums();
             const int steps = tile().steps();
-            mbarrier_wait(shared_address(&control.keys_full[key_ring().stage()]), key_ring().parity());
+            mbarrier_wait(shared_address(&control.keys_full), key_ring().parity());
             if (steps > 0) {
                 self.clear_key_tails();
                 start_walk();
@@ -90,7 +90,7 @@ struct BwdConsumerBase {
                 wgmma_wait<0>();
                 wgmma_arrived(self.dq);
             }
-            arrive(control.keys_empty[key_ring().stage()]);
+            arrive(control.keys_empty);
             if (steps > 0) self.pass_on_dq(ds_ring.before());
             self.write_sums();
             tiles.advance(lane);
@@ -101,11 +101,9 @@ struct BwdConsumerBase {
     __device__ __forceinline__ int tile_key() const { return Traits::first_key(consumer) + warp * Traits::kWarpRows; }
 
     // Each work tile has a tile of k and one of v.
-    __device__ __forceinline__ Ring<Traits::kKeyStages> key_ring() const { return {tiles.ring.passed}; }
+    __device__ __forceinline__ Ring<1> key_ring() const { return {tiles.ring.passed}; }
 
-    // Offsets of the tiles of this work tile and step.
-    __device__ __forceinline__ uint32_t k() const { return Traits::sK + key_ring().stage() * Traits::kKeysBytes; }
-    __device__ __forceinline__ uint32_t v() const { return k() + TileK::kBytes; }
+    // Offsets of the tiles of this step.
     __device__ __forceinline__ uint32_t q() const { return Traits::sQ + q_ring.stage() * TileQ::kBytes; }
     __device__ __forceinline__ uint32_t do_() const { return Traits::sDo + do_ring.stage() * TileQ::kBytes; }
 

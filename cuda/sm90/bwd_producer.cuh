@@ -91,24 +91,24 @@ struct BwdProducer {
     }
 
     // k and v. In a cluster also the peer's k, in the columns of dq that this block computes. One thread.
-    __device__ __forceinline__ void load_keys(const BwdTile& tile, const Ring<Traits::kKeyStages>& ring) const {
-        mbarrier_wait(shared_address(&control.keys_empty[ring.stage()]), ring.parity() ^ 1);
-        const uint32_t full = shared_address(&control.keys_full[ring.stage()]);
-        const uint32_t k = shared_address(bytes) + Traits::sK + ring.stage() * Traits::kKeysBytes, v = k + TileK::kBytes;
+    __device__ __forceinline__ void load_keys(const BwdTile& tile, const Ring<1>& ring) const {
+        mbarrier_wait(shared_address(&control.keys_empty), ring.parity() ^ 1);
+        const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
         const int row = tile.sequence.first_k + tile.cols.begin;
         mbarrier_arrive_expect(full, Traits::kKeysBytes);
-        tma_load_tile<TileK>(k, params.k, full, row, tile.head_k, batch(tile));
-        tma_load_tile<TileK>(v, params.v, full, row, tile.head_k, batch(tile));
+        tma_load_tile<TileK>(shared + Traits::sK, params.k, full, row, tile.head_k, batch(tile));
+        tma_load_tile<TileK>(shared + Traits::sV, params.v, full, row, tile.head_k, batch(tile));
         if constexpr (Traits::kCluster > 1) {
             using TilePeerK = typename Traits::TilePeerK;
             const int peer_row = tile.sequence.first_k + Traits::peer_keys(tile, rank()).begin;
-            tma_load_tile<TilePeerK>(v + TileK::kBytes, params.k, full, peer_row, tile.head_k, batch(tile), rank() * Traits::kBlockCols);
+            tma_load_tile<TilePeerK>(shared + Traits::sPeerK, params.k, full, peer_row, tile.head_k, batch(tile),
+                                     rank() * Traits::kBlockCols);
         }
     }
 
-    // k and v, and q and do of every step. One thread. k and v come after the first q and do, because with one stage they wait until the
-    // consumers have finished the work tile before.
-    __device__ __forceinline__ void load(const BwdTile& tile, const Ring<Traits::kKeyStages>& key_ring, uint32_t& passed) const {
+    // k and v, and q and do of every step. One thread. k and v come after the first q and do, because they wait until the consumers have
+    // finished the work tile before.
+    __device__ __forceinline__ void load(const BwdTile& tile, const Ring<1>& key_ring, uint32_t& passed) const {
         const uint32_t shared = shared_address(bytes);
         QueryTile queries = first_queries(tile);
         if (tile.steps() == 0) load_keys(tile, key_ring);

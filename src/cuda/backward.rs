@@ -8,7 +8,7 @@ use super::call::{Call, SideTensors};
 use super::counters::Counters;
 use super::launch::{address_or_null, Launcher};
 use super::memory::{uninit, zeros, Element, Locked};
-use super::params::{BwdParams, ConvertParams, DeltaParams, Schedule, Sm90BwdParams};
+use super::params::{BwdParams, ConvertParams, DeltaParams, Sm90BwdParams};
 use super::tensor_map::TensorMaps;
 use crate::instances::{Parameters, Pass};
 use crate::output::Output;
@@ -211,7 +211,7 @@ impl Kernels<'_> {
     fn backward<T: Element>(&self, launch: &Launch, memory: &mut Memory, grads: &mut GradientMemory<T>) -> Result<()> {
         let problem = self.call.problem;
         let stream = self.device.cuda_stream();
-        let mut counters = launch.counts_tiles().then(|| Counters::of(&stream)).transpose()?;
+        let mut counters = Counters::of(launch, &stream)?;
         let mut launcher = Launcher::new(&stream);
         let inputs = self.inputs.as_ref().map(Locked::storage);
         let Inputs { q, k, v } = self.call.read_inputs::<T>(inputs, &mut launcher)?;
@@ -242,9 +242,7 @@ impl Kernels<'_> {
             return Ok(launcher.launch(launch, &params)?);
         }
         // The other kernel reads q, k, v and do through tensor maps and takes its tiles from a schedule.
-        let schedule = launch.schedule.as_ref().expect("a kernel with tensor maps has a persistent grid");
-        let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;
-        let schedule = Schedule::new(schedule, counters);
+        let schedule = Counters::schedule(launch, &mut counters, &mut launcher);
         let maps = TensorMaps { problem, kernel: launch.kernel, not_empty: params.lse };
         let do_ = maps.of("do", params.do_, &self.do_strides, &problem.shape_o(), launch.kernel.block_m)?;
         let Inputs { q, k, v } = maps.of_inputs(Inputs { q, k, v })?;

@@ -10,6 +10,8 @@ use candle_core::cuda::WrapErr;
 use candle_core::Result;
 
 use super::launch::Launcher;
+use super::params::{Schedule, NULL};
+use crate::plan::Launch;
 
 /// The counters of one launch.
 pub(super) enum Counters {
@@ -38,11 +40,15 @@ const MOST_KEPT: usize = 1024;
 impl Counters {
     const LEN: usize = 2;
 
-    /// Counters for the next launch on `stream` by this thread. They are 0 when the launch runs.
+    /// Counters for `launch` on `stream` by this thread, if it needs some. They are 0 when the launch runs.
     ///
     /// # Errors
     /// An error of Candle if they cannot be allocated.
-    pub fn of(stream: &Arc<CudaStream>) -> Result<Self> {
+    pub fn of(launch: &Launch, stream: &Arc<CudaStream>) -> Result<Option<Self>> {
+        launch.counts_tiles().then(|| Self::for_next(stream)).transpose()
+    }
+
+    fn for_next(stream: &Arc<CudaStream>) -> Result<Self> {
         // A graph may be replayed on another stream, at the same time as launches on this one.
         if stream.capture_status().w()? != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
             return Ok(Self::Own(stream.alloc_zeros(Self::LEN).w()?));
@@ -64,8 +70,14 @@ impl Counters {
         Ok(Self::Kept(address))
     }
 
+    /// The schedule of a persistent kernel, with the address of its counters if it has some.
+    pub fn schedule<'a>(launch: &Launch, counters: &'a mut Option<Self>, launcher: &mut Launcher<'a>) -> Schedule {
+        let schedule = launch.schedule.as_ref().expect("a kernel with tensor maps has a persistent grid");
+        Schedule::new(schedule, counters.as_mut().map_or(NULL, |counters| counters.write(launcher)))
+    }
+
     /// The address of the counters.
-    pub fn write<'a>(&'a mut self, launcher: &mut Launcher<'a>) -> CUdeviceptr {
+    fn write<'a>(&'a mut self, launcher: &mut Launcher<'a>) -> CUdeviceptr {
         match self {
             // Launches of one thread on one stream are already in order.
             Self::Kept(address) => *address,

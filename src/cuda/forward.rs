@@ -8,9 +8,9 @@ use candle_core::{CudaDevice, CudaStorage, Layout, Result};
 
 use super::call::Call;
 use super::counters::Counters;
-use super::launch::{address_or_null, Launcher};
+use super::launch::Launcher;
 use super::memory::{uninit, Element};
-use super::params::{FwdParams, Schedule, Sm90FwdParams};
+use super::params::{FwdParams, Sm90FwdParams};
 use super::tensor_map::TensorMaps;
 use crate::instances::Parameters;
 use crate::output::Output;
@@ -82,7 +82,7 @@ fn queue<T: Element>(
 ) -> Result<()> {
     let problem = call.problem;
     let (stream, side) = (inputs.q.device.cuda_stream(), call.side_tensors());
-    let mut counters = launch.counts_tiles().then(|| Counters::of(&stream)).transpose()?;
+    let mut counters = Counters::of(launch, &stream)?;
     let mut launcher = Launcher::new(&stream);
     let Inputs { q, k, v } = call.read_inputs::<T>(inputs, &mut launcher)?;
     let o_is_f32 = matches!(result, ResultMemory::OAndLse(_));
@@ -103,10 +103,8 @@ fn queue<T: Element>(
         return Ok(launcher.launch(launch, &params)?);
     }
     // The other kernel reads q, k and v through tensor maps and takes its tiles from a schedule.
-    let schedule = launch.schedule.as_ref().expect("a kernel with tensor maps has a persistent grid");
-    let counters = address_or_null(counters.as_mut(), |counters| Ok(counters.write(&mut launcher)))?;
+    let schedule = Counters::schedule(launch, &mut counters, &mut launcher);
     let maps = TensorMaps { problem, kernel: launch.kernel, not_empty: params.o };
     let Inputs { q, k, v } = maps.of_inputs(Inputs { q, k, v })?;
-    let schedule = Schedule::new(schedule, counters);
     Ok(launcher.launch(launch, &Sm90FwdParams { q, k, v, fwd: params, schedule })?)
 }

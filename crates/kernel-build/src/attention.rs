@@ -75,7 +75,7 @@ pub static FAMILIES: [Family; 8] = [
     Family {
         pass: "bwd",
         arch: SM90,
-        columns: &["head_dim", "block_m", "block_n", "warps", "cluster", "key_stages", "q_stages", "do_stages"],
+        columns: &["head_dim", "block_m", "block_n", "warps", "cluster", "q_stages", "do_stages"],
         flags: &[],
         header: "sm90/bwd.cuh",
         template: Template::Traits("fa2::sm90::BwdTraits"),

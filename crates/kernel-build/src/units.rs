@@ -257,12 +257,12 @@ delta_f32(const __grid_constant__ fa2::DeltaParams params) {
 
     #[test]
     fn a_cluster_is_in_the_source_and_in_the_table() {
-        let clustered = unit("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 1, 2, 1)");
+        let clustered = unit("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 2, 1)");
         assert!(clustered
             .source(&structs())
             .contains("extern \"C\" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, "));
         assert!(rust_table(&[clustered]).contains("warps: 12, cluster: 2, "));
-        let alone = unit("KERNEL(bwd, sm90, 128, 64, 128, 12, 1, 1, 2, 2)");
+        let alone = unit("KERNEL(bwd, sm90, 128, 64, 128, 12, 1, 2, 2)");
         assert!(!alone.source(&structs()).contains("__cluster_dims__"));
     }
 
