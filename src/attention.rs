@@ -34,7 +34,8 @@ use crate::tensors::Inputs;
 ///
 /// - The forward keeps lse: two floats per query and head on the CPU, one on a GPU.
 /// - The backward adds one float per query and head, and accumulates dq in the accumulator's type. On a GPU, these accumulators
-///   are whole tiles of up to 64 queries for each sequence and head.
+///   are whole groups of 8 queries for each sequence and head.
+/// - On a GPU, a copy of each input whose rows are not 16-byte aligned or too far apart.
 /// - If a call returns lse, it also keeps o of f16 and bf16 in f32; on a GPU its backward rounds copies of o and of its gradient.
 ///
 /// | tensor | padded | packed | type |
@@ -114,8 +115,8 @@ impl Attention {
     /// Whether the same inputs always give the same bits of the gradient of `q` on a GPU.
     ///
     /// All other results always have the same bits, and on the CPU this gradient too. On a GPU, key tiles add to the gradient
-    /// of `q` in any order. With this option semaphores order them. That costs 9 to 22% of the backward's speed on Hopper, and
-    /// 16 to 28% on other GPUs (docs/benchmarks.md).
+    /// of `q` in any order. With this option semaphores order them. That costs 11% of the backward's speed on Hopper in the
+    /// geometric mean (1 to 29%), and 16 to 28% with the kernels for every GPU (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;
         self
@@ -201,6 +202,7 @@ impl Attention {
         let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
         let plan = logged_plan(&problem, &q)?;
         if !plan.copied().is_empty() {
+            // The copy has other strides, so it gets a plan of its own.
             return self.forward_qkv(&qkv.force_contiguous()?, num_heads_k);
         }
         let op = self.op(problem, plan, Output::O);

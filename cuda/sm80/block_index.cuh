@@ -1,4 +1,4 @@
-// The work of a thread block of the backward: by its position in the grid, or in the order of DqSemaphores.
+// The block of keys that a thread block of the backward has: by its position in the grid, or in the order of DqSemaphores.
 #pragma once
 
 #include "../core/types.cuh"
@@ -11,10 +11,10 @@ struct BlockIndex {
     int n_block, head_k, batch;
 };
 
-// The work of this block, in the order in which blocks start. Blocks of short sequences are interleaved with those of other heads. So the
-// block that another one waits for starts some time before it (docs/log/hopper-backward.md, "Deterministic"). If a call needs several
-// launches, the count goes on, and Shape::first_batch is the sequence where this launch starts. All threads call it together, before
-// anything else is in shared memory.
+// The block of keys of this thread block, in the order in which blocks start. Blocks of short sequences are interleaved with those of other
+// heads. So the block that another one waits for starts some time before it (docs/log/hopper-backward.md, "Deterministic"). If a call needs
+// several launches, the count goes on, and Shape::first_batch is the sequence where this launch starts. All threads call it together,
+// before anything else is in shared memory.
 __device__ __forceinline__ BlockIndex ordered_block_index(const BwdParams& params, uint8_t* bytes) {
     constexpr uint32_t kBlocksTogether = 128;  // about one for each of an H200's 132 multiprocessors; others were not tried
     volatile uint32_t* word = reinterpret_cast<volatile uint32_t*>(bytes);

@@ -5,10 +5,10 @@
 //     a b = small_a big_b + big_a big_b + big_a small_b
 // The product of the two small parts is 2^-22 of the result or less, and left out.
 //
-// mma.sync cuts off the bits of a sum that f32 cannot hold (H200: 1 + 0.75 steps of f32 gives 1). These errors all have the sign of the sum, so
-// they grow with its length. Hence the small products have accumulators of their own, and longer sums are added up from parts of 8 k-steps,
-// by FADD, which rounds to nearest. Error of o, head_dim 128, full mask, H200, relative to o: 3.7e-7 at 1k tokens; with 16 k-steps for S
-// 5.8e-7; with P v in one sum 2.9e-6, and 1.9e-5 at 8k tokens.
+// mma.sync cuts off the bits of a sum that f32 cannot hold (H200: 1 + 0.75 steps of f32 gives 1). These errors all have the sign of the
+// sum, so they grow with its length. Hence the small products have accumulators of their own, and longer sums are added up from parts of 8
+// k-steps, by FADD, which rounds to nearest. Error of o, head_dim 128, full mask, H200, relative to o: 3.7e-7 at 1k tokens; with 16 k-steps
+// for S 5.8e-7; with P v in one sum 2.9e-6, and 1.9e-5 at 8k tokens.
 #pragma once
 
 #include "../core/fragment.cuh"
@@ -36,8 +36,8 @@ struct Split {
 
     Split() = default;
 
-    // Rounds the big parts to nearest. The small parts then have either sign, so the products that are left out do not add up. An infinity
-    // becomes a NaN, and the forward recomputes such rows.
+    // Rounds the big parts to nearest. The small parts then have either sign, so the products that are left out do not add up. An infinity,
+    // or a number within 2^-11 of the largest f32, becomes a NaN. The forward recomputes such rows.
     __device__ __forceinline__ explicit Split(const uint32_t (&x)[4]) {
         constexpr uint32_t kHalfStep = 0x1000u, kMask = 0xffffe000u;
 #pragma unroll
@@ -50,7 +50,7 @@ struct Split {
 
 // A part of a sum of products.
 template <int kMTiles, int kNTiles>
-struct Part {
+struct PartialSum {
     Accumulator<kMTiles, kNTiles> big, small;
 
     __device__ __forceinline__ void clear() {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kMTiles, kNTiles>& 
     static_assert(kTiles % 2 == 0, "B is loaded two n8 tiles at a time");
     constexpr int kPairs = kTiles / 2;
     const int first_pair = first_tile / 2;
-    Part<kMTiles, kTiles> part;
+    PartialSum<kMTiles, kTiles> part;
     part.clear();
     uint32_t ra[2][kMTiles][4], rb[2][4];
 #pragma unroll

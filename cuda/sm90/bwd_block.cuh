@@ -14,7 +14,7 @@
 namespace fa2::sm90 {
 
 constexpr int kBwdConsumers = 2;
-constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes. A kernel may spill a word (cuda/instances.def)
+constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes. One kernel spills 8 bytes (cuda/instances.def)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_,

@@ -42,8 +42,8 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     static constexpr uint32_t sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
 
-    // kReadsEarly: in tiles of up to 64 queries there are registers to read lse and delta before the products arrive.
-    // kDvFirst: in larger tiles, a score_mod needs the registers of dP while it runs. So dv comes before dP.
+    // kDvFirst: in tiles of more than 64 queries, a score_mod needs the registers of dP while it runs. So dv comes before dP.
+    // kReadsEarly: in smaller tiles there are registers to read lse and delta before the products arrive.
     static constexpr bool kDvFirst = !ScoreMod_::kIdentity && kBlockM > kWarpgroupRows;
     static constexpr bool kReadsEarly = kBlockM <= kWarpgroupRows;
 

@@ -6,7 +6,7 @@ use crate::table::Line;
 /// The control block of the sm90 forward: barriers and work tiles.
 const SM90_FWD_CONTROL_BYTES: usize = 3 * 1024;
 
-/// The control block of the sm90 backward: barriers and the work of the block.
+/// The control block of the sm90 backward: barriers and work tiles.
 const SM90_BWD_CONTROL_BYTES: usize = 512;
 
 /// Pipeline stages of k, and of v, in the sm90 forward.

@@ -59,7 +59,7 @@ pub(super) fn copied(problem: &Problem) -> Vec<&'static str> {
 
 /// Whether the kernels can read a tensor in place: its rows are 16-byte aligned, and not too far apart.
 pub(crate) fn readable(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
-    aligned(strides, shape, dtype) && in_reach(strides, shape)
+    shape.contains(&0) || (aligned(strides, shape, dtype) && in_reach(strides, shape))
 }
 
 /// Stride and size of the axes rows, heads and sequences. Packed tensors have one sequence.
@@ -79,7 +79,7 @@ fn aligned(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
     let multiple = alignment(dtype);
     // The stride of an axis with one element is never used.
     let steps = axes(strides, shape).into_iter().all(|(stride, size)| size <= 1 || stride.is_multiple_of(multiple));
-    shape.contains(&0) || (steps && strides.offset.is_multiple_of(multiple))
+    steps && strides.offset.is_multiple_of(multiple)
 }
 
 /// Whether the stride of rows is within the limit of the kernels.

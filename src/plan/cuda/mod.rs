@@ -42,7 +42,7 @@ impl CudaPlan {
     ///
     /// # Errors
     /// - The GPU is too old.
-    /// - No kernel supports the dtype, head_dim or strides.
+    /// - No kernel supports the dtype or head_dim.
     /// - A size is too large for a grid or an index.
     /// - An input is tracked for gradients, and no backward kernel fits.
     pub fn choose(problem: &Problem, caps: &DeviceCaps, allow: impl Fn(&Kernel) -> bool) -> Result<Self> {
