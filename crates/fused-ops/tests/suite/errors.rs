@@ -1,0 +1,56 @@
+//! The text of each error.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_fused_ops::{add_rms_norm, layer_norm, rms_norm};
+
+/// The first line of the error, because candle adds a backtrace if RUST_BACKTRACE is set.
+pub fn text<T>(result: candle_core::Result<T>) -> String {
+    match result {
+        Ok(_) => panic!("this call must fail"),
+        Err(error) => error.to_string(),
+    }
+}
+
+pub fn zeros(shape: &[usize], dtype: DType) -> Tensor {
+    Tensor::zeros(shape, dtype, &Device::Cpu).expect("zeros")
+}
+
+#[test]
+fn norms_name_the_argument_the_rule_and_the_value() -> Result<()> {
+    let (x, weight) = (zeros(&[2, 8], DType::F32), zeros(&[8], DType::F32));
+    for (error, expected) in [
+        (
+            text(rms_norm(&zeros(&[2, 8], DType::U32), &weight, 1e-5)),
+            "x: dtype must be F16, BF16, F32 or F64, got U32; convert it with to_dtype",
+        ),
+        (
+            text(rms_norm(&zeros(&[], DType::F32), &weight, 1e-5)),
+            "x: must have a last axis that is not empty, got shape []",
+        ),
+        (
+            text(rms_norm(&zeros(&[3, 0], DType::F32), &weight, 1e-5)),
+            "x: must have a last axis that is not empty, got shape [3, 0]",
+        ),
+        (
+            text(rms_norm(&x, &zeros(&[7], DType::F32), 1e-5)),
+            "weight: shape must be [8] as the last axis of x, got [7]",
+        ),
+        (
+            text(layer_norm(&x, &weight, Some(&zeros(&[8, 1], DType::F32)), 1e-5)),
+            "bias: shape must be [8] as the last axis of x, got [8, 1]",
+        ),
+        (
+            text(layer_norm(&x, &weight, Some(&zeros(&[8], DType::BF16)), 1e-5)),
+            "bias: dtype must be F32 as x, got BF16; convert one with to_dtype",
+        ),
+        (text(rms_norm(&x, &weight, -1.0)), "eps must be finite and at least 0, got -1"),
+        (
+            text(add_rms_norm(&x, &zeros(&[8], DType::F32), &weight, 1e-5)),
+            "residual: shape must be [2, 8] as x, got [8]",
+        ),
+    ] {
+        assert_eq!(error, expected);
+    }
+    Ok(())
+}
