@@ -5,8 +5,12 @@
 //!
 //! The arguments are those of the fused operators, which have checked them.
 
-use candle_core::{Result, Tensor, D};
+use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
+use candle_core::{DType, Result, Tensor, Var, D};
+
+use crate::activation::Activation;
+use crate::loss::{CrossEntropy, Layer};
 use crate::node::accumulator;
 
 /// [`layer_norm`](crate::layer_norm), composed.
@@ -35,4 +39,124 @@ fn normalised(centred: &Tensor, x: &Tensor, weight: &Tensor, bias: Option<&Tenso
         None => y,
     };
     y.to_dtype(x.dtype())
+}
+
+/// [`CrossEntropy::forward`], composed. NaN in an ignored row makes the gradient of that row NaN. Targets out of range are not
+/// checked on a GPU, because that would wait for it.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn cross_entropy(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let (sum, counted) = cross_entropy_sum(options, logits, targets)?;
+    sum / counted
+}
+
+/// The sum of the losses of all rows, and the number of rows that count, at least 1: both ().
+fn cross_entropy_sum(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<(Tensor, Tensor)> {
+    let wide = accumulator(logits.dtype());
+    let z = logits.to_dtype(wide)?.flatten_to(logits.rank().saturating_sub(2))?;
+    let z = match options.softcap {
+        Some(cap) => ((z / cap)?.tanh()? * cap)?,
+        None => z,
+    };
+    let targets = targets.to_dtype(DType::I64)?.reshape(((), 1))?;
+    let counts = match options.ignore_index {
+        Some(index) => targets.ne(index)?,
+        None => targets.ones_like()?.to_dtype(DType::U8)?,
+    };
+    let class = counts.where_cond(&targets, &targets.zeros_like()?)?;
+
+    let largest = z.max_keepdim(D::Minus1)?.detach();
+    let lse = (z.broadcast_sub(&largest)?.exp()?.sum_keepdim(D::Minus1)?.log()? + largest)?;
+    let mut losses = (&lse - (z.gather(&class, D::Minus1)? * (1.0 - options.label_smoothing))?)?;
+    if options.label_smoothing > 0.0 {
+        losses = (losses - (z.mean_keepdim(D::Minus1)? * options.label_smoothing)?)?;
+    }
+    if options.z_loss > 0.0 {
+        losses = (losses + (lse.sqr()? * options.z_loss)?)?;
+    }
+    let sum = counts.where_cond(&losses, &losses.zeros_like()?)?.sum_all()?;
+    Ok((sum, counts.to_dtype(wide)?.sum_all()?.maximum(1.0)?))
+}
+
+/// [`CrossEntropy::forward_linear`], composed: in chunks too, each differentiated by Candle. Logits and their gradient have the
+/// type of `x`, and a chunk needs about eight times its logits in f32.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn linear_cross_entropy(options: &CrossEntropy, x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let layer = Layer::new(x, weight, options.rows_per_chunk(weight.dim(0)?, x.dtype().size_in_bytes()))?;
+    let targets = targets.flatten_all()?;
+    let tracked = x.track_op() || weight.track_op();
+    let sums = layer.sums(x.track_op(), weight.track_op(), |logits, start| {
+        let targets = targets.narrow(0, start, logits.dim(0)?)?;
+        if !tracked {
+            let (loss, _) = cross_entropy_sum(options, logits, &targets)?;
+            return Ok((loss, logits.clone()));
+        }
+        let logits = Var::from_tensor(logits)?;
+        let (loss, _) = cross_entropy_sum(options, &logits, &targets)?;
+        let dlogits = loss.backward()?.remove(&logits);
+        Ok((loss.detach(), dlogits.expect("the loss depends on the logits")))
+    })?;
+    let counted = match options.ignore_index {
+        Some(index) => targets.to_dtype(DType::I64)?.ne(index)?.to_dtype(DType::F32)?.sum_all()?.maximum(1.0)?,
+        None => Tensor::full(targets.elem_count().max(1) as f32, (), x.device())?,
+    };
+    sums.mean(x, weight, &counted)
+}
+
+fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    let wide = x.to_dtype(accumulator(x.dtype()))?;
+    let y = match activation {
+        // Not `Tensor::gelu`: its gradient has constants of six digits.
+        Activation::Gelu => {
+            let cubic = (wide.sqr()? * 0.044715)?.affine(1.0, 1.0)?;
+            let u = ((&wide * cubic)? * (2.0 / PI).sqrt())?;
+            (wide * u.tanh()?.affine(0.5, 0.5)?)?
+        }
+        Activation::GeluErf => {
+            let c = (&wide * FRAC_1_SQRT_2)?.erf()?.affine(0.5, 0.5)?;
+            (wide * c)?
+        }
+        Activation::Silu => wide.silu()?,
+    };
+    y.to_dtype(x.dtype())
+}
+
+/// [`gelu`](crate::gelu), composed.
+///
+/// # Errors
+/// If Candle cannot compute with this tensor.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    activation(Activation::Gelu, x)
+}
+
+/// [`gelu_erf`](crate::gelu_erf), composed.
+///
+/// # Errors
+/// If Candle cannot compute with this tensor.
+pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
+    activation(Activation::GeluErf, x)
+}
+
+/// [`swiglu`](crate::swiglu), composed.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gated(Activation::Silu, gate, up)
+}
+
+/// [`geglu`](crate::geglu), composed.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gated(Activation::Gelu, gate, up)
+}
+
+fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let wide = accumulator(gate.dtype());
+    (self::activation(activation, &gate.to_dtype(wide)?)? * up.to_dtype(wide)?)?.to_dtype(gate.dtype())
 }

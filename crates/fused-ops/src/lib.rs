@@ -18,6 +18,9 @@
 //! | --- | --- | --- |
 //! | layer norm | [`layer_norm`], with a residual [`add_layer_norm`] | [`LayerNorm`] |
 //! | RMS norm | [`rms_norm`], with a residual [`add_rms_norm`] | [`RmsNorm`] |
+//! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
+//! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
+//! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
 //! # What holds for every operator
 //!
@@ -32,13 +35,17 @@
 
 #![deny(missing_docs)]
 
+mod activation;
 mod check;
 pub mod composed;
 mod layers;
+mod loss;
 mod node;
 mod norm;
 mod number;
 mod rows;
 
+pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use layers::{LayerNorm, RmsNorm};
+pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};

@@ -4,13 +4,15 @@
 //! an operator computes its value first. Then it makes a node with the value and a closure for the gradients. What the backward
 //! needs besides the inputs, such as row statistics, the closure owns. So a second `backward()` finds it too.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Mutex;
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, Result, Shape, Storage, StorageRef,
-    Tensor, WithDType,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, InplaceOp1, Layout, Result, Shape, Storage,
+    StorageRef, Tensor, WithDType,
 };
 
 /// Computes the gradient of each input from the inputs and the gradient of the result, which is contiguous.
@@ -198,5 +200,40 @@ pub(crate) fn accumulator(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
         _ => DType::F32,
+    }
+}
+
+/// A copy of the storage of `tensor`, for a node whose value Candle's operators have computed.
+pub(crate) fn copied(tensor: &Tensor) -> Result<Storage> {
+    let (storage, layout) = tensor.storage_and_layout();
+    storage.try_clone(layout)
+}
+
+/// Changes the numbers of a contiguous tensor on the CPU in place.
+pub(crate) fn update<T: WithDType, R>(tensor: &Tensor, change: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+    let op = Update { change: Cell::new(Some(change)), result: Cell::new(None), numbers: PhantomData };
+    tensor.inplace_op1(&op)?;
+    Ok(op.result.into_inner().expect("Candle has run the operator"))
+}
+
+struct Update<T, F, R> {
+    change: Cell<Option<F>>,
+    result: Cell<Option<R>>,
+    numbers: PhantomData<T>,
+}
+
+impl<T: WithDType, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Update<T, F, R> {
+    fn name(&self) -> &'static str {
+        "update"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let change = self.change.take().expect("Candle runs an operator once");
+        // Candle lends storage as a typed slice only to read. So take the vector out, and put it back.
+        let mut numbers = T::cpu_storage_data(std::mem::replace(storage, CpuStorage::U8(Vec::new())))?;
+        let start = layout.start_offset();
+        self.result.set(Some(change(&mut numbers[start..start + layout.shape().elem_count()])));
+        *storage = T::to_cpu_storage_owned(numbers);
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Neg;
 
-use candle_core::WithDType;
+use candle_core::{cpu::erf, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -13,6 +13,10 @@ pub(crate) trait Real: Element<Acc = Self> + Neg<Output = Self> {
 
     fn real(value: f64) -> Self;
     fn sqrt(self) -> Self;
+    fn exp(self) -> Self;
+    fn ln(self) -> Self;
+    fn tanh(self) -> Self;
+    fn erf(self) -> Self;
 }
 
 /// An element type of tensors.
@@ -42,7 +46,7 @@ pub(crate) fn narrowed<T: Element>(wide: &[T::Acc]) -> Vec<T> {
 }
 
 macro_rules! real {
-    ($type:ty) => {
+    ($type:ty, $erf:path) => {
         impl Element for $type {
             type Acc = $type;
 
@@ -66,12 +70,28 @@ macro_rules! real {
             fn sqrt(self) -> Self {
                 self.sqrt()
             }
+
+            fn exp(self) -> Self {
+                self.exp()
+            }
+
+            fn ln(self) -> Self {
+                self.ln()
+            }
+
+            fn tanh(self) -> Self {
+                self.tanh()
+            }
+
+            fn erf(self) -> Self {
+                $erf(self)
+            }
         }
     };
 }
 
-real!(f32);
-real!(f64);
+real!(f32, erf::erf_f32);
+real!(f64, erf::erf_f64);
 
 macro_rules! half_float {
     ($type:ty) => {

@@ -51,6 +51,11 @@ fn total<A: Real>(mut lanes: [A; LANES]) -> A {
     lanes[0]
 }
 
+/// The sum of few numbers, one after another. f64 costs nothing here.
+pub(crate) fn sum_in_f64<A: Real>(xs: &[A]) -> f64 {
+    xs.iter().map(|x| x.to_f64()).sum()
+}
+
 /// Adds each element of `from` to `to`.
 pub(crate) fn add<A: Real>(to: &mut [A], from: &[A]) {
     for (to, &from) in to.iter_mut().zip(from) {

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_fused_ops::{add_rms_norm, layer_norm, rms_norm};
+use candle_fused_ops::{add_rms_norm, gelu, layer_norm, rms_norm, swiglu};
 
 /// The first line of the error, because candle adds a backtrace if RUST_BACKTRACE is set.
 pub fn text<T>(result: candle_core::Result<T>) -> String {
@@ -48,6 +48,25 @@ fn norms_name_the_argument_the_rule_and_the_value() -> Result<()> {
         (
             text(add_rms_norm(&x, &zeros(&[8], DType::F32), &weight, 1e-5)),
             "residual: shape must be [2, 8] as x, got [8]",
+        ),
+    ] {
+        assert_eq!(error, expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn activations_name_the_argument_the_rule_and_the_value() -> Result<()> {
+    let gate = zeros(&[2, 3], DType::F32);
+    for (error, expected) in [
+        (
+            text(gelu(&zeros(&[2], DType::I64))),
+            "x: dtype must be F16, BF16, F32 or F64, got I64; convert it with to_dtype",
+        ),
+        (text(swiglu(&gate, &zeros(&[3, 2], DType::F32))), "up: shape must be [2, 3] as gate, got [3, 2]"),
+        (
+            text(swiglu(&gate, &zeros(&[2, 3], DType::F16))),
+            "up: dtype must be F32 as gate, got F16; convert one with to_dtype",
         ),
     ] {
         assert_eq!(error, expected);

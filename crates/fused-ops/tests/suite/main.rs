@@ -8,6 +8,7 @@ mod close;
 mod errors;
 mod gradients;
 mod layers;
+mod loss;
 mod nonfinite;
 mod operators;
 mod properties;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fused_ops::layer_norm;
+use candle_fused_ops::{gelu, gelu_erf, layer_norm, swiglu};
 
 /// Which rows have a NaN.
 pub fn rows_with_nan(tensor: &Tensor) -> Result<Vec<bool>> {
@@ -19,5 +19,32 @@ fn a_row_with_nan_or_infinity_spoils_itself_only() -> Result<()> {
         let grads = y.sqr()?.sum_all()?.backward()?;
         assert_eq!(rows_with_nan(grads.get(&x).expect("a gradient"))?, [false, true, false]);
     }
+    Ok(())
+}
+
+#[test]
+fn gelu_has_its_limits_at_infinity() -> Result<()> {
+    let infinity = f32::INFINITY;
+    for function in [gelu, gelu_erf] {
+        let x = Var::new(&[infinity, f32::MAX, 20.0, -20.0, f32::MIN, -infinity], &Device::Cpu)?;
+        let y = function(&x)?;
+        let dx = y.sum_all()?.backward()?.remove(&x).expect("a gradient");
+        assert_eq!(y.to_vec1::<f32>()?, [infinity, f32::MAX, 20.0, 0.0, 0.0, 0.0]);
+        assert_eq!(dx.to_vec1::<f32>()?, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]);
+        let nan = Var::new(&[f32::NAN], &Device::Cpu)?;
+        let y = function(&nan)?;
+        assert!(y.to_vec1::<f32>()?[0].is_nan());
+        assert!(y.backward()?.get(&nan).expect("a gradient").to_vec1::<f32>()?[0].is_nan());
+    }
+    Ok(())
+}
+
+#[test]
+fn finite_gates_give_finite_results() -> Result<()> {
+    let gate = Var::new(&[1e4f32, -1e4, f32::MIN], &Device::Cpu)?;
+    let y = swiglu(&gate, &Tensor::ones(3, DType::F32, &Device::Cpu)?)?;
+    assert_eq!(y.to_vec1::<f32>()?, [1e4, 0.0, 0.0]);
+    let dgate = y.sum_all()?.backward()?.remove(&gate).expect("a gradient");
+    assert_eq!(dgate.to_vec1::<f32>()?, [1.0, 0.0, 0.0]);
     Ok(())
 }

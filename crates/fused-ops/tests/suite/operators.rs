@@ -1,9 +1,9 @@
 //! All operators of the crate, for tests that every one of them must pass.
 
-use candle_core::{Result, Tensor};
-use candle_fused_ops::{self as fused, composed};
+use candle_core::{DType, Result, Tensor};
+use candle_fused_ops::{self as fused, composed, CrossEntropy};
 
-use crate::reference::{self, Reference};
+use crate::reference::{self, Loss, Reference, Sum, Want};
 use crate::run::precision;
 
 /// From inputs to results.
@@ -16,7 +16,7 @@ pub struct Numbers {
     pub inputs: Vec<Vec<f64>>,
     pub upstream: Vec<Vec<f64>>,
     pub width: usize,
-    pub dtype: candle_core::DType,
+    pub dtype: DType,
 }
 
 #[derive(Clone, Copy)]
@@ -76,6 +76,77 @@ pub fn all() -> Vec<Operator> {
             },
             formula: |n| reference::add_norm(&n.inputs, rounded_sum(n), &n.upstream, n.width, false, EPS),
         },
+        Operator {
+            name: "cross_entropy",
+            shapes: |rows, vocab| vec![vec![rows, vocab]],
+            fused: |t| Ok(vec![fused::cross_entropy(&t[0], &targets(&t[0], t[0].dim(1)?)?)?]),
+            composed: |t| {
+                let targets = targets(&t[0], t[0].dim(1)?)?;
+                Ok(vec![composed::cross_entropy(&CrossEntropy::new(), &t[0], &targets)?])
+            },
+            formula: |n| cross_entropy(n, &PLAIN, false),
+        },
+        Operator {
+            name: "cross_entropy with options",
+            shapes: |rows, vocab| vec![vec![rows, vocab]],
+            fused: |t| Ok(vec![options().forward(&t[0], &some_ignored(&t[0], t[0].dim(1)?)?)?]),
+            composed: |t| Ok(vec![composed::cross_entropy(&options(), &t[0], &some_ignored(&t[0], t[0].dim(1)?)?)?]),
+            formula: |n| cross_entropy(n, &OPTIONS, true),
+        },
+        Operator {
+            name: "linear_cross_entropy",
+            shapes: |rows, width| vec![vec![rows, width], vec![2 * width + 3, width]],
+            fused: |t| Ok(vec![fused::linear_cross_entropy(&t[0], &t[1], &targets(&t[0], t[1].dim(0)?)?)?]),
+            composed: |t| {
+                let (x, weight) = (widened(&t[0])?, widened(&t[1])?);
+                let targets = targets(&x, weight.dim(0)?)?;
+                Ok(vec![composed::linear_cross_entropy(&CrossEntropy::new(), &x, &weight, &targets)?])
+            },
+            formula: |n| linear_cross_entropy(n, &PLAIN, false),
+        },
+        Operator {
+            name: "linear_cross_entropy with options, in chunks",
+            shapes: |rows, width| vec![vec![rows, width], vec![2 * width + 3, width]],
+            fused: |t| {
+                let loss = options().chunk_bytes(7 * 4 * t[1].dim(0)?);
+                Ok(vec![loss.forward_linear(&t[0], &t[1], &some_ignored(&t[0], t[1].dim(0)?)?)?])
+            },
+            composed: |t| {
+                let (x, weight) = (widened(&t[0])?, widened(&t[1])?);
+                let loss = options().chunk_bytes(11 * 4 * weight.dim(0)?);
+                let targets = some_ignored(&x, weight.dim(0)?)?;
+                Ok(vec![composed::linear_cross_entropy(&loss, &x, &weight, &targets)?])
+            },
+            formula: |n| linear_cross_entropy(n, &OPTIONS, true),
+        },
+        Operator {
+            name: "gelu",
+            shapes: |rows, width| vec![vec![rows, width]],
+            fused: |t| Ok(vec![fused::gelu(&t[0])?]),
+            composed: |t| Ok(vec![composed::gelu(&t[0])?]),
+            formula: |n| reference::activation(&n.inputs, &n.upstream[0], n.width, reference::gelu),
+        },
+        Operator {
+            name: "gelu_erf",
+            shapes: |rows, width| vec![vec![rows, width]],
+            fused: |t| Ok(vec![fused::gelu_erf(&t[0])?]),
+            composed: |t| Ok(vec![composed::gelu_erf(&t[0])?]),
+            formula: |n| reference::activation(&n.inputs, &n.upstream[0], n.width, reference::gelu_erf),
+        },
+        Operator {
+            name: "swiglu",
+            shapes: |rows, width| vec![vec![rows, width], vec![rows, width]],
+            fused: |t| Ok(vec![fused::swiglu(&t[0], &t[1])?]),
+            composed: |t| Ok(vec![composed::swiglu(&t[0], &t[1])?]),
+            formula: |n| reference::activation(&n.inputs, &n.upstream[0], n.width, reference::silu),
+        },
+        Operator {
+            name: "geglu",
+            shapes: |rows, width| vec![vec![rows, width], vec![rows, width]],
+            fused: |t| Ok(vec![fused::geglu(&t[0], &t[1])?]),
+            composed: |t| Ok(vec![composed::geglu(&t[0], &t[1])?]),
+            formula: |n| reference::activation(&n.inputs, &n.upstream[0], n.width, reference::gelu),
+        },
     ]
 }
 
@@ -87,4 +158,51 @@ fn pair((a, b): (Tensor, Tensor)) -> Vec<Tensor> {
 fn rounded_sum(numbers: &Numbers) -> Vec<f64> {
     let precision = precision(numbers.dtype);
     numbers.inputs[0].iter().zip(&numbers.inputs[1]).map(|(x, y)| precision.round(x + y)).collect()
+}
+
+/// In f32, or f64. On the CPU the fused losses compute their logits in it.
+fn widened(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::F64 => Ok(tensor.clone()),
+        _ => tensor.to_dtype(DType::F32),
+    }
+}
+
+const PLAIN: Loss = Loss { label_smoothing: 0.0, z_loss: 0.0, softcap: f64::INFINITY };
+const OPTIONS: Loss = Loss { label_smoothing: 0.1, z_loss: 0.01, softcap: 3.0 };
+const IGNORED: i64 = -100;
+
+fn options() -> CrossEntropy {
+    let Loss { label_smoothing, z_loss, softcap } = OPTIONS;
+    CrossEntropy::new().ignore_index(IGNORED).label_smoothing(label_smoothing).z_loss(z_loss).softcap(softcap)
+}
+
+/// Every third row is ignored if `some_ignored` is set.
+fn classes(rows: usize, vocab: usize, some_ignored: bool) -> Vec<Option<usize>> {
+    (0..rows).map(|row| (!some_ignored || row % 3 != 1).then_some((7 * row + 3) % vocab)).collect()
+}
+
+fn targets(x: &Tensor, vocab: usize) -> Result<Tensor> {
+    let classes = classes(x.dim(0)?, vocab, false);
+    let ids: Vec<u32> = classes.into_iter().flatten().map(|class| class as u32).collect();
+    Tensor::new(ids, x.device())
+}
+
+fn some_ignored(x: &Tensor, vocab: usize) -> Result<Tensor> {
+    let classes = classes(x.dim(0)?, vocab, true);
+    let ids: Vec<i64> = classes.into_iter().map(|class| class.map_or(IGNORED, |class| class as i64)).collect();
+    Tensor::new(ids, x.device())
+}
+
+fn cross_entropy(n: &Numbers, loss: &Loss, some_ignored: bool) -> Reference {
+    let logits: Vec<Sum> = n.inputs[0].iter().map(|&x| Sum::of([x])).collect();
+    let classes = classes(logits.len() / n.width, n.width, some_ignored);
+    let (value, dlogits) = reference::cross_entropy(&logits, &classes, n.width, loss, n.upstream[0][0]);
+    Reference { results: vec![Want::new(1, vec![value])], gradients: vec![Want::new(n.width, dlogits)] }
+}
+
+fn linear_cross_entropy(n: &Numbers, loss: &Loss, some_ignored: bool) -> Reference {
+    let (x, weight) = (&n.inputs[0], &n.inputs[1]);
+    let classes = classes(x.len() / n.width, weight.len() / n.width, some_ignored);
+    reference::linear_cross_entropy(x, weight, &classes, n.width, loss, n.upstream[0][0])
 }

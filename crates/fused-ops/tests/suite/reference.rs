@@ -19,6 +19,10 @@ impl Sum {
         sum
     }
 
+    pub fn times(self, factor: f64) -> Self {
+        Self { value: self.value * factor, magnitude: self.magnitude * factor.abs() }
+    }
+
     pub fn plus(self, other: Self) -> Self {
         Self { value: self.value + other.value, magnitude: self.magnitude + other.magnitude }
     }
@@ -97,4 +101,152 @@ pub fn add_norm(
     let dsum: Vec<Sum> = upstream[0].iter().zip(&gradients[0].values).map(|(d, g)| Sum::of([*d]).plus(*g)).collect();
     gradients.splice(0..1, [Want::new(width, dsum.clone()), Want::new(width, dsum)]);
     Reference { results: [Want::new(width, exact)].into_iter().chain(results).collect(), gradients }
+}
+
+/// Options of a cross-entropy.
+pub struct Loss {
+    pub label_smoothing: f64,
+    pub z_loss: f64,
+    pub softcap: f64, // infinite for none
+}
+
+/// Cross-entropy: logits (rows, vocab), whose magnitude is that of the terms they were summed from. Returns the loss and the
+/// gradient of `upstream` times the loss.
+///
+/// The magnitudes follow the errors: an absolute error of z or lse is a relative error of p.
+pub fn cross_entropy(
+    logits: &[Sum],
+    targets: &[Option<usize>],
+    vocab: usize,
+    loss: &Loss,
+    upstream: f64,
+) -> (Sum, Vec<Sum>) {
+    let counted = targets.iter().flatten().count().max(1) as f64;
+    let (mut total, mut dlogits) = (Sum::default(), Vec::new());
+    for (row, target) in logits.chunks(vocab).zip(targets) {
+        let Some(target) = *target else {
+            dlogits.extend(vec![Sum::default(); vocab]);
+            continue;
+        };
+        let capped = |x: &Sum| {
+            let capped = loss.softcap * (x.value / loss.softcap).tanh();
+            let value = if loss.softcap.is_finite() { capped } else { x.value };
+            Sum { value, magnitude: x.magnitude + value.abs() }
+        };
+        let z: Vec<Sum> = row.iter().map(capped).collect();
+        let largest = z.iter().fold(f64::NEG_INFINITY, |a, z| a.max(z.value));
+        let lse = largest + z.iter().map(|z| (z.value - largest).exp()).sum::<f64>().ln();
+        let lse_size = z.iter().fold(lse.abs(), |a, z| a.max(z.magnitude));
+        let q = |j: usize| {
+            let of_target = if j == target { 1.0 - loss.label_smoothing } else { 0.0 };
+            of_target + loss.label_smoothing / vocab as f64
+        };
+        let mut of_row = Sum { value: lse, magnitude: lse_size };
+        for (j, z) in z.iter().enumerate() {
+            of_row = of_row.plus(z.times(-q(j)));
+        }
+        of_row = of_row.plus(Sum { value: lse, magnitude: lse_size }.times(loss.z_loss * lse));
+        total = total.plus(of_row.times(1.0 / counted));
+        for (j, z) in z.iter().enumerate() {
+            let (p, of_p) = ((z.value - lse).exp(), 1.0 + 2.0 * loss.z_loss * lse);
+            let d = Sum {
+                value: p * of_p - q(j),
+                magnitude: p * (1.0 + z.magnitude + lse_size) * (1.0 + 2.0 * loss.z_loss * lse_size) + q(j),
+            };
+            let slope = 1.0 - (z.value / loss.softcap).powi(2);
+            let of_slope = 1.0 + 2.0 * z.value.abs() * z.magnitude / loss.softcap.powi(2);
+            let d = Sum { value: d.value * slope, magnitude: d.magnitude * slope + d.value.abs() * of_slope };
+            dlogits.push(d.times(upstream / counted));
+        }
+    }
+    (total, dlogits)
+}
+
+/// [`cross_entropy`] of the logits x weight^T: x (rows, width), weight (vocab, width).
+pub fn linear_cross_entropy(
+    x: &[f64],
+    weight: &[f64],
+    targets: &[Option<usize>],
+    width: usize,
+    loss: &Loss,
+    upstream: f64,
+) -> Reference {
+    let vocab = weight.len() / width;
+    let logits: Vec<Sum> = x
+        .chunks(width)
+        .flat_map(|x| weight.chunks(width).map(|row| Sum::of(x.iter().zip(row).map(|(x, w)| x * w))))
+        .collect();
+    let (total, dlogits) = cross_entropy(&logits, targets, vocab, loss, upstream);
+    let (mut dx, mut dweight) = (vec![Sum::default(); x.len()], vec![Sum::default(); weight.len()]);
+    for (i, d) in dlogits.iter().enumerate() {
+        let (row, class) = (i / vocab * width, i % vocab * width);
+        for k in 0..width {
+            dx[row + k] = dx[row + k].plus(d.times(weight[class + k]));
+            dweight[class + k] = dweight[class + k].plus(d.times(x[row + k]));
+        }
+    }
+    let results = vec![Want::new(1, vec![total])];
+    Reference { results, gradients: vec![Want::new(width, dx), Want::new(width, dweight)] }
+}
+
+/// An activation at x and its derivative.
+pub type Curve = fn(f64) -> [Sum; 2];
+
+/// GELU in its tanh form.
+pub fn gelu(x: f64) -> [Sum; 2] {
+    let linear = (2.0 / std::f64::consts::PI).sqrt();
+    let u = linear * (x + 0.044715 * x.powi(3));
+    let y = 0.5 * x * (1.0 + u.tanh());
+    let slope = 0.5 * (1.0 + u.tanh()) + 0.5 * x * (1.0 - u.tanh().powi(2)) * linear * (1.0 + 3.0 * 0.044715 * x * x);
+    // 1 + tanh is a difference for negative x, and rounding of u changes the tanh.
+    [
+        Sum { value: y, magnitude: x.abs() * (1.0 + u.abs()) },
+        Sum { value: slope, magnitude: 1.0 + x.abs() * (1.0 + x * x) },
+    ]
+}
+
+/// GELU with the error function.
+pub fn gelu_erf(x: f64) -> [Sum; 2] {
+    let c = 0.5 * (1.0 + erf(x * 0.5f64.sqrt()));
+    let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    [
+        Sum { value: x * c, magnitude: x.abs() },
+        Sum { value: c + x * density, magnitude: 1.0 + x.abs() * density * (1.0 + x * x) },
+    ]
+}
+
+pub fn silu(x: f64) -> [Sum; 2] {
+    let s = 1.0 / (1.0 + (-x).exp());
+    let size = s * (1.0 + x.abs());
+    [
+        Sum { value: x * s, magnitude: x.abs() * size },
+        Sum { value: s * (1.0 + x * (1.0 - s)), magnitude: size * (1.0 + x.abs()) },
+    ]
+}
+
+/// The series whose terms are all positive: 2 / sqrt(pi) exp(-x^2) (x + 2 x^3 / 3 + 4 x^5 / 15 + ..).
+fn erf(x: f64) -> f64 {
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= 2.0 * x * x / (2 * n + 1) as f64;
+        sum += term;
+    }
+    2.0 / std::f64::consts::PI.sqrt() * (-x * x).exp() * sum
+}
+
+/// `curve(x)`, or `curve(x) up` if there is a second input.
+pub fn activation(inputs: &[Vec<f64>], upstream: &[f64], width: usize, curve: Curve) -> Reference {
+    let (x, mut y, mut dx, mut dup) = (&inputs[0], Vec::new(), Vec::new(), Vec::new());
+    for (i, (&x, &dy)) in x.iter().zip(upstream).enumerate() {
+        let [value, slope] = curve(x);
+        let up = inputs.get(1).map_or(1.0, |up| up[i]);
+        y.push(value.times(up));
+        dx.push(slope.times(dy * up));
+        dup.push(value.times(dy));
+    }
+    let mut gradients = vec![Want::new(width, dx)];
+    if inputs.len() > 1 {
+        gradients.push(Want::new(width, dup));
+    }
+    Reference { results: vec![Want::new(width, y)], gradients }
 }
