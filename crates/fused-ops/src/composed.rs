@@ -10,6 +10,7 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 use candle_core::{DType, Result, Tensor, Var, D};
 
 use crate::activation::Activation;
+use crate::adamw::{Rule, Slot};
 use crate::loss::{CrossEntropy, Layer};
 use crate::node::accumulator;
 
@@ -159,4 +160,37 @@ pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let wide = accumulator(gate.dtype());
     (self::activation(activation, &gate.to_dtype(wide)?)? * up.to_dtype(wide)?)?.to_dtype(gate.dtype())
+}
+
+/// The norm of all `gradients` together, (), in f32 (f64 if the first is f64).
+pub(crate) fn global_norm(gradients: &[Tensor]) -> Result<Tensor> {
+    let wide = gradients.first().map_or(DType::F32, |gradient| accumulator(gradient.dtype()));
+    let squares =
+        |gradient: &Tensor| gradient.to_dtype(accumulator(gradient.dtype()))?.sqr()?.sum_all()?.to_dtype(wide);
+    Tensor::stack(&gradients.iter().map(squares).collect::<Result<Vec<_>>>()?, 0)?.sum_all()?.sqrt()
+}
+
+/// The factor that scales gradients of this norm down to `limit`, ().
+pub(crate) fn clipping(norm: &Tensor, limit: f64) -> Result<Tensor> {
+    norm.gt(limit)?.where_cond(&(norm.recip()? * limit)?, &norm.ones_like()?)
+}
+
+/// A step of [`AdamW`](crate::AdamW) for one parameter.
+pub(crate) fn adamw(slot: &mut Slot, gradient: &Tensor, factor: Option<&Tensor>, rule: &Rule) -> Result<()> {
+    let wide = slot.m.dtype();
+    let gradient = gradient.to_dtype(wide)?;
+    let g = match factor {
+        Some(factor) => gradient.broadcast_mul(&factor.to_dtype(wide)?)?,
+        None => gradient,
+    };
+    slot.m = ((&slot.m * rule.beta1)? + (&g * (1.0 - rule.beta1))?)?;
+    slot.v = ((&slot.v * rule.beta2)? + (g.sqr()? * (1.0 - rule.beta2))?)?;
+    let change = ((&slot.m * rule.rate)? / (slot.v.sqrt()? + rule.epsilon)?)?;
+    let before = slot.master.as_ref().unwrap_or(&slot.var);
+    let after = ((before.detach() * rule.keep)? - change)?;
+    slot.var.set(&after.to_dtype(slot.var.dtype())?)?;
+    if slot.master.is_some() {
+        slot.master = Some(after);
+    }
+    Ok(())
 }

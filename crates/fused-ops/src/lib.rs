@@ -22,6 +22,8 @@
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
+//! [`AdamW`] updates parameters with f32 master weights and clipping. [`Schedule`] gives the learning rate of each step.
+//!
 //! # What holds for every operator
 //!
 //! - **Types.** f16, bf16, f32, f64. Sums are in f32, and in f64 for f64 tensors. Each result and each gradient is rounded once.
@@ -36,6 +38,7 @@
 #![deny(missing_docs)]
 
 mod activation;
+mod adamw;
 mod check;
 pub mod composed;
 mod layers;
@@ -44,8 +47,11 @@ mod node;
 mod norm;
 mod number;
 mod rows;
+mod schedule;
 
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
+pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use layers::{LayerNorm, RmsNorm};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
+pub use schedule::Schedule;

@@ -3,6 +3,7 @@
 //! `operators.rs` lists all operators. The modules `against_reference`, `gradients` and `properties` put every one of them through
 //! the same tests.
 
+mod adamw;
 mod against_reference;
 mod close;
 mod errors;
