@@ -17,6 +17,14 @@ pub(crate) fn float(name: &str, tensor: &Tensor) -> Result<()> {
     }
 }
 
+/// `tensor` has a type of ids.
+pub(crate) fn ids(name: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.dtype() {
+        DType::U32 | DType::I64 => Ok(()),
+        other => Err(error(format!("{name}: dtype must be U32 or I64, got {other:?}; convert it with to_dtype"))),
+    }
+}
+
 /// `tensor` has the type and the device of `other`.
 pub(crate) fn same(name: &str, tensor: &Tensor, other_name: &str, other: &Tensor) -> Result<()> {
     same_device(name, tensor, other_name, other.device())?;

@@ -13,6 +13,7 @@ use crate::activation::Activation;
 use crate::adamw::{Rule, Slot};
 use crate::loss::{CrossEntropy, Layer};
 use crate::node::accumulator;
+use crate::rotary::RotaryOrder;
 
 /// [`layer_norm`](crate::layer_norm), composed.
 ///
@@ -193,4 +194,42 @@ pub(crate) fn adamw(slot: &mut Slot, gradient: &Tensor, factor: Option<&Tensor>,
         slot.master = Some(after);
     }
     Ok(())
+}
+
+/// [`embedding`](crate::embedding), composed. The gradient is summed in the type of `weight`. Ids out of range are not checked on
+/// a GPU, because that would wait for it.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let shape = [ids.dims(), &weight.dims()[1..]].concat();
+    weight.index_select(&ids.flatten_all()?, 0)?.reshape(shape)
+}
+
+/// [`rotary`](crate::rotary), composed.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, order: RotaryOrder) -> Result<Tensor> {
+    let wide = accumulator(x.dtype());
+    let (seqlen, pairs) = cos.dims2()?;
+    let table = |table: &Tensor| table.detach().to_dtype(wide)?.reshape((seqlen, 1, pairs));
+    let (cos, sin) = (table(cos)?, table(sin)?);
+    let rotating = x.narrow(D::Minus1, 0, 2 * pairs)?.to_dtype(wide)?;
+    // The pairs as (.., 2, pairs) or (.., pairs, 2): the axis of 2 is `side`.
+    let leading = &rotating.dims()[..x.rank() - 1];
+    let (split, side) = match order {
+        RotaryOrder::HalfSplit => ([2, pairs], x.rank() - 1),
+        RotaryOrder::Interleaved => ([pairs, 2], x.rank()),
+    };
+    let sides = rotating.reshape([leading, &split].concat())?;
+    let (a, b) = (sides.narrow(side, 0, 1)?.squeeze(side)?, sides.narrow(side, 1, 1)?.squeeze(side)?);
+    let turned_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let turned_b = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
+    let turned = Tensor::stack(&[turned_a, turned_b], side)?.reshape(rotating.shape())?.to_dtype(x.dtype())?;
+    let rest = x.dim(D::Minus1)? - 2 * pairs;
+    match rest {
+        0 => Ok(turned),
+        _ => Tensor::cat(&[turned, x.narrow(D::Minus1, 2 * pairs, rest)?], D::Minus1),
+    }
 }

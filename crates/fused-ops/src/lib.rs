@@ -18,6 +18,8 @@
 //! | --- | --- | --- |
 //! | layer norm | [`layer_norm`], with a residual [`add_layer_norm`] | [`LayerNorm`] |
 //! | RMS norm | [`rms_norm`], with a residual [`add_rms_norm`] | [`RmsNorm`] |
+//! | embedding | [`embedding`] | |
+//! | rotary position embedding | [`rotary`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
@@ -41,17 +43,21 @@ mod activation;
 mod adamw;
 mod check;
 pub mod composed;
+mod embedding;
 mod layers;
 mod loss;
 mod node;
 mod norm;
 mod number;
+mod rotary;
 mod rows;
 mod schedule;
 
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
+pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
+pub use rotary::{rotary, RotaryOrder};
 pub use schedule::Schedule;

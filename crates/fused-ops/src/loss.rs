@@ -152,12 +152,7 @@ impl CrossEntropy {
         let leading = &tensor.dims()[..tensor.rank() - 1];
         check::shape("targets", targets, leading, &format!("as the leading axes of {name}"))?;
         check::same_device("targets", targets, name, tensor.device())?;
-        if !matches!(targets.dtype(), DType::U32 | DType::I64) {
-            let got = targets.dtype();
-            return Err(check::error(format!(
-                "targets: dtype must be U32 or I64, got {got:?}; convert it with to_dtype"
-            )));
-        }
+        check::ids("targets", targets)?;
         check::not_negative("label_smoothing", self.label_smoothing)?;
         check::not_negative("z_loss", self.z_loss)?;
         match (self.label_smoothing, self.softcap) {

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_fused_ops::{add_rms_norm, gelu, layer_norm, rms_norm, swiglu};
+use candle_fused_ops::{add_rms_norm, embedding, gelu, layer_norm, rms_norm, rotary, swiglu, RotaryOrder};
 
 /// The first line of the error, because candle adds a backtrace if RUST_BACKTRACE is set.
 pub fn text<T>(result: candle_core::Result<T>) -> String {
@@ -68,6 +68,41 @@ fn activations_name_the_argument_the_rule_and_the_value() -> Result<()> {
             text(swiglu(&gate, &zeros(&[2, 3], DType::F16))),
             "up: dtype must be F32 as gate, got F16; convert one with to_dtype",
         ),
+    ] {
+        assert_eq!(error, expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn embedding_and_rotary_name_the_argument_the_rule_and_the_value() -> Result<()> {
+    let weight = zeros(&[4, 2], DType::F32);
+    let x = zeros(&[1, 3, 2, 8], DType::F32);
+    let turn = |x: &Tensor, cos: &[usize], sin: &[usize]| {
+        text(rotary(x, &zeros(cos, DType::F32), &zeros(sin, DType::F32), RotaryOrder::HalfSplit))
+    };
+    for (error, expected) in [
+        (
+            text(embedding(&Tensor::new(&[3u32, 4], &Device::Cpu)?, &weight)),
+            "ids: each must be a row of weight, 0..4, got 4 at position 1",
+        ),
+        (
+            text(embedding(&zeros(&[2], DType::F32), &weight)),
+            "ids: dtype must be U32 or I64, got F32; convert it with to_dtype",
+        ),
+        (
+            text(embedding(&zeros(&[2], DType::U32), &zeros(&[4], DType::F32))),
+            "weight: shape must be (rows, width), got [4]",
+        ),
+        (
+            turn(&weight, &[4, 1], &[4, 1]),
+            "x: shape must be (batch, seqlen, num_heads, head_dim) or (seqlen, num_heads, head_dim), got [4, 2]",
+        ),
+        (
+            turn(&x, &[3, 5], &[3, 5]),
+            "cos: shape must be (seqlen, rotary_dim / 2) with seqlen 3 and rotary_dim at most 8 as in x, got [3, 5]",
+        ),
+        (turn(&x, &[3, 4], &[3, 3]), "sin: shape must be [3, 4] as cos, got [3, 3]"),
     ] {
         assert_eq!(error, expected);
     }

@@ -1,7 +1,7 @@
 //! All operators of the crate, for tests that every one of them must pass.
 
-use candle_core::{DType, Result, Tensor};
-use candle_fused_ops::{self as fused, composed, CrossEntropy};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_fused_ops::{self as fused, composed, CrossEntropy, RotaryOrder};
 
 use crate::reference::{self, Loss, Reference, Sum, Want};
 use crate::run::precision;
@@ -147,6 +147,44 @@ pub fn all() -> Vec<Operator> {
             composed: |t| Ok(vec![composed::geglu(&t[0], &t[1])?]),
             formula: |n| reference::activation(&n.inputs, &n.upstream[0], n.width, reference::gelu),
         },
+        Operator {
+            name: "embedding",
+            shapes: |rows, width| vec![vec![rows, width]],
+            fused: |t| Ok(vec![fused::embedding(&ids(t[0].dim(0)?)?, &t[0])?]),
+            composed: |t| {
+                let weight = widened(&t[0])?;
+                Ok(vec![composed::embedding(&ids(t[0].dim(0)?)?, &weight)?.to_dtype(t[0].dtype())?])
+            },
+            formula: |n| {
+                reference::embedding(&n.inputs[0], &positions(n.inputs[0].len() / n.width), &n.upstream[0], n.width)
+            },
+        },
+        Operator {
+            name: "rotary, half split",
+            shapes: |rows, width| vec![vec![2, rows, 3, 2 * width + 1]],
+            fused: |t| {
+                let [cos, sin] = tables(&t[0])?;
+                Ok(vec![fused::rotary(&t[0], &cos, &sin, RotaryOrder::HalfSplit)?])
+            },
+            composed: |t| {
+                let [cos, sin] = tables(&t[0])?;
+                Ok(vec![composed::rotary(&t[0], &cos, &sin, RotaryOrder::HalfSplit)?])
+            },
+            formula: |n| rotary(n, RotaryOrder::HalfSplit),
+        },
+        Operator {
+            name: "rotary, interleaved",
+            shapes: |rows, width| vec![vec![2, rows, 3, 2 * width + 1]],
+            fused: |t| {
+                let [cos, sin] = tables(&t[0])?;
+                Ok(vec![fused::rotary(&t[0], &cos, &sin, RotaryOrder::Interleaved)?])
+            },
+            composed: |t| {
+                let [cos, sin] = tables(&t[0])?;
+                Ok(vec![composed::rotary(&t[0], &cos, &sin, RotaryOrder::Interleaved)?])
+            },
+            formula: |n| rotary(n, RotaryOrder::Interleaved),
+        },
     ]
 }
 
@@ -205,4 +243,47 @@ fn linear_cross_entropy(n: &Numbers, loss: &Loss, some_ignored: bool) -> Referen
     let (x, weight) = (&n.inputs[0], &n.inputs[1]);
     let classes = classes(x.len() / n.width, weight.len() / n.width, some_ignored);
     reference::linear_cross_entropy(x, weight, &classes, n.width, loss, n.upstream[0][0])
+}
+
+/// Row ids of a batch: more than rows, so that some rows have several.
+fn positions(rows: usize) -> Vec<usize> {
+    (0..2 * rows + 3).map(|position| (5 * position + 1) % rows).collect()
+}
+
+fn ids(rows: usize) -> Result<Tensor> {
+    Tensor::new(positions(rows).into_iter().map(|id| id as u32).collect::<Vec<_>>(), &Device::Cpu)
+}
+
+fn angle(token: usize, pair: usize) -> f64 {
+    0.1 * (token + 1) as f64 / (pair + 1) as f64
+}
+
+/// cos and sin for x of shape (batch, seqlen, heads, 2 pairs + 1), in f64.
+fn tables(x: &Tensor) -> Result<[Tensor; 2]> {
+    let (seqlen, pairs) = (x.dim(1)?, x.dim(3)? / 2);
+    let angles: Vec<f64> = (0..seqlen).flat_map(|token| (0..pairs).map(move |pair| angle(token, pair))).collect();
+    let angles = Tensor::from_vec(angles, (seqlen, pairs), x.device())?;
+    Ok([angles.cos()?, angles.sin()?])
+}
+
+fn rotary(n: &Numbers, order: RotaryOrder) -> Reference {
+    let (pairs, head_dim) = (n.width, 2 * n.width + 1);
+    let pair_of = |pair: usize| match order {
+        RotaryOrder::HalfSplit => (pair, pair + pairs),
+        RotaryOrder::Interleaved => (2 * pair, 2 * pair + 1),
+    };
+    let seqlen = n.inputs[0].len() / (2 * 3 * head_dim);
+    let turned = |x: &[f64], sign: f64| {
+        let mut y: Vec<Sum> = x.iter().map(|&x| Sum::of([x])).collect();
+        for (row, (x, y)) in x.chunks(head_dim).zip(y.chunks_mut(head_dim)).enumerate() {
+            for pair in 0..pairs {
+                let (a, b) = pair_of(pair);
+                let (sin, cos) = (sign * angle(row / 3 % seqlen, pair)).sin_cos();
+                y[a] = Sum::of([x[a] * cos, -x[b] * sin]);
+                y[b] = Sum::of([x[a] * sin, x[b] * cos]);
+            }
+        }
+        Want::new(head_dim, y)
+    };
+    Reference { results: vec![turned(&n.inputs[0], 1.0)], gradients: vec![turned(&n.upstream[0], -1.0)] }
 }

@@ -116,3 +116,17 @@ fn empty_batches_work() -> Result<()> {
     assert_eq!(grads.get(&weight).expect("a gradient").to_vec1::<f32>()?, [0.0; 4]);
     Ok(())
 }
+
+/// The packed layout has no batch. A head without a rest, and a table without pairs.
+#[test]
+fn rotary_takes_packed_heads_and_empty_tables() -> Result<()> {
+    use candle_fused_ops::{rotary, RotaryOrder::Interleaved};
+    let x = crate::run::random("x", &[5, 2, 4], DType::F32)?;
+    let angles = crate::run::random("angles", &[5, 2], DType::F32)?;
+    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    let batch = rotary(&x.unsqueeze(0)?, &cos, &sin, Interleaved)?;
+    assert_eq!(bits(&[rotary(&x, &cos, &sin, Interleaved)?])?, bits(&[batch])?);
+    let none = Tensor::zeros((5, 0), DType::F32, &Device::Cpu)?;
+    assert_eq!(bits(&[rotary(&x, &none, &none, Interleaved)?])?, bits(&[x])?);
+    Ok(())
+}

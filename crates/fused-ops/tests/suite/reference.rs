@@ -250,3 +250,15 @@ pub fn activation(inputs: &[Vec<f64>], upstream: &[f64], width: usize, curve: Cu
     }
     Reference { results: vec![Want::new(width, y)], gradients }
 }
+
+/// The rows of `weight` at `ids`.
+pub fn embedding(weight: &[f64], ids: &[usize], upstream: &[f64], width: usize) -> Reference {
+    let (mut y, mut dweight) = (Vec::new(), vec![Sum::default(); weight.len()]);
+    for (&id, dy) in ids.iter().zip(upstream.chunks(width)) {
+        for (k, &dy) in dy.iter().enumerate() {
+            y.push(Sum::of([weight[id * width + k]]));
+            dweight[id * width + k].add(dy);
+        }
+    }
+    Reference { results: vec![Want::new(width, y)], gradients: vec![Want::new(width, dweight)] }
+}
