@@ -1,7 +1,7 @@
 //! The modules: names of parameters, and the same values as candle_nn's.
 
 use anyhow::Result;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_ops::{LayerNorm, RmsNorm};
 use candle_nn::{Module, VarBuilder, VarMap};
 
@@ -46,5 +46,25 @@ fn old_names_are_found() -> Result<()> {
     let norm = LayerNorm::load(4, 1e-5, vb.pp("ln"))?;
     assert_eq!(numbers(norm.weight())?, numbers(&random("gamma", &[4], DType::F32)?)?);
     assert_eq!(numbers(norm.bias().expect("a bias"))?, numbers(&random("beta", &[4], DType::F32)?)?);
+    Ok(())
+}
+
+/// README.md says that these operators drop gradients. If Candle mends one, this test fails, and the table must change.
+#[test]
+fn candle_drops_the_gradients_that_the_readme_says() -> Result<()> {
+    let x = Var::from_tensor(&random("x", &[1, 2, 2, 4], DType::F32)?)?;
+    let (weight, table) = (Tensor::ones(4, DType::F32, &Device::Cpu)?, Tensor::ones((2, 2), DType::F32, &Device::Cpu)?);
+    for (name, result) in [
+        ("layer_norm", candle_nn::ops::layer_norm(&x, &weight, &weight, 1e-5)?),
+        ("LayerNorm", candle_nn::LayerNorm::new(weight.clone(), weight.clone(), 1e-5).forward(&x)?),
+        ("rms_norm", candle_nn::ops::rms_norm(&x, &weight, 1e-5)?),
+        ("RmsNorm", candle_nn::RmsNorm::new(weight.clone(), 1e-5).forward(&x)?),
+        ("rope", candle_nn::rotary_emb::rope(&x, &table, &table)?),
+        ("rope_i", candle_nn::rotary_emb::rope_i(&x, &table, &table)?),
+        ("rope_thd", candle_nn::rotary_emb::rope_thd(&x, &table, &table)?),
+        ("softmax_last_dim", candle_nn::ops::softmax_last_dim(&x)?),
+    ] {
+        assert!(!result.track_op(), "{name} keeps gradients now");
+    }
     Ok(())
 }
