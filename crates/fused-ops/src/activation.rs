@@ -109,7 +109,7 @@ pub(crate) enum Activation {
 
 impl Activation {
     /// The value at x, and the derivative.
-    fn at<A: Real>(self, x: A) -> (A, A) {
+    pub(crate) fn at<A: Real>(self, x: A) -> (A, A) {
         // From here on, both forms of GELU are x or 0 in every type. Powers of a larger x would overflow.
         const SATURATED: f64 = 20.0;
         let saturated = A::real(SATURATED);

@@ -126,6 +126,15 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     y.to_dtype(x.dtype())
 }
 
+/// [`linear`](crate::linear), composed. The product is rounded to the type of `x` before the bias is added.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let shape = [&x.dims()[..x.rank() - 1], bias.dims()].concat();
+    x.reshape(((), weight.dim(1)?))?.matmul(&weight.t()?)?.broadcast_add(bias)?.reshape(shape)
+}
+
 /// [`gelu`](crate::gelu), composed.
 ///
 /// # Errors

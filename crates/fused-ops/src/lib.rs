@@ -21,6 +21,7 @@
 //! | embedding | [`embedding`] | |
 //! | rotary position embedding | [`rotary`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
+//! | linear layer | [`linear`], with GELU [`linear_gelu`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
@@ -45,6 +46,7 @@ mod check;
 pub mod composed;
 mod embedding;
 mod layers;
+mod linear;
 mod loss;
 mod node;
 mod norm;
@@ -57,6 +59,7 @@ pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
+pub use linear::{linear, linear_gelu};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use rotary::{rotary, RotaryOrder};

@@ -47,8 +47,8 @@ pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Re
 /// If every target is ignored, the loss is 0 and so are all gradients.
 ///
 /// **NaN and infinity.** A logit of minus infinity has probability 0; as the target, or with label smoothing, it makes the loss
-/// infinite. NaN, plus infinity, or a row of minus infinity only, makes the loss NaN, and the gradient of its row. On
-/// the CPU the logits of an ignored row are not read, so NaN there has no effect.
+/// infinite. NaN, plus infinity, or a row of minus infinity only, makes the loss NaN, and the gradient of its row. A softcap makes
+/// infinity the finite cap. On the CPU the logits of an ignored row are not read, so NaN there has no effect.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};
@@ -194,7 +194,7 @@ fn scalar(tensor: &Tensor) -> Result<f64> {
 
 /// The options as numbers of the type that the loss is computed in.
 struct Formula<A> {
-    ignore_smoothing: bool,
+    smooths: bool,
     target_share: A,
     other_share: A,
     z_loss: A,
@@ -204,7 +204,7 @@ struct Formula<A> {
 impl<A: Real> Formula<A> {
     fn new(options: &CrossEntropy, vocab: usize) -> Self {
         Self {
-            ignore_smoothing: options.label_smoothing == 0.0,
+            smooths: options.label_smoothing > 0.0,
             target_share: A::real(1.0 - options.label_smoothing),
             other_share: A::real(options.label_smoothing / vocab as f64),
             z_loss: A::real(options.z_loss),
@@ -226,7 +226,7 @@ impl<A: Real> Formula<A> {
         let largest = self.capped(largest); // capping keeps the order
         let lse = largest + sum(row, |x| (self.capped(x) - largest).exp()).ln();
         let mut expected = self.target_share * self.capped(row[target]);
-        if !self.ignore_smoothing {
+        if self.smooths {
             expected += self.other_share * sum(row, |x| self.capped(x));
         }
         (lse - expected + self.z_loss * lse * lse, lse)

@@ -209,8 +209,9 @@ pub(crate) fn copied(tensor: &Tensor) -> Result<Storage> {
     storage.try_clone(layout)
 }
 
-/// Changes the numbers of a contiguous tensor on the CPU in place.
-pub(crate) fn update<T: WithDType, R>(tensor: &Tensor, change: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+/// Changes the numbers of a tensor on the CPU in place. The tensor is no view. `change` may also take the vector out, if nobody
+/// reads the tensor again.
+pub(crate) fn update<T: WithDType, R>(tensor: &Tensor, change: impl FnOnce(&mut Vec<T>) -> R) -> Result<R> {
     let op = Update { change: Cell::new(Some(change)), result: Cell::new(None), numbers: PhantomData };
     tensor.inplace_op1(&op)?;
     Ok(op.result.into_inner().expect("Candle has run the operator"))
@@ -222,7 +223,7 @@ struct Update<T, F, R> {
     numbers: PhantomData<T>,
 }
 
-impl<T: WithDType, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Update<T, F, R> {
+impl<T: WithDType, R, F: FnOnce(&mut Vec<T>) -> R> InplaceOp1 for Update<T, F, R> {
     fn name(&self) -> &'static str {
         "update"
     }
@@ -231,8 +232,8 @@ impl<T: WithDType, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Update<T, F, R> {
         let change = self.change.take().expect("Candle runs an operator once");
         // Candle lends storage as a typed slice only to read. So take the vector out, and put it back.
         let mut numbers = T::cpu_storage_data(std::mem::replace(storage, CpuStorage::U8(Vec::new())))?;
-        let start = layout.start_offset();
-        self.result.set(Some(change(&mut numbers[start..start + layout.shape().elem_count()])));
+        debug_assert!(layout.start_offset() == 0 && layout.shape().elem_count() == numbers.len());
+        self.result.set(Some(change(&mut numbers)));
         *storage = T::to_cpu_storage_owned(numbers);
         Ok(())
     }

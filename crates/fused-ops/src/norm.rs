@@ -140,7 +140,7 @@ fn check_residual(x: &Tensor, residual: &Tensor) -> Result<()> {
     check::same("residual", residual, "x", x)
 }
 
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 enum Kind {
     Layer,
     Rms,
@@ -174,7 +174,7 @@ fn add_norm(
     let (weight, bias) = (weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
     for_float!(x.dtype(), T => {
         let affine = Affine::of::<T>(&weight, bias.as_ref())?;
-        let (sum, y, statistics) = {
+        let AddedNorm { sum, y, statistics } = {
             let (x, residual) = (node::Numbers::of(&x), node::Numbers::of(&residual));
             add_forward::<T>(x.as_slice()?, residual.as_slice()?, &affine, kind, eps)
         };
@@ -246,15 +246,15 @@ fn forward<T: Element>(x: &[T], affine: &Affine<T::Acc>, kind: Kind, eps: f64) -
     (y, statistics)
 }
 
-/// As [`forward`] of `x + residual`. Returns the sum too.
-#[allow(clippy::type_complexity)] // sum, norm, statistics: the results of one pass
-fn add_forward<T: Element>(
-    x: &[T],
-    residual: &[T],
-    affine: &Affine<T::Acc>,
-    kind: Kind,
-    eps: f64,
-) -> (Vec<T>, Vec<T>, Vec<Statistics<T::Acc>>) {
+/// The results of one pass over x and residual.
+struct AddedNorm<T: Element> {
+    sum: Vec<T>,
+    y: Vec<T>,
+    statistics: Vec<Statistics<T::Acc>>,
+}
+
+/// As [`forward`], of `x + residual`.
+fn add_forward<T: Element>(x: &[T], residual: &[T], affine: &Affine<T::Acc>, kind: Kind, eps: f64) -> AddedNorm<T> {
     let width = affine.weight.len();
     let chunk = rows_per_task(x.len() / width, width) * width;
     let (mut sum, mut y) = (vec![T::default(); x.len()], vec![T::default(); x.len()]);
@@ -280,7 +280,7 @@ fn add_forward<T: Element>(
             })
         })
         .collect();
-    (sum, y, statistics)
+    AddedNorm { sum, y, statistics }
 }
 
 /// Replaces a row x by xhat.

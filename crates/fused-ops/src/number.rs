@@ -29,6 +29,11 @@ pub(crate) trait Element: WithDType + Default {
 
     /// Converts from `Acc`. Rounds to nearest, ties to even.
     fn narrow(from: &[Self::Acc], to: &mut [Self]);
+
+    /// Converts a whole result, without a copy if `Acc` is this type.
+    fn from_acc(from: Vec<Self::Acc>) -> Vec<Self> {
+        narrowed(&from)
+    }
 }
 
 /// All of `numbers` in `Acc`.
@@ -56,6 +61,10 @@ macro_rules! real {
 
             fn narrow(from: &[Self], to: &mut [Self]) {
                 to.copy_from_slice(from);
+            }
+
+            fn from_acc(from: Vec<Self>) -> Vec<Self> {
+                from
             }
         }
 

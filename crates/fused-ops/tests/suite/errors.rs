@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_fused_ops::{add_rms_norm, embedding, gelu, layer_norm, rms_norm, rotary, swiglu, RotaryOrder};
+use candle_fused_ops::{add_rms_norm, embedding, gelu, layer_norm, linear, rms_norm, rotary, swiglu, RotaryOrder};
 
 /// The first line of the error, because candle adds a backtrace if RUST_BACKTRACE is set.
 pub fn text<T>(result: candle_core::Result<T>) -> String {
@@ -56,12 +56,20 @@ fn norms_name_the_argument_the_rule_and_the_value() -> Result<()> {
 }
 
 #[test]
-fn activations_name_the_argument_the_rule_and_the_value() -> Result<()> {
+fn activations_and_linear_layers_name_the_argument_the_rule_and_the_value() -> Result<()> {
     let gate = zeros(&[2, 3], DType::F32);
     for (error, expected) in [
         (
             text(gelu(&zeros(&[2], DType::I64))),
             "x: dtype must be F16, BF16, F32 or F64, got I64; convert it with to_dtype",
+        ),
+        (
+            text(linear(&gate, &zeros(&[3, 2], DType::F32), &zeros(&[3], DType::F32))),
+            "weight: shape must be (outputs, 3) with the last axis of x, got [3, 2]",
+        ),
+        (
+            text(linear(&gate, &zeros(&[2, 3], DType::F32), &zeros(&[3], DType::F32))),
+            "bias: shape must be [2] as the first axis of weight, got [3]",
         ),
         (text(swiglu(&gate, &zeros(&[3, 2], DType::F32))), "up: shape must be [2, 3] as gate, got [3, 2]"),
         (

@@ -88,6 +88,8 @@ fn minus_infinity_masks_a_class() -> Result<()> {
     assert_eq!(loss.backward()?.get(&logits).expect("a gradient").to_vec2::<f32>()?, [[-0.5, 0.5, 0.0]]);
     let masked = Tensor::new(&[2u32], &Device::Cpu)?;
     assert_eq!(cross_entropy(&logits, &masked)?.to_scalar::<f32>()?, infinity);
+    let capped = CrossEntropy::new().softcap(2.0).forward(&logits, &masked)?.to_scalar::<f32>()?;
+    assert!((capped - (2.0 + (2.0 + (-2f32).exp()).ln())).abs() <= 4.0 * f32::EPSILON, "{capped}");
     let smooth = CrossEntropy::new().label_smoothing(0.1);
     assert_eq!(smooth.forward(&logits, &Tensor::new(&[0u32], &Device::Cpu)?)?.to_scalar::<f32>()?, infinity);
     Ok(())

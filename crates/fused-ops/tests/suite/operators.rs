@@ -185,6 +185,26 @@ pub fn all() -> Vec<Operator> {
             },
             formula: |n| rotary(n, RotaryOrder::Interleaved),
         },
+        Operator {
+            name: "linear",
+            shapes: |rows, width| vec![vec![rows, width], vec![width / 2 + 3, width], vec![width / 2 + 3]],
+            fused: |t| Ok(vec![fused::linear(&t[0], &t[1], &t[2])?]),
+            composed: |t| {
+                let x = composed::linear(&widened(&t[0])?, &widened(&t[1])?, &widened(&t[2])?)?;
+                Ok(vec![x.to_dtype(t[0].dtype())?])
+            },
+            formula: |n| reference::linear(&n.inputs, &n.upstream[0], n.width, reference::identity),
+        },
+        Operator {
+            name: "linear_gelu",
+            shapes: |rows, width| vec![vec![rows, width], vec![width / 2 + 3, width], vec![width / 2 + 3]],
+            fused: |t| Ok(vec![fused::linear_gelu(&t[0], &t[1], &t[2])?]),
+            composed: |t| {
+                let x = composed::linear(&widened(&t[0])?, &widened(&t[1])?, &widened(&t[2])?)?;
+                Ok(vec![composed::gelu(&x)?.to_dtype(t[0].dtype())?])
+            },
+            formula: |n| reference::linear(&n.inputs, &n.upstream[0], n.width, reference::gelu),
+        },
     ]
 }
 

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_ops::linear;
 
 use crate::operators;
-use crate::run::{bits, Case, Outcome, DTYPES};
+use crate::run::{bits, random, Case, Outcome, DTYPES};
 
 /// Enough elements for several tasks on several threads, and a ragged last task.
 const LARGE: (usize, usize) = (389, 67);
@@ -114,6 +115,29 @@ fn empty_batches_work() -> Result<()> {
     assert_eq!(y.dims(), [0, 4]);
     let grads = y.sum_all()?.backward()?;
     assert_eq!(grads.get(&weight).expect("a gradient").to_vec1::<f32>()?, [0.0; 4]);
+
+    let (matrix, bias) = (Var::ones((3, 4), DType::F32, &Device::Cpu)?, Var::ones(3, DType::F32, &Device::Cpu)?);
+    let y = candle_fused_ops::linear_gelu(&x, &matrix, &bias)?;
+    assert_eq!(y.dims(), [0, 3]);
+    let grads = y.sum_all()?.backward()?;
+    assert_eq!(grads.get(&bias).expect("a gradient").to_vec1::<f32>()?, [0.0; 3]);
+    assert_eq!(grads.get(&matrix).expect("a gradient").to_vec2::<f32>()?, [[0.0; 4]; 3]);
+    let no_ids = Tensor::zeros(0, DType::U32, &Device::Cpu)?;
+    assert_eq!(candle_fused_ops::embedding(&no_ids, &matrix)?.dims(), [0, 4]);
+    Ok(())
+}
+
+/// All axes but the last are rows.
+#[test]
+fn linear_layers_take_any_number_of_axes() -> Result<()> {
+    let (x, weight) = (random("x", &[6, 4], DType::F32)?, random("w", &[3, 4], DType::F32)?);
+    let bias = random("b", &[3], DType::F32)?;
+    let want = linear(&x, &weight, &bias)?;
+    let wide = linear(&x.reshape((2, 1, 3, 4))?, &weight, &bias)?;
+    assert_eq!(wide.dims(), [2, 1, 3, 3]);
+    assert_eq!(bits(&[wide])?, bits(std::slice::from_ref(&want))?);
+    let one = linear(&x.get(0)?, &weight, &bias)?;
+    assert_eq!((one.dims(), bits(std::slice::from_ref(&one))?), (&[3usize][..], bits(&[want.get(0)?])?));
     Ok(())
 }
 
@@ -121,8 +145,8 @@ fn empty_batches_work() -> Result<()> {
 #[test]
 fn rotary_takes_packed_heads_and_empty_tables() -> Result<()> {
     use candle_fused_ops::{rotary, RotaryOrder::Interleaved};
-    let x = crate::run::random("x", &[5, 2, 4], DType::F32)?;
-    let angles = crate::run::random("angles", &[5, 2], DType::F32)?;
+    let x = random("x", &[5, 2, 4], DType::F32)?;
+    let angles = random("angles", &[5, 2], DType::F32)?;
     let (cos, sin) = (angles.cos()?, angles.sin()?);
     let batch = rotary(&x.unsqueeze(0)?, &cos, &sin, Interleaved)?;
     assert_eq!(bits(&[rotary(&x, &cos, &sin, Interleaved)?])?, bits(&[batch])?);

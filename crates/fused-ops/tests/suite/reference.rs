@@ -262,3 +262,31 @@ pub fn embedding(weight: &[f64], ids: &[usize], upstream: &[f64], width: usize) 
     }
     Reference { results: vec![Want::new(width, y)], gradients: vec![Want::new(width, dweight)] }
 }
+
+pub fn identity(x: f64) -> [Sum; 2] {
+    [Sum::of([x]), Sum::of([1.0])]
+}
+
+/// `curve(x weight^T + bias)`: x (rows, width), weight (outputs, width), bias (outputs).
+pub fn linear(inputs: &[Vec<f64>], upstream: &[f64], width: usize, curve: Curve) -> Reference {
+    let [x, weight, bias] = inputs else { panic!("three inputs") };
+    let outputs = bias.len();
+    let (mut y, mut dx) = (Vec::new(), vec![Sum::default(); x.len()]);
+    let (mut dweight, mut dbias) = (vec![Sum::default(); weight.len()], vec![Sum::default(); outputs]);
+    for (row, x) in x.chunks(width).enumerate() {
+        for (j, (weight, bias)) in weight.chunks(width).zip(bias).enumerate() {
+            let h = Sum::of(x.iter().zip(weight).map(|(x, w)| x * w)).plus(Sum::of([*bias]));
+            // The error of h adds to the errors of the curve at h, whose slope is at most 1.2 and changes by at most 0.9.
+            let [value, slope] = curve(h.value).map(|at| at.plus(Sum { value: 0.0, magnitude: 1.2 * h.magnitude }));
+            y.push(value);
+            let dh = slope.times(upstream[row * outputs + j]);
+            dbias[j] = dbias[j].plus(dh);
+            for k in 0..width {
+                dx[row * width + k] = dx[row * width + k].plus(dh.times(weight[k]));
+                dweight[j * width + k] = dweight[j * width + k].plus(dh.times(x[k]));
+            }
+        }
+    }
+    let gradients = vec![Want::new(width, dx), Want::new(width, dweight), Want::new(outputs, dbias)];
+    Reference { results: vec![Want::new(outputs, y)], gradients }
+}
