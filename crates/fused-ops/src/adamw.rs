@@ -118,8 +118,8 @@ impl AdamW {
     /// Starts with moments of zero.
     ///
     /// # Errors
-    /// If two parameters have one name, or a type that is not a floating-point type, or are on different devices; if a number of
-    /// the configuration is out of range.
+    /// If two parameters have one name, are one variable or are on different devices; if a type is not a floating-point type; if
+    /// a number of the configuration is out of range.
     pub fn new(groups: impl IntoIterator<Item = ParameterGroup>, config: AdamWConfig) -> Result<Self> {
         config.check()?;
         let mut slots: Vec<Slot> = Vec::new();
@@ -131,6 +131,12 @@ impl AdamW {
                 if !names.insert(name.clone()) {
                     return Err(check::error(format!(
                         "parameter {name} is in the groups twice; give each a name of its own"
+                    )));
+                }
+                if let Some(same) = slots.iter().find(|slot| slot.var.id() == var.id()) {
+                    return Err(check::error(format!(
+                        "parameters {} and {name} are one variable; leave one out, or each step updates it twice",
+                        same.name
                     )));
                 }
                 if let Some(first) = slots.first() {

@@ -261,6 +261,10 @@ fn errors_name_the_parameter_and_change_nothing() -> Result<()> {
         text(AdamW::new([twice("w"), twice("w")], CONFIG)),
         "parameter w is in the groups twice; give each a name of its own"
     );
+    assert_eq!(
+        text(AdamW::new([twice("wte"), twice("head")], CONFIG)),
+        "parameters wte and head are one variable; leave one out, or each step updates it twice"
+    );
     let config = AdamWConfig { beta2: 1.0, ..CONFIG };
     assert_eq!(text(AdamW::new([twice("w")], config)), "beta2 must be at least 0 and below 1, got 1");
     Ok(())
