@@ -1,0 +1,427 @@
+//! AdamW over many parameters, with f32 master weights, clipping, and a state that can be saved.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::VarMap;
+use rayon::prelude::*;
+
+use crate::node::{accumulator, update, Numbers};
+use crate::number::{for_float, Element, Real};
+use crate::rows::{sum, sum_in_f64};
+use crate::{check, composed};
+
+/// The numbers of [`AdamW`] that are the same for all parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWConfig {
+    /// Decay of the mean of the gradient.
+    pub beta1: f64,
+    /// Decay of the mean of the squared gradient.
+    pub beta2: f64,
+    /// Keeps the division finite where the gradient has always been zero.
+    pub epsilon: f64,
+    /// Gradients are scaled down so that their global norm is at most this.
+    pub max_norm: Option<f64>,
+}
+
+impl Default for AdamWConfig {
+    /// The defaults of PyTorch and candle_nn, without clipping.
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, max_norm: None }
+    }
+}
+
+/// Parameters with one weight decay.
+#[derive(Clone, Debug)]
+pub struct ParameterGroup {
+    /// Names and variables. The names are those of the saved state.
+    pub parameters: Vec<(String, Var)>,
+    /// Each step multiplies the parameters by `1 - lr * weight_decay`.
+    pub weight_decay: f64,
+}
+
+impl ParameterGroup {
+    /// The usual two groups: parameters with two axes or more decay; biases and the weights of norms do not.
+    pub fn decay_matrices(variables: &VarMap, weight_decay: f64) -> [Self; 2] {
+        let variables = variables.data().lock().expect("no thread panics with the lock of a VarMap");
+        let mut named: Vec<(String, Var)> = variables.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let (matrices, vectors) = named.into_iter().partition(|(_, var)| var.rank() >= 2);
+        [Self { parameters: matrices, weight_decay }, Self { parameters: vectors, weight_decay: 0.0 }]
+    }
+}
+
+/// AdamW (Adam with decoupled weight decay) over a list of parameters.
+///
+/// ```text
+/// g = gradient min(1, max_norm / norm)               norm over the gradients of all parameters
+/// m = beta1 m + (1 - beta1) g                        v = beta2 v + (1 - beta2) g^2
+/// w = (1 - lr weight_decay) w - lr (m / c1) / (sqrt(v / c2) + epsilon)             c = 1 - beta^step
+/// ```
+///
+/// m, v and w are f32 (f64 for f64 parameters). A parameter in f16 or bf16 has master weights in f32, and each step also writes
+/// them to the parameter, rounded. On the CPU a step is one pass over gradients for their norm and one pass over everything.
+/// Nothing waits for a GPU.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_fused_ops::{AdamW, AdamWConfig, ParameterGroup, Schedule};
+/// # use candle_nn::{linear, Module, VarBuilder, VarMap};
+/// let variables = VarMap::new();
+/// let model = linear(4, 1, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu))?;
+/// let groups = ParameterGroup::decay_matrices(&variables, 0.1);
+/// let mut optimizer = AdamW::new(groups, AdamWConfig { max_norm: Some(1.0), ..Default::default() })?;
+/// let schedule = Schedule::cosine(1e-2, 1e-3, 20).warmup(5);
+/// let x = Tensor::randn(0f32, 1f32, (8, 4), &Device::Cpu)?;
+/// for step in 1..=20 {
+///     let loss = (model.forward(&x)? - 1.0)?.sqr()?.mean_all()?;
+///     let norm = optimizer.step(&loss.backward()?, schedule.at(step))?; // read it when you log it
+/// }
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// **NaN and infinity.** An element of a gradient that is not finite makes its own element of m, v and w NaN. If the norm is
+/// infinite, clipping makes all other gradients zero; if it is NaN, nothing is clipped.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    slots: Vec<Slot>,
+    step: usize,
+}
+
+/// A parameter and its state.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) name: String,
+    pub(crate) var: Var,
+    /// f32 weights of a parameter in f16 or bf16.
+    pub(crate) master: Option<Tensor>,
+    pub(crate) m: Tensor,
+    pub(crate) v: Tensor,
+    pub(crate) weight_decay: f64,
+}
+
+/// The numbers of one step for one parameter: `w = keep w - rate m / (sqrt(v) + epsilon)`.
+pub(crate) struct Rule {
+    pub(crate) beta1: f64,
+    pub(crate) beta2: f64,
+    pub(crate) keep: f64,
+    /// lr / c1 sqrt(c2)
+    pub(crate) rate: f64,
+    /// epsilon sqrt(c2)
+    pub(crate) epsilon: f64,
+}
+
+impl AdamW {
+    /// Starts with moments of zero.
+    ///
+    /// # Errors
+    /// If two parameters have one name, are one variable or are on different devices; if a type is not a floating-point type; if
+    /// a number of the configuration is out of range.
+    pub fn new(groups: impl IntoIterator<Item = ParameterGroup>, config: AdamWConfig) -> Result<Self> {
+        config.check()?;
+        let mut slots: Vec<Slot> = Vec::new();
+        let mut names = BTreeSet::new();
+        for ParameterGroup { parameters, weight_decay } in groups {
+            check::not_negative("weight_decay", weight_decay)?;
+            for (name, var) in parameters {
+                check::float(&name, &var)?;
+                if !names.insert(name.clone()) {
+                    return Err(check::error(format!(
+                        "parameter {name} is in the groups twice; give each a name of its own"
+                    )));
+                }
+                if let Some(same) = slots.iter().find(|slot| slot.var.id() == var.id()) {
+                    return Err(check::error(format!(
+                        "parameters {} and {name} are one variable; leave one out, or each step updates it twice",
+                        same.name
+                    )));
+                }
+                if let Some(first) = slots.first() {
+                    check::same_device(&name, &var, &first.name, first.var.device())?;
+                }
+                slots.push(Slot::new(name, var, weight_decay)?);
+            }
+        }
+        Ok(Self { config, slots, step: 0 })
+    }
+
+    /// Number of steps so far.
+    pub fn steps(&self) -> usize {
+        self.step
+    }
+
+    /// Updates every parameter. Returns the global norm of the gradients before clipping: a scalar, f32 (f64 if the first
+    /// parameter is f64), still on the device.
+    ///
+    /// # Errors
+    /// If a parameter has no gradient; then no parameter has changed.
+    pub fn step(&mut self, gradients: &GradStore, lr: f64) -> Result<Tensor> {
+        let gradients = self.gradients(gradients)?;
+        self.step += 1;
+        match self.slots.first() {
+            Some(first) if !first.var.device().is_cpu() => self.composed_step(&gradients, lr),
+            _ => self.fused_step(&gradients, lr),
+        }
+    }
+
+    fn gradients(&self, gradients: &GradStore) -> Result<Vec<Tensor>> {
+        let found = self.slots.iter().map(|slot| gradients.get(&slot.var).map(Tensor::contiguous).transpose());
+        let found = found.collect::<Result<Vec<_>>>()?;
+        let missing: Vec<&str> =
+            self.slots.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(slot, _)| &*slot.name).collect();
+        match missing[..] {
+            [] => Ok(found.into_iter().flatten().collect()),
+            _ => Err(check::error(format!(
+                "{} of {} parameters have no gradient: {}; an operator on their way to the loss drops it, or they should not \
+                 be in the optimizer",
+                missing.len(),
+                self.slots.len(),
+                missing.join(", ")
+            ))),
+        }
+    }
+
+    fn rule(&self, slot: &Slot, lr: f64) -> Rule {
+        let AdamWConfig { beta1, beta2, epsilon, .. } = self.config;
+        let [c1, c2] = [beta1, beta2].map(|beta| 1.0 - beta.powf(self.step as f64));
+        let root = c2.sqrt();
+        Rule { beta1, beta2, keep: 1.0 - lr * slot.weight_decay, rate: lr / c1 * root, epsilon: epsilon * root }
+    }
+
+    fn fused_step(&self, gradients: &[Tensor], lr: f64) -> Result<Tensor> {
+        let mut squares = 0.0;
+        for gradient in gradients {
+            squares += for_float!(gradient.dtype(), T => sum_of_squares::<T>(Numbers::of(gradient).as_slice()?));
+        }
+        let norm = f64::sqrt(squares);
+        let factor = match self.config.max_norm {
+            Some(limit) if norm > limit => limit / norm,
+            _ => 1.0,
+        };
+        for (slot, gradient) in self.slots.iter().zip(gradients) {
+            for_float!(slot.var.dtype(), T => slot.update::<T>(gradient, factor, &self.rule(slot, lr))?);
+        }
+        let dtype = self.slots.first().map_or(DType::F32, |slot| slot.m.dtype());
+        Tensor::new(norm, &Device::Cpu)?.to_dtype(dtype)
+    }
+
+    fn composed_step(&mut self, gradients: &[Tensor], lr: f64) -> Result<Tensor> {
+        let norm = composed::global_norm(gradients)?;
+        let factor = match self.config.max_norm {
+            Some(limit) => Some(composed::clipping(&norm, limit)?),
+            None => None,
+        };
+        let rules: Vec<Rule> = self.slots.iter().map(|slot| self.rule(slot, lr)).collect();
+        for ((slot, gradient), rule) in self.slots.iter_mut().zip(gradients).zip(&rules) {
+            composed::adamw(slot, gradient, factor.as_ref(), rule)?;
+        }
+        Ok(norm)
+    }
+
+    /// The state: for each parameter `NAME.m`, `NAME.v`, and `NAME.master` if there are master weights; and `step`. The
+    /// tensors are copies.
+    ///
+    /// # Errors
+    /// If Candle cannot copy a tensor.
+    pub fn state(&self) -> Result<HashMap<String, Tensor>> {
+        let mut state = HashMap::from([("step".to_string(), Tensor::new(self.step as i64, &Device::Cpu)?)]);
+        for slot in &self.slots {
+            for (name, tensor) in slot.state() {
+                state.insert(name, tensor.copy()?);
+            }
+        }
+        Ok(state)
+    }
+
+    /// Sets the state that [`Self::state`] returned. Master weights also set their parameter. f32 parameters are not part of the
+    /// state, because the model saves them.
+    ///
+    /// # Errors
+    /// If a tensor is missing, left over, or has another shape or type; then nothing has changed.
+    pub fn set_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
+        let get = |name: &str| state.get(name).ok_or_else(|| check::error(format!("the state has no tensor {name}")));
+        let step = usize::try_from(get("step")?.to_dtype(DType::I64)?.to_scalar::<i64>()?)
+            .map_err(|_| check::error("step: must be at least 0 in the state".to_string()))?;
+        let mut known = BTreeSet::from(["step".to_string()]);
+        for (name, tensor) in self.slots.iter().flat_map(Slot::state) {
+            let new = get(&name)?;
+            check::shape(&name, new, tensor.dims(), "as its parameter")?;
+            if new.dtype() != tensor.dtype() {
+                let (expected, got) = (tensor.dtype(), new.dtype());
+                return Err(check::error(format!("{name}: dtype must be {expected:?}, got {got:?}")));
+            }
+            known.insert(name);
+        }
+        if let Some(name) = state.keys().filter(|name| !known.contains(*name)).min() {
+            return Err(check::error(format!("the state has a tensor {name} that no parameter of the optimizer uses")));
+        }
+        for slot in &mut self.slots {
+            slot.set_state(state)?;
+        }
+        self.step = step;
+        Ok(())
+    }
+
+    /// Writes [`Self::state`] as safetensors.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        candle_core::safetensors::save(&self.state()?, path)
+    }
+
+    /// Reads a file of [`Self::save`].
+    ///
+    /// # Errors
+    /// If the file cannot be read, and as [`Self::set_state`].
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.set_state(&candle_core::safetensors::load(path, &Device::Cpu)?)
+    }
+}
+
+impl AdamWConfig {
+    fn check(&self) -> Result<()> {
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(check::error(format!("{name} must be at least 0 and below 1, got {beta}")));
+            }
+        }
+        check::not_negative("epsilon", self.epsilon)?;
+        match self.max_norm {
+            Some(limit) => check::not_negative("max_norm", limit),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Slot {
+    fn new(name: String, var: Var, weight_decay: f64) -> Result<Self> {
+        let wide = accumulator(var.dtype());
+        let master = if var.dtype() == wide { None } else { Some(var.detach().to_dtype(wide)?) };
+        let zeros = || Tensor::zeros(var.shape(), wide, var.device());
+        let (m, v) = (zeros()?, zeros()?);
+        Ok(Self { name, var, master, m, v, weight_decay })
+    }
+
+    fn state(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        let tensors = [("m", Some(&self.m)), ("v", Some(&self.v)), ("master", self.master.as_ref())];
+        tensors.into_iter().filter_map(|(part, tensor)| Some((format!("{}.{part}", self.name), tensor?)))
+    }
+
+    /// Copies the checked tensors of this parameter.
+    fn set_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
+        // A copy, because a step changes these tensors in place.
+        let copied = |part: &str| state[&format!("{}.{part}", self.name)].to_device(self.var.device())?.copy();
+        let (m, v) = (copied("m")?, copied("v")?);
+        if self.master.is_some() {
+            let master = copied("master")?;
+            self.var.set(&master.to_dtype(self.var.dtype())?)?;
+            self.master = Some(master);
+        }
+        (self.m, self.v) = (m, v);
+        Ok(())
+    }
+
+    /// One pass over the gradient, both moments and the weights.
+    fn update<T: Element>(&self, gradient: &Tensor, factor: f64, rule: &Rule) -> Result<()> {
+        let gradient = Numbers::of(gradient);
+        let gradient = gradient.as_slice::<T>()?;
+        update::<T::Acc, _>(&self.m, |m| {
+            update::<T::Acc, _>(&self.v, |v| match &self.master {
+                Some(master) => update::<T::Acc, _>(master, |w| {
+                    update::<T, _>(&self.var, |rounded| pass(Parts { w, m, v, rounded }, gradient, factor, rule))
+                })?,
+                None => update::<T::Acc, _>(&self.var, |w| {
+                    pass(Parts { w, m, v, rounded: &mut [] }, gradient, factor, rule)
+                }),
+            })
+        })??
+    }
+}
+
+/// What a step changes. `rounded` is empty if the weights themselves are the parameter.
+struct Parts<'a, T: Element> {
+    w: &'a mut [T::Acc],
+    m: &'a mut [T::Acc],
+    v: &'a mut [T::Acc],
+    rounded: &'a mut [T],
+}
+
+/// Elements per task.
+const CHUNK: usize = 1 << 12;
+
+fn pass<T: Element>(Parts { w, m, v, rounded }: Parts<T>, gradient: &[T], factor: f64, rule: &Rule) {
+    let rule_of = |value: f64| T::Acc::real(value);
+    let (beta1, beta2) = (rule_of(rule.beta1), rule_of(rule.beta2));
+    let (of_gradient, of_square) =
+        (rule_of((1.0 - rule.beta1) * factor), rule_of((1.0 - rule.beta2) * factor * factor));
+    let (keep, rate, epsilon) = (rule_of(rule.keep), rule_of(rule.rate), rule_of(rule.epsilon));
+    let mut rounded = rounded.chunks_mut(CHUNK);
+    let rounded: Vec<&mut [T]> = (0..w.len().div_ceil(CHUNK)).map(|_| rounded.next().unwrap_or_default()).collect();
+    w.par_chunks_mut(CHUNK)
+        .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)))
+        .zip(gradient.par_chunks(CHUNK).zip(rounded))
+        .for_each(|((w, (m, v)), (gradient, rounded))| {
+            let mut wide = [T::Acc::ZERO; CHUNK];
+            let g = &mut wide[..gradient.len()];
+            T::widen(gradient, g);
+            for (((w, m), v), &mut g) in w.iter_mut().zip(m).zip(v).zip(g) {
+                *m = beta1 * *m + of_gradient * g;
+                *v = beta2 * *v + of_square * g * g;
+                *w = keep * *w - rate * *m / (v.sqrt() + epsilon);
+            }
+            if !rounded.is_empty() {
+                T::narrow(w, rounded);
+            }
+        });
+}
+
+/// Each chunk in the accumulator type, and the chunks in f64 and in order.
+fn sum_of_squares<T: Element>(gradient: &[T]) -> f64 {
+    let sums: Vec<T::Acc> = gradient
+        .par_chunks(CHUNK)
+        .map(|gradient| {
+            let mut wide = [T::Acc::ZERO; CHUNK];
+            T::widen(gradient, &mut wide[..gradient.len()]);
+            sum(&wide[..gradient.len()], |g| g * g)
+        })
+        .collect();
+    sum_in_f64(&sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The steps of other devices, run on the CPU, agree with the fused ones.
+    #[test]
+    fn composed_steps_agree_with_fused_ones() -> Result<()> {
+        for (dtype, limit) in [(DType::F64, 4.0 * f64::EPSILON), (DType::BF16, 4.0 * f64::from(f32::EPSILON))] {
+            let [mut fused, mut composed] = [(); 2].map(|()| {
+                let var = Var::from_tensor(&Tensor::arange(-2f64, 2.0, &Device::Cpu)?.to_dtype(dtype)?)?;
+                let group = ParameterGroup { parameters: vec![("w".to_string(), var)], weight_decay: 0.1 };
+                AdamW::new([group], AdamWConfig { max_norm: Some(1.0), ..Default::default() })
+            });
+            let (fused, composed) = (fused.as_mut().expect("valid"), composed.as_mut().expect("valid"));
+            for step in 1..=5 {
+                // Norms of 0.6 to 3: some steps clip.
+                let gradient = Tensor::new(&[0.1, -0.2, 0.3, 0.5], &Device::Cpu)?.to_dtype(dtype)?;
+                let gradient = [(gradient * step as f64)?];
+                (fused.step, composed.step) = (step, step);
+                let norms = [fused.fused_step(&gradient, 0.01)?, composed.composed_step(&gradient, 0.01)?];
+                assert_eq!(norms[0].dtype(), norms[1].dtype());
+            }
+            let vectors = |optimizer: &AdamW| -> Result<Vec<Vec<f64>>> {
+                let tensors = optimizer.slots[0].state().map(|(_, tensor)| tensor.clone());
+                tensors.chain([optimizer.slots[0].var.detach()]).map(|t| t.to_dtype(DType::F64)?.to_vec1()).collect()
+            };
+            for (a, b) in vectors(fused)?.iter().flatten().zip(vectors(composed)?.iter().flatten()) {
+                assert!((a - b).abs() <= limit * a.abs(), "{a} and {b} in {dtype:?}");
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,66 @@
+//! Fused operators for [Candle](https://github.com/huggingface/candle) that train.
+//!
+//! Candle's own fused norms drop gradients without an error, and its losses and its AdamW are dozens of passes over memory. Each
+//! operator here is one node of Candle's graph with a hand-written backward.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor, Var};
+//! use candle_fused_ops::layer_norm;
+//!
+//! let x = Var::randn(0f32, 1f32, (2, 3, 8), &Device::Cpu)?;
+//! let weight = Tensor::ones(8, DType::F32, &Device::Cpu)?;
+//! let y = layer_norm(&x, &weight, None, 1e-5)?;
+//! assert!(y.sqr()?.sum_all()?.backward()?.get(&x).is_some());
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! | operator | function | module |
+//! | --- | --- | --- |
+//! | layer norm | [`layer_norm`], with a residual [`add_layer_norm`] | [`LayerNorm`] |
+//! | RMS norm | [`rms_norm`], with a residual [`add_rms_norm`] | [`RmsNorm`] |
+//! | embedding | [`embedding`] | |
+//! | rotary position embedding | [`rotary`] | |
+//! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
+//! | linear layer | [`linear`], with GELU [`linear_gelu`] | |
+//! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
+//! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
+//!
+//! [`AdamW`] updates parameters with f32 master weights and clipping. [`Schedule`] gives the learning rate of each step.
+//!
+//! # What holds for every operator
+//!
+//! - **Types.** f16, bf16, f32, f64. Sums are in f32, and in f64 for f64 tensors. Each result and each gradient is rounded once.
+//! - **Gradients.** Every float input gets its gradient. What a backward needs stays in the graph, so a second `backward()` on one
+//!   graph gives the same gradients. There are no second derivatives.
+//! - **Strides.** A tensor that is not contiguous is first copied by Candle.
+//! - **Order of sums.** It depends on the shapes alone. So on the CPU, results have the same bits for any number of threads.
+//! - **Devices.** On the CPU the operators are fused. Elsewhere, on CUDA too, they are composed of Candle's differentiable operators
+//!   (module [`composed`]): the gradients are right, but the speed is Candle's.
+//! - **Errors.** All arguments are checked first. An error names the argument, the rule, the value and the way out.
+
+#![deny(missing_docs)]
+
+mod activation;
+mod adamw;
+mod check;
+pub mod composed;
+mod embedding;
+mod layers;
+mod linear;
+mod loss;
+mod node;
+mod norm;
+mod number;
+mod rotary;
+mod rows;
+mod schedule;
+
+pub use activation::{geglu, gelu, gelu_erf, swiglu};
+pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
+pub use embedding::embedding;
+pub use layers::{LayerNorm, RmsNorm};
+pub use linear::{linear, linear_gelu};
+pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
+pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
+pub use rotary::{rotary, RotaryOrder};
+pub use schedule::Schedule;

@@ -1,0 +1,17 @@
+//! The operators against f64 formulas, finite differences and each other.
+//!
+//! `operators.rs` lists all operators. The modules `against_reference`, `gradients` and `properties` put every one of them through
+//! the same tests.
+
+mod adamw;
+mod against_reference;
+mod close;
+mod errors;
+mod gradients;
+mod layers;
+mod loss;
+mod nonfinite;
+mod operators;
+mod properties;
+mod reference;
+mod run;

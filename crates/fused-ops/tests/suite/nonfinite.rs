@@ -1,0 +1,50 @@
+//! NaN and infinity, as the documentation of each operator says.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_ops::{gelu, gelu_erf, layer_norm, swiglu};
+
+/// Which rows have a NaN.
+pub fn rows_with_nan(tensor: &Tensor) -> Result<Vec<bool>> {
+    let rows: Vec<Vec<f32>> = tensor.to_dtype(DType::F32)?.to_vec2()?;
+    Ok(rows.iter().map(|row| row.iter().any(|x| x.is_nan())).collect())
+}
+
+#[test]
+fn a_row_with_nan_or_infinity_spoils_itself_only() -> Result<()> {
+    for spoiled in [f32::NAN, f32::INFINITY] {
+        let x = Var::new(&[[1f32, 2.0, 4.0], [1.0, spoiled, 3.0], [5.0, 0.0, 1.0]], &Device::Cpu)?;
+        let y = layer_norm(&x, &Tensor::ones(3, DType::F32, &Device::Cpu)?, None, 1e-5)?;
+        assert_eq!(rows_with_nan(&y)?, [false, true, false]);
+        let grads = y.sqr()?.sum_all()?.backward()?;
+        assert_eq!(rows_with_nan(grads.get(&x).expect("a gradient"))?, [false, true, false]);
+    }
+    Ok(())
+}
+
+#[test]
+fn gelu_has_its_limits_at_infinity() -> Result<()> {
+    let infinity = f32::INFINITY;
+    for function in [gelu, gelu_erf] {
+        let x = Var::new(&[infinity, f32::MAX, 20.0, -20.0, f32::MIN, -infinity], &Device::Cpu)?;
+        let y = function(&x)?;
+        let dx = y.sum_all()?.backward()?.remove(&x).expect("a gradient");
+        assert_eq!(y.to_vec1::<f32>()?, [infinity, f32::MAX, 20.0, 0.0, 0.0, 0.0]);
+        assert_eq!(dx.to_vec1::<f32>()?, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]);
+        let nan = Var::new(&[f32::NAN], &Device::Cpu)?;
+        let y = function(&nan)?;
+        assert!(y.to_vec1::<f32>()?[0].is_nan());
+        assert!(y.backward()?.get(&nan).expect("a gradient").to_vec1::<f32>()?[0].is_nan());
+    }
+    Ok(())
+}
+
+#[test]
+fn finite_gates_give_finite_results() -> Result<()> {
+    let gate = Var::new(&[1e4f32, -1e4, f32::MIN], &Device::Cpu)?;
+    let y = swiglu(&gate, &Tensor::ones(3, DType::F32, &Device::Cpu)?)?;
+    assert_eq!(y.to_vec1::<f32>()?, [1e4, 0.0, 0.0]);
+    let dgate = y.sum_all()?.backward()?.remove(&gate).expect("a gradient");
+    assert_eq!(dgate.to_vec1::<f32>()?, [1.0, 0.0, 0.0]);
+    Ok(())
+}

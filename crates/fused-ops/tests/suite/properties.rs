@@ -1,0 +1,156 @@
+//! What every operator promises besides its formula.
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_ops::linear;
+
+use crate::operators;
+use crate::run::{bits, random, Case, Outcome, DTYPES};
+
+/// Enough elements for several tasks on several threads, and a ragged last task.
+const LARGE: (usize, usize) = (389, 67);
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
+    for operator in operators::all() {
+        for dtype in DTYPES {
+            let case = Case::new(operator, LARGE.0, LARGE.1, dtype)?;
+            let run = |threads: usize| -> Result<_> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+                let Outcome { results, gradients } = pool.install(|| case.fused())?;
+                Ok((bits(&results)?, bits(&gradients)?))
+            };
+            let one = run(1)?;
+            assert!(one == run(2)? && one == run(7)?, "the bits depend on the number of threads\ncase {case}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_second_backward_gives_the_same_gradients() -> Result<()> {
+    for operator in operators::all() {
+        let case = Case::new(operator, 5, 33, DType::F32)?;
+        let vars: Vec<Var> = case.inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<_>>()?;
+        let inputs: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let loss = case.loss(&(operator.fused)(&inputs)?)?;
+        let gradients = || -> Result<_> {
+            let grads = loss.backward()?;
+            bits(&vars.iter().map(|var| grads.get(var).expect("a gradient").clone()).collect::<Vec<_>>())
+        };
+        assert_eq!(gradients()?, gradients()?, "case {case}");
+    }
+    Ok(())
+}
+
+/// Views with gaps and offsets, and transposed ones.
+#[test]
+fn strided_inputs_give_the_same_bits() -> Result<()> {
+    for operator in operators::all() {
+        let case = Case::new(operator, 6, 9, DType::F32)?;
+        let want = case.fused()?;
+        let views: Vec<Tensor> = case.inputs.iter().map(view_of_more).collect::<Result<_>>()?;
+        assert!(views.iter().any(|view| !view.is_contiguous()));
+        let results = (operator.fused)(&views)?;
+        assert_eq!(bits(&results)?, bits(&want.results)?, "case {case}");
+
+        let vars: Vec<Var> =
+            case.inputs.iter().map(|t| Var::from_tensor(&t.t_if_matrix()?)).collect::<Result<_, _>>()?;
+        let inputs = vars.iter().map(|var| var.as_tensor().t_if_matrix()).collect::<candle_core::Result<Vec<_>>>()?;
+        let grads = case.loss(&(operator.fused)(&inputs)?)?.backward()?;
+        let gradients =
+            vars.iter().map(|var| grads.get(var).expect("a gradient").t_if_matrix()).collect::<Result<Vec<_>, _>>()?;
+        assert_eq!(bits(&gradients)?, bits(&want.gradients)?, "case {case}");
+    }
+    Ok(())
+}
+
+/// A frozen weight gets no gradient, and the other inputs keep theirs.
+#[test]
+fn each_input_may_be_the_only_tracked_one() -> Result<()> {
+    for operator in operators::all() {
+        let case = Case::new(operator, 4, 6, DType::F32)?;
+        let want = case.fused()?.gradients;
+        for index in 0..case.inputs.len() {
+            let var = Var::from_tensor(&case.inputs[index])?;
+            let mut inputs = case.inputs.clone();
+            inputs[index] = var.as_tensor().clone();
+            let grads = case.loss(&(operator.fused)(&inputs)?)?.backward()?;
+            let gradient = grads.get(&var).expect("a gradient").clone();
+            assert_eq!(bits(&[gradient])?, bits(&want[index..=index])?, "input {index} of case {case}");
+        }
+        let results = (operator.fused)(&case.inputs)?;
+        assert!(results.iter().all(|result| !result.track_op()), "case {case}: nothing is tracked");
+    }
+    Ok(())
+}
+
+/// A view of `tensor`'s numbers in a larger tensor.
+fn view_of_more(tensor: &Tensor) -> Result<Tensor> {
+    let last = tensor.rank() - 1;
+    let more = tensor.pad_with_zeros(last, 2, 3)?;
+    Ok(more.narrow(last, 2, tensor.dim(last)?)?)
+}
+
+trait Transposed: Sized {
+    fn t_if_matrix(&self) -> candle_core::Result<Self>;
+}
+
+impl Transposed for Tensor {
+    /// The transpose of a matrix, and a vector as it is.
+    fn t_if_matrix(&self) -> candle_core::Result<Self> {
+        match self.rank() {
+            2 => self.t(),
+            _ => Ok(self.clone()),
+        }
+    }
+}
+
+/// No rows are no error.
+#[test]
+fn empty_batches_work() -> Result<()> {
+    let x = Var::zeros((0, 4), DType::F32, &Device::Cpu)?;
+    let weight = Var::ones(4, DType::F32, &Device::Cpu)?;
+    let y = candle_fused_ops::rms_norm(&x, &weight, 1e-6)?;
+    assert_eq!(y.dims(), [0, 4]);
+    let grads = y.sum_all()?.backward()?;
+    assert_eq!(grads.get(&weight).expect("a gradient").to_vec1::<f32>()?, [0.0; 4]);
+
+    let (matrix, bias) = (Var::ones((3, 4), DType::F32, &Device::Cpu)?, Var::ones(3, DType::F32, &Device::Cpu)?);
+    let y = candle_fused_ops::linear_gelu(&x, &matrix, &bias)?;
+    assert_eq!(y.dims(), [0, 3]);
+    let grads = y.sum_all()?.backward()?;
+    assert_eq!(grads.get(&bias).expect("a gradient").to_vec1::<f32>()?, [0.0; 3]);
+    assert_eq!(grads.get(&matrix).expect("a gradient").to_vec2::<f32>()?, [[0.0; 4]; 3]);
+    let no_ids = Tensor::zeros(0, DType::U32, &Device::Cpu)?;
+    assert_eq!(candle_fused_ops::embedding(&no_ids, &matrix)?.dims(), [0, 4]);
+    Ok(())
+}
+
+/// All axes but the last are rows.
+#[test]
+fn linear_layers_take_any_number_of_axes() -> Result<()> {
+    let (x, weight) = (random("x", &[6, 4], DType::F32)?, random("w", &[3, 4], DType::F32)?);
+    let bias = random("b", &[3], DType::F32)?;
+    let want = linear(&x, &weight, &bias)?;
+    let wide = linear(&x.reshape((2, 1, 3, 4))?, &weight, &bias)?;
+    assert_eq!(wide.dims(), [2, 1, 3, 3]);
+    assert_eq!(bits(&[wide])?, bits(std::slice::from_ref(&want))?);
+    let one = linear(&x.get(0)?, &weight, &bias)?;
+    assert_eq!((one.dims(), bits(std::slice::from_ref(&one))?), (&[3usize][..], bits(&[want.get(0)?])?));
+    Ok(())
+}
+
+/// The packed layout has no batch. A head without a rest, and a table without pairs.
+#[test]
+fn rotary_takes_packed_heads_and_empty_tables() -> Result<()> {
+    use candle_fused_ops::{rotary, RotaryOrder::Interleaved};
+    let x = random("x", &[5, 2, 4], DType::F32)?;
+    let angles = random("angles", &[5, 2], DType::F32)?;
+    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    let batch = rotary(&x.unsqueeze(0)?, &cos, &sin, Interleaved)?;
+    assert_eq!(bits(&[rotary(&x, &cos, &sin, Interleaved)?])?, bits(&[batch])?);
+    let none = Tensor::zeros((5, 0), DType::F32, &Device::Cpu)?;
+    assert_eq!(bits(&[rotary(&x, &none, &none, Interleaved)?])?, bits(&[x])?);
+    Ok(())
+}
