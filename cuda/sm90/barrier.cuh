@@ -55,4 +55,22 @@ struct Ring {
     }
 };
 
+// Waits until the stage at `at` of a ring is full, as a reader.
+template <int kStages>
+__device__ __forceinline__ void wait_full(uint64_t* full, const Ring<kStages>& at) {
+    mbarrier_wait(shared_address(&full[at.stage()]), at.parity());
+}
+
+// Waits until the stage at `at` of a ring is empty, as a writer.
+template <int kStages>
+__device__ __forceinline__ void wait_empty(uint64_t* empty, const Ring<kStages>& at) {
+    mbarrier_wait(shared_address(&empty[at.stage()]), at.parity() ^ 1);
+}
+
+// One lane arrives for all lanes of its warp, after what they have read or written.
+__device__ __forceinline__ void arrive_warp(uint64_t& barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+}
+
 }  // namespace fa2::sm90

@@ -146,14 +146,13 @@ struct BwdTiles {
 
     // Waits until the producer has published the current work tile. Returns whether it exists.
     __device__ __forceinline__ bool wait() const {
-        mbarrier_wait(shared_address(&control.tile_full[ring.stage()]), ring.parity());
+        wait_full(control.tile_full, ring);
         return current().exists();
     }
 
     // This warp is done with the current work tile.
     __device__ __forceinline__ void advance(int lane) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&control.tile_empty[ring.stage()]));
+        arrive_warp(control.tile_empty[ring.stage()], lane);
         ring.advance();
     }
 };

@@ -83,7 +83,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
 
     // Starts this consumer's part of dq = dS k, as in bwd_consumer.cuh: first this block's keys, then the peer's.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
-        if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
+        if (exists) wait_full(control.ds_full, at);
         fence_proxy_async();
         constexpr int kSteps = Traits::kBlockN / 16;
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes));
@@ -122,7 +122,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     }
 
     // P has one stage.
-    __device__ __forceinline__ int p_parity() const { return int(Ring<1>{q_ring.passed}.parity()); }
+    __device__ __forceinline__ Ring<1> p_ring() const { return {q_ring.passed}; }
 
     // This thread's P, for the thread of the other consumer with the same number.
     __device__ __forceinline__ float4* p() const { return reinterpret_cast<float4*>(bytes + Traits::sP) + warp * kWarpSize + lane; }
@@ -133,7 +133,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         Base::wait_for_q();
         Base::start_product(x, Traits::sK, Base::q());
         Base::load_lse_log2(lse_log2);
-        mbarrier_wait(shared_address(&control.p_empty[warp]), p_parity() ^ 1);
+        wait_empty(&control.p_empty[warp], p_ring());
         wgmma_wait<0>();
         wgmma_arrived(x);
         if (walk.masked()) {
@@ -191,10 +191,10 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         Base::wait_for_do();
         Base::start_product(x, Traits::sV, Base::do_());
         Base::load_delta(delta);
-        mbarrier_wait(shared_address(&control.ds_empty[ds_ring.stage()]), ds_ring.parity() ^ 1);
+        wait_empty(control.ds_empty, ds_ring);
         wgmma_wait<0>();
         wgmma_arrived(x);
-        mbarrier_wait(shared_address(&control.p_full[warp]), p_parity());
+        wait_full(&control.p_full[warp], p_ring());
         to_ds(delta);
         Base::arrive(control.p_empty[warp]);
         Base::arrive(control.do_empty[Base::do_ring.stage()]);

@@ -82,7 +82,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     // dS yet (exists: false). The product then reads what the buffer holds, and nothing uses its result. So no branch surrounds the wgmmas.
     // With one, ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
-        if (exists) mbarrier_wait(shared_address(&control.ds_full[at.stage()]), at.parity());
+        if (exists) wait_full(control.ds_full, at);
         fence_proxy_async();
         const Operand<TileDs, Order::kTransposed> a(Base::operand(Traits::sDs + at.stage() * TileDs::kBytes), Traits::dq_row(consumer));
         const Operand<TileK, Order::kTransposed> b(Base::operand(Traits::sK), Traits::dq_col(consumer));
@@ -129,7 +129,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
             Base::template to_p<false, !Traits::ScoreMod::kIdentity>(s, p, lse_log2);
         }
         if (Traits::kReadsEarly) Base::load_delta(delta);
-        mbarrier_wait(shared_address(&control.ds_empty[ds_ring.stage()]), ds_ring.parity() ^ 1);
+        wait_empty(control.ds_empty, ds_ring);
         if constexpr (Traits::kDvFirst) {
             Base::start_sum(dv, p, do_);
             wgmma_wait<0>();

@@ -80,7 +80,7 @@ struct BwdConsumerBase {
         while (tiles.wait()) {
             self.clear_sums();
             const int steps = tile().steps();
-            mbarrier_wait(shared_address(&control.keys_full), key_ring().parity());
+            wait_full(&control.keys_full, key_ring());
             if (steps > 0) {
                 self.clear_key_tails();
                 start_walk();
@@ -114,12 +114,11 @@ struct BwdConsumerBase {
 
     // This warp arrives at a barrier: it has read a stage, or written its part of one.
     __device__ __forceinline__ void arrive(uint64_t& barrier) const {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+        arrive_warp(barrier, lane);
     }
 
     __device__ __forceinline__ void wait_for_do() const {
-        mbarrier_wait(shared_address(&control.do_full[do_ring.stage()]), do_ring.parity());
+        wait_full(control.do_full, do_ring);
     }
 
     // Clears the rows of a tile from `rows` on, after the end of the sequence. TMA has filled them with the next packed sequence, with
@@ -148,7 +147,7 @@ struct BwdConsumerBase {
 
     // Waits for q and lse of this step, and clears the tails of q and do.
     __device__ __forceinline__ void wait_for_q() const {
-        mbarrier_wait(shared_address(&control.q_full[q_ring.stage()]), q_ring.parity());
+        wait_full(control.q_full, q_ring);
         if (walk.queries.m_block == walk.tail_m_block) {
             const int rows = tile().sequence.seqlen_q - walk.queries.m_block * Traits::kBlockM;
             wait_for_do();

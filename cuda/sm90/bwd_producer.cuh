@@ -33,17 +33,17 @@ struct BwdProducer {
         if constexpr (Traits::kCluster == 1) {
             return int(atomicAdd(params.schedule.counters, 1u));
         } else {
-            const uint32_t full = shared_address(&control.index_full), empty = shared_address(&control.index_empty);
+            const uint32_t full = shared_address(&control.index_full);
             if (rank() == 0) {
-                mbarrier_wait(empty, ring.parity() ^ 1);
+                wait_empty(&control.index_empty, ring);
                 const int index = int(atomicAdd(params.schedule.counters, 1u));
                 store_to_peer(peer_address(shared_address(&control.index), 1), uint32_t(index), peer_address(full, 1));
                 return index;
             }
             mbarrier_arrive_expect(full, sizeof(control.index));
-            mbarrier_wait(full, ring.parity());
+            wait_full(&control.index_full, ring);
             const int index = control.index;
-            mbarrier_arrive_peer(peer_address(empty, 0));
+            mbarrier_arrive_peer(peer_address(shared_address(&control.index_empty), 0));
             return index;
         }
     }
@@ -77,7 +77,7 @@ struct BwdProducer {
         uint32_t passed = 0;  // steps of all work tiles so far
         while (true) {
             BwdTile& tile = control.tiles[tile_ring.stage()];
-            mbarrier_wait(shared_address(&control.tile_empty[tile_ring.stage()]), tile_ring.parity() ^ 1);
+            wait_empty(control.tile_empty, tile_ring);
             const bool exists = take(index_ring, tile);
             if (lane == 0) {
                 mbarrier_arrive(shared_address(&control.tile_full[tile_ring.stage()]));
@@ -92,7 +92,7 @@ struct BwdProducer {
 
     // k and v. In a cluster also the peer's k, in the columns of dq that this block computes. One thread.
     __device__ __forceinline__ void load_keys(const BwdTile& tile, const Ring<1>& ring) const {
-        mbarrier_wait(shared_address(&control.keys_empty), ring.parity() ^ 1);
+        wait_empty(&control.keys_empty, ring);
         const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
         const int row = tile.sequence.first_k + tile.cols.begin;
         mbarrier_arrive_expect(full, Traits::kKeysBytes);
@@ -116,7 +116,7 @@ struct BwdProducer {
         for (int step = 0; step < tile.steps(); ++step) {
             const int row = tile.sequence.first_q + queries.m_block * Traits::kBlockM;
             const auto load_stage = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map, const auto& ring) {
-                mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
+                wait_empty(empty, ring);
                 const uint32_t barrier = shared_address(&full[ring.stage()]);
                 tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, queries.head, batch(tile));
             };
@@ -132,12 +132,11 @@ struct BwdProducer {
     template <int kStages>
     __device__ __forceinline__ void store_stage(const float (&x)[kRows], uint32_t to, uint64_t* full, uint64_t* empty,
                                                 const Ring<kStages>& ring) const {
-        mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
+        wait_empty(empty, ring);
         float* stage = reinterpret_cast<float*>(bytes + to) + ring.stage() * Traits::kBlockM + lane;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) stage[i * kWarpSize] = x[i];
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&full[ring.stage()]));
+        arrive_warp(full[ring.stage()], lane);
     }
 
     // lse and delta of every step. One warp. It reads global memory first, and then waits for the stage in shared memory. Queries past the

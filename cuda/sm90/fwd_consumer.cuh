@@ -47,7 +47,7 @@ struct FwdConsumer {
     // Waits for work tile `number`. Returns whether it exists.
     __device__ __forceinline__ bool take(int number) {
         const Ring<Traits::kQStages> q_ring = q_ring_of(number);
-        mbarrier_wait(shared_address(&control.q_full[q_ring.stage()]), q_ring.parity());
+        wait_full(control.q_full, q_ring);
         const WorkTile& tile = tile_of(number);
         if (!tile.exists()) return false;
         const Visibility sees(params.fwd.shape, tile.sequence);
@@ -74,7 +74,7 @@ struct FwdConsumer {
 
     // Starts S = q k^T of work tile `number` with the next k.
     __device__ __forceinline__ void start_scores(int number) {
-        mbarrier_wait(shared_address(&control.k_full[k_ring.stage()]), k_ring.parity());
+        wait_full(control.k_full, k_ring);
         const uint32_t tile_q = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
         const Operand<TileQ, Order::kContiguousK> q(tile_q, warpgroup * Traits::kWarpgroupRows);
         const Operand<TileK, Order::kContiguousK> k(shared + Traits::sK + k_ring.stage() * TileK::kBytes);
@@ -83,7 +83,7 @@ struct FwdConsumer {
 
     // Starts o += P v with the next v; `fresh`: o = P v.
     __device__ __forceinline__ void start_output(bool fresh) {
-        mbarrier_wait(shared_address(&control.v_full[v_ring.stage()]), v_ring.parity());
+        wait_full(control.v_full, v_ring);
         const Operand<TileK, Order::kTransposed> v(shared + Traits::sV + v_ring.stage() * TileK::kBytes);
         start_multiply_add<T>(o, p, v, fresh);
     }
@@ -202,7 +202,7 @@ struct FwdConsumer {
     // Skips key tiles that are fully masked for this warpgroup's rows.
     __device__ __forceinline__ void skip_k(int count) {
         for (; count > 0; --count) {
-            mbarrier_wait(shared_address(&control.k_full[k_ring.stage()]), k_ring.parity());
+            wait_full(control.k_full, k_ring);
             __syncwarp();  // every lane has seen this phase end
             release(control.k_empty[k_ring.stage()]);
             k_ring.advance();
@@ -211,7 +211,7 @@ struct FwdConsumer {
 
     __device__ __forceinline__ void skip_v(int count) {
         for (; count > 0; --count) {
-            mbarrier_wait(shared_address(&control.v_full[v_ring.stage()]), v_ring.parity());
+            wait_full(control.v_full, v_ring);
             __syncwarp();
             release(control.v_empty[v_ring.stage()]);
             v_ring.advance();

@@ -62,7 +62,7 @@ struct FwdProducer {
 
     // Hands a tile, or the end, to the consumers. Starts the copy of its q if they will need it.
     __device__ __forceinline__ void publish(WorkTile tile, bool copy) {
-        mbarrier_wait(shared_address(&control.q_empty[q_ring.stage()]), q_ring.parity() ^ 1);
+        wait_empty(control.q_empty, q_ring);
         if (lane == 0) {
             const uint32_t full = shared_address(&control.q_full[q_ring.stage()]);
             tile.number = published;
@@ -84,7 +84,7 @@ struct FwdProducer {
 
     __device__ __forceinline__ void load(Ring<Traits::kKeyStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
                                          const TensorMap& map, int row, int head, int batch) {
-        mbarrier_wait(shared_address(&empty[ring.stage()]), ring.parity() ^ 1);
+        wait_empty(empty, ring);
         if (lane == 0) {
             const uint32_t barrier = shared_address(&full[ring.stage()]);
             tma_fill<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
