@@ -11,6 +11,12 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// The barriers of all stages of a ring.
+template <int kStages>
+__device__ __forceinline__ void mbarriers_init(uint64_t (&barriers)[kStages], int arrivals) {
+    for (int i = 0; i < kStages; ++i) mbarrier_init(shared_address(&barriers[i]), arrivals);
+}
+
 // After the inits and before a barrier of the block: makes them visible to TMA.
 __device__ __forceinline__ void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 

@@ -26,26 +26,23 @@ namespace fa2::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(BwdControl<Traits>& control) {
-    const auto init = [](uint64_t* barriers, int count, int arrivals) {
-        for (int i = 0; i < count; ++i) mbarrier_init(shared_address(&barriers[i]), arrivals);
-    };
-    init(control.tile_full, Traits::kTileStages, 1);
-    init(control.tile_empty, Traits::kTileStages, Traits::kTileReaders);
-    init(&control.keys_full, 1, 1);
-    init(&control.keys_empty, 1, Traits::kConsumerWarps);
+    mbarriers_init(control.tile_full, 1);
+    mbarriers_init(control.tile_empty, Traits::kTileReaders);
+    mbarrier_init(shared_address(&control.keys_full), 1);
+    mbarrier_init(shared_address(&control.keys_empty), Traits::kConsumerWarps);
     // Two arrivals: of the thread that loads the tile, and of the warp that loads lse or delta.
-    init(control.q_full, Traits::kQStages, 2);
-    init(control.q_empty, Traits::kQStages, Traits::kConsumerWarps);
-    init(control.do_full, Traits::kDoStages, 2);
-    init(control.do_empty, Traits::kDoStages, Traits::kConsumerWarps);
+    mbarriers_init(control.q_full, 2);
+    mbarriers_init(control.q_empty, Traits::kConsumerWarps);
+    mbarriers_init(control.do_full, 2);
+    mbarriers_init(control.do_empty, Traits::kConsumerWarps);
     // In a cluster one of the block's warpgroups writes dS, and the warps of both blocks read it.
-    init(control.ds_full, Traits::kDsStages, Traits::kConsumerWarps / Traits::kCluster);
-    init(control.ds_empty, Traits::kDsStages, Traits::kConsumerWarps * Traits::kCluster);
+    mbarriers_init(control.ds_full, Traits::kConsumerWarps / Traits::kCluster);
+    mbarriers_init(control.ds_empty, Traits::kConsumerWarps * Traits::kCluster);
     if (Traits::kCluster > 1) {
-        init(control.p_full, Traits::kWarpgroupWarps, 1);
-        init(control.p_empty, Traits::kWarpgroupWarps, 1);
-        init(&control.index_full, 1, 1);
-        init(&control.index_empty, 1, 1);
+        mbarriers_init(control.p_full, 1);
+        mbarriers_init(control.p_empty, 1);
+        mbarrier_init(shared_address(&control.index_full), 1);
+        mbarrier_init(shared_address(&control.index_empty), 1);
     }
     mbarrier_fence_init();
 }

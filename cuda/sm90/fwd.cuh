@@ -25,16 +25,12 @@ namespace fa2::sm90 {
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(FwdControl<Traits>& control) {
     constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
-    for (int i = 0; i < Traits::kKeyStages; ++i) {
-        mbarrier_init(shared_address(&control.k_full[i]), 1);
-        mbarrier_init(shared_address(&control.v_full[i]), 1);
-        mbarrier_init(shared_address(&control.k_empty[i]), kConsumerWarps);
-        mbarrier_init(shared_address(&control.v_empty[i]), kConsumerWarps);
-    }
-    for (int i = 0; i < Traits::kQStages; ++i) {
-        mbarrier_init(shared_address(&control.q_full[i]), 1);
-        mbarrier_init(shared_address(&control.q_empty[i]), kConsumerWarps);
-    }
+    mbarriers_init(control.k_full, 1);
+    mbarriers_init(control.v_full, 1);
+    mbarriers_init(control.k_empty, kConsumerWarps);
+    mbarriers_init(control.v_empty, kConsumerWarps);
+    mbarriers_init(control.q_full, 1);
+    mbarriers_init(control.q_empty, kConsumerWarps);
     mbarrier_fence_init();
 }
 
