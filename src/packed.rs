@@ -143,6 +143,12 @@ impl CuSeqlens {
         self.offsets.last().map_or(0, |&end| end as usize)
     }
 
+    /// Number of blocks of `rows` rows that are enough for any lengths, when no block has rows of two sequences. Sequence `b` begins at block
+    /// `first_row / rows + b`, which is not before the end of sequence `b - 1`.
+    pub(crate) fn blocks(&self, rows: usize) -> usize {
+        self.total() / rows + self.batch()
+    }
+
     /// The longest length.
     pub fn max_seqlen(&self) -> usize {
         self.max_seqlen

@@ -416,6 +416,9 @@ impl Problem {
 
     /// This problem with contiguous copies of the inputs named in `copied`.
     pub(crate) fn with_copies(mut self, copied: &[&str]) -> Self {
+        if copied.is_empty() {
+            return self;
+        }
         let (q, k, v) = (self.contiguous_q(), self.contiguous_k(), self.contiguous_v());
         for (name, strides, copy) in [("q", &mut self.q, q), ("k", &mut self.k, k), ("v", &mut self.v, v)] {
             if copied.contains(&name) {

@@ -15,27 +15,52 @@ const SM90: Arch = Arch { sm: 90, exact: true };
 const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_mod: false };
 const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
 
+const FWD_SM80_ENTRY: Entry = Entry {
+    symbol: "fwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}",
+    pass: "Forward",
+    function: "fa2::sm80::forward",
+    params: "FwdParams",
+    grid: Grid::Tiles,
+    variants: &[PLAIN, SCORE_MOD],
+    shared_bytes: Some(shared::fwd_sm80),
+};
+
+const FWD_SM80: Family = Family {
+    pass: "fwd",
+    arch: SM80,
+    columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks"],
+    flags: &[],
+    header: "sm80/fwd.cuh",
+    template: Template::Traits("fa2::sm80::FwdTraits"),
+    dtypes: HALVES,
+    entries: &[FWD_SM80_ENTRY],
+};
+
+const BWD_SM80_ENTRY: Entry = Entry {
+    symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
+    pass: "Backward",
+    function: "fa2::sm80::backward",
+    params: "BwdParams",
+    grid: Grid::Tiles,
+    variants: &[PLAIN, SCORE_MOD],
+    shared_bytes: Some(shared::bwd_sm80),
+};
+
+const BWD_SM80: Family = Family {
+    pass: "bwd",
+    arch: SM80,
+    columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks", "stages", "warps_m", "warps_n", "warps_q"],
+    flags: &[],
+    header: "sm80/bwd.cuh",
+    template: Template::Traits("fa2::sm80::BwdTraits"),
+    dtypes: HALVES,
+    entries: &[BWD_SM80_ENTRY],
+};
+
 /// Every family that a line of cuda/instances.def may name. f32 has the templates of f16 and bf16, but tiles of its own. So its lines have
 /// passes of their own.
 pub static FAMILIES: [Family; 8] = [
-    Family {
-        pass: "fwd",
-        arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks"],
-        flags: &[],
-        header: "sm80/fwd.cuh",
-        template: Template::Traits("fa2::sm80::FwdTraits"),
-        dtypes: HALVES,
-        entries: &[Entry {
-            symbol: "fwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}",
-            pass: "Forward",
-            function: "fa2::sm80::forward",
-            params: "FwdParams",
-            grid: Grid::Tiles,
-            variants: &[PLAIN, SCORE_MOD],
-            shared_bytes: Some(shared::fwd_sm80),
-        }],
-    },
+    FWD_SM80,
     Family {
         pass: "fwd",
         arch: SM90,
@@ -54,24 +79,7 @@ pub static FAMILIES: [Family; 8] = [
             shared_bytes: Some(shared::fwd_sm90),
         }],
     },
-    Family {
-        pass: "bwd",
-        arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks", "stages", "warps_m", "warps_n", "warps_q"],
-        flags: &[],
-        header: "sm80/bwd.cuh",
-        template: Template::Traits("fa2::sm80::BwdTraits"),
-        dtypes: HALVES,
-        entries: &[Entry {
-            symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
-            pass: "Backward",
-            function: "fa2::sm80::backward",
-            params: "BwdParams",
-            grid: Grid::Tiles,
-            variants: &[PLAIN, SCORE_MOD],
-            shared_bytes: Some(shared::bwd_sm80),
-        }],
-    },
+    BWD_SM80,
     Family {
         pass: "bwd",
         arch: SM90,
@@ -92,39 +100,15 @@ pub static FAMILIES: [Family; 8] = [
     },
     Family {
         pass: "fwd_f32",
-        arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks"],
-        flags: &[],
-        header: "sm80/fwd.cuh",
-        template: Template::Traits("fa2::sm80::FwdTraits"),
         dtypes: &[F32],
-        entries: &[Entry {
-            symbol: "fwd_sm80_f32_d{head_dim}_{block_m}x{block_n}",
-            pass: "Forward",
-            function: "fa2::sm80::forward",
-            params: "FwdParams",
-            grid: Grid::Tiles,
-            variants: &[PLAIN, SCORE_MOD],
-            shared_bytes: Some(shared::fwd_sm80),
-        }],
+        entries: &[Entry { symbol: "fwd_sm80_f32_d{head_dim}_{block_m}x{block_n}", ..FWD_SM80_ENTRY }],
+        ..FWD_SM80
     },
     Family {
         pass: "bwd_f32",
-        arch: SM80,
-        columns: &["head_dim", "block_m", "block_n", "warps", "min_blocks", "stages", "warps_m", "warps_n", "warps_q"],
-        flags: &[],
-        header: "sm80/bwd.cuh",
-        template: Template::Traits("fa2::sm80::BwdTraits"),
         dtypes: &[F32],
-        entries: &[Entry {
-            symbol: "bwd_sm80_f32_d{head_dim}_{block_m}x{block_n}_s{stages}",
-            pass: "Backward",
-            function: "fa2::sm80::backward",
-            params: "BwdParams",
-            grid: Grid::Tiles,
-            variants: &[PLAIN, SCORE_MOD],
-            shared_bytes: Some(shared::bwd_sm80),
-        }],
+        entries: &[Entry { symbol: "bwd_sm80_f32_d{head_dim}_{block_m}x{block_n}_s{stages}", ..BWD_SM80_ENTRY }],
+        ..BWD_SM80
     },
     Family {
         pass: "delta",

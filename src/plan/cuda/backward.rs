@@ -124,9 +124,8 @@ impl RowBlocks {
                 let head = seqlen_q.div_ceil(rows);
                 Self { batch: problem.num_heads * head, head, count: batch * problem.num_heads * head }
             }
-            // Sequence `b` begins at block first_q / rows + b. For any lengths, this is not before the end of sequence `b - 1`.
             Lengths::Packed { cu_seqlens_q, .. } => {
-                let head = cu_seqlens_q.total() / rows + cu_seqlens_q.batch();
+                let head = cu_seqlens_q.blocks(rows);
                 Self { batch: 0, head, count: problem.num_heads * head }
             }
         }

@@ -51,8 +51,13 @@ impl CudaPlan {
         };
         limits::check(problem, caps.compute_cap)?;
         let copied = limits::copied(problem);
-        let with_copies = problem.clone().with_copies(&copied);
-        let problem = &with_copies;
+        let with_copies;
+        let problem = if copied.is_empty() {
+            problem
+        } else {
+            with_copies = problem.clone().with_copies(&copied);
+            &with_copies
+        };
         let of_forward = choice::choose(problem, Pass::Forward, caps, &allow);
         let of_backward = choice::choose(problem, Pass::Backward, caps, &allow);
         let Some(kernel) = of_forward.kernel else {

@@ -86,8 +86,7 @@ fn tiles_and_heads(problem: &Problem, kernel: &Kernel) -> (usize, usize) {
         }
         Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
             let cu_seqlens = if backward { cu_seqlens_k } else { cu_seqlens_q };
-            let (total, batch) = (cu_seqlens.total(), cu_seqlens.batch());
-            (if total == 0 { 0 } else { total / rows + batch }, heads)
+            (if cu_seqlens.total() == 0 { 0 } else { cu_seqlens.blocks(rows) }, heads)
         }
     }
 }
