@@ -10,6 +10,7 @@
 flash      FlashAttention-2: PyTorch's FLASH_ATTENTION; packed batches by torch.nn.attention.varlen where PyTorch has it
 cudnn      cuDNN: PyTorch's CUDNN_ATTENTION
 fa3        FlashAttention-3, if flash_attn_3 is on PYTHONPATH, as a package of its own or in xformers
+efficient  memory-efficient attention: PyTorch's EFFICIENT_ATTENTION; the peer of `--dtype fp32`
 standard   matmul, softmax, matmul in PyTorch's operators; only if --peers names it
 ceiling    a product of two matrices of 8192 x 8192
 
@@ -39,7 +40,13 @@ COLUMNS = (
     *("peer", "kind", "dir", "dtype", "hdim", "causal", "batch", "seqlen_q", "seqlen_k", "hq", "hkv"),
     *("ms", "tflops", "gbps", "ms_min", "reps", "sm_mhz", "watts", "err", "peak_mib"),
 )
-NAMES = {"flash": "FlashAttention-2", "cudnn": "cuDNN", "fa3": "FlashAttention-3", "standard": "standard attention"}
+NAMES = {
+    "flash": "FlashAttention-2",
+    "cudnn": "cuDNN",
+    "fa3": "FlashAttention-3",
+    "efficient": "memory-efficient",
+    "standard": "standard attention",
+}
 PASSES = ("fwd", "bwd")
 WORST_ERROR = 2e-2  # relative; bf16 rounding gives about 3e-3
 OUT_OF_MEMORY = {"peak_mib": "oom"}  # as in crates/figures/src/record.rs
@@ -204,7 +211,13 @@ class Standard(Sdpa):
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-PEERS = {"flash": Flash, "cudnn": lambda torch: Sdpa(torch, "CUDNN_ATTENTION"), "fa3": Fa3, "standard": Standard}
+PEERS = {
+    "flash": Flash,
+    "cudnn": lambda torch: Sdpa(torch, "CUDNN_ATTENTION"),
+    "fa3": Fa3,
+    "efficient": lambda torch: Sdpa(torch, "EFFICIENT_ATTENTION"),
+    "standard": Standard,
+}
 
 
 class Bench:
@@ -216,7 +229,7 @@ class Bench:
         if not torch.cuda.is_available():
             sys.exit("PyTorch finds no NVIDIA GPU, and only --list works without one")
         self.torch, self.options = torch, options
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
         self.timer = Timer(torch, options.rep_ms)
         file = sys.stdout if options.csv is None else options.csv.open("w", newline="")
         self.file, self.csv = file, csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -364,7 +377,7 @@ def main():
         help="default: fwd,bwd",
     )
     parser.add_argument("--quick", action="store_true", help="a handful of cases")
-    parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--rep-ms", type=float, default=100.0, metavar="MS", help="time each pass for about MS milliseconds; default: 100")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     options = parser.parse_args()

@@ -68,7 +68,7 @@ impl Options {
 #[cfg(feature = "cuda")]
 #[derive(clap::Args)]
 pub struct CudaOptions {
-    /// GPU: type of the tensors, bf16 or f16; the part f16 has its own
+    /// GPU: type of the tensors, bf16, f16 or f32; the part f16 has its own
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     pub dtype: DType,
     /// GPU: passes to time, of fwd, bwd and fwd+bwd
@@ -90,7 +90,8 @@ fn dtype(text: &str) -> Result<DType, String> {
     match text {
         "bf16" => Ok(DType::BF16),
         "f16" => Ok(DType::F16),
-        other => Err(format!("GPU kernels take bf16 and f16, got {other}")),
+        "f32" => Ok(DType::F32),
+        other => Err(format!("GPU kernels take bf16, f16 and f32, got {other}")),
     }
 }
 

@@ -125,7 +125,7 @@ template <typename Traits>
 struct BwdControl {
     BwdTile tiles[Traits::kTileStages];
     uint64_t tile_full[Traits::kTileStages], tile_empty[Traits::kTileStages];
-    uint64_t keys_full, keys_empty;                                         // k and v
+    uint64_t keys_full, keys_empty;                                          // k and v
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];            // q and lse
     uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];        // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];

@@ -20,16 +20,21 @@ struct WorkTile {
     __device__ __forceinline__ bool exists() const { return block >= 0; }
 };
 
-// The sequence of a packed call that owns block `block`, counted over all sequences. Sequence b has the blocks from cu_seqlens[b] / kBlock
-// + b up to those of sequence b + 1. These are enough for any lengths, and the last one may be empty. All lanes of a warp call it together
-// and search among 32 sequences at a time.
+// The first block of sequence b of a packed call, counted over all sequences. The blocks from there up to the first one of sequence b + 1
+// are enough for any lengths, and the last one may be empty.
+template <int kBlock>
+__device__ __forceinline__ int first_block(const uint32_t* cu_seqlens, int b) {
+    return int(cu_seqlens[b] / kBlock) + b;
+}
+
+// The sequence of a packed call that owns block `block`. All lanes of a warp call it together and search among 32 sequences at a time.
 template <int kBlock>
 __device__ __forceinline__ int sequence_of_block(const uint32_t* cu_seqlens, int batch, int block, int lane) {
     int first = 0, count = batch;  // it is one of these
 #pragma unroll 1
     while (count > 1) {
         const int step = ceil_div(count, kWarpSize), ahead = lane * step;
-        const bool begins_before = ahead < count && int(cu_seqlens[first + ahead] / kBlock) + first + ahead <= block;
+        const bool begins_before = ahead < count && first_block<kBlock>(cu_seqlens, first + ahead) <= block;
         const int owner = kWarpSize - 1 - __clz(__ballot_sync(~0u, begins_before || lane == 0));
         first += owner * step;
         count = min(step, count - owner * step);
@@ -57,7 +62,7 @@ __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule
     if (packed) {
         const uint32_t* cu_seqlens = kAxis == Axis::kQueries ? shape.cu_seqlens_q : shape.cu_seqlens_k;
         batch = sequence_of_block<kBlock>(cu_seqlens, shape.batch, tile.block, lane);
-        tile.block -= int(cu_seqlens[batch] / kBlock) + batch;
+        tile.block -= first_block<kBlock>(cu_seqlens, batch);
     }
     tile.sequence = Sequence(shape, batch);
     return tile;

@@ -11,7 +11,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 type Table = fn(&Records) -> Result<String>;
 
 /// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
-const TABLES: [(&str, &str, Table); 25] = [
+const TABLES: [(&str, &str, Table); 28] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
     ("README.md", "gpu-plot", |records| {
@@ -21,8 +21,11 @@ const TABLES: [(&str, &str, Table); 25] = [
     ("docs/benchmarks.md", "hopper-plot", |records| Ok(records.h200.figure("hopper-forward", ""))),
     ("docs/benchmarks.md", "hopper-backward-plot", |records| Ok(records.h200.figure("hopper-backward", ""))),
     ("docs/benchmarks.md", "hopper", |records| tables::forward(&records.h200, "../")),
-    ("docs/benchmarks.md", "hopper-summary", |records| tables::forward_summary(&records.h200)),
+    ("docs/benchmarks.md", "hopper-summary", |records| tables::pass_summary(&records.h200, "fwd")),
     ("docs/benchmarks.md", "backward", |records| tables::backward(&records.h200, "../")),
+    ("docs/benchmarks.md", "backward-summary", |records| tables::pass_summary(&records.h200, "bwd")),
+    ("docs/benchmarks.md", "f32", |records| tables::f32(&records.h200_f32, "../")),
+    ("docs/benchmarks.md", "standard-f32", |records| tables::standard(&records.h200_f32)),
     ("docs/benchmarks.md", "cuda", |records| tables::speed(&records.h100, &figures::SEQLENS, "../")),
     ("docs/benchmarks.md", "summary", |records| tables::summary(&records.h100)),
     ("docs/benchmarks.md", "speed", |records| tables::peers(&records.h100)),

@@ -20,6 +20,8 @@ pub struct Records {
     pub h100: Machine,
     /// Runs of the sm90 kernels.
     pub h200: Machine,
+    /// Runs in f32, next to PyTorch's memory-efficient attention.
+    pub h200_f32: Machine,
 }
 
 /// Reads the newest records.
@@ -29,16 +31,17 @@ pub fn newest() -> Result<Records> {
     // If two machines have the same figure, one of them is shown under another name.
     let of_every_gpu = ["forward", "backward", "forward-backward", "memory", "ablations", "heads", "loss"];
     Ok(Records {
-        xeon: Machine::newest(xeon, "fwd", &[("cpu", "cpu")])?,
-        h100: Machine::newest(h100, "fwd", &of_every_gpu.map(|name| (name, name)))?,
-        h200: Machine::newest(h200, "bwd", &[("forward", "hopper-forward"), ("backward", "hopper-backward")])?,
+        xeon: Machine::newest(xeon, ("fwd", &OTHERS), &[("cpu", "cpu")])?,
+        h100: Machine::newest(h100, ("fwd", &OTHERS), &of_every_gpu.map(|name| (name, name)))?,
+        h200: Machine::newest(h200, ("bwd", &OTHERS), &[("forward", "hopper-forward"), ("backward", "hopper-backward")])?,
+        h200_f32: Machine::newest(h200, ("bwd", &["efficient"]), &[])?,
     })
 }
 
 impl Records {
     /// Every figure of docs/plots.
     pub fn figures(self) -> Vec<Figure> {
-        let machines = [self.xeon, self.h100, self.h200];
+        let machines = [self.xeon, self.h100, self.h200, self.h200_f32];
         machines.into_iter().flat_map(|machine| machine.figures).collect()
     }
 }
@@ -59,8 +62,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The newest record of a machine in which another implementation ran `pass`.
-    fn newest(machine: (&str, &'static str), pass: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
+    /// The newest record of a machine in which one of the `others` ran `pass`.
+    fn newest(
+        machine: (&str, &'static str),
+        (pass, others): (&str, &[&str]),
+        shown: &[(&str, &'static str)],
+    ) -> Result<Self> {
         let dates =
             fs::read_dir(root().join("benches/record").join(machine.0)).with_context(|| machine.0.to_string())?;
         let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
@@ -69,11 +76,11 @@ impl Machine {
         for date in dates.iter().rev() {
             let record = Self::read(machine, date, shown)?;
             let compares = |peer: &&str| record.record.calls(peer).any(|call| call.pass == pass);
-            if OTHERS.iter().any(compares) {
+            if others.iter().any(compares) {
                 return Ok(record);
             }
         }
-        bail!("no record of {} compares {pass} with another implementation", machine.0)
+        bail!("no record of {} compares {pass} with one of {}", machine.0, others.join(", "))
     }
 
     /// `shown` lists the figures of this record: the name in [`figures`], and the name of the file.

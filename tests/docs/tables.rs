@@ -17,7 +17,12 @@ const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
 const COLUMNS: [&str; 4] = ["pass", "device", "head_dim", "mask"];
 
 /// The other implementations: the name in the rows, and the name in a table.
-pub const PEERS: [(&str, &str); 3] = [("flash", "FlashAttention-2"), ("cudnn", "cuDNN"), ("fa3", "FlashAttention-3")];
+pub const PEERS: [(&str, &str); 4] = [
+    ("flash", "FlashAttention-2"),
+    ("cudnn", "cuDNN"),
+    ("fa3", "FlashAttention-3"),
+    ("efficient", "PyTorch's memory-efficient attention"),
+];
 
 /// The first two lines of a table: the names of the columns, and the line below them.
 pub fn head(columns: &[&str]) -> String {
@@ -127,6 +132,17 @@ pub fn backward(gpu: &Machine, to_root: &str) -> Result<String> {
     pass(gpu, PASSES[1], to_root)
 }
 
+/// Both passes in f32.
+pub fn f32(gpu: &Machine, to_root: &str) -> Result<String> {
+    let mut table = head_by_seqlen(&COLUMNS, &SEQLENS);
+    for pass in PASSES {
+        table += &rows_with_the_fastest(gpu, pass, &HEAD_DIMS, &SEQLENS)?;
+    }
+    let lines = ratios_to(gpu, "efficient", &["mha"], "PyTorch's memory-efficient attention");
+    let summary = head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines;
+    Ok(format!("{table}\n{summary}\n{}", measured_on(gpu, to_root)))
+}
+
 /// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192. They have 16 heads.
 fn rows_with_the_fastest(
     gpu: &Machine,
@@ -157,8 +173,8 @@ fn fastest(gpu: &Machine, call: &Call) -> Option<f64> {
     PEERS.iter().filter_map(|(peer, _)| gpu.ratio(peer, call)).min_by(f64::total_cmp)
 }
 
-/// Geometric mean and minimum of the forward's ratios to each of the others and to the fastest, by kind of call.
-pub fn forward_summary(gpu: &Machine) -> Result<String> {
+/// Geometric mean and minimum of the ratios of `pass` to each of the others and to the fastest, by kind of call.
+pub fn pass_summary(gpu: &Machine, pass: &str) -> Result<String> {
     let kinds = [
         (&["mha"][..], "papers' grid"),
         (&["gqa"], "GQA 32/8"),
@@ -171,12 +187,14 @@ pub fn forward_summary(gpu: &Machine) -> Result<String> {
         mean(&compared).map_or(String::new(), told)
     };
     for (peer, name) in PEERS {
-        let cells = kinds.map(|(kinds, _)| cell(gpu.compared(peer, kinds, "fwd")));
-        table += &format!("| {name} | {} |\n", cells.join(" | "));
+        let cells = kinds.map(|(kinds, _)| cell(gpu.compared(peer, kinds, pass)));
+        if cells.iter().any(|cell| !cell.is_empty()) {
+            table += &format!("| {name} | {} |\n", cells.join(" | "));
+        }
     }
     let of_fastest = |kinds: &[&str]| {
         let calls: BTreeSet<Call> =
-            PEERS.iter().flat_map(|(peer, _)| gpu.compared(peer, kinds, "fwd")).map(|(call, _)| call).collect();
+            PEERS.iter().flat_map(|(peer, _)| gpu.compared(peer, kinds, pass)).map(|(call, _)| call).collect();
         cell(calls.into_iter().filter_map(|call| Some((call.clone(), fastest(gpu, &call)?))).collect())
     };
     table += &format!("| the fastest | {} |\n", kinds.map(|(kinds, _)| of_fastest(kinds)).join(" | "));

@@ -78,10 +78,11 @@ impl Summary {
     ];
 }
 
-/// The name of a type in a record. f16 is called fp16 there, as in PyTorch.
+/// The name of a type in a record. f16 and f32 are called fp16 and fp32 there, as in PyTorch.
 pub fn dtype_of_peers(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "fp16",
+        DType::F32 => "fp32",
         other => other.as_str(),
     }
 }
