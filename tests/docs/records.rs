@@ -33,7 +33,11 @@ pub fn newest() -> Result<Records> {
     Ok(Records {
         xeon: Machine::newest(xeon, ("fwd", &OTHERS), &[("cpu", "cpu")])?,
         h100: Machine::newest(h100, ("fwd", &OTHERS), &of_every_gpu.map(|name| (name, name)))?,
-        h200: Machine::newest(h200, ("bwd", &OTHERS), &[("forward", "hopper-forward"), ("backward", "hopper-backward")])?,
+        h200: Machine::newest(
+            h200,
+            ("bwd", &OTHERS),
+            &[("forward", "hopper-forward"), ("backward", "hopper-backward")],
+        )?,
         h200_f32: Machine::newest(h200, ("bwd", &["efficient"]), &[])?,
     })
 }
