@@ -20,7 +20,7 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     const int head = blockIdx.y, batch = shape.first_batch + blockIdx.z;
     const Sequence sequence(shape, batch);
     int lanes = kDeltaMinLanes;  // per row
-    while (lanes * kDeltaChunk < shape.head_dim) lanes *= 2;
+    while (lanes * kDeltaChunk < shape.head_dim_v) lanes *= 2;
     const int rows_per_block = kDeltaThreads / lanes;
     const int chunk = threadIdx.x % lanes;
     const T* gO = row_of<const T>(params.o, params.o_strides, batch, sequence.first_q, head);
@@ -30,7 +30,7 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
     const int first = blockIdx.x * rows_per_block + threadIdx.x / lanes;
     for (int row = first; row - threadIdx.x / lanes < sequence.seqlen_q; row += gridDim.x * rows_per_block) {
         float sum = 0.f;
-        if (row < sequence.seqlen_q && chunk * kDeltaChunk < shape.head_dim) {
+        if (row < sequence.seqlen_q && chunk * kDeltaChunk < shape.head_dim_v) {
             if constexpr (sizeof(T) == 2) {
                 const uint4 o = *reinterpret_cast<const uint4*>(gO + row * params.o_strides.row + chunk * kDeltaChunk);
                 const uint4 do_ = *reinterpret_cast<const uint4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
@@ -45,6 +45,7 @@ __device__ __forceinline__ void delta(const DeltaParams& params) {
                 const float4* do_ = reinterpret_cast<const float4*>(gDo + row * params.do_strides.row + chunk * kDeltaChunk);
 #pragma unroll
                 for (int i = 0; i < kDeltaChunk / 4; ++i) {
+                    if (chunk * kDeltaChunk + 4 * i >= shape.head_dim_v) break;
                     const float4 x = o[i], y = do_[i];
                     sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
                 }

@@ -414,11 +414,9 @@ impl Problem {
         self.contiguous(self.layout, self.shape_v())
     }
 
-    /// This problem with contiguous copies of the inputs named in `copied`.
-    pub(crate) fn with_copies(mut self, copied: &[&str]) -> Self {
-        if copied.is_empty() {
-            return self;
-        }
+    /// This problem with other head_dims, and with contiguous copies of the inputs named in `copied`. softmax_scale stays.
+    pub(crate) fn with_copies(mut self, copied: &[&str], head_dim: usize, head_dim_v: usize) -> Self {
+        (self.head_dim, self.head_dim_v) = (head_dim, head_dim_v);
         let (q, k, v) = (self.contiguous_q(), self.contiguous_k(), self.contiguous_v());
         for (name, strides, copy) in [("q", &mut self.q, q), ("k", &mut self.k, k), ("v", &mut self.v, v)] {
             if copied.contains(&name) {
@@ -429,7 +427,7 @@ impl Problem {
     }
 
     /// Strides of q, k and v, or of their gradients, in one contiguous tensor, one after another along its head axis. All three have
-    /// the same head_dim.
+    /// the same head_dim, because they come from one tensor.
     pub fn contiguous_qkv(&self) -> [Strides; 3] {
         let mut shape = self.shape_q();
         let heads_axis = shape.len() - 2;

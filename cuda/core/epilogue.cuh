@@ -13,7 +13,7 @@ namespace fa2 {
 template <typename T, int kMTiles, int kDTiles>
 __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
                                         const Accumulator<kMTiles, kDTiles>& o) {
-    const int head_dim = params.shape.head_dim;
+    const int head_dim = params.shape.head_dim_v;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

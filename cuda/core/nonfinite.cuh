@@ -79,7 +79,7 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     using ScoreMod = typename Traits::ScoreMod;
     constexpr int kPairs = ceil_div(Traits::kHeadDim, 2 * kWarpSize);
     const Shape& shape = params.shape;
-    const int pairs = shape.head_dim / 2, head_k = key_head(shape, head);
+    const int pairs = shape.head_dim_v / 2, head_k = key_head(shape, head);
     const float scale_log2 = ScoreMod::scale_log2(shape);
     const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + row, head);
     const T* k = row_of<const T>(params.k, params.k_strides, sequence.batch, sequence.first_k, head_k);

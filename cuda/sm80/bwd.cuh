@@ -148,20 +148,19 @@ struct BwdBlock {
     }
 
     __device__ __forceinline__ void start_keys() const {
-        const int head_dim = params.shape.head_dim;
-        CopyK(head_of(params.k, params.k_strides, sequence.first_k, head_k), params.k_strides.row, head_dim, thread)
+        CopyK(head_of(params.k, params.k_strides, sequence.first_k, head_k), params.k_strides.row, params.shape.head_dim, thread)
             .start(shared + Traits::sK, cols.begin, sequence.seqlen_k);
-        CopyK(head_of(params.v, params.v_strides, sequence.first_k, head_k), params.v_strides.row, head_dim, thread)
+        CopyK(head_of(params.v, params.v_strides, sequence.first_k, head_k), params.v_strides.row, params.shape.head_dim_v, thread)
             .start(shared + Traits::sV, cols.begin, sequence.seqlen_k);
         cp_async_commit();
     }
 
     // q, do, lse and delta of a tile of queries.
     __device__ __forceinline__ void start_queries(uint32_t stage_offset, int head, int m_block) const {
-        const int head_dim = params.shape.head_dim, first_row = m_block * Traits::kBlockM, row = first_row + thread;
-        CopyQ(head_of(params.q, params.q_strides, sequence.first_q, head), params.q_strides.row, head_dim, thread)
+        const int first_row = m_block * Traits::kBlockM, row = first_row + thread;
+        CopyQ(head_of(params.q, params.q_strides, sequence.first_q, head), params.q_strides.row, params.shape.head_dim, thread)
             .start(shared + Traits::sQ + stage_offset, first_row, sequence.seqlen_q);
-        CopyQ(head_of(params.do_, params.do_strides, sequence.first_q, head), params.do_strides.row, head_dim, thread)
+        CopyQ(head_of(params.do_, params.do_strides, sequence.first_q, head), params.do_strides.row, params.shape.head_dim_v, thread)
             .start(shared + Traits::sDo + stage_offset, first_row, sequence.seqlen_q);
         if (thread < Traits::kBlockM) {
             const bool valid = row < sequence.seqlen_q;
@@ -363,13 +362,13 @@ __device__ __forceinline__ void write_keys(const BwdBlock<Traits>& block, BlockK
     store_product<T, TileK>(block.shared, Traits::sK, dk, block.warp.kv_row, block.warp.kv_col, block.lane);
     store_product<T, TileK>(block.shared, Traits::sV, dv, block.warp.kv_row, block.warp.kv_col, block.lane);
     __syncthreads();
-    const auto store = [&](void* to, uint32_t from) {
-        T* rows = row_of<T>(to, params.dk_strides, block.sequence.batch, block.sequence.first_k + block.cols.begin, block.head_k);
-        store_tile<TileK, Traits::kThreads>(rows, params.dk_strides.row, block.bytes + from, block.cols.end - block.cols.begin,
-                                            params.shape.head_dim, block.thread);
+    const auto store = [&](void* to, const Strides& strides, int head_dim, uint32_t from) {
+        T* rows = row_of<T>(to, strides, block.sequence.batch, block.sequence.first_k + block.cols.begin, block.head_k);
+        store_tile<TileK, Traits::kThreads>(rows, strides.row, block.bytes + from, block.cols.end - block.cols.begin, head_dim,
+                                            block.thread);
     };
-    store(params.dk, Traits::sK);
-    store(params.dv, Traits::sV);
+    store(params.dk, params.dk_strides, params.shape.head_dim, Traits::sK);
+    store(params.dv, params.dv_strides, params.shape.head_dim_v, Traits::sV);
 }
 
 // All of a block's work.

@@ -8,7 +8,7 @@
 // Registers  o and S in f32; P is packed from S as it is used.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v.
 // Nonfinite  numbers (NaN, infinity) of v must not reach a row that does not see them: see core/nonfinite.cuh.
-// Expects    head_dim <= kHeadDim, a multiple of 8; rows that begin at multiples of 16 bytes. The host has checked them.
+// Expects    head_dim and head_dim_v <= kHeadDim; rows of whole 16 bytes that begin at multiples of 16 bytes. The host has checked them.
 #pragma once
 
 #include "../core/epilogue.cuh"
@@ -75,10 +75,15 @@ struct FwdBlock {
         const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + rows.begin, head);
         CopyQ(q, params.q_strides.row, params.shape.head_dim, thread).start(shared + Traits::sQ, 0, rows.end - rows.begin);
     }
-    __device__ __forceinline__ CopyK copy_of(const void* tensor, const Strides& strides) const {
-        const int head_k = key_head(params.shape, head);
-        return CopyK(row_of<const T>(tensor, strides, sequence.batch, sequence.first_k, head_k), strides.row,
-                     params.shape.head_dim, thread);
+    __device__ __forceinline__ CopyK copy_k() const {
+        return CopyK(keys_of(params.k, params.k_strides), params.k_strides.row, params.shape.head_dim, thread);
+    }
+    __device__ __forceinline__ CopyK copy_v() const {
+        return CopyK(keys_of(params.v, params.v_strides), params.v_strides.row, params.shape.head_dim_v, thread);
+    }
+    // The sequence and head of k, or v, that this block reads.
+    __device__ __forceinline__ const T* keys_of(const void* tensor, const Strides& strides) const {
+        return row_of<const T>(tensor, strides, sequence.batch, sequence.first_k, key_head(params.shape, head));
     }
 };
 
@@ -93,8 +98,8 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
     const uint32_t shared = block.shared;
     const int lane = block.lane, seqlen_k = block.sequence.seqlen_k, first_row = block.rows.begin + block.warp_row;
     const Range common = block.sees.common_keys(block.rows);
-    const auto k_copy = block.copy_of(block.params.k, block.params.k_strides);
-    const auto v_copy = block.copy_of(block.params.v, block.params.v_strides);
+    const auto k_copy = block.copy_k();
+    const auto v_copy = block.copy_v();
     const ScoreMod score_mod(shape, block.sequence, block.head);
     const int n_first = block.keys.begin / Traits::kBlockN;
     int n_block = (block.keys.end - 1) / Traits::kBlockN;

@@ -535,24 +535,15 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
         "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), \
          or move them with to_device(&Device::Cpu)"
     );
-    let head_dim = "is not supported on CUDA (supported: multiples of 8 up to 256); pad or split the heads";
-    for refused_dim in [1, 60, 257, 264, 512] {
-        assert_eq!(refused(refused_dim, DType::F16, &H100)?, format!("head_dim {refused_dim} {head_dim}"));
+    for refused_dim in [257, 264, 512] {
+        let text = format!("head_dim {refused_dim} is not supported on CUDA (supported: 1 to 256); split the heads");
+        assert_eq!(refused(refused_dim, DType::F16, &H100)?, text);
     }
-    for (head_dim, head_dim_v, way_out) in [
-        (192, 128, "pad v with zeros and keep the first 128 columns of o"),
-        (64, 128, "pad q and k with zeros and set softmax_scale (default: 1/sqrt(64))"),
-    ] {
-        let (q, v) = (zeros(&[1, 2, 1, head_dim], DType::BF16)?, zeros(&[1, 2, 1, head_dim_v], DType::BF16)?);
-        let problem = testing::problem(&Attention::new(), &q, &q, &v)?;
-        assert_eq!(
-            plan(&problem, &H100).expect_err("must be refused").to_string(),
-            format!(
-                "v: head_dim_v must be {head_dim} on CUDA, the head_dim of q and k, got {head_dim_v}; move q, k and v with \
-                 to_device(&Device::Cpu), or {way_out}"
-            )
-        );
-    }
+    let (q, v) = (zeros(&[1, 2, 1, 64], DType::BF16)?, zeros(&[1, 2, 1, 300], DType::BF16)?);
+    assert_eq!(
+        plan(&testing::problem(&Attention::new(), &q, &q, &v)?, &H100).expect_err("must be refused").to_string(),
+        "head_dim_v 300 is not supported on CUDA (supported: 1 to 256); split the heads"
+    );
     assert_eq!(
         refused(64, DType::F16, &caps((7, 5), 40, 64 * 1024))?,
         "compute capability 7.5 of this GPU is not supported (supported: 8.0 and newer); \
@@ -648,6 +639,35 @@ fn unaligned_inputs_are_copied() -> Result<()> {
     let (fine, shifted) = (wide.narrow(3, 4, 16)?, wide.narrow(3, 2, 16)?);
     assert_eq!(copied([&fine, &fine, &fine])?, [""; 0]);
     assert_eq!(copied([&fine, &shifted, &fine])?, ["k"]);
+    Ok(())
+}
+
+/// Rows that are not whole 16 bytes are copied and padded with zeros. The tightest kernel for both head_dims runs, and a smaller v alone is
+/// read in place. The scale stays that of the call.
+#[test]
+fn any_head_dim_has_a_plan() -> Result<()> {
+    // dtype, head_dim and head_dim_v, those of the kernels, the copied inputs, and the head_dim of the kernel
+    for (dtype, dims, padded, copied, kernel_dim) in [
+        (DType::BF16, (64, 64), (64, 64), vec![], 64),
+        (DType::BF16, (36, 36), (40, 40), vec!["q", "k", "v"], 64),
+        (DType::F32, (36, 36), (36, 36), vec![], 64),
+        (DType::F32, (1, 37), (4, 40), vec!["q", "k", "v"], 64),
+        (DType::F16, (192, 128), (192, 128), vec![], 192),
+        (DType::F16, (128, 192), (128, 192), vec![], 192),
+        (DType::F16, (100, 256), (104, 256), vec!["q", "k"], 256),
+        (DType::BF16, (40, 1), (40, 8), vec!["v"], 64),
+    ] {
+        let (q, v) = (zeros(&[1, 20, 2, dims.0], dtype)?, zeros(&[1, 20, 2, dims.1], dtype)?);
+        let plan = plan(&testing::problem(&Attention::new(), &q, &q, &v)?, &H100)?;
+        let text = format!("{dtype:?} {dims:?}: {plan:?}");
+        assert_eq!((plan.head_dim, plan.head_dim_v), padded, "{text}");
+        assert_eq!(plan.copied, copied, "{text}");
+        for pass in [Pass::Forward, Pass::Backward] {
+            assert_eq!(launch(&plan, pass).kernel.head_dim, kernel_dim, "{text}");
+        }
+        let names = format!("head_dim: {}, head_dim_v: {}", padded.0, padded.1);
+        assert!(format!("{plan:?}").contains(&names), "{text}");
+    }
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! The launches of a backward.
 
 use super::launch::Launch;
-use super::limits::CHUNK;
 use crate::error::{Error, Result};
 use crate::instances::{Grid, Kernel, Pass, KERNELS};
 use crate::plan::caps::CudaCaps;
@@ -18,6 +17,9 @@ pub struct BackwardPlan {
     pub dq_tiles: RowBlocks,
 }
 
+/// Elements of a thread of delta (`kDeltaChunk` of cuda/delta.cuh).
+const DELTA_CHUNK: usize = 8;
+
 /// The fewest threads of a row of delta (`kDeltaMinLanes` of cuda/delta.cuh).
 const DELTA_MIN_LANES: usize = 4;
 
@@ -29,7 +31,7 @@ impl BackwardPlan {
     pub(super) fn new(problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Result<Self> {
         let (delta, convert) = (companion(Pass::Delta, problem), companion(Pass::Convert, problem));
         // The number of threads per row is a power of two. Any number of blocks is correct, because blocks loop over the rows.
-        let threads_per_row = problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(DELTA_MIN_LANES);
+        let threads_per_row = problem.head_dim_v.div_ceil(DELTA_CHUNK).next_power_of_two().max(DELTA_MIN_LANES);
         let rows_per_block = delta.threads() / threads_per_row;
         let seqlen_q = problem.max_seqlen_q();
         let launch = |kernel, blocks: usize, heads: usize| {

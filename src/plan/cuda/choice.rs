@@ -56,7 +56,7 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
     let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
         (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
-            && kernel.head_dim >= problem.head_dim
+            && kernel.head_dim >= problem.head_dim.max(problem.head_dim_v)
             && allow(kernel)
     });
     let (mut possible, mut rejected) = (Vec::new(), Vec::new());

@@ -67,7 +67,8 @@ pub fn cpu(dtype: DType) -> Target {
     Target { device: Device::Cpu, dtype }
 }
 
-/// Number of elements that a kernel of `device` reads at once: 8 on a GPU. head_dim, offsets and strides are multiples of it.
+/// Number of elements that a kernel of `device` reads at once: 8 on a GPU. Tensors whose head_dim, offsets and strides are multiples of it
+/// are read in place.
 pub fn chunk(device: &Device) -> usize {
     if device.is_cpu() {
         1
@@ -121,7 +122,7 @@ pub struct Case {
     pub num_heads_k: usize,
     /// The head_dim of q and k.
     pub head_dim: usize,
-    /// The head_dim of v and o. On a GPU it is `head_dim`, because the kernels have only one.
+    /// The head_dim of v and o.
     pub head_dim_v: usize,
     pub mask: Mask,
     /// `None` is the default, `1/sqrt(head_dim)`.
@@ -182,18 +183,16 @@ impl Case {
         self
     }
 
-    /// Sets the head_dim of q, k and v, or on a GPU the nearest supported value. So all devices can use one list of cases.
+    /// Sets the head_dim of q, k and v, or on a GPU the largest supported value. So all devices can use one list of cases.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
-        self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device, self.dtype));
+        self.head_dim = head_dim.min(max_head_dim(&self.device, self.dtype));
         self.head_dim_v = self.head_dim;
         self
     }
 
-    /// Sets the head_dim of v after that of q and k. On a GPU it stays that of q and k.
+    /// Sets the head_dim of v after that of q and k, or on a GPU the largest supported value.
     pub fn head_dim_v(mut self, head_dim_v: usize) -> Self {
-        if self.device.is_cpu() {
-            self.head_dim_v = head_dim_v;
-        }
+        self.head_dim_v = head_dim_v.min(max_head_dim(&self.device, self.dtype));
         self
     }
 
@@ -612,15 +611,13 @@ pub fn head_dims(target: &Target) -> Vec<Case> {
 }
 
 /// A head_dim of v other than that of q and k: smaller and larger, the smallest and the largest, at sizes of thin matrix products, and
-/// with every option. Empty on a GPU, because its kernels have one head_dim.
+/// with every option.
 pub fn head_dims_v(target: &Target) -> Vec<Case> {
-    if !target.device.is_cpu() {
-        return Vec::new();
-    }
     let dims =
         [(192, 128), (128, 192), (64, 65), (65, 64), (1, 512), (512, 1), (1, 2), (2, 1), (2, 9), (7, 2), (40, 8)];
     let case = |(head_dim, head_dim_v)| Case::new(target).heads(4, 2).head_dim(head_dim).head_dim_v(head_dim_v);
     let mut cases = dims.map(|dims| case(dims).batch(1, 13, 21).mask(Mask::Causal)).to_vec();
+    cases.dedup_by_key(|case| (case.head_dim, case.head_dim_v));
     for dims in [(24, 16), (8, 20)] {
         let case = || case(dims).batch(2, 9, 14);
         let (bshd, bhsd) = (TensorLayout::Bshd, TensorLayout::Bhsd);
