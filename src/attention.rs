@@ -122,6 +122,16 @@ impl Attention {
         self
     }
 
+    /// Whether products of f32 may use TF32 on a GPU: one product of operands rounded to 11 bits. Without this option, three such products
+    /// give the bits of f32.
+    ///
+    /// Results then have errors like those of f16, about 3e-4 of their size, but the range of f32 (docs/design/sm80.md says why). Sums
+    /// stay in f32, and so do q, k, v, o and their gradients. The option changes nothing on the CPU, and is an error for other types.
+    pub fn tf32(mut self, tf32: bool) -> Self {
+        self.options.tf32 = tf32;
+        self
+    }
+
     /// Sets how many keys of each sequence are valid in a padded call; see [`KeyLengths`].
     ///
     /// The mask and ALiBi align the last query with the last *valid* key. For 2 queries, 5 keys of which 3 are valid, and

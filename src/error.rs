@@ -316,6 +316,14 @@ pub enum Error {
         /// The expected shape, dtype and device.
         expected: String,
     },
+    /// TF32 for a type other than f32.
+    #[error(
+        "tf32: q, k and v must be F32, got {0:?}; leave the option out, or convert them with to_dtype(DType::F32)"
+    )]
+    Tf32(
+        /// The dtype of q, k and v.
+        DType,
+    ),
     /// This build has no kernel for this kind of device.
     #[error("no {dtype:?} attention kernel for {device:?} (built: CPU); move q, k and v with to_device(&Device::Cpu)")]
     NoKernel {

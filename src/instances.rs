@@ -88,6 +88,8 @@ pub struct Kernel {
     pub arch: Arch,
     /// Element type of q, k, v and o.
     pub dtype: DType,
+    /// Whether its products of f32 are one product of TF32 each, and not three.
+    pub tf32: bool,
     /// The largest head_dim. Smaller ones are padded in shared memory. 0 if it has no tiles.
     pub head_dim: usize,
     /// Number of queries in a tile, 0 if it has no tiles.

@@ -92,6 +92,8 @@ pub struct Problem {
     pub alibi: Option<Alibi>,
     /// Whether the same inputs must always give the same bits of dq.
     pub deterministic: bool,
+    /// Whether products of f32 may be one product of TF32 each.
+    pub tf32: bool,
     /// Name of the first input that is tracked for gradients; `None` if none is.
     pub tracked: Option<&'static str>,
     /// Axis order of q, k, v and of their gradients.
@@ -227,6 +229,9 @@ impl Problem {
             }
             check_device(tensor, x, q)?;
         }
+        if options.tf32 && dtype != DType::F32 {
+            return Err(Error::Tf32(dtype));
+        }
         let (_, heads_axis) = options.layout.axes(q.rank());
         let (num_heads, num_heads_k) = (q.dims()[heads_axis], k.dims()[heads_axis]);
         let last = q.rank() - 1;
@@ -263,6 +268,7 @@ impl Problem {
             softmax_scale,
             softcap: options.softcap,
             deterministic: options.deterministic,
+            tf32: options.tf32,
             tracked: [("q", q), ("k", k), ("v", v)].into_iter().find(|(_, x)| x.track_op()).map(|(name, _)| name),
             layout: options.layout,
             output_layout: options.layout_of_result(),

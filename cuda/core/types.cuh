@@ -17,6 +17,18 @@ constexpr float kLn2 = 0.6931471805599453f;
 using f16 = __half;
 using bf16 = __nv_bfloat16;
 
+// An f32 of which products use 11 bits: one product of TF32, where `float` takes three of split operands (sm80/tf32.cuh). The user asks for
+// it by name.
+struct tf32 {
+    float value;
+};
+
+// Whether a product is three products of split operands.
+template <typename T>
+constexpr bool kIsSplit = false;
+template <>
+constexpr bool kIsSplit<float> = true;
+
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Rounds two f32 to nearest and packs them, `low` into the low half.

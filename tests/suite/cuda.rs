@@ -69,7 +69,7 @@ impl Tiled {
             [(head_dim, head_dim), (padded, padded), (head_dim, narrow), (narrow, head_dim), (padded, head_dim)];
         let (head_dim, head_dim_v) = pairs[variant / 4 % pairs.len()];
         let case = Case::new(&self.target).heads(num_heads, num_heads_k).head_dim(head_dim).head_dim_v(head_dim_v);
-        let case = Case { deterministic: variant / 3 % 2 == 1, dlse: variant % 7 > 3, ..case };
+        let case = Case { deterministic: variant / 3 % 2 == 1, dlse: variant % 7 > 3, tf32: self.kernel.tf32, ..case };
         match (score_mod, variant % 5) {
             (false, _) => case,
             (true, 0) => case.softcap(1.5),
@@ -383,6 +383,38 @@ fn pairs_of_head_dims() -> Result<()> {
     cases.par_iter().try_for_each(Case::check)?;
     println!("{} cases on the GPU", cases.len());
     Ok(())
+}
+
+/// One product of TF32 for each product of f32: the errors are those of 11 bits, also on inputs that have more. With three products they are
+/// far smaller, so the option does choose other kernels.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn plain_tf32_has_the_errors_of_11_bits() -> Result<()> {
+    for target in gpu_targets_or_skip().iter().filter(|target| target.dtype == DType::F32) {
+        for head_dim in [24, 64, 100, 128, 256] {
+            let case = Case::new(target).batch(1, 300, 700).heads(4, 2).head_dim(head_dim).mask(Mask::Causal);
+            case.clone().tf32().check()?;
+            let input = case.draw();
+            let want = attention_reference::attention(&input);
+            let errors = |got: &Output| -> Vec<f64> {
+                let pairs = got.named().into_iter().zip(want.named()).filter(|((name, _), _)| *name != "lse");
+                pairs.map(|((_, got), (_, want))| relative_error(&got.values, &want.values)).collect()
+            };
+            let (split, plain) = (errors(&case.run(&input)?), errors(&case.clone().tf32().run(&input)?));
+            let text = |errors: &[f64]| errors.iter().map(|error| format!("{error:.1e} ")).collect::<String>();
+            println!("{case}: errors of o, dq, dk and dv: {}; with plain TF32: {}", text(&split), text(&plain));
+            ensure!(split.iter().all(|&error| error < 3e-6), "{case}: {split:?}");
+            ensure!(plain.iter().all(|&error| error > 2e-5 && error < 1.5e-3), "{case}: {plain:?}");
+        }
+    }
+    Ok(())
+}
+
+/// The root of the squared differences, relative to that of the squared values.
+fn relative_error(got: &[f64], want: &[f64]) -> f64 {
+    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
+    let differences = squares(&mut got.iter().zip(want).map(|(got, want)| got - want));
+    (differences / squares(&mut want.iter().copied())).sqrt()
 }
 
 /// q, k and v in one tensor, with a head_dim whose rows are not whole 16 bytes.

@@ -487,6 +487,29 @@ fn f32_has_kernels_of_its_own() -> Result<()> {
     Ok(())
 }
 
+/// Plain TF32 has kernels of its own, which run only if a call asks for them. They have every pass and option that f32 has.
+#[test]
+fn plain_tf32_runs_only_by_name() -> Result<()> {
+    for caps in [H100, A100, RTX_3090] {
+        for head_dim in [8, 64, 100, 160, 256] {
+            for attention in [Attention::new(), Attention::new().softcap(5.0)] {
+                for tf32 in [false, true] {
+                    let plan = plan(&problem(&attention.clone().tf32(tf32), head_dim, DType::F32)?, &caps)?;
+                    let tiled = [Pass::Forward, Pass::Backward].into_iter().filter_map(|pass| plan.launch(pass));
+                    assert!(tiled.clone().all(|launch| launch.kernel.tf32 == tf32), "{plan:?}");
+                    assert!(tiled.count() == 2 || caps == RTX_3090 && head_dim > 128, "{plan:?}");
+                    assert_eq!(format!("{plan:?}").contains("fwd_sm80_tf32_d"), tf32, "{plan:?}");
+                }
+            }
+        }
+    }
+    let refused = problem(&Attention::new().tf32(true), 64, DType::BF16).expect_err("must be refused").to_string();
+    let text =
+        "tf32: q, k and v must be F32, got BF16; leave the option out, or convert them with to_dtype(DType::F32)";
+    assert_eq!(refused, text);
+    Ok(())
+}
+
 /// On a GPU whose shared memory holds a forward and no backward, calls run whose inputs are not tracked for gradients. A
 /// tracked one is refused by the forward, with the reasons.
 #[test]

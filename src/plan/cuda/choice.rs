@@ -1,5 +1,5 @@
-//! Chooses the kernel of a pass. Records why each other candidate was rejected; a candidate has the type of the call, the right
-//! variant and a sufficient head_dim.
+//! Chooses the kernel of a pass. Records why each other candidate was rejected; a candidate has the type of the call, TF32 if
+//! the call asks for it, the right variant and a sufficient head_dim.
 
 use std::cmp::Reverse;
 
@@ -55,7 +55,7 @@ pub(super) struct Choice {
 pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
     let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
-        (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
+        (kernel.pass, kernel.dtype, kernel.tf32, kernel.score_mod) == (pass, problem.dtype, problem.tf32, score_mod)
             && kernel.head_dim >= problem.head_dim.max(problem.head_dim_v)
             && allow(kernel)
     });

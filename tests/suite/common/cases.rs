@@ -133,6 +133,8 @@ pub struct Case {
     pub dlse: bool,
     /// Whether every backward must give the same bits. On the CPU it always does.
     pub deterministic: bool,
+    /// Whether a GPU computes products of f32 as one product of TF32. The input is then drawn in TF32.
+    pub tf32: bool,
 }
 
 impl Case {
@@ -154,6 +156,7 @@ impl Case {
             alibi: Alibi::Off,
             dlse: false,
             deterministic: false,
+            tf32: false,
         }
     }
 
@@ -223,6 +226,11 @@ impl Case {
 
     pub fn deterministic(mut self) -> Self {
         self.deterministic = true;
+        self
+    }
+
+    pub fn tf32(mut self) -> Self {
+        self.tf32 = true;
         self
     }
 
@@ -302,13 +310,18 @@ impl Case {
 
     /// The type of the case, as the reference's type.
     pub fn precision(&self) -> Precision {
-        precision(self.dtype)
+        if self.tf32 {
+            Precision::Tf32
+        } else {
+            precision(self.dtype)
+        }
     }
 
     /// The options of the call, with the slopes of `input`.
     pub fn attention(&self, input: &Input) -> Result<Attention> {
         let (inputs, output) = self.layouts;
-        let mut attention = Attention::new().mask(self.mask).deterministic(self.deterministic).layout(inputs);
+        let mut attention =
+            Attention::new().mask(self.mask).deterministic(self.deterministic).tf32(self.tf32).layout(inputs);
         if output != inputs {
             attention = attention.output_layout(output);
         }
@@ -483,6 +496,9 @@ impl fmt::Display for Case {
         }
         if self.deterministic {
             write!(f, ", deterministic")?;
+        }
+        if self.tf32 {
+            write!(f, ", tf32")?;
         }
         Ok(())
     }
