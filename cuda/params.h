@@ -102,7 +102,7 @@ struct BwdParams {
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
     float* dq_accum;     // (dq_groups.count, 8, kHeadDim), zeros at the start; core/dq_accum.cuh has the layout
-    uint32_t* semaphores;  // (dq_tiles.count + 1) zeros: blocks add to a tile in one order; the last counts blocks (sm80). null: any order
+    uint32_t* semaphores;  // (dq_tiles.count * kParts + 1) zeros: blocks add to a tile in one order; the last counts blocks. null: no order
     void* dk;            // as k
     void* dv;            // as v
     Strides q_strides;

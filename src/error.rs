@@ -343,16 +343,6 @@ pub enum Error {
         /// The oldest compute capability that a kernel runs on.
         oldest: (u32, u32),
     },
-    /// No CUDA kernel is large enough for the head dimension.
-    #[error("{name} {head_dim} is not supported on CUDA (supported: 1 to {max}); split the heads")]
-    CudaHeadDim {
-        /// `head_dim` or `head_dim_v`.
-        name: &'static str,
-        /// Size of the last axis of q, or of v.
-        head_dim: usize,
-        /// The largest that is supported.
-        max: usize,
-    },
     /// A size is too large for the CUDA kernels.
     #[error("{name} is {got}, but a CUDA kernel takes at most {max}; split the call")]
     CudaSize {

@@ -110,10 +110,20 @@ pub struct Kernel {
     pub shared_bytes: usize,
 }
 
+/// Threads of a warp.
+pub(crate) const WARP_SIZE: usize = 32;
+
+/// The largest number of columns of o, dq, dk or dv of a thread block (`kMaxWidth` of cuda/core/types.cuh).
+const MAX_WIDTH: usize = 256;
+
 impl Kernel {
+    /// Thread blocks that share the columns of a work tile. Each computes all scores.
+    pub fn parts(&self) -> usize {
+        self.head_dim.div_ceil(MAX_WIDTH)
+    }
+
     /// Threads of a thread block.
     pub fn threads(&self) -> usize {
-        const WARP_SIZE: usize = 32;
         self.warps * WARP_SIZE
     }
 }

@@ -143,8 +143,7 @@ fn queue<T: Element>(
     let mut memory = Memory {
         delta: uninit(device, rows)?,
         dq_accum: zeros(device, plan.dq_accum.elements())?,
-        // One semaphore for each tile, and a counter of started blocks.
-        semaphores: problem.deterministic.then(|| zeros(device, plan.dq_tiles.count + 1)).transpose()?,
+        semaphores: problem.deterministic.then(|| zeros(device, plan.semaphores)).transpose()?,
     };
     let kernels = Kernels {
         call,

@@ -357,6 +357,28 @@ fn every_head_dim() -> Result<()> {
     Ok(())
 }
 
+/// Calls without gradients above the head_dim that has some: f32 above 256, and all types with 99 KB of shared memory.
+#[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
+fn a_forward_of_wide_heads() -> Result<()> {
+    let widest = |dtype| {
+        let kernels = tiled_kernels()?.into_iter().map(|tiled| tiled.kernel);
+        let forwards = kernels.filter(|kernel| (kernel.pass, kernel.dtype) == (Pass::Forward, dtype));
+        anyhow::Ok(forwards.map(|kernel| kernel.head_dim).max().unwrap_or(0))
+    };
+    let mut cases = Vec::new();
+    for target in &gpu_targets_or_skip() {
+        let widest = widest(target.dtype)?;
+        for (n, (head_dim, head_dim_v)) in [(257, 257), (300, 40), (36, 500), (512, 512)].into_iter().enumerate() {
+            let case = Case::new(target).heads(4, 2).batch(2, 70, 150).mask([Mask::None, Mask::Causal][n % 2]);
+            cases.push(Case { head_dim: head_dim.min(widest), head_dim_v: head_dim_v.min(widest), ..case });
+        }
+    }
+    cases.par_iter().try_for_each(Case::check_forward)?;
+    println!("{} cases on the GPU", cases.len());
+    Ok(())
+}
+
 /// Pairs of head_dim and head_dim_v: those of models, and others spread over all pairs.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
@@ -565,7 +587,14 @@ fn refusals_on_the_device() -> Result<()> {
             "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with \
              to_dtype(DType::F32), or move them with to_device(&Device::Cpu)"
         );
-        assert_eq!(text(dtype, 257)?, "head_dim 257 is not supported on CUDA (supported: 1 to 256); split the heads");
+        if dtype == DType::F32 {
+            let x = Var::zeros((1, 5, 2, 264), dtype, &device)?;
+            let error = Attention::new().forward(&x, &x, &x).expect_err("has no backward").to_string();
+            ensure!(
+                error.starts_with("q: tracked for gradients, but head_dim 264 has no F32 backward kernel"),
+                "{error}"
+            );
+        }
     }
     Ok(())
 }

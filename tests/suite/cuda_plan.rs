@@ -510,6 +510,34 @@ fn plain_tf32_runs_only_by_name() -> Result<()> {
     Ok(())
 }
 
+/// Above head_dim 256 two thread blocks share the columns of a tile. Gradients need 163 KB of shared memory, and f32 has none.
+#[test]
+fn wide_heads_are_split_into_parts() -> Result<()> {
+    for (caps, backwards) in [(H100, true), (A100, true), (RTX_3090, false)] {
+        for problem in plain_and_score_mod(100, 512)? {
+            let plan = plan(&problem, &caps)?;
+            let Launch { kernel, grid, .. } = forward(&plan);
+            assert_eq!((kernel.head_dim, kernel.parts()), (512, 2));
+            assert_eq!(grid, (2 * 100usize.div_ceil(kernel.block_m) as u32, 2, 1), "{plan:?}");
+            assert_eq!(plan.backward.is_some(), backwards, "{plan:?}");
+            if let Some(of_backward) = &plan.backward {
+                let Launch { kernel, grid, .. } = backward(&plan);
+                assert_eq!(grid, (2 * 100usize.div_ceil(kernel.block_n) as u32, 2, 1), "{plan:?}");
+                assert_eq!(of_backward.semaphores, 2 * of_backward.dq_tiles.count + 1);
+            }
+        }
+    }
+    let mut problem = problem(&Attention::new(), 512, DType::F32)?;
+    assert_eq!(plan(&problem, &H100)?.backward, None);
+    problem.tracked = Some("v");
+    let refused = plan(&problem, &H100).expect_err("must be refused").to_string();
+    assert!(
+        refused.starts_with("v: tracked for gradients, but head_dim 512 has no F32 backward kernel for"),
+        "{refused}"
+    );
+    Ok(())
+}
+
 /// On a GPU whose shared memory holds a forward and no backward, calls run whose inputs are not tracked for gradients. A
 /// tracked one is refused by the forward, with the reasons.
 #[test]
@@ -557,15 +585,6 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
         refused(64, DType::F64, &H100)?,
         "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), \
          or move them with to_device(&Device::Cpu)"
-    );
-    for refused_dim in [257, 264, 512] {
-        let text = format!("head_dim {refused_dim} is not supported on CUDA (supported: 1 to 256); split the heads");
-        assert_eq!(refused(refused_dim, DType::F16, &H100)?, text);
-    }
-    let (q, v) = (zeros(&[1, 2, 1, 64], DType::BF16)?, zeros(&[1, 2, 1, 300], DType::BF16)?);
-    assert_eq!(
-        plan(&testing::problem(&Attention::new(), &q, &q, &v)?, &H100).expect_err("must be refused").to_string(),
-        "head_dim_v 300 is not supported on CUDA (supported: 1 to 256); split the heads"
     );
     assert_eq!(
         refused(64, DType::F16, &caps((7, 5), 40, 64 * 1024))?,
@@ -679,6 +698,7 @@ fn any_head_dim_has_a_plan() -> Result<()> {
         (DType::F16, (128, 192), (128, 192), vec![], 192),
         (DType::F16, (100, 256), (104, 256), vec!["q", "k"], 256),
         (DType::BF16, (40, 1), (40, 8), vec!["v"], 64),
+        (DType::BF16, (257, 512), (264, 512), vec!["q", "k"], 512),
     ] {
         let (q, v) = (zeros(&[1, 20, 2, dims.0], dtype)?, zeros(&[1, 20, 2, dims.1], dtype)?);
         let plan = plan(&testing::problem(&Attention::new(), &q, &q, &v)?, &H100)?;

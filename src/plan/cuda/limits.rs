@@ -24,12 +24,6 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     if !matches!(problem.dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(Error::CudaDType { tensor: "q", got: problem.dtype });
     }
-    let max = KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0);
-    for (name, head_dim) in [("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)] {
-        if head_dim > max {
-            return Err(Error::CudaHeadDim { name, head_dim, max });
-        }
-    }
     for (name, got, max) in [
         ("batch", problem.batch(), MAX_SEQLEN),
         ("num_heads", problem.num_heads, MAX_GRID_Y),
