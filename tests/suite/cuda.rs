@@ -426,7 +426,7 @@ fn plain_tf32_has_the_errors_of_11_bits() -> Result<()> {
             let text = |errors: &[f64]| errors.iter().map(|error| format!("{error:.1e} ")).collect::<String>();
             println!("{case}: errors of o, dq, dk and dv: {}; with plain TF32: {}", text(&split), text(&plain));
             ensure!(split.iter().all(|&error| error < 3e-6), "{case}: {split:?}");
-            ensure!(plain.iter().all(|&error| error > 2e-5 && error < 1.5e-3), "{case}: {plain:?}");
+            ensure!(plain.iter().all(|&error| error > 2e-5 && error < 3e-3), "{case}: {plain:?}");
         }
     }
     Ok(())
