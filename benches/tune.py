@@ -103,6 +103,8 @@ class Kernel:
         self.element_bytes = row["element_bytes"]
         self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
         self.cluster = row.get("cluster", 1)
+        # Thread blocks that share the columns of a tile, as Kernel::parts() of src/instances.rs.
+        self.parts = ceil_div(self.head_dim or 0, 256)
 
 
 class Line:
@@ -266,6 +268,7 @@ class Call:
             "num_heads": num_heads,
             "num_heads_k": num_heads_k,
             "head_dim": head_dim,
+            "head_dim_v": head_dim,
             "window_left": OPEN_SIDE,
             "window_right": 0 if causal else OPEN_SIDE,
             "softmax_scale_log2": self.softmax_scale * LOG2_E,
@@ -279,7 +282,7 @@ class Call:
         return lambda: self.driver.launch(kernel, grid, params)
 
     def forward(self, line):
-        kernel, m_blocks = line.main, ceil_div(self.seqlen_q, line.main.block_m)
+        kernel, m_blocks = line.main, ceil_div(self.seqlen_q, line.main.block_m) * line.main.parts
         values = {
             "q": self.q.data_ptr(),
             "k": self.k.data_ptr(),
@@ -331,9 +334,9 @@ class Call:
 
         groups, tiles = row_blocks(GROUP_ROWS), row_blocks(kernel.block_m)
         dq_accum = torch.empty(groups["count"] * GROUP_ROWS * kernel.head_dim, device="cuda")
-        semaphores = torch.zeros(tiles["count"] + 1, dtype=torch.int32, device="cuda") if deterministic else None
-        # As the plan does: the number of threads of a row is a power of two, at least 4, and each takes 8 elements.
-        lanes = max(4, 1 << (ceil_div(self.head_dim, 8) - 1).bit_length())
+        semaphores = torch.zeros(tiles["count"] * kernel.parts + 1, dtype=torch.int32, device="cuda") if deterministic else None
+        # As the plan does: the number of threads of a row is a power of two from 4 to 32, and each takes 8 elements at a time.
+        lanes = min(32, max(4, 1 << (ceil_div(self.head_dim, 8) - 1).bit_length()))
         run_delta = self.launch(
             delta,
             delta.main,
@@ -364,13 +367,14 @@ class Call:
             "v_strides": strides(self.v),
             "do_strides": strides(self.do),
             "dk_strides": strides(self.dk),
+            "dv_strides": strides(self.dv),
             "dq_groups": groups,
             "dq_tiles": tiles,
             "shape": shape,
             "softmax_scale": self.softmax_scale,
         }
         keys = kernel.cluster * kernel.block_n
-        grid = (ceil_div(self.seqlen_k, keys), self.num_heads_k, self.batch)
+        grid = (ceil_div(self.seqlen_k, keys) * kernel.parts, self.num_heads_k, self.batch)
         if kernel.params == "Sm90BwdParams":
             takers = self.driver.multiprocessors // kernel.cluster
             schedule = self.schedule(grid[0], self.num_heads_k, takers)

@@ -33,7 +33,7 @@ __device__ __forceinline__ void convert(const ConvertParams& params) {
     T* to = row_of<T>(params.dq, params.dq_strides, sequence.batch, sequence.first_q + row, head);
     if constexpr (sizeof(T) == 4) {
         reinterpret_cast<float4*>(to + col)[0] = {x[0], x[1], x[2], x[3]};
-        reinterpret_cast<float4*>(to + col)[1] = {x[4], x[5], x[6], x[7]};
+        if (col + 4 < shape.head_dim) reinterpret_cast<float4*>(to + col)[1] = {x[4], x[5], x[6], x[7]};
     } else {
         *reinterpret_cast<uint4*>(to + col) =
             make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));

@@ -29,7 +29,8 @@ struct Shape {
     int32_t seqlen_k;  // the longest, if packed
     int32_t num_heads;
     int32_t num_heads_k;
-    int32_t head_dim;       // a multiple of 8, at most the kernel's kHeadDim
+    int32_t head_dim;       // of q and k: rows of whole 16 bytes, at most the kernel's kHeadDim
+    int32_t head_dim_v;     // of v and o, by the same rules
     int32_t window_left;    // keys before the aligned one that are visible
     int32_t window_right;   // keys after the aligned one that are visible
     float softmax_scale_log2;          // softmax_scale * log2 e
@@ -40,8 +41,8 @@ struct Shape {
 struct FwdParams {
     const void* q;  // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
     const void* k;  // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
-    const void* v;  // as k
-    void* o;        // as q; f32 if `o_is_f32`
+    const void* v;  // as k, with head_dim_v
+    void* o;        // as q, with head_dim_v; f32 if `o_is_f32`
     float* lse;     // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     Strides q_strides;
     Strides k_strides;
@@ -76,8 +77,8 @@ struct Sm90FwdParams {
 
 // delta = rowsum(do * o) - dlse; runs before the main kernel.
 struct DeltaParams {
-    const void* o;      // contiguous, as q
-    const void* do_;    // as q
+    const void* o;      // contiguous, as q with head_dim_v
+    const void* do_;    // as o, with any strides
     const float* dlse;  // as lse, or null
     float* delta;       // as lse
     Strides o_strides;
@@ -96,19 +97,20 @@ struct RowBlocks {
 struct BwdParams {
     const void* q;       // (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)
     const void* k;       // (batch, seqlen_k, num_heads_k, head_dim) or (total_k, num_heads_k, head_dim)
-    const void* v;       // as k
-    const void* do_;     // as q
+    const void* v;       // as k, with head_dim_v
+    const void* do_;     // as q, with head_dim_v
     const float* lse;    // (batch, num_heads, seqlen_q) or (num_heads, total_q)
     const float* delta;  // as lse
     float* dq_accum;     // (dq_groups.count, 8, kHeadDim), zeros at the start; core/dq_accum.cuh has the layout
-    uint32_t* semaphores;  // (dq_tiles.count + 1) zeros: blocks add to a tile in one order; the last counts blocks (sm80). null: any order
+    uint32_t* semaphores;  // (dq_tiles.count * kParts + 1) zeros: blocks add to a tile in one order; the last counts blocks. null: no order
     void* dk;            // as k
-    void* dv;            // as k
+    void* dv;            // as v
     Strides q_strides;
     Strides k_strides;
     Strides v_strides;
     Strides do_strides;
-    Strides dk_strides;  // of dk and dv
+    Strides dk_strides;
+    Strides dv_strides;
     RowBlocks dq_groups;  // of dq_accum: 8 rows each
     RowBlocks dq_tiles;   // of the semaphores: block_m rows each
     Shape shape;

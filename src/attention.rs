@@ -1,6 +1,6 @@
 //! The public calls of the operator, and their options.
 
-use candle_core::Tensor;
+use candle_core::{Tensor, D};
 
 use crate::device;
 use crate::environment;
@@ -55,8 +55,8 @@ use crate::tensors::Inputs;
 ///
 /// Sums are in f32 (f64 for f64 inputs). In f32, a weight below `2^-126` of the largest in its row counts as 0.
 ///
-/// On an NVIDIA GPU (feature `cuda`) the types are f32, f16 and bf16, `head_dim` is a multiple of 8 up to 256, and `head_dim_v` must
-/// equal it. Inputs whose rows are not 16-byte aligned are copied.
+/// On an NVIDIA GPU (feature `cuda`) the types are f32, f16 and bf16, and gradients of f32 end at a `head_dim` of 256. Inputs whose rows are
+/// not 16-byte aligned, or not whole 16 bytes, are copied.
 ///
 /// Gradients flow to `q`, `k` and `v`, from the result and from lse. The backward recomputes the scores. It may run several times
 /// over one graph.
@@ -119,6 +119,16 @@ impl Attention {
     /// geometric mean (1 to 29%), and 16 to 28% with the kernels for every GPU (docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;
+        self
+    }
+
+    /// Whether products of f32 may use TF32 on a GPU: one product of operands rounded to 11 bits. Without this option, three such products
+    /// give the bits of f32.
+    ///
+    /// Results then have errors like those of f16, about 3e-4 of their size, but the range of f32 (docs/design/sm80.md says why). Sums
+    /// stay in f32, and so do q, k, v, o and their gradients. The option changes nothing on the CPU, and is an error for other types.
+    pub fn tf32(mut self, tf32: bool) -> Self {
+        self.options.tf32 = tf32;
         self
     }
 
@@ -201,11 +211,15 @@ impl Attention {
     pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
         let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
         let plan = logged_plan(&problem, &q)?;
-        if !plan.copied().is_empty() {
-            // The copy has other strides, so it gets a plan of its own.
-            return self.forward_qkv(&qkv.force_contiguous()?, num_heads_k);
+        let head_dim = problem.head_dim;
+        let (with_copies, copied) = plan.with_copies(problem);
+        if !copied.is_empty() {
+            // The copy has other strides, so it gets a plan of its own. The scale stays that of this head_dim.
+            let attention = self.clone().softmax_scale(with_copies.softmax_scale);
+            let o = attention.forward_qkv(&padded_copy(qkv, with_copies.head_dim)?, num_heads_k)?;
+            return Ok(first_columns(&o, head_dim)?);
         }
-        let op = self.op(problem, plan, Output::O);
+        let op = self.op(with_copies, plan, Output::O);
         Ok(qkv.apply_op1(FusedFlashAttention(op))?)
     }
 
@@ -350,7 +364,10 @@ impl Attention {
     }
 
     fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        self.apply(problem, Output::O, Inputs { q, k, v })
+        let head_dim_v = problem.head_dim_v;
+        let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
+        let o = q.apply_op3(&k, &v, self.op(problem, plan, Output::O))?;
+        Ok(first_columns(&o, head_dim_v)?)
     }
 
     fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -363,9 +380,12 @@ impl Attention {
     /// A custom op has only one result, so the op returns o and lse in one flat tensor. Both are views of it. In the backward,
     /// Candle adds their gradients, and the op gets the sum.
     fn run_partial(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let head_dim_v = problem.head_dim_v;
+        let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
         let (shape_o, shape_lse) = (problem.shape_of_result(), problem.shape_lse());
-        let result = self.apply(problem, Output::OAndLse, Inputs { q, k, v })?;
-        Ok(o_and_lse(&result, shape_o, shape_lse)?)
+        let result = q.apply_op3(&k, &v, self.op(problem, plan, Output::OAndLse))?;
+        let (o, lse) = o_and_lse(&result, shape_o, shape_lse)?;
+        Ok((first_columns(&o, head_dim_v)?, lse))
     }
 
     /// Returns an error if an option does not fit a call over one part of the keys.
@@ -376,28 +396,40 @@ impl Attention {
         }
     }
 
-    /// The result of one checked call.
-    fn apply(&self, problem: Problem, output: Output, inputs: Inputs<&Tensor>) -> Result<Tensor> {
-        let plan = logged_plan(&problem, inputs.q)?;
-        let (problem, Inputs { q, k, v }) = copy_inputs(problem, &plan, inputs)?;
-        Ok(q.apply_op3(&k, &v, self.op(problem, plan, output))?)
-    }
-
     /// The operator of one checked call, whose inputs are copied as the plan says.
     fn op(&self, problem: Problem, plan: Plan, output: Output) -> FlashAttention {
         FlashAttention::new(problem, plan, self.options.alibi_slopes.clone(), output)
     }
 }
 
-/// The inputs with the copies that the plan asks for, and the problem of these inputs.
-pub(crate) fn copy_inputs(problem: Problem, plan: &Plan, inputs: Inputs<&Tensor>) -> Result<(Problem, Inputs<Tensor>)> {
-    let copied = plan.copied();
-    let input = |name, tensor: &Tensor| match copied.contains(&name) {
-        true => tensor.force_contiguous(),
+/// Plans a checked call. Returns the plan, the inputs with the copies that it asks for, and the problem of these inputs.
+pub(crate) fn planned(problem: Problem, inputs: Inputs<&Tensor>) -> Result<(Problem, Plan, Inputs<Tensor>)> {
+    let plan = logged_plan(&problem, inputs.q)?;
+    let (problem, copied) = plan.with_copies(problem);
+    let input = |name, tensor: &Tensor, head_dim| match copied.contains(&name) {
+        true => padded_copy(tensor, head_dim),
         false => Ok(tensor.clone()),
     };
-    let inputs = Inputs { q: input("q", inputs.q)?, k: input("k", inputs.k)?, v: input("v", inputs.v)? };
-    Ok((problem.with_copies(copied), inputs))
+    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
+    let Inputs { q, k, v } = inputs;
+    let inputs = Inputs { q: input("q", q, head_dim)?, k: input("k", k, head_dim)?, v: input("v", v, head_dim_v)? };
+    Ok((problem, plan, inputs))
+}
+
+/// A contiguous copy with `columns` columns. Those past the columns of `tensor` are zeros.
+fn padded_copy(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
+    match columns - tensor.dim(D::Minus1)? {
+        0 => tensor.force_contiguous(),
+        missing => tensor.contiguous()?.pad_with_zeros(D::Minus1, 0, missing),
+    }
+}
+
+/// The first `columns` columns of a tensor, contiguous.
+pub(crate) fn first_columns(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
+    if tensor.dim(D::Minus1)? == columns {
+        return Ok(tensor.clone());
+    }
+    tensor.narrow(D::Minus1, 0, columns)?.contiguous()
 }
 
 /// The plan of `problem` on the device of q.
@@ -406,7 +438,7 @@ fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
 }
 
 /// As [`plan`], for a call that will run: logs the plan.
-pub(crate) fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
+fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     let plan = plan(problem, q)?;
     environment::log(problem, &plan);
     Ok(plan)

@@ -316,6 +316,14 @@ pub enum Error {
         /// The expected shape, dtype and device.
         expected: String,
     },
+    /// TF32 for a type other than f32.
+    #[error(
+        "tf32: q, k and v must be F32, got {0:?}; leave the option out, or convert them with to_dtype(DType::F32)"
+    )]
+    Tf32(
+        /// The dtype of q, k and v.
+        DType,
+    ),
     /// This build has no kernel for this kind of device.
     #[error("no {dtype:?} attention kernel for {device:?} (built: CPU); move q, k and v with to_device(&Device::Cpu)")]
     NoKernel {
@@ -334,27 +342,6 @@ pub enum Error {
         got: (u32, u32),
         /// The oldest compute capability that a kernel runs on.
         oldest: (u32, u32),
-    },
-    /// The head dimension has no CUDA kernel.
-    #[error(
-        "head_dim {head_dim} is not supported on CUDA (supported: multiples of 8 up to {max}); pad or split the heads"
-    )]
-    CudaHeadDim {
-        /// Size of the last axis of q.
-        head_dim: usize,
-        /// The largest that is supported.
-        max: usize,
-    },
-    /// v has another head dimension than q and k. The CUDA kernels take only one.
-    #[error(
-        "v: head_dim_v must be {head_dim} on CUDA, the head_dim of q and k, got {head_dim_v}; move q, k and v with to_device(&Device::Cpu), or {}",
-        way_to_one_head_dim(*head_dim, *head_dim_v)
-    )]
-    CudaHeadDimV {
-        /// Size of the last axis of q and k.
-        head_dim: usize,
-        /// Size of the last axis of v.
-        head_dim_v: usize,
     },
     /// A size is too large for the CUDA kernels.
     #[error("{name} is {got}, but a CUDA kernel takes at most {max}; split the call")]
@@ -430,15 +417,6 @@ impl From<Error> for candle_core::Error {
             // Not `Error::wrap`: that appends a backtrace to the text when RUST_BACKTRACE is set.
             other => Self::Wrapped(Box::new(other)),
         }
-    }
-}
-
-/// How to get the same numbers from a call in which q, k and v have one head_dim.
-fn way_to_one_head_dim(head_dim: usize, head_dim_v: usize) -> String {
-    if head_dim_v < head_dim {
-        format!("pad v with zeros and keep the first {head_dim_v} columns of o")
-    } else {
-        format!("pad q and k with zeros and set softmax_scale (default: 1/sqrt({head_dim}))")
     }
 }
 

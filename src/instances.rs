@@ -88,6 +88,8 @@ pub struct Kernel {
     pub arch: Arch,
     /// Element type of q, k, v and o.
     pub dtype: DType,
+    /// Whether its products of f32 are one product of TF32 each, and not three.
+    pub tf32: bool,
     /// The largest head_dim. Smaller ones are padded in shared memory. 0 if it has no tiles.
     pub head_dim: usize,
     /// Number of queries in a tile, 0 if it has no tiles.
@@ -108,10 +110,20 @@ pub struct Kernel {
     pub shared_bytes: usize,
 }
 
+/// Threads of a warp.
+pub(crate) const WARP_SIZE: usize = 32;
+
+/// The largest number of columns of o, dq, dk or dv of a thread block (`kMaxWidth` of cuda/core/types.cuh).
+const MAX_WIDTH: usize = 256;
+
 impl Kernel {
+    /// Thread blocks that share the columns of a work tile. Each computes all scores.
+    pub fn parts(&self) -> usize {
+        self.head_dim.div_ceil(MAX_WIDTH)
+    }
+
     /// Threads of a thread block.
     pub fn threads(&self) -> usize {
-        const WARP_SIZE: usize = 32;
         self.warps * WARP_SIZE
     }
 }

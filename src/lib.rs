@@ -92,7 +92,7 @@
 //!
 //! | feature | default | effect |
 //! | --- | --- | --- |
-//! | `cuda` | off | NVIDIA GPUs (Ampere and newer): f32, f16 and bf16, `head_dim` a multiple of 8 up to 256, the same for q, k and v |
+//! | `cuda` | off | NVIDIA GPUs (Ampere and newer): f32, f16 and bf16, `head_dim` up to 512 (gradients of f32: 256) |
 //!
 //! Vector instructions (AVX2, AVX-512, NEON) are chosen at run time. No compiler flags are needed.
 #![deny(missing_docs)]

@@ -15,6 +15,7 @@ pub struct Options {
     pub(crate) softcap: Option<f64>,
     pub(crate) alibi_slopes: Option<Tensor>,
     pub(crate) deterministic: bool,
+    pub(crate) tf32: bool,
     pub(crate) key_lengths: Option<KeyLengths>,
     /// Axis order of q, k and v.
     pub(crate) layout: TensorLayout,

@@ -92,6 +92,8 @@ pub struct Problem {
     pub alibi: Option<Alibi>,
     /// Whether the same inputs must always give the same bits of dq.
     pub deterministic: bool,
+    /// Whether products of f32 may be one product of TF32 each.
+    pub tf32: bool,
     /// Name of the first input that is tracked for gradients; `None` if none is.
     pub tracked: Option<&'static str>,
     /// Axis order of q, k, v and of their gradients.
@@ -227,6 +229,9 @@ impl Problem {
             }
             check_device(tensor, x, q)?;
         }
+        if options.tf32 && dtype != DType::F32 {
+            return Err(Error::Tf32(dtype));
+        }
         let (_, heads_axis) = options.layout.axes(q.rank());
         let (num_heads, num_heads_k) = (q.dims()[heads_axis], k.dims()[heads_axis]);
         let last = q.rank() - 1;
@@ -263,6 +268,7 @@ impl Problem {
             softmax_scale,
             softcap: options.softcap,
             deterministic: options.deterministic,
+            tf32: options.tf32,
             tracked: [("q", q), ("k", k), ("v", v)].into_iter().find(|(_, x)| x.track_op()).map(|(name, _)| name),
             layout: options.layout,
             output_layout: options.layout_of_result(),
@@ -414,11 +420,9 @@ impl Problem {
         self.contiguous(self.layout, self.shape_v())
     }
 
-    /// This problem with contiguous copies of the inputs named in `copied`.
-    pub(crate) fn with_copies(mut self, copied: &[&str]) -> Self {
-        if copied.is_empty() {
-            return self;
-        }
+    /// This problem with other head_dims, and with contiguous copies of the inputs named in `copied`. softmax_scale stays.
+    pub(crate) fn with_copies(mut self, copied: &[&str], head_dim: usize, head_dim_v: usize) -> Self {
+        (self.head_dim, self.head_dim_v) = (head_dim, head_dim_v);
         let (q, k, v) = (self.contiguous_q(), self.contiguous_k(), self.contiguous_v());
         for (name, strides, copy) in [("q", &mut self.q, q), ("k", &mut self.k, k), ("v", &mut self.v, v)] {
             if copied.contains(&name) {
@@ -429,7 +433,7 @@ impl Problem {
     }
 
     /// Strides of q, k and v, or of their gradients, in one contiguous tensor, one after another along its head axis. All three have
-    /// the same head_dim.
+    /// the same head_dim, because they come from one tensor.
     pub fn contiguous_qkv(&self) -> [Strides; 3] {
         let mut shape = self.shape_q();
         let heads_axis = shape.len() - 2;

@@ -2,7 +2,7 @@
 
 use candle_core::{CustomOp3, Tensor};
 
-use crate::attention::{copy_inputs, logged_plan};
+use crate::attention::planned;
 pub use crate::device::caps as device_caps;
 pub use crate::instances::{Arch, Grid, Kernel, Pass, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
@@ -15,7 +15,8 @@ pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DI
 use crate::tensors::Inputs;
 use crate::{Attention, CuSeqlens, Mask, Result};
 
-/// One call whose forward and backward run directly, without Candle's autograd.
+/// One call whose forward and backward run directly, without Candle's autograd. If the plan copies inputs, they are copied once, at
+/// the start. Results and gradients then have the head_dims of the plan.
 pub struct Call {
     op: FlashAttention,
     /// The operator of [`Attention::forward_with_lse`], for the same call.
@@ -47,9 +48,8 @@ impl Call {
     }
 
     fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
-        let plan = logged_plan(&problem, inputs.0)?;
         let (q, k, v) = inputs;
-        let (problem, Inputs { q, k, v }) = copy_inputs(problem, &plan, Inputs { q, k, v })?;
+        let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
         Ok(Self::with_plan(attention, problem, (&q, &k, &v), plan))
     }
 

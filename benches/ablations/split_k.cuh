@@ -142,8 +142,8 @@ __device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accu
     const int lane = block.lane, seqlen_k = block.sequence.seqlen_k;
     const int warp = block.thread / kWarpSize, first_key = warp * Traits::kWarpKeys;  // of a tile
     const Range common = block.sees.common_keys(block.rows);
-    const auto k_copy = block.copy_of(block.params.k, block.params.k_strides);
-    const auto v_copy = block.copy_of(block.params.v, block.params.v_strides);
+    const auto k_copy = block.copy_k();
+    const auto v_copy = block.copy_v();
     const ByWarp<Traits> maxima{reinterpret_cast<float*>(block.bytes + Traits::sMax)};
     const ByWarp<Traits> sums{reinterpret_cast<float*>(block.bytes + Traits::sSum)};
     const Parts<Traits> parts{reinterpret_cast<float4*>(block.bytes + Traits::sParts), warp, lane};

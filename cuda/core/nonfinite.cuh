@@ -51,13 +51,15 @@ __device__ __forceinline__ void find_max(const Range& keys, int lane, const Scor
     row_max = warp_max(row_max);
 }
 
-// Writes a row of o, times `scale`.
+// Writes a row of o from column `first_col` on, times `scale`.
 template <typename T, int kPairs>
 __device__ __forceinline__ void write_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane,
-                                          const float2 (&o)[kPairs], int pairs, float scale) {
+                                          const float2 (&o)[kPairs], int first_col, int pairs, float scale) {
     const int row_of_o = sequence.first_q + row;
-    float2* o_f32 = reinterpret_cast<float2*>(row_of<float>(params.o, params.o_strides, sequence.batch, row_of_o, head));
-    uint32_t* o_rounded = reinterpret_cast<uint32_t*>(row_of<T>(params.o, params.o_strides, sequence.batch, row_of_o, head));
+    float* to_f32 = row_of<float>(params.o, params.o_strides, sequence.batch, row_of_o, head) + first_col;
+    T* to = row_of<T>(params.o, params.o_strides, sequence.batch, row_of_o, head) + first_col;
+    float2* o_f32 = reinterpret_cast<float2*>(to_f32);
+    uint32_t* o_rounded = reinterpret_cast<uint32_t*>(to);
     for (int i = 0; i < kPairs; ++i) {
         const int pair = lane + i * kWarpSize;
         if (pair >= pairs) continue;
@@ -72,18 +74,20 @@ __device__ __forceinline__ void write_row(const FwdParams& params, const Sequenc
     }
 }
 
-// One warp computes one row of o and its lse. A lane takes every 32nd key for the scores, and every 32nd pair of columns for o.
+// One warp computes one row of the block's columns of o, and its lse. A lane takes every 32nd key for the scores, and every 32nd pair of
+// columns for o.
 template <typename Traits>
-__device__ __forceinline__ void recompute_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane) {
+__device__ __forceinline__ void recompute_row(const FwdParams& params, const Sequence& sequence, int head, int row, int lane,
+                                              int first_col) {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
-    constexpr int kPairs = ceil_div(Traits::kHeadDim, 2 * kWarpSize);
+    constexpr int kPairs = ceil_div(8 * Traits::kDTiles, 2 * kWarpSize);
     const Shape& shape = params.shape;
-    const int pairs = shape.head_dim / 2, head_k = key_head(shape, head);
+    const int pairs = (shape.head_dim_v - first_col) / 2, head_k = key_head(shape, head);
     const float scale_log2 = ScoreMod::scale_log2(shape);
     const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + row, head);
     const T* k = row_of<const T>(params.k, params.k_strides, sequence.batch, sequence.first_k, head_k);
-    const T* v = row_of<const T>(params.v, params.v_strides, sequence.batch, sequence.first_k, head_k);
+    const T* v = row_of<const T>(params.v, params.v_strides, sequence.batch, sequence.first_k, head_k) + first_col;
     const Range keys = Visibility(shape, sequence).keys(row);
     const ScoreMod score_mod(shape, sequence, head);
     const auto score = [&](int key) {
@@ -113,23 +117,24 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     }
     row_sum = warp_sum(row_sum);
     const float scale = keys.empty() ? 0.f : 1.f / row_sum;
-    write_row<T>(params, sequence, head, row, lane, o, pairs, scale);
-    if (lane == 0) {
+    write_row<T>(params, sequence, head, row, lane, o, first_col, pairs, scale);
+    if (first_col == 0 && lane == 0) {
         float* lse = params.lse + sequence.lse_offset(shape, head);
         lse[row] = keys.empty() ? -INFINITY : natural_lse(row_max, row_sum, scale_log2);
     }
 }
 
-// One warp recomputes `rows` rows of one head of one sequence, starting at first_row. It is not inlined, so that it takes no registers
-// from the main loop.
+// One warp recomputes `rows` rows of one head of one sequence, starting at first_row and first_col. It is not inlined, so that it takes no
+// registers from the main loop.
 template <typename Traits>
-__device__ __noinline__ void recompute_rows(const FwdParams& params, int batch, int head, int first_row, int rows) {
+__device__ __noinline__ void recompute_rows(const FwdParams& params, int batch, int head, int first_row, int rows,
+                                               int first_col = 0) {
     const Sequence sequence(params.shape, batch);
     const int lane = threadIdx.x % kWarpSize;
     __syncwarp();  // other lanes have written these rows
 #pragma unroll 1
     for (int row = first_row; row < min(first_row + rows, sequence.seqlen_q); ++row)
-        recompute_row<Traits>(params, sequence, head, row, lane);
+        recompute_row<Traits>(params, sequence, head, row, lane, first_col);
 }
 
 }  // namespace fa2

@@ -11,11 +11,24 @@ namespace fa2 {
 constexpr int kWarpSize = 32;
 constexpr int kMaxSharedBytes = 227 * 1024;    // of a thread block on compute capability 9.0, which has the most
 constexpr int kRegistersPerSm = 64 * 1024;     // on every GPU from 8.0 on
+constexpr int kMaxWidth = 256;                 // columns of o, dq, dk or dv of a thread block; more do not fit the registers of its warps
 constexpr float kLog2e = 1.4426950408889634f;  // 1 / ln 2
 constexpr float kLn2 = 0.6931471805599453f;
 
 using f16 = __half;
 using bf16 = __nv_bfloat16;
+
+// An f32 of which products use 11 bits: one product of TF32, where `float` takes three of split operands (sm80/tf32.cuh). The user asks for
+// it by name.
+struct tf32 {
+    float value;
+};
+
+// Whether a product is three products of split operands.
+template <typename T>
+constexpr bool kIsSplit = false;
+template <>
+constexpr bool kIsSplit<float> = true;
 
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

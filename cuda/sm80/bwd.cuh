@@ -1,6 +1,7 @@
-// dq, dk and dv on mma.sync. One thread block, one (batch, head_k, n_block), every query head of the key head's group.
+// dq, dk and dv on mma.sync. One thread block, one (batch, head_k, n_block, part), every query head of the key head's group.
 //
 // Work       kBlockN keys against every tile of queries that sees them; P is recomputed from lse.
+//            Above head_dim 256, kParts blocks share this work: each computes P and dS, and kWidth columns of dq, dk and dv.
 // Warps      form teams, and each team owns some of the keys: it computes S, dP, dk and dv of those keys, S and dP split by queries,
 //            dk and dv by keys and columns. Only dq sums over all keys, so it needs every warp.
 // Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | team barrier | dv += P^T do | barrier | dq = dS k |
@@ -53,10 +54,12 @@ struct BwdTraits {
     static constexpr int kMTiles = kBlockM / kWarpsM / 16;                // S, dP: m16 tiles of a warp
     static constexpr int kNTiles = kTeamKeys / 8;                         // S, dP: n8 tiles of a warp
     static constexpr int kKvMTiles = kBlockN / kWarpsN / 16;              // dk, dv: m16 tiles of a warp
-    static constexpr int kKvDTiles = kHeadDim / (kWarps / kWarpsN) / 8;   // dk, dv: n8 tiles of a warp
+    static constexpr int kParts = ceil_div(kHeadDim, kMaxWidth);          // thread blocks that share the columns of dq, dk and dv
+    static constexpr int kWidth = kHeadDim / kParts;                      // columns of a thread block
+    static constexpr int kKvDTiles = kWidth / (kWarps / kWarpsN) / 8;     // dk, dv: n8 tiles of a warp
     static constexpr int kDqMTiles = kBlockM / kWarpsQ / 16;               // dq: m16 tiles of a warp
-    static constexpr int kDqDTiles = kHeadDim / (kWarps / kWarpsQ) / 8;    // dq: n8 tiles of a warp
-    // The block of dq of a warp.
+    static constexpr int kDqDTiles = kWidth / (kWarps / kWarpsQ) / 8;      // dq: n8 tiles of a warp
+    // The block of dq of a warp, in the columns of its thread block.
     __device__ __forceinline__ static int dq_row(int warp) { return warp % kWarpsQ * kDqMTiles * 16; }
     __device__ __forceinline__ static int dq_col(int warp) { return warp / kWarpsQ * kDqDTiles * 8; }
     // If a team is one warp, dk needs no barrier after dS. dq comes after the barrier of the next step, so a step has only one barrier.
@@ -66,6 +69,7 @@ struct BwdTraits {
     static constexpr bool kDqBeforeDk = kStages == 2 && !kDefersDq;
     using TileQ = TileOf<T, kBlockM, kHeadDim>;
     using TileK = TileOf<T, kBlockN, kHeadDim>;
+    using TileKv = TileOf<T, kBlockN, kWidth>;  // dk and dv as they leave
     using TileP = TileOf<T, kBlockM, kBlockN>;
     using TileDs = TileP;
     static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
@@ -81,9 +85,9 @@ struct BwdTraits {
     static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
     static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kTeams * 8 == kBlockN, "the warps divide S evenly");
     static_assert(kKvMTiles * kWarpsN * 16 == kBlockN, "and the rows of dk and dv");
-    static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kHeadDim, "and their columns");
+    static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kWidth, "and their columns");
     static_assert(kDqMTiles * kWarpsQ * 16 == kBlockM, "and the rows of dq");
-    static_assert(kDqDTiles * (kWarps / kWarpsQ) * 8 == kHeadDim, "and its columns");
+    static_assert(kDqDTiles * (kWarps / kWarpsQ) * 8 == kWidth, "and its columns");
     static_assert((kKvMTiles & (kKvMTiles - 1)) == 0, "OperandA's rows of a warp do not cross a panel");
     static_assert(kStageBytes % 128 == 0, "every buffer starts at a whole swizzle pattern");
     static_assert(kBlockM <= kBlockN, "a tile of queries is not longer than the keys of a block (DqSemaphores)");
@@ -98,15 +102,16 @@ struct BwdWarp {
     int kv_row, kv_col;
     int dq_row, dq_col;
 
-    __device__ __forceinline__ explicit BwdWarp(int warp) {
+    // first_col: of the thread block.
+    __device__ __forceinline__ BwdWarp(int warp, int first_col) {
         const int in_team = warp % Traits::kWarpsM;
         team = warp / Traits::kWarpsM;
         s_row = in_team * Traits::kMTiles * 16;
         s_col = team * Traits::kTeamKeys;
         kv_row = s_col + in_team % Traits::kTeamWarpsN * Traits::kKvMTiles * 16;
-        kv_col = in_team / Traits::kTeamWarpsN * Traits::kKvDTiles * 8;
+        kv_col = first_col + in_team / Traits::kTeamWarpsN * Traits::kKvDTiles * 8;
         dq_row = Traits::dq_row(warp);
-        dq_col = Traits::dq_col(warp);
+        dq_col = first_col + Traits::dq_col(warp);
     }
 };
 
@@ -122,6 +127,7 @@ struct BwdBlock {
     uint8_t* bytes;   // shared memory ..
     uint32_t shared;  // .. and its address
     int thread, lane;
+    int part, first_col;  // of dq, dk and dv
     BwdWarp<Traits> warp;
     int n_block, head_k;
     Sequence sequence;
@@ -133,7 +139,8 @@ struct BwdBlock {
 
     __device__ __forceinline__ BwdBlock(const BwdParams& params, uint8_t* bytes, const BlockIndex& index)
         : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(threadIdx.x),
-          lane(thread % kWarpSize), warp(thread / kWarpSize), n_block(index.n_block), head_k(index.head_k),
+          lane(thread % kWarpSize), part(index.part), first_col(part * Traits::kWidth), warp(thread / kWarpSize, first_col),
+          n_block(index.n_block), head_k(index.head_k),
           sequence(params.shape, params.shape.first_batch + index.batch), sees(params.shape, sequence),
           cols(tile_range(n_block * Traits::kBlockN, Traits::kBlockN, sequence.seqlen_k)),
           queries(sees.queries_of(cols)), m_blocks{queries.begin / Traits::kBlockM, (queries.end - 1) / Traits::kBlockM + 1},
@@ -148,20 +155,19 @@ struct BwdBlock {
     }
 
     __device__ __forceinline__ void start_keys() const {
-        const int head_dim = params.shape.head_dim;
-        CopyK(head_of(params.k, params.k_strides, sequence.first_k, head_k), params.k_strides.row, head_dim, thread)
+        CopyK(head_of(params.k, params.k_strides, sequence.first_k, head_k), params.k_strides.row, params.shape.head_dim, thread)
             .start(shared + Traits::sK, cols.begin, sequence.seqlen_k);
-        CopyK(head_of(params.v, params.v_strides, sequence.first_k, head_k), params.v_strides.row, head_dim, thread)
+        CopyK(head_of(params.v, params.v_strides, sequence.first_k, head_k), params.v_strides.row, params.shape.head_dim_v, thread)
             .start(shared + Traits::sV, cols.begin, sequence.seqlen_k);
         cp_async_commit();
     }
 
     // q, do, lse and delta of a tile of queries.
     __device__ __forceinline__ void start_queries(uint32_t stage_offset, int head, int m_block) const {
-        const int head_dim = params.shape.head_dim, first_row = m_block * Traits::kBlockM, row = first_row + thread;
-        CopyQ(head_of(params.q, params.q_strides, sequence.first_q, head), params.q_strides.row, head_dim, thread)
+        const int first_row = m_block * Traits::kBlockM, row = first_row + thread;
+        CopyQ(head_of(params.q, params.q_strides, sequence.first_q, head), params.q_strides.row, params.shape.head_dim, thread)
             .start(shared + Traits::sQ + stage_offset, first_row, sequence.seqlen_q);
-        CopyQ(head_of(params.do_, params.do_strides, sequence.first_q, head), params.do_strides.row, head_dim, thread)
+        CopyQ(head_of(params.do_, params.do_strides, sequence.first_q, head), params.do_strides.row, params.shape.head_dim_v, thread)
             .start(shared + Traits::sDo + stage_offset, first_row, sequence.seqlen_q);
         if (thread < Traits::kBlockM) {
             const bool valid = row < sequence.seqlen_q;
@@ -292,7 +298,7 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
         OperandB<typename Traits::TileK, Order::kTransposed, Traits::kDqDTiles * 8>(block.shared, Traits::sK, block.warp.dq_col,
                                                                                    block.lane));
     const BwdParams& params = block.params;
-    const int64_t index = dq_tile_index<Traits::kBlockM>(params, block.sequence, tile.head, tile.m_block);
+    const int64_t index = dq_tile_index<Traits::kBlockM>(params, block.sequence, tile.head, tile.m_block) * Traits::kParts + block.part;
     const DqSemaphores semaphores{params.semaphores};
     if (kOrdered) semaphores.wait(index, DqSemaphores::blocks_before(block.sees, tile.rows, block.n_block, Traits::kBlockN));
     add_to_dq<Traits::kHeadDim>(params, block.sequence, tile.head, tile.rows.begin + block.warp.dq_row, block.warp.dq_col, dq,
@@ -356,20 +362,21 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
 template <typename Traits, typename BlockKv>
 __device__ __forceinline__ void write_keys(const BwdBlock<Traits>& block, BlockKv& dk, const BlockKv& dv) {
     using T = typename Traits::T;
-    using TileK = typename Traits::TileK;
+    using TileKv = typename Traits::TileKv;
     const BwdParams& params = block.params;
     dk.scale(params.softmax_scale);
     __syncthreads();  // every warp is done with k and v
-    store_product<T, TileK>(block.shared, Traits::sK, dk, block.warp.kv_row, block.warp.kv_col, block.lane);
-    store_product<T, TileK>(block.shared, Traits::sV, dv, block.warp.kv_row, block.warp.kv_col, block.lane);
+    const int col = block.warp.kv_col - block.first_col;
+    store_product<T, TileKv>(block.shared, Traits::sK, dk, block.warp.kv_row, col, block.lane);
+    store_product<T, TileKv>(block.shared, Traits::sV, dv, block.warp.kv_row, col, block.lane);
     __syncthreads();
-    const auto store = [&](void* to, uint32_t from) {
-        T* rows = row_of<T>(to, params.dk_strides, block.sequence.batch, block.sequence.first_k + block.cols.begin, block.head_k);
-        store_tile<TileK, Traits::kThreads>(rows, params.dk_strides.row, block.bytes + from, block.cols.end - block.cols.begin,
-                                            params.shape.head_dim, block.thread);
+    const auto store = [&](void* to, const Strides& strides, int head_dim, uint32_t from) {
+        T* rows = row_of<T>(to, strides, block.sequence.batch, block.sequence.first_k + block.cols.begin, block.head_k);
+        store_tile<TileKv, Traits::kThreads>(rows + block.first_col, strides.row, block.bytes + from, block.cols.end - block.cols.begin,
+                                             head_dim - block.first_col, block.thread);
     };
-    store(params.dk, Traits::sK);
-    store(params.dv, Traits::sV);
+    store(params.dk, params.dk_strides, params.shape.head_dim, Traits::sK);
+    store(params.dv, params.dv_strides, params.shape.head_dim_v, Traits::sV);
 }
 
 // All of a block's work.
@@ -377,6 +384,7 @@ template <typename Traits, bool kOrdered>
 __device__ __forceinline__ void backward_block(const BwdParams& params, uint8_t* bytes, const BlockIndex& index) {
     const BwdBlock<Traits> block(params, bytes, index);
     if (block.cols.empty()) return;
+    if (Traits::kParts > 1 && block.first_col >= max(params.shape.head_dim, params.shape.head_dim_v)) return;
     Accumulator<Traits::kKvMTiles, Traits::kKvDTiles> dk, dv;
     dk.clear();
     dv.clear();
@@ -392,14 +400,15 @@ __device__ __forceinline__ void backward_block(const BwdParams& params, uint8_t*
 template <typename Traits>
 __device__ __noinline__ void ordered_backward(const BwdParams& params) {
     extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
-    backward_block<Traits, true>(params, bytes, ordered_block_index(params, bytes));
+    backward_block<Traits, true>(params, bytes, ordered_block_index<Traits::kParts>(params, bytes));
 }
 
 template <typename Traits>
 __device__ __forceinline__ void backward(const BwdParams& params) {
     extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     if (params.semaphores != nullptr) return ordered_backward<Traits>(params);
-    backward_block<Traits, false>(params, bytes, {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)});
+    const int n_block = int(blockIdx.x) / Traits::kParts, part = int(blockIdx.x) % Traits::kParts;
+    backward_block<Traits, false>(params, bytes, {n_block, int(blockIdx.y), int(blockIdx.z), part});
 }
 
 }  // namespace fa2::sm80

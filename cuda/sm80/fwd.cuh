@@ -1,14 +1,15 @@
-// o = softmax(mask(softmax_scale * q k^T)) v on mma.sync. One thread block, one (batch, head, m_block).
+// o = softmax(mask(softmax_scale * q k^T)) v on mma.sync. One thread block, one (batch, head, m_block, part).
 //
 // Work       kBlockM query rows against every key tile that the mask leaves visible, last tile first: the ragged and diagonal
 //            tiles come first and pay for masking, the full ones skip it.
+//            Above head_dim 256, kParts blocks share this work: each computes S, and kWidth columns of o.
 // Warps      each owns kBlockM / kWarps rows and all keys (split Q): no sum crosses warps.
 // Pipeline   wait k | start v | S = q k^T | mask | wait v | start next k | softmax | o += P v
-// Shared     sQ kBlockM x kHeadDim, sK and sV kBlockN x kHeadDim each.
+// Shared     sQ kBlockM x kHeadDim, sK kBlockN x kHeadDim, sV kBlockN x kWidth.
 // Registers  o and S in f32; P is packed from S as it is used.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v.
 // Nonfinite  numbers (NaN, infinity) of v must not reach a row that does not see them: see core/nonfinite.cuh.
-// Expects    head_dim <= kHeadDim, a multiple of 8; rows that begin at multiples of 16 bytes. The host has checked them.
+// Expects    head_dim and head_dim_v <= kHeadDim; rows of whole 16 bytes that begin at multiples of 16 bytes. The host has checked them.
 #pragma once
 
 #include "../core/epilogue.cuh"
@@ -38,10 +39,13 @@ struct FwdTraits {
     static constexpr int kWarpRows = kBlockM / kWarps;
     static constexpr int kMTiles = kWarpRows / 16;
     static constexpr int kNTiles = kBlockN / 8;
-    static constexpr int kDTiles = kHeadDim / 8;
+    static constexpr int kParts = ceil_div(kHeadDim, kMaxWidth);  // thread blocks that share the columns of o
+    static constexpr int kWidth = kHeadDim / kParts;              // columns of o of a thread block
+    static constexpr int kDTiles = kWidth / 8;
     using TileQ = TileOf<T, kBlockM, kHeadDim>;
     using TileK = TileOf<T, kBlockN, kHeadDim>;
-    static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileK::kBytes;
+    using TileV = TileOf<T, kBlockN, kWidth>;
+    static constexpr int kSharedBytes = TileQ::kBytes + TileK::kBytes + TileV::kBytes;
     static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
     static_assert(kBlockM % kWarps == 0 && kWarpRows % 16 == 0, "a warp owns whole m16 tiles");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
@@ -53,6 +57,7 @@ struct FwdBlock {
     using T = typename Traits::T;
     using CopyQ = TileCopy<typename Traits::TileQ, Traits::kThreads, T>;
     using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads, T>;
+    using CopyV = TileCopy<typename Traits::TileV, Traits::kThreads, T>;
 
     const FwdParams& params;
     uint8_t* bytes;   // shared memory ..
@@ -60,25 +65,32 @@ struct FwdBlock {
     int thread, lane;
     int warp_row;  // first row of this warp in the tile
     int head;
+    int first_col;  // of v and o
     Sequence sequence;
     Visibility sees;
     Range rows;  // queries of this block
     Range keys;  // keys that any of them sees
 
-    __device__ __forceinline__ FwdBlock(const FwdParams& params, uint8_t* bytes, int m_block, int head, int batch)
+    __device__ __forceinline__ FwdBlock(const FwdParams& params, uint8_t* bytes, int m_block, int head, int batch, int part = 0)
         : params(params), bytes(bytes), shared(uint32_t(__cvta_generic_to_shared(bytes))), thread(opaque(threadIdx.x)),
-          lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows), head(head), sequence(params.shape, batch),
-          sees(params.shape, sequence),
+          lane(thread % kWarpSize), warp_row(thread / kWarpSize * Traits::kWarpRows), head(head), first_col(part * Traits::kWidth),
+          sequence(params.shape, batch), sees(params.shape, sequence),
           rows(tile_range(m_block * Traits::kBlockM, Traits::kBlockM, sequence.seqlen_q)), keys(sees.keys_of(rows)) {}
 
     __device__ __forceinline__ void start_q() const {
         const T* q = row_of<const T>(params.q, params.q_strides, sequence.batch, sequence.first_q + rows.begin, head);
         CopyQ(q, params.q_strides.row, params.shape.head_dim, thread).start(shared + Traits::sQ, 0, rows.end - rows.begin);
     }
-    __device__ __forceinline__ CopyK copy_of(const void* tensor, const Strides& strides) const {
-        const int head_k = key_head(params.shape, head);
-        return CopyK(row_of<const T>(tensor, strides, sequence.batch, sequence.first_k, head_k), strides.row,
-                     params.shape.head_dim, thread);
+    __device__ __forceinline__ CopyK copy_k() const {
+        return CopyK(keys_of(params.k, params.k_strides), params.k_strides.row, params.shape.head_dim, thread);
+    }
+    __device__ __forceinline__ CopyV copy_v() const {
+        const T* v = keys_of(params.v, params.v_strides) + first_col;
+        return CopyV(v, params.v_strides.row, params.shape.head_dim_v - first_col, thread);
+    }
+    // The sequence and head of k, or v, that this block reads.
+    __device__ __forceinline__ const T* keys_of(const void* tensor, const Strides& strides) const {
+        return row_of<const T>(tensor, strides, sequence.batch, sequence.first_k, key_head(params.shape, head));
     }
 };
 
@@ -93,8 +105,8 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
     const uint32_t shared = block.shared;
     const int lane = block.lane, seqlen_k = block.sequence.seqlen_k, first_row = block.rows.begin + block.warp_row;
     const Range common = block.sees.common_keys(block.rows);
-    const auto k_copy = block.copy_of(block.params.k, block.params.k_strides);
-    const auto v_copy = block.copy_of(block.params.v, block.params.v_strides);
+    const auto k_copy = block.copy_k();
+    const auto v_copy = block.copy_v();
     const ScoreMod score_mod(shape, block.sequence, block.head);
     const int n_first = block.keys.begin / Traits::kBlockN;
     int n_block = (block.keys.end - 1) / Traits::kBlockN;
@@ -123,7 +135,7 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
         // S: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps
         multiply_ahead<T, Traits::kBlockN / kStepK<T>>(
             o, AccumulatorA<T, Traits::kMTiles, Traits::kNTiles>{s},
-            OperandB<TileK, Order::kTransposed, Traits::kHeadDim>(shared, Traits::sV, 0, lane));
+            OperandB<typename Traits::TileV, Order::kTransposed, Traits::kWidth>(shared, Traits::sV, 0, lane));
     }
 }
 
@@ -132,10 +144,11 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
     extern __shared__ __align__(kSharedAlignment) uint8_t bytes[];
     // The last rows see the most keys under a causal mask, so they start first. opaque(): otherwise ptxas reads the special registers again
     // in every step and recomputes addresses from them (2% more instructions at head_dim 64 and 128, nvcc 13.0, sm_90).
-    const int m_block = opaque(gridDim.x - 1 - blockIdx.x), head = opaque(blockIdx.y);
+    const int index = opaque(gridDim.x - 1 - blockIdx.x), head = opaque(blockIdx.y);
     const int batch = opaque(params.shape.first_batch + blockIdx.z);
-    const FwdBlock<Traits> block(params, bytes, m_block, head, batch);
+    const FwdBlock<Traits> block(params, bytes, index / Traits::kParts, head, batch, index % Traits::kParts);
     if (block.rows.empty()) return;
+    if (Traits::kParts > 1 && block.first_col >= params.shape.head_dim_v) return;
     Accumulator<Traits::kMTiles, Traits::kDTiles> o;
     OnlineSoftmax<Traits::kMTiles> softmax;
     o.clear();
@@ -144,8 +157,8 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
     const bool nonfinite = __any_sync(~0u, !o.finite());
     const int first_row = block.rows.begin + block.warp_row;
     write_rows<typename Traits::T>(params, block.sequence, head, first_row, block.lane, o, softmax,
-                                   Traits::ScoreMod::scale_log2(params.shape));
-    if (nonfinite) recompute_rows<Traits>(params, batch, head, first_row, Traits::kWarpRows);
+                                   Traits::ScoreMod::scale_log2(params.shape), block.first_col);
+    if (nonfinite) recompute_rows<Traits>(params, batch, head, first_row, Traits::kWarpRows, block.first_col);
 }
 
 }  // namespace fa2::sm80

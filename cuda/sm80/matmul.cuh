@@ -127,7 +127,7 @@ struct OperandB<Tile, Order::kTransposed, kWidth, 4> {
 // (bench mha/d128/full/s4096 fwd, H200: 331 TFLOP/s without, 363 with.)
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kIsSplit<T>) {
         multiply_split<kSteps>(acc, a, b);
     } else {
         static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");
@@ -152,8 +152,8 @@ __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& ac
                 }
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i) {
-                    mma_m16n8k16<T>(acc.x[i][2 * j], ra[k_step % 2][i], rb[pair % 2][0], rb[pair % 2][1]);
-                    mma_m16n8k16<T>(acc.x[i][2 * j + 1], ra[k_step % 2][i], rb[pair % 2][2], rb[pair % 2][3]);
+                    mma_step<T>(acc.x[i][2 * j], ra[k_step % 2][i], rb[pair % 2][0], rb[pair % 2][1]);
+                    mma_step<T>(acc.x[i][2 * j + 1], ra[k_step % 2][i], rb[pair % 2][2], rb[pair % 2][3]);
                 }
             }
         }
@@ -163,7 +163,7 @@ __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& ac
 // The same without loading ahead. It needs fewer registers, for products that run while other accumulators are live.
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kIsSplit<T>) {
         multiply_split<kSteps>(acc, a, b);
     } else {
         static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");
@@ -178,8 +178,8 @@ __device__ __forceinline__ void multiply(Accumulator<kMTiles, kNTiles>& acc, con
                 b.load(rb, j, k_step);
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i) {
-                    mma_m16n8k16<T>(acc.x[i][2 * j], ra[i], rb[0], rb[1]);
-                    mma_m16n8k16<T>(acc.x[i][2 * j + 1], ra[i], rb[2], rb[3]);
+                    mma_step<T>(acc.x[i][2 * j], ra[i], rb[0], rb[1]);
+                    mma_step<T>(acc.x[i][2 * j + 1], ra[i], rb[2], rb[3]);
                 }
             }
         }

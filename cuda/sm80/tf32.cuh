@@ -1,4 +1,4 @@
-// Products of f32 on mma.sync, by TF32 with split operands (PTX ISA, "Warp-level matrix instructions").
+// Products of f32 on mma.sync, by TF32 (PTX ISA, "Warp-level matrix instructions"): three products of split operands, or one.
 //
 // A TF32 is an f32 of which mma.sync ignores the last 13 bits. An operand x becomes big + small, two TF32 with 22 bits together, and three
 // products replace one:
@@ -14,6 +14,7 @@
 #include "../core/fragment.cuh"
 #include "../core/tile.cuh"
 #include "../core/types.cuh"
+#include "mma.cuh"
 
 namespace fa2::sm80 {
 
@@ -28,6 +29,20 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rounds x to a TF32, once mma.sync has cut off the last bits: it adds 0.35 to 0.71 of a step. Over many x that is half a step, so the
+// products have no bias; the mean square error is 1.06 times that of rounding to nearest. A TF32, a NaN and an infinity stay what they are.
+// One instruction, where cvt.rna takes three.
+__device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
+    constexpr float kHalfStep = 0x1.6ap-12f;  // sqrt(1/2) of half a step of 1. Mantissas lie about evenly on both sides of sqrt(2)
+    return __float_as_uint(fmaf(__uint_as_float(x), kHalfStep, __uint_as_float(x)));
+}
+
+template <>
+__device__ __forceinline__ void mma_step<tf32>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t rounded[4] = {to_tf32(a[0]), to_tf32(a[1]), to_tf32(a[2]), to_tf32(a[3])};
+    mma_m16n8k8_tf32(d, rounded, to_tf32(b0), to_tf32(b1));
 }
 
 // Four registers of an operand, split.

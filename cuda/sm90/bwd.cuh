@@ -13,7 +13,8 @@
 // Registers  dk and dv in f32 for the whole work tile; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.bwd.semaphores in one order.
 // Nonfinite  as sm80/bwd.cuh. The tail of a tile is cleared, because it can hold rows of another sequence, or padding.
-// Expects    head_dim <= kHeadDim, a multiple of 8; lse and delta of the same inputs; dq_accum of zeros; gridDim.x a multiple of kCluster.
+// Expects    head_dim and head_dim_v <= kHeadDim, multiples of 8; lse and delta of the same inputs; dq_accum of zeros; gridDim.x a
+//            multiple of kCluster.
 #pragma once
 
 #include "barrier.cuh"

@@ -233,7 +233,11 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
 
     __device__ __forceinline__ void write_sums() {
         if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
-        Base::write(kConsumer == 0 ? params.bwd.dv : params.bwd.dk, sum);
+        if constexpr (kConsumer == 0) {
+            Base::write_dv(sum);
+        } else {
+            Base::write_dk(sum);
+        }
     }
 
     __device__ __forceinline__ void run() { Base::run(*this); }

@@ -171,8 +171,8 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
 
     __device__ __forceinline__ void write_sums() {
         dk.scale(params.bwd.softmax_scale);
-        Base::write(params.bwd.dk, dk);
-        Base::write(params.bwd.dv, dv);
+        Base::write_dk(dk);
+        Base::write_dv(dv);
     }
 
     __device__ __forceinline__ void run() {

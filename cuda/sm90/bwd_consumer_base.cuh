@@ -235,13 +235,21 @@ struct BwdConsumerBase {
     }
 
     // Writes this warp's keys of dk, or of dv.
-    __device__ __forceinline__ void write(void* to, const SumTile& x) const {
+    __device__ __forceinline__ void write_dk(const SumTile& dk) const {
+        write(params.bwd.dk, params.bwd.dk_strides, params.bwd.shape.head_dim, dk);
+    }
+    __device__ __forceinline__ void write_dv(const SumTile& dv) const {
+        write(params.bwd.dv, params.bwd.dv_strides, params.bwd.shape.head_dim_v, dv);
+    }
+
+private:
+    __device__ __forceinline__ void write(void* to, const Strides& strides, int head_dim, const SumTile& x) const {
         const BwdTile& tile = tiles.current();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int key = tile.cols.begin + tile_key() + fragment_row(lane, half);
-            T* row = row_of<T>(to, params.bwd.dk_strides, tile.sequence.batch, tile.sequence.first_k + key, tile.head_k);
-            store_row(row, x.x[0], half, params.bwd.shape.head_dim, key < tile.cols.end, lane);
+            T* row = row_of<T>(to, strides, tile.sequence.batch, tile.sequence.first_k + key, tile.head_k);
+            store_row(row, x.x[0], half, head_dim, key < tile.cols.end, lane);
         }
     }
 };

@@ -10,7 +10,7 @@
 // Registers  S and o in f32, P packed, because P is the A operand of the next step.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v. o is rescaled where a maximum has grown.
 // Nonfinite  see core/nonfinite.cuh. recompute_rows() needs registers, so a block recomputes its tiles after all its other work.
-// Expects    head_dim <= kHeadDim, a multiple of 8; a schedule that leaves no block more than kMaxTiles tiles.
+// Expects    head_dim and head_dim_v <= kHeadDim, multiples of 8; a schedule that leaves no block more than kMaxTiles tiles.
 #pragma once
 
 #include "../core/barrier.cuh"

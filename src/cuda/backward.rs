@@ -143,8 +143,7 @@ fn queue<T: Element>(
     let mut memory = Memory {
         delta: uninit(device, rows)?,
         dq_accum: zeros(device, plan.dq_accum.elements())?,
-        // One semaphore for each tile, and a counter of started blocks.
-        semaphores: problem.deterministic.then(|| zeros(device, plan.dq_tiles.count + 1)).transpose()?,
+        semaphores: problem.deterministic.then(|| zeros(device, plan.semaphores)).transpose()?,
     };
     let kernels = Kernels {
         call,
@@ -215,7 +214,7 @@ impl Kernels<'_> {
         let mut launcher = Launcher::new(&stream);
         let inputs = self.inputs.as_ref().map(Locked::storage);
         let Inputs { q, k, v } = self.call.read_inputs::<T>(inputs, &mut launcher)?;
-        let dk_strides = grads.strides.dk; // dv has the same strides, because CUDA plans have one head_dim
+        let Gradients { dk: dk_strides, dv: dv_strides, .. } = grads.strides;
         let Gradients { dk, dv, .. } = grads.write(&mut launcher);
         let params = BwdParams {
             q,
@@ -233,6 +232,7 @@ impl Kernels<'_> {
             v_strides: problem.v.into(),
             do_strides: self.do_strides.into(),
             dk_strides: dk_strides.into(),
+            dv_strides: dv_strides.into(),
             dq_groups: self.plan.dq_accum.groups.into(),
             dq_tiles: self.plan.dq_tiles.into(),
             shape: self.side.shape(&mut launcher)?,

@@ -121,6 +121,7 @@ impl Shape {
             num_heads: problem.num_heads as i32,
             num_heads_k: problem.num_heads_k as i32,
             head_dim: problem.head_dim as i32,
+            head_dim_v: problem.head_dim_v as i32,
             window_left: side(left),
             window_right: side(right),
             softmax_scale_log2: (problem.softmax_scale * log2_e) as f32,

@@ -11,7 +11,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 type Table = fn(&Records) -> Result<String>;
 
 /// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
-const TABLES: [(&str, &str, Table); 28] = [
+const TABLES: [(&str, &str, Table); 29] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
     ("README.md", "gpu-plot", |records| {
@@ -40,8 +40,9 @@ const TABLES: [(&str, &str, Table); 28] = [
     ("docs/gpt.md", "training", |records| tables::training(&records.h100)),
     ("docs/log/gpt.md", "gpt-steps", |records| tables::gpt_steps(&records.h100)),
     ("docs/design/hopper.md", "shapes", |_| Ok(shapes::hopper())),
-    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80(DType::BF16))),
-    ("docs/design/sm80.md", "shapes-f32", |_| Ok(shapes::sm80(DType::F32))),
+    ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80(DType::BF16, false))),
+    ("docs/design/sm80.md", "shapes-f32", |_| Ok(shapes::sm80(DType::F32, false))),
+    ("docs/design/sm80.md", "shapes-tf32", |_| Ok(shapes::sm80(DType::F32, true))),
 ];
 
 /// The text in place of a table or figure for which the record has no rows.

@@ -6,10 +6,9 @@ use candle_fa2::testing::{Arch, Kernel, Pass, KERNELS};
 use super::tables::head;
 
 /// One kernel for each line of cuda/instances.def. Its other kernels, of f16 or with a score_mod, have the same shape.
-fn lines(arch: Arch, dtype: DType, pass: Pass) -> impl Iterator<Item = &'static Kernel> {
-    KERNELS
-        .iter()
-        .filter(move |kernel| (kernel.arch, kernel.pass, kernel.dtype, kernel.score_mod) == (arch, pass, dtype, false))
+fn lines(arch: Arch, (dtype, tf32): (DType, bool), pass: Pass) -> impl Iterator<Item = &'static Kernel> {
+    let of_line = |kernel: &Kernel| (kernel.arch, kernel.pass, kernel.dtype, kernel.tf32, kernel.score_mod);
+    KERNELS.iter().filter(move |kernel| of_line(kernel) == (arch, pass, dtype, tf32, false))
 }
 
 fn kib(kernel: &Kernel) -> String {
@@ -28,20 +27,20 @@ pub fn hopper() -> String {
             let consumers = kernel.warps / WARPS_OF_A_WARPGROUP - 1;
             format!("| {name} | {head_dim} | {block_m} x {block_n} | {consumers} | {} |\n", kib(kernel))
         };
-        table += &lines(Arch::Sm90, DType::BF16, pass).map(line).collect::<String>();
+        table += &lines(Arch::Sm90, (DType::BF16, false), pass).map(line).collect::<String>();
     }
     table
 }
 
-/// Both passes on mma.sync, for f16 and bf16 or for f32.
-pub fn sm80(dtype: DType) -> String {
+/// Both passes on mma.sync, for f16 and bf16, for f32, or for plain TF32.
+pub fn sm80(dtype: DType, tf32: bool) -> String {
     let mut table = head(&["pass", "head_dim up to", "block_m x block_n", "warps", "shared memory"]);
     for (pass, name) in PASSES {
         let line = |kernel: &Kernel| {
             let &Kernel { head_dim, block_m, block_n, warps, .. } = kernel;
             format!("| {name} | {head_dim} | {block_m} x {block_n} | {warps} | {} |\n", kib(kernel))
         };
-        table += &lines(Arch::Sm80, dtype, pass).map(line).collect::<String>();
+        table += &lines(Arch::Sm80, (dtype, tf32), pass).map(line).collect::<String>();
     }
     table
 }

@@ -487,6 +487,57 @@ fn f32_has_kernels_of_its_own() -> Result<()> {
     Ok(())
 }
 
+/// Plain TF32 has kernels of its own, which run only if a call asks for them. They have every pass and option that f32 has.
+#[test]
+fn plain_tf32_runs_only_by_name() -> Result<()> {
+    for caps in [H100, A100, RTX_3090] {
+        for head_dim in [8, 64, 100, 160, 256] {
+            for attention in [Attention::new(), Attention::new().softcap(5.0)] {
+                for tf32 in [false, true] {
+                    let plan = plan(&problem(&attention.clone().tf32(tf32), head_dim, DType::F32)?, &caps)?;
+                    let tiled = [Pass::Forward, Pass::Backward].into_iter().filter_map(|pass| plan.launch(pass));
+                    assert!(tiled.clone().all(|launch| launch.kernel.tf32 == tf32), "{plan:?}");
+                    assert!(tiled.count() == 2 || caps == RTX_3090 && head_dim > 128, "{plan:?}");
+                    assert_eq!(format!("{plan:?}").contains("fwd_sm80_tf32_d"), tf32, "{plan:?}");
+                }
+            }
+        }
+    }
+    let refused = problem(&Attention::new().tf32(true), 64, DType::BF16).expect_err("must be refused").to_string();
+    let text =
+        "tf32: q, k and v must be F32, got BF16; leave the option out, or convert them with to_dtype(DType::F32)";
+    assert_eq!(refused, text);
+    Ok(())
+}
+
+/// Above head_dim 256 two thread blocks share the columns of a tile. Gradients need 163 KB of shared memory, and f32 has none.
+#[test]
+fn wide_heads_are_split_into_parts() -> Result<()> {
+    for (caps, backwards) in [(H100, true), (A100, true), (RTX_3090, false)] {
+        for problem in plain_and_score_mod(100, 512)? {
+            let plan = plan(&problem, &caps)?;
+            let Launch { kernel, grid, .. } = forward(&plan);
+            assert_eq!((kernel.head_dim, kernel.parts()), (512, 2));
+            assert_eq!(grid, (2 * 100usize.div_ceil(kernel.block_m) as u32, 2, 1), "{plan:?}");
+            assert_eq!(plan.backward.is_some(), backwards, "{plan:?}");
+            if let Some(of_backward) = &plan.backward {
+                let Launch { kernel, grid, .. } = backward(&plan);
+                assert_eq!(grid, (2 * 100usize.div_ceil(kernel.block_n) as u32, 2, 1), "{plan:?}");
+                assert_eq!(of_backward.semaphores, 2 * of_backward.dq_tiles.count + 1);
+            }
+        }
+    }
+    let mut problem = problem(&Attention::new(), 512, DType::F32)?;
+    assert_eq!(plan(&problem, &H100)?.backward, None);
+    problem.tracked = Some("v");
+    let refused = plan(&problem, &H100).expect_err("must be refused").to_string();
+    assert!(
+        refused.starts_with("v: tracked for gradients, but head_dim 512 has no F32 backward kernel for"),
+        "{refused}"
+    );
+    Ok(())
+}
+
 /// On a GPU whose shared memory holds a forward and no backward, calls run whose inputs are not tracked for gradients. A
 /// tracked one is refused by the forward, with the reasons.
 #[test]
@@ -535,24 +586,6 @@ fn refusals_by_dtype_head_dim_and_gpu() -> Result<()> {
         "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with to_dtype(DType::F32), \
          or move them with to_device(&Device::Cpu)"
     );
-    let head_dim = "is not supported on CUDA (supported: multiples of 8 up to 256); pad or split the heads";
-    for refused_dim in [1, 60, 257, 264, 512] {
-        assert_eq!(refused(refused_dim, DType::F16, &H100)?, format!("head_dim {refused_dim} {head_dim}"));
-    }
-    for (head_dim, head_dim_v, way_out) in [
-        (192, 128, "pad v with zeros and keep the first 128 columns of o"),
-        (64, 128, "pad q and k with zeros and set softmax_scale (default: 1/sqrt(64))"),
-    ] {
-        let (q, v) = (zeros(&[1, 2, 1, head_dim], DType::BF16)?, zeros(&[1, 2, 1, head_dim_v], DType::BF16)?);
-        let problem = testing::problem(&Attention::new(), &q, &q, &v)?;
-        assert_eq!(
-            plan(&problem, &H100).expect_err("must be refused").to_string(),
-            format!(
-                "v: head_dim_v must be {head_dim} on CUDA, the head_dim of q and k, got {head_dim_v}; move q, k and v with \
-                 to_device(&Device::Cpu), or {way_out}"
-            )
-        );
-    }
     assert_eq!(
         refused(64, DType::F16, &caps((7, 5), 40, 64 * 1024))?,
         "compute capability 7.5 of this GPU is not supported (supported: 8.0 and newer); \
@@ -648,6 +681,36 @@ fn unaligned_inputs_are_copied() -> Result<()> {
     let (fine, shifted) = (wide.narrow(3, 4, 16)?, wide.narrow(3, 2, 16)?);
     assert_eq!(copied([&fine, &fine, &fine])?, [""; 0]);
     assert_eq!(copied([&fine, &shifted, &fine])?, ["k"]);
+    Ok(())
+}
+
+/// Rows that are not whole 16 bytes are copied and padded with zeros. The tightest kernel for both head_dims runs, and a smaller v alone is
+/// read in place. The scale stays that of the call.
+#[test]
+fn any_head_dim_has_a_plan() -> Result<()> {
+    // dtype, head_dim and head_dim_v, those of the kernels, the copied inputs, and the head_dim of the kernel
+    for (dtype, dims, padded, copied, kernel_dim) in [
+        (DType::BF16, (64, 64), (64, 64), vec![], 64),
+        (DType::BF16, (36, 36), (40, 40), vec!["q", "k", "v"], 64),
+        (DType::F32, (36, 36), (36, 36), vec![], 64),
+        (DType::F32, (1, 37), (4, 40), vec!["q", "k", "v"], 64),
+        (DType::F16, (192, 128), (192, 128), vec![], 192),
+        (DType::F16, (128, 192), (128, 192), vec![], 192),
+        (DType::F16, (100, 256), (104, 256), vec!["q", "k"], 256),
+        (DType::BF16, (40, 1), (40, 8), vec!["v"], 64),
+        (DType::BF16, (257, 512), (264, 512), vec!["q", "k"], 512),
+    ] {
+        let (q, v) = (zeros(&[1, 20, 2, dims.0], dtype)?, zeros(&[1, 20, 2, dims.1], dtype)?);
+        let plan = plan(&testing::problem(&Attention::new(), &q, &q, &v)?, &H100)?;
+        let text = format!("{dtype:?} {dims:?}: {plan:?}");
+        assert_eq!((plan.head_dim, plan.head_dim_v), padded, "{text}");
+        assert_eq!(plan.copied, copied, "{text}");
+        for pass in [Pass::Forward, Pass::Backward] {
+            assert_eq!(launch(&plan, pass).kernel.head_dim, kernel_dim, "{text}");
+        }
+        let names = format!("head_dim: {}, head_dim_v: {}", padded.0, padded.1);
+        assert!(format!("{plan:?}").contains(&names), "{text}");
+    }
     Ok(())
 }
 

@@ -3,9 +3,10 @@
 use crate::family::{Arch, Dtype, Entry, Family, Grid, Template, Variant};
 use crate::shared;
 
-const F16: Dtype = Dtype { name: "f16", cuda: "fa2::f16", rust: "F16", bytes: 2 };
-const BF16: Dtype = Dtype { name: "bf16", cuda: "fa2::bf16", rust: "BF16", bytes: 2 };
-const F32: Dtype = Dtype { name: "f32", cuda: "float", rust: "F32", bytes: 4 };
+const F16: Dtype = Dtype { name: "f16", cuda: "fa2::f16", rust: "F16", bytes: 2, tf32: false };
+const BF16: Dtype = Dtype { name: "bf16", cuda: "fa2::bf16", rust: "BF16", bytes: 2, tf32: false };
+const F32: Dtype = Dtype { name: "f32", cuda: "float", rust: "F32", bytes: 4, tf32: false };
+const TF32: Dtype = Dtype { name: "tf32", cuda: "fa2::tf32", rust: "F32", bytes: 4, tf32: true };
 const HALVES: &[Dtype] = &[F16, BF16];
 const ALL: &[Dtype] = &[F16, BF16, F32];
 
@@ -57,9 +58,9 @@ const BWD_SM80: Family = Family {
     entries: &[BWD_SM80_ENTRY],
 };
 
-/// Every family that a line of cuda/instances.def may name. f32 has the templates of f16 and bf16, but tiles of its own. So its lines have
-/// passes of their own.
-pub static FAMILIES: [Family; 8] = [
+/// Every family that a line of cuda/instances.def may name. f32 has the templates of f16 and bf16, but tiles of its own, and so has plain
+/// TF32. So their lines have passes of their own.
+pub static FAMILIES: [Family; 10] = [
     FWD_SM80,
     Family {
         pass: "fwd",
@@ -108,6 +109,18 @@ pub static FAMILIES: [Family; 8] = [
         pass: "bwd_f32",
         dtypes: &[F32],
         entries: &[Entry { symbol: "bwd_sm80_f32_d{head_dim}_{block_m}x{block_n}_s{stages}", ..BWD_SM80_ENTRY }],
+        ..BWD_SM80
+    },
+    Family {
+        pass: "fwd_tf32",
+        dtypes: &[TF32],
+        entries: &[Entry { symbol: "fwd_sm80_tf32_d{head_dim}_{block_m}x{block_n}", ..FWD_SM80_ENTRY }],
+        ..FWD_SM80
+    },
+    Family {
+        pass: "bwd_tf32",
+        dtypes: &[TF32],
+        entries: &[Entry { symbol: "bwd_sm80_tf32_d{head_dim}_{block_m}x{block_n}_s{stages}", ..BWD_SM80_ENTRY }],
         ..BWD_SM80
     },
     Family {

@@ -13,6 +13,8 @@ pub struct Dtype {
     pub rust: &'static str,
     /// Size of an element in bytes.
     pub bytes: usize,
+    /// Whether its products are one product of TF32.
+    pub tf32: bool,
 }
 
 /// The instruction set of a family.

@@ -12,6 +12,9 @@ const SM90_BWD_CONTROL_BYTES: usize = 512;
 /// Pipeline stages of k, and of v, in the sm90 forward.
 const SM90_KEY_STAGES: usize = 2;
 
+/// The largest number of columns of o, dq, dk or dv of a thread block.
+const MAX_WIDTH: usize = 256;
+
 /// Bytes of one tile of q, and of one tile of k or v.
 fn tile_bytes(line: &Line, element_bytes: usize) -> (usize, usize) {
     let row_bytes = line.get("head_dim") * element_bytes;
@@ -23,10 +26,10 @@ fn row_values_bytes(line: &Line) -> usize {
     line.get("block_m") * size_of::<f32>()
 }
 
-/// q, k and v.
+/// q, k, and the part of the columns of v that a thread block reads.
 pub fn fwd_sm80(line: &Line, element_bytes: usize) -> usize {
     let (q_bytes, k_bytes) = tile_bytes(line, element_bytes);
-    q_bytes + 2 * k_bytes
+    q_bytes + k_bytes + k_bytes / line.get("head_dim").div_ceil(MAX_WIDTH)
 }
 
 /// `SM90_KEY_STAGES` stages of k and of v, `q_stages` of q, and the control block.
@@ -69,6 +72,7 @@ mod tests {
         for (line, kib) in [
             ("KERNEL(fwd, sm80, 128, 128, 64, 4, 1)", 64.0),
             ("KERNEL(fwd, sm80, 192, 64, 96, 4, 1)", 96.0),
+            ("KERNEL(fwd, sm80, 512, 64, 32, 4, 1)", 112.0),
             ("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 0)", 115.0),
             ("KERNEL(fwd, sm90, 128, 128, 128, 12, 2, 0, 0)", 195.0),
             ("KERNEL(fwd, sm90, 256, 128, 80, 12, 1, 0, 0)", 227.0),

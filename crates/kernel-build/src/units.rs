@@ -164,10 +164,12 @@ fn rust_row(image: usize, kernel: &Kernel) -> String {
     let params = params.strip_suffix("Params").unwrap_or(params);
     let columns = ["head_dim", "block_m", "block_n", "warps"].map(|column| format!("{column}: {}", line.get(column)));
     format!(
-        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, {}, cluster: {}, score_mod: {}, \
+        "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, tf32: {}, {}, cluster: {}, \
+         score_mod: {}, \
          params: Parameters::{params}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
         line.family.arch.sm,
         dtype.rust,
+        dtype.tf32,
         columns.join(", "),
         kernel.cluster(),
         variant.score_mod,
@@ -272,7 +274,7 @@ delta_f32(const __grid_constant__ fa2::DeltaParams params) {
         let table = rust_table(&units);
         assert!(table.contains("pub static KERNELS: [Kernel; 7]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
-                   dtype: DType::F16, head_dim: 64, block_m: 192, block_n: 128, warps: 16, cluster: 1, \
+                   dtype: DType::F16, tf32: false, head_dim: 64, block_m: 192, block_n: 128, warps: 16, cluster: 1, \
                    score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: Some(512) }, shared_bytes: 117760 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(

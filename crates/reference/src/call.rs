@@ -6,7 +6,7 @@ use crate::attention::{backward, forward, Head, Variant, Window, PLAIN};
 use crate::double::Double;
 use crate::matrix::Matrix;
 use crate::number::Number;
-use crate::precision::Precision;
+use crate::precision::{tf32, Precision};
 use crate::rounding::{Errors, QueryErrors, RowError};
 
 /// One call of the operator. Every number is exactly representable in `precision`. A batch is a list of sequences. In a
@@ -88,6 +88,7 @@ pub fn attention_variant(input: &Input, variant: &Variant) -> Output {
     match input.precision {
         Precision::F64 => attend::<f64>(input, variant, |x| x),
         Precision::F32 => attend::<f32>(input, variant, |x| x),
+        Precision::Tf32 => attend::<f32>(input, variant, tf32),
         Precision::F16 => attend::<f32>(input, variant, |x| half::f16::from_f32(x).to_f32()),
         Precision::Bf16 => attend::<f32>(input, variant, |x| half::bf16::from_f32(x).to_f32()),
     }

@@ -157,7 +157,7 @@ impl Fixture {
 /// The values in `precision`, rounded if necessary.
 fn bytes(values: &[f64], precision: Precision) -> Result<Vec<u8>> {
     Ok(match precision {
-        Precision::F32 => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+        Precision::F32 | Precision::Tf32 => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
         Precision::F16 => values.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
         Precision::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
         Precision::F64 => bail!("fixtures store answers in f32, which is not enough for f64; use f32, f16 or bf16"),

@@ -10,6 +10,8 @@ use half::{bf16, f16};
 pub enum Precision {
     F64,
     F32,
+    /// An f32 with 11 bits: what one product of TF32 reads. Tensors store it as f32.
+    Tf32,
     F16,
     Bf16,
 }
@@ -19,7 +21,7 @@ impl Precision {
     pub fn accumulator(self) -> Self {
         match self {
             Self::F64 => Self::F64,
-            Self::F32 | Self::F16 | Self::Bf16 => Self::F32,
+            Self::F32 | Self::Tf32 | Self::F16 | Self::Bf16 => Self::F32,
         }
     }
 
@@ -28,6 +30,7 @@ impl Precision {
         match self {
             Self::F64 => x,
             Self::F32 => x as f32 as f64,
+            Self::Tf32 => tf32(x as f32) as f64,
             Self::F16 => f16::from_f64(x).to_f64(),
             Self::Bf16 => bf16::from_f64(x).to_f64(),
         }
@@ -43,7 +46,7 @@ impl Precision {
         let digits_after_the_leading_one = match self {
             Self::F64 => 52,
             Self::F32 => 23,
-            Self::F16 => 10,
+            Self::F16 | Self::Tf32 => 10,
             Self::Bf16 => 7,
         };
         // The exponent field of an f64. It is 0 for zero and for subnormal numbers.
@@ -60,7 +63,7 @@ impl Precision {
     fn smallest_exponent(self) -> i32 {
         match self {
             Self::F64 => -1022,
-            Self::F32 | Self::Bf16 => -126,
+            Self::F32 | Self::Tf32 | Self::Bf16 => -126,
             Self::F16 => -14,
         }
     }
@@ -71,13 +74,23 @@ impl fmt::Display for Precision {
         f.pad(match self {
             Self::F64 => "f64",
             Self::F32 => "f32",
+            Self::Tf32 => "tf32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         })
     }
 }
 
-/// Parses Candle's name of the type.
+/// `x` rounded to the nearest TF32.
+pub fn tf32(x: f32) -> f32 {
+    const LAST_BITS: u32 = 0x1fff;
+    match x.is_finite() {
+        true => f32::from_bits((x.to_bits() + LAST_BITS.div_ceil(2)) & !LAST_BITS),
+        false => x,
+    }
+}
+
+/// Parses Candle's name of the type. TF32 is no type of Candle.
 impl FromStr for Precision {
     type Err = Error;
 
@@ -97,6 +110,7 @@ fn steps_are_those_of_each_type() {
     for (precision, epsilon) in [
         (Precision::F64, f64::EPSILON),
         (Precision::F32, f32::EPSILON as f64),
+        (Precision::Tf32, 9.765625e-4),
         (Precision::F16, 9.765625e-4),
         (Precision::Bf16, 7.8125e-3),
     ] {
@@ -105,6 +119,10 @@ fn steps_are_those_of_each_type() {
         assert_eq!(precision.step(-2.0), 2.0 * epsilon);
         assert_eq!(precision.step(0.75), epsilon / 2.0);
     }
+    assert_eq!(
+        [1.0 + 9e-4, -1.0 - 4e-4, f64::INFINITY].map(|x| Precision::Tf32.round(x)),
+        [1.0009765625, -1.0, f64::INFINITY]
+    );
     assert_eq!(Precision::F16.step(0.0), 2f64.powi(-24));
     assert_eq!(Precision::F16.step(1e-9), 2f64.powi(-24));
     assert_eq!(Precision::F64.step(f64::MIN_POSITIVE), f64::from_bits(1));

@@ -1,9 +1,8 @@
 //! The launches of a backward.
 
 use super::launch::Launch;
-use super::limits::CHUNK;
 use crate::error::{Error, Result};
-use crate::instances::{Grid, Kernel, Pass, KERNELS};
+use crate::instances::{Grid, Kernel, Pass, KERNELS, WARP_SIZE};
 use crate::plan::caps::CudaCaps;
 use crate::problem::{Lengths, Problem};
 
@@ -14,9 +13,14 @@ pub struct BackwardPlan {
     pub launches: Vec<Launch>,
     /// The layout of dq_accum.
     pub dq_accum: DqAccum,
-    /// The query tiles of the main kernel. A deterministic backward has a semaphore for each.
+    /// The query tiles of the main kernel.
     pub dq_tiles: RowBlocks,
+    /// Number of semaphores of a deterministic backward: one for each query tile and part of its columns, and a counter of started blocks.
+    pub semaphores: usize,
 }
+
+/// Elements of a thread of delta (`kDeltaChunk` of cuda/delta.cuh).
+const DELTA_CHUNK: usize = 8;
 
 /// The fewest threads of a row of delta (`kDeltaMinLanes` of cuda/delta.cuh).
 const DELTA_MIN_LANES: usize = 4;
@@ -29,7 +33,8 @@ impl BackwardPlan {
     pub(super) fn new(problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Result<Self> {
         let (delta, convert) = (companion(Pass::Delta, problem), companion(Pass::Convert, problem));
         // The number of threads per row is a power of two. Any number of blocks is correct, because blocks loop over the rows.
-        let threads_per_row = problem.head_dim.div_ceil(CHUNK).next_power_of_two().max(DELTA_MIN_LANES);
+        let threads_per_row =
+            problem.head_dim_v.div_ceil(DELTA_CHUNK).next_power_of_two().clamp(DELTA_MIN_LANES, WARP_SIZE);
         let rows_per_block = delta.threads() / threads_per_row;
         let seqlen_q = problem.max_seqlen_q();
         let launch = |kernel, blocks: usize, heads: usize| {
@@ -38,7 +43,8 @@ impl BackwardPlan {
         // One block processes all query heads of its key head, so that dk and dv are written once.
         let backward = match kernel.grid {
             Grid::Tiles => {
-                let backward = launch(kernel, problem.max_seqlen_k().div_ceil(kernel.block_n), problem.num_heads_k);
+                let blocks = problem.max_seqlen_k().div_ceil(kernel.block_n) * kernel.parts();
+                let backward = launch(kernel, blocks, problem.num_heads_k);
                 if problem.deterministic {
                     check_semaphore(&backward)?;
                 }
@@ -52,7 +58,8 @@ impl BackwardPlan {
             launch(convert, DqAccum::convert_blocks(problem, convert), problem.num_heads),
         ];
         let (dq_accum, dq_tiles) = (DqAccum::new(problem, kernel), RowBlocks::new(problem, kernel.block_m));
-        Ok(Self { launches, dq_accum, dq_tiles })
+        let semaphores = dq_tiles.count * kernel.parts() + 1;
+        Ok(Self { launches, dq_accum, dq_tiles, semaphores })
     }
 }
 

@@ -1,5 +1,5 @@
-//! Chooses the kernel of a pass. Records why each other candidate was rejected; a candidate has the type of the call, the right
-//! variant and a sufficient head_dim.
+//! Chooses the kernel of a pass. Records why each other candidate was rejected; a candidate has the type of the call, TF32 if
+//! the call asks for it, the right variant and a sufficient head_dim.
 
 use std::cmp::Reverse;
 
@@ -48,7 +48,8 @@ pub(super) struct Choice {
 
 /// Chooses among the kernels of `pass` that `allow` accepts and that can compute `problem` on this GPU.
 ///
-/// The smallest sufficient head_dim comes first, even before the architecture. Among these, a kernel that suits the call comes first,
+/// If the call asks for plain TF32, kernels of that come first. Of these, or of the others, the smallest sufficient head_dim comes first,
+/// even before the architecture. Among these, a kernel that suits the call comes first,
 /// then the kernel for the newest GPUs, then the first in cuda/instances.def.
 ///
 /// So Hopper uses a kernel of sm80 if sm90 has only larger head_dims. Nobody has measured whether those are faster there.
@@ -56,7 +57,8 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
     let score_mod = needs_score_mod(problem);
     let candidates = KERNELS.iter().filter(|kernel| {
         (kernel.pass, kernel.dtype, kernel.score_mod) == (pass, problem.dtype, score_mod)
-            && kernel.head_dim >= problem.head_dim
+            && (problem.tf32 || !kernel.tf32)
+            && kernel.head_dim >= problem.head_dim.max(problem.head_dim_v)
             && allow(kernel)
     });
     let (mut possible, mut rejected) = (Vec::new(), Vec::new());
@@ -68,7 +70,7 @@ pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl
     }
     let suits = |kernel: &Kernel| spec(kernel.arch).unsuited(problem, kernel).is_none();
     // For equal keys, min_by_key returns the first kernel.
-    let best = |kernel: &&'static Kernel| (kernel.head_dim, Reverse((suits(kernel), kernel.arch)));
+    let best = |kernel: &&'static Kernel| (!kernel.tf32, kernel.head_dim, Reverse((suits(kernel), kernel.arch)));
     let chosen = possible.iter().copied().min_by_key(best);
     if let Some(chosen) = chosen {
         let others = possible.into_iter().filter(|kernel| kernel.name != chosen.name);
@@ -99,6 +101,9 @@ fn refuses(problem: &Problem, kernel: &Kernel, caps: &CudaCaps) -> Option<Reason
 
 /// Why `chosen` is better than `kernel`, if both can compute `problem`.
 fn worse(problem: &Problem, kernel: &Kernel, chosen: &Kernel) -> Reason {
+    if chosen.tf32 && !kernel.tf32 {
+        return Reason::ThreeProducts;
+    }
     if kernel.head_dim > chosen.head_dim {
         return Reason::HeadDim;
     }

@@ -9,8 +9,8 @@ use crate::problem::Problem;
 pub(super) fn launches(problem: &Problem, kernel: &'static Kernel, caps: &CudaCaps) -> Vec<Launch> {
     let launch = match kernel.grid {
         Grid::Tiles => {
-            let m_blocks = problem.max_seqlen_q().div_ceil(kernel.block_m);
-            Launch::by_tile(kernel, (m_blocks as u32, problem.num_heads as u32, problem.batch() as u32))
+            let blocks = problem.max_seqlen_q().div_ceil(kernel.block_m) * kernel.parts();
+            Launch::by_tile(kernel, (blocks as u32, problem.num_heads as u32, problem.batch() as u32))
         }
         Grid::Persistent { max_tiles } => Launch::persistent(problem, kernel, caps.multiprocessors, max_tiles),
     };

@@ -6,9 +6,6 @@ use crate::error::{Error, Result};
 use crate::instances::KERNELS;
 use crate::problem::{Problem, Strides};
 
-/// head_dim is a multiple of this number of elements.
-pub(super) const CHUNK: usize = 8;
-
 /// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
 const MAX_GRID_Y: usize = 65_535;
 
@@ -27,13 +24,6 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     if !matches!(problem.dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(Error::CudaDType { tensor: "q", got: problem.dtype });
     }
-    let max = KERNELS.iter().map(|kernel| kernel.head_dim).max().unwrap_or(0);
-    if problem.head_dim > max || !problem.head_dim.is_multiple_of(CHUNK) {
-        return Err(Error::CudaHeadDim { head_dim: problem.head_dim, max });
-    }
-    if problem.head_dim_v != problem.head_dim {
-        return Err(Error::CudaHeadDimV { head_dim: problem.head_dim, head_dim_v: problem.head_dim_v });
-    }
     for (name, got, max) in [
         ("batch", problem.batch(), MAX_SEQLEN),
         ("num_heads", problem.num_heads, MAX_GRID_Y),
@@ -49,6 +39,14 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     Ok(())
 }
 
+/// head_dim and head_dim_v as the kernels see them: the next multiples of 16 bytes. The columns past those of the call are zeros.
+///
+/// A copy pads the rows, because TMA reads only rows of whole 16 bytes. It is memory-bound, so it costs little beside the attention.
+pub(super) fn padded_head_dims(problem: &Problem) -> (usize, usize) {
+    let multiple = alignment(problem.dtype);
+    (problem.head_dim.next_multiple_of(multiple), problem.head_dim_v.next_multiple_of(multiple))
+}
+
 /// The names of the inputs that the kernels cannot read in place. A call copies them first.
 pub(super) fn copied(problem: &Problem) -> Vec<&'static str> {
     let inputs =
@@ -57,9 +55,10 @@ pub(super) fn copied(problem: &Problem) -> Vec<&'static str> {
     unreadable.map(|(name, ..)| name).collect()
 }
 
-/// Whether the kernels can read a tensor in place: its rows are 16-byte aligned, and not too far apart.
+/// Whether the kernels can read a tensor in place: its rows are whole 16 bytes, 16-byte aligned, and not too far apart.
 pub(crate) fn readable(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
-    shape.contains(&0) || (aligned(strides, shape, dtype) && in_reach(strides, shape))
+    let whole = shape[shape.len() - 1].is_multiple_of(alignment(dtype));
+    shape.contains(&0) || (whole && aligned(strides, shape, dtype) && in_reach(strides, shape))
 }
 
 /// Stride and size of the axes rows, heads and sequences. Packed tensors have one sequence.

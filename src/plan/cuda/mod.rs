@@ -27,8 +27,13 @@ use crate::problem::Problem;
 /// The kernels of one call on an NVIDIA GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaPlan {
-    /// The inputs that are copied first, because their rows are not 16-byte aligned or too far apart. The copies are contiguous.
+    /// The inputs that are copied first, because their rows are not whole 16 bytes, not 16-byte aligned, or too far apart. The copies
+    /// are contiguous, and padded with columns of zeros to `head_dim` or `head_dim_v`.
     pub copied: Vec<&'static str>,
+    /// The head_dim of q and k in the kernels: that of the call, or the next multiple of 16 bytes.
+    pub head_dim: usize,
+    /// The same for v and o. The columns of o past those of the call are dropped.
+    pub head_dim_v: usize,
     /// The launches that compute o and lse, in order.
     pub forward: Vec<Launch>,
     /// The launches that compute dq, dk and dv. `None` if no kernel fits the GPU; the call then has no gradients.
@@ -51,11 +56,12 @@ impl CudaPlan {
         };
         limits::check(problem, caps.compute_cap)?;
         let copied = limits::copied(problem);
+        let (head_dim, head_dim_v) = limits::padded_head_dims(problem);
         let with_copies;
         let problem = if copied.is_empty() {
             problem
         } else {
-            with_copies = problem.clone().with_copies(&copied);
+            with_copies = problem.clone().with_copies(&copied, head_dim, head_dim_v);
             &with_copies
         };
         let of_forward = choice::choose(problem, Pass::Forward, caps, &allow);
@@ -69,6 +75,8 @@ impl CudaPlan {
         }
         Ok(Self {
             copied,
+            head_dim,
+            head_dim_v,
             forward: forward::launches(problem, kernel, caps),
             backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel, caps)).transpose()?,
             rejected: [of_forward.rejected, of_backward.rejected].concat(),
@@ -90,7 +98,7 @@ fn no_instance(problem: &Problem, pass: &'static str, caps: &CudaCaps, rejected:
     Error::NoInstance {
         pass,
         dtype: problem.dtype,
-        head_dim: problem.head_dim,
+        head_dim: problem.head_dim.max(problem.head_dim_v),
         compute_cap: caps.compute_cap,
         shared_bytes_per_block: caps.shared_bytes_per_block,
         rejected: rejected.iter().map(Rejection::to_string).collect(),

@@ -37,6 +37,8 @@ pub enum Reason {
         /// The largest stride that the kernel supports.
         max: usize,
     },
+    /// The call asks for plain TF32, and this kernel takes three products of TF32 for one of f32.
+    ThreeProducts,
     /// Another kernel has a smaller sufficient head_dim, so it pads less.
     HeadDim,
     /// With few queries, most rows of the kernel's tiles would be empty.
@@ -54,6 +56,7 @@ impl std::fmt::Display for Reason {
             Self::SharedMemory(bytes) => write!(f, "needs {bytes} bytes of shared memory"),
             Self::Tiles { got, max } => write!(f, "supports at most {max} tiles, got {got}"),
             Self::Stride { got, max } => write!(f, "supports strides of at most {max} elements, got {got}"),
+            Self::ThreeProducts => f.write_str("takes three products of TF32"),
             Self::HeadDim => f.write_str("pads head_dim more"),
             Self::Decoding => f.write_str("has large tiles, and decoding would leave most of their rows empty"),
             Self::OlderArch => f.write_str("is for older GPUs"),

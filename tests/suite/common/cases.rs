@@ -95,7 +95,8 @@ pub fn cpu(dtype: DType) -> Target {
     Target { device: Device::Cpu, dtype }
 }
 
-/// Number of elements that a kernel of `device` reads at once: 8 on a GPU. head_dim, offsets and strides are multiples of it.
+/// Number of elements that a kernel of `device` reads at once: 8 on a GPU. Tensors whose head_dim, offsets and strides are multiples of it
+/// are read in place.
 pub fn chunk(device: &Device) -> usize {
     if device.is_cpu() {
         1
@@ -149,7 +150,7 @@ pub struct Case {
     pub num_heads_k: usize,
     /// The head_dim of q and k.
     pub head_dim: usize,
-    /// The head_dim of v and o. On a GPU it is `head_dim`, because the kernels have only one.
+    /// The head_dim of v and o.
     pub head_dim_v: usize,
     pub mask: Mask,
     /// `None` is the default, `1/sqrt(head_dim)`.
@@ -160,6 +161,8 @@ pub struct Case {
     pub dlse: bool,
     /// Whether every backward must give the same bits. On the CPU it always does.
     pub deterministic: bool,
+    /// Whether a GPU computes products of f32 as one product of TF32. The input is then drawn in TF32.
+    pub tf32: bool,
 }
 
 impl Case {
@@ -181,6 +184,7 @@ impl Case {
             alibi: Alibi::Off,
             dlse: false,
             deterministic: false,
+            tf32: false,
         }
     }
 
@@ -210,18 +214,16 @@ impl Case {
         self
     }
 
-    /// Sets the head_dim of q, k and v, or on a GPU the nearest supported value. So all devices can use one list of cases.
+    /// Sets the head_dim of q, k and v, or on a GPU the largest supported value. So all devices can use one list of cases.
     pub fn head_dim(mut self, head_dim: usize) -> Self {
-        self.head_dim = head_dim.next_multiple_of(chunk(&self.device)).min(max_head_dim(&self.device, self.dtype));
+        self.head_dim = head_dim.min(max_head_dim(&self.device, self.dtype));
         self.head_dim_v = self.head_dim;
         self
     }
 
-    /// Sets the head_dim of v after that of q and k. On a GPU it stays that of q and k.
+    /// Sets the head_dim of v after that of q and k, or on a GPU the largest supported value.
     pub fn head_dim_v(mut self, head_dim_v: usize) -> Self {
-        if self.device.is_cpu() {
-            self.head_dim_v = head_dim_v;
-        }
+        self.head_dim_v = head_dim_v.min(max_head_dim(&self.device, self.dtype));
         self
     }
 
@@ -252,6 +254,11 @@ impl Case {
 
     pub fn deterministic(mut self) -> Self {
         self.deterministic = true;
+        self
+    }
+
+    pub fn tf32(mut self) -> Self {
+        self.tf32 = true;
         self
     }
 
@@ -331,13 +338,18 @@ impl Case {
 
     /// The type of the case, as the reference's type.
     pub fn precision(&self) -> Precision {
-        precision(self.dtype)
+        if self.tf32 {
+            Precision::Tf32
+        } else {
+            precision(self.dtype)
+        }
     }
 
     /// The options of the call, with the slopes of `input`.
     pub fn attention(&self, input: &Input) -> Result<Attention> {
         let (inputs, output) = self.layouts;
-        let mut attention = Attention::new().mask(self.mask).deterministic(self.deterministic).layout(inputs);
+        let mut attention =
+            Attention::new().mask(self.mask).deterministic(self.deterministic).tf32(self.tf32).layout(inputs);
         if output != inputs {
             attention = attention.output_layout(output);
         }
@@ -513,6 +525,9 @@ impl fmt::Display for Case {
         if self.deterministic {
             write!(f, ", deterministic")?;
         }
+        if self.tf32 {
+            write!(f, ", tf32")?;
+        }
         Ok(())
     }
 }
@@ -640,15 +655,13 @@ pub fn head_dims(target: &Target) -> Vec<Case> {
 }
 
 /// A head_dim of v other than that of q and k: smaller and larger, the smallest and the largest, at sizes of thin matrix products, and
-/// with every option. Empty on a GPU, because its kernels have one head_dim.
+/// with every option.
 pub fn head_dims_v(target: &Target) -> Vec<Case> {
-    if !target.device.is_cpu() {
-        return Vec::new();
-    }
     let dims =
         [(192, 128), (128, 192), (64, 65), (65, 64), (1, 512), (512, 1), (1, 2), (2, 1), (2, 9), (7, 2), (40, 8)];
     let case = |(head_dim, head_dim_v)| Case::new(target).heads(4, 2).head_dim(head_dim).head_dim_v(head_dim_v);
     let mut cases = dims.map(|dims| case(dims).batch(1, 13, 21).mask(Mask::Causal)).to_vec();
+    cases.dedup_by_key(|case| (case.head_dim, case.head_dim_v));
     for dims in [(24, 16), (8, 20)] {
         let case = || case(dims).batch(2, 9, 14);
         let (bshd, bhsd) = (TensorLayout::Bshd, TensorLayout::Bhsd);

@@ -222,6 +222,7 @@ impl<'a> Call<'a> {
             v_strides: self.problem.v.into(),
             do_strides: strides,
             dk_strides: self.problem.contiguous_k().into(),
+            dv_strides: self.problem.contiguous_v().into(),
             dq_groups: plan.dq_accum.groups.into(),
             dq_tiles: plan.dq_tiles.into(),
             shape: self.shape(),
