@@ -41,7 +41,7 @@ __device__ __forceinline__ BwdWalk bwd_walk(const Shape& shape, const BwdTile& t
 }
 
 template <typename Traits>
-struct BwdConsumerBase {
+struct BwdConsumerBase : ConsumerThread {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
     using TileQ = typename Traits::TileQ;
@@ -56,12 +56,9 @@ struct BwdConsumerBase {
     BwdControl<Traits>& control;
     uint8_t* const bytes;
     const uint32_t shared;
-    int consumer;  // 0 .. kConsumers - 1
-    int rank;      // of this block in its cluster
-    int warp;      // in the warpgroup
-    int lane;
+    const int rank;  // of this block in its cluster
     BwdWalk walk;
-    BwdTiles<Traits> tiles;
+    BwdTiles<Traits> tiles{control};
     Ring<Traits::kQStages> q_ring;
     Ring<Traits::kDoStages> do_ring;
     Ring<Traits::kDsStages> ds_ring;

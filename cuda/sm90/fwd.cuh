@@ -68,13 +68,13 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
         return;
     }
     take_registers<Traits::kConsumerRegisters>();
-    const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_warpgroup = warp % Traits::kWarpgroupWarps;
-    FwdConsumer<Traits>{params, control, shared, warpgroup, warp_in_warpgroup, lane}.run();
+    const ConsumerThread thread = Traits::consumer_thread(warp, lane);
+    FwdConsumer<Traits>{thread, params, control, shared}.run();
     // All consumers have set their bits and written their rows.
     bar_sync<Traits::kWarpgroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);
     uint32_t any = 0;
     for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
-    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * warpgroup + Traits::kWarpRows * warp_in_warpgroup, lane);
+    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * thread.consumer + Traits::kWarpRows * thread.warp, lane);
 }
 
 }  // namespace fa2::sm90

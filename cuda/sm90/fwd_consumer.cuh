@@ -13,7 +13,7 @@
 namespace fa2::sm90 {
 
 template <typename Traits>
-struct FwdConsumer {
+struct FwdConsumer : ConsumerThread {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
     using TileQ = typename Traits::TileQ;
@@ -22,9 +22,6 @@ struct FwdConsumer {
     const Sm90FwdParams& params;
     FwdControl<Traits>& control;
     const uint32_t shared;
-    const int warpgroup;  // 0 .. kConsumers - 1
-    const int warp;       // in the warpgroup
-    const int lane;
     Ring<Traits::kKeyStages> k_ring, v_ring;
     Accumulator<1, Traits::kNTiles> s;
     Accumulator<1, Traits::kDTiles> o;
@@ -35,12 +32,12 @@ struct FwdConsumer {
 
     __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kTileStages]; }
     __device__ __forceinline__ Part& part_of(int number) const {
-        return control.parts[Traits::kWarpgroupWarps * warpgroup + warp][number % Traits::kPartStages];
+        return control.parts[Traits::kWarpgroupWarps * consumer + warp][number % Traits::kPartStages];
     }
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
     // The first row of this warpgroup.
     __device__ __forceinline__ int first_row(const WorkTile& tile) const {
-        return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * warpgroup;
+        return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * consumer;
     }
     __device__ __forceinline__ float scale_log2() const { return ScoreMod::scale_log2(params.fwd.shape); }
 
@@ -76,7 +73,7 @@ struct FwdConsumer {
     __device__ __forceinline__ void start_scores(int number) {
         wait_full(control.k_full, k_ring);
         const uint32_t tile_q = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
-        const Operand<TileQ, Order::kContiguousK> q(tile_q, warpgroup * Traits::kWarpgroupRows);
+        const Operand<TileQ, Order::kContiguousK> q(tile_q, consumer * Traits::kWarpgroupRows);
         const Operand<TileK, Order::kContiguousK> k(shared + Traits::sK + k_ring.stage() * TileK::kBytes);
         start_multiply<T, Traits::kHeadDim / 16>(s, q, k);
     }

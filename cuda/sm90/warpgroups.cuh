@@ -5,6 +5,13 @@
 
 namespace fa2::sm90 {
 
+// A thread of a consumer.
+struct ConsumerThread {
+    int consumer;  // 0 .. kConsumers - 1
+    int warp;      // in the warpgroup
+    int lane;
+};
+
 // kLeast: registers that a thread of the producer needs, 24 at least (setmaxnreg), without local memory (docs/kernels.md).
 template <int kConsumers_, int kLeast>
 struct Warpgroups {
@@ -19,6 +26,15 @@ struct Warpgroups {
     static constexpr int kLaunchRegisters = kRegistersPerSm / (kWarpgroupThreads * (kConsumers + 1)) / 8 * 8;
     static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
     static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
+
+    // warp: in the block, after those of the producer.
+    __device__ __forceinline__ static ConsumerThread consumer_thread(int warp, int lane) {
+        ConsumerThread thread;
+        thread.consumer = warp / kWarpgroupWarps - 1;
+        thread.warp = warp % kWarpgroupWarps;
+        thread.lane = lane;
+        return thread;
+    }
 };
 
 // Sets the number of registers of a thread. All warps of the warpgroup call it together.
