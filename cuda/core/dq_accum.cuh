@@ -132,20 +132,13 @@ __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const 
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile of queries
 
-    // Number of key blocks that add to a tile of queries before block `n_block`. The order starts with the block of the last keys that the
-    // tile sees.
+    // Number of blocks of `block_n` keys that add to the queries `rows` before block `n_block`. The order starts with the block of the last
+    // keys that any of them sees.
     __device__ __forceinline__ static int blocks_before(const Visibility& sees, Range rows, int n_block, int block_n) {
         return (sees.keys_of(rows).end - 1) / block_n - n_block;
     }
 
-    // The same for tile `m_block` of kBlockM queries, and blocks of kBlockN keys.
-    template <int kBlockM, int kBlockN>
-    __device__ __forceinline__ static int blocks_before(const Shape& shape, const Sequence& sequence, int m_block, int n_block) {
-        const Range rows = tile_range(m_block * kBlockM, kBlockM, sequence.seqlen_q);
-        return blocks_before(Visibility(shape, sequence), rows, n_block, kBlockN);
-    }
-
-    // One thread. Waits until `count` parts have been added to the tile.
+    // One thread. Waits until `count` additions to the tile are done.
     __device__ __forceinline__ void poll(int64_t tile, uint32_t count) const {
         uint32_t added;
         do {
@@ -153,7 +146,7 @@ struct DqSemaphores {
         } while (added < count);
     }
 
-    // One thread. Says that a part has been added. The release also covers what other threads added before a barrier.
+    // One thread. Says that an addition is done. The release also covers what other threads added before a barrier.
     __device__ __forceinline__ void post(int64_t tile) const {
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
     }

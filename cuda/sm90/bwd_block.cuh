@@ -48,7 +48,7 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     static constexpr int kPanel = kBlockCols % 64 == 0 ? 64 : 32;
     // Columns of dq of consumer 0, if the consumers split the block's columns: half of the panels, rounded up. Consumer 1 has the others.
     static constexpr int kFirstDqCols = ceil_div(kBlockCols / kPanel, kConsumers) * kPanel;
-    static constexpr int kDqParts = kCluster * kConsumers;  // additions of a block, or a cluster, to a tile
+    static constexpr int kDqAdditions = kCluster * kConsumers;  // of a block, or a cluster, to the dq of a tile of queries
     using TileQ = Tile<kBlockM, kHeadDim, kPanel>;
     using TileK = Tile<kBlockN, kHeadDim, kPanel>;
     using TileDs = Tile<kClusterKeys, kBlockM>;  // dS^T
@@ -119,6 +119,14 @@ struct QueryTile {
 };
 
 __device__ __forceinline__ QueryTile first_queries(const BwdTile& tile) { return {tile.head_k * tile.group_size, tile.m_blocks.begin}; }
+
+// Number of additions to the dq of `queries` that come before those of this work tile (DqSemaphores).
+template <typename Traits>
+__device__ __forceinline__ int additions_before(const Shape& shape, const BwdTile& tile, const QueryTile& queries) {
+    const Range rows = tile_range(queries.m_block * Traits::kBlockM, Traits::kBlockM, tile.sequence.seqlen_q);
+    const Visibility sees(shape, tile.sequence);
+    return Traits::kDqAdditions * DqSemaphores::blocks_before(sees, rows, tile.n_block, Traits::kClusterKeys);
+}
 
 // The data after the tiles in shared memory.
 template <typename Traits>

@@ -107,10 +107,8 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         const DqSemaphores semaphores{bwd.semaphores};
         const int64_t index = dq_tile_index<Traits::kBlockM>(bwd, sequence, before.head, before.m_block);
         if constexpr (kOrdered) {
-            const int n_block = Base::tile().n_block;
-            const int clusters =
-                DqSemaphores::blocks_before<Traits::kBlockM, Traits::kClusterKeys>(bwd.shape, sequence, before.m_block, n_block);
-            if (warp == 0 && lane == 0) semaphores.poll(index, Traits::kDqParts * clusters);
+            const int additions = additions_before<Traits>(bwd.shape, Base::tile(), before);
+            if (warp == 0 && lane == 0) semaphores.poll(index, additions);
             bar_sync<Traits::kWarpgroupThreads>(kOneConsumer + kConsumer);
         }
         const int col = rank * Traits::kBlockCols + kDqCol;

@@ -41,8 +41,7 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
     for (int number = 0; number < Traits::kMaxTiles; ++number) {
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
         const WorkTile tile = query_tile<Traits>(params, control.taken[number], lane);
-        const int first_row = tile.block * Traits::kBlockM + warp_row;
-        recompute_rows<Traits>(params.fwd, tile.sequence.batch, tile.head, first_row, Traits::kWarpRows);
+        recompute_rows<Traits>(params.fwd, {tile.block * Traits::kBlockM + warp_row, tile.head, tile.sequence.batch});
     }
 }
 
