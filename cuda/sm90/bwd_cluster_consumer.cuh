@@ -154,20 +154,6 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_arrived(dq);
     }
 
-    // dS^T = P^T (dP^T - delta)
-    __device__ __forceinline__ void to_ds(const RowValues& delta) {
-#pragma unroll
-        for (int j = 0; j < Traits::kNTiles; ++j) {
-            const float4 p_j = p()[j * Traits::kWarpgroupThreads];
-            x.x[0][j][0] = ds_of(p_j.x, x.x[0][j][0], delta[j].x);
-            x.x[0][j][1] = ds_of(p_j.y, x.x[0][j][1], delta[j].y);
-            x.x[0][j][2] = ds_of(p_j.z, x.x[0][j][2], delta[j].x);
-            x.x[0][j][3] = ds_of(p_j.w, x.x[0][j][3], delta[j].y);
-        }
-#pragma unroll
-        for (int step = 0; step < Traits::kKSteps; ++step) to_a_operand<T>(rounded[step], x.x[0], step);
-    }
-
     // Sends this warp's keys of dS^T to the peer. They are contiguous.
     __device__ __forceinline__ void send_ds() const {
         constexpr int kBytes = Traits::kDsBytes / Traits::kWarpgroupWarps;
@@ -193,7 +179,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_wait<0>();
         wgmma_arrived(x);
         wait_full(&control.p_full[warp], p_ring());
-        to_ds(delta);
+        Base::to_ds(x, rounded, delta, [&](int j) { return p()[j * Traits::kWarpgroupThreads]; });
         Base::arrive(control.p_empty[warp]);
         Base::arrive(control.do_empty[Base::do_ring.stage()]);
         Base::store_ds(rounded);

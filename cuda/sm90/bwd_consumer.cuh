@@ -98,19 +98,6 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         bar_arrive<kDqThreads>(kDqWritten + consumer);
     }
 
-    // dS^T = P^T (dP^T - delta), rounded. Without a score_mod, P^T is rounded here too, because fewer registers are in use than in to_p().
-    __device__ __forceinline__ void to_ds(const RowValues& delta) {
-#pragma unroll
-        for (int j = 0; j < Traits::kNTiles; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) dp.x[0][j][e] = ds_of(s.x[0][j][e], dp.x[0][j][e], e % 2 ? delta[j].y : delta[j].x);
-#pragma unroll
-        for (int step = 0; step < Traits::kKSteps; ++step) {
-            if constexpr (Traits::ScoreMod::kIdentity) to_a_operand<T>(p[step], s.x[0], step);
-            to_a_operand<T>(ds[step], dp.x[0], step);
-        }
-    }
-
     // One step of the main loop. It also computes the dq of the step before.
     __device__ __forceinline__ void step(bool first) {
         const uint32_t q = Base::q(), do_ = Base::do_();
@@ -139,7 +126,9 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         wgmma_wait<0>();
         wgmma_arrived(dp);
         if (!Traits::kReadsEarly) Base::load_delta(delta);
-        to_ds(delta);
+        Base::to_ds(dp, ds, delta, [&](int j) { return make_float4(s.x[0][j][0], s.x[0][j][1], s.x[0][j][2], s.x[0][j][3]); });
+        // Without a score_mod, P^T is rounded only here, because fewer registers are in use than in to_p().
+        if constexpr (Traits::ScoreMod::kIdentity) Base::round(s, p);
         Base::store_ds(ds);
         Base::arrive(control.ds_full[ds_ring.stage()]);
         if (!Traits::kDvFirst) Base::start_sum(dv, p, do_);

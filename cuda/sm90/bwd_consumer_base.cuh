@@ -224,7 +224,28 @@ struct BwdConsumerBase : ConsumerThread {
         }
     }
 
-    // Writes dS^T of this warp's keys to its buffer. The caller has waited for the buffer. Its readers must call fence_proxy_async().
+    // dS^T = P^T (dP^T - delta), in place of dP^T, and rounded. p_of(j): this thread's P^T in n8 tile j.
+    template <typename POf>
+    __device__ __forceinline__ void to_ds(ScoreTile& dp, RoundedTile& ds, const RowValues& delta, const POf& p_of) const {
+#pragma unroll
+        for (int j = 0; j < Traits::kNTiles; ++j) {
+            const float4 p = p_of(j);
+            float(&x)[4] = dp.x[0][j];
+            x[0] = ds_of(p.x, x[0], delta[j].x);
+            x[1] = ds_of(p.y, x[1], delta[j].y);
+            x[2] = ds_of(p.z, x[2], delta[j].x);
+            x[3] = ds_of(p.w, x[3], delta[j].y);
+        }
+        round(dp, ds);
+    }
+
+    // A tile as the A operand.
+    __device__ __forceinline__ static void round(const ScoreTile& x, RoundedTile& rounded) {
+#pragma unroll
+        for (int step = 0; step < Traits::kKSteps; ++step) to_a_operand<T>(rounded[step], x.x[0], step);
+    }
+
+    // Writes dS^T of this warp's keys to its stage. The caller has waited for the stage. Its readers must call fence_proxy_async().
     __device__ __forceinline__ void store_ds(const RoundedTile& ds) const {
         const uint32_t to = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + TileDs::offset(tile_key() + lane % 16, lane / 16);
 #pragma unroll
