@@ -47,21 +47,16 @@ struct OperandA {
 template <typename Tile, Order kOrder_, int kWidth, int kElementBytes = Tile::kElementBytes>
 struct OperandB {
     static constexpr Order kOrder = kOrder_;
+    ColumnBase<Tile, kWidth> columns;  // transposed only
     uint32_t base;
     uint32_t tile;
-    int chunk;  // of the first column; 0 unless kAcrossPanels
-
-    // The columns of a warp may begin inside a panel and run into the next one.
-    static constexpr bool kAcrossPanels =
-        kOrder == Order::kTransposed && kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;
 
     // As OperandA. first_col: of the B matrix, a multiple of 16.
-    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane)
-        : tile(tile), chunk(kAcrossPanels ? first_col / 8 : 0) {
+    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane) : columns(first_col), tile(tile) {
         if constexpr (kOrder == Order::kContiguousK) {
             base = shared + Tile::offset(first_col + lane % 8 + 8 * (lane / 16), lane / 8 % 2);
         } else {
-            base = shared + Tile::offset(lane % 16, (kAcrossPanels ? 0 : first_col / 8) + lane / 16);
+            base = shared + Tile::offset(lane % 16, columns.base + lane / 16);
         }
     }
 
@@ -69,7 +64,7 @@ struct OperandB {
         if constexpr (kOrder == Order::kContiguousK) {
             ldmatrix_x4(b, Tile::advance(base, 2 * k_step) + (Tile::row_step(16 * j) + tile));
         } else {
-            ldmatrix_x4_trans(b, Tile::advance(base, 2 * j + chunk) + (Tile::row_step(16 * k_step) + tile));
+            ldmatrix_x4_trans(b, Tile::advance(base, 2 * j + columns.chunk) + (Tile::row_step(16 * k_step) + tile));
         }
     }
 };
@@ -102,20 +97,17 @@ struct OperandA<Tile, Order::kTransposed, 4> {
 // the accumulators of a pair hold four neighbouring columns of a row: 4t .. 4t + 3 (product_columns).
 template <typename Tile, int kWidth>
 struct OperandB<Tile, Order::kTransposed, kWidth, 4> {
+    static constexpr Order kOrder = Order::kTransposed;
+    ColumnBase<Tile, kWidth> columns;
     uint32_t base;
     uint32_t tile;
-    int chunk;  // of the first column; 0 unless kAcrossPanels
 
-    static constexpr Order kOrder = Order::kTransposed;
-    static constexpr bool kAcrossPanels = kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;
-
-    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane)
-        : tile(tile), chunk(kAcrossPanels ? first_col / 4 : 0) {
-        base = shared + Tile::offset(2 * (lane % 4), (kAcrossPanels ? 0 : first_col / 4) + lane / 8) + lane / 4 % 2 * 8;
+    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane) : columns(first_col), tile(tile) {
+        base = shared + Tile::offset(2 * (lane % 4), columns.base + lane / 8) + lane / 4 % 2 * 8;
     }
 
     __device__ __forceinline__ void load(uint32_t (&b)[4], int j, int k_step) const {
-        const uint32_t address = Tile::advance(base, 4 * j + chunk), step = Tile::row_step(8 * k_step) + tile;
+        const uint32_t address = Tile::advance(base, 4 * j + columns.chunk), step = Tile::row_step(8 * k_step) + tile;
         load_shared(b[0], b[2], address + step);
         load_shared(b[1], b[3], Tile::next_row(address) + step);
     }
