@@ -65,7 +65,8 @@ struct FwdConsumer : ConsumerThread {
         return true;
     }
 
-    __device__ __forceinline__ void release(uint64_t& barrier) const {
+    // This warp arrives at a barrier: it has read a stage. Its lanes come from a wait for wgmmas or a __syncwarp(), so they are together.
+    __device__ __forceinline__ void arrive(uint64_t& barrier) const {
         if (lane == 0) mbarrier_arrive(shared_address(&barrier));
     }
 
@@ -89,7 +90,7 @@ struct FwdConsumer : ConsumerThread {
     __device__ __forceinline__ void scores_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(s);
-        release(control.k_empty[k_ring.stage()]);
+        arrive(control.k_empty[k_ring.stage()]);
         k_ring.advance();
     }
 
@@ -97,7 +98,7 @@ struct FwdConsumer : ConsumerThread {
     __device__ __forceinline__ void output_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(o);
-        release(control.v_empty[v_ring.stage()]);
+        arrive(control.v_empty[v_ring.stage()]);
         v_ring.advance();
     }
 
@@ -196,23 +197,18 @@ struct FwdConsumer : ConsumerThread {
         round_p();
     }
 
-    // Skips key tiles that are fully masked for this warpgroup's rows.
-    __device__ __forceinline__ void skip_k(int count) {
-        for (; count > 0; --count) {
-            wait_full(control.k_full, k_ring);
-            __syncwarp();  // every lane has seen this phase end
-            release(control.k_empty[k_ring.stage()]);
-            k_ring.advance();
-        }
+    // Skips a stage of k, or of v: a key tile that is fully masked for this warpgroup's rows.
+    __device__ __forceinline__ void skip(uint64_t* full, uint64_t* empty, Ring<Traits::kKeyStages>& ring) {
+        wait_full(full, ring);
+        __syncwarp();  // every lane has seen this phase end
+        arrive(empty[ring.stage()]);
+        ring.advance();
     }
-
+    __device__ __forceinline__ void skip_k(int count) {
+        for (; count > 0; --count) skip(control.k_full, control.k_empty, k_ring);
+    }
     __device__ __forceinline__ void skip_v(int count) {
-        for (; count > 0; --count) {
-            wait_full(control.v_full, v_ring);
-            __syncwarp();
-            release(control.v_empty[v_ring.stage()]);
-            v_ring.advance();
-        }
+        for (; count > 0; --count) skip(control.v_full, control.v_empty, v_ring);
     }
 
     // Skips k and v, in the order in which the producer loads them. No product may be running.
@@ -247,11 +243,11 @@ struct FwdConsumer : ConsumerThread {
     }
 
     // Skips a work tile in which this warpgroup has no rows, or in which its rows see nothing.
-    __device__ __forceinline__ void skip(const Part& part) {
+    __device__ __forceinline__ void skip_tile(const Part& part) {
         const WorkTile& tile = tile_of(current);
         if (part.before + part.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
         skip_keys(part.before + part.after);
-        release(control.q_empty[q_ring_of(current).stage()]);
+        arrive(control.q_empty[q_ring_of(current).stage()]);
     }
 
     __device__ __forceinline__ void run() {
@@ -259,7 +255,7 @@ struct FwdConsumer : ConsumerThread {
         while (exists) {
             const Part& part = part_of(current);
             if (part.own.empty()) {
-                skip(part);
+                skip_tile(part);
                 exists = take(++current);
                 continue;
             }
@@ -269,7 +265,7 @@ struct FwdConsumer : ConsumerThread {
             bool flows = true;
             while (flows) {
                 const bool fresh = steps();
-                release(control.q_empty[q_ring_of(current).stage()]);
+                arrive(control.q_empty[q_ring_of(current).stage()]);
                 OnlineSoftmax<1> statistics = softmax;
                 start_output(fresh);
                 flows = false;
