@@ -6,6 +6,7 @@
 
 #include "../core/fragment.cuh"
 #include "../core/tile.cuh"
+#include "load_ahead.cuh"
 #include "mma.cuh"
 #include "tf32.cuh"
 
@@ -113,42 +114,21 @@ struct OperandB<Tile, Order::kTransposed, kWidth, 4> {
     }
 };
 
-// acc += a b over kSteps.
-//
-// Fragments are loaded one pair of n8 tiles ahead. With two warps to a scheduler, nothing else hides the latency of ldmatrix.
-// (bench mha/d128/full/s4096 fwd, H200: 331 TFLOP/s without, 363 with.)
+// acc += a b over kSteps, with fragments loaded ahead (load_ahead()).
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     if constexpr (kIsSplit<T>) {
         multiply_split<kSteps>(acc, a, b);
     } else {
         static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");
-        constexpr int kPairs = kNTiles / 2;
-        uint32_t ra[2][kMTiles][4], rb[2][4];
+        const auto step = [&](int, int j, const uint32_t (&ra)[kMTiles][4], const uint32_t (&rb)[4]) {
 #pragma unroll
-        for (int i = 0; i < kMTiles; ++i) a.load(ra[0][i], i, 0);
-        b.load(rb[0], 0, 0);
-#pragma unroll
-        for (int k_step = 0; k_step < kSteps; ++k_step) {
-#pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                const int pair = k_step * kPairs + j;
-                if (j + 1 < kPairs) {
-                    b.load(rb[(pair + 1) % 2], j + 1, k_step);
-                } else if (k_step + 1 < kSteps) {
-                    b.load(rb[(pair + 1) % 2], 0, k_step + 1);
-                }
-                if (j == (kPairs > 1 ? kPairs - 2 : 0) && k_step + 1 < kSteps) {
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) a.load(ra[(k_step + 1) % 2][i], i, k_step + 1);
-                }
-#pragma unroll
-                for (int i = 0; i < kMTiles; ++i) {
-                    mma_step<T>(acc.x[i][2 * j], ra[k_step % 2][i], rb[pair % 2][0], rb[pair % 2][1]);
-                    mma_step<T>(acc.x[i][2 * j + 1], ra[k_step % 2][i], rb[pair % 2][2], rb[pair % 2][3]);
-                }
+            for (int i = 0; i < kMTiles; ++i) {
+                mma_step<T>(acc.x[i][2 * j], ra[i], rb[0], rb[1]);
+                mma_step<T>(acc.x[i][2 * j + 1], ra[i], rb[2], rb[3]);
             }
-        }
+        };
+        load_ahead<kSteps, kMTiles, kNTiles / 2>(a, b, 0, step);
     }
 }
 
