@@ -73,7 +73,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     static constexpr int kDqCols = kConsumer == 0 ? Traits::kFirstDqCols : Traits::kBlockCols - Traits::kFirstDqCols;
     static constexpr int kDqCol = kConsumer == 0 ? 0 : Traits::kFirstDqCols;  // the first one, in the block's columns
 
-    QueryTile before;                     // the tile of the step before
+    QueryStep before;                     // the step before this one
     typename Base::SumTile sum;           // dv of consumer 0, dk of consumer 1
     typename Base::ScoreTile x;           // consumer 0: S^T, then P^T. Consumer 1: dP^T, then dS^T
     typename Base::RoundedTile rounded;   // P^T, or dS^T

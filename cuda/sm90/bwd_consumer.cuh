@@ -79,7 +79,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     Accumulator<1, kDqCols / 8> dq;
 
     // Starts this consumer's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step there is no
-    // dS yet (exists: false). The product then reads what the buffer holds, and nothing uses its result. So no branch surrounds the wgmmas.
+    // dS yet (exists: false). The product then reads what the stage holds, and nothing uses its result. So no branch surrounds the wgmmas.
     // With one, ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) wait_full(control.ds_full, at);

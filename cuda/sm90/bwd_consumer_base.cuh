@@ -23,7 +23,7 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r
 // Where a consumer is in its walk over the tiles of queries. It is in registers, because a read of shared memory would delay the first
 // product of a step.
 struct BwdWalk {
-    QueryTile queries;
+    QueryStep queries;
     Range m_blocks;
     Range unmasked;    // tiles in which the mask hides none of the consumer's keys
     int tail_m_block;  // the tile with rows after the end of the sequence, or -1
@@ -161,7 +161,7 @@ struct BwdConsumerBase : ConsumerThread {
         ds_ring.advance();
     }
 
-    // Starts S^T = k q^T, or dP^T = v do^T, of this warpgroup's keys and a tile of queries.
+    // Starts S^T = k q^T, or dP^T = v do^T, of this consumer's keys and a tile of queries.
     __device__ __forceinline__ void start_product(ScoreTile& d, uint32_t tile_k, uint32_t tile_q) const {
         const Operand<TileK, Order::kContiguousK> a(operand(tile_k), Traits::first_key(consumer));
         const Operand<TileQ, Order::kContiguousK> b(operand(tile_q));

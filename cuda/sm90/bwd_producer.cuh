@@ -110,7 +110,7 @@ struct BwdProducer {
     // finished the work tile before.
     __device__ __forceinline__ void load(const BwdTile& tile, const Ring<1>& key_ring, uint32_t& passed) const {
         const uint32_t shared = shared_address(bytes);
-        QueryTile queries = first_queries(tile);
+        QueryStep queries = first_queries(tile);
         if (tile.steps() == 0) load_keys(tile, key_ring);
 #pragma unroll 1
         for (int step = 0; step < tile.steps(); ++step) {
@@ -146,7 +146,7 @@ struct BwdProducer {
         Ring<Traits::kDoStages> do_ring;
         for (BwdTiles<Traits> tiles{control}; tiles.wait(); tiles.advance(lane)) {
             const BwdTile& tile = tiles.current();
-            QueryTile queries = first_queries(tile);
+            QueryStep queries = first_queries(tile);
             for (int step = tile.steps(); step > 0; --step) {
                 const int64_t head_offset = tile.sequence.lse_offset(params.bwd.shape, queries.head);
                 const int first_row = queries.m_block * Traits::kBlockM + lane;
@@ -178,7 +178,7 @@ struct BwdProducer {
         for (BwdTiles<Traits> tiles{control}; tiles.wait(); tiles.advance(lane)) {
             const BwdTile& tile = tiles.current();
             const Sequence& sequence = tile.sequence;
-            QueryTile queries = first_queries(tile);
+            QueryStep queries = first_queries(tile);
             for (int step = tile.steps(); step > 0; --step) {
                 const int first_row = queries.m_block * Traits::kBlockM;
                 const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, queries.head);
@@ -203,11 +203,11 @@ struct BwdProducer {
         }
     }
 
-    __device__ __forceinline__ int64_t semaphore(const BwdTile& tile, const QueryTile& queries) const {
+    __device__ __forceinline__ int64_t semaphore(const BwdTile& tile, const QueryStep& queries) const {
         return dq_tile_index<Traits::kBlockM>(params.bwd, tile.sequence, queries.head, queries.m_block);
     }
 
-    __device__ __forceinline__ void wait_for_additions_before(const BwdTile& tile, const QueryTile& queries) const {
+    __device__ __forceinline__ void wait_for_additions_before(const BwdTile& tile, const QueryStep& queries) const {
         const int additions = additions_before<Traits>(params.bwd.shape, tile, queries);
         if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile, queries), additions);
         __syncwarp();

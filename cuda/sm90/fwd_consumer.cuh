@@ -31,11 +31,11 @@ struct FwdConsumer : ConsumerThread {
     int current = 0;   // the number of the current work tile, among those of this block
 
     __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kTileStages]; }
-    __device__ __forceinline__ Part& part_of(int number) const {
-        return control.parts[Traits::kWarpgroupWarps * consumer + warp][number % Traits::kPartStages];
+    __device__ __forceinline__ KeySteps& key_steps_of(int number) const {
+        return control.key_steps[Traits::kWarpgroupWarps * consumer + warp][number % Traits::kKeyStepsStages];
     }
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
-    // The first row of this warpgroup.
+    // The first row of this consumer.
     __device__ __forceinline__ int first_row(const WorkTile& tile) const {
         return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * consumer;
     }
@@ -50,17 +50,17 @@ struct FwdConsumer : ConsumerThread {
         const Visibility sees(params.fwd.shape, tile.sequence);
         const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(tile));
         const Range rows = tile_range(first_row(tile), Traits::kWarpgroupRows, tile.sequence.seqlen_q);
-        Part part;
-        part.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
+        KeySteps key_steps;
+        key_steps.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need row statistics, so they take one fully hidden tile.
-        if (!rows.empty() && part.own.empty() && !tiles.empty()) part.own = {tiles.end - 1, tiles.end};
+        if (!rows.empty() && key_steps.own.empty() && !tiles.empty()) key_steps.own = {tiles.end - 1, tiles.end};
         const Range common = sees.common_keys(rows);
-        part.unmasked = {max(ceil_div(common.begin, Traits::kBlockN), part.own.begin), common.end / Traits::kBlockN};
-        part.first_unmasked = part.unmasked.contains({part.own.end - 1, part.own.end});
-        part.before = tiles.end - part.own.end;
-        part.after = part.own.begin - tiles.begin;
+        key_steps.unmasked = {max(ceil_div(common.begin, Traits::kBlockN), key_steps.own.begin), common.end / Traits::kBlockN};
+        key_steps.first_unmasked = key_steps.unmasked.contains({key_steps.own.end - 1, key_steps.own.end});
+        key_steps.before = tiles.end - key_steps.own.end;
+        key_steps.after = key_steps.own.begin - tiles.begin;
         __syncwarp();
-        if (lane == 0) part_of(number) = part;
+        if (lane == 0) key_steps_of(number) = key_steps;
         __syncwarp();
         return true;
     }
@@ -170,12 +170,12 @@ struct FwdConsumer : ConsumerThread {
 
     // All steps of a work tile after the first. Returns whether there were none, so that o has no product yet.
     __device__ __forceinline__ bool steps() {
-        const Part& part = part_of(opaque(current));
+        const KeySteps& key_steps = key_steps_of(opaque(current));
         bool fresh = true;
-        for (int n_block = part.own.end - 2; n_block >= part.own.begin;) {
-            const int first_unmasked = n_block < part.unmasked.end ? part.unmasked.begin : n_block + 1;
+        for (int n_block = key_steps.own.end - 2; n_block >= key_steps.own.begin;) {
+            const int first_unmasked = n_block < key_steps.unmasked.end ? key_steps.unmasked.begin : n_block + 1;
             for (; n_block >= first_unmasked; --n_block, fresh = false) step<false>(n_block, fresh);
-            if (n_block >= part.own.begin) step<true>(n_block--, fresh), fresh = false;
+            if (n_block >= key_steps.own.begin) step<true>(n_block--, fresh), fresh = false;
         }
         if (Traits::kLateRescale) rescale_output();
         return fresh;
@@ -184,11 +184,11 @@ struct FwdConsumer : ConsumerThread {
     // Waits for the first S of work tile `number` and computes its softmax.
     __device__ __forceinline__ void first_softmax(int number) {
         scores_arrived<0>();
-        const Part& part = part_of(number);
-        if (part.first_unmasked) {
-            score_and_mask<false>(number, part.own.end - 1);
+        const KeySteps& key_steps = key_steps_of(number);
+        if (key_steps.first_unmasked) {
+            score_and_mask<false>(number, key_steps.own.end - 1);
         } else {
-            score_and_mask<true>(number, part.own.end - 1);
+            score_and_mask<true>(number, key_steps.own.end - 1);
         }
         softmax.clear();
         rescale[0] = rescale[1] = 1.f;
@@ -197,7 +197,7 @@ struct FwdConsumer : ConsumerThread {
         round_p();
     }
 
-    // Skips a stage of k, or of v: a key tile that is fully masked for this warpgroup's rows.
+    // Skips a stage of k, or of v: a key tile that is fully masked for this consumer's rows.
     __device__ __forceinline__ void skip(uint64_t* full, uint64_t* empty, Ring<Traits::kKeyStages>& ring) {
         wait_full(full, ring);
         __syncwarp();  // every lane has seen this phase end
@@ -236,30 +236,30 @@ struct FwdConsumer : ConsumerThread {
     }
 
     // Whether the first S of work tile `next` may start before the last o += P v of the current tile has ended. Until it ends, this
-    // warpgroup holds the v of that product, and so the producer can load only three more k. One of them is the k of that S, so at most
-    // two key tiles may be skipped before it.
-    __device__ __forceinline__ bool flows_into(const Part& next) const {
-        return !next.own.empty() && part_of(current).after + next.before <= 2;
+    // consumer holds the v of that product, and so the producer can load only kKeyStages + 1 more k. One of them is the k of that S, so at
+    // most kKeyStages key tiles may be skipped before it.
+    __device__ __forceinline__ bool flows_into(const KeySteps& next) const {
+        return !next.own.empty() && key_steps_of(current).after + next.before <= Traits::kKeyStages;
     }
 
-    // Skips a work tile in which this warpgroup has no rows, or in which its rows see nothing.
-    __device__ __forceinline__ void skip_tile(const Part& part) {
+    // Skips a work tile in which this consumer has no rows, or in which its rows see nothing.
+    __device__ __forceinline__ void skip_tile(const KeySteps& key_steps) {
         const WorkTile& tile = tile_of(current);
-        if (part.before + part.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
-        skip_keys(part.before + part.after);
+        if (key_steps.before + key_steps.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
+        skip_keys(key_steps.before + key_steps.after);
         arrive(control.q_empty[q_ring_of(current).stage()]);
     }
 
     __device__ __forceinline__ void run() {
         bool exists = take(current);
         while (exists) {
-            const Part& part = part_of(current);
-            if (part.own.empty()) {
-                skip_tile(part);
+            const KeySteps& key_steps = key_steps_of(current);
+            if (key_steps.own.empty()) {
+                skip_tile(key_steps);
                 exists = take(++current);
                 continue;
             }
-            skip_keys(part.before);
+            skip_keys(key_steps.before);
             start_scores(current);
             first_softmax(current);
             bool flows = true;
@@ -271,10 +271,10 @@ struct FwdConsumer : ConsumerThread {
                 flows = false;
                 if constexpr (Traits::kQStages > 1) {
                     exists = take(current + 1);
-                    flows = exists && flows_into(part_of(current + 1));
+                    flows = exists && flows_into(key_steps_of(current + 1));
                 }
                 if (flows) {
-                    const int between = part_of(current).after + part_of(current + 1).before;
+                    const int between = key_steps_of(current).after + key_steps_of(current + 1).before;
                     skip_k(between);
                     start_scores(current + 1);
                     output_arrived<1>();
@@ -283,7 +283,7 @@ struct FwdConsumer : ConsumerThread {
                     first_softmax(current + 1);
                 } else {
                     output_arrived();
-                    skip_keys(part_of(current).after);
+                    skip_keys(key_steps_of(current).after);
                     write(tile_of(current), statistics);
                     if constexpr (Traits::kQStages == 1) exists = take(current + 1);
                 }

@@ -130,7 +130,7 @@ struct FwdProducer {
                 if (!kPublishesEarly && n_block == tiles.end - 1) publish(tile, true);
                 if (n_block == tiles.end - 2) take_next();
             }
-            // publish() waits until every warpgroup has released its tile. A warpgroup without rows releases it only after the last v.
+            // publish() waits until every consumer has released its tile. A consumer without rows releases it only after the last v.
             if (tiles.empty()) load_pending_v();
             if (!kPublishesEarly && tiles.empty()) publish(tile, false);
             if (tiles.end - tiles.begin < 2) take_next();
