@@ -1,10 +1,5 @@
-// dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
-//
-// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim /
-// 16 cells of 8 x 16. A lane of a warp holds four columns of a row of a cell, in two neighbouring accumulators. From registers, a warp adds
-// a whole cell: 512 contiguous bytes with one instruction, or before compute capability 9.0 with four instructions of 128 bytes. On Hopper
-// up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does not depend on tiles and warps, so all backwards
-// share one conversion.
+// dq_accum holds dq in f32. A head is a list of row groups: 8 queries, all columns. Each sequence starts a new row group. A row group is
+// stored in cells of 8 rows x 16 columns. A lane holds four floats of a cell. All backwards use this layout, so there is one conversion.
 #pragma once
 
 #include "../params.h"
@@ -77,7 +72,8 @@ __device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, i
     }
 }
 
-// Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
+// Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head: a whole cell at a time, 512 contiguous bytes, with one
+// `red`, or before compute capability 9.0 with four.
 //
 // A row group after the end of the sequence does not exist. Its accumulators are zeros (or NaN, which may spread within the sequence), and
 // they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer
@@ -104,8 +100,8 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
     }
 }
 
-// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups. Compute capability 9.0
-// only.
+// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups. TMA then adds
+// the columns of a consumer in a row group to dq_accum. Compute capability 9.0 only.
 template <int kHeadDim, int kNTiles>
 __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Accumulator<1, kNTiles>& dq, int lane) {
     float* to = tile + row * kHeadDim + col * kDqGroupRows + 4 * lane;
