@@ -12,7 +12,6 @@
 namespace fa2 {
 
 constexpr int kConvertThreads = 128;
-constexpr int kConvertCols = 32;  // of a warp
 
 template <typename T>
 __device__ __forceinline__ void convert(const ConvertParams& params) {

@@ -10,7 +10,6 @@
 
 namespace fa2 {
 
-constexpr int kDqGroupRows = 8;
 constexpr int kDqCellCols = 16;
 constexpr int kDqCellElements = kDqGroupRows * kDqCellCols;
 
