@@ -3,7 +3,7 @@
 //!
 //! | file in OUT_DIR | content |
 //! | --- | --- |
-//! | instances.rs | one `Kernel` per line, element type and variant; the only file without the feature |
+//! | instances.rs | one `Kernel` per line, element type and variant, and the numbers of cuda/params.h; the only file without the feature |
 //! | params.rs | the parameter structs of cuda/params.h in Rust |
 //! | generated/wgmma.cuh | the wgmma of every N, for cuda/sm90/wgmma.cuh |
 //! | UNIT.cu | one per line: `extern "C"` kernels that call the templates in cuda/ |
@@ -24,7 +24,7 @@ use kernel_build::files::{self, folder, write};
 use kernel_build::nvcc::{self, Gpus, Nvcc};
 use kernel_build::params::Structs;
 use kernel_build::table::Table;
-use kernel_build::units::{self, units};
+use kernel_build::units::{self, units, Unit};
 use kernel_build::{attention, headers, Result};
 
 const TABLE: &str = "cuda/instances.def";
@@ -44,16 +44,18 @@ fn main() -> ExitCode {
 fn build() -> Result<()> {
     let (root, out) = (folder("CARGO_MANIFEST_DIR")?, folder("OUT_DIR")?);
     let mut table = Table::parse(&files::read(&root.join(TABLE))?, TABLE, &attention::FAMILIES)?;
+    let structs = Structs::read(&root.join("cuda/params.h"))?;
+    let write_instances =
+        |units: &[Unit]| write(&out.join("instances.rs"), &(units::rust_table(units) + &structs.rust_constants()));
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return write(&out.join("instances.rs"), &units::rust_table(&units(&table)));
+        return write_instances(&units(&table));
     }
     let gpus = Gpus::find(ARCHS)?;
     for gpu in table.keep_for(&gpus) {
         println!("cargo:warning=candle-fa2 has no kernel for compute capability {gpu}; the oldest supported is 80");
     }
-    let structs = Structs::read(&root.join("cuda/params.h"))?;
     let units = units(&table);
-    write(&out.join("instances.rs"), &units::rust_table(&units))?;
+    write_instances(&units)?;
     write(&out.join("params.rs"), &structs.rust())?;
     write(&out.join("ablations.rs"), &headers::rust_sources(&root, "benches/ablations/ablations.cu", "cuda")?)?;
 

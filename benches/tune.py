@@ -36,7 +36,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENS, WIDTH = 16384, 2048
 LOG2_E = math.log2(math.e)
 OPEN_SIDE = 1 << 29  # MAX_SEQLEN of the plan: a window that hides nothing
-GROUP_ROWS, CONVERT_COLS = 8, 32  # of dq_accum, and of a warp of its conversion (cuda/core/dq_accum.cuh, cuda/convert.cuh)
 REPEAT_MS = 60
 NULL = 0
 
@@ -105,6 +104,7 @@ class Kernel:
         self.cluster = row.get("cluster", 1)
         # Thread blocks that share the columns of a tile, as Kernel::parts() of src/instances.rs.
         self.parts = ceil_div(self.head_dim or 0, 256)
+        self.box_cols = row.get("box_cols")  # of a tensor map
 
 
 class Line:
@@ -146,6 +146,7 @@ class Description:
     def __init__(self, path, folder, tag):
         described = json.loads(path.read_text())
         self.folder, self.tag, self.flags, self.structs = folder, tag, described["flags"], Structs(described["structs"])
+        self.constants = described["constants"]  # the numbers of cuda/params.h
         for name, text in described["headers"].items():
             header = folder / name
             header.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +213,7 @@ class Driver:
     def tensor_map(self, kernel, tensor, box_rows):
         """The tensor map of (head_dim, rows, heads, batch), encoded as in src/cuda/tensor_map.rs."""
         bfloat16, no_interleave, promotion_256b, fill_zeros = 9, 0, 3, 0  # values of the enums CUtensorMap..
-        columns, swizzle = (64, 3) if kernel.head_dim // kernel.cluster % 64 == 0 else (32, 2)  # SWIZZLE_128B, SWIZZLE_64B
+        swizzle = {64: 2, 128: 3}[kernel.box_cols * kernel.element_bytes]  # SWIZZLE_64B, SWIZZLE_128B
         batch, rows, heads, head_dim = tensor.shape
         strides = [tensor.stride(axis) * kernel.element_bytes for axis in (1, 2, 0)]
         # cuTensorMapEncodeTiled requires the address of the map to be a multiple of 64.
@@ -225,7 +226,7 @@ class Driver:
             ctypes.c_void_p(tensor.data_ptr()),
             (ctypes.c_uint64 * 4)(head_dim, rows, heads, batch),
             (ctypes.c_uint64 * 3)(*strides),
-            (ctypes.c_uint32 * 4)(columns, box_rows, 1, 1),
+            (ctypes.c_uint32 * 4)(kernel.box_cols, box_rows, 1, 1),
             (ctypes.c_uint32 * 4)(1, 1, 1, 1),
             *(no_interleave, swizzle, promotion_256b, fill_zeros),
         )
@@ -298,8 +299,9 @@ class Call:
         }
         if kernel.params == "FwdParams":
             return self.launch(line, kernel, (m_blocks, self.num_heads, self.batch), values)
-        # As the plan does: with a mask, about four tiles of a section for each multiprocessor.
-        schedule = self.schedule(m_blocks, self.num_heads, 4 * self.driver.multiprocessors if self.causal else 1)
+        # As the plan does.
+        section_tiles = line.description.constants["kForwardSection"] * self.driver.multiprocessors if self.causal else 1
+        schedule = self.schedule(line, m_blocks, self.num_heads, section_tiles)
         blocks = max(min(schedule["tiles"], self.driver.multiprocessors), ceil_div(schedule["tiles"], kernel.max_tiles // 2))
         persistent = {
             "q": self.driver.tensor_map(kernel, self.q, kernel.block_m),
@@ -310,12 +312,13 @@ class Call:
         }
         return self.launch(line, kernel, (blocks, 1, 1), persistent)
 
-    def schedule(self, head_tiles, num_heads, section_tiles):
+    def schedule(self, line, head_tiles, num_heads, section_tiles):
         """The work tiles of a persistent kernel. The plan also avoids a short last section; these points have none."""
         # The kernel finds zeros and leaves zeros.
         self.counters = self.driver.torch.zeros(2, dtype=self.driver.torch.int32, device="cuda")
         heads = num_heads * self.batch
-        section_heads = max(1, min(32, heads, round(section_tiles / head_tiles)))
+        most_heads = min(line.description.constants["kMaxSectionHeads"], heads)
+        section_heads = max(1, min(most_heads, round(section_tiles / head_tiles)))
         return {
             "counters": self.counters.data_ptr(),
             "tiles": head_tiles * heads,
@@ -326,17 +329,19 @@ class Call:
     def backward(self, line, deterministic):
         torch, shape = self.driver.torch, self.shape
         kernel, delta, convert = line.main, *(line.description.companion(kind) for kind in ("Delta", "Convert"))
-        heads = (self.num_heads, self.batch)
+        heads, constants = (self.num_heads, self.batch), line.description.constants
+        group_rows = constants["kDqGroupRows"]
 
         def row_blocks(rows):
             head = ceil_div(self.seqlen_q, rows)
             return {"batch": self.num_heads * head, "head": head, "count": math.prod(heads) * head}
 
-        groups, tiles = row_blocks(GROUP_ROWS), row_blocks(kernel.block_m)
-        dq_accum = torch.empty(groups["count"] * GROUP_ROWS * kernel.head_dim, device="cuda")
+        groups, tiles = row_blocks(group_rows), row_blocks(kernel.block_m)
+        dq_accum = torch.empty(groups["count"] * group_rows * kernel.head_dim, device="cuda")
         semaphores = torch.zeros(tiles["count"] * kernel.parts + 1, dtype=torch.int32, device="cuda") if deterministic else None
-        # As the plan does: the number of threads of a row is a power of two from 4 to 32, and each takes 8 elements at a time.
-        lanes = min(32, max(4, 1 << (ceil_div(self.head_dim, 8) - 1).bit_length()))
+        # As the plan does: the number of threads of a row is a power of two, and at most those of a warp.
+        chunks = ceil_div(self.head_dim, constants["kDeltaChunk"])
+        lanes = min(32, max(constants["kDeltaMinLanes"], 1 << (chunks - 1).bit_length()))
         run_delta = self.launch(
             delta,
             delta.main,
@@ -377,7 +382,7 @@ class Call:
         grid = (ceil_div(self.seqlen_k, keys) * kernel.parts, self.num_heads_k, self.batch)
         if kernel.params == "Sm90BwdParams":
             takers = self.driver.multiprocessors // kernel.cluster
-            schedule = self.schedule(grid[0], self.num_heads_k, takers)
+            schedule = self.schedule(line, grid[0], self.num_heads_k, constants["kBackwardSection"] * takers)
             grid = (kernel.cluster * min(schedule["tiles"], takers), 1, 1)
             values = {
                 "q": self.driver.tensor_map(kernel, self.q, kernel.block_m),
@@ -391,7 +396,7 @@ class Call:
         run_convert = self.launch(
             convert,
             convert.main,
-            (ceil_div(groups["head"] * ceil_div(self.head_dim, CONVERT_COLS), convert.main.threads // 32), *heads),
+            (ceil_div(groups["head"] * ceil_div(self.head_dim, constants["kConvertCols"]), convert.main.threads // 32), *heads),
             {
                 "dq_accum": dq_accum.data_ptr(),
                 "dq": self.dq.data_ptr(),

@@ -12,17 +12,16 @@
 namespace fa2 {
 
 constexpr int kConvertThreads = 128;
-constexpr int kConvertCols = 32;  // of a warp
 
 template <typename T>
 __device__ __forceinline__ void convert(const ConvertParams& params) {
     const Shape& shape = params.shape;
     const Sequence sequence(shape, shape.first_batch + blockIdx.z);
     const int head = blockIdx.y, lane = threadIdx.x % kWarpSize;
-    const int part = blockIdx.x * (kConvertThreads / kWarpSize) + threadIdx.x / kWarpSize;
-    const int parts_per_group = ceil_div(shape.head_dim, kConvertCols);
-    const int group = part / parts_per_group, row = group * kDqGroupRows + lane / 4;
-    const int col = part % parts_per_group * kConvertCols + lane % 4 * 8;
+    const int warp = blockIdx.x * (kConvertThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    const int warps_per_group = ceil_div(shape.head_dim, kConvertCols);
+    const int group = warp / warps_per_group, row = group * kDqGroupRows + lane / 4;
+    const int col = warp % warps_per_group * kConvertCols + lane % 4 * 8;
     if (row >= sequence.seqlen_q || col >= shape.head_dim) return;
     const int64_t first_group = first_row_block(params.dq_groups, kDqGroupRows, shape, sequence, head);
     const int cell_col = col / kDqCellCols * kDqCellCols, half = col % kDqCellCols / 8;

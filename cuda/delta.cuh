@@ -11,8 +11,6 @@
 namespace fa2 {
 
 constexpr int kDeltaThreads = 256;
-constexpr int kDeltaChunk = 8;      // elements of a thread: 16 bytes, or 32 of f32
-constexpr int kDeltaMinLanes = 4;  // threads per row at least: as many as read one row of head_dim 32
 
 template <typename T>
 __device__ __forceinline__ void delta(const DeltaParams& params) {

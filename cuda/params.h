@@ -1,10 +1,16 @@
-// The parameters of every kernel. Strides are in elements. crates/kernel-build parses this file, one field on a line. It generates the
-// same structs in Rust, with these comments, and assertions on their layout for both compilers.
+// The parameters of every kernel, and the numbers that kernels share with the host. Strides are in elements. crates/kernel-build parses
+// this file, one field on a line. It generates the same structs and numbers in Rust, with these comments, and assertions on the layout for
+// both compilers.
 #pragma once
 
 #include <cstdint>
 
 namespace fa2 {
+
+constexpr int kDqGroupRows = 8;    // queries of a row group of dq_accum (core/dq_accum.cuh)
+constexpr int kConvertCols = 32;   // columns of a row group that a warp of the conversion takes
+constexpr int kDeltaChunk = 8;     // elements of a thread of delta: 16 bytes, or 32 of f32
+constexpr int kDeltaMinLanes = 4;  // threads of a row of delta at least: as many as read one row of head_dim 32
 
 // Distances from one sequence, token or head to the next. The last axis has stride 1. Rows begin at multiples of 16 bytes.
 struct Strides {
@@ -65,6 +71,20 @@ struct Schedule {
     int32_t head_tiles;     // of a head. padded: in one sequence; packed: in all sequences, total / block + batch, of which some are empty
     int32_t section_heads;  // heads whose tiles are taken together, so that what they read and write stays in L2
 };
+
+// The host chooses section_heads by the next three numbers. No kernel reads them.
+
+// Tiles of a section for each thread block of a forward with a mask, where tiles differ in cost: many heads together balance the load. On
+// an H200 with 2 to 32 heads and 512 to 16k keys, four were fastest. The causal cases of the bench's part `grid` show whether a change is
+// faster.
+constexpr int kForwardSection = 4;
+
+// The same for each block, or cluster, of a backward, with any mask. There, each head more also adds its dq_accum to what should stay in
+// L2: with four, head_dim 128 and 256 lost 2 to 3% on an H200.
+constexpr int kBackwardSection = 1;
+
+// Heads of a section at most, because of L2.
+constexpr int kMaxSectionHeads = 32;
 
 // The forward of sm90. The tensor maps are (head_dim, rows, heads, batch). A box has 64 columns, or 32 if kHeadDim is not a multiple of 64.
 struct Sm90FwdParams {

@@ -1,4 +1,5 @@
-//! The table of all kernels, generated from cuda/instances.def: one row for each line, element type and variant.
+//! The table of all kernels, generated from cuda/instances.def: one row for each line, element type and variant. And the numbers that
+//! kernels and plan share, generated from cuda/params.h.
 
 use candle_core::DType;
 
@@ -108,6 +109,8 @@ pub struct Kernel {
     pub grid: Grid,
     /// Dynamic shared memory of a thread block.
     pub shared_bytes: usize,
+    /// Columns of a box of its tensor maps, 0 if it has none.
+    pub box_cols: usize,
 }
 
 /// Threads of a warp.

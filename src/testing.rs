@@ -4,7 +4,7 @@ use candle_core::{CustomOp3, Tensor};
 
 use crate::attention::planned;
 pub use crate::device::caps as device_caps;
-pub use crate::instances::{Arch, Grid, Kernel, Pass, KERNELS};
+pub use crate::instances::{Arch, Grid, Kernel, Pass, DQ_GROUP_ROWS, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 use crate::output::{o_and_lse, Output};

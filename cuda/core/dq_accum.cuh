@@ -1,10 +1,5 @@
-// dq_accum: dq in f32, as it is summed up. Where its rows lie, and in which order thread blocks add to them.
-//
-// The rows of a head follow each other in row groups of 8, and every sequence starts at a row group of its own. A row group has kHeadDim /
-// 16 cells of 8 x 16. A lane of a warp holds four columns of a row of a cell, in two neighbouring accumulators. From registers, a warp adds
-// a whole cell: 512 contiguous bytes with one instruction, or before compute capability 9.0 with four instructions of 128 bytes. On Hopper
-// up to head_dim 128, TMA adds the columns of one consumer in a row group. The layout does not depend on tiles and warps, so all backwards
-// share one conversion.
+// dq_accum holds dq in f32. A head is a list of row groups: 8 queries, all columns. Each sequence starts a new row group. A row group is
+// stored in cells of 8 rows x 16 columns. A lane holds four floats of a cell. All backwards use this layout, so there is one conversion.
 #pragma once
 
 #include "../params.h"
@@ -15,7 +10,6 @@
 
 namespace fa2 {
 
-constexpr int kDqGroupRows = 8;
 constexpr int kDqCellCols = 16;
 constexpr int kDqCellElements = kDqGroupRows * kDqCellCols;
 
@@ -77,7 +71,8 @@ __device__ __forceinline__ void load_dq_cell(float (&x)[8], const float* cell, i
     }
 }
 
-// Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head.
+// Adds a warp's accumulators, which begin at (row, col), to dq_accum of a head: a whole cell at a time, 512 contiguous bytes, with one
+// `red`, or before compute capability 9.0 with four.
 //
 // A row group after the end of the sequence does not exist. Its accumulators are zeros (or NaN, which may spread within the sequence), and
 // they go to the last row group that exists. There is no condition on `red`, because ptxas makes a branch of it, and then no longer
@@ -104,8 +99,8 @@ __device__ __forceinline__ void add_to_dq(const BwdParams& params, const Sequenc
     }
 }
 
-// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups. Compute capability 9.0
-// only.
+// Writes a warp's accumulators, which begin at (row, col), to a tile in shared memory with the layout of row groups. TMA then adds
+// the columns of a consumer in a row group to dq_accum. Compute capability 9.0 only.
 template <int kHeadDim, int kNTiles>
 __device__ __forceinline__ void store_dq(float* tile, int row, int col, const Accumulator<1, kNTiles>& dq, int lane) {
     float* to = tile + row * kHeadDim + col * kDqGroupRows + 4 * lane;
@@ -132,20 +127,13 @@ __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const 
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile of queries
 
-    // Number of key blocks that add to a tile of queries before block `n_block`. The order starts with the block of the last keys that the
-    // tile sees.
+    // Number of blocks of `block_n` keys that add to the queries `rows` before block `n_block`. The order starts with the block of the last
+    // keys that any of them sees.
     __device__ __forceinline__ static int blocks_before(const Visibility& sees, Range rows, int n_block, int block_n) {
         return (sees.keys_of(rows).end - 1) / block_n - n_block;
     }
 
-    // The same for tile `m_block` of kBlockM queries, and blocks of kBlockN keys.
-    template <int kBlockM, int kBlockN>
-    __device__ __forceinline__ static int blocks_before(const Shape& shape, const Sequence& sequence, int m_block, int n_block) {
-        const Range rows = tile_range(m_block * kBlockM, kBlockM, sequence.seqlen_q);
-        return blocks_before(Visibility(shape, sequence), rows, n_block, kBlockN);
-    }
-
-    // One thread. Waits until `count` parts have been added to the tile.
+    // One thread. Waits until `count` additions to the tile are done.
     __device__ __forceinline__ void poll(int64_t tile, uint32_t count) const {
         uint32_t added;
         do {
@@ -153,7 +141,7 @@ struct DqSemaphores {
         } while (added < count);
     }
 
-    // One thread. Says that a part has been added. The release also covers what other threads added before a barrier.
+    // One thread. Says that an addition is done. The release also covers what other threads added before a barrier.
     __device__ __forceinline__ void post(int64_t tile) const {
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counters + tile) : "memory");
     }

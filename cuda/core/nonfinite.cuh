@@ -124,17 +124,16 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     }
 }
 
-// One warp recomputes `rows` rows of one head of one sequence, starting at first_row and first_col. It is not inlined, so that it takes no
-// registers from the main loop.
+// One warp recomputes its rows of a tile, Traits::kWarpRows from `first` on, and their columns from first_col on. It is not inlined, so
+// that it takes no registers from the main loop.
 template <typename Traits>
-__device__ __noinline__ void recompute_rows(const FwdParams& params, int batch, int head, int first_row, int rows,
-                                               int first_col = 0) {
-    const Sequence sequence(params.shape, batch);
+__device__ __noinline__ void recompute_rows(const FwdParams& params, RowAt first, int first_col = 0) {
+    const Sequence sequence(params.shape, first.batch);
     const int lane = threadIdx.x % kWarpSize;
     __syncwarp();  // other lanes have written these rows
 #pragma unroll 1
-    for (int row = first_row; row < min(first_row + rows, sequence.seqlen_q); ++row)
-        recompute_row<Traits>(params, sequence, head, row, lane, first_col);
+    for (int row = first.row; row < min(first.row + Traits::kWarpRows, sequence.seqlen_q); ++row)
+        recompute_row<Traits>(params, sequence, first.head, row, lane, first_col);
 }
 
 }  // namespace fa2

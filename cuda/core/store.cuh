@@ -20,10 +20,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, float4 value) {
 template <typename T, typename Tile, int kMTiles, int kNTiles>
 __device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, const Accumulator<kMTiles, kNTiles>& acc,
                                                int first_row, int first_col, int lane) {
-    constexpr int kPanelChunks = Tile::kPanel / Tile::kChunk;
-    constexpr bool kAcrossPanels = kNTiles % kPanelChunks != 0 && kPanelChunks % kNTiles != 0;
-    const int chunk = kAcrossPanels ? first_col / 8 : 0;
-    const uint32_t chunk_base = Tile::offset(first_row + fragment_row(lane, 0), kAcrossPanels ? 0 : first_col / 8);
+    const ColumnBase<Tile, 8 * kNTiles> columns(first_col);
+    const uint32_t chunk_base = Tile::offset(first_row + fragment_row(lane, 0), columns.base);
     const uint32_t base = shared + chunk_base + fragment_col(lane, 0) * 2;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
@@ -31,7 +29,7 @@ __device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, c
         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                store_shared(Tile::advance(base, j + chunk) + (Tile::row_step(16 * i + 8 * half) + tile),
+                store_shared(Tile::advance(base, j + columns.chunk) + (Tile::row_step(16 * i + 8 * half) + tile),
                              pack2<T>(acc.x[i][j][2 * half], acc.x[i][j][2 * half + 1]));
 }
 

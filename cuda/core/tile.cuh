@@ -54,6 +54,19 @@ struct Tile {
 template <typename T, int kRows, int kCols>
 using TileOf = Tile<kRows, kCols, sizeof(T) == 2 && kCols % 64 == 0 ? 64 : 32, sizeof(T)>;
 
+// The columns of a tile that begin at `first_col`, kWidth of them, for loops over columns by Tile::advance(). If they may begin inside a
+// panel and run into the next one, the base is that of column 0, and each step is further by `chunk`.
+template <typename Tile, int kWidth>
+struct ColumnBase {
+    static constexpr bool kAcrossPanels = kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;
+
+    int base;   // the chunk of the base
+    int chunk;  // what a step adds: 0 unless kAcrossPanels
+
+    __device__ __forceinline__ explicit ColumnBase(int first_col)
+        : base(kAcrossPanels ? 0 : first_col / Tile::kChunk), chunk(kAcrossPanels ? first_col / Tile::kChunk : 0) {}
+};
+
 // How a tile lies as an operand of a product: its rows run along k, or along the outer axis ("transposed").
 enum class Order { kContiguousK, kTransposed };
 

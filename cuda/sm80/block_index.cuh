@@ -1,4 +1,5 @@
-// The block of keys that a thread block of the backward has: by its position in the grid, or in the order of DqSemaphores.
+// Which keys a thread block of the backward computes. By default its grid position says it. In a deterministic backward, blocks take their
+// keys from a counter, last keys first.
 #pragma once
 
 #include "../core/types.cuh"

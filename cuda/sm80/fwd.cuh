@@ -158,7 +158,7 @@ __device__ __forceinline__ void forward(const FwdParams& params) {
     const int first_row = block.rows.begin + block.warp_row;
     write_rows<typename Traits::T>(params, block.sequence, head, first_row, block.lane, o, softmax,
                                    Traits::ScoreMod::scale_log2(params.shape), block.first_col);
-    if (nonfinite) recompute_rows<Traits>(params, batch, head, first_row, Traits::kWarpRows, block.first_col);
+    if (nonfinite) recompute_rows<Traits>(params, {first_row, head, batch}, block.first_col);
 }
 
 }  // namespace fa2::sm80

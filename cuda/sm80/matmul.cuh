@@ -6,6 +6,7 @@
 
 #include "../core/fragment.cuh"
 #include "../core/tile.cuh"
+#include "load_ahead.cuh"
 #include "mma.cuh"
 #include "tf32.cuh"
 
@@ -47,21 +48,16 @@ struct OperandA {
 template <typename Tile, Order kOrder_, int kWidth, int kElementBytes = Tile::kElementBytes>
 struct OperandB {
     static constexpr Order kOrder = kOrder_;
+    ColumnBase<Tile, kWidth> columns;  // transposed only
     uint32_t base;
     uint32_t tile;
-    int chunk;  // of the first column; 0 unless kAcrossPanels
-
-    // The columns of a warp may begin inside a panel and run into the next one.
-    static constexpr bool kAcrossPanels =
-        kOrder == Order::kTransposed && kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;
 
     // As OperandA. first_col: of the B matrix, a multiple of 16.
-    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane)
-        : tile(tile), chunk(kAcrossPanels ? first_col / 8 : 0) {
+    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane) : columns(first_col), tile(tile) {
         if constexpr (kOrder == Order::kContiguousK) {
             base = shared + Tile::offset(first_col + lane % 8 + 8 * (lane / 16), lane / 8 % 2);
         } else {
-            base = shared + Tile::offset(lane % 16, (kAcrossPanels ? 0 : first_col / 8) + lane / 16);
+            base = shared + Tile::offset(lane % 16, columns.base + lane / 16);
         }
     }
 
@@ -69,7 +65,7 @@ struct OperandB {
         if constexpr (kOrder == Order::kContiguousK) {
             ldmatrix_x4(b, Tile::advance(base, 2 * k_step) + (Tile::row_step(16 * j) + tile));
         } else {
-            ldmatrix_x4_trans(b, Tile::advance(base, 2 * j + chunk) + (Tile::row_step(16 * k_step) + tile));
+            ldmatrix_x4_trans(b, Tile::advance(base, 2 * j + columns.chunk) + (Tile::row_step(16 * k_step) + tile));
         }
     }
 };
@@ -102,61 +98,37 @@ struct OperandA<Tile, Order::kTransposed, 4> {
 // the accumulators of a pair hold four neighbouring columns of a row: 4t .. 4t + 3 (product_columns).
 template <typename Tile, int kWidth>
 struct OperandB<Tile, Order::kTransposed, kWidth, 4> {
+    static constexpr Order kOrder = Order::kTransposed;
+    ColumnBase<Tile, kWidth> columns;
     uint32_t base;
     uint32_t tile;
-    int chunk;  // of the first column; 0 unless kAcrossPanels
 
-    static constexpr Order kOrder = Order::kTransposed;
-    static constexpr bool kAcrossPanels = kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;
-
-    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane)
-        : tile(tile), chunk(kAcrossPanels ? first_col / 4 : 0) {
-        base = shared + Tile::offset(2 * (lane % 4), (kAcrossPanels ? 0 : first_col / 4) + lane / 8) + lane / 4 % 2 * 8;
+    __device__ __forceinline__ OperandB(uint32_t shared, uint32_t tile, int first_col, int lane) : columns(first_col), tile(tile) {
+        base = shared + Tile::offset(2 * (lane % 4), columns.base + lane / 8) + lane / 4 % 2 * 8;
     }
 
     __device__ __forceinline__ void load(uint32_t (&b)[4], int j, int k_step) const {
-        const uint32_t address = Tile::advance(base, 4 * j + chunk), step = Tile::row_step(8 * k_step) + tile;
+        const uint32_t address = Tile::advance(base, 4 * j + columns.chunk), step = Tile::row_step(8 * k_step) + tile;
         load_shared(b[0], b[2], address + step);
         load_shared(b[1], b[3], Tile::next_row(address) + step);
     }
 };
 
-// acc += a b over kSteps.
-//
-// Fragments are loaded one pair of n8 tiles ahead. With two warps to a scheduler, nothing else hides the latency of ldmatrix.
-// (bench mha/d128/full/s4096 fwd, H200: 331 TFLOP/s without, 363 with.)
+// acc += a b over kSteps, with fragments loaded ahead (load_ahead()).
 template <typename T, int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     if constexpr (kIsSplit<T>) {
         multiply_split<kSteps>(acc, a, b);
     } else {
         static_assert(kNTiles % 2 == 0, "B is loaded two n8 tiles at a time");
-        constexpr int kPairs = kNTiles / 2;
-        uint32_t ra[2][kMTiles][4], rb[2][4];
+        const auto step = [&](int, int j, const uint32_t (&ra)[kMTiles][4], const uint32_t (&rb)[4]) {
 #pragma unroll
-        for (int i = 0; i < kMTiles; ++i) a.load(ra[0][i], i, 0);
-        b.load(rb[0], 0, 0);
-#pragma unroll
-        for (int k_step = 0; k_step < kSteps; ++k_step) {
-#pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                const int pair = k_step * kPairs + j;
-                if (j + 1 < kPairs) {
-                    b.load(rb[(pair + 1) % 2], j + 1, k_step);
-                } else if (k_step + 1 < kSteps) {
-                    b.load(rb[(pair + 1) % 2], 0, k_step + 1);
-                }
-                if (j == (kPairs > 1 ? kPairs - 2 : 0) && k_step + 1 < kSteps) {
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) a.load(ra[(k_step + 1) % 2][i], i, k_step + 1);
-                }
-#pragma unroll
-                for (int i = 0; i < kMTiles; ++i) {
-                    mma_step<T>(acc.x[i][2 * j], ra[k_step % 2][i], rb[pair % 2][0], rb[pair % 2][1]);
-                    mma_step<T>(acc.x[i][2 * j + 1], ra[k_step % 2][i], rb[pair % 2][2], rb[pair % 2][3]);
-                }
+            for (int i = 0; i < kMTiles; ++i) {
+                mma_step<T>(acc.x[i][2 * j], ra[i], rb[0], rb[1]);
+                mma_step<T>(acc.x[i][2 * j + 1], ra[i], rb[2], rb[3]);
             }
-        }
+        };
+        load_ahead<kSteps, kMTiles, kNTiles / 2>(a, b, 0, step);
     }
 }
 

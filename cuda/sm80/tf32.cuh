@@ -14,13 +14,14 @@
 #include "../core/fragment.cuh"
 #include "../core/tile.cuh"
 #include "../core/types.cuh"
+#include "load_ahead.cuh"
 #include "mma.cuh"
 
 namespace fa2::sm80 {
 
-// The k-steps of a part of a sum.
+// The k-steps of a part of a sum. With 4, errors fall by a third, and kernels are 8% slower (head_dim 128, docs/log/sm80.md).
 constexpr int kPartSteps = 8;
-// The n8 tiles of a part of o, dq, dk and dv. More need more registers; with fewer, A is loaded more often.
+// The n8 tiles of a part of o, dq, dk and dv. More need more registers; with fewer, A is loaded more often. Other numbers: not measured.
 constexpr int kPartTiles = 4;
 
 // d += a b, m16n8k8, f32 accumulators.
@@ -101,42 +102,26 @@ private:
     }
 };
 
-// n8 tiles first_tile .. first_tile + kTiles of acc += a b, over kSteps of 8. Fragments are loaded ahead as in multiply_ahead().
+// n8 tiles first_tile .. first_tile + kTiles of acc += a b, over kSteps of 8, with fragments loaded ahead (load_ahead()).
 template <int kSteps, int kTiles, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_columns(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b, int first_tile) {
     static_assert(kTiles % 2 == 0, "B is loaded two n8 tiles at a time");
     constexpr int kPairs = kTiles / 2;
-    const int first_pair = first_tile / 2;
     PartialSum<kMTiles, kTiles> part;
     part.clear();
-    uint32_t ra[2][kMTiles][4], rb[2][4];
+    Split split_a[kMTiles];
+    const auto step = [&](int k_step, int j, const uint32_t (&ra)[kMTiles][4], const uint32_t (&rb)[4]) {
+        if (j == 0) {
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) a.load(ra[0][i], i, 0);
-    b.load(rb[0], first_pair, 0);
-#pragma unroll
-    for (int k_step = 0; k_step < kSteps; ++k_step) {
-        Split split_a[kMTiles];
-#pragma unroll
-        for (int i = 0; i < kMTiles; ++i) split_a[i] = Split(ra[k_step % 2][i]);
-#pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-            const int pair = k_step * kPairs + j;
-            if (j + 1 < kPairs) {
-                b.load(rb[(pair + 1) % 2], first_pair + j + 1, k_step);
-            } else if (k_step + 1 < kSteps) {
-                b.load(rb[(pair + 1) % 2], first_pair, k_step + 1);
-            }
-            if (j == (kPairs > 1 ? kPairs - 2 : 0) && k_step + 1 < kSteps) {
-#pragma unroll
-                for (int i = 0; i < kMTiles; ++i) a.load(ra[(k_step + 1) % 2][i], i, k_step + 1);
-            }
-            part.multiply(split_a, Split(rb[pair % 2]), 2 * j);
+            for (int i = 0; i < kMTiles; ++i) split_a[i] = Split(ra[i]);
         }
-        if ((k_step + 1) % kPartSteps == 0 || k_step + 1 == kSteps) {
+        part.multiply(split_a, Split(rb), 2 * j);
+        if (j + 1 == kPairs && ((k_step + 1) % kPartSteps == 0 || k_step + 1 == kSteps)) {
             part.add_to(acc, first_tile);
             part.clear();
         }
-    }
+    };
+    load_ahead<kSteps, kMTiles, kPairs>(a, b, first_tile / 2, step);
 }
 
 // acc += a b over kSteps of 8.

@@ -104,9 +104,8 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
         }
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        const int consumer = warp / Traits::kWarpgroupWarps - 1;
-        const BwdConsumerBase<Traits> base{params,   control, bytes, shared_address(bytes),
-                                           consumer, rank,    warp % Traits::kWarpgroupWarps, lane, {}, {control}};
+        const ConsumerThread thread = Traits::consumer_thread(warp, lane);
+        const BwdConsumerBase<Traits> base{thread, params, control, bytes, shared_address(bytes), rank};
         // In a cluster the consumers add dq themselves. So the ordered walk is compiled separately, as in sm80/bwd.cuh.
         if (Traits::kCluster > 1 && params.bwd.semaphores != nullptr) {
             consume<true>(base);

@@ -14,13 +14,13 @@
 namespace fa2::sm90 {
 
 constexpr int kBwdConsumers = 2;
-constexpr int kBwdProducerLeast = 24;  // registers: the least that setmaxnreg takes. One kernel spills 8 bytes (cuda/instances.def)
+constexpr int kBwdProducerMinRegisters = 24;  // the least that setmaxnreg takes. One kernel spills 8 bytes (cuda/instances.def)
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_,
           int kDoStages_, typename ScoreMod_>
-struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
-    using Groups = Warpgroups<kBwdConsumers, kBwdProducerLeast>;
+struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerMinRegisters> {
+    using Groups = Warpgroups<kBwdConsumers, kBwdProducerMinRegisters>;
     using T = T_;
     using ScoreMod = ScoreMod_;
     using Groups::kConsumers;
@@ -48,7 +48,7 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerLeast> {
     static constexpr int kPanel = kBlockCols % 64 == 0 ? 64 : 32;
     // Columns of dq of consumer 0, if the consumers split the block's columns: half of the panels, rounded up. Consumer 1 has the others.
     static constexpr int kFirstDqCols = ceil_div(kBlockCols / kPanel, kConsumers) * kPanel;
-    static constexpr int kDqParts = kCluster * kConsumers;  // additions of a block, or a cluster, to a tile
+    static constexpr int kDqAdditions = kCluster * kConsumers;  // of a block, or a cluster, to the dq of a tile of queries
     using TileQ = Tile<kBlockM, kHeadDim, kPanel>;
     using TileK = Tile<kBlockN, kHeadDim, kPanel>;
     using TileDs = Tile<kClusterKeys, kBlockM>;  // dS^T
@@ -106,8 +106,8 @@ __device__ __forceinline__ BwdTile bwd_tile(const Shape& shape, const WorkTile& 
     return tile;
 }
 
-// The tile of queries of one step.
-struct QueryTile {
+// A step of the walk over the tiles of queries.
+struct QueryStep {
     int head;
     int m_block;
 
@@ -118,7 +118,15 @@ struct QueryTile {
     }
 };
 
-__device__ __forceinline__ QueryTile first_queries(const BwdTile& tile) { return {tile.head_k * tile.group_size, tile.m_blocks.begin}; }
+__device__ __forceinline__ QueryStep first_queries(const BwdTile& tile) { return {tile.head_k * tile.group_size, tile.m_blocks.begin}; }
+
+// Number of additions to the dq of `queries` that come before those of this work tile (DqSemaphores).
+template <typename Traits>
+__device__ __forceinline__ int additions_before(const Shape& shape, const BwdTile& tile, const QueryStep& queries) {
+    const Range rows = tile_range(queries.m_block * Traits::kBlockM, Traits::kBlockM, tile.sequence.seqlen_q);
+    const Visibility sees(shape, tile.sequence);
+    return Traits::kDqAdditions * DqSemaphores::blocks_before(sees, rows, tile.n_block, Traits::kClusterKeys);
+}
 
 // The data after the tiles in shared memory.
 template <typename Traits>
@@ -129,10 +137,9 @@ struct BwdControl {
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];            // q and lse
     uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];        // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];
-    // Clusters only: barriers for P, which a warp passes to another one, and for the index of the next work tile, which one block passes to
-    // the other; and the index.
-    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];
-    uint64_t index_full, index_empty;
+    // Clusters only.
+    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];  // P, from a warp of consumer 0 to one of consumer 1
+    uint64_t index_full, index_empty;                                            // the next work tile's index, from block 0 to block 1
     int index;
 };
 

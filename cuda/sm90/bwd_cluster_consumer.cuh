@@ -73,7 +73,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     static constexpr int kDqCols = kConsumer == 0 ? Traits::kFirstDqCols : Traits::kBlockCols - Traits::kFirstDqCols;
     static constexpr int kDqCol = kConsumer == 0 ? 0 : Traits::kFirstDqCols;  // the first one, in the block's columns
 
-    QueryTile before;                     // the tile of the step before
+    QueryStep before;                     // the step before this one
     typename Base::SumTile sum;           // dv of consumer 0, dk of consumer 1
     typename Base::ScoreTile x;           // consumer 0: S^T, then P^T. Consumer 1: dP^T, then dS^T
     typename Base::RoundedTile rounded;   // P^T, or dS^T
@@ -107,10 +107,8 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         const DqSemaphores semaphores{bwd.semaphores};
         const int64_t index = dq_tile_index<Traits::kBlockM>(bwd, sequence, before.head, before.m_block);
         if constexpr (kOrdered) {
-            const int n_block = Base::tile().n_block;
-            const int clusters =
-                DqSemaphores::blocks_before<Traits::kBlockM, Traits::kClusterKeys>(bwd.shape, sequence, before.m_block, n_block);
-            if (warp == 0 && lane == 0) semaphores.poll(index, Traits::kDqParts * clusters);
+            const int additions = additions_before<Traits>(bwd.shape, Base::tile(), before);
+            if (warp == 0 && lane == 0) semaphores.poll(index, additions);
             bar_sync<Traits::kWarpgroupThreads>(kOneConsumer + kConsumer);
         }
         const int col = rank * Traits::kBlockCols + kDqCol;
@@ -156,20 +154,6 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_arrived(dq);
     }
 
-    // dS^T = P^T (dP^T - delta)
-    __device__ __forceinline__ void to_ds(const RowValues& delta) {
-#pragma unroll
-        for (int j = 0; j < Traits::kNTiles; ++j) {
-            const float4 p_j = p()[j * Traits::kWarpgroupThreads];
-            x.x[0][j][0] = ds_of(p_j.x, x.x[0][j][0], delta[j].x);
-            x.x[0][j][1] = ds_of(p_j.y, x.x[0][j][1], delta[j].y);
-            x.x[0][j][2] = ds_of(p_j.z, x.x[0][j][2], delta[j].x);
-            x.x[0][j][3] = ds_of(p_j.w, x.x[0][j][3], delta[j].y);
-        }
-#pragma unroll
-        for (int step = 0; step < Traits::kKSteps; ++step) to_a_operand<T>(rounded[step], x.x[0], step);
-    }
-
     // Sends this warp's keys of dS^T to the peer. They are contiguous.
     __device__ __forceinline__ void send_ds() const {
         constexpr int kBytes = Traits::kDsBytes / Traits::kWarpgroupWarps;
@@ -195,7 +179,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_wait<0>();
         wgmma_arrived(x);
         wait_full(&control.p_full[warp], p_ring());
-        to_ds(delta);
+        Base::to_ds(x, rounded, delta, [&](int j) { return p()[j * Traits::kWarpgroupThreads]; });
         Base::arrive(control.p_empty[warp]);
         Base::arrive(control.do_empty[Base::do_ring.stage()]);
         Base::store_ds(rounded);

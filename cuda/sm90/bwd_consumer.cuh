@@ -79,7 +79,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     Accumulator<1, kDqCols / 8> dq;
 
     // Starts this consumer's part of dq = dS k, with the dS of all consumers at ring position `at`. In the first step there is no
-    // dS yet (exists: false). The product then reads what the buffer holds, and nothing uses its result. So no branch surrounds the wgmmas.
+    // dS yet (exists: false). The product then reads what the stage holds, and nothing uses its result. So no branch surrounds the wgmmas.
     // With one, ptxas would run them one by one.
     __device__ __forceinline__ void start_dq(DsRing at, bool exists) {
         if (exists) wait_full(control.ds_full, at);
@@ -96,19 +96,6 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         const int row = Traits::dq_row(consumer) + warp * Traits::kWarpRows;
         store_dq<Traits::kHeadDim>(reinterpret_cast<float*>(bytes + Traits::sDq), row, Traits::dq_col(consumer), dq, lane);
         bar_arrive<kDqThreads>(kDqWritten + consumer);
-    }
-
-    // dS^T = P^T (dP^T - delta), rounded. Without a score_mod, P^T is rounded here too, because fewer registers are in use than in to_p().
-    __device__ __forceinline__ void to_ds(const RowValues& delta) {
-#pragma unroll
-        for (int j = 0; j < Traits::kNTiles; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) dp.x[0][j][e] = ds_of(s.x[0][j][e], dp.x[0][j][e], e % 2 ? delta[j].y : delta[j].x);
-#pragma unroll
-        for (int step = 0; step < Traits::kKSteps; ++step) {
-            if constexpr (Traits::ScoreMod::kIdentity) to_a_operand<T>(p[step], s.x[0], step);
-            to_a_operand<T>(ds[step], dp.x[0], step);
-        }
     }
 
     // One step of the main loop. It also computes the dq of the step before.
@@ -139,7 +126,9 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
         wgmma_wait<0>();
         wgmma_arrived(dp);
         if (!Traits::kReadsEarly) Base::load_delta(delta);
-        to_ds(delta);
+        Base::to_ds(dp, ds, delta, [&](int j) { return make_float4(s.x[0][j][0], s.x[0][j][1], s.x[0][j][2], s.x[0][j][3]); });
+        // Without a score_mod, P^T is rounded only here, because fewer registers are in use than in to_p().
+        if constexpr (Traits::ScoreMod::kIdentity) Base::round(s, p);
         Base::store_ds(ds);
         Base::arrive(control.ds_full[ds_ring.stage()]);
         if (!Traits::kDvFirst) Base::start_sum(dv, p, do_);

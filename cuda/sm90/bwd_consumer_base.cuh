@@ -23,7 +23,7 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r
 // Where a consumer is in its walk over the tiles of queries. It is in registers, because a read of shared memory would delay the first
 // product of a step.
 struct BwdWalk {
-    QueryTile queries;
+    QueryStep queries;
     Range m_blocks;
     Range unmasked;    // tiles in which the mask hides none of the consumer's keys
     int tail_m_block;  // the tile with rows after the end of the sequence, or -1
@@ -41,7 +41,7 @@ __device__ __forceinline__ BwdWalk bwd_walk(const Shape& shape, const BwdTile& t
 }
 
 template <typename Traits>
-struct BwdConsumerBase {
+struct BwdConsumerBase : ConsumerThread {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
     using TileQ = typename Traits::TileQ;
@@ -56,12 +56,9 @@ struct BwdConsumerBase {
     BwdControl<Traits>& control;
     uint8_t* const bytes;
     const uint32_t shared;
-    int consumer;  // 0 .. kConsumers - 1
-    int rank;      // of this block in its cluster
-    int warp;      // in the warpgroup
-    int lane;
+    const int rank;  // of this block in its cluster
     BwdWalk walk;
-    BwdTiles<Traits> tiles;
+    BwdTiles<Traits> tiles{control};
     Ring<Traits::kQStages> q_ring;
     Ring<Traits::kDoStages> do_ring;
     Ring<Traits::kDsStages> ds_ring;
@@ -164,7 +161,7 @@ struct BwdConsumerBase {
         ds_ring.advance();
     }
 
-    // Starts S^T = k q^T, or dP^T = v do^T, of this warpgroup's keys and a tile of queries.
+    // Starts S^T = k q^T, or dP^T = v do^T, of this consumer's keys and a tile of queries.
     __device__ __forceinline__ void start_product(ScoreTile& d, uint32_t tile_k, uint32_t tile_q) const {
         const Operand<TileK, Order::kContiguousK> a(operand(tile_k), Traits::first_key(consumer));
         const Operand<TileQ, Order::kContiguousK> b(operand(tile_q));
@@ -227,7 +224,28 @@ struct BwdConsumerBase {
         }
     }
 
-    // Writes dS^T of this warp's keys to its buffer. The caller has waited for the buffer. Its readers must call fence_proxy_async().
+    // dS^T = P^T (dP^T - delta), in place of dP^T, and rounded. p_of(j): this thread's P^T in n8 tile j.
+    template <typename POf>
+    __device__ __forceinline__ void to_ds(ScoreTile& dp, RoundedTile& ds, const RowValues& delta, const POf& p_of) const {
+#pragma unroll
+        for (int j = 0; j < Traits::kNTiles; ++j) {
+            const float4 p = p_of(j);
+            float(&x)[4] = dp.x[0][j];
+            x[0] = ds_of(p.x, x[0], delta[j].x);
+            x[1] = ds_of(p.y, x[1], delta[j].y);
+            x[2] = ds_of(p.z, x[2], delta[j].x);
+            x[3] = ds_of(p.w, x[3], delta[j].y);
+        }
+        round(dp, ds);
+    }
+
+    // A tile as the A operand.
+    __device__ __forceinline__ static void round(const ScoreTile& x, RoundedTile& rounded) {
+#pragma unroll
+        for (int step = 0; step < Traits::kKSteps; ++step) to_a_operand<T>(rounded[step], x.x[0], step);
+    }
+
+    // Writes dS^T of this warp's keys to its stage. The caller has waited for the stage. Its readers must call fence_proxy_async().
     __device__ __forceinline__ void store_ds(const RoundedTile& ds) const {
         const uint32_t to = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + TileDs::offset(tile_key() + lane % 16, lane / 16);
 #pragma unroll

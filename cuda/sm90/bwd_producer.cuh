@@ -96,12 +96,12 @@ struct BwdProducer {
         const uint32_t full = shared_address(&control.keys_full), shared = shared_address(bytes);
         const int row = tile.sequence.first_k + tile.cols.begin;
         mbarrier_arrive_expect(full, Traits::kKeysBytes);
-        tma_load_tile<TileK>(shared + Traits::sK, params.k, full, row, tile.head_k, batch(tile));
-        tma_load_tile<TileK>(shared + Traits::sV, params.v, full, row, tile.head_k, batch(tile));
+        tma_load_tile<TileK>(shared + Traits::sK, params.k, full, {row, tile.head_k, batch(tile)});
+        tma_load_tile<TileK>(shared + Traits::sV, params.v, full, {row, tile.head_k, batch(tile)});
         if constexpr (Traits::kCluster > 1) {
             using TilePeerK = typename Traits::TilePeerK;
             const int peer_row = tile.sequence.first_k + Traits::peer_keys(tile, rank()).begin;
-            tma_load_tile<TilePeerK>(shared + Traits::sPeerK, params.k, full, peer_row, tile.head_k, batch(tile),
+            tma_load_tile<TilePeerK>(shared + Traits::sPeerK, params.k, full, {peer_row, tile.head_k, batch(tile)},
                                      rank() * Traits::kBlockCols);
         }
     }
@@ -110,7 +110,7 @@ struct BwdProducer {
     // finished the work tile before.
     __device__ __forceinline__ void load(const BwdTile& tile, const Ring<1>& key_ring, uint32_t& passed) const {
         const uint32_t shared = shared_address(bytes);
-        QueryTile queries = first_queries(tile);
+        QueryStep queries = first_queries(tile);
         if (tile.steps() == 0) load_keys(tile, key_ring);
 #pragma unroll 1
         for (int step = 0; step < tile.steps(); ++step) {
@@ -118,7 +118,7 @@ struct BwdProducer {
             const auto load_stage = [&](uint64_t* full, uint64_t* empty, uint32_t tiles, const TensorMap& map, const auto& ring) {
                 wait_empty(empty, ring);
                 const uint32_t barrier = shared_address(&full[ring.stage()]);
-                tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, row, queries.head, batch(tile));
+                tma_fill<TileQ>(shared + tiles + ring.stage() * TileQ::kBytes, map, barrier, {row, queries.head, batch(tile)});
             };
             load_stage(control.q_full, control.q_empty, Traits::sQ, params.q, Ring<Traits::kQStages>{passed});
             load_stage(control.do_full, control.do_empty, Traits::sDo, params.do_, Ring<Traits::kDoStages>{passed});
@@ -146,7 +146,7 @@ struct BwdProducer {
         Ring<Traits::kDoStages> do_ring;
         for (BwdTiles<Traits> tiles{control}; tiles.wait(); tiles.advance(lane)) {
             const BwdTile& tile = tiles.current();
-            QueryTile queries = first_queries(tile);
+            QueryStep queries = first_queries(tile);
             for (int step = tile.steps(); step > 0; --step) {
                 const int64_t head_offset = tile.sequence.lse_offset(params.bwd.shape, queries.head);
                 const int first_row = queries.m_block * Traits::kBlockM + lane;
@@ -178,11 +178,11 @@ struct BwdProducer {
         for (BwdTiles<Traits> tiles{control}; tiles.wait(); tiles.advance(lane)) {
             const BwdTile& tile = tiles.current();
             const Sequence& sequence = tile.sequence;
-            QueryTile queries = first_queries(tile);
+            QueryStep queries = first_queries(tile);
             for (int step = tile.steps(); step > 0; --step) {
                 const int first_row = queries.m_block * Traits::kBlockM;
                 const int64_t first_group = first_row_block(bwd.dq_groups, kDqGroupRows, bwd.shape, sequence, queries.head);
-                if (bwd.semaphores != nullptr) wait_for_blocks_before(tile, queries);
+                if (bwd.semaphores != nullptr) wait_for_additions_before(tile, queries);
                 bar_sync<Traits::kDqThreads>(kDqWritten + kConsumer);
                 fence_proxy_async();  // not in the consumer: there it would wait until the consumer's own writes are done
                 if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
@@ -203,14 +203,13 @@ struct BwdProducer {
         }
     }
 
-    __device__ __forceinline__ int64_t semaphore(const BwdTile& tile, const QueryTile& queries) const {
+    __device__ __forceinline__ int64_t semaphore(const BwdTile& tile, const QueryStep& queries) const {
         return dq_tile_index<Traits::kBlockM>(params.bwd, tile.sequence, queries.head, queries.m_block);
     }
 
-    __device__ __forceinline__ void wait_for_blocks_before(const BwdTile& tile, const QueryTile& queries) const {
-        const int blocks = DqSemaphores::blocks_before<Traits::kBlockM, Traits::kBlockN>(params.bwd.shape, tile.sequence, queries.m_block,
-                                                                                         tile.n_block);
-        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile, queries), Traits::kDqParts * blocks);
+    __device__ __forceinline__ void wait_for_additions_before(const BwdTile& tile, const QueryStep& queries) const {
+        const int additions = additions_before<Traits>(params.bwd.shape, tile, queries);
+        if (lane == 0) DqSemaphores{params.bwd.semaphores}.poll(semaphore(tile, queries), additions);
         __syncwarp();
     }
 };

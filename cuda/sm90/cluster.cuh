@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_to_peer(uint32_t to, uint32_t value, uint3
                  : "memory");
 }
 
-// Arrives at a barrier of the peer. `barrier` is an address of peer_address(). It publishes no data, it only says that a buffer is free: a
+// Arrives at a barrier of the peer. `barrier` is an address of peer_address(). It publishes no data, it only says that a stage is free: a
 // release at cluster scope would cost 7% (head_dim 256 without the additions to dq_accum, H200).
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");

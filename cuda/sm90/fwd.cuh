@@ -41,8 +41,7 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
     for (int number = 0; number < Traits::kMaxTiles; ++number) {
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
         const WorkTile tile = query_tile<Traits>(params, control.taken[number], lane);
-        const int first_row = tile.block * Traits::kBlockM + warp_row;
-        recompute_rows<Traits>(params.fwd, tile.sequence.batch, tile.head, first_row, Traits::kWarpRows);
+        recompute_rows<Traits>(params.fwd, {tile.block * Traits::kBlockM + warp_row, tile.head, tile.sequence.batch});
     }
 }
 
@@ -68,13 +67,13 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
         return;
     }
     take_registers<Traits::kConsumerRegisters>();
-    const int warpgroup = warp / Traits::kWarpgroupWarps - 1, warp_in_warpgroup = warp % Traits::kWarpgroupWarps;
-    FwdConsumer<Traits>{params, control, shared, warpgroup, warp_in_warpgroup, lane}.run();
+    const ConsumerThread thread = Traits::consumer_thread(warp, lane);
+    FwdConsumer<Traits>{thread, params, control, shared}.run();
     // All consumers have set their bits and written their rows.
     bar_sync<Traits::kWarpgroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);
     uint32_t any = 0;
     for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
-    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * warpgroup + Traits::kWarpRows * warp_in_warpgroup, lane);
+    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * thread.consumer + Traits::kWarpRows * thread.warp, lane);
 }
 
 }  // namespace fa2::sm90

@@ -1,4 +1,4 @@
-// Types that the warps of a forward's block share: tile shapes, shared memory, and each warpgroup's part of a work tile.
+// Types that the warps of a forward's block share: tile shapes, shared memory, and each consumer's key tiles.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -12,12 +12,12 @@
 
 namespace fa2::sm90 {
 
-constexpr int kFwdProducerLeast = 32;  // registers: enough without local memory (docs/kernels.md)
+constexpr int kFwdProducerMinRegisters = 32;  // enough without local memory (docs/kernels.md)
 
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kMidWait_,
           int kLateRescale_, typename ScoreMod_>
-struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerLeast> {
-    using Groups = Warpgroups<kBlockM_ / 64, kFwdProducerLeast>;
+struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerMinRegisters> {
+    using Groups = Warpgroups<kBlockM_ / 64, kFwdProducerMinRegisters>;
     using Groups::kConsumers;
     using Groups::kWarpgroupRows;
     using Groups::kWarpgroupWarps;
@@ -35,16 +35,17 @@ struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerLeast> {
     using TileK = Tile<kBlockN, kHeadDim>;
 
     static constexpr int kKeyStages = 2;  // pipeline stages of k, and of v
-    static constexpr int kControlBytes = 3072;  // sizeof(FwdControl) in whole KB, asserted in fwd.cuh
+    static constexpr int kControlBytes = 3072;  // for FwdControl, asserted in fwd.cuh. At head_dim 256, the tiles leave no more
     static constexpr int kKeyBytes = 2 * kKeyStages * TileK::kBytes;
     static constexpr int kQStages = kQStages_;
     static constexpr uint32_t sQ = 0, sK = kQStages * TileQ::kBytes, sV = sK + kKeyStages * TileK::kBytes;
     static constexpr int kSharedBytes = kQStages * TileQ::kBytes + kKeyBytes + kControlBytes;
-    // Work tiles that one block can take (max_tiles of the launch). The list of them takes 2 KB of shared memory.
+    // Work tiles that one block can take (max_tiles of the launch). At head_dim 256 the tiles (64 + 160 KB) leave 3 KB of the 227 for
+    // FwdControl, and the indices of 512 work tiles take 2 KB of these.
     static constexpr int kMaxTiles = 512;
     // Slots of WorkTile: while a consumer writes tile n, the producer may publish n + 1 and n + 2. A power of two makes the index cheap.
     static constexpr int kTileStages = 4;
-    static constexpr int kPartStages = 2;  // slots of Part: the current tile of a consumer warp, and the next one
+    static constexpr int kKeyStepsStages = 2;  // slots of KeySteps: the current tile of a consumer warp, and the next one
 
     static constexpr bool kMidWait = kMidWait_ != 0;
     static constexpr bool kLateRescale = kLateRescale_ != 0;
@@ -56,9 +57,9 @@ struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerLeast> {
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
-// The part of a work tile that one warpgroup computes. Ranges and counts are in key tiles.
-struct Part {
-    Range own;             // key tiles that this warpgroup's rows see. If they see none but another warpgroup does: one hidden tile
+// The steps of one consumer in a work tile. Ranges and counts are in key tiles.
+struct KeySteps {
+    Range own;             // key tiles that this consumer's rows see. If they see none but those of another consumer do: one hidden tile
     Range unmasked;        // key tiles of the steps after the first in which nothing is hidden
     bool first_unmasked;   // nothing is hidden in the first step
     int before;            // number of tiles that the producer loads before `own` ..
@@ -72,7 +73,7 @@ struct FwdControl {
     uint64_t v_full[Traits::kKeyStages], v_empty[Traits::kKeyStages];
     uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
     WorkTile tiles[Traits::kTileStages];
-    Part parts[Traits::kWarpgroupWarps * Traits::kConsumers][Traits::kPartStages];
+    KeySteps key_steps[Traits::kWarpgroupWarps * Traits::kConsumers][Traits::kKeyStepsStages];
     uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
     int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
 };

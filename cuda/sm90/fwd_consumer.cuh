@@ -13,7 +13,7 @@
 namespace fa2::sm90 {
 
 template <typename Traits>
-struct FwdConsumer {
+struct FwdConsumer : ConsumerThread {
     using T = typename Traits::T;
     using ScoreMod = typename Traits::ScoreMod;
     using TileQ = typename Traits::TileQ;
@@ -22,9 +22,6 @@ struct FwdConsumer {
     const Sm90FwdParams& params;
     FwdControl<Traits>& control;
     const uint32_t shared;
-    const int warpgroup;  // 0 .. kConsumers - 1
-    const int warp;       // in the warpgroup
-    const int lane;
     Ring<Traits::kKeyStages> k_ring, v_ring;
     Accumulator<1, Traits::kNTiles> s;
     Accumulator<1, Traits::kDTiles> o;
@@ -34,13 +31,13 @@ struct FwdConsumer {
     int current = 0;   // the number of the current work tile, among those of this block
 
     __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kTileStages]; }
-    __device__ __forceinline__ Part& part_of(int number) const {
-        return control.parts[Traits::kWarpgroupWarps * warpgroup + warp][number % Traits::kPartStages];
+    __device__ __forceinline__ KeySteps& key_steps_of(int number) const {
+        return control.key_steps[Traits::kWarpgroupWarps * consumer + warp][number % Traits::kKeyStepsStages];
     }
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
-    // The first row of this warpgroup.
+    // The first row of this consumer.
     __device__ __forceinline__ int first_row(const WorkTile& tile) const {
-        return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * warpgroup;
+        return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * consumer;
     }
     __device__ __forceinline__ float scale_log2() const { return ScoreMod::scale_log2(params.fwd.shape); }
 
@@ -53,22 +50,23 @@ struct FwdConsumer {
         const Visibility sees(params.fwd.shape, tile.sequence);
         const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(tile));
         const Range rows = tile_range(first_row(tile), Traits::kWarpgroupRows, tile.sequence.seqlen_q);
-        Part part;
-        part.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
+        KeySteps key_steps;
+        key_steps.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need row statistics, so they take one fully hidden tile.
-        if (!rows.empty() && part.own.empty() && !tiles.empty()) part.own = {tiles.end - 1, tiles.end};
+        if (!rows.empty() && key_steps.own.empty() && !tiles.empty()) key_steps.own = {tiles.end - 1, tiles.end};
         const Range common = sees.common_keys(rows);
-        part.unmasked = {max(ceil_div(common.begin, Traits::kBlockN), part.own.begin), common.end / Traits::kBlockN};
-        part.first_unmasked = part.unmasked.contains({part.own.end - 1, part.own.end});
-        part.before = tiles.end - part.own.end;
-        part.after = part.own.begin - tiles.begin;
+        key_steps.unmasked = {max(ceil_div(common.begin, Traits::kBlockN), key_steps.own.begin), common.end / Traits::kBlockN};
+        key_steps.first_unmasked = key_steps.unmasked.contains({key_steps.own.end - 1, key_steps.own.end});
+        key_steps.before = tiles.end - key_steps.own.end;
+        key_steps.after = key_steps.own.begin - tiles.begin;
         __syncwarp();
-        if (lane == 0) part_of(number) = part;
+        if (lane == 0) key_steps_of(number) = key_steps;
         __syncwarp();
         return true;
     }
 
-    __device__ __forceinline__ void release(uint64_t& barrier) const {
+    // This warp arrives at a barrier: it has read a stage. Its lanes come from a wait for wgmmas or a __syncwarp(), so they are together.
+    __device__ __forceinline__ void arrive(uint64_t& barrier) const {
         if (lane == 0) mbarrier_arrive(shared_address(&barrier));
     }
 
@@ -76,7 +74,7 @@ struct FwdConsumer {
     __device__ __forceinline__ void start_scores(int number) {
         wait_full(control.k_full, k_ring);
         const uint32_t tile_q = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
-        const Operand<TileQ, Order::kContiguousK> q(tile_q, warpgroup * Traits::kWarpgroupRows);
+        const Operand<TileQ, Order::kContiguousK> q(tile_q, consumer * Traits::kWarpgroupRows);
         const Operand<TileK, Order::kContiguousK> k(shared + Traits::sK + k_ring.stage() * TileK::kBytes);
         start_multiply<T, Traits::kHeadDim / 16>(s, q, k);
     }
@@ -92,7 +90,7 @@ struct FwdConsumer {
     __device__ __forceinline__ void scores_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(s);
-        release(control.k_empty[k_ring.stage()]);
+        arrive(control.k_empty[k_ring.stage()]);
         k_ring.advance();
     }
 
@@ -100,7 +98,7 @@ struct FwdConsumer {
     __device__ __forceinline__ void output_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(o);
-        release(control.v_empty[v_ring.stage()]);
+        arrive(control.v_empty[v_ring.stage()]);
         v_ring.advance();
     }
 
@@ -172,12 +170,12 @@ struct FwdConsumer {
 
     // All steps of a work tile after the first. Returns whether there were none, so that o has no product yet.
     __device__ __forceinline__ bool steps() {
-        const Part& part = part_of(opaque(current));
+        const KeySteps& key_steps = key_steps_of(opaque(current));
         bool fresh = true;
-        for (int n_block = part.own.end - 2; n_block >= part.own.begin;) {
-            const int first_unmasked = n_block < part.unmasked.end ? part.unmasked.begin : n_block + 1;
+        for (int n_block = key_steps.own.end - 2; n_block >= key_steps.own.begin;) {
+            const int first_unmasked = n_block < key_steps.unmasked.end ? key_steps.unmasked.begin : n_block + 1;
             for (; n_block >= first_unmasked; --n_block, fresh = false) step<false>(n_block, fresh);
-            if (n_block >= part.own.begin) step<true>(n_block--, fresh), fresh = false;
+            if (n_block >= key_steps.own.begin) step<true>(n_block--, fresh), fresh = false;
         }
         if (Traits::kLateRescale) rescale_output();
         return fresh;
@@ -186,11 +184,11 @@ struct FwdConsumer {
     // Waits for the first S of work tile `number` and computes its softmax.
     __device__ __forceinline__ void first_softmax(int number) {
         scores_arrived<0>();
-        const Part& part = part_of(number);
-        if (part.first_unmasked) {
-            score_and_mask<false>(number, part.own.end - 1);
+        const KeySteps& key_steps = key_steps_of(number);
+        if (key_steps.first_unmasked) {
+            score_and_mask<false>(number, key_steps.own.end - 1);
         } else {
-            score_and_mask<true>(number, part.own.end - 1);
+            score_and_mask<true>(number, key_steps.own.end - 1);
         }
         softmax.clear();
         rescale[0] = rescale[1] = 1.f;
@@ -199,23 +197,18 @@ struct FwdConsumer {
         round_p();
     }
 
-    // Skips key tiles that are fully masked for this warpgroup's rows.
-    __device__ __forceinline__ void skip_k(int count) {
-        for (; count > 0; --count) {
-            wait_full(control.k_full, k_ring);
-            __syncwarp();  // every lane has seen this phase end
-            release(control.k_empty[k_ring.stage()]);
-            k_ring.advance();
-        }
+    // Skips a stage of k, or of v: a key tile that is fully masked for this consumer's rows.
+    __device__ __forceinline__ void skip(uint64_t* full, uint64_t* empty, Ring<Traits::kKeyStages>& ring) {
+        wait_full(full, ring);
+        __syncwarp();  // every lane has seen this phase end
+        arrive(empty[ring.stage()]);
+        ring.advance();
     }
-
+    __device__ __forceinline__ void skip_k(int count) {
+        for (; count > 0; --count) skip(control.k_full, control.k_empty, k_ring);
+    }
     __device__ __forceinline__ void skip_v(int count) {
-        for (; count > 0; --count) {
-            wait_full(control.v_full, v_ring);
-            __syncwarp();
-            release(control.v_empty[v_ring.stage()]);
-            v_ring.advance();
-        }
+        for (; count > 0; --count) skip(control.v_full, control.v_empty, v_ring);
     }
 
     // Skips k and v, in the order in which the producer loads them. No product may be running.
@@ -243,45 +236,45 @@ struct FwdConsumer {
     }
 
     // Whether the first S of work tile `next` may start before the last o += P v of the current tile has ended. Until it ends, this
-    // warpgroup holds the v of that product, and so the producer can load only three more k. One of them is the k of that S, so at most
-    // two key tiles may be skipped before it.
-    __device__ __forceinline__ bool flows_into(const Part& next) const {
-        return !next.own.empty() && part_of(current).after + next.before <= 2;
+    // consumer holds the v of that product, and so the producer can load only kKeyStages + 1 more k. One of them is the k of that S, so at
+    // most kKeyStages key tiles may be skipped before it.
+    __device__ __forceinline__ bool flows_into(const KeySteps& next) const {
+        return !next.own.empty() && key_steps_of(current).after + next.before <= Traits::kKeyStages;
     }
 
-    // Skips a work tile in which this warpgroup has no rows, or in which its rows see nothing.
-    __device__ __forceinline__ void skip(const Part& part) {
+    // Skips a work tile in which this consumer has no rows, or in which its rows see nothing.
+    __device__ __forceinline__ void skip_tile(const KeySteps& key_steps) {
         const WorkTile& tile = tile_of(current);
-        if (part.before + part.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
-        skip_keys(part.before + part.after);
-        release(control.q_empty[q_ring_of(current).stage()]);
+        if (key_steps.before + key_steps.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
+        skip_keys(key_steps.before + key_steps.after);
+        arrive(control.q_empty[q_ring_of(current).stage()]);
     }
 
     __device__ __forceinline__ void run() {
         bool exists = take(current);
         while (exists) {
-            const Part& part = part_of(current);
-            if (part.own.empty()) {
-                skip(part);
+            const KeySteps& key_steps = key_steps_of(current);
+            if (key_steps.own.empty()) {
+                skip_tile(key_steps);
                 exists = take(++current);
                 continue;
             }
-            skip_keys(part.before);
+            skip_keys(key_steps.before);
             start_scores(current);
             first_softmax(current);
             bool flows = true;
             while (flows) {
                 const bool fresh = steps();
-                release(control.q_empty[q_ring_of(current).stage()]);
+                arrive(control.q_empty[q_ring_of(current).stage()]);
                 OnlineSoftmax<1> statistics = softmax;
                 start_output(fresh);
                 flows = false;
                 if constexpr (Traits::kQStages > 1) {
                     exists = take(current + 1);
-                    flows = exists && flows_into(part_of(current + 1));
+                    flows = exists && flows_into(key_steps_of(current + 1));
                 }
                 if (flows) {
-                    const int between = part_of(current).after + part_of(current + 1).before;
+                    const int between = key_steps_of(current).after + key_steps_of(current + 1).before;
                     skip_k(between);
                     start_scores(current + 1);
                     output_arrived<1>();
@@ -290,7 +283,7 @@ struct FwdConsumer {
                     first_softmax(current + 1);
                 } else {
                     output_arrived();
-                    skip_keys(part_of(current).after);
+                    skip_keys(key_steps_of(current).after);
                     write(tile_of(current), statistics);
                     if constexpr (Traits::kQStages == 1) exists = take(current + 1);
                 }

@@ -27,7 +27,7 @@ struct FwdProducer {
     // v of the last key tile whose k has been loaded.
     struct PendingV {
         bool exists;
-        int row, head, batch;
+        RowAt first;
     } pending_v = {};
 
     // Asks for the index of the next tile.
@@ -69,8 +69,8 @@ struct FwdProducer {
             control.tiles[published % Traits::kTileStages] = tile;
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
-                tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full,
-                                tile.sequence.first_q + tile.block * Traits::kBlockM, tile.head, batch_of(tile));
+                const int row = tile.sequence.first_q + tile.block * Traits::kBlockM;
+                tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full, {row, tile.head, batch_of(tile)});
             } else {
                 mbarrier_arrive(full);
             }
@@ -83,11 +83,11 @@ struct FwdProducer {
     __device__ __forceinline__ int batch_of(const WorkTile& tile) const { return batch_entry(params.fwd.shape, tile.sequence); }
 
     __device__ __forceinline__ void load(Ring<Traits::kKeyStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
-                                         const TensorMap& map, int row, int head, int batch) {
+                                         const TensorMap& map, const RowAt& first) {
         wait_empty(empty, ring);
         if (lane == 0) {
             const uint32_t barrier = shared_address(&full[ring.stage()]);
-            tma_fill<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, row, head, batch);
+            tma_fill<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, first);
         }
         __syncwarp();
         ring.advance();
@@ -101,14 +101,13 @@ struct FwdProducer {
     // Loads k of key tile n_block, and v of the key tile before. So S never waits for a v.
     __device__ __forceinline__ void load_keys(const WorkTile& tile, int n_block) {
         const int row = tile.sequence.first_k + n_block * Traits::kBlockN, head = key_head(params.fwd.shape, tile.head);
-        load(k_ring, control.k_full, control.k_empty, Traits::sK, params.k, row, head, batch_of(tile));
+        load(k_ring, control.k_full, control.k_empty, Traits::sK, params.k, {row, head, batch_of(tile)});
         load_pending_v();
-        pending_v = {true, row, head, batch_of(tile)};
+        pending_v = {true, {row, head, batch_of(tile)}};
     }
 
     __device__ __forceinline__ void load_pending_v() {
-        if (pending_v.exists)
-            load(v_ring, control.v_full, control.v_empty, Traits::sV, params.v, pending_v.row, pending_v.head, pending_v.batch);
+        if (pending_v.exists) load(v_ring, control.v_full, control.v_empty, Traits::sV, params.v, pending_v.first);
         pending_v.exists = false;
     }
 
@@ -131,7 +130,7 @@ struct FwdProducer {
                 if (!kPublishesEarly && n_block == tiles.end - 1) publish(tile, true);
                 if (n_block == tiles.end - 2) take_next();
             }
-            // publish() waits until every warpgroup has released its tile. A warpgroup without rows releases it only after the last v.
+            // publish() waits until every consumer has released its tile. A consumer without rows releases it only after the last v.
             if (tiles.empty()) load_pending_v();
             if (!kPublishesEarly && tiles.empty()) publish(tile, false);
             if (tiles.end - tiles.begin < 2) take_next();

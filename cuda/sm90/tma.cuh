@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../core/sequence.cuh"
 #include "../params.h"
 #include "barrier.cuh"
 
@@ -14,30 +15,28 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Loads the box that begins at column `col`, row `row` of one head of one sequence.
-__device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int col, int row, int head,
-                                         int batch) {
+// Loads the box that begins at column `col` of row `at` of the tensor.
+__device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int col, const RowAt& at) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
             shared),
-        "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch)
+        "l"(&map), "r"(barrier), "r"(col), "r"(at.row), "r"(at.head), "r"(at.batch)
         : "memory");
 }
 
-// Loads a whole tile, from column `first_col` of the tensor, one box for each of its panels.
+// Loads a whole tile, whose first row is `at`, from column `first_col` on: one box for each of its panels.
 template <typename Tile>
-__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch,
-                                              int first_col = 0) {
+__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, const RowAt& at, int first_col = 0) {
 #pragma unroll
     for (int col = 0; col < Tile::kCols; col += Tile::kPanel)
-        tma_load(shared + col * Tile::kRows * 2, map, barrier, first_col + col, row, head, batch);
+        tma_load(shared + col * Tile::kRows * 2, map, barrier, first_col + col, at);
 }
 
 // The same. Also arrives at the barrier and makes it wait for the tile.
 template <typename Tile>
-__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, const RowAt& at) {
     mbarrier_arrive_expect(barrier, Tile::kBytes);
-    tma_load_tile<Tile>(shared, map, barrier, row, head, batch);
+    tma_load_tile<Tile>(shared, map, barrier, at);
 }
 
 // Starts to add `bytes` of floats to global memory, as one bulk group.

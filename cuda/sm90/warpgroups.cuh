@@ -5,8 +5,15 @@
 
 namespace fa2::sm90 {
 
-// kLeast: registers that a thread of the producer needs, 24 at least (setmaxnreg), without local memory (docs/kernels.md).
-template <int kConsumers_, int kLeast>
+// A thread of a consumer.
+struct ConsumerThread {
+    int consumer;  // 0 .. kConsumers - 1
+    int warp;      // in the warpgroup
+    int lane;
+};
+
+// kProducerMinRegisters: what a thread of the producer needs without local memory (docs/kernels.md), 24 at least (setmaxnreg).
+template <int kConsumers_, int kProducerMinRegisters>
 struct Warpgroups {
     static constexpr int kConsumers = kConsumers_;
     static constexpr int kWarpgroupWarps = 4;  // warps of a warpgroup
@@ -15,10 +22,19 @@ struct Warpgroups {
     static constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpSize;
 
     // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
-    // at least kLeast of them, and the consumers share the others in multiples of 8.
+    // at least kProducerMinRegisters, and the consumers share the others in multiples of 8.
     static constexpr int kLaunchRegisters = kRegistersPerSm / (kWarpgroupThreads * (kConsumers + 1)) / 8 * 8;
-    static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kLeast) / kConsumers / 8 * 8;
+    static constexpr int kConsumerRegisters = (kLaunchRegisters * (kConsumers + 1) - kProducerMinRegisters) / kConsumers / 8 * 8;
     static constexpr int kProducerRegisters = kLaunchRegisters * (kConsumers + 1) - kConsumerRegisters * kConsumers;
+
+    // warp: in the block, after those of the producer.
+    __device__ __forceinline__ static ConsumerThread consumer_thread(int warp, int lane) {
+        ConsumerThread thread;
+        thread.consumer = warp / kWarpgroupWarps - 1;
+        thread.warp = warp % kWarpgroupWarps;
+        thread.lane = lane;
+        return thread;
+    }
 };
 
 // Sets the number of registers of a thread. All warps of the warpgroup call it together.

@@ -68,22 +68,21 @@ fn encode(
     axes: [(usize, usize); 3],
     box_rows: usize,
 ) -> Result<TensorMap> {
-    // The width of a box is that of a panel of the kernel's tiles, and of the swizzle. It divides the columns that a block of a cluster owns.
-    let (columns, swizzle) = if (kernel.head_dim / kernel.cluster).is_multiple_of(64) {
-        (64, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
-    } else {
-        (32, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B)
-    };
     let data_type = match kernel.dtype {
         DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
     let bytes_of = |elements: usize| (elements * kernel.dtype.size_in_bytes()) as u64;
+    // A box is as wide as a panel of the kernel's tiles, and so is its swizzle.
+    let swizzle = match bytes_of(kernel.box_cols) {
+        128 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        _ => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+    };
     // The stride of an axis with one element is never used, but it must still be a multiple of 16.
     let strides = axes.map(|(stride, size)| bytes_of(if size == 1 { head_dim } else { stride }));
     let [rows, heads, batch] = axes.map(|(_, size)| size as u64);
     let sizes = [head_dim as u64, rows, heads, batch];
-    let box_sizes = [columns, box_rows as u32, 1, 1];
+    let box_sizes = [kernel.box_cols as u32, box_rows as u32, 1, 1];
     let element_strides = [1u32; 4];
     let mut map = CUtensorMap { opaque: [0; 16] };
     // SAFETY: the arrays outlive the call and have as many entries as it reads: 3 strides, and 4 of the others. The call stores

@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_fa2::testing::{
     self, Arch, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Kernel, Launch, Pass, Plan, Problem, RowBlocks,
-    Schedule, KERNELS,
+    Schedule, DQ_GROUP_ROWS, KERNELS,
 };
 use candle_fa2::{Attention, CuSeqlens, Error, Mask};
 
@@ -126,7 +126,7 @@ fn rows_of_dq_do_not_overlap() -> Result<()> {
         let problem = testing::problem_packed(&Attention::new(), (&q, &q, &q), &cu_seqlens, &cu_seqlens)?;
         let plan = plan(&problem, &H100)?;
         let (kernel, &BackwardPlan { dq_accum, dq_tiles, .. }) = (backward(&plan).kernel, backward_plan(&plan));
-        for (rows, blocks) in [(DqAccum::GROUP_ROWS, dq_accum.groups), (kernel.block_m, dq_tiles)] {
+        for (rows, blocks) in [(DQ_GROUP_ROWS, dq_accum.groups), (kernel.block_m, dq_tiles)] {
             // The formula of the kernels: a packed sequence begins at the block of its first row, plus one for each sequence before.
             let first = |batch: usize| cu_seqlens.offsets()[batch] as usize / rows + batch;
             for (batch, seqlen_q) in lengths_q.iter().enumerate() {

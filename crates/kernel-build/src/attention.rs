@@ -24,6 +24,7 @@ const FWD_SM80_ENTRY: Entry = Entry {
     grid: Grid::Tiles,
     variants: &[PLAIN, SCORE_MOD],
     shared_bytes: Some(shared::fwd_sm80),
+    box_cols: None,
 };
 
 const FWD_SM80: Family = Family {
@@ -45,6 +46,7 @@ const BWD_SM80_ENTRY: Entry = Entry {
     grid: Grid::Tiles,
     variants: &[PLAIN, SCORE_MOD],
     shared_bytes: Some(shared::bwd_sm80),
+    box_cols: None,
 };
 
 const BWD_SM80: Family = Family {
@@ -78,6 +80,7 @@ pub static FAMILIES: [Family; 10] = [
             grid: Grid::Persistent { max_tiles: Some(512) },
             variants: &[PLAIN, SCORE_MOD],
             shared_bytes: Some(shared::fwd_sm90),
+            box_cols: Some(shared::box_cols),
         }],
     },
     BWD_SM80,
@@ -97,6 +100,7 @@ pub static FAMILIES: [Family; 10] = [
             grid: Grid::Persistent { max_tiles: None },
             variants: &[PLAIN, SCORE_MOD],
             shared_bytes: Some(shared::bwd_sm90),
+            box_cols: Some(shared::box_cols),
         }],
     },
     Family {
@@ -139,6 +143,7 @@ pub static FAMILIES: [Family; 10] = [
             grid: Grid::Tiles,
             variants: &[PLAIN],
             shared_bytes: None,
+            box_cols: None,
         }],
     },
     Family {
@@ -157,6 +162,7 @@ pub static FAMILIES: [Family; 10] = [
             grid: Grid::Tiles,
             variants: &[PLAIN],
             shared_bytes: None,
+            box_cols: None,
         }],
     },
 ];

@@ -10,7 +10,7 @@ use crate::params::Structs;
 use crate::units::{Kernel, Unit};
 use crate::Result;
 
-/// The units with their sources, the headers that they include, the layout of the parameters, and nvcc's flags.
+/// The units with their sources, the headers that they include, the layout of the parameters, the shared numbers, and nvcc's flags.
 ///
 /// # Errors
 /// If `include` cannot be read.
@@ -22,6 +22,7 @@ pub fn describe(units: &[Unit], structs: &Structs, include: &Path) -> Result<Jso
     let units = units.iter().zip(sources).map(|(unit, source)| describe_unit(unit, source));
     Ok(Json::object([
         ("flags", Json::Array(FLAGS.into_iter().map(Json::from).collect())),
+        ("constants", structs.json_constants()),
         ("structs", structs.json()),
         ("units", Json::Array(units.collect())),
         ("headers", Json::Object(headers)),
@@ -54,6 +55,7 @@ fn describe_kernel(kernel: &Kernel) -> Json {
     if let Grid::Persistent { max_tiles: Some(max_tiles) } = entry.grid {
         members.push(("max_tiles", Json::from(max_tiles)));
     }
+    members.extend(kernel.box_cols().map(|box_cols| ("box_cols", Json::from(box_cols))));
     members.extend(line.family.columns.iter().zip(line.values()).map(|(column, value)| (*column, Json::from(*value))));
     Json::object(members)
 }

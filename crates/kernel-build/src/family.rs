@@ -71,6 +71,9 @@ pub enum Template {
 /// Computes the dynamic shared memory of a thread block from a line's columns and the size of an element.
 pub type SharedBytes = fn(&Line, usize) -> usize;
 
+/// Computes the columns of a box of the tensor maps from a line's columns.
+pub type BoxCols = fn(&Line) -> usize;
+
 /// One kernel that a line instantiates, for each element type and variant.
 #[derive(Debug)]
 pub struct Entry {
@@ -89,6 +92,9 @@ pub struct Entry {
     /// The formula of its dynamic shared memory. nvcc compares the result with `kSharedBytes` of the traits. `None` if it uses no
     /// dynamic shared memory.
     pub shared_bytes: Option<SharedBytes>,
+    /// The formula of the columns of a box of its tensor maps. nvcc compares the result with the panels of `TileQ` and `TileK` of the
+    /// traits. `None` if it has no tensor maps.
+    pub box_cols: Option<BoxCols>,
 }
 
 /// The lines of one pass and architecture. Each line makes one unit of these kernels.

@@ -1,5 +1,5 @@
-//! Dynamic shared memory of each family of candle-fa2. `Plan`, tune.py and the benches take the results of these formulas from the
-//! table. Each unit asserts that the result equals `kSharedBytes` of its traits.
+//! Dynamic shared memory of each family of candle-fa2, and the panels of its tiles. `Plan`, tune.py and the benches take the results of
+//! these formulas from the table. Each unit asserts that the results equal the numbers of its traits.
 
 use crate::table::Line;
 
@@ -59,6 +59,16 @@ pub fn bwd_sm90(line: &Line, element_bytes: usize) -> usize {
     };
     let stage_bytes = (line.get("q_stages") + line.get("do_stages")) * (q_bytes + row_values_bytes);
     keys_bytes + 2 * ds_bytes + dq_or_p_bytes + stage_bytes + SM90_BWD_CONTROL_BYTES
+}
+
+/// Columns of a panel of the sm90 tiles, and so of a box of their tensor maps. Panels divide the columns that a block of a cluster owns.
+pub fn box_cols(line: &Line) -> usize {
+    let block_cols = line.get("head_dim") / line.get("cluster").max(1);
+    if block_cols.is_multiple_of(64) {
+        64
+    } else {
+        32
+    }
 }
 
 #[cfg(test)]

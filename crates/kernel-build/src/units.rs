@@ -68,7 +68,7 @@ impl Unit {
     }
 
     /// Its CUDA source. The source asserts the numbers that the table and the host rely on: threads, shared memory, work tiles of a
-    /// block, and the layout of the parameters.
+    /// block, boxes of tensor maps, and the layout of the parameters.
     pub fn source(&self, structs: &Structs) -> String {
         let mut text = format!("#include <cstddef>\n\n#include \"{}\"\n\n{SAME}", self.family.header);
         let params = self.kernels.iter().map(|kernel| kernel.entry.params);
@@ -89,6 +89,11 @@ impl Kernel {
     /// Thread blocks of a cluster.
     pub fn cluster(&self) -> usize {
         self.line.get("cluster").max(1)
+    }
+
+    /// Columns of a box of its tensor maps. `None` if it has none.
+    pub fn box_cols(&self) -> Option<usize> {
+        self.entry.box_cols.map(|formula| formula(&self.line))
     }
 
     fn source(&self, namespace: &str) -> String {
@@ -113,6 +118,11 @@ impl Kernel {
                 }
                 if let Grid::Persistent { max_tiles: Some(max_tiles) } = entry.grid {
                     let _ = writeln!(text, "static_assert(Same<{name}_traits::kMaxTiles, {max_tiles}>::kHere);");
+                }
+                if let Some(cols) = self.box_cols() {
+                    for tile in ["TileQ", "TileK"] {
+                        let _ = writeln!(text, "static_assert(Same<{name}_traits::{tile}::kPanel, {cols}>::kHere);");
+                    }
                 }
                 (
                     format!("{name}_traits::kThreads"),
@@ -166,13 +176,14 @@ fn rust_row(image: usize, kernel: &Kernel) -> String {
     format!(
         "    Kernel {{ name: {name:?}, image: {image}, pass: Pass::{pass}, arch: Arch::Sm{}, dtype: DType::{}, tf32: {}, {}, cluster: {}, \
          score_mod: {}, \
-         params: Parameters::{params}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes} }},\n",
+         params: Parameters::{params}, grid: Grid::{grid:?}, shared_bytes: {shared_bytes}, box_cols: {} }},\n",
         line.family.arch.sm,
         dtype.rust,
         dtype.tf32,
         columns.join(", "),
         kernel.cluster(),
         variant.score_mod,
+        kernel.box_cols().unwrap_or(0),
     )
 }
 
@@ -231,6 +242,8 @@ static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMidWait, 0>::kHe
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kLateRescale, 1>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kSharedBytes, 117760>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kMaxTiles, 512>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::TileQ::kPanel, 64>::kHere);
+static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::TileK::kPanel, 64>::kHere);
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
 extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
 fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::Sm90FwdParams params) {
@@ -269,13 +282,28 @@ delta_f32(const __grid_constant__ fa2::DeltaParams params) {
     }
 
     #[test]
+    fn a_box_divides_the_columns_that_a_block_owns() {
+        for (line, box_cols) in [
+            ("KERNEL(fwd, sm90, 192, 128, 80, 12, 2, 1, 0)", Some(64)),
+            ("KERNEL(fwd, sm90, 96, 128, 128, 12, 2, 1, 1)", Some(32)),
+            ("KERNEL(bwd, sm90, 192, 64, 64, 12, 2, 2, 2)", Some(32)),
+            ("KERNEL(bwd, sm90, 256, 64, 64, 12, 2, 2, 1)", Some(64)),
+            ("KERNEL(fwd, sm80, 128, 128, 64, 4, 1)", None),
+        ] {
+            let unit = unit(line);
+            assert_eq!(unit.kernels[0].box_cols(), box_cols, "{line}");
+            assert_eq!(unit.source(&structs()).contains("TileK::kPanel"), box_cols.is_some(), "{line}");
+        }
+    }
+
+    #[test]
     fn rust_rows_have_what_a_launch_needs() {
         let units = [unit("KERNEL(delta, sm80, 8)"), unit("KERNEL(fwd, sm90, 64, 192, 128, 16, 2, 0, 1)")];
         let table = rust_table(&units);
         assert!(table.contains("pub static KERNELS: [Kernel; 7]"), "{table}");
         let row = "    Kernel { name: \"fwd_sm90_f16_d64_192x128\", image: 1, pass: Pass::Forward, arch: Arch::Sm90, \
                    dtype: DType::F16, tf32: false, head_dim: 64, block_m: 192, block_n: 128, warps: 16, cluster: 1, \
-                   score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: Some(512) }, shared_bytes: 117760 },\n";
+                   score_mod: false, params: Parameters::Sm90Fwd, grid: Grid::Persistent { max_tiles: Some(512) }, shared_bytes: 117760, box_cols: 64 },\n";
         assert!(table.contains(row), "{table}");
         assert_eq!(
             rust_images(&units),

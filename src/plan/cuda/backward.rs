@@ -2,7 +2,9 @@
 
 use super::launch::Launch;
 use crate::error::{Error, Result};
-use crate::instances::{Grid, Kernel, Pass, KERNELS, WARP_SIZE};
+use crate::instances::{
+    Grid, Kernel, Pass, CONVERT_COLS, DELTA_CHUNK, DELTA_MIN_LANES, DQ_GROUP_ROWS, KERNELS, WARP_SIZE,
+};
 use crate::plan::caps::CudaCaps;
 use crate::problem::{Lengths, Problem};
 
@@ -18,12 +20,6 @@ pub struct BackwardPlan {
     /// Number of semaphores of a deterministic backward: one for each query tile and part of its columns, and a counter of started blocks.
     pub semaphores: usize,
 }
-
-/// Elements of a thread of delta (`kDeltaChunk` of cuda/delta.cuh).
-const DELTA_CHUNK: usize = 8;
-
-/// The fewest threads of a row of delta (`kDeltaMinLanes` of cuda/delta.cuh).
-const DELTA_MIN_LANES: usize = 4;
 
 impl BackwardPlan {
     /// The launches of a backward whose main kernel is `kernel`. It computes dk, dv and dq_accum.
@@ -80,7 +76,7 @@ fn companion(pass: Pass, problem: &Problem) -> &'static Kernel {
     found.expect("cuda/instances.def has a line for delta, and one for convert")
 }
 
-/// The layout of dq_accum, the f32 accumulators of dq: row groups of 8 queries and `head_dim` columns.
+/// The layout of dq_accum, the f32 accumulators of dq: row groups of `DQ_GROUP_ROWS` queries and `head_dim` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DqAccum {
     /// The row groups.
@@ -90,25 +86,19 @@ pub struct DqAccum {
 }
 
 impl DqAccum {
-    /// Number of queries of a row group, `kDqGroupRows` of the kernels.
-    pub const GROUP_ROWS: usize = 8;
-
-    /// Columns of a row group that a warp of the conversion takes, `kConvertCols` of the kernels.
-    const CONVERT_COLS: usize = 32;
-
     fn new(problem: &Problem, backward: &Kernel) -> Self {
-        Self { groups: RowBlocks::new(problem, Self::GROUP_ROWS), head_dim: backward.head_dim }
+        Self { groups: RowBlocks::new(problem, DQ_GROUP_ROWS), head_dim: backward.head_dim }
     }
 
     /// Number of elements.
     pub fn elements(&self) -> usize {
-        self.groups.count * Self::GROUP_ROWS * self.head_dim
+        self.groups.count * DQ_GROUP_ROWS * self.head_dim
     }
 
     /// Thread blocks that convert one head of the longest sequence.
     fn convert_blocks(problem: &Problem, convert: &Kernel) -> usize {
-        let groups = problem.max_seqlen_q().div_ceil(Self::GROUP_ROWS);
-        (groups * problem.head_dim.div_ceil(Self::CONVERT_COLS)).div_ceil(convert.warps)
+        let groups = problem.max_seqlen_q().div_ceil(DQ_GROUP_ROWS);
+        (groups * problem.head_dim.div_ceil(CONVERT_COLS)).div_ceil(convert.warps)
     }
 }
 

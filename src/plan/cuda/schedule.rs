@@ -1,6 +1,6 @@
 //! The work tiles of a persistent kernel, and their order.
 
-use crate::instances::{Kernel, Pass};
+use crate::instances::{Kernel, Pass, BACKWARD_SECTION, FORWARD_SECTION, MAX_SECTION_HEADS};
 use crate::mask::Mask;
 use crate::problem::{Lengths, Problem};
 
@@ -49,25 +49,16 @@ fn takers(kernel: &Kernel, multiprocessors: usize) -> usize {
     (multiprocessors / kernel.cluster).max(1)
 }
 
-/// Tiles of a section for each taker, where a mask makes tiles differ in cost: many heads together balance the load. On an H200 with 2 to
-/// 32 heads and 512 to 16k keys, four were fastest. The causal cases of the bench's part `grid` show whether a change is faster.
-const FORWARD_SECTION: usize = 4;
-
-/// The same for the backward, with any mask. There, each head more also adds its dq_accum to what should stay in L2: with four, head_dim
-/// 128 and 256 lost 2 to 3% on an H200.
-const BACKWARD_SECTION: usize = 1;
-
-/// Number of heads in a section that should have about `section_tiles` tiles. At most 32 heads, because of L2. A short last section leaves
-/// multiprocessors idle, so sections of one size are better.
+/// Number of heads in a section that should have about `section_tiles` tiles. A short last section leaves multiprocessors idle, so sections
+/// of one size are better.
 fn section_heads(head_tiles: usize, heads: usize, section_tiles: usize) -> usize {
-    const MOST: usize = 32;
-    let ideal = (section_tiles as f64 / head_tiles.max(1) as f64).clamp(1.0, MOST as f64);
+    let ideal = (section_tiles as f64 / head_tiles.max(1) as f64).clamp(1.0, MAX_SECTION_HEADS as f64);
     let cost = |size: usize| {
         let missing = heads.div_ceil(size) * size - heads; // in the last section
         let ratio = size as f64 / ideal;
         ratio.max(1.0 / ratio) + missing as f64 / size as f64
     };
-    let sizes = (1..=heads.min(MOST)).map(|size| (cost(size), size));
+    let sizes = (1..=heads.min(MAX_SECTION_HEADS)).map(|size| (cost(size), size));
     sizes.min_by(|(a, _), (b, _)| a.total_cmp(b)).map_or(1, |(_, size)| size)
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use super::{Field, Struct, Structs, Type};
+use super::{Constant, Field, Struct, Structs, Type};
 use crate::json::Json;
 
 impl Structs {
@@ -11,6 +11,11 @@ impl Structs {
     /// `CUdeviceptr`, which must be in scope.
     pub fn rust(&self) -> String {
         self.structs.iter().map(|item| item.rust() + &item.rust_asserts()).collect()
+    }
+
+    /// The constants in Rust, with the comments of the header.
+    pub fn rust_constants(&self) -> String {
+        self.constants.iter().map(Constant::rust).collect()
     }
 
     /// Assertions for nvcc on the layout of the structs in `names`, and of the structs that they contain.
@@ -26,6 +31,11 @@ impl Structs {
         Json::object(self.structs.iter().map(|item| (item.name.as_str(), item.json())))
     }
 
+    /// All constants by name.
+    pub fn json_constants(&self) -> Json {
+        Json::object(self.constants.iter().map(|constant| (constant.name.as_str(), Json::from(constant.value))))
+    }
+
     /// Adds a struct to `found`, and the structs that it contains.
     fn reach<'a>(&'a self, name: &'a str, found: &mut BTreeSet<&'a str>) {
         found.insert(name);
@@ -36,6 +46,27 @@ impl Structs {
                 }
             }
         }
+    }
+}
+
+impl Constant {
+    fn rust(&self) -> String {
+        let mut text = String::from("\n");
+        docs(&mut text, "", &self.docs);
+        let _ = writeln!(text, "pub const {}: usize = {};", self.rust_name(), self.value);
+        text
+    }
+
+    /// `GROUP_ROWS` for `kGroupRows`.
+    fn rust_name(&self) -> String {
+        let mut name = String::new();
+        for c in self.name[1..].chars() {
+            if c.is_ascii_uppercase() && !name.is_empty() {
+                name.push('_');
+            }
+            name.push(c.to_ascii_uppercase());
+        }
+        name
     }
 }
 
@@ -173,6 +204,17 @@ const _: () = {
         );
         assert!(asserts.contains("static_assert(alignof(fa2::Map) == 64, \"Map\");"), "{asserts}");
         assert!(!asserts.contains("Other"), "{asserts}");
+    }
+
+    #[test]
+    fn constants_have_the_names_of_each_language() {
+        let text = "namespace fa2 {\nconstexpr int kGroupRows = 8;  // queries\nconstexpr int kCols = 32;\n}\n";
+        let structs = Structs::parse(text, "params.h").expect("the text is right");
+        assert_eq!(
+            structs.rust_constants(),
+            "\n/// queries\npub const GROUP_ROWS: usize = 8;\n\npub const COLS: usize = 32;\n"
+        );
+        assert_eq!(structs.json_constants().to_string(), "{\"kGroupRows\": 8, \"kCols\": 32}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Parameter structs, parsed from a CUDA header. Only the header lists their fields.
+//! Parameter structs and shared numbers, parsed from a CUDA header. Only the header lists their fields and values.
 //!
-//! The same structs in Rust, the assertions on sizes and offsets for both compilers, and the description for tune.py are generated from
-//! it.
+//! The same structs and numbers in Rust, the assertions on sizes and offsets for both compilers, and the description for tune.py are
+//! generated from it.
 
 mod generate;
 mod parse;
@@ -10,13 +10,26 @@ use std::path::Path;
 
 use crate::{files, Error, Result};
 
-/// The structs of a header. A struct comes after the structs that it contains.
+/// The structs and constants of a header. A struct comes after the structs that it contains.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Structs {
     /// Their namespace in CUDA: `fa2`.
     pub namespace: String,
     /// The structs, in the order of the file.
     pub structs: Vec<Struct>,
+    /// The constants, in the order of the file.
+    pub constants: Vec<Constant>,
+}
+
+/// A whole number that kernels and host share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Constant {
+    /// Its name in CUDA: `kGroupRows`.
+    pub name: String,
+    /// The lines of the comments above it and after it.
+    pub docs: Vec<String>,
+    /// Its value.
+    pub value: usize,
 }
 
 /// A struct with the layout of C.

@@ -1,12 +1,13 @@
 //! Parses a strict subset of C with one declaration on a line. Everything else is an error, so that no field is overlooked.
 
-use super::{Field, Struct, Structs, Type, SCALARS};
+use super::{Constant, Field, Struct, Structs, Type, SCALARS};
 use crate::{Error, Result};
 
 /// The rule that an error about a line states.
 const SUBSET: &str =
     "parameters are structs with one field on a line, `type name;` or `type name[count];`, where type is int32_t, \
-                      uint32_t, int64_t, uint64_t, float, a pointer, or a struct above";
+                      uint32_t, int64_t, uint64_t, float, a pointer, or a struct above; a shared number is \
+                      `constexpr int kName = number;` outside of structs";
 
 impl Structs {
     /// Parses the text of `file`. Errors name the file.
@@ -25,8 +26,8 @@ impl Structs {
     /// # Ok::<(), kernel_build::Error>(())
     /// ```
     pub fn parse(text: &str, file: &str) -> Result<Self> {
-        let mut parser =
-            Parser { structs: Self { namespace: String::new(), structs: Vec::new() }, open: None, docs: Vec::new() };
+        let structs = Self { namespace: String::new(), structs: Vec::new(), constants: Vec::new() };
+        let mut parser = Parser { structs, open: None, docs: Vec::new() };
         let mut last = 0;
         for (index, line) in text.lines().enumerate() {
             last = index + 1;
@@ -73,10 +74,26 @@ impl Parser {
             self.structs.namespace = namespace.trim().to_string();
         } else if let Some(head) = code.strip_prefix("struct ").and_then(|rest| rest.strip_suffix('{')) {
             self.open = Some(self.opened(head.trim(), docs)?);
+        } else if let Some(constant) = code.strip_prefix("constexpr int ").and_then(|rest| rest.strip_suffix(';')) {
+            let constant = self.constant(constant, docs)?;
+            self.structs.constants.push(constant);
         } else if !(code == "}" || code.starts_with('#')) {
             return Err(SUBSET.to_string());
         }
         Ok(())
+    }
+
+    /// `kName = 8`
+    fn constant(&self, text: &str, docs: Vec<String>) -> Result<Constant, String> {
+        let (name, value) = text.split_once('=').ok_or(SUBSET)?;
+        let (name, value) = (identifier(name.trim())?, value.trim().parse().map_err(|_| SUBSET)?);
+        if !name.strip_prefix('k').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_uppercase())) {
+            return Err(SUBSET.to_string());
+        }
+        if self.structs.constants.iter().any(|other| other.name == name) {
+            return Err(format!("the name of a number is used once, but there is a {name} above"));
+        }
+        Ok(Constant { name, docs, value })
     }
 
     /// `Name` or `alignas(64) Name`.
@@ -198,6 +215,17 @@ struct Params {
     }
 
     #[test]
+    fn numbers_have_a_value_and_docs() {
+        let text =
+            "namespace fa2 {\n// Above.\nconstexpr int kGroupRows = 8;  // queries\nconstexpr int kCols = 32;\n}\n";
+        let constants = Structs::parse(text, "params.h").expect("the text is right").constants;
+        let found: Vec<(&str, usize)> =
+            constants.iter().map(|constant| (constant.name.as_str(), constant.value)).collect();
+        assert_eq!(found, [("kGroupRows", 8), ("kCols", 32)]);
+        assert_eq!(constants[0].docs, ["Above.", "queries"]);
+    }
+
+    #[test]
     fn what_is_not_of_the_subset_is_an_error() {
         for line in [
             "int x;",
@@ -210,7 +238,18 @@ struct Params {
         ] {
             assert_eq!(error(&format!("struct A {{\n    {line}\n}};\n")), format!("params.h:2: {SUBSET}, got {line}"));
         }
-        for line in ["class A {", "using T = int;", "struct A;", "struct A { int32_t x; };", "union A {"] {
+        for line in [
+            "class A {",
+            "using T = int;",
+            "struct A;",
+            "struct A { int32_t x; };",
+            "union A {",
+            "constexpr int kRows;",
+            "constexpr int kRows = 2 * 4;",
+            "constexpr int rows = 8;",
+            "constexpr float kScale = 1;",
+            "const int kRows = 8;",
+        ] {
             assert_eq!(error(line), format!("params.h:1: {SUBSET}, got {line}"));
         }
         assert_eq!(
@@ -228,6 +267,10 @@ struct Params {
         assert_eq!(
             error("struct A {\n};\nstruct A {"),
             "params.h:3: the name of a struct is used once, but there is a struct A above, got struct A {"
+        );
+        assert_eq!(
+            error("constexpr int kRows = 8;\nconstexpr int kRows = 9;"),
+            "params.h:2: the name of a number is used once, but there is a kRows above, got constexpr int kRows = 9;"
         );
         assert_eq!(error("struct A {\n    float x;"), "params.h:2: struct A is not closed");
     }
