@@ -162,7 +162,8 @@ pub(super) fn backward<T: Element, G: Element<Acc = T::Acc>>(
 /// The gradient of a score is `p * (dp - rowsum(do * o))` through o, and `p * dlse` through lse. Their sum is
 /// `p * (dp - delta)`.
 fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
-    // Rows per task. The work of a task must outweigh the cost of handing it to a thread.
+    // Rows per task. At head_dim 64 a task reads 128 KB of f32, which takes microseconds. To take a task is one atomic addition.
+    // Other numbers of rows were not measured.
     const ROWS: usize = 256;
     let (problem, head_dim_v) = (call.problem, call.problem.head_dim_v);
     let o_strides = problem.contiguous_o();
