@@ -122,8 +122,8 @@ impl Attention {
         self
     }
 
-    /// Whether products of f32 may use TF32 on a GPU: one product of operands rounded to 11 bits. Without this option, three such products
-    /// give the bits of f32.
+    /// Whether products of f32 may use TF32 on a GPU: one product of operands rounded to 11 bits. Without this option, a product is
+    /// the sum of three such products, which is about as precise as f32.
     ///
     /// Results then have errors like those of f16, about 3e-4 of their size, but the range of f32 (docs/design/sm80.md says why). Sums
     /// stay in f32, and so do q, k, v, o and their gradients. The option changes nothing on the CPU, and is an error for other types.
@@ -210,17 +210,15 @@ impl Attention {
     /// As [`Self::forward`], and if `qkv` has no head for q.
     pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
         let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
-        let plan = logged_plan(&problem, &q)?;
         let head_dim = problem.head_dim;
-        let (with_copies, copied) = plan.with_copies(problem);
-        if !copied.is_empty() {
-            // The copy has other strides, so it gets a plan of its own. The scale stays that of this head_dim.
-            let attention = self.clone().softmax_scale(with_copies.softmax_scale);
-            let o = attention.forward_qkv(&padded_copy(qkv, with_copies.head_dim)?, num_heads_k)?;
-            return Ok(first_columns(&o, head_dim)?);
-        }
-        let op = self.op(with_copies, plan, Output::O);
-        Ok(qkv.apply_op1(FusedFlashAttention(op))?)
+        let plan = logged_plan(&problem, &q)?;
+        let (problem, copied) = plan.with_copies(problem);
+        let qkv = match copied.is_empty() {
+            true => qkv.clone(),
+            false => padded_copy(qkv, problem.head_dim)?,
+        };
+        let o = qkv.apply_op1(FusedFlashAttention(self.op(problem, plan, Output::O)))?;
+        Ok(first_columns(&o, head_dim)?)
     }
 
     /// As [`Self::forward`], and also returns the log-sum-exp of each row of scores (natural logarithm).

@@ -96,6 +96,8 @@ pub struct Problem {
     pub tf32: bool,
     /// Name of the first input that is tracked for gradients; `None` if none is.
     pub tracked: Option<&'static str>,
+    /// Whether q, k and v are views of one tensor, `qkv`.
+    pub fused: bool,
     /// Axis order of q, k, v and of their gradients.
     pub layout: TensorLayout,
     /// Axis order of o and of its gradient.
@@ -178,7 +180,7 @@ impl Problem {
             Error::SwappedAxes { error, .. } => *error,
             error => error,
         })?;
-        Ok((Self { tracked: problem.tracked.map(|_| "qkv"), ..problem }, q))
+        Ok((Self { tracked: problem.tracked.map(|_| "qkv"), fused: true, ..problem }, q))
     }
 
     /// Checks one packed call.
@@ -270,6 +272,7 @@ impl Problem {
             deterministic: options.deterministic,
             tf32: options.tf32,
             tracked: [("q", q), ("k", k), ("v", v)].into_iter().find(|(_, x)| x.track_op()).map(|(name, _)| name),
+            fused: false,
             layout: options.layout,
             output_layout: options.layout_of_result(),
             alibi: check_alibi(options.alibi_slopes.as_ref(), batch, num_heads, device)?,
@@ -421,9 +424,13 @@ impl Problem {
     }
 
     /// This problem with other head_dims, and with contiguous copies of the inputs named in `copied`. softmax_scale stays.
+    /// If the inputs are fused, `copied` names all or none of them, and the copies are views of one copy of qkv.
     pub(crate) fn with_copies(mut self, copied: &[&str], head_dim: usize, head_dim_v: usize) -> Self {
         (self.head_dim, self.head_dim_v) = (head_dim, head_dim_v);
-        let (q, k, v) = (self.contiguous_q(), self.contiguous_k(), self.contiguous_v());
+        let [q, k, v] = match self.fused {
+            true => self.contiguous_qkv(),
+            false => [self.contiguous_q(), self.contiguous_k(), self.contiguous_v()],
+        };
         for (name, strides, copy) in [("q", &mut self.q, q), ("k", &mut self.k, k), ("v", &mut self.v, v)] {
             if copied.contains(&name) {
                 *strides = copy;

@@ -128,6 +128,130 @@ struct Parts {
     }
 };
 
+// The row statistics of one thread. Its warp has S of all rows and of a quarter of the keys, and o of 16 rows.
+template <typename Traits, Rescale kRescale>
+struct SplitSoftmax {
+    ByWarp<Traits> maxima, sums;
+    float scale_log2;
+    int warp, lane;
+    Softmax<kRescale, 1>& own;             // of this warp's 16 rows
+    OnlineSoftmax<Traits::kRowTiles> all;  // row_max of all rows, which all warps know, and row_sum of this thread's columns
+
+    __device__ __forceinline__ SplitSoftmax(const FwdBlock<Traits>& block, int warp, Softmax<kRescale, 1>& own)
+        : maxima{reinterpret_cast<float*>(block.bytes + Traits::sMax)}, sums{reinterpret_cast<float*>(block.bytes + Traits::sSum)},
+          scale_log2(NoScoreMod::scale_log2(block.params.shape)), warp(warp), lane(block.lane), own(own) {
+        all.clear();
+    }
+
+    __device__ __forceinline__ int row(int i, int half) const { return 16 * i + fragment_row(lane, half); }
+
+    template <typename S>
+    __device__ __forceinline__ void share_maxima(const S& s) const {
+#pragma unroll
+        for (int i = 0; i < Traits::kRowTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float largest = quad_max(all.max_of(s, i, half));
+                if (lane % 4 == 0) maxima.set(row(i, half), warp, largest);
+            }
+    }
+
+    __device__ __forceinline__ void share_sum(int i, int half) const {
+        const float of_warp = quad_sum(all.row_sum[i][half]);
+        if (lane % 4 == 0) sums.set(row(i, half), warp, of_warp);
+    }
+
+    // The sum over all warps, of a row of this warp.
+    __device__ __forceinline__ float shared_sum(int half) const { return sums.sum(row(warp, half)); }
+};
+
+// FlashAttention-2: a thread adds up its columns over all key tiles, and the warps share these sums once, at the end.
+template <typename Traits>
+struct SumOnce : SplitSoftmax<Traits, Rescale::kAtTheEnd> {
+    using Base = SplitSoftmax<Traits, Rescale::kAtTheEnd>;
+    using Base::Base, Base::all, Base::own;
+
+    template <typename S>
+    __device__ __forceinline__ void exponentiate(S& s, int i, int half, float factor) {
+        all.exponentiate(s, i, half, Base::scale_log2, factor);
+    }
+    template <typename O>
+    __device__ __forceinline__ void rescale(O& o, int half, float factor) const { own.rescale(o, 0, half, factor); }
+    __device__ __forceinline__ void add_sums() const {}
+
+    __device__ __forceinline__ void finish_sums() const {
+#pragma unroll
+        for (int i = 0; i < Traits::kRowTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) Base::share_sum(i, half);
+        __syncthreads();  // the sums have arrived
+        // finish() adds up four threads of a row: one of them gets the sum of the whole row.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) own.row_sum[0][half] = Base::lane % 4 == 0 ? Base::shared_sum(half) : 0.f;
+    }
+};
+
+// FlashAttention-1: the warps share the sums of every key tile, and o is divided by them, as in NormalisedSoftmax.
+template <typename Traits>
+struct SumEveryStep : SplitSoftmax<Traits, Rescale::kEveryStep> {
+    using Base = SplitSoftmax<Traits, Rescale::kEveryStep>;
+    using Base::Base, Base::all, Base::own;
+
+    template <typename S>
+    __device__ __forceinline__ void exponentiate(S& s, int i, int half, float factor) {
+        all.row_sum[i][half] = 0.f;
+        all.exponentiate(s, i, half, Base::scale_log2, factor);
+        Base::share_sum(i, half);
+    }
+    template <typename O>
+    __device__ __forceinline__ void rescale(O& o, int half, float factor) const {
+        own.rescale(o, 0, half, inverse(own.row_sum[0][half]));
+        own.row_sum[0][half] *= factor;
+        own.rescale(o, 0, half, own.row_sum[0][half]);
+    }
+    // The sums came with the parts.
+    __device__ __forceinline__ void add_sums() const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) own.row_sum[0][half] += Base::shared_sum(half);
+    }
+    __device__ __forceinline__ void finish_sums() const {}
+};
+
+// Turns S into P with the maxima of all warps, and rescales o of this warp's rows.
+template <typename Rows, int kRowTiles, int kKeyTiles, int kDTiles>
+__device__ __forceinline__ void to_p(Rows& rows, Accumulator<kRowTiles, kKeyTiles>& s, Accumulator<1, kDTiles>& o) {
+    float kept[2] = {1.f, 1.f};  // factors of o, for this warp's own rows
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float factor = rows.all.raise_max(i, half, rows.maxima.max(rows.row(i, half)), rows.scale_log2);
+            if (i == rows.warp) kept[half] = factor;
+            rows.exponentiate(s, i, half, factor);
+        }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.rescale(o, half, kept[half]);
+}
+
+// o += P v, some columns of v at a time. A warp multiplies all rows of P by its own keys, and gets the parts of its own rows of o.
+template <typename Traits, typename V>
+__device__ __forceinline__ void multiply_and_exchange(const OwnP<Traits>& p, const V& v, const Parts<Traits>& parts,
+                                                      Accumulator<1, Traits::kDTiles>& o) {
+    const auto multiply_v = [&](typename Parts<Traits>::Part& part, int exchange) {
+        part.clear();
+        multiply_ahead<typename Traits::T, OwnP<Traits>::kSteps>(part, p, ColumnsFrom<V>{v, exchange * Traits::kPartTiles / 2});
+    };
+    typename Parts<Traits>::Part part[2];
+    multiply_v(part[0], 0);
+#pragma unroll
+    for (int exchange = 0; exchange < Traits::kExchanges; ++exchange) {
+        parts.send(o, part[exchange % 2], exchange);
+        if (exchange + 1 < Traits::kExchanges) multiply_v(part[(exchange + 1) % 2], exchange + 1);
+        __syncthreads();  // these parts have arrived, and every warp is done with the buffer of the next ones
+        parts.receive(o, exchange);
+    }
+}
+
 // Computes o and the row statistics of each warp's 16 rows, over every key tile. row_sum is the sum of the whole row.
 template <typename Traits, Rescale kRescale>
 __device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accumulator<1, Traits::kDTiles>& o,
@@ -135,21 +259,15 @@ __device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accu
     using T = typename Traits::T;
     using TileQ = typename Traits::TileQ;
     using TileK = typename Traits::TileK;
-    constexpr bool kEveryStep = kRescale == Rescale::kEveryStep;
     constexpr uint32_t sQ = Traits::sQ, sK = Traits::sK, sV = Traits::sV;
     const uint32_t shared = block.shared;
-    const float scale_log2 = NoScoreMod::scale_log2(block.params.shape);
     const int lane = block.lane, seqlen_k = block.sequence.seqlen_k;
     const int warp = block.thread / kWarpSize, first_key = warp * Traits::kWarpKeys;  // of a tile
     const Range common = block.sees.common_keys(block.rows);
     const auto k_copy = block.copy_k();
     const auto v_copy = block.copy_v();
-    const ByWarp<Traits> maxima{reinterpret_cast<float*>(block.bytes + Traits::sMax)};
-    const ByWarp<Traits> sums{reinterpret_cast<float*>(block.bytes + Traits::sSum)};
+    std::conditional_t<kRescale == Rescale::kEveryStep, SumEveryStep<Traits>, SumOnce<Traits>> rows(block, warp, softmax);
     const Parts<Traits> parts{reinterpret_cast<float4*>(block.bytes + Traits::sParts), warp, lane};
-    // The row_max of all rows, which all warps know, and the row_sum of this thread's columns.
-    OnlineSoftmax<Traits::kRowTiles> all;
-    all.clear();
     const int n_first = block.keys.begin / Traits::kBlockN;
     int n_block = (block.keys.end - 1) / Traits::kBlockN;
     block.start_q();
@@ -168,86 +286,24 @@ __device__ __forceinline__ void walk_split_k(const FwdBlock<Traits>& block, Accu
             OperandB<TileK, Order::kContiguousK, Traits::kWarpKeys>(shared, sK, first_key, lane));
         if (first_col < common.begin || first_col + Traits::kBlockN > common.end)
             hide(s, block.sees, block.rows.begin, first_col + first_key, lane, -INFINITY);
-#pragma unroll
-        for (int i = 0; i < Traits::kRowTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float largest = quad_max(all.max_of(s, i, half));
-                if (lane % 4 == 0) maxima.set(16 * i + fragment_row(lane, half), warp, largest);
-            }
+        rows.share_maxima(s);
         cp_async_wait<0>();
         __syncthreads();  // v has arrived, and so have the maxima; every warp is done with k
         if (n_block > n_first) k_copy.start(shared + sK, first_col - Traits::kBlockN, seqlen_k);
         cp_async_commit();
-
-        float kept[2] = {1.f, 1.f};  // factors of o, for this warp's own rows
-#pragma unroll
-        for (int i = 0; i < Traits::kRowTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = 16 * i + fragment_row(lane, half);
-                const float factor = all.raise_max(i, half, maxima.max(row), scale_log2);
-                if (i == warp) kept[half] = factor;
-                if constexpr (kEveryStep) all.row_sum[i][half] = 0.f;
-                all.exponentiate(s, i, half, scale_log2, factor);
-                if constexpr (kEveryStep) {
-                    const float of_warp = quad_sum(all.row_sum[i][half]);
-                    if (lane % 4 == 0) sums.set(row, warp, of_warp);
-                }
-            }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if constexpr (kEveryStep) {
-                softmax.rescale(o, 0, half, inverse(softmax.row_sum[0][half]));
-                softmax.row_sum[0][half] *= kept[half];
-                softmax.rescale(o, 0, half, softmax.row_sum[0][half]);
-            } else {
-                softmax.rescale(o, 0, half, kept[half]);
-            }
-        }
-
-        // S: 64 x 32 of this warp -> A operand, 2 steps
+        to_p(rows, s, o);
+        // S: 64 x 32 of this warp -> A operand, 2 steps. The rows of v are this warp's keys.
         const OwnP<Traits> p(s);
-        // The rows of v that are this warp's keys.
         const OperandB<TileK, Order::kTransposed, Traits::kHeadDim> v(shared + TileK::row_step(first_key), sV, 0, lane);
-        const auto multiply_v = [&](typename Parts<Traits>::Part& part, int exchange) {
-            part.clear();
-            multiply_ahead<T, OwnP<Traits>::kSteps>(
-                part, p, ColumnsFrom<decltype(v)>{v, exchange * Traits::kPartTiles / 2});
-        };
-        typename Parts<Traits>::Part part[2];
-        multiply_v(part[0], 0);
-#pragma unroll
-        for (int exchange = 0; exchange < Traits::kExchanges; ++exchange) {
-            parts.send(o, part[exchange % 2], exchange);
-            if (exchange + 1 < Traits::kExchanges) multiply_v(part[(exchange + 1) % 2], exchange + 1);
-            __syncthreads();  // these parts have arrived, and every warp is done with the buffer of the next ones
-            parts.receive(o, exchange);
-        }
-        if constexpr (kEveryStep) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                softmax.row_sum[0][half] += sums.sum(16 * warp + fragment_row(lane, half));  // they came with the parts
-        }
+        multiply_and_exchange(p, v, parts, o);
+        rows.add_sums();
     }
-
+    rows.finish_sums();
 #pragma unroll
     for (int i = 0; i < Traits::kRowTiles; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (i == warp) softmax.row_max[0][half] = all.row_max[i][half];
-            if constexpr (!kEveryStep) {
-                const float of_warp = quad_sum(all.row_sum[i][half]);
-                if (lane % 4 == 0) sums.set(16 * i + fragment_row(lane, half), warp, of_warp);
-            }
-        }
-    __syncthreads();  // the sums have arrived
-    if constexpr (!kEveryStep) {
-        // finish() adds up four threads of a row: one of them gets the sum of the whole row.
-#pragma unroll
         for (int half = 0; half < 2; ++half)
-            softmax.row_sum[0][half] = lane % 4 == 0 ? sums.sum(16 * warp + fragment_row(lane, half)) : 0.f;
-    }
+            if (i == warp) softmax.row_max[0][half] = rows.all.row_max[i][half];
 }
 
 }  // namespace fa2::ablations

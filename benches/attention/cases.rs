@@ -327,7 +327,7 @@ impl Case {
         self.name.contains(word) || self.label().contains(word)
     }
 
-    /// The names of its rows, as targets spell them.
+    /// The names of its rows, by which the targets of cases.toml find them.
     pub fn rows(&self) -> Vec<String> {
         let mut rows = Vec::new();
         for &peer in &self.peers {
@@ -410,7 +410,7 @@ impl std::fmt::Display for Mask {
     }
 }
 
-/// How a target names a row.
+/// The name of a row, by which a target finds it.
 pub fn row_name(case: &str, peer: Peer, pass: Pass, threads: Option<usize>) -> String {
     let threads = threads.map_or(String::new(), |threads| format!(" threads={threads}"));
     format!("{case} {peer} {pass}{threads}")

@@ -177,7 +177,8 @@ pub(super) fn transpose<T: Element>(
     to: &mut [T::Acc],
     to_stride: usize,
 ) {
-    // One strip of rows at a time. Each write then fills part of a cache line, and the next writes complete it.
+    // One strip of rows at a time. The writes of one column are next to each other: 16 floats fill a cache line of 64 bytes.
+    // Of 4 to 64 rows, 16 were fastest (f32, one thread of an AMD EPYC).
     const STRIP: usize = 16;
     let mut strip = [[T::Acc::ZERO; MAX_HEAD_DIM]; STRIP];
     for first in (0..rows).step_by(STRIP) {

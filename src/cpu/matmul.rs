@@ -185,8 +185,9 @@ impl<A: Real> pulp::NullaryFnOnce for ThinProduct<'_, A> {
     #[inline(always)]
     fn call(self) {
         let Self { out, size: (m, n, k), factor, lhs, rhs } = self;
-        // Number of rows at once. Their sums are independent, so the processor overlaps them.
-        const ROWS: usize = 8;
+        // Number of rows at once. Their sums are independent, so the processor overlaps them. Of 1 to 32 rows, 16 were fastest: 1.7 times
+        // the speed of 8 at head_dim 64 and 128 (f32, 64 rows, one thread of an AMD EPYC).
+        const ROWS: usize = 16;
         if n == 1 {
             for (first, out) in (0..m).step_by(ROWS).zip(out[..m].chunks_mut(ROWS)) {
                 let mut sums = [A::ZERO; ROWS];

@@ -95,6 +95,7 @@ impl DqSemaphores {
     pub(super) fn in_order<R>(&self, semaphore: usize, number: usize, add: impl FnOnce() -> R) -> R {
         // Tasks of neighbouring key tiles of a head visit the same query tiles, each one step after the other. So a thread
         // waits at its first query tile, one step for each thread that started earlier, and later hardly ever.
+        // A spin takes 24 ns (AMD EPYC), so all take 0.1 ms, about a step at head_dim 64. Other numbers were not measured.
         const SPINS: usize = 1 << 12;
         let next = &self.next[semaphore];
         let mut tries = 0;

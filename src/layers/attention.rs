@@ -146,8 +146,8 @@ impl MultiHeadAttention {
                 return Err(Error::RotaryDevice { got, expected });
             }
         }
-        // Check the options of the operator with one token, so that a bad option fails here and not in the first forward.
-        // All heads of this token share the memory of one head.
+        // Check the options of the operator with q and k of one token, so that a bad option fails here and not in the first forward.
+        // The token has only one head in memory, and broadcasting repeats it.
         let head = Tensor::zeros((1, 1, 1, head_dim), vb.dtype(), vb.device())?;
         let q = head.broadcast_as((1, 1, num_heads, head_dim))?;
         let k = head.broadcast_as((1, 1, num_heads_k, head_dim))?;

@@ -90,7 +90,7 @@ impl RotaryConfig {
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(Error::RotaryDim { rotary_dim });
         }
-        // With 0 positions there are still the frequencies of one.
+        // Without positions the tables are empty. But the frequencies exist, as many as one position has values.
         match (rotary_dim / 2).checked_mul(max_seqlen.max(1)) {
             Some(values) if values <= limit => Ok(()),
             _ => Err(Error::RotaryTables { max_seqlen, rotary_dim, limit }),

@@ -56,6 +56,23 @@ fn the_import_graph_is_up_to_date() -> Result<()> {
     Ok(())
 }
 
+/// The table of rooms has each room.
+#[test]
+fn the_document_describes_every_room() -> Result<()> {
+    let (document, heading) = ("docs/architecture.md", "\n## The rooms of src\n");
+    let text = fs::read_to_string(root().join(document))?;
+    let (_, section) = text.split_once(heading).with_context(|| format!("{document} has no heading{heading}"))?;
+    let (table, _) = section.split_once("\n## ").unwrap_or((section, ""));
+    let first_cells = table.lines().filter_map(|line| line.split('|').nth(1));
+    let described: Vec<&str> = first_cells.flat_map(|cell| cell.split(',')).map(str::trim).collect();
+    for room in ROOMS {
+        let names = [format!("`src/{room}`"), format!("`src/{room}.rs`")];
+        let found = names.iter().any(|name| described.contains(&name.as_str()));
+        ensure!(found, "the table of rooms in {document} has no {}; add it there", names.join(" or "));
+    }
+    Ok(())
+}
+
 /// Tests the check itself: it sees every form of an import, and every broken rule is an error.
 #[test]
 fn circles_and_imports_that_run_up_are_refused() -> Result<()> {

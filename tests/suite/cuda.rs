@@ -159,8 +159,8 @@ fn every_kernel_at_the_edges_of_its_tiles() -> Result<()> {
 }
 
 /// Persistent kernels distribute their tiles over fewer blocks. The cases have more tiles than the GPU has multiprocessors,
-/// with grouped query heads, with and without a mask, and packed with empty sequences. The last case has more tiles than one
-/// block per multiprocessor can list.
+/// with grouped query heads, with and without a mask, and packed with empty sequences. The last case needs more blocks than there are
+/// multiprocessors, because each block lists its tiles, and the lists of fewer blocks would not hold all.
 ///
 /// Each call must reset the tile counters, so that the next call gives the same bits.
 #[test]

@@ -676,6 +676,10 @@ fn unaligned_inputs_are_copied() -> Result<()> {
     let query = zeros(&[2, 1, 1, 16], DType::BF16)?;
     assert_eq!(odd.stride(), [400, 80, 20, 1]);
     assert_eq!(copied([&query, &odd, &odd])?, [""; 0]);
+    // Alone, k could be read in place. But a call copies a tensor of q, k and v as a whole.
+    let problem = testing::problem_qkv(&Attention::new(), &start, 1)?;
+    assert_eq!((problem.k.offset, problem.v.offset), (40, 60));
+    assert_eq!(plan(&problem, &H100)?.copied, ["q", "k", "v"]);
     // 16 bytes are 4 elements of f32.
     let wide = zeros(&[2, 5, 4, 20], DType::F32)?;
     let (fine, shifted) = (wide.narrow(3, 4, 16)?, wide.narrow(3, 2, 16)?);

@@ -74,7 +74,7 @@ fn head_dims(targets: &[Target]) -> impl Strategy<Value = usize> {
 ///
 /// On a GPU sizes begin at 1, because Candle allocates no empty tensors there, and some backward passes are deterministic.
 fn padded(targets: Vec<Target>) -> impl Strategy<Value = Case> {
-    // Half of the cases have one head_dim.
+    // In half of the cases head_dim_v equals head_dim. In the others it is drawn too.
     let head_dims_v = prop::option::of(head_dims(&targets));
     let head_dims = (head_dims(&targets), head_dims_v);
     let short = if targets.iter().all(|target| target.device.is_cpu()) { 9 } else { 3 };

@@ -368,7 +368,7 @@ impl Case {
                 Alibi::PerBatchAndHead => &[batch, self.num_heads],
                 _ => &[self.num_heads],
             };
-            // An empty batch has no slopes per batch and head, but it has slopes per head.
+            // With batch 0 the reference has no slopes. But the shape `(num_heads)` still needs values, so zeros fill it.
             let slopes: Vec<f64> =
                 slopes.iter().copied().chain(std::iter::repeat(0.0)).take(shape.iter().product()).collect();
             let slopes = Tensor::from_vec(slopes, shape, &Device::Cpu)?.to_dtype(DType::F32)?;
