@@ -6,8 +6,8 @@ use std::cmp::Reverse;
 use anyhow::Result;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_fa2::testing::{
-    self, Arch, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Kernel, Launch, Pass, Plan, Problem, RowBlocks,
-    Schedule, DQ_GROUP_ROWS, KERNELS,
+    self, Arch, BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, Kernel, Launch, Pass, Plan, Problem, RowBlocks, Schedule,
+    DQ_GROUP_ROWS, KERNELS,
 };
 use candle_fa2::{Attention, CuSeqlens, Error, Mask};
 
