@@ -8,6 +8,7 @@
 
 namespace fused_ops {
 
+using f32 = float;
 using f16 = __half;
 using bf16 = __nv_bfloat16;
 

@@ -15,8 +15,8 @@ struct NormForwardParams {
     void* y;               // (rows, width)
     float2* statistics;    // (rows): mean and rstd; null if there will be no backward
     int64_t rows;
-    int width;   // a multiple of 16 bytes
-    int centre;  // 1: layer norm; 0: RMS norm, whose mean is 0
+    int32_t width;   // a multiple of 16 bytes
+    int32_t centre;  // 1: layer norm; 0: RMS norm, whose mean is 0
     float eps;
 };
 
@@ -30,16 +30,16 @@ struct NormBackwardParams {
     float* partial_dweight;    // (blocks, width)
     float* partial_dbias;      // (blocks, width), or null
     int64_t rows;
-    int width;
-    int centre;
+    int32_t width;
+    int32_t centre;
 };
 
 // Adds partial sums of dweight and dbias in the order of the blocks.
 struct NormFinishParams {
     const float* partial;  // (blocks, width)
     void* sum;             // (width)
-    int blocks;
-    int width;
+    int32_t blocks;
+    int32_t width;
 };
 
 // Cross-entropy of each row of logits.
@@ -51,7 +51,7 @@ struct CrossEntropyParams {
     void* dlogits;           // (rows, vocab); may be `logits`
     const float* factor;     // (): the gradient of each loss; null for 1
     int64_t rows;
-    int vocab;
+    int32_t vocab;
     int64_t ignore_index;  // a value that no target has if nothing is ignored
     float label_smoothing;
     float z_loss;

@@ -44,6 +44,8 @@ mod activation;
 mod adamw;
 mod check;
 pub mod composed;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod layers;
 mod linear;
