@@ -1,13 +1,14 @@
 // Layer norm and RMS norm, forward and backward.
 //
-// Work       kWarps warps have one row, which stays in registers: 32 elements per thread, so width <= 1024 kWarps. A block has 8
-//            warps, and so one row or several. 16 warps per row would leave a thread 128 registers, and the backward spills there.
-// Memory     Each tensor is read or written once, in 16-byte accesses: 2 row tensors in the forward, 3 in the backward.
+// Work       kWarps warps have one row, which stays in registers. A thread has kPerThread elements of it: every kWarps-th vector of a
+//            warp. The forward has a row per group of warps. In the backward, one block per multiprocessor loops over the rows.
+// Memory     Each tensor is read or written once: 2 row tensors in the forward, 4 with a residual, 3 in the backward. Accesses have 16
+//            bytes; for rows that are not aligned to 16 bytes they have one element, with the same code.
+// Latency    The forward has some 40 KB of loads in flight per multiprocessor. The backward has 36 KB at width 768: while a row is
+//            reduced, the next one is loading. For f32 there are no registers left for that, but rows have twice the bytes.
 // Numerics   f32 throughout. The variance is the mean of (x - mean)^2, from registers. As src/norm.rs.
-// Registers  The backward needs about 163: xhat, g and both sums have 32 each. So an SM has one block, with 32 KB of loads in flight.
-// Backward   A block loops over rows and keeps its sums of dweight and dbias in registers. It adds its row groups in order through
-//            shared memory, and writes one partial sum. `norm_finish` adds the blocks in order. So the bits depend on the grid only.
-// Expects    width a multiple of kVector<T>, rows aligned to 16 bytes.
+// Backward   A thread keeps its sums of dweight and dbias in registers. At the end the block adds the sums of its groups in order, and
+//            writes one partial sum. `norm_finish` adds the blocks in order. So the bits depend on the shape and the grid alone.
 #pragma once
 
 #include "core.cuh"
@@ -15,168 +16,217 @@
 
 namespace fused_ops {
 
-constexpr int kNormThreads = 256;
-constexpr int kPerThread = 32;  // elements of a row in the registers of a thread
+// How the threads of a block share rows. kElements: elements of an access to memory.
+template <typename T_, int kWarps_, int kElements_, int kPerThread_>
+struct Rows {
+    using T = T_;
+    static constexpr int kWarps = kWarps_;
+    static constexpr int kElements = kElements_;
+    static constexpr int kVectors = kPerThread_ / kElements;
+    // The backward needs about 5 registers per element and 35 more. 12 warps with 24 elements, or 8 with 32, fill the registers.
+    static constexpr int kThreads = kPerThread_ == 24 ? 384 : 256;
+    static constexpr int kGroups = kThreads / (kWarps * kWarpSize);  // rows that a block has at once
+    static_assert(kThreads % (kWarps * kWarpSize) == 0 && kPerThread_ % kElements == 0);
 
-// The part of a row that a thread has: vector i begins at column `column(i)`.
-template <typename T, int kWarps>
-struct RowPart {
-    static constexpr int kVectors = kPerThread / kVector<T>;
+    int group = threadIdx.x / (kWarps * kWarpSize);
     int thread = threadIdx.x % (kWarps * kWarpSize);
 
-    __device__ int column(int i) const { return (i * kWarps * kWarpSize + thread) * kVector<T>; }
+    // where vector i of this thread begins
+    __device__ int column(int i) const { return (i * kWarps * kWarpSize + thread) * kElements; }
 };
 
-template <typename T, int kWarps>
+// The vectors of a row that a thread has. Those past the row are 0.
+template <typename Rows>
+struct RowPart {
+    Vector<typename Rows::T, Rows::kElements> at[Rows::kVectors];
+
+    __device__ void load(const Rows& rows, const void* from, int64_t start, int width) {
+#pragma unroll
+        for (int i = 0; i < Rows::kVectors; ++i) {
+            const int column = rows.column(i);
+            at[i] = {};
+            if (column < width) at[i] = load_vector<typename Rows::T, Rows::kElements>(static_cast<const typename Rows::T*>(from) + start + column);
+        }
+    }
+};
+
+template <typename Rows>
 __device__ __forceinline__ void norm_forward(const NormForwardParams& params) {
-    constexpr int kRows = kNormThreads / (kWarps * kWarpSize);  // of a block
-    __shared__ float scratch[kRows][kWarps];
-    const RowPart<T, kWarps> part;
-    constexpr int kVectors = RowPart<T, kWarps>::kVectors;
-    const int group = threadIdx.x / (kWarps * kWarpSize);
-    const int64_t row = int64_t(blockIdx.x) * kRows + group;
-    const bool valid = row < params.rows;  // all threads must reach the barriers
+    using T = typename Rows::T;
+    constexpr int kVectors = Rows::kVectors, kElements = Rows::kElements, kWarps = Rows::kWarps;
+    __shared__ float scratch[2][Rows::kGroups][kWarps];
+    const Rows rows;
     const int width = params.width;
+    const int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
+    if (row >= params.rows) return;
     const int64_t start = row * width;
 
-    float x[kVectors][kVector<T>];
-    float sum = 0.f;
+    // Packed, and widened at each use: registers decide how many rows a multiprocessor loads at once.
+    RowPart<Rows> x, weight;
+    x.load(rows, params.x, start, width);
+    weight.load(rows, params.weight, 0, width);
+    if (params.residual != nullptr) {
+        RowPart<Rows> residual;
+        residual.load(rows, params.residual, start, width);
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-        const int column = part.column(i);
-        if (!valid || column >= width) continue;
-        load<T>(x[i], static_cast<const T*>(params.x) + start + column);
-        if (params.residual != nullptr) {
-            float residual[kVector<T>];
-            load<T>(residual, static_cast<const T*>(params.residual) + start + column);
+        for (int i = 0; i < kVectors; ++i) {
+            float sum[kElements], other[kElements];
+            widen(sum, x.at[i]);
+            widen(other, residual.at[i]);
 #pragma unroll
-            for (int j = 0; j < kVector<T>; ++j) x[i][j] = to_float(from_float<T>(x[i][j] + residual[j]));
-            store<T>(static_cast<T*>(params.sum) + start + column, x[i]);
+            for (int j = 0; j < kElements; ++j) sum[j] += other[j];
+            x.at[i] = narrow<T>(sum);  // the norm is that of the rounded sum
+            if (rows.column(i) < width) store_vector(static_cast<T*>(params.sum) + start + rows.column(i), x.at[i]);
         }
-#pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) sum += x[i][j];
     }
-    // The same for all threads, so the barriers inside `combined` are reached together.
-    const float mean = params.centre ? combined<kWarps>(sum, scratch[group], Add()) / width : 0.f;
 
+    float mean = 0.f;
+    if (params.centre) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            float numbers[kElements];
+            widen(numbers, x.at[i]);
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) mean += numbers[j];
+        }
+        mean = combined<kWarps>(mean, scratch[0][rows.group], rows.group, Add()) / width;
+    }
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-        if (!valid || part.column(i) >= width) continue;
+        if (rows.column(i) >= width) continue;
+        float numbers[kElements];
+        widen(numbers, x.at[i]);
 #pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
+        for (int j = 0; j < kElements; ++j) squares += (numbers[j] - mean) * (numbers[j] - mean);
     }
-    const float rstd = rsqrtf(combined<kWarps>(squares, scratch[group], Add()) / width + params.eps);
+    const float variance = combined<kWarps>(squares, scratch[1][rows.group], rows.group, Add()) / width;
+    const float rstd = rsqrtf(variance + params.eps);
 
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-        const int column = part.column(i);
-        if (!valid || column >= width) continue;
-        float weight[kVector<T>], bias[kVector<T>] = {};
-        load<T>(weight, static_cast<const T*>(params.weight) + column);
-        if (params.bias != nullptr) load<T>(bias, static_cast<const T*>(params.bias) + column);
+        const int column = rows.column(i);
+        if (column >= width) continue;
+        float y[kElements], factor[kElements], bias[kElements] = {};
+        widen(y, x.at[i]);
+        widen(factor, weight.at[i]);
+        if (params.bias != nullptr) load(bias, static_cast<const T*>(params.bias) + column);
 #pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) x[i][j] = (x[i][j] - mean) * rstd * weight[j] + bias[j];
-        store<T>(static_cast<T*>(params.y) + start + column, x[i]);
+        for (int j = 0; j < kElements; ++j) y[j] = (y[j] - mean) * rstd * factor[j] + bias[j];
+        store(static_cast<T*>(params.y) + start + column, y);
     }
-    if (valid && part.thread == 0 && params.statistics != nullptr) params.statistics[row] = make_float2(mean, rstd);
+    if (rows.thread == 0 && params.statistics != nullptr) params.statistics[row] = make_float2(mean, rstd);
 }
 
-// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: `width` floats.
-template <typename T, int kWarps>
+// Adds the sums of the groups of a block in order, and writes the result. `groups`: (kGroups, width) of shared memory.
+template <typename Rows>
+__device__ __forceinline__ void write_block_sum(
+    const Rows& rows, const float (&sums)[Rows::kVectors][Rows::kElements], float* groups, float* to, int width) {
+#pragma unroll
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        const int column = rows.column(i);
+        if (column >= width) continue;
+#pragma unroll
+        for (int j = 0; j < Rows::kElements; ++j) groups[rows.group * width + column + j] = sums[i][j];
+    }
+    __syncthreads();
+    for (int column = threadIdx.x; column < width; column += Rows::kThreads) {
+        float sum = groups[column];
+#pragma unroll
+        for (int group = 1; group < Rows::kGroups; ++group) sum += groups[group * width + column];
+        to[column] = sum;
+    }
+}
+
+// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (kGroups, width) floats.
+template <typename Rows>
 __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) {
-    constexpr int kRows = kNormThreads / (kWarps * kWarpSize);
-    __shared__ float scratch[kRows][kWarps];
-    extern __shared__ float block_sum[];  // (width)
-    const RowPart<T, kWarps> part;
-    constexpr int kVectors = RowPart<T, kWarps>::kVectors;
-    const int group = threadIdx.x / (kWarps * kWarpSize);
+    using T = typename Rows::T;
+    constexpr int kVectors = Rows::kVectors, kElements = Rows::kElements, kWarps = Rows::kWarps;
+    constexpr bool kPrefetch = sizeof(T) == 2;
+    __shared__ float2 scratch[2][Rows::kGroups][kWarps];
+    extern __shared__ float groups[];
+    const Rows rows;
     const int width = params.width;
 
-    float dweight[kVectors][kVector<T>] = {}, dbias[kVectors][kVector<T>] = {};
-    for (int64_t first = int64_t(blockIdx.x) * kRows; first < params.rows; first += int64_t(gridDim.x) * kRows) {
-        const int64_t row = first + group, start = row * width;
-        const bool valid = row < params.rows;
-        const float2 statistics = valid ? params.statistics[row] : make_float2(0.f, 0.f);
-        float xhat[kVectors][kVector<T>], g[kVectors][kVector<T>];
-        float g_sum = 0.f, g_xhat_sum = 0.f;
+    float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
+    RowPart<Rows> x, dy;
+    float2 statistics;
+    auto fetch = [&](int64_t row) {
+        if (row >= params.rows) return;
+        x.load(rows, params.x, row * width, width);
+        dy.load(rows, params.dy, row * width, width);
+        statistics = params.statistics[row];
+    };
+    const int64_t stride = int64_t(gridDim.x) * Rows::kGroups;
+    int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
+    fetch(row);
+    for (int turn = 0; row < params.rows; row += stride, turn ^= 1) {
+        float xhat[kVectors][kElements], g[kVectors][kElements];
+        float2 sums = make_float2(0.f, 0.f);  // of g, and of g xhat
+        const float mean = statistics.x, rstd = statistics.y;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
-            const int column = part.column(i);
-            if (!valid || column >= width) continue;
-            float weight[kVector<T>];
-            load<T>(xhat[i], static_cast<const T*>(params.x) + start + column);
-            load<T>(g[i], static_cast<const T*>(params.dy) + start + column);
-            load<T>(weight, static_cast<const T*>(params.weight) + column);
+            const int column = rows.column(i);
+            widen(xhat[i], x.at[i]);
+            widen(g[i], dy.at[i]);  // 0 past the row, where it makes all terms 0
+            float weight[kElements] = {};
+            if (column < width) load(weight, static_cast<const T*>(params.weight) + column);
 #pragma unroll
-            for (int j = 0; j < kVector<T>; ++j) {
-                xhat[i][j] = (xhat[i][j] - statistics.x) * statistics.y;
+            for (int j = 0; j < kElements; ++j) {
+                xhat[i][j] = (xhat[i][j] - mean) * rstd;
                 dbias[i][j] += g[i][j];
                 dweight[i][j] += g[i][j] * xhat[i][j];
                 g[i][j] *= weight[j];
-                g_sum += g[i][j];
-                g_xhat_sum += g[i][j] * xhat[i][j];
+                sums.x += g[i][j];
+                sums.y += g[i][j] * xhat[i][j];
             }
         }
-        const float g_mean = params.centre ? combined<kWarps>(g_sum, scratch[group], Add()) / width : 0.f;
-        const float g_xhat_mean = combined<kWarps>(g_xhat_sum, scratch[group], Add()) / width;
+        if constexpr (kPrefetch) fetch(row + stride);
+        sums = combined<kWarps>(sums, scratch[turn][rows.group], rows.group, Add());
+        const float g_mean = params.centre ? sums.x / width : 0.f, g_xhat_mean = sums.y / width;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
-            const int column = part.column(i);
-            if (!valid || column >= width) continue;
+            const int column = rows.column(i);
+            if (column >= width) continue;
 #pragma unroll
-            for (int j = 0; j < kVector<T>; ++j) {
-                g[i][j] = statistics.y * (g[i][j] - g_mean - xhat[i][j] * g_xhat_mean);
-            }
-            store<T>(static_cast<T*>(params.dx) + start + column, g[i]);
+            for (int j = 0; j < kElements; ++j) g[i][j] = rstd * (g[i][j] - g_mean - xhat[i][j] * g_xhat_mean);
+            store(static_cast<T*>(params.dx) + row * width + column, g[i]);
         }
+        if constexpr (!kPrefetch) fetch(row + stride);
     }
 
-    // Adds the row groups of the block in order, and writes the sum.
-    auto write = [&](const float (&sums)[kVectors][kVector<T>], float* partial) {
-        for (int next = 0; next < kRows; ++next) {
-            __syncthreads();
-            if (group != next) continue;
-#pragma unroll
-            for (int i = 0; i < kVectors; ++i) {
-                const int column = part.column(i);
-                if (column >= width) continue;
-#pragma unroll
-                for (int j = 0; j < kVector<T>; ++j) {
-                    const float before = next == 0 ? 0.f : block_sum[column + j];
-                    block_sum[column + j] = before + sums[i][j];
-                }
-            }
-        }
-        __syncthreads();
-        float* to = partial + int64_t(blockIdx.x) * width;
-        for (int column = threadIdx.x; column < width; column += blockDim.x) to[column] = block_sum[column];
-    };
-    write(dweight, params.partial_dweight);
-    if (params.partial_dbias != nullptr) write(dbias, params.partial_dbias);
+    const int64_t partial = int64_t(blockIdx.x) * width;
+    write_block_sum(rows, dweight, groups, params.partial_dweight + partial, width);
+    if (params.partial_dbias == nullptr) return;
+    __syncthreads();
+    write_block_sum(rows, dbias, groups, params.partial_dbias + partial, width);
 }
 
-constexpr int kFinishColumns = 32;  // of a block: one per lane
-constexpr int kFinishParts = 8;     // warps of a block; each adds an equal share of the partial sums
+constexpr int kFinishColumns = kWarpSize;  // of a block: one per lane
+constexpr int kFinishParts = 16;           // warps of a block; each adds an equal share of the partial sums
 
-// Grid: (width / kFinishColumns), rounded up.
+// dweight and dbias from their partial sums. Grid: (width / kFinishColumns, rounded up; 1, or 2 if there is a bias).
 template <typename T>
 __device__ __forceinline__ void norm_finish(const NormFinishParams& params) {
     __shared__ float parts[kFinishParts][kFinishColumns];
+    const float* partial = blockIdx.y == 0 ? params.partial_dweight : params.partial_dbias;
+    void* to = blockIdx.y == 0 ? params.dweight : params.dbias;
     const int lane = threadIdx.x % kFinishColumns, part = threadIdx.x / kFinishColumns;
     const int column = blockIdx.x * kFinishColumns + lane;
     const int share = (params.blocks + kFinishParts - 1) / kFinishParts;
     const int end = min((part + 1) * share, params.blocks);
     float sum = 0.f;
     if (column < params.width) {
-        for (int block = part * share; block < end; ++block) sum += params.partial[int64_t(block) * params.width + column];
+#pragma unroll 8
+        for (int block = part * share; block < end; ++block) sum += partial[int64_t(block) * params.width + column];
     }
     parts[part][lane] = sum;
     __syncthreads();
     if (part != 0 || column >= params.width) return;
 #pragma unroll
     for (int other = 1; other < kFinishParts; ++other) sum += parts[other][lane];
-    static_cast<T*>(params.sum)[column] = from_float<T>(sum);
+    static_cast<T*>(to)[column] = from_float<T>(sum);
 }
 
 }  // namespace fused_ops

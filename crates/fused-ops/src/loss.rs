@@ -7,6 +7,8 @@ pub(crate) use linear::Layer;
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::number::{for_float, Element, Real};
 use crate::rows::{rows_per_task, sum, sum_in_f64};
 use crate::{check, composed, node};
@@ -127,6 +129,10 @@ impl CrossEntropy {
         check::float("logits", logits)?;
         let vocab = check::last_axis("logits", logits)?;
         self.check(targets, "logits", logits)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda::device_with_kernels(logits) {
+            return cuda::cross_entropy::cross_entropy(device, self, logits, targets);
+        }
         if !logits.device().is_cpu() {
             return composed::cross_entropy(self, logits, targets);
         }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
+use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda::cudarc::driver::{
     CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
-use candle_core::cuda::CudaStorageSlice;
+use candle_core::cuda::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaStorage, Result};
 
 use super::memory::Locked;
@@ -15,8 +16,8 @@ use super::module::{self, error_name};
 use super::params::NULL;
 use crate::check;
 
-/// Collects the addresses for the arguments of one launch. It holds cudarc's guards until the kernel is queued, so earlier writes
-/// finish first and later uses wait. The borrows keep the memory alive.
+/// Collects the addresses for the arguments of launches. It holds cudarc's guards until they are queued, so earlier writes finish
+/// first and later uses wait. The borrows keep the memory alive.
 pub(super) struct Launcher<'a> {
     stream: &'a Arc<CudaStream>,
     guards: Vec<SyncOnDrop<'a>>,
@@ -63,6 +64,29 @@ impl<'a> Launcher<'a> {
         address
     }
 
+    /// [`Self::write`], or [`NULL`].
+    pub(super) fn write_or_null(&mut self, storage: Option<&'a mut CudaStorage>) -> CUdeviceptr {
+        storage.map_or(NULL, |storage| self.write(storage))
+    }
+
+    /// [`Self::queue`], and gives the memory back.
+    ///
+    /// # Safety
+    /// As [`Self::queue`].
+    ///
+    /// # Errors
+    /// As [`Self::queue`].
+    pub(super) unsafe fn launch<P: DeviceRepr>(
+        self,
+        file: &'static str,
+        name: &str,
+        config: LaunchConfig,
+        params: &P,
+    ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.queue(file, name, config, params) }
+    }
+
     /// Queues the kernel `name` of the file `cuda/FILE.cu`. An empty grid queues nothing, because the driver refuses it.
     ///
     /// # Safety
@@ -71,8 +95,8 @@ impl<'a> Launcher<'a> {
     ///
     /// # Errors
     /// If the kernel cannot be loaded, if the driver refuses it, or if an earlier kernel has failed.
-    pub(super) unsafe fn launch<P: DeviceRepr>(
-        self,
+    pub(super) unsafe fn queue<P: DeviceRepr>(
+        &self,
         file: &'static str,
         name: &str,
         config: LaunchConfig,
@@ -82,6 +106,12 @@ impl<'a> Launcher<'a> {
             return Ok(());
         }
         let function = module::function(self.stream.context(), file, name)?;
+        if config.shared_mem_bytes > 48 << 10 {
+            // More than 48 KiB must be enabled per function.
+            let enabled =
+                function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, config.shared_mem_bytes as i32);
+            enabled.w()?;
+        }
         let mut builder = self.stream.launch_builder(&function);
         builder.arg(params);
         // SAFETY: as the caller promises; the struct is the only argument of every kernel.

@@ -1,6 +1,6 @@
 //! Device memory of new tensors and of existing tensors.
 
-use candle_core::backend::BackendDevice;
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor};
 
 use crate::node;
@@ -40,4 +40,17 @@ impl<'a> Locked<'a> {
     pub(super) fn start(&self) -> usize {
         self.layout.start_offset()
     }
+
+    /// The number of the tensor's elements.
+    pub(super) fn size(&self) -> usize {
+        self.layout.shape().elem_count()
+    }
+}
+
+/// Whether every row of `width` elements of contiguous `tensors` begins at 16 bytes. Memory of the driver does.
+pub(super) fn aligned<'a>(mut tensors: impl Iterator<Item = &'a Locked<'a>>, width: usize) -> bool {
+    tensors.all(|tensor| {
+        let bytes = tensor.storage().dtype().size_in_bytes();
+        (tensor.start() * bytes).is_multiple_of(16) && (width * bytes).is_multiple_of(16)
+    })
 }

@@ -13,7 +13,7 @@ macro_rules! params {
         unsafe impl DeviceRepr for $name {}
     )*};
 }
-params!(NormForwardParams NormBackwardParams NormFinishParams CrossEntropyParams);
+params!(NormForwardParams NormBackwardParams NormFinishParams CrossEntropyParams CrossEntropyMeanParams ScaleParams);
 
 /// The null pointer: a tensor that the call does not have.
 pub(super) const NULL: CUdeviceptr = 0;
