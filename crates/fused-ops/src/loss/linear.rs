@@ -27,7 +27,7 @@ impl CrossEntropy {
     /// ```
     ///
     /// So the node keeps both gradients (f32 for f16 and bf16), and not the logits. If no input is tracked, the forward computes the
-    /// loss alone. On the CPU the logits of f16 and bf16 tensors are f32.
+    /// loss alone. On the CPU the logits of f16 and bf16 tensors are f32; on a GPU logits and d have the type of x.
     ///
     /// An ignored row adds `0 * x` to the gradient of weight. So unlike its logits in [`Self::forward`], it must be finite.
     ///
