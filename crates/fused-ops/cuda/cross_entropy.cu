@@ -23,6 +23,7 @@ KERNELS(f32)
 KERNELS(f16)
 KERNELS(bf16)
 
-extern "C" __global__ void __launch_bounds__(kMeanThreads) cross_entropy_mean_of_rows(const __grid_constant__ CrossEntropyMeanParams params) {
+extern "C" __global__ void __launch_bounds__(kMeanThreads) cross_entropy_mean_of_rows(
+    const __grid_constant__ CrossEntropyMeanParams params) {
     cross_entropy_mean(params);
 }

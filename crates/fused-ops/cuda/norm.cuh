@@ -38,14 +38,15 @@ struct Rows {
 // The vectors of a row that a thread has. Those past the row are 0.
 template <typename Rows>
 struct RowPart {
-    Vector<typename Rows::T, Rows::kElements> at[Rows::kVectors];
+    using T = typename Rows::T;
+    Vector<T, Rows::kElements> at[Rows::kVectors];
 
     __device__ void load(const Rows& rows, const void* from, int64_t start, int width) {
 #pragma unroll
         for (int i = 0; i < Rows::kVectors; ++i) {
             const int column = rows.column(i);
             at[i] = {};
-            if (column < width) at[i] = load_vector<typename Rows::T, Rows::kElements>(static_cast<const typename Rows::T*>(from) + start + column);
+            if (column < width) at[i] = load_vector<T, Rows::kElements>(static_cast<const T*>(from) + start + column);
         }
     }
 };
@@ -115,7 +116,7 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams& params) {
         for (int j = 0; j < kElements; ++j) y[j] = (y[j] - mean) * rstd * factor[j] + bias[j];
         store(static_cast<T*>(params.y) + start + column, y);
     }
-    if (rows.thread == 0 && params.statistics != nullptr) params.statistics[row] = make_float2(mean, rstd);
+    if (rows.thread == 0) params.statistics[row] = make_float2(mean, rstd);
 }
 
 // Adds the sums of the groups of a block in order, and writes the result. `groups`: (kGroups, width) of shared memory.

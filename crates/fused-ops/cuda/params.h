@@ -1,4 +1,4 @@
-// What the host passes to each kernel. Tensors are contiguous, rows are the leading axes together, and strides need no fields.
+// What the host passes to each kernel. Tensors are contiguous, and rows are the leading axes together.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct NormForwardParams {
     const void* bias;      // (width), or null
     void* sum;             // (rows, width): x + residual; null without a residual
     void* y;               // (rows, width)
-    float2* statistics;    // (rows): mean and rstd; null if there will be no backward
+    float2* statistics;    // (rows): mean and rstd
     int64_t rows;
     int32_t width;
     int32_t centre;  // 1: layer norm; 0: RMS norm, whose mean is 0
