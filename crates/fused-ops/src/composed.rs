@@ -1,7 +1,7 @@
 //! The same operators, composed of Candle's differentiable ones.
 //!
-//! They run on every device that has no fused operator of this crate yet; today this is every device except the CPU. Their
-//! gradients are right, but each call is a dozen nodes and passes over memory. On the CPU you can call them to compare.
+//! They run where this crate has no fused operator for a device and type yet. Their gradients are right, but each call is a dozen
+//! nodes and passes over memory. On the CPU you can call them to compare.
 //!
 //! The arguments are those of the fused operators, which have checked them.
 

@@ -7,6 +7,8 @@ pub(crate) use linear::Layer;
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::number::{for_float, Element, Real};
 use crate::rows::{rows_per_task, sum, sum_in_f64};
 use crate::{check, composed, node};
@@ -48,7 +50,7 @@ pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Re
 ///
 /// **NaN and infinity.** A logit of minus infinity has probability 0; as the target, or with label smoothing, it makes the loss
 /// infinite. NaN, plus infinity, or a row of minus infinity only, makes the loss NaN, and the gradient of its row. A softcap makes
-/// infinity the finite cap. On the CPU the logits of an ignored row are not read, so NaN there has no effect.
+/// infinity the finite cap. The logits of an ignored row are not read, so NaN there has no effect.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};
@@ -122,11 +124,15 @@ impl CrossEntropy {
     ///
     /// # Errors
     /// If shapes or devices disagree; if an option is out of range; on the CPU, if a target is neither a class nor
-    /// `ignore_index`.
+    /// `ignore_index`. On a GPU nobody waits to check targets: such a target makes the loss NaN.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         check::float("logits", logits)?;
         let vocab = check::last_axis("logits", logits)?;
         self.check(targets, "logits", logits)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda::device_with_kernels(logits) {
+            return cuda::cross_entropy::cross_entropy(device, self, logits, targets);
+        }
         if !logits.device().is_cpu() {
             return composed::cross_entropy(self, logits, targets);
         }

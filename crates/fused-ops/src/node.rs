@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use candle_core::op::BackpropOp;
 use candle_core::{
@@ -16,7 +16,7 @@ use candle_core::{
 };
 
 /// Computes the gradient of each input from the inputs and the gradient of the result, which is contiguous.
-type Backward = Box<dyn Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
+type Backward = Arc<dyn Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
 
 struct Node {
     name: &'static str,
@@ -42,7 +42,8 @@ where
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(untracked(value, shape));
     }
-    let node = Node { name, value: Mutex::new(Some((value, shape))), backward: Box::new(backward) };
+    let node = Node { name, value: Mutex::new(Some((value, shape))), backward: Arc::new(backward) };
+    testing::record(&node.backward, inputs);
     match inputs {
         [a] => a.apply_op1(node),
         [a, b] => a.apply_op2(b, node),
@@ -155,6 +156,48 @@ impl CustomOp3 for Node {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [da, db, dc] = self.gradients([a, b, c], grad)?;
         Ok((da, db, dc))
+    }
+}
+
+/// What the bench needs to time a backward alone. Not a stable interface.
+pub mod testing {
+    use std::cell::RefCell;
+
+    use candle_core::{Result, Tensor};
+
+    /// The backward of one node.
+    pub struct Recorded {
+        backward: super::Backward,
+        inputs: Vec<Tensor>,
+    }
+
+    impl Recorded {
+        /// The gradients of the inputs. `dy` is contiguous.
+        ///
+        /// # Errors
+        /// Those of the operator.
+        pub fn run(&self, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+            (self.backward)(&self.inputs.iter().collect::<Vec<_>>(), dy)
+        }
+    }
+
+    thread_local! {
+        static RECORDING: RefCell<Option<Vec<Recorded>>> = const { RefCell::new(None) };
+    }
+
+    /// The result of `call`, and the nodes that this thread made in it.
+    pub fn recorded<R>(call: impl FnOnce() -> R) -> (R, Vec<Recorded>) {
+        RECORDING.set(Some(Vec::new()));
+        let result = call();
+        (result, RECORDING.take().unwrap_or_default())
+    }
+
+    pub(super) fn record(backward: &super::Backward, inputs: &[&Tensor]) {
+        RECORDING.with_borrow_mut(|recording| {
+            let Some(nodes) = recording else { return };
+            let inputs = inputs.iter().map(|&input| input.clone()).collect();
+            nodes.push(Recorded { backward: backward.clone(), inputs });
+        });
     }
 }
 

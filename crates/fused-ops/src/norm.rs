@@ -3,6 +3,8 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::number::{for_float, narrowed, widened, Element, Real};
 use crate::rows::{add, dot, rows_per_task, sum};
 use crate::{check, composed, node};
@@ -43,10 +45,7 @@ use crate::{check, composed, node};
 /// ```
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
     check_norm(x, weight, bias, eps)?;
-    match x.device().is_cpu() {
-        true => norm(x, weight, bias, Kind::Layer, eps),
-        false => composed::layer_norm(x, weight, bias, eps),
-    }
+    norm_of_kind(x, weight, bias, Kind::Layer, eps)
 }
 
 /// RMS norm over the last axis, with its backward.
@@ -69,10 +68,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
 /// ```
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     check_norm(x, weight, None, eps)?;
-    match x.device().is_cpu() {
-        true => norm(x, weight, None, Kind::Rms, eps),
-        false => composed::rms_norm(x, weight, eps),
-    }
+    norm_of_kind(x, weight, None, Kind::Rms, eps)
 }
 
 /// `sum = x + residual` and [`layer_norm`] of the sum, in one pass. Returns `(sum, norm)`.
@@ -101,12 +97,7 @@ pub fn add_layer_norm(
 ) -> Result<(Tensor, Tensor)> {
     check_norm(x, weight, bias, eps)?;
     check_residual(x, residual)?;
-    if x.device().is_cpu() {
-        return add_norm(x, residual, weight, bias, Kind::Layer, eps);
-    }
-    let sum = (x + residual)?;
-    let norm = composed::layer_norm(&sum, weight, bias, eps)?;
-    Ok((sum, norm))
+    add_norm_of_kind(x, residual, weight, bias, Kind::Layer, eps)
 }
 
 /// `sum = x + residual` and [`rms_norm`] of the sum, in one pass. Returns `(sum, norm)`; see [`add_layer_norm`].
@@ -116,12 +107,7 @@ pub fn add_layer_norm(
 pub fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
     check_norm(x, weight, None, eps)?;
     check_residual(x, residual)?;
-    if x.device().is_cpu() {
-        return add_norm(x, residual, weight, None, Kind::Rms, eps);
-    }
-    let sum = (x + residual)?;
-    let norm = composed::rms_norm(&sum, weight, eps)?;
-    Ok((sum, norm))
+    add_norm_of_kind(x, residual, weight, None, Kind::Rms, eps)
 }
 
 fn check_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<()> {
@@ -140,10 +126,58 @@ fn check_residual(x: &Tensor, residual: &Tensor) -> Result<()> {
     check::same("residual", residual, "x", x)
 }
 
+/// Which norm.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(crate) enum Kind {
     Layer,
     Rms,
+}
+
+impl Kind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Kind::Layer => "layer_norm",
+            Kind::Rms => "rms_norm",
+        }
+    }
+
+    fn composed(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        match self {
+            Kind::Layer => composed::layer_norm(x, weight, bias, eps),
+            Kind::Rms => composed::rms_norm(x, weight, eps),
+        }
+    }
+}
+
+fn norm_of_kind(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, kind: Kind, eps: f64) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        return norm(x, weight, bias, kind, eps);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(device) = cuda::norm::device_with_kernels(x) {
+        return cuda::norm::norm(device, x, weight, bias, kind, eps);
+    }
+    kind.composed(x, weight, bias, eps)
+}
+
+fn add_norm_of_kind(
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    kind: Kind,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    if x.device().is_cpu() {
+        return add_norm(x, residual, weight, bias, kind, eps);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(device) = cuda::norm::device_with_kernels(x) {
+        return cuda::norm::add_norm(device, x, residual, weight, bias, kind, eps);
+    }
+    let sum = (x + residual)?;
+    let norm = kind.composed(&sum, weight, bias, eps)?;
+    Ok((sum, norm))
 }
 
 /// mean and rstd of a row. The mean of an RMS norm is 0.
@@ -195,12 +229,8 @@ fn with_backward<T: Element>(
     y: Vec<T>,
     statistics: Vec<Statistics<T::Acc>>,
 ) -> Result<Tensor> {
-    let name = match kind {
-        Kind::Layer => "layer_norm",
-        Kind::Rms => "rms_norm",
-    };
     let inputs: Vec<&Tensor> = [Some(x), Some(weight), bias].into_iter().flatten().collect();
-    node::node(name, &inputs, node::storage(y), x.shape(), move |inputs, dy| {
+    node::node(kind.name(), &inputs, node::storage(y), x.shape(), move |inputs, dy| {
         let (x, weight) = (inputs[0], inputs[1]);
         let Gradients { dx, dweight, dbias } = {
             let (x, weight, dy) = (node::Numbers::of(x), node::Numbers::of(weight), node::Numbers::of(dy));

@@ -1,4 +1,4 @@
-//! Compiles units into images, in parallel. Units that did not change are not compiled again.
+//! Compiles units, or hand-written sources, into images, in parallel. What did not change is not compiled again.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::thread;
 
+use crate::family::Arch;
 use crate::nvcc::{self, Gpus, Nvcc, FLAGS};
 use crate::params::Structs;
-use crate::report::{self, Report};
+use crate::report::{self, Report, Usages};
 use crate::units::Unit;
 use crate::{files, headers, Error, Result};
 
@@ -26,9 +27,9 @@ pub struct Compiler {
     pub out: PathBuf,
 }
 
-/// One unit to compile, with everything that its image depends on.
-struct Job<'a> {
-    unit: &'a Unit,
+/// One source to compile, with everything that its image depends on.
+struct Job {
+    name: String,
     source: String,
     options: Vec<String>,
     fingerprint: String,
@@ -41,21 +42,37 @@ impl Compiler {
     /// # Errors
     /// The first error of nvcc or of a file. Also if ptxas serializes the wgmmas of a kernel, because the kernel is then slow.
     pub fn compile<'a>(&self, units: &'a [Unit], structs: &Structs) -> Result<Report<'a>> {
-        let jobs: Vec<Job> = units.iter().map(|unit| self.job(unit, structs)).collect::<Result<_>>()?;
         // Start with the end of the table: the backwards are there, and they take longest.
-        let changed: Vec<&Job> = jobs.iter().rev().filter(|job| self.changed(job)).collect();
-        headers::write_generated(&self.out)?;
-        self.run(&changed)?;
+        let jobs = units.iter().rev().map(|unit| self.job(&unit.name, &unit.family.arch, unit.source(structs)));
+        self.run(jobs.collect::<Result<_>>()?)?;
         Report::read(self, units)
     }
 
-    /// The path of a unit's file with this extension.
-    pub fn path(&self, unit: &Unit, extension: &str) -> PathBuf {
-        self.out.join(format!("{}.{extension}", unit.name))
+    /// As [`Self::compile`], for hand-written sources whose kernels are in no table: the files `NAME.cu` of [`Self::include`]. Each
+    /// also asserts the layout of all `structs`. Returns the usages of all kernels.
+    ///
+    /// # Errors
+    /// As [`Self::compile`].
+    pub fn compile_files(&self, names: &[&str], arch: &Arch, structs: &Structs) -> Result<Usages> {
+        let asserts = structs.cuda_asserts(structs.structs.iter().map(|item| item.name.as_str()));
+        let jobs = names.iter().map(|name| {
+            let text = files::read(&self.include.join(name).with_extension("cu"))?;
+            self.job(name, arch, format!("{text}\n#include <cstddef>\n{asserts}"))
+        });
+        self.run(jobs.collect::<Result<_>>()?)?;
+        let logs = names.iter().map(|name| files::read(&self.path(name, "log")));
+        Ok(report::parse(&logs.collect::<Result<String>>()?))
     }
 
-    /// Runs the jobs. After a failure, no further job starts.
-    fn run(&self, jobs: &[&Job]) -> Result<()> {
+    /// The path of the file of a unit or source with this extension.
+    pub fn path(&self, name: &str, extension: &str) -> PathBuf {
+        self.out.join(format!("{name}.{extension}"))
+    }
+
+    /// Runs the jobs that changed. After a failure, no further job starts.
+    fn run(&self, jobs: Vec<Job>) -> Result<()> {
+        let jobs: Vec<Job> = jobs.into_iter().filter(|job| self.changed(job)).collect();
+        headers::write_generated(&self.out)?;
         let threads = files::variable("NUM_JOBS").and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
         let (next, error) = (AtomicUsize::new(0), Mutex::new(None));
         thread::scope(|scope| {
@@ -74,31 +91,30 @@ impl Compiler {
     }
 
     fn unit(&self, job: &Job) -> Result<()> {
-        let source = self.path(job.unit, "cu");
+        let source = self.path(&job.name, "cu");
         files::write(&source, &job.source)?;
-        let log = self.nvcc.compile(&source, &self.path(job.unit, "fatbin"), &job.options)?;
+        let log = self.nvcc.compile(&source, &self.path(&job.name, "fatbin"), &job.options)?;
         let advice = report::serialized(&log);
         if !advice.is_empty() {
             let text =
                 "ptxas runs the wgmmas or setmaxnregs of a kernel in a slow way; change the kernel as its advice says";
-            return Err(Error::new(format!("{}: {text}:\n{}", job.unit.name, advice.join("\n"))));
+            return Err(Error::new(format!("{}: {text}:\n{}", job.name, advice.join("\n"))));
         }
-        files::write(&self.path(job.unit, "log"), &log)?;
-        files::write(&self.path(job.unit, "fingerprint"), &job.fingerprint)
+        files::write(&self.path(&job.name, "log"), &log)?;
+        files::write(&self.path(&job.name, "fingerprint"), &job.fingerprint)
     }
 
-    fn job<'a>(&self, unit: &'a Unit, structs: &Structs) -> Result<Job<'a>> {
-        let source = unit.source(structs);
-        let mut options = self.gpus.options(&unit.family.arch);
+    fn job(&self, name: &str, arch: &Arch, source: String) -> Result<Job> {
+        let mut options = self.gpus.options(arch);
         options.extend(nvcc::include(&[&self.include, &self.out]));
         options.push("-fatbin".to_string());
         let mut hasher = DefaultHasher::new();
         (self.nvcc.identity(), FLAGS, &options, &source, headers::of_text(&source, &self.include)?).hash(&mut hasher);
-        Ok(Job { unit, source, options, fingerprint: format!("{:016x}", hasher.finish()) })
+        Ok(Job { name: name.to_string(), source, options, fingerprint: format!("{:016x}", hasher.finish()) })
     }
 
     fn changed(&self, job: &Job) -> bool {
-        let seen = fs::read_to_string(self.path(job.unit, "fingerprint"));
-        !(seen.is_ok_and(|seen| seen == job.fingerprint) && Path::exists(&self.path(job.unit, "fatbin")))
+        let seen = fs::read_to_string(self.path(&job.name, "fingerprint"));
+        !(seen.is_ok_and(|seen| seen == job.fingerprint) && Path::exists(&self.path(&job.name, "fatbin")))
     }
 }

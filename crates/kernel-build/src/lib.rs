@@ -8,7 +8,7 @@
 //! | [`params`] | parses the header of parameter structs and shared numbers; generates the same in Rust, and assertions for both compilers |
 //! | [`mod@units`] | generates a CUDA source for each line, and the table and the images as Rust |
 //! | [`headers`] | finds the headers of a source, and generates one: the wgmma of every N |
-//! | [`nvcc`], [`compile`] | find nvcc and the GPUs to compile for; compile the units that changed, in parallel |
+//! | [`nvcc`], [`compile`] | find nvcc and the GPUs to compile for; compile the units that changed, in parallel, or hand-written sources |
 //! | [`report`] | reads what ptxas reports of each kernel; warns about local memory that no LOCAL line allows, or fails |
 //! | [`mod@describe`] | describes all of this as JSON, for programs without Rust |
 //!

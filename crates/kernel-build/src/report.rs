@@ -102,10 +102,10 @@ impl<'a> Report<'a> {
         let mut rows = Vec::new();
         for unit in units {
             // Where only Rust is checked, a script replaces nvcc and writes an empty image.
-            if fs::metadata(compiler.path(unit, "fatbin")).is_ok_and(|file| file.len() == 0) {
+            if fs::metadata(compiler.path(&unit.name, "fatbin")).is_ok_and(|file| file.len() == 0) {
                 continue;
             }
-            let usages = parse(&files::read(&compiler.path(unit, "log"))?);
+            let usages = parse(&files::read(&compiler.path(&unit.name, "log"))?);
             for kernel in &unit.kernels {
                 for (gpu, target) in compiler.gpus.targets(&unit.family.arch) {
                     let usage = usages.get(&(kernel.name.clone(), format!("sm_{target}")));

@@ -3,6 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::{counted, losses, replace_by_gradients, CrossEntropy, Formula};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::node::accumulator;
 use crate::number::Real;
 use crate::{check, composed, node};
@@ -25,7 +27,7 @@ impl CrossEntropy {
     /// ```
     ///
     /// So the node keeps both gradients (f32 for f16 and bf16), and not the logits. If no input is tracked, the forward computes the
-    /// loss alone. On the CPU the logits of f16 and bf16 tensors are f32.
+    /// loss alone. On the CPU the logits of f16 and bf16 tensors are f32; on a GPU logits and d have the type of x.
     ///
     /// An ignored row adds `0 * x` to the gradient of weight. So unlike its logits in [`Self::forward`], it must be finite.
     ///
@@ -55,6 +57,10 @@ impl CrossEntropy {
         };
         check::same("weight", weight, "x", x)?;
         self.check(targets, "x", x)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda::device_with_kernels(x) {
+            return cuda::linear_cross_entropy::linear_cross_entropy(device, self, x, weight, targets);
+        }
         if !x.device().is_cpu() {
             return composed::linear_cross_entropy(self, x, weight, targets);
         }

@@ -6,6 +6,8 @@
 mod adamw;
 mod against_reference;
 mod close;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod errors;
 mod gradients;
 mod layers;

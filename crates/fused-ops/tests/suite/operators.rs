@@ -1,10 +1,13 @@
 //! All operators of the crate, for tests that every one of them must pass.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_fused_ops::{self as fused, composed, CrossEntropy, RotaryOrder};
 
 use crate::reference::{self, Loss, Reference, Sum, Want};
 use crate::run::precision;
+
+/// The shapes of the inputs, for a number of rows and their width.
+pub type Shapes = fn(usize, usize) -> Vec<Vec<usize>>;
 
 /// From inputs to results.
 pub type Call = fn(&[Tensor]) -> Result<Vec<Tensor>>;
@@ -17,13 +20,14 @@ pub struct Numbers {
     pub upstream: Vec<Vec<f64>>,
     pub width: usize,
     pub dtype: DType,
+    /// Whether logits of a linear layer, and their gradient, are rounded to `dtype`. On the CPU they are in f32.
+    pub narrow_logits: bool,
 }
 
 #[derive(Clone, Copy)]
 pub struct Operator {
     pub name: &'static str,
-    /// The shapes of the inputs, for a number of rows and their width.
-    pub shapes: fn(usize, usize) -> Vec<Vec<usize>>,
+    pub shapes: Shapes,
     pub fused: Call,
     pub composed: Call,
     pub formula: Formula,
@@ -150,10 +154,10 @@ pub fn all() -> Vec<Operator> {
         Operator {
             name: "embedding",
             shapes: |rows, width| vec![vec![rows, width]],
-            fused: |t| Ok(vec![fused::embedding(&ids(t[0].dim(0)?)?, &t[0])?]),
+            fused: |t| Ok(vec![fused::embedding(&ids(&t[0])?, &t[0])?]),
             composed: |t| {
                 let weight = widened(&t[0])?;
-                Ok(vec![composed::embedding(&ids(t[0].dim(0)?)?, &weight)?.to_dtype(t[0].dtype())?])
+                Ok(vec![composed::embedding(&ids(&t[0])?, &weight)?.to_dtype(t[0].dtype())?])
             },
             formula: |n| {
                 reference::embedding(&n.inputs[0], &positions(n.inputs[0].len() / n.width), &n.upstream[0], n.width)
@@ -262,7 +266,8 @@ fn cross_entropy(n: &Numbers, loss: &Loss, some_ignored: bool) -> Reference {
 fn linear_cross_entropy(n: &Numbers, loss: &Loss, some_ignored: bool) -> Reference {
     let (x, weight) = (&n.inputs[0], &n.inputs[1]);
     let classes = classes(x.len() / n.width, weight.len() / n.width, some_ignored);
-    reference::linear_cross_entropy(x, weight, &classes, n.width, loss, n.upstream[0][0])
+    let rounding = if n.narrow_logits { precision(n.dtype).half_step() } else { 0.0 };
+    reference::linear_cross_entropy(x, weight, &classes, n.width, loss, n.upstream[0][0], rounding)
 }
 
 /// Row ids of a batch: more than rows, so that some rows have several.
@@ -270,8 +275,9 @@ fn positions(rows: usize) -> Vec<usize> {
     (0..2 * rows + 3).map(|position| (position * position + 1) % rows).collect()
 }
 
-fn ids(rows: usize) -> Result<Tensor> {
-    Tensor::new(positions(rows).into_iter().map(|id| id as u32).collect::<Vec<_>>(), &Device::Cpu)
+fn ids(weight: &Tensor) -> Result<Tensor> {
+    let ids = positions(weight.dim(0)?).into_iter().map(|id| id as u32);
+    Tensor::new(ids.collect::<Vec<_>>(), weight.device())
 }
 
 fn angle(token: usize, pair: usize) -> f64 {

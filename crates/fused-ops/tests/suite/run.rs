@@ -35,6 +35,7 @@ pub struct Case {
     pub rows: usize,
     pub width: usize,
     pub dtype: DType,
+    pub device: Device,
     pub inputs: Vec<Tensor>,
 }
 
@@ -45,6 +46,7 @@ pub struct Outcome {
 }
 
 impl Case {
+    /// On the CPU.
     pub fn new(operator: Operator, rows: usize, width: usize, dtype: DType) -> Result<Self> {
         let name = format!("{} {rows} x {width}", operator.name);
         let inputs = (operator.shapes)(rows, width)
@@ -52,19 +54,26 @@ impl Case {
             .enumerate()
             .map(|(index, shape)| random(&format!("{name}, input {index}"), shape, dtype))
             .collect::<Result<_>>()?;
-        Ok(Self { operator, rows, width, dtype, inputs })
+        Ok(Self { operator, rows, width, dtype, device: Device::Cpu, inputs })
+    }
+
+    /// The same case with its inputs on `device`.
+    #[cfg(feature = "cuda")]
+    pub fn on(self, device: &Device) -> Result<Self> {
+        let inputs = self.inputs.iter().map(|input| input.to_device(device)).collect::<candle_core::Result<_>>()?;
+        Ok(Self { inputs, device: device.clone(), ..self })
     }
 
     /// The gradient of result `index`.
     pub fn upstream(&self, index: usize, result: &Tensor) -> Result<Tensor> {
         let name = format!("{} {} x {}, gradient {index}", self.operator.name, self.rows, self.width);
         // Drawn in the narrow type, so that all types get the same kind of numbers.
-        Ok(random(&name, result.dims(), self.dtype)?.to_dtype(result.dtype())?)
+        Ok(random(&name, result.dims(), self.dtype)?.to_dtype(result.dtype())?.to_device(&self.device)?)
     }
 
     /// The sum of all results, weighed by their gradients: its gradients are those of the case.
     pub fn loss(&self, results: &[Tensor]) -> Result<Tensor> {
-        let mut loss = Tensor::zeros((), DType::F64, &Device::Cpu)?;
+        let mut loss = Tensor::zeros((), DType::F64, &self.device)?;
         for (index, result) in results.iter().enumerate() {
             loss = (loss + (result * self.upstream(index, result)?)?.to_dtype(DType::F64)?.sum_all()?)?;
         }
@@ -91,7 +100,8 @@ impl Case {
 
 impl std::fmt::Display for Case {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{} {:?}, {} rows of {}", self.operator.name, self.dtype, self.rows, self.width)
+        let Self { operator, rows, width, dtype, device, .. } = self;
+        write!(f, "{} {dtype:?}, {rows} rows of {width} on {:?}", operator.name, device.location())
     }
 }
 

@@ -1,0 +1,233 @@
+// Layer norm and RMS norm, forward and backward.
+//
+// Work       kWarps warps have one row, which stays in registers. A thread has kPerThread elements of it: every kWarps-th vector of a
+//            warp. The forward has a row per group of warps. In the backward, one block per multiprocessor loops over the rows.
+// Memory     Each tensor is read or written once: 2 row tensors in the forward, 4 with a residual, 3 in the backward. Accesses have 16
+//            bytes; for rows that are not aligned to 16 bytes they have one element, with the same code.
+// Latency    The forward has some 40 KB of loads in flight per multiprocessor. The backward has 36 KB at width 768: while a row is
+//            reduced, the next one is loading. For f32 there are no registers left for that, but rows have twice the bytes.
+// Numerics   f32 throughout. The variance is the mean of (x - mean)^2, from registers. As src/norm.rs.
+// Backward   A thread keeps its sums of dweight and dbias in registers. At the end the block adds the sums of its groups in order, and
+//            writes one partial sum. `norm_finish` adds the blocks in order. So the bits depend on the shape and the grid alone.
+#pragma once
+
+#include "core.cuh"
+#include "params.h"
+
+namespace fused_ops {
+
+// How the threads of a block share rows. kElements: elements of an access to memory.
+template <typename T_, int kWarps_, int kElements_, int kPerThread_>
+struct Rows {
+    using T = T_;
+    static constexpr int kWarps = kWarps_;
+    static constexpr int kElements = kElements_;
+    static constexpr int kVectors = kPerThread_ / kElements;
+    // The backward needs about 5 registers per element and 35 more. 12 warps with 24 elements, or 8 with 32, fill the registers.
+    static constexpr int kThreads = kPerThread_ == 24 ? 384 : 256;
+    static constexpr int kGroups = kThreads / (kWarps * kWarpSize);  // rows that a block has at once
+    static_assert(kThreads % (kWarps * kWarpSize) == 0 && kPerThread_ % kElements == 0);
+
+    int group = threadIdx.x / (kWarps * kWarpSize);
+    int thread = threadIdx.x % (kWarps * kWarpSize);
+
+    // where vector i of this thread begins
+    __device__ int column(int i) const { return (i * kWarps * kWarpSize + thread) * kElements; }
+};
+
+// The vectors of a row that a thread has. Those past the row are 0.
+template <typename Rows>
+struct RowPart {
+    using T = typename Rows::T;
+    Vector<T, Rows::kElements> at[Rows::kVectors];
+
+    __device__ void load(const Rows& rows, const void* from, int64_t start, int width) {
+#pragma unroll
+        for (int i = 0; i < Rows::kVectors; ++i) {
+            const int column = rows.column(i);
+            at[i] = {};
+            if (column < width) at[i] = load_vector<T, Rows::kElements>(static_cast<const T*>(from) + start + column);
+        }
+    }
+};
+
+template <typename Rows>
+__device__ __forceinline__ void norm_forward(const NormForwardParams& params) {
+    using T = typename Rows::T;
+    constexpr int kVectors = Rows::kVectors, kElements = Rows::kElements, kWarps = Rows::kWarps;
+    __shared__ float scratch[2][Rows::kGroups][kWarps];
+    const Rows rows;
+    const int width = params.width;
+    const int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
+    if (row >= params.rows) return;
+    const int64_t start = row * width;
+
+    // Packed, and widened at each use: registers decide how many rows a multiprocessor loads at once.
+    RowPart<Rows> x, weight;
+    x.load(rows, params.x, start, width);
+    weight.load(rows, params.weight, 0, width);
+    if (params.residual != nullptr) {
+        RowPart<Rows> residual;
+        residual.load(rows, params.residual, start, width);
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            float sum[kElements], other[kElements];
+            widen(sum, x.at[i]);
+            widen(other, residual.at[i]);
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) sum[j] += other[j];
+            x.at[i] = narrow<T>(sum);  // the norm is that of the rounded sum
+            if (rows.column(i) < width) store_vector(static_cast<T*>(params.sum) + start + rows.column(i), x.at[i]);
+        }
+    }
+
+    float mean = 0.f;
+    if (params.centre) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            float numbers[kElements];
+            widen(numbers, x.at[i]);
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) mean += numbers[j];
+        }
+        mean = combined<kWarps>(mean, scratch[0][rows.group], rows.group, Add()) / width;
+    }
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+        if (rows.column(i) >= width) continue;
+        float numbers[kElements];
+        widen(numbers, x.at[i]);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) squares += (numbers[j] - mean) * (numbers[j] - mean);
+    }
+    const float variance = combined<kWarps>(squares, scratch[1][rows.group], rows.group, Add()) / width;
+    const float rstd = rsqrtf(variance + params.eps);
+
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+        const int column = rows.column(i);
+        if (column >= width) continue;
+        float y[kElements], factor[kElements], bias[kElements] = {};
+        widen(y, x.at[i]);
+        widen(factor, weight.at[i]);
+        if (params.bias != nullptr) load(bias, static_cast<const T*>(params.bias) + column);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) y[j] = (y[j] - mean) * rstd * factor[j] + bias[j];
+        store(static_cast<T*>(params.y) + start + column, y);
+    }
+    if (rows.thread == 0) params.statistics[row] = make_float2(mean, rstd);
+}
+
+// Adds the sums of the groups of a block in order, and writes the result. `groups`: (kGroups, width) of shared memory.
+template <typename Rows>
+__device__ __forceinline__ void write_block_sum(
+    const Rows& rows, const float (&sums)[Rows::kVectors][Rows::kElements], float* groups, float* to, int width) {
+#pragma unroll
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        const int column = rows.column(i);
+        if (column >= width) continue;
+#pragma unroll
+        for (int j = 0; j < Rows::kElements; ++j) groups[rows.group * width + column + j] = sums[i][j];
+    }
+    __syncthreads();
+    for (int column = threadIdx.x; column < width; column += Rows::kThreads) {
+        float sum = groups[column];
+#pragma unroll
+        for (int group = 1; group < Rows::kGroups; ++group) sum += groups[group * width + column];
+        to[column] = sum;
+    }
+}
+
+// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (kGroups, width) floats.
+template <typename Rows>
+__device__ __forceinline__ void norm_backward(const NormBackwardParams& params) {
+    using T = typename Rows::T;
+    constexpr int kVectors = Rows::kVectors, kElements = Rows::kElements, kWarps = Rows::kWarps;
+    constexpr bool kPrefetch = sizeof(T) == 2;
+    __shared__ float2 scratch[2][Rows::kGroups][kWarps];
+    extern __shared__ float groups[];
+    const Rows rows;
+    const int width = params.width;
+
+    float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
+    RowPart<Rows> x, dy;
+    float2 statistics;
+    auto fetch = [&](int64_t row) {
+        if (row >= params.rows) return;
+        x.load(rows, params.x, row * width, width);
+        dy.load(rows, params.dy, row * width, width);
+        statistics = params.statistics[row];
+    };
+    const int64_t stride = int64_t(gridDim.x) * Rows::kGroups;
+    int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
+    fetch(row);
+    for (int turn = 0; row < params.rows; row += stride, turn ^= 1) {
+        float xhat[kVectors][kElements], g[kVectors][kElements];
+        float2 sums = make_float2(0.f, 0.f);  // of g, and of g xhat
+        const float mean = statistics.x, rstd = statistics.y;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            const int column = rows.column(i);
+            widen(xhat[i], x.at[i]);
+            widen(g[i], dy.at[i]);  // 0 past the row, where it makes all terms 0
+            float weight[kElements] = {};
+            if (column < width) load(weight, static_cast<const T*>(params.weight) + column);
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) {
+                xhat[i][j] = (xhat[i][j] - mean) * rstd;
+                dbias[i][j] += g[i][j];
+                dweight[i][j] += g[i][j] * xhat[i][j];
+                g[i][j] *= weight[j];
+                sums.x += g[i][j];
+                sums.y += g[i][j] * xhat[i][j];
+            }
+        }
+        if constexpr (kPrefetch) fetch(row + stride);
+        sums = combined<kWarps>(sums, scratch[turn][rows.group], rows.group, Add());
+        const float g_mean = params.centre ? sums.x / width : 0.f, g_xhat_mean = sums.y / width;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            const int column = rows.column(i);
+            if (column >= width) continue;
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) g[i][j] = rstd * (g[i][j] - g_mean - xhat[i][j] * g_xhat_mean);
+            store(static_cast<T*>(params.dx) + row * width + column, g[i]);
+        }
+        if constexpr (!kPrefetch) fetch(row + stride);
+    }
+
+    const int64_t partial = int64_t(blockIdx.x) * width;
+    write_block_sum(rows, dweight, groups, params.partial_dweight + partial, width);
+    if (params.partial_dbias == nullptr) return;
+    __syncthreads();
+    write_block_sum(rows, dbias, groups, params.partial_dbias + partial, width);
+}
+
+constexpr int kFinishColumns = kWarpSize;  // of a block: one per lane
+constexpr int kFinishParts = 16;           // warps of a block; each adds an equal share of the partial sums
+
+// dweight and dbias from their partial sums. Grid: (width / kFinishColumns, rounded up; 1, or 2 if there is a bias).
+template <typename T>
+__device__ __forceinline__ void norm_finish(const NormFinishParams& params) {
+    __shared__ float parts[kFinishParts][kFinishColumns];
+    const float* partial = blockIdx.y == 0 ? params.partial_dweight : params.partial_dbias;
+    void* to = blockIdx.y == 0 ? params.dweight : params.dbias;
+    const int lane = threadIdx.x % kFinishColumns, part = threadIdx.x / kFinishColumns;
+    const int column = blockIdx.x * kFinishColumns + lane;
+    const int share = (params.blocks + kFinishParts - 1) / kFinishParts;
+    const int end = min((part + 1) * share, params.blocks);
+    float sum = 0.f;
+    if (column < params.width) {
+#pragma unroll 8
+        for (int block = part * share; block < end; ++block) sum += partial[int64_t(block) * params.width + column];
+    }
+    parts[part][lane] = sum;
+    __syncthreads();
+    if (part != 0 || column >= params.width) return;
+#pragma unroll
+    for (int other = 1; other < kFinishParts; ++other) sum += parts[other][lane];
+    static_cast<T*>(to)[column] = from_float<T>(sum);
+}
+
+}  // namespace fused_ops

@@ -1,0 +1,243 @@
+//! Layer norm and RMS norm: cuda/norm.cuh.
+
+use candle_core::cuda::cudarc::driver::LaunchConfig;
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
+
+use super::device;
+use super::launch::Launcher;
+use super::memory::{aligned, tensor, uninit, Locked};
+use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
+use crate::node;
+use crate::norm::Kind;
+
+const FILE: &str = "norm";
+const WARP: usize = 32;
+
+/// The largest width that a kernel holds in registers.
+const MAX_WIDTH: usize = 8192;
+
+/// The GPU of `x`, if there are kernels for its type and width.
+pub(crate) fn device_with_kernels(x: &Tensor) -> Option<&CudaDevice> {
+    super::device_with_kernels(x).filter(|_| x.dims()[x.rank() - 1] <= MAX_WIDTH)
+}
+
+/// See [`crate::layer_norm`] and [`crate::rms_norm`].
+pub(crate) fn norm(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    kind: Kind,
+    eps: f64,
+) -> Result<Tensor> {
+    let (x, weight, bias) = (x.contiguous()?, weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
+    let Forward { y, statistics, .. } = forward(device, &x, None, &weight, bias.as_ref(), kind, eps)?;
+    with_backward(device, &x, &weight, bias.as_ref(), kind, y, statistics)
+}
+
+/// See [`crate::add_layer_norm`] and [`crate::add_rms_norm`].
+pub(crate) fn add_norm(
+    device: &CudaDevice,
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    kind: Kind,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
+    let (weight, bias) = (weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
+    let Forward { sum, y, statistics } = forward(device, &x, Some(&residual), &weight, bias.as_ref(), kind, eps)?;
+    let sum = Storage::Cuda(sum.expect("there is a residual"));
+    let sum = node::node("add", &[&x, &residual], sum, x.shape(), |_, dsum| {
+        Ok(vec![Some(dsum.clone()), Some(dsum.clone())])
+    })?;
+    let norm = with_backward(device, &sum, &weight, bias.as_ref(), kind, y, statistics)?;
+    Ok((sum, norm))
+}
+
+/// The node of a computed norm `y` of `x`.
+fn with_backward(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    kind: Kind,
+    y: CudaStorage,
+    statistics: Tensor,
+) -> Result<Tensor> {
+    let inputs: Vec<&Tensor> = [Some(x), Some(weight), bias].into_iter().flatten().collect();
+    let (device, has_bias) = (device.clone(), bias.is_some());
+    node::node(kind.name(), &inputs, Storage::Cuda(y), x.shape(), move |inputs, dy| {
+        let [dx, dweight, dbias] = backward(&device, inputs[0], inputs[1], dy, kind, &statistics, has_bias)?;
+        Ok(vec![dx, dweight, dbias])
+    })
+}
+
+/// The results of one pass over x, and over the residual if there is one.
+struct Forward {
+    sum: Option<CudaStorage>,
+    y: CudaStorage,
+    statistics: Tensor, // (rows, 2) in f32
+}
+
+fn forward(
+    device: &CudaDevice,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    kind: Kind,
+    eps: f64,
+) -> Result<Forward> {
+    let (dtype, width) = (x.dtype(), weight.elem_count());
+    let rows = x.elem_count() / width;
+    let mut y = uninit(device, x.elem_count(), dtype)?;
+    let mut sum = residual.map(|_| uninit(device, x.elem_count(), dtype)).transpose()?;
+    let mut statistics = uninit(device, 2 * rows, DType::F32)?;
+    {
+        let (x, weight) = (Locked::of(x), Locked::of(weight));
+        let (residual, bias) = (residual.map(Locked::of), bias.map(Locked::of));
+        let tensors = [Some(&x), Some(&weight), residual.as_ref(), bias.as_ref()];
+        let sharing = Sharing::of_forward(width, aligned(tensors.into_iter().flatten(), width));
+        let stream = device.cuda_stream();
+        let mut launcher = Launcher::new(&stream);
+        let params = NormForwardParams {
+            x: launcher.read(&x),
+            residual: launcher.read_or_null(residual.as_ref()),
+            weight: launcher.read(&weight),
+            bias: launcher.read_or_null(bias.as_ref()),
+            sum: launcher.write_or_null(sum.as_mut()),
+            y: launcher.write(&mut y),
+            statistics: launcher.write(&mut statistics),
+            rows: rows as i64,
+            width: width as i32,
+            centre: i32::from(matches!(kind, Kind::Layer)),
+            eps: eps as f32,
+        };
+        let config = sharing.config(rows.div_ceil(sharing.groups()), 0);
+        // SAFETY: sizes and addresses are those of one call, and `sharing` is that of the kernel.
+        unsafe { launcher.launch(FILE, &sharing.kernel("norm_forward", dtype), config, &params)? };
+    }
+    Ok(Forward { sum, y, statistics: tensor(statistics, (rows, 2)) })
+}
+
+/// dx, dweight, dbias
+fn backward(
+    device: &CudaDevice,
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    kind: Kind,
+    statistics: &Tensor,
+    has_bias: bool,
+) -> Result<[Option<Tensor>; 3]> {
+    let (dtype, width) = (x.dtype(), weight.elem_count());
+    let rows = x.elem_count() / width;
+    let mut dx = uninit(device, x.elem_count(), dtype)?;
+    let (sums, blocks) = {
+        let (x, dy) = (Locked::of(x), Locked::of(dy));
+        let (weight, statistics) = (Locked::of(weight), Locked::of(statistics));
+        let sharing = Sharing::of_backward(width, aligned([&x, &dy, &weight].into_iter(), width));
+        // A block per multiprocessor, because its sums fill the registers.
+        let blocks = device::multiprocessors(device)?.min(rows.div_ceil(sharing.groups()));
+        let partial = || uninit(device, blocks * width, DType::F32);
+        let (mut partial_dweight, mut partial_dbias) = (partial()?, has_bias.then(partial).transpose()?);
+        let stream = device.cuda_stream();
+        let mut launcher = Launcher::new(&stream);
+        let params = NormBackwardParams {
+            x: launcher.read(&x),
+            dy: launcher.read(&dy),
+            weight: launcher.read(&weight),
+            statistics: launcher.read(&statistics),
+            dx: launcher.write(&mut dx),
+            partial_dweight: launcher.write(&mut partial_dweight),
+            partial_dbias: launcher.write_or_null(partial_dbias.as_mut()),
+            rows: rows as i64,
+            width: width as i32,
+            centre: i32::from(matches!(kind, Kind::Layer)),
+        };
+        let config = sharing.config(blocks, sharing.groups() * width * size_of::<f32>());
+        // SAFETY: as in `forward`; the partial sums have a row for each block.
+        unsafe { launcher.launch(FILE, &sharing.kernel("norm_backward", dtype), config, &params)? };
+        let partial = |sum| tensor(sum, (blocks, width));
+        ([Some(partial(partial_dweight)), partial_dbias.map(partial)], blocks)
+    };
+    let [dweight, dbias] = finish(device, &sums, blocks, weight)?;
+    Ok([Some(tensor(dx, x.shape())), dweight, dbias])
+}
+
+/// dweight and dbias from their partial sums, in the shape and type of `weight`.
+fn finish(
+    device: &CudaDevice,
+    partial: &[Option<Tensor>; 2],
+    blocks: usize,
+    weight: &Tensor,
+) -> Result<[Option<Tensor>; 2]> {
+    const COLUMNS: usize = 32;
+    const PARTS: usize = 16;
+    let (dtype, width) = (weight.dtype(), weight.elem_count());
+    let [partial_dweight, partial_dbias] = partial.each_ref().map(|sums| sums.as_ref().map(Locked::of));
+    let mut dweight = uninit(device, width, dtype)?;
+    let mut dbias = partial_dbias.as_ref().map(|_| uninit(device, width, dtype)).transpose()?;
+    let config = LaunchConfig {
+        grid_dim: (width.div_ceil(COLUMNS) as u32, 1 + u32::from(dbias.is_some()), 1),
+        block_dim: ((COLUMNS * PARTS) as u32, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    let stream = device.cuda_stream();
+    let mut launcher = Launcher::new(&stream);
+    let params = NormFinishParams {
+        partial_dweight: launcher.read_or_null(partial_dweight.as_ref()),
+        partial_dbias: launcher.read_or_null(partial_dbias.as_ref()),
+        dweight: launcher.write(&mut dweight),
+        dbias: launcher.write_or_null(dbias.as_mut()),
+        blocks: blocks as i32,
+        width: width as i32,
+    };
+    // SAFETY: the grid has a second row only if there is a dbias.
+    unsafe { launcher.launch(FILE, &format!("norm_finish_{}", dtype.as_str()), config, &params)? };
+    let vector = |sum| tensor(sum, weight.shape());
+    Ok([Some(vector(dweight)), dbias.map(vector)])
+}
+
+/// How the threads of a block share rows: `Rows` of cuda/norm.cuh.
+#[derive(Clone, Copy)]
+struct Sharing {
+    warps: usize, // of a row
+    threads: usize,
+    name: &'static str,
+}
+
+impl Sharing {
+    fn of_forward(width: usize, aligned: bool) -> Self {
+        let warps = width.div_ceil(32 * WARP).next_power_of_two();
+        debug_assert!(warps * 32 * WARP <= MAX_WIDTH);
+        Self { warps, threads: 256, name: if aligned { "32" } else { "single" } }
+    }
+
+    fn of_backward(width: usize, aligned: bool) -> Self {
+        let sharing = Self::of_forward(width, aligned);
+        match aligned && sharing.warps <= 4 && width <= sharing.warps * 24 * WARP {
+            true => Self { threads: 384, name: "24", ..sharing },
+            false => sharing,
+        }
+    }
+
+    /// Rows that a block has at once.
+    fn groups(self) -> usize {
+        self.threads / (self.warps * WARP)
+    }
+
+    fn kernel(self, pass: &str, dtype: DType) -> String {
+        format!("{pass}_{}_w{}_{}", dtype.as_str(), self.warps, self.name)
+    }
+
+    fn config(self, blocks: usize, shared_bytes: usize) -> LaunchConfig {
+        LaunchConfig {
+            grid_dim: (blocks as u32, 1, 1),
+            block_dim: (self.threads as u32, 1, 1),
+            shared_mem_bytes: shared_bytes as u32,
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! The operators that have CUDA kernels, on the first GPU. Without a GPU the tests print SKIPPED; with CANDLE_FA2_REQUIRE_GPU they fail.
+
+use anyhow::Result;
+use attention_reference::draw;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_ops::{cross_entropy, layer_norm, linear_cross_entropy, CrossEntropy};
+use rand::Rng;
+
+use crate::against_reference::check;
+use crate::nonfinite::rows_with_nan;
+use crate::operators::{self, Operator, Shapes};
+use crate::run::{bits, numbers, random, Case, Outcome};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+const WITH_KERNELS: [&str; 9] = [
+    "layer_norm",
+    "layer_norm without bias",
+    "rms_norm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "cross_entropy",
+    "cross_entropy with options",
+    "linear_cross_entropy",
+    "linear_cross_entropy with options, in chunks",
+];
+
+/// The first GPU, as a device of its own: it has its own cuBLAS handle, because threads of one device share the handle's workspace.
+fn gpu() -> Option<Device> {
+    match Device::new_cuda(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error) if std::env::var_os("CANDLE_FA2_REQUIRE_GPU").is_some() => panic!("no CUDA device: {error}"),
+        Err(_) => {
+            println!("SKIPPED: no CUDA device");
+            None
+        }
+    }
+}
+
+fn with_kernels() -> impl Iterator<Item = Operator> {
+    operators::all().into_iter().filter(|operator| WITH_KERNELS.contains(&operator.name))
+}
+
+fn is_linear(operator: &Operator) -> bool {
+    operator.name.starts_with("linear")
+}
+
+/// One row and many; widths of every kernel of the norms, in vectors and in single elements, and one that no kernel has.
+const SHAPES: [(usize, usize); 14] = [
+    (1, 1),
+    (3, 7),
+    (5, 16),
+    (4, 65),
+    (2, 768),
+    (300, 100),
+    (37, 1024),
+    (20, 1032),
+    (70, 1536),
+    (9, 2047),
+    (33, 3072),
+    (6, 4096),
+    (5, 8192),
+    (2, 8200),
+];
+
+#[test]
+fn values_and_gradients_match_the_formulas() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for operator in with_kernels() {
+        for (rows, width) in SHAPES {
+            for dtype in DTYPES {
+                // The reference of a linear layer is a product of (rows, width, 2 width).
+                if is_linear(&operator) && rows * width * width > 50_000_000 {
+                    continue;
+                }
+                check(&Case::new(operator, rows, width, dtype)?.on(&gpu)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn random_shapes_match_the_formulas() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let mut random = draw::generator("random shapes on a GPU");
+    for operator in with_kernels() {
+        for dtype in DTYPES {
+            for _ in 0..8 {
+                let (rows, width) = (random.random_range(1..90), random.random_range(1..400));
+                check(&Case::new(operator, rows, width, dtype)?.on(&gpu)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// More rows than all multiprocessors hold at once: blocks of the norm's backward loop, and their sums are long.
+#[test]
+fn many_rows_match_the_formulas() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for operator in with_kernels().filter(|operator| !is_linear(operator)) {
+        for dtype in DTYPES {
+            for (rows, width) in [(5003, 768), (3001, 101)] {
+                check(&Case::new(operator, rows, width, dtype)?.on(&gpu)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rows that begin at any element, rows that fill the shared memory of a block, and rows that do not fit.
+#[test]
+fn large_vocabularies_match_the_formulas() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for operator in with_kernels() {
+        for dtype in DTYPES {
+            match is_linear(&operator) {
+                true => {
+                    let shapes: [Shapes; 2] = [
+                        |rows, width| vec![vec![rows, width], vec![50257, width]],
+                        |rows, width| vec![vec![rows, width], vec![128256, width]],
+                    ];
+                    for shapes in shapes {
+                        check(&Case::new(Operator { shapes, ..operator }, 17, 8, dtype)?.on(&gpu)?)?;
+                    }
+                }
+                false if operator.name.starts_with("cross_entropy") => {
+                    for vocab in [4099, 50257, 50304, 128257] {
+                        check(&Case::new(operator, 7, vocab, dtype)?.on(&gpu)?)?;
+                    }
+                }
+                false => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A second call, and a second backward of one graph.
+#[test]
+fn a_repetition_gives_the_same_bits() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for operator in with_kernels() {
+        for (rows, width) in [(1027, 96), (40, 1031)] {
+            let case = Case::new(operator, rows, width, DType::BF16)?.on(&gpu)?;
+            let once = || -> Result<_> {
+                let Outcome { results, gradients } = case.fused()?;
+                Ok((bits(&results)?, bits(&gradients)?))
+            };
+            assert!(once()? == once()?, "two calls differ\ncase {case}");
+
+            let vars: Vec<Var> = case.inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<_>>()?;
+            let inputs: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+            let loss = case.loss(&(operator.fused)(&inputs)?)?;
+            let gradients = || -> Result<_> {
+                let grads = loss.backward()?;
+                bits(&vars.iter().map(|var| grads.get(var).expect("a gradient").clone()).collect::<Vec<_>>())
+            };
+            assert!(gradients()? == gradients()?, "a second backward differs\ncase {case}");
+        }
+    }
+    Ok(())
+}
+
+/// Views with gaps, and views without gaps whose rows are not aligned.
+#[test]
+fn views_give_the_same_bits() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for operator in with_kernels() {
+        let case = Case::new(operator, 6, 40, DType::BF16)?.on(&gpu)?;
+        let want = bits(&(operator.fused)(&case.inputs)?)?;
+        let gaps = |t: &Tensor| t.pad_with_zeros(t.rank() - 1, 2, 3)?.narrow(t.rank() - 1, 2, t.dims()[t.rank() - 1]);
+        let views: Vec<Tensor> = case.inputs.iter().map(gaps).collect::<candle_core::Result<_>>()?;
+        assert!(views.iter().any(|view| !view.is_contiguous()));
+        assert_eq!(bits(&(operator.fused)(&views)?)?, want, "case {case}");
+    }
+    for operator in with_kernels() {
+        // Width 40 in rows of a tensor that begins at element 1: the kernels with accesses of one element.
+        let mut case = Case::new(operator, 6, 40, DType::BF16)?.on(&gpu)?;
+        let later =
+            |t: &Tensor| t.flatten_all()?.pad_with_zeros(0, 1, 0)?.narrow(0, 1, t.elem_count())?.reshape(t.shape());
+        case.inputs = case.inputs.iter().map(later).collect::<candle_core::Result<_>>()?;
+        assert!(case.inputs.iter().all(|view| view.is_contiguous() && view.layout().start_offset() == 1));
+        check(&case)?;
+        let results = (operator.fused)(&case.inputs)?;
+        let aligned = (operator.fused)(&Case::new(operator, 6, 40, DType::BF16)?.on(&gpu)?.inputs)?;
+        for (result, aligned) in results.iter().zip(&aligned) {
+            for (a, b) in numbers(result)?.into_iter().zip(numbers(aligned)?) {
+                assert!((a - b).abs() <= 2f64.powi(-7) * b.abs().max(1.0), "{a} and {b} of case {case}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn each_input_may_be_the_only_tracked_one() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for operator in with_kernels() {
+        let case = Case::new(operator, 4, 24, DType::F32)?.on(&gpu)?;
+        let want = case.fused()?.gradients;
+        for index in 0..case.inputs.len() {
+            let var = Var::from_tensor(&case.inputs[index])?;
+            let mut inputs = case.inputs.clone();
+            inputs[index] = var.as_tensor().clone();
+            let grads = case.loss(&(operator.fused)(&inputs)?)?.backward()?;
+            let gradient = grads.get(&var).expect("a gradient").clone();
+            assert_eq!(bits(&[gradient])?, bits(&want[index..=index])?, "input {index} of case {case}");
+        }
+        let results = (operator.fused)(&case.inputs)?;
+        assert!(results.iter().all(|result| !result.track_op()), "case {case}: nothing is tracked");
+    }
+    Ok(())
+}
+
+#[test]
+fn empty_batches_work() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let (x, weight) = (Var::zeros((0, 8), DType::BF16, &gpu)?, Var::ones(8, DType::BF16, &gpu)?);
+    let y = layer_norm(&x, &weight, Some(&weight), 1e-5)?;
+    assert_eq!(y.dims(), [0, 8]);
+    let grads = y.sum_all()?.backward()?;
+    assert_eq!(numbers(grads.get(&weight).expect("a gradient"))?, [0.0; 8]);
+
+    let (matrix, none) = (Var::ones((3, 8), DType::BF16, &gpu)?, Tensor::zeros(0, DType::U32, &gpu)?);
+    let loss = linear_cross_entropy(&x, &matrix, &none)?;
+    assert_eq!(loss.to_scalar::<f32>()?, 0.0);
+    assert_eq!(numbers(loss.backward()?.get(&matrix).expect("a gradient"))?, [0.0; 24]);
+    assert_eq!(cross_entropy(&x, &none)?.to_scalar::<f32>()?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn if_all_rows_are_ignored_loss_and_gradients_are_zero() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let var = |name: &str, shape: &[usize]| -> Result<_> {
+        Ok(Var::from_tensor(&random(name, shape, DType::F32)?.to_device(&gpu)?)?)
+    };
+    let (x, weight) = (var("x", &[4, 3])?, var("w", &[5, 3])?);
+    let targets = Tensor::new(&[-100i64; 4], &gpu)?;
+    let loss = CrossEntropy::new().ignore_index(-100).z_loss(1.0);
+    let of_logits = loss.forward(&x.matmul(&weight.t()?)?, &targets)?;
+    for value in [loss.forward_linear(&x, &weight, &targets)?, of_logits] {
+        assert_eq!(value.to_scalar::<f32>()?, 0.0);
+        let grads = value.backward()?;
+        for var in [&x, &weight] {
+            assert!(numbers(grads.get(var).expect("a gradient"))?.iter().all(|&d| d == 0.0));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn numbers_that_are_not_finite_spoil_their_own_row() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for spoiled in [f32::NAN, f32::INFINITY] {
+        let rows = Var::new(&[[1f32, 2.0, 4.0], [1.0, spoiled, 3.0], [5.0, 0.0, 1.0]], &gpu)?;
+        let y = layer_norm(&rows, &Tensor::ones(3, DType::F32, &gpu)?, None, 1e-5)?;
+        assert_eq!(rows_with_nan(&y)?, [false, true, false]);
+        let grads = y.sqr()?.sum_all()?.backward()?;
+        assert_eq!(rows_with_nan(grads.get(&rows).expect("a gradient"))?, [false, true, false]);
+
+        let loss = cross_entropy(&rows, &Tensor::new(&[0u32, 1, 1], &gpu)?)?;
+        assert!(loss.to_scalar::<f32>()?.is_nan());
+        assert_eq!(rows_with_nan(loss.backward()?.get(&rows).expect("a gradient"))?, [false, true, false]);
+        let loss = CrossEntropy::new().ignore_index(7).forward(&rows, &Tensor::new(&[0u32, 7, 1], &gpu)?)?;
+        assert!(loss.to_scalar::<f32>()?.is_finite());
+        assert_eq!(rows_with_nan(loss.backward()?.get(&rows).expect("a gradient"))?, [false; 3]);
+    }
+    Ok(())
+}
+
+#[test]
+fn minus_infinity_masks_a_class() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let infinity = f32::INFINITY;
+    let logits = Var::new(&[[0f32, 0.0, -infinity]], &gpu)?;
+    let target = |class: u32| Tensor::new(&[class], &gpu);
+    let loss = cross_entropy(&logits, &target(0)?)?;
+    assert!((loss.to_scalar::<f32>()? - 2f32.ln()).abs() <= 4.0 * f32::EPSILON);
+    let gradient = loss.backward()?.get(&logits).expect("a gradient").to_vec2::<f32>()?.remove(0);
+    assert!((gradient[0] + 0.5).abs() < 1e-6 && (gradient[1] - 0.5).abs() < 1e-6 && gradient[2] == 0.0, "{gradient:?}");
+    assert_eq!(cross_entropy(&logits, &target(2)?)?.to_scalar::<f32>()?, infinity);
+    let capped = CrossEntropy::new().softcap(2.0).forward(&logits, &target(2)?)?.to_scalar::<f32>()?;
+    assert!((capped - (2.0 + (2.0 + (-2f32).exp()).ln())).abs() <= 8.0 * f32::EPSILON, "{capped}");
+    let smooth = CrossEntropy::new().label_smoothing(0.1);
+    assert_eq!(smooth.forward(&logits, &target(0)?)?.to_scalar::<f32>()?, infinity);
+    let all = Tensor::new(&[[-infinity; 3]], &gpu)?;
+    assert!(cross_entropy(&all, &target(0)?)?.to_scalar::<f32>()?.is_nan());
+    Ok(())
+}
+
+/// Nobody waits for the GPU to check targets. So a bad one shows in the loss.
+#[test]
+fn a_target_that_is_no_class_makes_the_loss_nan() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    let logits = random("logits", &[3, 5], DType::F32)?.to_device(&gpu)?;
+    for class in [5i64, -1, i64::MAX] {
+        let loss = cross_entropy(&logits, &Tensor::new(&[0, class, 2], &gpu)?)?;
+        assert!(loss.to_scalar::<f32>()?.is_nan());
+    }
+    Ok(())
+}
