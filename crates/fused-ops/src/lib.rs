@@ -19,7 +19,7 @@
 //! | layer norm | [`layer_norm`], with a residual [`add_layer_norm`] | [`LayerNorm`] |
 //! | RMS norm | [`rms_norm`], with a residual [`add_rms_norm`] | [`RmsNorm`] |
 //! | embedding | [`embedding`] | |
-//! | rotary position embedding | [`rotary`] | |
+//! | rotary position embedding | [`rotary`], for inference [`rotary_in_place`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
 //! | linear layer | [`linear`], with GELU [`linear_gelu`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
@@ -68,5 +68,5 @@ pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 #[doc(hidden)]
 pub use node::testing;
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
-pub use rotary::{rotary, RotaryOrder};
+pub use rotary::{rotary, rotary_in_place, RotaryOrder};
 pub use schedule::Schedule;
