@@ -64,8 +64,8 @@ impl ParameterGroup {
 /// ```
 ///
 /// m, v and w are f32 (f64 for f64 parameters). A parameter in f16 or bf16 has master weights in f32, and each step also writes
-/// them to the parameter, rounded. On the CPU a step is one pass over gradients for their norm and one pass over everything.
-/// Nothing waits for a GPU.
+/// them to the parameter, rounded. A step is one pass over the gradients for their norm and one pass over everything. On a GPU these
+/// are two launches for each type of parameters, and one for the norm. Nothing waits for the GPU.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};

@@ -33,11 +33,11 @@
 //! - **Gradients.** Every float input gets its gradient. What a backward needs stays in the graph, so a second `backward()` on one
 //!   graph gives the same gradients. There are no second derivatives.
 //! - **Strides.** A tensor that is not contiguous is first copied by Candle.
-//! - **Order of sums.** It depends on the shapes alone, on a GPU also on its number of multiprocessors. So on the CPU, results have
-//!   the same bits for any number of threads, and on one GPU for any number of calls.
-//! - **Devices.** On the CPU the operators are fused. With the feature `cuda` the norms and losses have kernels of their own for f16,
-//!   bf16 and f32. Everything else is composed of Candle's differentiable operators (module [`composed`]): the gradients are right, but
-//!   the speed is Candle's.
+//! - **Order of sums.** It depends on the shapes alone, in the backward of [`embedding`] on the ids, and on a GPU on its number of
+//!   multiprocessors. So on the CPU, results have the same bits for any number of threads, and on one GPU for any number of calls.
+//! - **Devices.** On the CPU the operators are fused. With the feature `cuda` all operators but the linear layers have kernels of
+//!   their own for f16, bf16 and f32. Everything else is composed of Candle's differentiable operators (module [`composed`]): the
+//!   gradients are right, but the speed is Candle's.
 //! - **Errors.** All arguments are checked first. An error names the argument, the rule, the value and the way out.
 
 #![deny(missing_docs)]

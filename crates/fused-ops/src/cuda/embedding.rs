@@ -43,16 +43,14 @@ fn lookup(device: &CudaDevice, ids: &Tensor, weight: &Tensor) -> Result<CudaStor
     {
         let row_bytes = width * weight.dtype().size_in_bytes();
         let (locked_ids, weight) = (Locked::of(ids), Locked::of(weight));
-        let unit = match (aligned([&weight].into_iter(), width), row_bytes % 4) {
-            (true, _) => 16,
-            (false, 0) => 4,
-            (false, _) => 2,
-        };
         let stream = device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
+        let weight = launcher.read(&weight);
+        let fits = |unit: &usize| row_bytes.is_multiple_of(*unit) && weight.is_multiple_of(*unit as u64);
+        let unit = [16, 4, 2].into_iter().find(fits).expect("a type has at least 2 bytes");
         let params = EmbeddingForwardParams {
             ids: launcher.read(&locked_ids),
-            weight: launcher.read(&weight),
+            weight,
             y: launcher.write(&mut y),
             tokens: tokens as u32,
             rows: rows as u32,

@@ -15,7 +15,7 @@ use crate::run::{bits, numbers, random, Case, Outcome};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-const WITH_KERNELS: [&str; 9] = [
+const WITH_KERNELS: [&str; 16] = [
     "layer_norm",
     "layer_norm without bias",
     "rms_norm",
@@ -25,9 +25,16 @@ const WITH_KERNELS: [&str; 9] = [
     "cross_entropy with options",
     "linear_cross_entropy",
     "linear_cross_entropy with options, in chunks",
+    "gelu",
+    "gelu_erf",
+    "swiglu",
+    "geglu",
+    "embedding",
+    "rotary, half split",
+    "rotary, interleaved",
 ];
 
-fn gpu() -> Option<Device> {
+pub fn gpu() -> Option<Device> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
     let find = || match Device::new_cuda(0) {
         Ok(gpu) => Some(gpu),

@@ -58,6 +58,7 @@ impl Case {
     }
 
     /// The same case with its inputs on `device`.
+    #[cfg(feature = "cuda")]
     pub fn on(self, device: &Device) -> Result<Self> {
         let inputs = self.inputs.iter().map(|input| input.to_device(device)).collect::<candle_core::Result<_>>()?;
         Ok(Self { inputs, device: device.clone(), ..self })
