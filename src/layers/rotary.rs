@@ -1,10 +1,7 @@
 //! Rotary position embedding with a backward.
 
-use std::sync::{Mutex, PoisonError};
-
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor, D};
-use candle_nn::rotary_emb;
+use candle_core::{Device, Tensor};
+use candle_fused_ops::RotaryOrder;
 
 use super::checks::{check_packed_rows, check_rank};
 use super::error::{Error, Result};
@@ -130,8 +127,8 @@ impl RotaryConfig {
 /// ```
 ///
 /// Candle's fast kernels (`candle_nn::rotary_emb::{rope, rope_i, rope_thd}`) cut their result off from the graph, without
-/// an error. The layers before them get no gradient. `Rotary` uses the same kernels and adds the backward, a rotation by the
-/// opposite angles. Gradients flow to `xs`.
+/// an error. The layers before them get no gradient. `Rotary` uses [`candle_fused_ops::rotary`], whose backward is a rotation by
+/// the opposite angles. Gradients flow to `xs`.
 ///
 /// The tables of cos and sin have shape `(max_seqlen, rotary_dim / 2)`. They are computed in f64, rounded once to f32, and
 /// kept on the device. Clones share them, so build one `Rotary` for all layers.
@@ -263,12 +260,11 @@ impl Rotary {
         if xs.elem_count() == 0 {
             return Ok(xs.clone());
         }
-        let rotated = rotated(&xs.detach(), rows, self.layout)?;
-        if !xs.track_op() {
-            return Ok(rotated);
-        }
-        let back = RotaryRows { cos: rows.cos.clone(), sin: rows.sin.neg()? };
-        Ok(xs.apply_op1(Rotate { back, layout: self.layout, rotated: Mutex::new(Some(rotated)) })?)
+        let order = match self.layout {
+            RotaryLayout::HalfSplit => RotaryOrder::HalfSplit,
+            RotaryLayout::Interleaved => RotaryOrder::Interleaved,
+        };
+        Ok(candle_fused_ops::rotary(xs, &rows.cos, &rows.sin, order)?)
     }
 
     /// Returns an error unless the tables have rows for positions `start..start + seqlen`.
@@ -278,76 +274,5 @@ impl Rotary {
             return Err(Error::RotaryPositions { start, end, max_seqlen });
         }
         Ok(())
-    }
-}
-
-/// Rotates `xs` outside the graph, with Candle's fast kernels. f16 and bf16 are rotated in f32.
-fn rotated(xs: &Tensor, rows: &RotaryRows, layout: RotaryLayout) -> candle_core::Result<Tensor> {
-    let (shape, dtype) = (xs.shape(), xs.dtype());
-    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let (cos, sin) = (rows.cos.to_dtype(wide)?, rows.sin.to_dtype(wide)?);
-    let (head_dim, rotary_dim) = (xs.dim(D::Minus1)?, 2 * cos.dim(D::Minus1)?);
-
-    let xs = if xs.rank() == 3 { xs.unsqueeze(0)? } else { xs.clone() };
-    let part = xs.narrow(D::Minus1, 0, rotary_dim)?.to_dtype(wide)?;
-    let rotated = match layout {
-        RotaryLayout::HalfSplit => rotary_emb::rope_thd(&part.contiguous()?, &cos, &sin)?,
-        // rope_i takes (batch, num_heads, seqlen, rotary_dim).
-        RotaryLayout::Interleaved => {
-            rotary_emb::rope_i(&part.transpose(1, 2)?.contiguous()?, &cos, &sin)?.transpose(1, 2)?
-        }
-    };
-    let rotated = rotated.to_dtype(dtype)?;
-    let rotated = if head_dim == rotary_dim {
-        rotated
-    } else {
-        Tensor::cat(&[&rotated, &xs.narrow(D::Minus1, rotary_dim, head_dim - rotary_dim)?], D::Minus1)?
-    };
-    rotated.contiguous()?.reshape(shape)
-}
-
-/// The rotation as one node of the graph. Its backward rotates the gradient by the opposite angles. It needs neither the
-/// input nor the result.
-struct Rotate {
-    /// Rows of the opposite angles.
-    back: RotaryRows,
-    layout: RotaryLayout,
-    /// The result, computed before the node existed. The forward takes it out, so that the graph does not hold it twice.
-    rotated: Mutex<Option<Tensor>>,
-}
-
-impl Rotate {
-    /// Takes out the result and returns its storage. `of` selects the storage type of the device.
-    fn take<S: BackendStorage>(&self, of: impl Fn(&Storage) -> Option<&S>) -> candle_core::Result<(S, Shape)> {
-        let rotated = self.rotated.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let rotated =
-            rotated.ok_or_else(|| candle_core::Error::msg("rotary: the forward of this node has already run"))?;
-        let (storage, layout) = rotated.storage_and_layout();
-        let storage = of(&storage).ok_or_else(|| candle_core::Error::msg("rotary: the result changed its device"))?;
-        Ok((storage.try_clone(layout)?, layout.shape().clone()))
-    }
-}
-
-impl CustomOp1 for Rotate {
-    fn name(&self) -> &'static str {
-        "rotary"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.take(|storage| match storage {
-            Storage::Cpu(storage) => Some(storage),
-            _ => None,
-        })
-    }
-
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        self.take(|storage| match storage {
-            Storage::Cuda(storage) => Some(storage),
-            _ => None,
-        })
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        rotated(grad, &self.back, self.layout).map(Some)
     }
 }

@@ -38,9 +38,9 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// The elements of one access to memory, 16 bytes or one element, packed as they lie there.
+// The elements of one access to memory, or of several of 16 bytes, packed as they lie there.
 template <typename T, int kElements = kVector<T>>
-struct alignas(sizeof(T) * kElements) Vector {
+struct alignas(sizeof(T) * kElements < 16 ? sizeof(T) * kElements : 16) Vector {
     // 32-bit words even for 16-bit types, so that two elements share a register
     using Word = std::conditional_t<sizeof(T) * kElements == 2, uint16_t, uint32_t>;
     Word words[sizeof(T) * kElements / sizeof(Word)];

@@ -82,4 +82,113 @@ struct ScaleParams {
     int64_t size;
 };
 
+// y = activation(x), or activation(x) * up.
+struct ActivationForwardParams {
+    const void* x;   // (len)
+    const void* up;  // (len), or null
+    void* y;         // (len)
+    int64_t len;
+};
+
+struct ActivationBackwardParams {
+    const void* x;   // (len)
+    const void* up;  // (len), or null
+    const void* dy;  // (len)
+    void* dx;        // (len)
+    void* dup;       // (len), or null
+    int64_t len;
+};
+
+// Rotary position embedding. `rows` are the heads of all tokens, fewer than 2^32 pairs together.
+struct RotaryParams {
+    const void* x;     // (rows, head_dim), with rows = batch * seqlen * num_heads
+    void* y;           // (rows, head_dim); may be `x`
+    const float* cos;  // (seqlen, pairs)
+    const float* sin;  // (seqlen, pairs)
+    uint32_t rows;
+    uint32_t num_heads;
+    uint32_t seqlen;
+    uint32_t head_dim;
+    uint32_t pairs;
+    float sign;  // of the angles: 1 in the forward, -1 in the backward
+};
+
+// y[i] = weight[ids[i]] in units of 16, 4 or 2 bytes, fewer than 2^32 together.
+struct EmbeddingForwardParams {
+    const void* ids;     // (tokens): u32 or i64
+    const void* weight;  // (rows, units)
+    void* y;             // (tokens, units)
+    uint32_t tokens;
+    uint32_t rows;
+    uint32_t units;  // of a row
+    int32_t wide_ids;  // 1: i64; 0: u32
+};
+
+// One pass of the sort of the positions by their id. The first pass reads `ids`, the next ones read what the last one has sorted.
+struct EmbeddingSortParams {
+    const void* ids;            // (tokens): u32 or i64; null after the first pass
+    const uint32_t* keys;       // (tokens): the ids in the order of the last pass; null in the first pass
+    const uint32_t* positions;  // (tokens): where these ids were; null in the first pass
+    uint32_t* counts;           // (blocks, kDigits): the ids of each block with each digit
+    uint32_t* sorted_keys;      // (tokens)
+    uint32_t* sorted_positions;  // (tokens)
+    uint32_t tokens;
+    uint32_t rows;   // an id that is no row has the key `rows`
+    uint32_t share;  // tokens of a block, a multiple of kSortThreads
+    int32_t shift;       // of the digit in the key
+    int32_t wide_ids;
+};
+
+// The sums of rows of dy, after the sort.
+struct EmbeddingSumParams {
+    const void* dy;             // (tokens, width)
+    const uint32_t* keys;       // (tokens), sorted
+    const uint32_t* positions;  // (tokens), ascending for one key
+    uint2* runs;                // (rows): where the run of each row begins and ends in `keys`; zeros before `embedding_runs`
+    float* partial;             // (tokens / kSegment, width): the sums of segments with one key
+    void* dweight;              // (rows, width)
+    uint32_t tokens;
+    uint32_t rows;
+    uint32_t width;
+};
+
+// A parameter, its gradient and its state.
+struct AdamWTensor {
+    const void* gradient;  // (len)
+    float* w;              // (len): the parameter in f32, or the master weights
+    float* m;              // (len)
+    float* v;              // (len)
+    void* rounded;         // (len): the parameter in f16 or bf16; null in f32
+    int64_t len;
+    float keep;  // 1 - lr * weight_decay
+};
+
+// What a block updates: chunk `chunk` of tensor `tensor`.
+struct AdamWBlock {
+    uint32_t tensor;
+    uint32_t chunk;
+};
+
+// One step for all parameters of one type.
+struct AdamWParams {
+    const AdamWTensor* tensors;
+    const AdamWBlock* blocks;  // (blocks)
+    float* partial;       // (blocks): sums of squares
+    const float* factor;  // (): scale of the gradients
+    float beta1;
+    float beta2;
+    float of_gradient;  // 1 - beta1
+    float of_square;    // 1 - beta2
+    float rate;         // lr / c1 * sqrt(c2)
+    float epsilon;      // epsilon * sqrt(c2)
+};
+
+struct GlobalNormParams {
+    const float* partial;  // (blocks)
+    float* norm;           // ()
+    float* factor;         // (): min(1, max_norm / norm)
+    uint32_t blocks;
+    float max_norm;  // infinity for no clipping
+};
+
 }  // namespace fused_ops

@@ -5,6 +5,8 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::number::{for_float, Element, Real};
 use crate::{check, composed, node};
 
@@ -28,11 +30,7 @@ use crate::{check, composed, node};
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    check::float("x", x)?;
-    match x.device().is_cpu() {
-        true => unary("gelu", Activation::Gelu, x),
-        false => composed::gelu(x),
-    }
+    unary("gelu", Activation::Gelu, x, composed::gelu)
 }
 
 /// GELU with the error function, as BERT and PyTorch's default have it.
@@ -46,11 +44,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If the type of `x` is not a floating-point type.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
-    check::float("x", x)?;
-    match x.device().is_cpu() {
-        true => unary("gelu_erf", Activation::GeluErf, x),
-        false => composed::gelu_erf(x),
-    }
+    unary("gelu_erf", Activation::GeluErf, x, composed::gelu_erf)
 }
 
 /// `silu(gate) * up`, as Llama has it between the projections of its MLP.
@@ -75,11 +69,7 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    check_gated(gate, up)?;
-    match gate.device().is_cpu() {
-        true => gated("swiglu", Activation::Silu, gate, up),
-        false => composed::swiglu(gate, up),
-    }
+    gated("swiglu", Activation::Silu, gate, up, composed::swiglu)
 }
 
 /// `gelu(gate) * up` with the [`gelu`] of the tanh form, as Gemma has it.
@@ -87,17 +77,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`swiglu`].
 pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    check_gated(gate, up)?;
-    match gate.device().is_cpu() {
-        true => gated("geglu", Activation::Gelu, gate, up),
-        false => composed::geglu(gate, up),
-    }
-}
-
-fn check_gated(gate: &Tensor, up: &Tensor) -> Result<()> {
-    check::float("gate", gate)?;
-    check::shape("up", up, gate.dims(), "as gate")?;
-    check::same("up", up, "gate", gate)
+    gated("geglu", Activation::Gelu, gate, up, composed::geglu)
 }
 
 #[derive(Clone, Copy)]
@@ -145,7 +125,20 @@ fn sigmoid<A: Real>(x: A) -> A {
 /// Elements that one task computes at a time, in buffers that fit the first-level cache.
 const CHUNK: usize = 1 << 11;
 
-fn unary(name: &'static str, activation: Activation, x: &Tensor) -> Result<Tensor> {
+fn unary(
+    name: &'static str,
+    activation: Activation,
+    x: &Tensor,
+    composed: fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    check::float("x", x)?;
+    #[cfg(feature = "cuda")]
+    if let Some(device) = cuda::device_with_kernels(x) {
+        return cuda::activation::unary(device, name, x);
+    }
+    if !x.device().is_cpu() {
+        return composed(x);
+    }
     let x = x.contiguous()?;
     for_float!(x.dtype(), T => {
         let [y] = map::<T, 1, 1>([node::Numbers::of(&x).as_slice()?], |[x]| [activation.at(x).0]);
@@ -158,7 +151,23 @@ fn unary(name: &'static str, activation: Activation, x: &Tensor) -> Result<Tenso
     })
 }
 
-fn gated(name: &'static str, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+fn gated(
+    name: &'static str,
+    activation: Activation,
+    gate: &Tensor,
+    up: &Tensor,
+    composed: fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    check::float("gate", gate)?;
+    check::shape("up", up, gate.dims(), "as gate")?;
+    check::same("up", up, "gate", gate)?;
+    #[cfg(feature = "cuda")]
+    if let Some(device) = cuda::device_with_kernels(gate) {
+        return cuda::activation::gated(device, name, gate, up);
+    }
+    if !gate.device().is_cpu() {
+        return composed(gate, up);
+    }
     let (gate, up) = (gate.contiguous()?, up.contiguous()?);
     for_float!(gate.dtype(), T => {
         let [y] = {

@@ -8,6 +8,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarMap;
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::node::{accumulator, update, Numbers};
 use crate::number::{for_float, Element, Real};
 use crate::rows::{sum, sum_in_f64};
@@ -62,8 +64,8 @@ impl ParameterGroup {
 /// ```
 ///
 /// m, v and w are f32 (f64 for f64 parameters). A parameter in f16 or bf16 has master weights in f32, and each step also writes
-/// them to the parameter, rounded. On the CPU a step is one pass over gradients for their norm and one pass over everything.
-/// Nothing waits for a GPU.
+/// them to the parameter, rounded. A step is one pass over the gradients for their norm and one pass over everything. On a GPU these
+/// are two launches for each type of parameters, and one for the norm. Nothing waits for the GPU.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -89,6 +91,9 @@ pub struct AdamW {
     config: AdamWConfig,
     slots: Vec<Slot>,
     step: usize,
+    /// For parameters on a GPU that has kernels for them.
+    #[cfg(feature = "cuda")]
+    plan: Option<cuda::adamw::Plan>,
 }
 
 /// A parameter and its state.
@@ -145,7 +150,13 @@ impl AdamW {
                 slots.push(Slot::new(name, var, weight_decay)?);
             }
         }
-        Ok(Self { config, slots, step: 0 })
+        Ok(Self {
+            #[cfg(feature = "cuda")]
+            plan: cuda::adamw::Plan::new(&slots)?,
+            config,
+            slots,
+            step: 0,
+        })
     }
 
     /// Number of steps so far.
@@ -161,6 +172,10 @@ impl AdamW {
     pub fn step(&mut self, gradients: &GradStore, lr: f64) -> Result<Tensor> {
         let gradients = self.gradients(gradients)?;
         self.step += 1;
+        #[cfg(feature = "cuda")]
+        if let Some(plan) = &self.plan {
+            return plan.step(&self.slots, &gradients, &self.rules(lr), self.config.max_norm);
+        }
         match self.slots.first() {
             Some(first) if !first.var.device().is_cpu() => self.composed_step(&gradients, lr),
             _ => self.fused_step(&gradients, lr),
@@ -182,6 +197,10 @@ impl AdamW {
                 missing.join(", ")
             ))),
         }
+    }
+
+    fn rules(&self, lr: f64) -> Vec<Rule> {
+        self.slots.iter().map(|slot| self.rule(slot, lr)).collect()
     }
 
     fn rule(&self, slot: &Slot, lr: f64) -> Rule {
@@ -214,8 +233,7 @@ impl AdamW {
             Some(limit) => Some(composed::clipping(&norm, limit)?),
             None => None,
         };
-        let rules: Vec<Rule> = self.slots.iter().map(|slot| self.rule(slot, lr)).collect();
-        for ((slot, gradient), rule) in self.slots.iter_mut().zip(gradients).zip(&rules) {
+        for (rule, (slot, gradient)) in self.rules(lr).iter().zip(self.slots.iter_mut().zip(gradients)) {
             composed::adamw(slot, gradient, factor.as_ref(), rule)?;
         }
         Ok(norm)

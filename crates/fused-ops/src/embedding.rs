@@ -3,6 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::number::{for_float, Element, Real};
 use crate::rows::add;
 use crate::{check, composed, node};
@@ -19,9 +21,11 @@ use crate::{check, composed, node};
 /// | `weight` | `(rows, width)` | f16, bf16, f32, f64 |
 /// | result | `(.., width)` | as `weight` |
 ///
-/// The backward sorts the positions by their id. Each row of dweight is then the sum of its own positions, in ascending order,
-/// in f32 (f64 for f64). Candle's `index_add` sums in the type of the gradient. dweight has the shape of weight; rows without an
-/// id are 0.
+/// The backward sorts the positions by their id. Each row of dweight is then the sum of its own positions, in a fixed order, in f32
+/// (f64 for f64). Candle's `index_add` sums in the type of the gradient. dweight has the shape of weight; rows without an id are 0.
+///
+/// **An id without a row** is an error on the CPU. A GPU would have to be waited for, so there the id gives a row of NaN, and the
+/// backward leaves it out.
 ///
 /// # Errors
 /// If `weight` has no two axes; if types or devices are wrong; on the CPU, if an id has no row.
@@ -43,10 +47,14 @@ pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let [rows, width] = *weight.dims() else {
         return Err(check::error(format!("weight: shape must be (rows, width), got {:?}", weight.dims())));
     };
+    let shape = [ids.dims(), &[width]].concat();
+    #[cfg(feature = "cuda")]
+    if let Some(device) = cuda::embedding::device_with_kernels(ids, weight) {
+        return cuda::embedding::embedding(device, ids, weight, shape);
+    }
     if !weight.device().is_cpu() {
         return composed::embedding(ids, weight);
     }
-    let shape = [ids.dims(), &[width]].concat();
     let ids = read(ids, rows)?;
     let weight = weight.contiguous()?;
     for_float!(weight.dtype(), T => {

@@ -19,7 +19,7 @@
 //! | layer norm | [`layer_norm`], with a residual [`add_layer_norm`] | [`LayerNorm`] |
 //! | RMS norm | [`rms_norm`], with a residual [`add_rms_norm`] | [`RmsNorm`] |
 //! | embedding | [`embedding`] | |
-//! | rotary position embedding | [`rotary`] | |
+//! | rotary position embedding | [`rotary`], for inference [`rotary_in_place`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
 //! | linear layer | [`linear`], with GELU [`linear_gelu`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
@@ -33,11 +33,11 @@
 //! - **Gradients.** Every float input gets its gradient. What a backward needs stays in the graph, so a second `backward()` on one
 //!   graph gives the same gradients. There are no second derivatives.
 //! - **Strides.** A tensor that is not contiguous is first copied by Candle.
-//! - **Order of sums.** It depends on the shapes alone, on a GPU also on its number of multiprocessors. So on the CPU, results have
-//!   the same bits for any number of threads, and on one GPU for any number of calls.
-//! - **Devices.** On the CPU the operators are fused. With the feature `cuda` the norms and losses have kernels of their own for f16,
-//!   bf16 and f32. Everything else is composed of Candle's differentiable operators (module [`composed`]): the gradients are right, but
-//!   the speed is Candle's.
+//! - **Order of sums.** It depends on the shapes alone, in the backward of [`embedding`] on the ids, and on a GPU on its number of
+//!   multiprocessors. So on the CPU, results have the same bits for any number of threads, and on one GPU for any number of calls.
+//! - **Devices.** On the CPU the operators are fused. With the feature `cuda` all operators but the linear layers have kernels of
+//!   their own for f16, bf16 and f32. Everything else is composed of Candle's differentiable operators (module [`composed`]): the
+//!   gradients are right, but the speed is Candle's.
 //! - **Errors.** All arguments are checked first. An error names the argument, the rule, the value and the way out.
 
 #![deny(missing_docs)]
@@ -68,5 +68,5 @@ pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 #[doc(hidden)]
 pub use node::testing;
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
-pub use rotary::{rotary, RotaryOrder};
+pub use rotary::{rotary, rotary_in_place, RotaryOrder};
 pub use schedule::Schedule;

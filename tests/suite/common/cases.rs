@@ -38,40 +38,12 @@ pub const GPU_DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 pub fn gpu_targets() -> Vec<Target> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
     let find = || match Device::new_cuda(0) {
-        Ok(gpu) => {
-            keep_freed_memory(&gpu);
-            Some(gpu)
-        }
+        Ok(gpu) => Some(gpu),
         Err(error) if std::env::var_os("CANDLE_FA2_REQUIRE_GPU").is_some() => panic!("no CUDA device: {error}"),
         Err(_) => None,
     };
     let target = |dtype| GPU.get_or_init(find).clone().map(|device| Target { device, dtype });
     GPU_DTYPES.into_iter().filter_map(target).collect()
-}
-
-/// Lets the memory pool of `gpu` keep what tensors free. By default the driver takes it back whenever a thread waits for the GPU. The
-/// tests do so after each small tensor, and most of their time would go into new mappings.
-fn keep_freed_memory(gpu: &Device) {
-    #[cfg(feature = "cuda")]
-    {
-        use candle_core::cuda::cudarc::driver::result::{device, mem_pool};
-        use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-
-        let stream = gpu.as_cuda_device().expect("a GPU").cuda_stream();
-        if !stream.context().has_async_alloc() {
-            return;
-        }
-        let mut most = u64::MAX;
-        // SAFETY: the context's own device, and its pool, whose attribute is a 64-bit count of bytes.
-        let set = unsafe {
-            device::get_mem_pool(stream.context().cu_device()).and_then(|pool| {
-                mem_pool::set_attribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut most).cast())
-            })
-        };
-        set.expect("this GPU has a memory pool");
-    }
-    #[cfg(not(feature = "cuda"))]
-    let _ = gpu;
 }
 
 /// [`gpu_targets`]. Prints SKIPPED if the list is empty.

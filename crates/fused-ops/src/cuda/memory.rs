@@ -54,3 +54,12 @@ pub(super) fn aligned<'a>(mut tensors: impl Iterator<Item = &'a Locked<'a>>, wid
         (tensor.start() * bytes).is_multiple_of(16) && (width * bytes).is_multiple_of(16)
     })
 }
+
+/// A contiguous copy of `tensor` that begins at 16 bytes, or `tensor` itself.
+pub(super) fn vectors(tensor: &Tensor) -> Result<Tensor> {
+    let tensor = tensor.contiguous()?;
+    match (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16) {
+        true => Ok(tensor),
+        false => tensor.copy(),
+    }
+}

@@ -1,8 +1,11 @@
 //! The operators on an NVIDIA GPU: each file named after an operator queues its kernels on Candle's stream. Nothing here waits for
 //! the device.
 
+pub(crate) mod activation;
+pub(crate) mod adamw;
 pub(crate) mod cross_entropy;
 mod device;
+pub(crate) mod embedding;
 mod launch;
 pub(crate) mod linear_cross_entropy;
 mod matmul;
@@ -10,6 +13,7 @@ mod memory;
 mod module;
 pub(crate) mod norm;
 mod params;
+pub(crate) mod rotary;
 
 use candle_core::{CudaDevice, DType, Device, Tensor};
 

@@ -1,8 +1,10 @@
 //! The text of each error.
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
-use candle_fused_ops::{add_rms_norm, embedding, gelu, layer_norm, linear, rms_norm, rotary, swiglu, RotaryOrder};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_ops::{
+    add_rms_norm, embedding, gelu, layer_norm, linear, rms_norm, rotary, rotary_in_place, swiglu, RotaryOrder,
+};
 
 /// The first line of the error, because candle adds a backtrace if RUST_BACKTRACE is set.
 pub fn text<T>(result: candle_core::Result<T>) -> String {
@@ -89,6 +91,10 @@ fn embedding_and_rotary_name_the_argument_the_rule_and_the_value() -> Result<()>
     let turn = |x: &Tensor, cos: &[usize], sin: &[usize]| {
         text(rotary(x, &zeros(cos, DType::F32), &zeros(sin, DType::F32), RotaryOrder::HalfSplit))
     };
+    let in_place = |x: &Tensor| {
+        let table = zeros(&[x.dims()[1], 4], DType::F32);
+        text(rotary_in_place(x, &table, &table, RotaryOrder::HalfSplit))
+    };
     for (error, expected) in [
         (
             text(embedding(&Tensor::new(&[3u32, 4], &Device::Cpu)?, &weight)),
@@ -111,6 +117,14 @@ fn embedding_and_rotary_name_the_argument_the_rule_and_the_value() -> Result<()>
             "cos: shape must be (seqlen, rotary_dim / 2) with seqlen 3 and rotary_dim at most 8 as in x, got [3, 5]",
         ),
         (turn(&x, &[3, 4], &[3, 3]), "sin: shape must be [3, 4] as cos, got [3, 3]"),
+        (
+            in_place(Var::from_tensor(&x)?.as_tensor()),
+            "x: must not be part of a graph, because its old values may be needed; call rotary, or detach it",
+        ),
+        (
+            in_place(&x.transpose(1, 2)?),
+            "x: must be contiguous, got strides [48, 8, 16, 1] in shape [1, 2, 3, 8]; call contiguous() or rotary",
+        ),
     ] {
         assert_eq!(error, expected);
     }

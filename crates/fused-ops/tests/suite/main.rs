@@ -8,6 +8,8 @@ mod against_reference;
 mod close;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_against_cpu;
 mod errors;
 mod gradients;
 mod layers;

@@ -1,0 +1,24 @@
+// Activations: NAME_forward_TYPE and NAME_backward_TYPE.
+#include "activation.cuh"
+
+using namespace fused_ops;
+
+#define ACTIVATION(name, type, function, gated)                                                    \
+    extern "C" __global__ void __launch_bounds__(kActivationThreads) name##_forward_##type(        \
+        const __grid_constant__ ActivationForwardParams params) {                                  \
+        activation_forward<type, function, gated>(params);                                         \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(kActivationThreads) name##_backward_##type(       \
+        const __grid_constant__ ActivationBackwardParams params) {                                 \
+        activation_backward<type, function, gated>(params);                                        \
+    }
+
+#define KERNELS(type)                                                                              \
+    ACTIVATION(gelu, type, Gelu, false)                                                            \
+    ACTIVATION(gelu_erf, type, GeluErf, false)                                                     \
+    ACTIVATION(swiglu, type, Silu, true)                                                           \
+    ACTIVATION(geglu, type, Gelu, true)
+
+KERNELS(f32)
+KERNELS(f16)
+KERNELS(bf16)

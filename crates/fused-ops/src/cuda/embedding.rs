@@ -1,0 +1,162 @@
+//! The lookup of rows by id, and its backward: cuda/embedding.cuh.
+
+use candle_core::backend::BackendDevice;
+use candle_core::cuda::cudarc::driver::LaunchConfig;
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor};
+
+use super::launch::Launcher;
+use super::memory::{aligned, tensor, uninit, Locked};
+use super::params::{EmbeddingForwardParams, EmbeddingSortParams, EmbeddingSumParams, NULL};
+use crate::node;
+
+const FILE: &str = "embedding";
+const THREADS: usize = 256;
+
+// As in cuda/embedding.cuh.
+const DIGIT_BITS: usize = 9;
+const DIGITS: usize = 1 << DIGIT_BITS;
+const SORT_THREADS: usize = DIGITS;
+const SEGMENT: usize = 64;
+
+/// The GPU of `weight`, if there are kernels for its type and size: they count with 32 bits.
+pub(crate) fn device_with_kernels<'a>(ids: &Tensor, weight: &'a Tensor) -> Option<&'a CudaDevice> {
+    let sizes = [weight.elem_count(), ids.elem_count() * weight.dims()[1]];
+    let fits = weight.elem_count() > 0 && sizes.into_iter().all(|size| u32::try_from(size).is_ok());
+    super::device_with_kernels(weight).filter(|_| fits)
+}
+
+/// See [`crate::embedding`].
+pub(crate) fn embedding(device: &CudaDevice, ids: &Tensor, weight: &Tensor, shape: Vec<usize>) -> Result<Tensor> {
+    let (ids, weight) = (ids.contiguous()?, weight.contiguous()?);
+    let y = lookup(device, &ids, &weight)?;
+    let device = device.clone();
+    node::node("embedding", &[&weight], Storage::Cuda(y), shape, move |inputs, dy| {
+        let sorted = Sorted::new(&device, &ids, inputs[0].dims()[0])?;
+        Ok(vec![Some(sorted.sums(&device, dy, inputs[0])?)])
+    })
+}
+
+fn lookup(device: &CudaDevice, ids: &Tensor, weight: &Tensor) -> Result<CudaStorage> {
+    let tokens = ids.elem_count();
+    let &[rows, width] = weight.dims() else { unreachable!("embedding has checked the shape") };
+    let mut y = uninit(device, tokens * width, weight.dtype())?;
+    {
+        let row_bytes = width * weight.dtype().size_in_bytes();
+        let (locked_ids, weight) = (Locked::of(ids), Locked::of(weight));
+        let stream = device.cuda_stream();
+        let mut launcher = Launcher::new(&stream);
+        let weight = launcher.read(&weight);
+        let fits = |unit: &usize| row_bytes.is_multiple_of(*unit) && weight.is_multiple_of(*unit as u64);
+        let unit = [16, 4, 2].into_iter().find(fits).expect("a type has at least 2 bytes");
+        let params = EmbeddingForwardParams {
+            ids: launcher.read(&locked_ids),
+            weight,
+            y: launcher.write(&mut y),
+            tokens: tokens as u32,
+            rows: rows as u32,
+            units: (row_bytes / unit) as u32,
+            wide_ids: wide(ids),
+        };
+        let config = config(tokens * row_bytes / unit, 4 * THREADS, THREADS);
+        // SAFETY: sizes and addresses are those of one call. Rows are multiples of a unit, and begin at one.
+        unsafe { launcher.launch(FILE, &format!("embedding_forward_b{unit}"), config, &params)? };
+    }
+    Ok(y)
+}
+
+/// The ids in ascending order, and where each was. Equal ids keep their order.
+struct Sorted {
+    keys: Tensor,      // (tokens), u32; `rows` for an id that is no row
+    positions: Tensor, // (tokens), u32
+}
+
+impl Sorted {
+    fn new(device: &CudaDevice, ids: &Tensor, rows: usize) -> Result<Self> {
+        let tokens = ids.elem_count();
+        // 1,024 tokens for a block keep its counts small next to its keys. At most 128 blocks, because each reads the counts of all.
+        let share = tokens.div_ceil(128).next_multiple_of(SORT_THREADS).max(1024);
+        let blocks = tokens.div_ceil(share);
+        let config = config(blocks, 1, SORT_THREADS);
+        let stream = device.cuda_stream();
+        let unsigned = |len| uninit(device, len, DType::U32);
+        let mut counts = unsigned(blocks * DIGITS)?;
+        let mut sorted: Option<Self> = None;
+        // Keys go from 0 to `rows`.
+        for shift in (0..=rows.ilog2() as usize).step_by(DIGIT_BITS) {
+            let (mut keys, mut positions) = (unsigned(tokens)?, unsigned(tokens)?);
+            {
+                let locked_ids = Locked::of(ids);
+                let last = sorted.as_ref().map(|last| (Locked::of(&last.keys), Locked::of(&last.positions)));
+                let mut launcher = Launcher::new(&stream);
+                let params = EmbeddingSortParams {
+                    ids: if last.is_none() { launcher.read(&locked_ids) } else { NULL },
+                    keys: launcher.read_or_null(last.as_ref().map(|(keys, _)| keys)),
+                    positions: launcher.read_or_null(last.as_ref().map(|(_, positions)| positions)),
+                    counts: launcher.write(&mut counts),
+                    sorted_keys: launcher.write(&mut keys),
+                    sorted_positions: launcher.write(&mut positions),
+                    tokens: tokens as u32,
+                    rows: rows as u32,
+                    share: share as u32,
+                    shift: shift as i32,
+                    wide_ids: wide(ids),
+                };
+                // SAFETY: sizes and addresses are those of one call. `blocks` shares hold all tokens.
+                unsafe {
+                    launcher.queue(FILE, "embedding_count", config, &params)?;
+                    launcher.queue(FILE, "embedding_scatter", config, &params)?;
+                }
+            }
+            sorted = Some(Self { keys: tensor(keys, tokens), positions: tensor(positions, tokens) });
+        }
+        Ok(sorted.expect("there is a first pass"))
+    }
+
+    /// dweight: for each row, the sum of dy at its positions.
+    fn sums(&self, device: &CudaDevice, dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        let (dtype, tokens) = (weight.dtype(), self.keys.elem_count());
+        let &[rows, width] = weight.dims() else { unreachable!("embedding has checked the shape") };
+        let segments = tokens / SEGMENT;
+        let mut runs = device.zeros_impl(&Shape::from(2 * rows), DType::U32)?;
+        let mut partial = uninit(device, segments * width, DType::F32)?;
+        let mut dweight = uninit(device, rows * width, dtype)?;
+        {
+            let (dy, keys, positions) = (Locked::of(dy), Locked::of(&self.keys), Locked::of(&self.positions));
+            let stream = device.cuda_stream();
+            let mut launcher = Launcher::new(&stream);
+            let params = EmbeddingSumParams {
+                dy: launcher.read(&dy),
+                keys: launcher.read(&keys),
+                positions: launcher.read(&positions),
+                runs: launcher.write(&mut runs),
+                partial: launcher.write(&mut partial),
+                dweight: launcher.write(&mut dweight),
+                tokens: tokens as u32,
+                rows: rows as u32,
+                width: width as u32,
+            };
+            let (columns, suffix) = match aligned([&dy].into_iter(), width) {
+                true => (width / (16 / dtype.size_in_bytes()), ""),
+                false => (width, "_any"),
+            };
+            let name = |part: &str| format!("embedding_{part}_{}{suffix}", dtype.as_str());
+            let threads = |count| config(count, THREADS, THREADS);
+            // SAFETY: sizes and addresses are those of one call. The kernels with vectors get aligned rows.
+            unsafe {
+                launcher.queue(FILE, "embedding_runs", threads(tokens), &params)?;
+                launcher.queue(FILE, &name("segments"), threads(segments * columns), &params)?;
+                launcher.queue(FILE, &name("rows"), threads(rows * columns), &params)?;
+            }
+        }
+        Ok(tensor(dweight, weight.shape()))
+    }
+}
+
+fn wide(ids: &Tensor) -> i32 {
+    i32::from(ids.dtype() == DType::I64)
+}
+
+fn config(items: usize, items_of_block: usize, threads: usize) -> LaunchConfig {
+    let blocks = items.div_ceil(items_of_block);
+    LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (threads as u32, 1, 1), shared_mem_bytes: 0 }
+}
