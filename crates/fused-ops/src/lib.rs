@@ -21,7 +21,8 @@
 //! | embedding | [`embedding`] | |
 //! | rotary position embedding | [`rotary`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
-//! | linear layer | [`linear`], with GELU [`linear_gelu`] | |
+//! | linear layer | [`linear`], with GELU [`linear_gelu`], with a residual [`linear_add`] | |
+//! | MLP of a transformer | [`mlp_add`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
@@ -59,7 +60,7 @@ pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
-pub use linear::{linear, linear_gelu};
+pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use rotary::{rotary, RotaryOrder};

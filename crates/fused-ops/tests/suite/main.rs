@@ -9,6 +9,7 @@ mod close;
 mod errors;
 mod gradients;
 mod layers;
+mod linear_cuda;
 mod loss;
 mod nonfinite;
 mod operators;

@@ -154,3 +154,46 @@ fn rotary_takes_packed_heads_and_empty_tables() -> Result<()> {
     assert_eq!(bits(&[rotary(&x, &none, &none, Interleaved)?])?, bits(&[x])?);
     Ok(())
 }
+
+/// Gradients take another way between two operators of this crate than between one of them and one of Candle's. A result that
+/// goes to both kinds, and to one of them twice, gets the sum of all.
+#[test]
+fn a_result_may_go_to_several_operators() -> Result<()> {
+    use candle_fused_ops::{composed, gelu, rms_norm, swiglu};
+    type Unary = fn(&Tensor) -> candle_core::Result<Tensor>;
+    let weight = random("weight", &[7], DType::F64)?;
+    let gradient =
+        |gelu: Unary, swiglu: fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>, fused: bool| -> Result<_> {
+            let x = Var::from_tensor(&random("x", &[5, 7], DType::F64)?)?;
+            let y = gelu(&x)?;
+            let norm = if fused { rms_norm(&y, &weight, 1e-5)? } else { composed::rms_norm(&y, &weight, 1e-5)? };
+            let z = ((swiglu(&y, &y)? + norm.sin()?)? + y.sqr()?)?;
+            let loss = (gelu(&z)? * z.reshape((7, 5))?.reshape((5, 7))?)?.sum_all()?;
+            loss.backward()?; // the second one is compared
+            Ok(loss.backward()?.remove(&x).expect("a gradient"))
+        };
+    let (fused, candles) = (gradient(gelu, swiglu, true)?, gradient(composed::gelu, composed::swiglu, false)?);
+    let differ = (&fused - &candles)?.abs()?.max_all()?.to_scalar::<f64>()?;
+    assert!(differ < 1e-12 * candles.abs()?.max_all()?.to_scalar::<f64>()?, "{fused} {candles}");
+    Ok(())
+}
+
+/// The inputs and outputs of a layer may be several axes.
+#[test]
+fn layers_split_and_join_axes() -> Result<()> {
+    use candle_fused_ops::linear_add;
+    let x = Var::from_tensor(&random("x", &[2, 5, 6], DType::F32)?)?;
+    let (weight, bias) = (random("w", &[12, 6], DType::F32)?, random("b", &[12], DType::F32)?);
+    let heads = linear(&x, &weight.reshape((3, 4, 6))?, &bias.reshape((3, 4))?)?;
+    assert_eq!(heads.dims(), [2, 5, 3, 4]);
+    let whole = linear(&x, &weight, &bias)?;
+    assert_eq!(bits(&[heads.reshape((2, 5, 12))?])?, bits(std::slice::from_ref(&whole))?);
+
+    let (back, bias) = (random("back", &[6, 12], DType::F32)?, random("b2", &[6], DType::F32)?);
+    let joined = linear_add(&heads, &back.reshape((6, 3, 4))?, &bias, &x)?;
+    let plain = linear_add(&whole, &back, &bias, &x)?;
+    assert_eq!(bits(std::slice::from_ref(&joined))?, bits(std::slice::from_ref(&plain))?);
+    let gradient = |y: &Tensor| -> Result<_> { bits(&[y.sum_all()?.backward()?.remove(&x).expect("a gradient")]) };
+    assert_eq!(gradient(&joined)?, gradient(&plain)?);
+    Ok(())
+}
