@@ -96,7 +96,7 @@ pub struct TrainArgs {
 }
 
 /// Options that `--resume` reads from the checkpoint. It refuses them on the command line.
-const OPTIONS_OF_A_RUN: [&str; 19] = [
+const OPTIONS_OF_A_RUN: [&str; 20] = [
     "preset",
     "out",
     "tokenizer",
@@ -113,6 +113,7 @@ const OPTIONS_OF_A_RUN: [&str; 19] = [
     "beta2",
     "clip",
     "seed",
+    "deterministic",
     "eval_interval",
     "eval_windows",
     "checkpoint_interval",
@@ -167,6 +168,9 @@ struct RecipeArgs {
     /// Seed of all random numbers
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// The same bits in every run, on a GPU too; there it is slower
+    #[arg(long)]
+    deterministic: bool,
     /// Number of steps between evaluations; each evaluation also redraws loss.svg
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_interval: Option<usize>,
@@ -228,6 +232,7 @@ impl RecipeArgs {
             beta2: self.beta2.unwrap_or(preset.beta2),
             clip: self.clip.unwrap_or(preset.clip),
             seed: self.seed.unwrap_or(preset.seed),
+            deterministic: self.deterministic,
             eval_interval: self.eval_interval.unwrap_or(preset.eval_interval),
             eval_windows: self.eval_windows.unwrap_or(preset.eval_windows),
             checkpoint_interval: self.checkpoint_interval,

@@ -1,17 +1,18 @@
 //! Measures where the time of a step goes. Without [`start`], every call here does nothing.
 //!
 //! Marks divide time into intervals. Each interval belongs to a phase of the step, the phase that was named last, and to a
-//! part of the model. The forward and the backward of an operator in `ops.rs` belong to the part of that operator. The time
-//! between such operators is Candle's autograd, which allocates zeros and adds gradients to them.
+//! part of the model. `model.rs` marks its operators in the forward, and candle-fused-ops those of the backward. What is between
+//! them is Candle's autograd.
 //!
-//! The backward of attention is not an operator of `ops.rs`. Its time is measured from the end of the backward of the layer
-//! after it to the next operator of `ops.rs`. It includes Candle's sums of gradients.
+//! Attention has no marks in the backward. Its time there is that from the end of the layer after it, the only `linear_add`, to
+//! the next operator. It includes Candle's sums of gradients.
 //!
 //! On a GPU a mark is an event in the stream, so nothing waits for it. An interval is then time on the GPU, including its
 //! idle time.
 
 use anyhow::Result;
 use candle_core::Device;
+use candle_fused_ops::{observe_backward, Moment};
 use std::cell::RefCell;
 use std::time::Instant;
 
@@ -23,10 +24,9 @@ thread_local! {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Part {
     Attention,
+    /// With bias, GELU and residual.
     Linear,
     Norm,
-    /// In bf16 on a GPU, GELU is inside the matrix products and counts as `Linear`.
-    Gelu,
     Embedding,
     Loss,
     /// Zeros, sums and copies of autograd, and everything else.
@@ -77,6 +77,7 @@ impl Mark {
 
 /// Begins a profile.
 pub fn start(device: &Device) {
+    observe_backward(Some(backward));
     PROFILE.set(Some(Profile { device: device.clone(), phase: "", part: Part::Rest, marks: Vec::new() }));
 }
 
@@ -89,17 +90,24 @@ pub fn phase(name: &'static str) -> Result<()> {
     })
 }
 
-/// Begins an interval of `part`. It ends when the guard is dropped; after it comes [`Part::Rest`].
-#[must_use]
-pub fn part(part: Part) -> Guard {
-    part_before(part, Part::Rest)
+/// Runs `operator` in an interval of `part`.
+pub fn part<T>(part: Part, operator: impl FnOnce() -> T) -> T {
+    set_part(part);
+    let result = operator();
+    set_part(Part::Rest);
+    result
 }
 
-/// Begins an interval of `part`. It ends when the guard is dropped; after it comes `next`.
-#[must_use]
-pub fn part_before(part: Part, next: Part) -> Guard {
-    set_part(part);
-    Guard { next }
+/// The backward of the operator `name` begins, or has ended.
+fn backward(name: &'static str, moment: Moment) {
+    set_part(match (name, moment) {
+        ("linear_add", Moment::End) => Part::Attention,
+        (_, Moment::End) => Part::Rest,
+        ("layer_norm", Moment::Begin) => Part::Norm,
+        ("embedding", Moment::Begin) => Part::Embedding,
+        ("linear_cross_entropy", Moment::Begin) => Part::Loss,
+        (_, Moment::Begin) => Part::Linear,
+    });
 }
 
 fn set_part(part: Part) {
@@ -111,16 +119,6 @@ fn set_part(part: Part) {
     });
 }
 
-pub struct Guard {
-    next: Part,
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        set_part(self.next);
-    }
-}
-
 /// Seconds by name.
 pub type Seconds = Vec<(String, f64)>;
 
@@ -129,13 +127,14 @@ pub type Seconds = Vec<(String, f64)>;
 pub fn finish() -> Result<(Seconds, Seconds)> {
     let (mut phases, mut parts) = (Seconds::new(), Seconds::new());
     let Some(profile) = PROFILE.take() else { return Ok((phases, parts)) };
+    observe_backward(None);
     profile.device.synchronize()?;
     for pair in profile.marks.windows(2) {
         let [(phase, part, start), (_, _, end)] = pair else { unreachable!("windows of two") };
         let seconds = start.seconds_until(end)?;
         // The optimizer is not a part of the model.
         let part = match (*part, *phase) {
-            (Part::Rest, "weights" | "optimizer") => "optimizer, weights".to_string(),
+            (Part::Rest, "optimizer") => "optimizer".to_string(),
             (Part::Rest, _) => "autograd, rest".to_string(),
             (part, _) => format!("{part:?}").to_lowercase(),
         };

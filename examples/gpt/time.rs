@@ -10,7 +10,6 @@
 use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::{init_parameters, parameter_shapes};
-use crate::parameters::Flat;
 use crate::profile::{self, Seconds};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
@@ -87,7 +86,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
 /// Runs the steps and writes the measurements into `timing`. All memory of the device is used in here.
 fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing: &mut Timing) -> Result<()> {
     let mut rng = Rng::new(config.seed);
-    let mut learner = Learner::new(Flat::new(&init_parameters(config, vocab_size, &mut rng, device)?)?)?;
+    let mut learner = Learner::new(config, &init_parameters(config, vocab_size, &mut rng, device)?)?;
     let mut batches = || -> Result<Vec<Batch>> {
         (0..config.accumulation)
             .map(|_| {

@@ -62,6 +62,7 @@ pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
 pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
+pub use node::{observe_backward, Moment};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use rotary::{rotary, RotaryOrder};
 pub use schedule::Schedule;

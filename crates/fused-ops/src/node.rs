@@ -57,7 +57,9 @@ where
         let Some(dy) = take(token).into_iter().flatten().next() else {
             return Err(Error::Msg(format!("{name}: the backward of this node got no gradient")));
         };
+        observed(name, Moment::Begin);
         let mut gradients = backward(&inputs.iter().collect::<Vec<_>>(), &dy.contiguous()?)?.into_iter();
+        observed(name, Moment::End);
         inputs
             .iter()
             .zip(&tokens)
@@ -74,6 +76,33 @@ where
     token.result.set(result.id()).expect("a node has one result");
     TOKENS.lock().expect("no thread panics with this lock").insert(result.id(), Arc::downgrade(&token));
     Ok(result)
+}
+
+/// A moment of a backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The operator begins to compute the gradients of its inputs.
+    Begin,
+    /// It has computed them, or queued that on a GPU.
+    End,
+}
+
+type Observer = fn(&'static str, Moment);
+
+thread_local! {
+    static OBSERVER: Cell<Option<Observer>> = const { Cell::new(None) };
+}
+
+/// Calls `observer` with the name of each operator of this crate when its backward begins and ends, on this thread. A profiler can
+/// record an event of the GPU there. `None` ends it.
+pub fn observe_backward(observer: Option<Observer>) {
+    OBSERVER.set(observer);
+}
+
+fn observed(name: &'static str, moment: Moment) {
+    if let Some(observer) = OBSERVER.get() {
+        observer(name, moment);
+    }
 }
 
 /// The token of a result of this crate.

@@ -245,7 +245,7 @@ fn checkpoints_that_cannot_be_used() -> Result<()> {
     let foreign = safetensors::serialize([("wte", &foreign)], None)?;
     assert_eq!(
         say(&foreign),
-        refused("it is a safetensors file of another program (no candle-fa2-gpt-1 in its metadata)")
+        refused("it is a safetensors file of another program (no candle-fa2-gpt-2 in its metadata)")
     );
     Ok(())
 }
@@ -271,7 +271,7 @@ fn a_model_without_attention_is_another_model() {
     refused(&without, "flash", "none");
     run(&["sample", "--checkpoint", &without, "--tokens", "3"]).unwrap();
     run(&["sample", "--checkpoint", &without, "--tokens", "3", "--attention", "none"]).unwrap();
-    run(&["sample", "--checkpoint", &out, "--tokens", "3", "--attention", "standard-fused"]).unwrap();
+    run(&["sample", "--checkpoint", &out, "--tokens", "3", "--attention", "standard"]).unwrap();
 }
 
 #[test]

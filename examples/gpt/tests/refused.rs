@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 /// Changes the state in the checkpoint `file` and updates its hash.
 fn forge(file: &Path, change: impl Fn(&mut Value)) {
-    const KEY: &str = "candle-fa2-gpt-1";
+    const KEY: &str = "candle-fa2-gpt-2";
     let bytes = fs::read(file).unwrap();
     let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
