@@ -96,7 +96,7 @@ pub struct TrainArgs {
 }
 
 /// Options that `--resume` reads from the checkpoint. It refuses them on the command line.
-const OPTIONS_OF_A_RUN: [&str; 20] = [
+const OPTIONS_OF_A_RUN: [&str; 21] = [
     "preset",
     "out",
     "tokenizer",
@@ -114,6 +114,7 @@ const OPTIONS_OF_A_RUN: [&str; 20] = [
     "clip",
     "seed",
     "deterministic",
+    "checkpoint_activations",
     "eval_interval",
     "eval_windows",
     "checkpoint_interval",
@@ -171,6 +172,9 @@ struct RecipeArgs {
     /// The same bits in every run, on a GPU too; there it is slower
     #[arg(long)]
     deterministic: bool,
+    /// Compute the activations of each block again in the backward, instead of keeping them in memory
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Number of steps between evaluations; each evaluation also redraws loss.svg
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_interval: Option<usize>,
@@ -233,6 +237,7 @@ impl RecipeArgs {
             clip: self.clip.unwrap_or(preset.clip),
             seed: self.seed.unwrap_or(preset.seed),
             deterministic: self.deterministic,
+            checkpoint_activations: self.checkpoint_activations,
             eval_interval: self.eval_interval.unwrap_or(preset.eval_interval),
             eval_windows: self.eval_windows.unwrap_or(preset.eval_windows),
             checkpoint_interval: self.checkpoint_interval,
@@ -328,6 +333,9 @@ struct TimeArgs {
     /// Number of batches per step
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 1)]
     accumulation: usize,
+    /// Compute the activations of each block again in the backward, instead of keeping them in memory
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Number of timed steps
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 10)]
     steps: usize,
@@ -354,6 +362,7 @@ impl TimeArgs {
             context: self.context.unwrap_or(preset.context),
             batch: self.batch.unwrap_or(preset.batch),
             accumulation: self.accumulation,
+            checkpoint_activations: self.checkpoint_activations,
             ..preset
         };
         let plan = Plan { steps: self.steps, warmup: self.warmup, peak_tflops: self.peak, profile: self.profile };

@@ -85,6 +85,8 @@ pub struct Config {
     pub seed: u64,
     #[serde(default)]
     pub deterministic: bool, // on a GPU, runs have the same bits
+    #[serde(default)]
+    pub checkpoint_activations: bool, // the backward computes each block again
 
     // Evaluation: every `eval_interval` steps, on `eval_windows` held-out windows.
     pub eval_interval: usize,
@@ -178,6 +180,7 @@ impl Config {
             clip: 1.0,
             seed: 1,
             deterministic: false,
+            checkpoint_activations: false,
             eval_interval: 50,
             eval_windows: 64,
             checkpoint_interval: None,

@@ -2,11 +2,10 @@
 
 use crate::config::Config;
 use crate::model::{Gpt, Named};
-use crate::profile;
 use anyhow::{anyhow, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fused_ops::{measure_products, AdamW, AdamWConfig, ParameterGroup, Schedule};
+use candle_fused_ops::{measure_products, profile, AdamW, AdamWConfig, ParameterGroup, Schedule};
 use std::collections::HashMap;
 
 /// Tokens and their targets: u32, both (batch, context).
@@ -110,11 +109,11 @@ impl Learner {
     /// One optimizer step on the mean loss over `batches`. `step` counts from 1.
     pub fn step(&mut self, config: &Config, step: usize, batches: &[Batch]) -> Result<Outcome> {
         let (train_loss, gradients) = mean_gradients(&self.model, batches)?;
-        profile::phase("optimizer")?;
         #[cfg(test)]
         crate::tests::abort_at("inside", std::path::Path::new("a step"));
         let lr = Schedule::cosine(config.lr, config.min_lr, config.steps).warmup(config.warmup).at(step);
         let grad_norm = self.optimizer.step(&gradients, lr)?;
+        profile::mark("optimizer")?;
         Ok(Outcome { step, lr, train_loss, grad_norm })
     }
 }
@@ -125,7 +124,6 @@ pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, GradSto
     let mut sum: Option<GradStore> = None;
     for (tokens, targets) in batches {
         let loss = (model.loss(tokens, targets)? / batches.len() as f64)?;
-        profile::phase("backward")?;
         let mut gradients = loss.backward()?;
         losses.push(loss.detach());
         if let Some(mut before) = sum.take() {

@@ -22,7 +22,7 @@
 //! | `checkpoint.rs`, `files.rs` | checkpoints; the folder of a run, its lock, atomic writes |
 //! | `stop.rs` | Ctrl-C and SIGTERM |
 //! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | metrics, loss curve, progress, printing |
-//! | `time.rs`, `profile.rs` | speed; the time of each part of a step |
+//! | `time.rs` | speed, and the time of each operator in a step |
 //! | `gpu.rs` | GPU functions that Candle does not offer |
 //! | `sizes.rs` | a lower bound of the memory that a recipe needs |
 //! | `rng.rs` | all random numbers |
@@ -40,7 +40,6 @@ mod metrics;
 mod model;
 mod output;
 mod plot;
-mod profile;
 mod progress;
 mod rng;
 mod sample;

@@ -6,13 +6,14 @@
 //! gradient flows through them. `check_gradients` finds a parameter without one.
 
 use crate::config::{AttentionKind, Config};
-use crate::profile::{self, Part};
 use crate::rng::Rng;
 use anyhow::{bail, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_fa2::{Attention, Mask};
-use candle_fused_ops::{embedding, linear, linear_add, linear_cross_entropy, mlp_add, LayerNorm};
+use candle_fused_ops::{
+    checkpoint, embedding, layer_norm, linear, linear_add, linear_cross_entropy, mlp_add, profile, LayerNorm,
+};
 use candle_nn::Module;
 use std::collections::BTreeMap;
 
@@ -29,33 +30,41 @@ enum Init {
     Normal(f32),
 }
 
-/// Name, shape and initial values of every parameter of the model.
-fn parameter_table(config: &Config, vocab_size: usize) -> Vec<(String, Vec<usize>, Init)> {
+/// Name, shape and initial values of a parameter.
+type Parameter = (String, Vec<usize>, Init);
+
+/// The parameters of block `layer`, in the order in which [`block`] takes them.
+fn block_table(config: &Config, layer: usize) -> [Parameter; 12] {
     let c = config.embed_dim;
     // Each block adds to the residual stream twice. This factor keeps the variance of the sum independent of the depth.
     let residual = INIT_STD / ((2 * config.num_layers) as f32).sqrt();
+    [
+        ("ln_1.weight", vec![c], Init::Ones),
+        ("ln_1.bias", vec![c], Init::Zeros),
+        ("attn.c_attn.weight", vec![3 * c, c], Init::Normal(INIT_STD)),
+        ("attn.c_attn.bias", vec![3 * c], Init::Zeros),
+        ("attn.c_proj.weight", vec![c, c], Init::Normal(residual)),
+        ("attn.c_proj.bias", vec![c], Init::Zeros),
+        ("ln_2.weight", vec![c], Init::Ones),
+        ("ln_2.bias", vec![c], Init::Zeros),
+        ("mlp.c_fc.weight", vec![4 * c, c], Init::Normal(INIT_STD)),
+        ("mlp.c_fc.bias", vec![4 * c], Init::Zeros),
+        ("mlp.c_proj.weight", vec![c, 4 * c], Init::Normal(residual)),
+        ("mlp.c_proj.bias", vec![c], Init::Zeros),
+    ]
+    .map(|(name, shape, init)| (format!("h.{layer}.{name}"), shape, init))
+}
+
+/// All parameters of the model.
+fn parameter_table(config: &Config, vocab_size: usize) -> Vec<Parameter> {
+    let c = config.embed_dim;
     let mut table = vec![
         ("wte".to_string(), vec![vocab_size, c], Init::Normal(INIT_STD)),
         ("wpe".to_string(), vec![config.context, c], Init::Normal(INIT_STD)),
         ("ln_f.weight".to_string(), vec![c], Init::Ones),
         ("ln_f.bias".to_string(), vec![c], Init::Zeros),
     ];
-    for layer in 0..config.num_layers {
-        let mut add =
-            |name: &str, shape: &[usize], init| table.push((format!("h.{layer}.{name}"), shape.to_vec(), init));
-        add("ln_1.weight", &[c], Init::Ones);
-        add("ln_1.bias", &[c], Init::Zeros);
-        add("attn.c_attn.weight", &[3 * c, c], Init::Normal(INIT_STD));
-        add("attn.c_attn.bias", &[3 * c], Init::Zeros);
-        add("attn.c_proj.weight", &[c, c], Init::Normal(residual));
-        add("attn.c_proj.bias", &[c], Init::Zeros);
-        add("ln_2.weight", &[c], Init::Ones);
-        add("ln_2.bias", &[c], Init::Zeros);
-        add("mlp.c_fc.weight", &[4 * c, c], Init::Normal(INIT_STD));
-        add("mlp.c_fc.bias", &[4 * c], Init::Zeros);
-        add("mlp.c_proj.weight", &[c, 4 * c], Init::Normal(residual));
-        add("mlp.c_proj.bias", &[c], Init::Zeros);
-    }
+    table.extend((0..config.num_layers).flat_map(|layer| block_table(config, layer)));
     table
 }
 
@@ -82,28 +91,10 @@ pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device
     Ok(parameters)
 }
 
-/// A weight and a bias, with the axes that candle-fused-ops documents.
-struct Linear(Tensor, Tensor);
-
-impl Linear {
-    fn parts(&self) -> [&Tensor; 2] {
-        [&self.0, &self.1]
-    }
-}
-
-struct Block {
-    ln_1: LayerNorm,
-    c_attn: Linear, // (3 * num_heads, head_dim, embed_dim): the heads of q, then those of k, then those of v
-    attn_proj: Linear, // (embed_dim, num_heads, head_dim)
-    ln_2: LayerNorm,
-    c_fc: Linear,
-    mlp_proj: Linear,
-}
-
 pub struct Gpt {
-    wte: Tensor, // (vocab_size, embed_dim)
-    wpe: Tensor, // (context, embed_dim)
-    blocks: Vec<Block>,
+    wte: Tensor,              // (vocab_size, embed_dim)
+    wpe: Tensor,              // (context, embed_dim)
+    blocks: Vec<Vec<Tensor>>, // the parameters of each, as in `block_table`
     ln_f: LayerNorm,
     /// All parameters, if the model is trained.
     variables: BTreeMap<String, Var>,
@@ -130,31 +121,12 @@ impl Gpt {
     }
 
     fn over(config: &Config, get: impl Fn(&str) -> Result<Tensor>) -> Result<Self> {
-        let Config { num_heads, embed_dim, .. } = *config;
-        let head_dim = config.head_dim();
-        let pair =
-            |name: &str| Ok::<_, anyhow::Error>([get(&format!("{name}.weight"))?, get(&format!("{name}.bias"))?]);
-        let norm = |name: &str| pair(name).map(|[weight, bias]| LayerNorm::new(weight, Some(bias), NORM_EPSILON));
-        let linear = |name: &str| pair(name).map(|[weight, bias]| Linear(weight, bias));
-        let block = |layer: usize| -> Result<Block> {
-            let name = |part: &str| format!("h.{layer}.{part}");
-            let [c_attn, c_attn_bias] = pair(&name("attn.c_attn"))?;
-            let [attn_proj, attn_proj_bias] = pair(&name("attn.c_proj"))?;
-            let heads = 3 * num_heads;
-            Ok(Block {
-                ln_1: norm(&name("ln_1"))?,
-                c_attn: Linear(c_attn.reshape((heads, head_dim, embed_dim))?, c_attn_bias.reshape((heads, head_dim))?),
-                attn_proj: Linear(attn_proj.reshape((embed_dim, num_heads, head_dim))?, attn_proj_bias),
-                ln_2: norm(&name("ln_2"))?,
-                c_fc: linear(&name("mlp.c_fc"))?,
-                mlp_proj: linear(&name("mlp.c_proj"))?,
-            })
-        };
+        let block = |layer| block_table(config, layer).iter().map(|(name, ..)| get(name)).collect();
         Ok(Self {
             wte: get("wte")?,
             wpe: get("wpe")?,
             blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
-            ln_f: norm("ln_f")?,
+            ln_f: LayerNorm::new(get("ln_f.weight")?, Some(get("ln_f.bias")?), NORM_EPSILON),
             variables: BTreeMap::new(),
             config: config.clone(),
         })
@@ -175,15 +147,12 @@ impl Gpt {
 
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        profile::phase("forward")?;
         self.loss_after(&self.hidden(tokens)?, targets)
     }
 
     /// [`Self::loss`] from the result of [`Self::hidden`].
     pub fn loss_after(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let x = profile::part(Part::Norm, || self.ln_f.forward(hidden))?; // (batch, seqlen, embed_dim)
-        profile::phase("loss")?;
-        Ok(profile::part(Part::Loss, || linear_cross_entropy(&x, &self.wte, targets))?)
+        Ok(linear_cross_entropy(&self.ln_f.forward(hidden)?, &self.wte, targets)?)
     }
 
     /// Logits of the token after `tokens`, one for each row of `wte`, also for rows of padding.
@@ -207,43 +176,57 @@ impl Gpt {
             AttentionKind::Flash | AttentionKind::None => None,
         };
         let positions = Tensor::arange(0, seqlen as u32, self.device())?.broadcast_as((batch, seqlen))?;
-        let mut x =
-            profile::part(Part::Embedding, || embedding(tokens, &self.wte)? + embedding(&positions, &self.wpe)?)?;
-        for block in &self.blocks {
-            x = self.block(block, &x, mask.as_ref())?;
+        let mut x = (embedding(tokens, &self.wte)? + embedding(&positions, &self.wpe)?)?;
+        for parameters in &self.blocks {
+            let inputs: Vec<&Tensor> = [&x].into_iter().chain(parameters).collect();
+            x = match self.config.checkpoint_activations {
+                true => {
+                    let (config, mask) = (self.config.clone(), mask.clone());
+                    checkpoint(&inputs, move |inputs| block(&config, inputs, mask.as_ref()))?
+                }
+                false => block(&self.config, &inputs.into_iter().cloned().collect::<Vec<_>>(), mask.as_ref())?,
+            };
         }
         Ok(x)
-    }
-
-    /// (batch, seqlen, embed_dim) -> the same
-    fn block(&self, block: &Block, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let Block { ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj } = block;
-        let h = profile::part(Part::Norm, || ln_1.forward(x))?;
-        let qkv = profile::part(Part::Linear, || linear(&h, &c_attn.0, &c_attn.1))?;
-        let o = profile::part(Part::Attention, || self.attention(&qkv, mask))?;
-        let x = profile::part(Part::Linear, || linear_add(&o, &attn_proj.0, &attn_proj.1, x))?;
-        let h = profile::part(Part::Norm, || ln_2.forward(&x))?;
-        Ok(profile::part(Part::Linear, || mlp_add(&h, c_fc.parts(), mlp_proj.parts(), &x))?)
-    }
-
-    /// Causal self-attention: (batch, seqlen, 3 * num_heads, head_dim) -> (batch, seqlen, num_heads, head_dim).
-    fn attention(&self, qkv: &Tensor, mask: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        match (self.config.attention, mask) {
-            (AttentionKind::None, _) => {
-                let parts = qkv.chunk(3, 2)?;
-                (&parts[0] + &parts[1])? + &parts[2]
-            }
-            (_, Some(mask)) => standard_attention(qkv, mask),
-            (_, None) => {
-                let attention = Attention::new().mask(Mask::Causal).deterministic(self.config.deterministic);
-                Ok(attention.forward_qkv(qkv, self.config.num_heads)?)
-            }
-        }
     }
 
     /// (batch, seqlen, embed_dim) -> f32 (batch * seqlen, vocab_size)
     fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         self.ln_f.forward(x)?.flatten_to(1)?.matmul(&self.wte.t()?)?.to_dtype(DType::F32)
+    }
+}
+
+/// A transformer block: x (batch, seqlen, embed_dim) and the parameters of `block_table` -> (batch, seqlen, embed_dim).
+fn block(config: &Config, inputs: &[Tensor], mask: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    let [x, ln_1, ln_1_bias, c_attn, c_attn_bias, c_proj, c_proj_bias, ln_2, ln_2_bias, fc, fc_bias, proj, proj_bias] =
+        inputs
+    else {
+        unreachable!("x and 12 parameters")
+    };
+    let Config { num_heads, embed_dim, .. } = *config;
+    let (heads, head_dim) = (3 * num_heads, config.head_dim());
+    let h = layer_norm(x, ln_1, Some(ln_1_bias), NORM_EPSILON)?;
+    // (batch, seqlen, 3 * num_heads, head_dim): the heads of q, then the heads of k, then the heads of v.
+    let qkv = linear(&h, &c_attn.reshape((heads, head_dim, embed_dim))?, &c_attn_bias.reshape((heads, head_dim))?)?;
+    let o = attention(config, &qkv, mask)?; // (batch, seqlen, num_heads, head_dim)
+    profile::mark("attention")?;
+    let x = linear_add(&o, &c_proj.reshape((embed_dim, num_heads, head_dim))?, c_proj_bias, x)?;
+    let h = layer_norm(&x, ln_2, Some(ln_2_bias), NORM_EPSILON)?;
+    mlp_add(&h, [fc, fc_bias], [proj, proj_bias], &x)
+}
+
+/// Causal self-attention: (batch, seqlen, 3 * num_heads, head_dim) -> (batch, seqlen, num_heads, head_dim).
+fn attention(config: &Config, qkv: &Tensor, mask: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    match (config.attention, mask) {
+        (AttentionKind::None, _) => {
+            let parts = qkv.chunk(3, 2)?;
+            (&parts[0] + &parts[1])? + &parts[2]
+        }
+        (_, Some(mask)) => standard_attention(qkv, mask),
+        (_, None) => {
+            let attention = Attention::new().mask(Mask::Causal).deterministic(config.deterministic);
+            Ok(attention.forward_qkv(qkv, config.num_heads)?)
+        }
     }
 }
 

@@ -10,11 +10,11 @@
 use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::{init_parameters, parameter_shapes};
-use crate::profile::{self, Seconds};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
+use candle_fused_ops::profile;
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -53,7 +53,7 @@ pub struct Timing {
     resident_gib: Option<f64>,
     last_loss: Option<f32>,
     #[serde(skip)]
-    pub profile: [Seconds; 2], // phases and parts, sums over all steps
+    pub profile: Vec<(String, f64)>, // seconds of each operator, sums over all steps
 }
 
 /// Number of bytes read of the first line of `--csv`. There is a limit because it may be any file. The heading is shorter.
@@ -108,14 +108,13 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     device.synchronize()?;
     let resident = memory::start(device)?;
     if plan.profile {
-        profile::start(device);
+        profile::start(device)?;
     }
     let started = Instant::now();
     let mut outcomes = Vec::new();
     for (step, batches) in (plan.warmup + 1..).zip(timed) {
         outcomes.push(learner.step(config, step, batches)?);
     }
-    profile::phase("end")?;
     device.synchronize()?;
     let per_step = started.elapsed().as_secs_f64() / plan.steps as f64;
 
@@ -137,8 +136,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     let (numbers, finite) = Outcome::read(&outcomes)?;
     finite?;
     timing.last_loss = numbers.last().map(|(train_loss, _)| *train_loss);
-    let (phases, parts) = profile::finish()?;
-    timing.profile = [phases, parts];
+    timing.profile = profile::finish()?;
     Ok(())
 }
 
@@ -235,15 +233,10 @@ impl std::fmt::Display for Timing {
             write!(f, ", peak memory {peak:.2} GiB ({resident:.2} between steps)")?;
         }
         write!(f, ", loss {:.3}", self.last_loss.unwrap_or(f32::NAN))?;
-        for seconds in &self.profile {
-            let whole: f64 = seconds.iter().map(|(_, seconds)| seconds).sum();
-            for (name, seconds) in seconds {
-                let (ms, share) = (1e3 * seconds / self.steps as f64, 100.0 * seconds / whole);
-                write!(f, "\n  {name:24} {ms:9.2} ms {share:5.1}%")?;
-            }
-            if whole > 0.0 {
-                writeln!(f)?;
-            }
+        let whole: f64 = self.profile.iter().map(|(_, seconds)| seconds).sum();
+        for (name, seconds) in &self.profile {
+            let (ms, share) = (1e3 * seconds / self.steps as f64, 100.0 * seconds / whole);
+            write!(f, "\n  {name:30} {ms:9.2} ms {share:5.1}%")?;
         }
         Ok(())
     }

@@ -23,10 +23,12 @@
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
 //! | linear layer | [`linear`], with GELU [`linear_gelu`], with a residual [`linear_add`] | |
 //! | MLP of a transformer | [`mlp_add`] | |
+//! | a part of a model whose activations are not kept | [`checkpoint`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
 //! [`AdamW`] updates parameters with f32 master weights and clipping. [`Schedule`] gives the learning rate of each step.
+//! [`profile`] measures the time of each operator in a training step.
 //!
 //! # What holds for every operator
 //!
@@ -44,6 +46,7 @@
 mod activation;
 mod adamw;
 mod check;
+mod checkpoint;
 pub mod composed;
 mod embedding;
 mod layers;
@@ -52,17 +55,18 @@ mod loss;
 mod node;
 mod norm;
 mod number;
+pub mod profile;
 mod rotary;
 mod rows;
 mod schedule;
 
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
+pub use checkpoint::checkpoint;
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
 pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
-pub use node::{observe_backward, Moment};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use rotary::{rotary, RotaryOrder};
 pub use schedule::Schedule;

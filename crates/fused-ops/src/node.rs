@@ -28,6 +28,8 @@ use candle_core::{
     Storage, StorageRef, Tensor, TensorId, WithDType,
 };
 
+use crate::profile;
+
 /// Puts a computed value into the graph: a result of `inputs`. Without a tracked input it is a plain tensor.
 ///
 /// `backward` computes the gradient of each input from the inputs and the gradient of the result, which is contiguous. It may
@@ -43,6 +45,7 @@ where
     B: Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 {
     let shape = shape.into();
+    profile::mark(name)?;
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(untracked(value, shape));
     }
@@ -57,9 +60,9 @@ where
         let Some(dy) = take(token).into_iter().flatten().next() else {
             return Err(Error::Msg(format!("{name}: the backward of this node got no gradient")));
         };
-        observed(name, Moment::Begin);
+        profile::mark_after(name)?;
         let mut gradients = backward(&inputs.iter().collect::<Vec<_>>(), &dy.contiguous()?)?.into_iter();
-        observed(name, Moment::End);
+        profile::mark_backward(name)?;
         inputs
             .iter()
             .zip(&tokens)
@@ -76,33 +79,6 @@ where
     token.result.set(result.id()).expect("a node has one result");
     TOKENS.lock().expect("no thread panics with this lock").insert(result.id(), Arc::downgrade(&token));
     Ok(result)
-}
-
-/// A moment of a backward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// The operator begins to compute the gradients of its inputs.
-    Begin,
-    /// It has computed them, or queued that on a GPU.
-    End,
-}
-
-type Observer = fn(&'static str, Moment);
-
-thread_local! {
-    static OBSERVER: Cell<Option<Observer>> = const { Cell::new(None) };
-}
-
-/// Calls `observer` with the name of each operator of this crate when its backward begins and ends, on this thread. A profiler can
-/// record an event of the GPU there. `None` ends it.
-pub fn observe_backward(observer: Option<Observer>) {
-    OBSERVER.set(observer);
-}
-
-fn observed(name: &'static str, moment: Moment) {
-    if let Some(observer) = OBSERVER.get() {
-        observer(name, moment);
-    }
 }
 
 /// The token of a result of this crate.
@@ -179,15 +155,9 @@ fn token(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
 }
 
 fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<Tensor> {
-    let (one, dtype) = (Shape::from(1), DType::F32);
-    let value = match edges[0].device() {
-        Device::Cpu => Storage::Cpu(CpuStorage::F32(vec![0.0])),
-        Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&one, dtype)?),
-        Device::Metal(device) => Storage::Metal(device.zeros_impl(&one, dtype)?),
-    };
     let node = Node {
         name,
-        value: Mutex::new(Some((value, one))),
+        value: Mutex::new(Some((zero(edges[0].device())?, Shape::from(1)))),
         backward: move |token: &Tensor, _: &Tensor| {
             // After an error the gradients that wait are of no use, and another `backward()` must not find them.
             gradients(token.id()).inspect_err(|_| WAITING.with_borrow_mut(HashMap::clear))
@@ -199,6 +169,16 @@ fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
         [a, b, c] => a.apply_op3(b, c, node),
         _ => unreachable!("`token` has split the edges"),
     }
+}
+
+/// The storage of one f32.
+pub(crate) fn zero(device: &Device) -> Result<Storage> {
+    let (one, dtype) = (Shape::from(1), DType::F32);
+    Ok(match device {
+        Device::Cpu => Storage::Cpu(CpuStorage::F32(vec![0.0])),
+        Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&one, dtype)?),
+        Device::Metal(device) => Storage::Metal(device.zeros_impl(&one, dtype)?),
+    })
 }
 
 /// An operator of Candle with a value that the graph takes out once, and a function from it and its gradient to those of the inputs.

@@ -144,7 +144,10 @@ fn resume_takes_no_recipe() {
         let number = if option.starts_with("beta") { "0.5" } else { "1" };
         let value =
             argument.get_possible_values().first().map_or(number.to_string(), |value| value.get_name().to_string());
-        let said = usage(&["--resume", "runs/0001", &format!("--{option}"), &value]);
+        let option_and_value = [format!("--{option}"), value];
+        let given = if argument.get_action().takes_values() { 2 } else { 1 };
+        let option_and_value = option_and_value[..given].iter().map(String::as_str);
+        let said = usage(&["--resume", "runs/0001"].into_iter().chain(option_and_value).collect::<Vec<_>>());
         assert!(said.starts_with("error: the argument '--resume <DIR>' cannot be used with"), "--{option}: {said}");
     }
 }
