@@ -37,8 +37,10 @@
 //!   graph gives the same gradients. There are no second derivatives.
 //! - **Strides.** A tensor that is not contiguous is first copied by Candle.
 //! - **Order of sums.** It depends on the shapes alone. So on the CPU, results have the same bits for any number of threads.
-//! - **Devices.** On the CPU the operators are fused. Elsewhere, on CUDA too, they are composed of Candle's differentiable operators
-//!   (module [`composed`]): the gradients are right, but the speed is Candle's.
+//! - **Devices.** On the CPU the operators are fused. With the feature `cuda`, linear layers are fused on NVIDIA GPUs too. Elsewhere
+//!   the operators are composed of Candle's differentiable ones (module [`composed`]): the gradients are right, but the speed is
+//!   Candle's.
+//! - **Graph.** Candle adds every gradient to a tensor of zeros first. Between two operators of this crate that does not happen.
 //! - **Errors.** All arguments are checked first. An error names the argument, the rule, the value and the way out.
 
 #![deny(missing_docs)]

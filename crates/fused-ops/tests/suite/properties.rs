@@ -197,3 +197,26 @@ fn layers_split_and_join_axes() -> Result<()> {
     assert_eq!(gradient(&joined)?, gradient(&plain)?);
     Ok(())
 }
+
+/// A checkpointed part has the same results and gradients. A weight that it does not know as an input is an error.
+#[test]
+fn checkpointing_changes_no_bit() -> Result<()> {
+    use candle_fused_ops::{checkpoint, gelu, mlp_add};
+    let names = [("x", vec![5, 6]), ("fc", vec![8, 6]), ("bf", vec![8]), ("proj", vec![6, 8]), ("bp", vec![6])];
+    let vars = names.map(|(name, shape)| Var::from_tensor(&random(name, &shape, DType::F32).expect("a draw")));
+    let vars = vars.into_iter().collect::<candle_core::Result<Vec<Var>>>()?;
+    let inputs: Vec<&Tensor> = vars.iter().map(|var| var.as_tensor()).collect();
+    let part = |t: &[Tensor]| mlp_add(&gelu(&t[0])?, [&t[1], &t[2]], [&t[3], &t[4]], &t[0]);
+    let outcome = |y: Tensor| -> Result<_> {
+        let grads = (y.sqr()? + &y)?.sum_all()?.backward()?;
+        let gradients = inputs.iter().map(|input| grads.get(input).expect("a gradient").clone());
+        bits(&[y].into_iter().chain(gradients).collect::<Vec<_>>())
+    };
+    let plain = part(&inputs.iter().map(|&input| input.clone()).collect::<Vec<_>>())?;
+    assert_eq!(outcome(checkpoint(&inputs, part)?)?, outcome(plain)?);
+
+    let hidden = vars[1].as_tensor().clone();
+    let error = checkpoint(&inputs[..1], move |t| t[0].matmul(&hidden.t()?)).unwrap_err().to_string();
+    assert!(error.starts_with("checkpoint: the function uses a tracked tensor that is not in inputs"), "{error}");
+    Ok(())
+}
