@@ -107,11 +107,12 @@ impl Learner {
     }
 
     /// One optimizer step on the mean loss over `batches`. `step` counts from 1.
-    pub fn step(&mut self, config: &Config, step: usize, batches: &[Batch]) -> Result<Outcome> {
+    pub fn step(&mut self, step: usize, batches: &[Batch]) -> Result<Outcome> {
         let (train_loss, gradients) = mean_gradients(&self.model, batches)?;
         #[cfg(test)]
         crate::tests::abort_at("inside", std::path::Path::new("a step"));
-        let lr = Schedule::cosine(config.lr, config.min_lr, config.steps).warmup(config.warmup).at(step);
+        let Config { lr, min_lr, steps, warmup, .. } = *self.model.config();
+        let lr = Schedule::cosine(lr, min_lr, steps).warmup(warmup).at(step);
         let grad_norm = self.optimizer.step(&gradients, lr)?;
         profile::mark("optimizer")?;
         Ok(Outcome { step, lr, train_loss, grad_norm })

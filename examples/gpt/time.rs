@@ -101,7 +101,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     let (warmup, timed) = steps.split_at(plan.warmup);
 
     for (step, batches) in (1..).zip(warmup) {
-        learner.step(config, step, batches)?;
+        learner.step(step, batches)?;
     }
     device.synchronize()?;
     let resident = memory::start(device)?;
@@ -111,7 +111,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     let started = Instant::now();
     let mut outcomes = Vec::new();
     for (step, batches) in (plan.warmup + 1..).zip(timed) {
-        outcomes.push(learner.step(config, step, batches)?);
+        outcomes.push(learner.step(step, batches)?);
     }
     device.synchronize()?;
     let per_step = started.elapsed().as_secs_f64() / plan.steps as f64;

@@ -208,7 +208,7 @@ impl Run {
                 windows(&self.corpus.train, &starts, config.context, &self.device)
             })
             .collect::<candle_core::Result<Vec<_>>>()?;
-        self.queued.push(self.learner.step(config, self.step + 1, &batches)?);
+        self.queued.push(self.learner.step(self.step + 1, &batches)?);
         self.step += 1;
         Ok(())
     }

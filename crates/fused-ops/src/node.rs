@@ -348,8 +348,11 @@ pub(crate) fn accumulator(dtype: DType) -> DType {
     }
 }
 
-/// A copy of the storage of `tensor`, for a node whose value Candle's operators have computed.
+/// A copy of the numbers of `tensor`, for a node whose value Candle's operators have computed.
 pub(crate) fn copied(tensor: &Tensor) -> Result<Storage> {
+    if !tensor.is_contiguous() || tensor.layout().start_offset() > 0 {
+        return copied(&tensor.force_contiguous()?);
+    }
     let (storage, layout) = tensor.storage_and_layout();
     storage.try_clone(layout)
 }
@@ -380,6 +383,37 @@ impl<T: WithDType, R, F: FnOnce(&mut Vec<T>) -> R> InplaceOp1 for Update<T, F, R
         debug_assert!(layout.start_offset() == 0 && layout.shape().elem_count() == numbers.len());
         self.result.set(Some(change(&mut numbers)));
         *storage = T::to_cpu_storage_owned(numbers);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    fn waiting() -> usize {
+        WAITING.with_borrow(HashMap::len)
+    }
+
+    /// Tokens live as long as their results, and no gradient waits after a backward, also after one that fails.
+    #[test]
+    fn nothing_is_left_behind() -> Result<()> {
+        let x = Var::new(&[1f32, -2.0], &Device::Cpu)?;
+        let y = crate::gelu(&x)?;
+        let id = y.id();
+        assert!(Token::of(&y).is_some());
+        let good = crate::gelu(&y)?;
+        good.sum_all()?.backward()?;
+        assert_eq!(waiting(), 0);
+
+        let bad = node("bad", &[&y], storage(vec![0f32; 2]), 2, |_, _| Err(Error::Msg("it fails".to_string())))?;
+        assert!((&good + &bad)?.sum_all()?.backward().is_err());
+        assert!((bad + good)?.sum_all()?.backward().is_err());
+        assert_eq!(waiting(), 0);
+
+        drop(y);
+        assert!(!TOKENS.lock().expect("no thread panics with this lock").contains_key(&id));
         Ok(())
     }
 }

@@ -215,6 +215,10 @@ fn checkpointing_changes_no_bit() -> Result<()> {
     let plain = part(&inputs.iter().map(|&input| input.clone()).collect::<Vec<_>>())?;
     assert_eq!(outcome(checkpoint(&inputs, part)?)?, outcome(plain)?);
 
+    let last_rows = |t: &[Tensor]| t[0].narrow(0, 3, 2)?.t(); // a view
+    let view = checkpoint(&inputs[..1], last_rows)?;
+    assert_eq!(bits(&[view])?, bits(&[last_rows(&[inputs[0].clone()])?])?);
+
     let hidden = vars[1].as_tensor().clone();
     let error = checkpoint(&inputs[..1], move |t| t[0].matmul(&hidden.t()?)).unwrap_err().to_string();
     assert!(error.starts_with("checkpoint: the function uses a tracked tensor that is not in inputs"), "{error}");
