@@ -12,9 +12,7 @@ use crate::config::{name_of, Config};
 use crate::data::Cursor;
 use crate::files::{AtomicFile, CannotWrite};
 use crate::learner::Learner;
-use crate::model::parameter_shapes;
-use crate::optimizer::AdamW;
-use crate::parameters::{Flat, Named};
+use crate::model::{parameter_shapes, Named};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, Result};
@@ -32,7 +30,7 @@ use std::path::{Path, PathBuf};
 pub const FILE_NAME: &str = "checkpoint.safetensors";
 
 /// Metadata entry of files of this program. Its number changes if a new version cannot read old files.
-const METADATA_KEY: &str = "candle-fa2-gpt-1";
+const METADATA_KEY: &str = "candle-fa2-gpt-2";
 
 const SHA256: &str = "sha256";
 const SHA256_BYTES: usize = 32;
@@ -51,16 +49,13 @@ pub struct State {
 
 pub struct Checkpoint {
     pub state: State,
-    pub learner: Learner,
+    /// The tensors of [`Learner::tensors`].
+    pub tensors: Named,
 }
 
 /// Writes the checkpoint of the run in `dir`. The previous one stays until this one is complete.
 pub fn save(dir: &Path, state: &State, learner: &Learner) -> Result<()> {
-    let Learner { parameters, optimizer } = learner;
-    let mut tensors = Vec::new();
-    for (prefix, flat) in [("", parameters), ("adam.m.", &optimizer.m), ("adam.v.", &optimizer.v)] {
-        tensors.extend(flat.named()?.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
-    }
+    let tensors: Vec<(String, Tensor)> = learner.tensors()?.into_iter().collect();
     let path = dir.join(FILE_NAME);
     write(&path, &header(state, &tensors)?, &tensors).map_err(|error| match error.downcast::<io::Error>() {
         Ok(error) => CannotWrite::new(&path, error).into(),
@@ -105,9 +100,7 @@ fn write(path: &Path, header: &[u8], tensors: &[(String, Tensor)]) -> Result<()>
 /// Writes one tensor at a time, so that memory never holds a second copy of all tensors.
 fn write_values(file: &mut impl Write, tensors: &[(String, Tensor)]) -> Result<()> {
     for (_, tensor) in tensors {
-        // Parameters are views of one tensor. Candle copies the whole tensor of a view from a GPU, here 0.5 GB for each of 150
-        // views. So copy the view on the GPU first.
-        let values = tensor.flatten_all()?.force_contiguous()?.to_vec1::<f32>()?;
+        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
         let mut bytes = vec![0; size_of_val(values.as_slice())];
         for (bytes, value) in bytes.chunks_exact_mut(4).zip(&values) {
             bytes.copy_from_slice(&value.to_le_bytes());
@@ -168,14 +161,14 @@ pub fn load(file: &Path, device: &Device) -> Result<Checkpoint> {
             view.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
         Ok(Tensor::from_vec(values, shape, device)?)
     };
-    let shapes = parameter_shapes(&state.config, state.vocab_size);
-    let flat = |prefix: &str| -> Result<Flat> {
-        let named = shapes.iter().map(|(name, shape)| Ok((name.clone(), read(&format!("{prefix}{name}"), shape)?)));
-        Flat::new(&named.collect::<Result<Named>>()?)
-    };
-    let parameters = flat("")?;
-    let optimizer = AdamW { m: flat("adam.m.")?, v: flat("adam.v.")? };
-    Ok(Checkpoint { state, learner: Learner { parameters, optimizer } })
+    let mut all = Named::new();
+    for (name, shape) in parameter_shapes(&state.config, state.vocab_size) {
+        for name in [name.clone(), format!("adam.m.{name}"), format!("adam.v.{name}")] {
+            let tensor = read(&name, &shape)?;
+            all.insert(name, tensor);
+        }
+    }
+    Ok(Checkpoint { state, tensors: all })
 }
 
 /// The error of a checkpoint `file` that cannot be used.

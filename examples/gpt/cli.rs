@@ -91,17 +91,21 @@ pub struct TrainArgs {
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
+    /// Number of optimizer steps
+    #[arg(long, value_name = "N", value_parser = positive)]
+    steps: Option<usize>,
     #[command(flatten)]
     recipe: RecipeArgs,
 }
 
 /// Options that `--resume` reads from the checkpoint. It refuses them on the command line.
-const OPTIONS_OF_A_RUN: [&str; 19] = [
+const OPTIONS_OF_A_RUN: [&str; 21] = [
     "preset",
     "out",
     "tokenizer",
     "attention",
     "dtype",
+    "checkpoint_activations",
     "context",
     "batch",
     "accumulation",
@@ -113,6 +117,7 @@ const OPTIONS_OF_A_RUN: [&str; 19] = [
     "beta2",
     "clip",
     "seed",
+    "deterministic",
     "eval_interval",
     "eval_windows",
     "checkpoint_interval",
@@ -125,21 +130,8 @@ struct RecipeArgs {
     /// How text becomes tokens
     #[arg(long)]
     tokenizer: Option<TokenizerKind>,
-    /// Kind of attention: flash, or another kind for comparison
-    #[arg(long)]
-    attention: Option<AttentionKind>,
-    /// Type of the activations; weights and optimizer are always f32
-    #[arg(long)]
-    dtype: Option<Precision>,
-    /// Number of optimizer steps
-    #[arg(long, value_name = "N", value_parser = positive)]
-    steps: Option<usize>,
-    /// Number of tokens that the model sees at once
-    #[arg(long, value_name = "N", value_parser = positive)]
-    context: Option<usize>,
-    /// Number of text windows per batch
-    #[arg(long, value_name = "N", value_parser = positive)]
-    batch: Option<usize>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Number of batches per step; their gradients are added
     #[arg(long, value_name = "N", value_parser = positive)]
     accumulation: Option<usize>,
@@ -167,6 +159,9 @@ struct RecipeArgs {
     /// Seed of all random numbers
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// The same bits in every run, on a GPU too; there it is slower
+    #[arg(long)]
+    deterministic: bool,
     /// Number of steps between evaluations; each evaluation also redraws loss.svg
     #[arg(long, value_name = "N", value_parser = positive)]
     eval_interval: Option<usize>,
@@ -176,6 +171,39 @@ struct RecipeArgs {
     /// Number of steps between checkpoints; Ctrl-C saves one too [default: --eval-interval]
     #[arg(long, value_name = "N", value_parser = positive)]
     checkpoint_interval: Option<usize>,
+}
+
+/// The part of the recipe that also `gpt time` has.
+#[derive(Args)]
+struct ModelArgs {
+    /// Kind of attention: flash, another kind for comparison, or none to measure the rest of the model
+    #[arg(long)]
+    attention: Option<AttentionKind>,
+    /// Type of the activations; weights and optimizer are always f32
+    #[arg(long)]
+    dtype: Option<Precision>,
+    /// Compute the activations of each block again in the backward, instead of keeping them in memory
+    #[arg(long)]
+    checkpoint_activations: bool,
+    /// Number of tokens that the model sees at once
+    #[arg(long, value_name = "N", value_parser = positive)]
+    context: Option<usize>,
+    /// Number of text windows per batch
+    #[arg(long, value_name = "N", value_parser = positive)]
+    batch: Option<usize>,
+}
+
+impl ModelArgs {
+    fn apply(&self, preset: Config) -> Config {
+        Config {
+            attention: self.attention.unwrap_or(preset.attention),
+            precision: self.dtype.unwrap_or(preset.precision),
+            checkpoint_activations: self.checkpoint_activations,
+            context: self.context.unwrap_or(preset.context),
+            batch: self.batch.unwrap_or(preset.batch),
+            ..preset
+        }
+    }
 }
 
 impl TrainArgs {
@@ -188,9 +216,10 @@ impl TrainArgs {
         if let Some(dir) = self.resume {
             checkpoint::locate(&dir)?; // Check first: do not lock a folder that holds no run.
             let folder = RunFolder::open(&dir)?;
-            return Run::resume(&folder, absolute(self.data)?, self.recipe.steps, device)?.train(&folder);
+            return Run::resume(&folder, absolute(self.data)?, self.steps, device)?.train(&folder);
         }
-        let config = self.recipe.apply(Config::preset(self.preset.unwrap_or(Preset::Tiny)), absolute(self.data)?)?;
+        let config =
+            self.recipe.apply(Config::preset(self.preset.unwrap_or(Preset::Tiny)), self.steps, absolute(self.data)?)?;
         if let Some(dir) = &self.out {
             files::check_free(dir)?;
         }
@@ -208,17 +237,14 @@ impl TrainArgs {
 }
 
 impl RecipeArgs {
-    fn apply(self, preset: Config, data: Option<PathBuf>) -> Result<Config> {
-        let steps = self.steps.unwrap_or(preset.steps);
+    fn apply(self, preset: Config, steps: Option<usize>, data: Option<PathBuf>) -> Result<Config> {
+        let preset = self.model.apply(preset);
+        let steps = steps.unwrap_or(preset.steps);
         let lr = self.lr.unwrap_or(preset.lr);
         let config = Config {
             data,
             tokenizer: self.tokenizer.unwrap_or(preset.tokenizer),
-            attention: self.attention.unwrap_or(preset.attention),
-            precision: self.dtype.unwrap_or(preset.precision),
             steps,
-            context: self.context.unwrap_or(preset.context),
-            batch: self.batch.unwrap_or(preset.batch),
             accumulation: self.accumulation.unwrap_or(preset.accumulation),
             lr,
             min_lr: self.min_lr.unwrap_or(lr / 10.0),
@@ -228,6 +254,7 @@ impl RecipeArgs {
             beta2: self.beta2.unwrap_or(preset.beta2),
             clip: self.clip.unwrap_or(preset.clip),
             seed: self.seed.unwrap_or(preset.seed),
+            deterministic: self.deterministic,
             eval_interval: self.eval_interval.unwrap_or(preset.eval_interval),
             eval_windows: self.eval_windows.unwrap_or(preset.eval_windows),
             checkpoint_interval: self.checkpoint_interval,
@@ -308,18 +335,8 @@ struct TimeArgs {
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
-    /// Kind of attention: flash, another kind for comparison, or none to measure the rest of the model
-    #[arg(long)]
-    attention: Option<AttentionKind>,
-    /// Type of the activations; weights and optimizer are always f32
-    #[arg(long)]
-    dtype: Option<Precision>,
-    /// Number of tokens that the model sees at once
-    #[arg(long, value_name = "N", value_parser = positive)]
-    context: Option<usize>,
-    /// Number of windows per batch
-    #[arg(long, value_name = "N", value_parser = positive)]
-    batch: Option<usize>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Number of batches per step
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 1)]
     accumulation: usize,
@@ -342,15 +359,7 @@ struct TimeArgs {
 
 impl TimeArgs {
     fn run(self) -> Result<()> {
-        let preset = Config::preset(self.preset);
-        let config = Config {
-            attention: self.attention.unwrap_or(preset.attention),
-            precision: self.dtype.unwrap_or(preset.precision),
-            context: self.context.unwrap_or(preset.context),
-            batch: self.batch.unwrap_or(preset.batch),
-            accumulation: self.accumulation,
-            ..preset
-        };
+        let config = Config { accumulation: self.accumulation, ..self.model.apply(Config::preset(self.preset)) };
         let plan = Plan { steps: self.steps, warmup: self.warmup, peak_tflops: self.peak, profile: self.profile };
         let device = self.device.open()?;
         sizes::check_timing(&config, &plan, sizes::memory_of(&device))?;

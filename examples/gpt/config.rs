@@ -30,8 +30,6 @@ pub enum AttentionKind {
     Flash,
     /// matmul, softmax, matmul: Candle's operators and Candle's gradients
     Standard,
-    /// As standard, with the fused softmax and a hand-written gradient of it
-    StandardFused,
     /// No attention, to measure the cost of the rest: q + k + v, which adds a few passes over memory
     None,
 }
@@ -85,6 +83,10 @@ pub struct Config {
     pub beta2: f64,
     pub clip: f64, // largest global norm of the gradient
     pub seed: u64,
+    #[serde(default)]
+    pub deterministic: bool, // on a GPU, runs have the same bits
+    #[serde(default)]
+    pub checkpoint_activations: bool, // the backward computes each block again
 
     // Evaluation: every `eval_interval` steps, on `eval_windows` held-out windows.
     pub eval_interval: usize,
@@ -177,6 +179,8 @@ impl Config {
             beta2: 0.99,
             clip: 1.0,
             seed: 1,
+            deterministic: false,
+            checkpoint_activations: false,
             eval_interval: 50,
             eval_windows: 64,
             checkpoint_interval: None,

@@ -1,4 +1,4 @@
-//! GPU functions that Candle does not offer: the device name, events, and the memory pool of Candle's allocations. They use
+//! GPU functions that Candle does not offer: the device name, and the memory pool of Candle's allocations. They use
 //! the cudarc that Candle exports.
 
 use anyhow::Result;
@@ -7,8 +7,8 @@ use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute::{
     self as Attribute, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
     CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
-use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUmemoryPool, CUresult};
-use candle_core::cuda::cudarc::driver::{result, CudaEvent, DriverError};
+use candle_core::cuda::cudarc::driver::sys::{CUmemoryPool, CUresult};
+use candle_core::cuda::cudarc::driver::{result, DriverError};
 use candle_core::CudaDevice;
 
 /// The first GPU, set up for training on one thread.
@@ -27,11 +27,6 @@ pub fn open() -> candle_core::Result<CudaDevice> {
 
 pub fn name(device: &CudaDevice) -> Result<String> {
     Ok(device.cuda_stream().context().name()?)
-}
-
-/// Records an event with a time, after all work queued so far.
-pub fn event(device: &CudaDevice) -> Result<CudaEvent> {
-    Ok(device.cuda_stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
 }
 
 /// The memory pool that Candle allocates from.

@@ -1,19 +1,19 @@
 //! The trained state, and one training step. Training and `gpt time` use the same step.
 
 use crate::config::Config;
-use crate::model::Gpt;
-use crate::optimizer::{clip, learning_rate, AdamW};
-use crate::parameters::{Flat, Named};
-use crate::profile;
+use crate::model::{Gpt, Named};
 use anyhow::{anyhow, Result};
-use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused_ops::{measure_products, profile, AdamW, AdamWConfig, ParameterGroup, Schedule};
+use std::collections::HashMap;
 
 /// Tokens and their targets: u32, both (batch, context).
 pub type Batch = (Tensor, Tensor);
 
 pub struct Learner {
-    pub parameters: Flat, // f32
-    pub optimizer: AdamW,
+    pub model: Gpt,
+    optimizer: AdamW,
 }
 
 /// The result of a step. A GPU may still be computing it, so [`Outcome::read`] waits.
@@ -54,40 +54,93 @@ pub fn diverged(step: usize, what: &str) -> anyhow::Error {
 }
 
 impl Learner {
-    pub fn new(parameters: Flat) -> Result<Self> {
-        let optimizer = AdamW::new(&parameters)?;
-        Ok(Self { parameters, optimizer })
+    /// Starts with `parameters` and moments of zero.
+    pub fn new(config: &Config, parameters: &Named) -> Result<Self> {
+        measure_products(!config.deterministic);
+        let model = Gpt::new(config, parameters)?;
+        let named = model.variables().iter().map(|(name, var)| (name.clone(), var.clone()));
+        // Weights of norms and biases have one axis and do not decay.
+        let (matrices, vectors) = named.partition(|(_, var): &(String, Var)| var.rank() >= 2);
+        let groups = [(matrices, config.weight_decay), (vectors, 0.0)];
+        let groups = groups.map(|(parameters, weight_decay)| ParameterGroup { parameters, weight_decay });
+        let Config { beta1, beta2, clip, .. } = *config;
+        let optimizer =
+            AdamW::new(groups, AdamWConfig { beta1, beta2, max_norm: Some(clip), ..AdamWConfig::default() })?;
+        Ok(Self { model, optimizer })
     }
 
-    /// The current parameters, in the type that the model computes in.
-    pub fn weights(&self, config: &Config) -> Result<Named> {
-        self.parameters.to_dtype(config.precision.dtype())?.named()
+    /// Continues after `step` with the tensors of [`Self::tensors`].
+    pub fn restore(config: &Config, step: usize, tensors: &Named) -> Result<Self> {
+        let mut learner = Self::new(config, tensors)?;
+        let mut state = HashMap::from([("step".to_string(), Tensor::new(step as i64, &Device::Cpu)?)]);
+        for (name, var) in learner.model.variables() {
+            state.insert(format!("{name}.m"), tensors[&format!("adam.m.{name}")].clone());
+            state.insert(format!("{name}.v"), tensors[&format!("adam.v.{name}")].clone());
+            if var.dtype() != DType::F32 {
+                state.insert(format!("{name}.master"), tensors[name].clone());
+            }
+        }
+        learner.optimizer.set_state(&state)?;
+        Ok(learner)
+    }
+
+    /// Everything that a checkpoint stores of it, all in f32: for each parameter `NAME`, `adam.m.NAME` and `adam.v.NAME`.
+    pub fn tensors(&self) -> Result<Named> {
+        let mut state = self.optimizer.state()?;
+        let mut tensors = Named::new();
+        for (name, var) in self.model.variables() {
+            let mut take = |part: &str| state.remove(&format!("{name}.{part}"));
+            let moments = [take("m"), take("v")].map(|moment| moment.expect("AdamW has two moments of each parameter"));
+            let [m, v] = moments;
+            tensors.insert(format!("adam.m.{name}"), m);
+            tensors.insert(format!("adam.v.{name}"), v);
+            tensors.insert(name.clone(), take("master").unwrap_or_else(|| var.as_detached_tensor()));
+        }
+        Ok(tensors)
+    }
+
+    /// The current model without gradients.
+    pub fn frozen(&self) -> Result<Gpt> {
+        let variables = self.model.variables().iter();
+        let parameters = variables.map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+        Gpt::frozen(self.model.config(), &parameters)
     }
 
     /// One optimizer step on the mean loss over `batches`. `step` counts from 1.
-    pub fn step(&mut self, config: &Config, step: usize, batches: &[Batch]) -> Result<Outcome> {
-        profile::phase("weights")?;
-        let model = Gpt::new(config, &self.weights(config)?)?;
-        let (train_loss, gradients) = mean_gradients(&model, batches)?;
-        profile::phase("optimizer")?;
-        let gradient = self.parameters.gradient(gradients)?;
+    pub fn step(&mut self, step: usize, batches: &[Batch]) -> Result<Outcome> {
+        let (train_loss, gradients) = mean_gradients(&self.model, batches)?;
         #[cfg(test)]
         crate::tests::abort_at("inside", std::path::Path::new("a step"));
-        let (grad_norm, factor) = clip(&gradient, config.clip)?;
-        let lr = learning_rate(config, step);
-        self.optimizer.update(&mut self.parameters, &gradient, &factor, config, step, lr)?;
+        let Config { lr, min_lr, steps, warmup, .. } = *self.model.config();
+        let lr = Schedule::cosine(lr, min_lr, steps).warmup(warmup).at(step);
+        let grad_norm = self.optimizer.step(&gradients, lr)?;
+        profile::mark("optimizer")?;
         Ok(Outcome { step, lr, train_loss, grad_norm })
     }
 }
 
-/// Mean loss over `batches`, and its gradient for each parameter: f32.
-pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, Named)> {
+/// Mean loss over `batches`, and its gradient for each parameter. Gradients of several batches are summed in f32.
+pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, GradStore)> {
     let mut losses = Vec::new();
+    let mut sum: Option<GradStore> = None;
     for (tokens, targets) in batches {
         let loss = (model.loss(tokens, targets)? / batches.len() as f64)?;
-        profile::phase("backward")?;
-        loss.backward()?;
+        let mut gradients = loss.backward()?;
         losses.push(loss.detach());
+        if let Some(mut before) = sum.take() {
+            for var in model.variables().values() {
+                if let (Some(before), Some(gradient)) = (before.remove(var), gradients.remove(var)) {
+                    gradients.insert(var, (before.to_dtype(DType::F32)? + gradient.to_dtype(DType::F32)?)?);
+                }
+            }
+        }
+        sum = Some(gradients);
     }
-    Ok((Tensor::stack(&losses, 0)?.sum_all()?, model.take_gradients()))
+    let mut gradients = sum.ok_or_else(|| anyhow!("a step needs at least one batch"))?;
+    for var in model.variables().values() {
+        if let Some(gradient) = gradients.remove(var) {
+            gradients.insert(var, gradient.to_dtype(var.dtype())?);
+        }
+    }
+    Ok((Tensor::stack(&losses, 0)?.sum_all()?, gradients))
 }

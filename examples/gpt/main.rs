@@ -16,22 +16,18 @@
 //! | --- | --- |
 //! | `config.rs` | the configuration of a run, and the presets |
 //! | `model.rs` | GPT-2, with the attention call |
-//! | `ops.rs` | the other operators of the model, with hand-written gradients |
 //! | `train.rs`, `learner.rs` | the training loop; one training step |
-//! | `parameters.rs`, `optimizer.rs` | all parameters in two tensors; AdamW, schedule, clipping |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | sampling from a trained model, and its loss on a text |
 //! | `checkpoint.rs`, `files.rs` | checkpoints; the folder of a run, its lock, atomic writes |
 //! | `stop.rs` | Ctrl-C and SIGTERM |
 //! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | metrics, loss curve, progress, printing |
-//! | `time.rs`, `profile.rs` | speed; the time of each part of a step |
-//! | `gpu.rs`, `blas.rs` | GPU functions that Candle does not offer |
+//! | `time.rs` | speed, and the time of each operator in a step |
+//! | `gpu.rs` | GPU functions that Candle does not offer |
 //! | `sizes.rs` | a lower bound of the memory that a recipe needs |
 //! | `rng.rs` | all random numbers |
 //! | `cli.rs` | the command line |
 
-#[cfg(feature = "cuda")]
-mod blas;
 mod checkpoint;
 mod cli;
 mod config;
@@ -42,12 +38,8 @@ mod gpu;
 mod learner;
 mod metrics;
 mod model;
-mod ops;
-mod optimizer;
 mod output;
-mod parameters;
 mod plot;
-mod profile;
 mod progress;
 mod rng;
 mod sample;

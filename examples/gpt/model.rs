@@ -1,22 +1,26 @@
 //! GPT-2: learned positions, pre-norm blocks, GELU, and an output head that shares the token embedding.
 //!
-//! Parameters have GPT-2's names and layout; weights of linear layers are (inputs, outputs). Parameters are always f32. A
-//! model holds a copy of them in the type that it computes in.
+//! Parameters have GPT-2's names. Weights of linear layers are (outputs, inputs), the layout of candle_nn.
 //!
-//! Some of Candle's fused operators, such as `softmax_last_dim` and `layer_norm`, return a detached result, so no gradient
-//! flows through them. `ops.rs` wraps them with hand-written gradients. `check_gradients` finds a parameter without one.
+//! Every operator but attention is from candle-fused-ops. Some of Candle's own fused operators return a detached result, so no
+//! gradient flows through them. `check_gradients` finds a parameter without one.
 
 use crate::config::{AttentionKind, Config};
-use crate::ops::{self, LayerNorm, Linear, Weight};
-use crate::parameters::Named;
-use crate::profile::{self, Part};
 use crate::rng::Rng;
 use anyhow::{bail, Result};
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_fa2::{Attention, Mask};
+use candle_fused_ops::{
+    checkpoint, embedding, layer_norm, linear, linear_add, linear_cross_entropy, mlp_add, profile, LayerNorm,
+};
+use candle_nn::Module;
 use std::collections::BTreeMap;
 
-const NORM_EPSILON: f32 = 1e-5;
+/// Tensors by the name of their parameter.
+pub type Named = BTreeMap<String, Tensor>;
+
+const NORM_EPSILON: f64 = 1e-5;
 /// Standard deviation of GPT-2's initial weights.
 const INIT_STD: f32 = 0.02;
 
@@ -26,33 +30,41 @@ enum Init {
     Normal(f32),
 }
 
-/// Name, shape and initial values of every parameter of the model.
-fn parameter_table(config: &Config, vocab_size: usize) -> Vec<(String, Vec<usize>, Init)> {
+/// Name, shape and initial values of a parameter.
+type Parameter = (String, Vec<usize>, Init);
+
+/// The parameters of block `layer`, in the order in which [`block`] takes them.
+fn block_table(config: &Config, layer: usize) -> [Parameter; 12] {
     let c = config.embed_dim;
     // Each block adds to the residual stream twice. This factor keeps the variance of the sum independent of the depth.
     let residual = INIT_STD / ((2 * config.num_layers) as f32).sqrt();
+    [
+        ("ln_1.weight", vec![c], Init::Ones),
+        ("ln_1.bias", vec![c], Init::Zeros),
+        ("attn.c_attn.weight", vec![3 * c, c], Init::Normal(INIT_STD)),
+        ("attn.c_attn.bias", vec![3 * c], Init::Zeros),
+        ("attn.c_proj.weight", vec![c, c], Init::Normal(residual)),
+        ("attn.c_proj.bias", vec![c], Init::Zeros),
+        ("ln_2.weight", vec![c], Init::Ones),
+        ("ln_2.bias", vec![c], Init::Zeros),
+        ("mlp.c_fc.weight", vec![4 * c, c], Init::Normal(INIT_STD)),
+        ("mlp.c_fc.bias", vec![4 * c], Init::Zeros),
+        ("mlp.c_proj.weight", vec![c, 4 * c], Init::Normal(residual)),
+        ("mlp.c_proj.bias", vec![c], Init::Zeros),
+    ]
+    .map(|(name, shape, init)| (format!("h.{layer}.{name}"), shape, init))
+}
+
+/// All parameters of the model.
+fn parameter_table(config: &Config, vocab_size: usize) -> Vec<Parameter> {
+    let c = config.embed_dim;
     let mut table = vec![
         ("wte".to_string(), vec![vocab_size, c], Init::Normal(INIT_STD)),
         ("wpe".to_string(), vec![config.context, c], Init::Normal(INIT_STD)),
         ("ln_f.weight".to_string(), vec![c], Init::Ones),
         ("ln_f.bias".to_string(), vec![c], Init::Zeros),
     ];
-    for layer in 0..config.num_layers {
-        let mut add =
-            |name: &str, shape: &[usize], init| table.push((format!("h.{layer}.{name}"), shape.to_vec(), init));
-        add("ln_1.weight", &[c], Init::Ones);
-        add("ln_1.bias", &[c], Init::Zeros);
-        add("attn.c_attn.weight", &[c, 3 * c], Init::Normal(INIT_STD));
-        add("attn.c_attn.bias", &[3 * c], Init::Zeros);
-        add("attn.c_proj.weight", &[c, c], Init::Normal(residual));
-        add("attn.c_proj.bias", &[c], Init::Zeros);
-        add("ln_2.weight", &[c], Init::Ones);
-        add("ln_2.bias", &[c], Init::Zeros);
-        add("mlp.c_fc.weight", &[c, 4 * c], Init::Normal(INIT_STD));
-        add("mlp.c_fc.bias", &[4 * c], Init::Zeros);
-        add("mlp.c_proj.weight", &[4 * c, c], Init::Normal(residual));
-        add("mlp.c_proj.bias", &[c], Init::Zeros);
-    }
+    table.extend((0..config.num_layers).flat_map(|layer| block_table(config, layer)));
     table
 }
 
@@ -65,93 +77,59 @@ pub fn parameter_shapes(config: &Config, vocab_size: usize) -> BTreeMap<String, 
 pub fn init_parameters(config: &Config, vocab_size: usize, rng: &mut Rng, device: &Device) -> Result<Named> {
     let mut parameters = Named::new();
     for (name, shape, init) in parameter_table(config, vocab_size) {
-        let count = shape.iter().product();
-        let values = match init {
-            Init::Zeros => vec![0.0; count],
-            Init::Ones => vec![1.0; count],
-            Init::Normal(std) => rng.normal(count, std),
+        let tensor = match (init, &shape[..]) {
+            (Init::Zeros, shape) => Tensor::zeros(shape, DType::F32, device)?,
+            (Init::Ones, shape) => Tensor::ones(shape, DType::F32, device)?,
+            // Layers are drawn in GPT-2's own layout, (inputs, outputs).
+            (Init::Normal(std), &[outputs, inputs]) if name.starts_with("h.") => {
+                Tensor::from_vec(rng.normal(inputs * outputs, std), (inputs, outputs), device)?.t()?.contiguous()?
+            }
+            (Init::Normal(std), shape) => Tensor::from_vec(rng.normal(shape.iter().product(), std), shape, device)?,
         };
-        parameters.insert(name, Tensor::from_vec(values, shape, device)?);
+        parameters.insert(name, tensor);
     }
     Ok(parameters)
 }
 
-struct Block {
-    ln_1: LayerNorm,
-    c_attn: Linear, // q, k and v side by side
-    attn_proj: Linear,
-    ln_2: LayerNorm,
-    c_fc: Linear,
-    mlp_proj: Linear,
-}
-
-/// Builds layers from parameters, and records each weight under its name.
-struct Builder<'a> {
-    parameters: &'a Named,
-    dtype: DType,
-    weights: BTreeMap<String, Weight>,
-}
-
-impl Builder<'_> {
-    fn weight(&mut self, name: String) -> Result<Weight> {
-        let weight = Weight::new(&self.parameters[&name].to_dtype(self.dtype)?)?;
-        self.weights.insert(name, weight.clone());
-        Ok(weight)
-    }
-
-    fn norm(&mut self, name: &str) -> Result<LayerNorm> {
-        let (weight, bias) = (self.weight(format!("{name}.weight"))?, self.weight(format!("{name}.bias"))?);
-        Ok(LayerNorm { weight, bias, epsilon: NORM_EPSILON })
-    }
-
-    fn linear(&mut self, name: &str, before: Part) -> Result<Linear> {
-        let (weight, bias) = (self.weight(format!("{name}.weight"))?, self.weight(format!("{name}.bias"))?);
-        Ok(Linear { weight, bias, before })
-    }
-}
-
 pub struct Gpt {
-    wte: Weight, // (vocab_size, embed_dim)
-    wpe: Weight, // (context, embed_dim)
-    blocks: Vec<Block>,
+    wte: Tensor,              // (vocab_size, embed_dim)
+    wpe: Tensor,              // (context, embed_dim)
+    blocks: Vec<Vec<Tensor>>, // the parameters of each, as in `block_table`
     ln_f: LayerNorm,
-    /// The leaf of Candle's graph. It is a variable if the model is trained.
-    anchor: Tensor,
-    /// All weights, by the name of the parameter.
-    weights: BTreeMap<String, Weight>,
+    /// All parameters, if the model is trained.
+    variables: BTreeMap<String, Var>,
     config: Config,
 }
 
 impl Gpt {
-    /// A model for training. It copies the current `parameters`.
+    /// A model for training. It copies `parameters`, in the type that it computes in.
     pub fn new(config: &Config, parameters: &Named) -> Result<Self> {
-        let anchor = Var::zeros(1, DType::F32, parameters["wte"].device())?;
-        Self::over(config, parameters, anchor.into_inner())
+        let names = parameter_shapes(config, parameters["wte"].dim(0)?).into_keys();
+        let variables: BTreeMap<String, Var> = names
+            .map(|name| {
+                let var = Var::from_tensor(&parameters[&name].to_dtype(config.precision.dtype())?)?;
+                Ok((name, var))
+            })
+            .collect::<Result<_>>()?;
+        let tracked = |name: &str| Ok(variables[name].as_tensor().clone());
+        Ok(Self { variables: variables.clone(), ..Self::over(config, tracked)? })
     }
 
     /// The same model without gradients. A forward pass keeps nothing for a backward.
     pub fn frozen(config: &Config, parameters: &Named) -> Result<Self> {
-        let anchor = Tensor::zeros(1, DType::F32, parameters["wte"].device())?;
-        Self::over(config, parameters, anchor)
+        Self::over(config, |name| Ok(parameters[name].to_dtype(config.precision.dtype())?))
     }
 
-    fn over(config: &Config, parameters: &Named, anchor: Tensor) -> Result<Self> {
-        let mut builder = Builder { parameters, dtype: config.precision.dtype(), weights: BTreeMap::new() };
-        let mut blocks = Vec::new();
-        for layer in 0..config.num_layers {
-            let name = |part: &str| format!("h.{layer}.{part}");
-            blocks.push(Block {
-                ln_1: builder.norm(&name("ln_1"))?,
-                c_attn: builder.linear(&name("attn.c_attn"), Part::Rest)?,
-                attn_proj: builder.linear(&name("attn.c_proj"), Part::Attention)?,
-                ln_2: builder.norm(&name("ln_2"))?,
-                c_fc: builder.linear(&name("mlp.c_fc"), Part::Rest)?,
-                mlp_proj: builder.linear(&name("mlp.c_proj"), Part::Rest)?,
-            });
-        }
-        let ln_f = builder.norm("ln_f")?;
-        let (wte, wpe) = (builder.weight("wte".into())?, builder.weight("wpe".into())?);
-        Ok(Self { wte, wpe, blocks, ln_f, anchor, weights: builder.weights, config: config.clone() })
+    fn over(config: &Config, get: impl Fn(&str) -> Result<Tensor>) -> Result<Self> {
+        let block = |layer| block_table(config, layer).iter().map(|(name, ..)| get(name)).collect();
+        Ok(Self {
+            wte: get("wte")?,
+            wpe: get("wpe")?,
+            blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            ln_f: LayerNorm::new(get("ln_f.weight")?, Some(get("ln_f.bias")?), NORM_EPSILON),
+            variables: BTreeMap::new(),
+            config: config.clone(),
+        })
     }
 
     pub fn config(&self) -> &Config {
@@ -159,32 +137,28 @@ impl Gpt {
     }
 
     pub fn device(&self) -> &Device {
-        self.anchor.device()
+        self.wte.device()
     }
 
-    /// Takes the gradients accumulated since the last call, f32. A parameter that no backward reached is missing.
-    pub fn take_gradients(&self) -> Named {
-        let gradient = |(name, weight): (&String, &Weight)| Some((name.clone(), weight.take_gradient()?));
-        self.weights.iter().filter_map(gradient).collect()
+    /// All parameters, in the type that the model computes in. A frozen model has none.
+    pub fn variables(&self) -> &BTreeMap<String, Var> {
+        &self.variables
     }
 
     /// Mean cross-entropy in nats per token; `tokens` and `targets` are u32, (batch, seqlen).
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        profile::phase("forward")?;
         self.loss_after(&self.hidden(tokens)?, targets)
     }
 
     /// [`Self::loss`] from the result of [`Self::hidden`].
     pub fn loss_after(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let x = ops::layer_norm(hidden, &self.ln_f)?; // (batch * seqlen, embed_dim)
-        profile::phase("loss")?;
-        Ok(ops::cross_entropy(&x, &self.wte, &targets.flatten_all()?)?)
+        Ok(linear_cross_entropy(&self.ln_f.forward(hidden)?, &self.wte, targets)?)
     }
 
     /// Logits of the token after `tokens`, one for each row of `wte`, also for rows of padding.
     pub fn next_token(&self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let x = self.hidden(&Tensor::new(tokens, self.device())?.unsqueeze(0)?)?; // (seqlen, embed_dim)
-        let last = x.narrow(0, tokens.len() - 1, 1)?; // (1, embed_dim)
+        let x = self.hidden(&Tensor::new(tokens, self.device())?.unsqueeze(0)?)?; // (1, seqlen, embed_dim)
+        let last = x.narrow(1, tokens.len() - 1, 1)?; // (1, 1, embed_dim)
         Ok(self.logits(&last)?.squeeze(0)?.to_vec1()?)
     }
 
@@ -194,48 +168,64 @@ impl Gpt {
         Ok(self.logits(&self.hidden(tokens)?)?)
     }
 
-    /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch * seqlen, embed_dim).
+    /// The residual stream after all blocks: u32 tokens (batch, seqlen) -> (batch, seqlen, embed_dim).
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let (batch, seqlen) = tokens.dims2()?;
         let mask = match self.config.attention {
-            AttentionKind::Standard | AttentionKind::StandardFused => {
-                Some(causal_mask(seqlen, self.config.precision.dtype(), self.device())?)
-            }
+            AttentionKind::Standard => Some(causal_mask(seqlen, self.config.precision.dtype(), self.device())?),
             AttentionKind::Flash | AttentionKind::None => None,
         };
-        let mut x = ops::embedding(&self.anchor, tokens, &self.wte, &self.wpe)?; // (batch * seqlen, embed_dim)
-        for block in &self.blocks {
-            let o = self.attention(block, &ops::layer_norm(&x, &block.ln_1)?, (batch, seqlen), mask.as_ref())?;
-            x = ops::linear_add(&x, &o, &block.attn_proj)?;
-            x = ops::mlp_add(&x, &ops::layer_norm(&x, &block.ln_2)?, &block.c_fc, &block.mlp_proj)?;
+        let positions = Tensor::arange(0, seqlen as u32, self.device())?.broadcast_as((batch, seqlen))?;
+        let mut x = (embedding(tokens, &self.wte)? + embedding(&positions, &self.wpe)?)?;
+        for parameters in &self.blocks {
+            let inputs: Vec<&Tensor> = [&x].into_iter().chain(parameters).collect();
+            x = match self.config.checkpoint_activations {
+                true => {
+                    let (config, mask) = (self.config.clone(), mask.clone());
+                    checkpoint(&inputs, move |inputs| block(&config, inputs, mask.as_ref()))?
+                }
+                false => block(&self.config, &inputs.into_iter().cloned().collect::<Vec<_>>(), mask.as_ref())?,
+            };
         }
         Ok(x)
     }
 
-    /// (n, embed_dim) -> f32 (n, vocab_size)
+    /// (batch, seqlen, embed_dim) -> f32 (batch * seqlen, vocab_size)
     fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        ops::layer_norm(x, &self.ln_f)?.matmul(&self.wte.value().t()?)?.to_dtype(DType::F32)
+        self.ln_f.forward(x)?.flatten_to(1)?.matmul(&self.wte.t()?)?.to_dtype(DType::F32)
     }
+}
 
-    /// Causal self-attention: (batch * seqlen, embed_dim) -> (batch, seqlen, num_heads, head_dim).
-    fn attention(
-        &self,
-        block: &Block,
-        x: &Tensor,
-        (batch, seqlen): (usize, usize),
-        mask: Option<&Tensor>, // for standard attention
-    ) -> Result<Tensor> {
-        let num_heads = self.config.num_heads;
-        // The heads of q, then the heads of k, then the heads of v.
-        let qkv = ops::linear(x, &block.c_attn, (batch, seqlen, 3 * num_heads, self.config.head_dim()))?;
-        let _part = profile::part(Part::Attention);
-        match (self.config.attention, mask) {
-            (AttentionKind::None, _) => Ok(ops::sum_of_thirds(&qkv, 2)?),
-            (AttentionKind::Standard, Some(mask)) => standard_attention(&qkv, mask, |scores, mask| {
-                candle_nn::ops::softmax(&scores.broadcast_add(mask)?, D::Minus1)
-            }),
-            (_, Some(mask)) => standard_attention(&qkv, mask, ops::softmax),
-            (_, None) => Ok(Attention::new().mask(Mask::Causal).forward_qkv(&qkv, num_heads)?),
+/// A transformer block: x (batch, seqlen, embed_dim) and the parameters of `block_table` -> (batch, seqlen, embed_dim).
+fn block(config: &Config, inputs: &[Tensor], mask: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    let [x, ln_1, ln_1_bias, c_attn, c_attn_bias, c_proj, c_proj_bias, ln_2, ln_2_bias, fc, fc_bias, proj, proj_bias] =
+        inputs
+    else {
+        unreachable!("x and 12 parameters")
+    };
+    let Config { num_heads, embed_dim, .. } = *config;
+    let (heads, head_dim) = (3 * num_heads, config.head_dim());
+    let h = layer_norm(x, ln_1, Some(ln_1_bias), NORM_EPSILON)?;
+    // (batch, seqlen, 3 * num_heads, head_dim): the heads of q, then the heads of k, then the heads of v.
+    let qkv = linear(&h, &c_attn.reshape((heads, head_dim, embed_dim))?, &c_attn_bias.reshape((heads, head_dim))?)?;
+    let o = attention(config, &qkv, mask)?; // (batch, seqlen, num_heads, head_dim)
+    profile::mark("attention")?;
+    let x = linear_add(&o, &c_proj.reshape((embed_dim, num_heads, head_dim))?, c_proj_bias, x)?;
+    let h = layer_norm(&x, ln_2, Some(ln_2_bias), NORM_EPSILON)?;
+    mlp_add(&h, [fc, fc_bias], [proj, proj_bias], &x)
+}
+
+/// Causal self-attention: (batch, seqlen, 3 * num_heads, head_dim) -> (batch, seqlen, num_heads, head_dim).
+fn attention(config: &Config, qkv: &Tensor, mask: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    match (config.attention, mask) {
+        (AttentionKind::None, _) => {
+            let parts = qkv.chunk(3, 2)?;
+            (&parts[0] + &parts[1])? + &parts[2]
+        }
+        (_, Some(mask)) => standard_attention(qkv, mask),
+        (_, None) => {
+            let attention = Attention::new().mask(Mask::Causal).deterministic(config.deterministic);
+            Ok(attention.forward_qkv(qkv, config.num_heads)?)
         }
     }
 }
@@ -243,20 +233,16 @@ impl Gpt {
 /// Standard causal attention, for comparison. It stores the scores of all queries and keys.
 ///
 /// qkv is (batch, seqlen, 3 * num_heads, head_dim), and the result is (batch, seqlen, num_heads, head_dim). `mask` is a
-/// [`causal_mask`]. `softmax` takes scores (batch, num_heads, seqlen, seqlen) and the mask.
-fn standard_attention(
-    qkv: &Tensor,
-    mask: &Tensor,
-    softmax: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
-) -> Result<Tensor> {
+/// [`causal_mask`].
+fn standard_attention(qkv: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
     let softmax_scale = 1.0 / (qkv.dim(D::Minus1)? as f64).sqrt();
     let parts = qkv.chunk(3, 2)?;
     let heads_first = |t: &Tensor| t.transpose(1, 2)?.contiguous(); // (batch, num_heads, seqlen, head_dim)
     let (q, k, v) = (heads_first(&parts[0])?, heads_first(&parts[1])?, heads_first(&parts[2])?);
 
     let scores = (q * softmax_scale)?.matmul(&k.t()?)?; // (batch, num_heads, seqlen, seqlen)
-    let weights = softmax(&scores, mask)?;
-    Ok(weights.matmul(&v)?.transpose(1, 2)?.contiguous()?)
+    let weights = candle_nn::ops::softmax(&scores.broadcast_add(mask)?, D::Minus1)?;
+    weights.matmul(&v)?.transpose(1, 2)?.contiguous()
 }
 
 /// A mask to add to scores, (seqlen, seqlen): minus infinity if the key comes after the query, else 0.
@@ -268,27 +254,26 @@ fn causal_mask(seqlen: usize, dtype: DType, device: &Device) -> candle_core::Res
     hidden.where_cond(&value(f32::NEG_INFINITY)?, &value(0.0)?)
 }
 
-/// Returns an error with the names of all parameters whose gradient is missing or all zeros.
+/// Returns an error with the names of all `variables` whose gradient is missing or all zeros.
 ///
 /// Call it only on a new model, where a zero gradient means a broken graph. A trained model that fits its text perfectly
 /// has zero gradients too.
-pub fn check_gradients<'a>(names: impl IntoIterator<Item = &'a String>, gradients: &Named) -> Result<()> {
+pub fn check_gradients(variables: &BTreeMap<String, Var>, gradients: &GradStore) -> Result<()> {
     let mut without = Vec::new();
-    let mut all = 0;
-    for name in names {
-        let largest = match gradients.get(name) {
-            Some(gradient) => gradient.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?,
+    for (name, var) in variables {
+        let largest = match gradients.get(var) {
+            Some(gradient) => gradient.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?,
             None => 0.0,
         };
         if largest == 0.0 {
             without.push(name.as_str());
         }
-        all += 1;
     }
     if !without.is_empty() {
         bail!(
-            "{} of {all} parameters receive no gradient: {}; an operator on their way to the loss returns a detached result",
+            "{} of {} parameters receive no gradient: {}; an operator on their way to the loss returns a detached result",
             without.len(),
+            variables.len(),
             without.join(", ")
         );
     }

@@ -75,7 +75,7 @@ impl Trained {
     /// kind that computes the same function.
     pub fn load(path: &Path, attention: Option<AttentionKind>, device: &Device) -> Result<Self> {
         let file = checkpoint::locate(path)?;
-        let Checkpoint { state, learner } = checkpoint::load(&file, device)?;
+        let Checkpoint { state, tensors } = checkpoint::load(&file, device)?;
         let mut config = state.config;
         let (trained, asked) = (config.attention, attention.unwrap_or(config.attention));
         // All kinds compute the same function, except that a model without attention is another function.
@@ -94,7 +94,7 @@ impl Trained {
         }
         Ok(Self {
             tokenizer: Tokenizer::new(config.tokenizer),
-            model: Gpt::frozen(&config, &learner.parameters.named()?)?,
+            model: Gpt::frozen(&config, &tensors)?,
             dir: file.parent().unwrap_or(Path::new("")).to_owned(),
             text_name: state.text_name,
             text_sha256: state.text_sha256,

@@ -64,7 +64,7 @@ fn training(config: &Config, steps: &[(&str, usize)]) -> Vec<Need> {
     let steps_at_once = steps.iter().map(|&(_, steps)| number(steps)).sum::<f64>().max(1.0);
     let batch_tokens = number(batch) * number(context);
     let scores = match config.attention {
-        AttentionKind::Standard | AttentionKind::StandardFused => number(num_heads) * number(context),
+        AttentionKind::Standard => number(num_heads) * number(context),
         AttentionKind::Flash | AttentionKind::None => 0.0,
     };
     let kept = number(num_layers) * (KEPT_WIDTHS * number(embed_dim) + scores); // numbers per token

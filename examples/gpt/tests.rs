@@ -1,13 +1,10 @@
 //! Tests of the example, and the functions that run it as a child process and end it at a named point.
 
-#[cfg(feature = "cuda")]
-mod blas;
 mod disk;
 mod errors;
 mod kill;
 mod lock;
 mod losses;
-mod ops;
 mod output;
 mod refused;
 mod resume;

@@ -10,15 +10,14 @@
 use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::{init_parameters, parameter_shapes};
-use crate::parameters::Flat;
-use crate::profile::{self, Seconds};
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
+use candle_fused_ops::profile;
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -54,12 +53,10 @@ pub struct Timing {
     resident_gib: Option<f64>,
     last_loss: Option<f32>,
     #[serde(skip)]
-    pub profile: [Seconds; 2], // phases and parts, sums over all steps
+    pub profile: Vec<(String, f64)>, // seconds of each operator, sums over all steps
 }
 
-/// Number of bytes read of the first line of `--csv`. There is a limit because it may be any file. The heading is shorter.
-const LONGEST_LINE: u64 = 1000;
-/// Number of characters of that line shown in an error.
+/// Number of characters of the first line of `--csv` shown in an error.
 const MOST_SHOWN: usize = 60;
 
 /// Times `plan.steps` steps of the recipe `config`.
@@ -87,7 +84,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
 /// Runs the steps and writes the measurements into `timing`. All memory of the device is used in here.
 fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing: &mut Timing) -> Result<()> {
     let mut rng = Rng::new(config.seed);
-    let mut learner = Learner::new(Flat::new(&init_parameters(config, vocab_size, &mut rng, device)?)?)?;
+    let mut learner = Learner::new(config, &init_parameters(config, vocab_size, &mut rng, device)?)?;
     let mut batches = || -> Result<Vec<Batch>> {
         (0..config.accumulation)
             .map(|_| {
@@ -104,19 +101,18 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     let (warmup, timed) = steps.split_at(plan.warmup);
 
     for (step, batches) in (1..).zip(warmup) {
-        learner.step(config, step, batches)?;
+        learner.step(step, batches)?;
     }
     device.synchronize()?;
     let resident = memory::start(device)?;
     if plan.profile {
-        profile::start(device);
+        profile::start(device)?;
     }
     let started = Instant::now();
     let mut outcomes = Vec::new();
     for (step, batches) in (plan.warmup + 1..).zip(timed) {
-        outcomes.push(learner.step(config, step, batches)?);
+        outcomes.push(learner.step(step, batches)?);
     }
-    profile::phase("end")?;
     device.synchronize()?;
     let per_step = started.elapsed().as_secs_f64() / plan.steps as f64;
 
@@ -138,8 +134,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     let (numbers, finite) = Outcome::read(&outcomes)?;
     finite?;
     timing.last_loss = numbers.last().map(|(train_loss, _)| *train_loss);
-    let (phases, parts) = profile::finish()?;
-    timing.profile = [phases, parts];
+    timing.profile = profile::finish()?;
     Ok(())
 }
 
@@ -147,68 +142,50 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
 pub struct Table {
     path: PathBuf,
     file: File,
+    /// What comes before the new row: the heading of an empty file, or the end of a line that an editor has left open.
+    start: String,
 }
 
 impl Table {
     /// Opens or creates the file `path`. It must be empty or hold earlier measurements.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
-        let file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(fail)?;
-        let heading = heading()?;
-        match first_line(&file).map_err(fail)? {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(fail)?;
+        let mut found = Vec::new();
+        if file.metadata().map_err(fail)?.is_file() {
+            file.read_to_end(&mut found).map_err(fail)?;
+        }
+        let found = String::from_utf8_lossy(&found);
+        let all = csv_of(&Timing::default())?;
+        let heading = all.lines().next().unwrap_or_default();
+        let start = match found.lines().next() {
+            None => format!("{heading}\n"),
             Some(line) if line != heading => bail!(
                 "--csv {} is not a table of measurements: its first line is {:?}, but must be {heading:?}; name another \
                  file",
                 path.display(),
                 line.chars().take(MOST_SHOWN).collect::<String>()
             ),
-            _ => Ok(Self { path: path.to_owned(), file }),
-        }
+            Some(_) if found.ends_with('\n') => String::new(),
+            Some(_) => "\n".to_string(),
+        };
+        Ok(Self { path: path.to_owned(), file, start })
     }
 
-    /// Appends the row of `timing`. An empty file gets the heading first.
+    /// Appends the row of `timing`.
     pub fn append(mut self, timing: &Timing) -> Result<()> {
-        let fail = |error| anyhow!("cannot write --csv {}: {error}", self.path.display());
-        let (is_empty, line_is_incomplete) = match last_byte(&self.file).map_err(fail)? {
-            None => (true, false),
-            Some(byte) => (false, byte != b'\n'), // some editors write no newline after the last line
-        };
-        let text = if line_is_incomplete { "\n" } else { "" }.to_string() + &table(timing, is_empty)?;
-        self.file.write_all(text.as_bytes()).map_err(fail)
+        let all = csv_of(timing)?;
+        let row = all.lines().nth(1).unwrap_or_default();
+        let written = self.file.write_all(format!("{}{row}\n", self.start).as_bytes());
+        written.map_err(|error| anyhow!("cannot write --csv {}: {error}", self.path.display()))
     }
 }
 
-/// The row of `timing` as CSV. With `with_heading`, the names of its fields come first.
-fn table(timing: &Timing, with_heading: bool) -> Result<String> {
-    let mut rows = csv::WriterBuilder::new().has_headers(with_heading).from_writer(Vec::new());
+/// Two lines: the names of the fields of `timing`, and their values.
+fn csv_of(timing: &Timing) -> Result<String> {
+    let mut rows = csv::Writer::from_writer(Vec::new());
     rows.serialize(timing)?;
     Ok(String::from_utf8(rows.into_inner().expect("a Vec takes all bytes"))?)
-}
-
-/// The first line of a `--csv` file: the names of the fields of [`Timing`].
-fn heading() -> Result<String> {
-    Ok(table(&Timing::default(), true)?.lines().next().unwrap_or("").to_string())
-}
-
-/// The first line of `file`, cut after `LONGEST_LINE` bytes. `None` for an empty file or a pipe.
-fn first_line(file: &File) -> io::Result<Option<String>> {
-    if file.metadata()?.len() == 0 {
-        return Ok(None);
-    }
-    let mut line = Vec::new();
-    BufReader::new(file.take(LONGEST_LINE)).read_until(b'\n', &mut line)?;
-    Ok(Some(String::from_utf8_lossy(&line).trim_end().to_string()))
-}
-
-/// The last byte of `file`. `None` for an empty file or a pipe.
-fn last_byte(mut file: &File) -> io::Result<Option<u8>> {
-    if file.metadata()?.len() == 0 {
-        return Ok(None);
-    }
-    let mut byte = [0];
-    file.seek(SeekFrom::End(-1))?;
-    file.read_exact(&mut byte)?;
-    Ok(Some(byte[0]))
 }
 
 impl std::fmt::Display for Timing {
@@ -236,15 +213,10 @@ impl std::fmt::Display for Timing {
             write!(f, ", peak memory {peak:.2} GiB ({resident:.2} between steps)")?;
         }
         write!(f, ", loss {:.3}", self.last_loss.unwrap_or(f32::NAN))?;
-        for seconds in &self.profile {
-            let whole: f64 = seconds.iter().map(|(_, seconds)| seconds).sum();
-            for (name, seconds) in seconds {
-                let (ms, share) = (1e3 * seconds / self.steps as f64, 100.0 * seconds / whole);
-                write!(f, "\n  {name:24} {ms:9.2} ms {share:5.1}%")?;
-            }
-            if whole > 0.0 {
-                writeln!(f)?;
-            }
+        let whole: f64 = self.profile.iter().map(|(_, seconds)| seconds).sum();
+        for (name, seconds) in &self.profile {
+            let (ms, share) = (1e3 * seconds / self.steps as f64, 100.0 * seconds / whole);
+            write!(f, "\n  {name:30} {ms:9.2} ms {share:5.1}%")?;
         }
         Ok(())
     }

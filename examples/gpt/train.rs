@@ -9,7 +9,6 @@ use crate::metrics;
 use crate::metrics::{Metrics, Row};
 use crate::model::{check_gradients, init_parameters, Gpt};
 use crate::output;
-use crate::parameters::Flat;
 use crate::plot;
 use crate::progress::{clock, Progress};
 use crate::rng::Rng;
@@ -62,7 +61,7 @@ impl Run {
         let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
         let mut rng = Rng::new(config.seed);
         let parameters = init_parameters(&config, tokenizer.padded_vocab_size(), &mut rng, &device)?;
-        let learner = Learner::new(Flat::new(&parameters)?)?;
+        let learner = Learner::new(&config, &parameters)?;
         let batches = Batches::new(&config, &corpus, &mut rng);
         let run = Self {
             config,
@@ -85,7 +84,7 @@ impl Run {
     pub fn resume(folder: &RunFolder, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
         let dir = folder.path();
         let file = checkpoint::locate(dir)?;
-        let Checkpoint { state, learner } = checkpoint::load(&file, &device)?;
+        let Checkpoint { state, tensors } = checkpoint::load(&file, &device)?;
         let State { step, mut config, rng, cursor, text_name, text_sha256, .. } = state;
         if let Some(steps) = steps {
             config.steps = steps;
@@ -109,6 +108,7 @@ impl Run {
             );
         }
         config.data = data.or(config.data);
+        let learner = Learner::restore(&config, step, &tensors)?;
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
         let batches = Batches::at(&config, &corpus, cursor).map_err(|reason| checkpoint::unusable(&file, reason))?;
@@ -208,7 +208,7 @@ impl Run {
                 windows(&self.corpus.train, &starts, config.context, &self.device)
             })
             .collect::<candle_core::Result<Vec<_>>>()?;
-        self.queued.push(self.learner.step(config, self.step + 1, &batches)?);
+        self.queued.push(self.learner.step(self.step + 1, &batches)?);
         self.step += 1;
         Ok(())
     }
@@ -257,7 +257,7 @@ impl Run {
 
     /// A sample of the model's text. The prompt is a line break.
     fn sample(&self) -> Result<String> {
-        let model = Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?;
+        let model = self.learner.frozen()?;
         let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
         let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
         // Use a clone of the generator, so that the sample does not change the batches of a resumed run.
@@ -271,7 +271,7 @@ impl Run {
         let all = window_starts(self.corpus.held_out.len(), self.config.context, 0);
         let stride = all.len().div_ceil(count);
         let starts: Vec<usize> = all.into_iter().step_by(stride).collect();
-        let model = Gpt::frozen(&self.config, &self.learner.weights(&self.config)?)?;
+        let model = self.learner.frozen()?;
         match mean_loss(&model, &self.corpus.held_out, &starts)? {
             loss if loss.is_finite() => Ok(loss),
             loss => Err(diverged(self.step, &format!("the held-out loss after it is {loss}"))),
@@ -282,16 +282,16 @@ impl Run {
     fn check_gradients(&self) -> Result<()> {
         let starts = window_starts(self.corpus.train.len(), self.config.context, 0);
         let (tokens, targets) = windows(&self.corpus.train, &starts[..1], self.config.context, &self.device)?;
-        let weights = self.learner.weights(&self.config)?;
-        let (_, gradients) = mean_gradients(&Gpt::new(&self.config, &weights)?, &[(tokens, targets)])?;
-        check_gradients(weights.keys(), &gradients)
+        let model = &self.learner.model;
+        let (_, gradients) = mean_gradients(model, &[(tokens, targets)])?;
+        check_gradients(model.variables(), &gradients)
     }
 
     fn checkpoint(&self, dir: &Path) -> Result<()> {
         let state = State {
             step: self.step,
             config: self.config.clone(),
-            vocab_size: self.learner.parameters.named()?["wte"].dim(0)?,
+            vocab_size: self.learner.model.variables()["wte"].dim(0)?,
             text_name: self.corpus.name.clone(),
             text_sha256: self.corpus.sha256.clone(),
             rng: self.rng.clone(),
@@ -302,7 +302,7 @@ impl Run {
 
     fn describe(&self) -> String {
         let Config { num_layers, num_heads, embed_dim, context, batch, accumulation, .. } = self.config;
-        let weights = self.learner.parameters.count();
+        let weights: usize = self.learner.model.variables().values().map(|var| var.elem_count()).sum();
         let accumulated = if accumulation == 1 { String::new() } else { format!("{accumulation} x ") };
         format!(
             "text   {}: {} tokens to train on, {} held out (SHA-256 {})\n\

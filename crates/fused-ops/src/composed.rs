@@ -131,8 +131,10 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If Candle cannot compute with these tensors.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let shape = [&x.dims()[..x.rank() - 1], bias.dims()].concat();
-    x.reshape(((), weight.dim(1)?))?.matmul(&weight.t()?)?.broadcast_add(bias)?.reshape(shape)
+    let (outputs, leading) = (bias.elem_count(), x.rank() - (weight.rank() - bias.rank()));
+    let inputs = weight.elem_count() / outputs;
+    let product = x.reshape(((), inputs))?.matmul(&weight.reshape((outputs, inputs))?.t()?)?;
+    product.broadcast_add(&bias.flatten_all()?)?.reshape([&x.dims()[..leading], bias.dims()].concat())
 }
 
 /// [`gelu`](crate::gelu), composed.

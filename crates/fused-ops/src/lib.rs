@@ -21,11 +21,14 @@
 //! | embedding | [`embedding`] | |
 //! | rotary position embedding | [`rotary`], for inference [`rotary_in_place`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
-//! | linear layer | [`linear`], with GELU [`linear_gelu`] | |
+//! | linear layer | [`linear`], with GELU [`linear_gelu`], with a residual [`linear_add`] | |
+//! | MLP of a transformer | [`mlp_add`] | |
+//! | a part of a model whose activations are not kept | [`checkpoint`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
 //! [`AdamW`] updates parameters with f32 master weights and clipping. [`Schedule`] gives the learning rate of each step.
+//! [`profile`] measures the time of each operator in a training step.
 //!
 //! # What holds for every operator
 //!
@@ -35,9 +38,11 @@
 //! - **Strides.** A tensor that is not contiguous is first copied by Candle.
 //! - **Order of sums.** It depends on the shapes alone, in the backward of [`embedding`] on the ids, and on a GPU on its number of
 //!   multiprocessors. So on the CPU, results have the same bits for any number of threads, and on one GPU for any number of calls.
-//! - **Devices.** On the CPU the operators are fused. With the feature `cuda` all operators but the linear layers have kernels of
-//!   their own for f16, bf16 and f32. Everything else is composed of Candle's differentiable operators (module [`composed`]): the
+//!   [`measure_products`] says when a linear layer on a GPU has the same bits in every process.
+//! - **Devices.** On the CPU the operators are fused. With the feature `cuda` they have kernels of their own for f16, bf16 and f32, and
+//!   linear layers run on cuBLASLt. Everything else is composed of Candle's differentiable operators (module [`composed`]): the
 //!   gradients are right, but the speed is Candle's.
+//! - **Graph.** Candle adds every gradient to a tensor of zeros first. Between two operators of this crate that does not happen.
 //! - **Errors.** All arguments are checked first. An error names the argument, the rule, the value and the way out.
 
 #![deny(missing_docs)]
@@ -45,6 +50,7 @@
 mod activation;
 mod adamw;
 mod check;
+mod checkpoint;
 pub mod composed;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -55,15 +61,17 @@ mod loss;
 mod node;
 mod norm;
 mod number;
+pub mod profile;
 mod rotary;
 mod rows;
 mod schedule;
 
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
+pub use checkpoint::checkpoint;
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
-pub use linear::{linear, linear_gelu};
+pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
 #[doc(hidden)]
 pub use node::testing;

@@ -3,31 +3,40 @@
 //! Candle's `CustomOp` computes a value from the inputs alone, and its `bwd` receives nothing else that the forward knew. Here
 //! an operator computes its value first. Then it makes a node with the value and a closure for the gradients. What the backward
 //! needs besides the inputs, such as row statistics, the closure owns. So a second `backward()` finds it too.
+//!
+//! Candle adds each gradient to a tensor of zeros, which costs four passes over memory. Between two nodes of this crate no such
+//! sum is needed. So each node is two operators of Candle:
+//!
+//! ```text
+//! inputs -> token -> result
+//! ```
+//!
+//! The token has one element, and the closure is its backward. Another node of this crate that has `result` as an input depends
+//! on the token instead. It leaves the gradient of `result` in [`WAITING`], and Candle only adds up tokens. If one of Candle's
+//! operators has `result` as an input, the gradient comes through the second operator.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, Weak};
 
+use candle_core::backend::BackendDevice;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, InplaceOp1, Layout, Result, Shape, Storage,
-    StorageRef, Tensor, WithDType,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp1, Layout, Result, Shape,
+    Storage, StorageRef, Tensor, TensorId, WithDType,
 };
+
+use crate::profile;
 
 /// Computes the gradient of each input from the inputs and the gradient of the result, which is contiguous.
 type Backward = Arc<dyn Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
 
-struct Node {
-    name: &'static str,
-    /// The graph takes it out once, when the node is made.
-    value: Mutex<Option<(Storage, Shape)>>,
-    backward: Backward,
-}
-
-/// Puts a computed value into the graph: a result of one to three `inputs`. Without a tracked input it is a plain tensor.
+/// Puts a computed value into the graph: a result of `inputs`. Without a tracked input it is a plain tensor.
 ///
-/// `backward` returns one gradient for each input. It may return `None` for an input that is not tracked.
+/// `backward` computes the gradient of each input from the inputs and the gradient of the result, which is contiguous. It may
+/// return `None` for an input that is not tracked.
 pub(crate) fn node<B>(
     name: &'static str,
     inputs: &[&Tensor],
@@ -39,20 +48,152 @@ where
     B: Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 {
     let shape = shape.into();
+    profile::mark(name)?;
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(untracked(value, shape));
     }
-    let node = Node { name, value: Mutex::new(Some((value, shape))), backward: Arc::new(backward) };
-    testing::record(&node.backward, inputs);
-    match inputs {
-        [a] => a.apply_op1(node),
-        [a, b] => a.apply_op2(b, node),
-        [a, b, c] => a.apply_op3(b, c, node),
-        _ => unreachable!("Candle has operators with one to three inputs"),
+    let backward: Backward = Arc::new(backward);
+    testing::record(&backward, inputs);
+    let tokens: Vec<Option<Arc<Token>>> = inputs.iter().map(|input| Token::of(input)).collect();
+    let edges: Vec<Tensor> = inputs
+        .iter()
+        .zip(&tokens)
+        .map(|(input, token)| token.as_ref().map_or(*input, |token| &token.tensor).clone())
+        .collect();
+    let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
+    let gradients = move |token: TensorId| {
+        let Some(dy) = take(token).into_iter().flatten().next() else {
+            return Err(Error::Msg(format!("{name}: the backward of this node got no gradient")));
+        };
+        profile::mark_after(name)?;
+        let mut gradients = backward(&inputs.iter().collect::<Vec<_>>(), &dy.contiguous()?)?.into_iter();
+        profile::mark_backward(name)?;
+        inputs
+            .iter()
+            .zip(&tokens)
+            .map(|(input, token)| match (gradients.next().flatten().filter(|_| input.track_op()), token) {
+                (Some(gradient), Some(token)) => token.deliver(&gradient).map(Some),
+                (gradient, _) => Ok(gradient),
+            })
+            .collect()
+    };
+    let token = Arc::new(Token { tensor: token(name, &edges, Box::new(gradients))?, result: OnceLock::new() });
+    let receiver = token.clone();
+    let reveal = move |_: &Tensor, dy: &Tensor| Ok(vec![Some(receiver.deliver(dy)?)]);
+    let result = token.tensor.apply_op1(Node { name, value: Mutex::new(Some((value, shape))), backward: reveal })?;
+    token.result.set(result.id()).expect("a node has one result");
+    TOKENS.lock().expect("no thread panics with this lock").insert(result.id(), Arc::downgrade(&token));
+    Ok(result)
+}
+
+/// The token of a result of this crate.
+struct Token {
+    tensor: Tensor,
+    result: OnceLock<TensorId>,
+}
+
+/// The tokens of all results that exist.
+static TOKENS: LazyLock<Mutex<HashMap<TensorId, Weak<Token>>>> = LazyLock::new(Mutex::default);
+
+thread_local! {
+    /// Gradients that wait for the backward of a token: of its result, or those that it hands on.
+    static WAITING: RefCell<HashMap<TensorId, Vec<Option<Tensor>>>> = RefCell::default();
+}
+
+impl Token {
+    fn of(result: &Tensor) -> Option<Arc<Self>> {
+        TOKENS.lock().expect("no thread panics with this lock").get(&result.id())?.upgrade()
+    }
+
+    /// Adds a gradient of the result to the others. Returns the gradient of the token, which nobody reads.
+    fn deliver(&self, gradient: &Tensor) -> Result<Tensor> {
+        let sum = match take(self.tensor.id()).into_iter().flatten().next() {
+            Some(before) => (before + gradient)?,
+            None => gradient.clone(),
+        };
+        leave(self.tensor.id(), vec![Some(sum)]);
+        Ok(self.tensor.detach())
     }
 }
 
-impl Node {
+impl Drop for Token {
+    fn drop(&mut self) {
+        if let (Some(result), Ok(mut tokens)) = (self.result.get(), TOKENS.lock()) {
+            tokens.remove(result);
+        }
+    }
+}
+
+fn leave(token: TensorId, gradients: Vec<Option<Tensor>>) {
+    WAITING.with_borrow_mut(|waiting| waiting.insert(token, gradients));
+}
+
+fn take(token: TensorId) -> Vec<Option<Tensor>> {
+    WAITING.with_borrow_mut(|waiting| waiting.remove(&token)).unwrap_or_default()
+}
+
+/// Computes the gradients of the edges of a token, from its id.
+type Gradients = Box<dyn Fn(TensorId) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
+
+/// A token that depends on `edges`.
+///
+/// Candle's operators have at most three inputs. So from the third of more than three on, the edges have a token of their own,
+/// which hands their gradients on.
+fn token(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<Tensor> {
+    if let [a, b, rest @ ..] = edges {
+        if rest.len() > 1 {
+            let rest = token(name, rest, Box::new(|token| Ok(take(token))))?;
+            let edges = [a.clone(), b.clone(), rest.clone()];
+            let all = move |token| {
+                let mut direct = gradients(token)?;
+                let indirect = direct.split_off(2);
+                if rest.track_op() {
+                    leave(rest.id(), indirect);
+                }
+                direct.push(rest.track_op().then(|| rest.detach()));
+                Ok(direct)
+            };
+            return apply(name, &edges, Box::new(all));
+        }
+    }
+    apply(name, edges, gradients)
+}
+
+fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<Tensor> {
+    let node = Node {
+        name,
+        value: Mutex::new(Some((zero(edges[0].device())?, Shape::from(1)))),
+        backward: move |token: &Tensor, _: &Tensor| {
+            // After an error the gradients that wait are of no use, and another `backward()` must not find them.
+            gradients(token.id()).inspect_err(|_| WAITING.with_borrow_mut(HashMap::clear))
+        },
+    };
+    match edges {
+        [a] => a.apply_op1(node),
+        [a, b] => a.apply_op2(b, node),
+        [a, b, c] => a.apply_op3(b, c, node),
+        _ => unreachable!("`token` has split the edges"),
+    }
+}
+
+/// The storage of one f32.
+pub(crate) fn zero(device: &Device) -> Result<Storage> {
+    let (one, dtype) = (Shape::from(1), DType::F32);
+    Ok(match device {
+        Device::Cpu => Storage::Cpu(CpuStorage::F32(vec![0.0])),
+        Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&one, dtype)?),
+        Device::Metal(device) => Storage::Metal(device.zeros_impl(&one, dtype)?),
+    })
+}
+
+/// An operator of Candle with a value that the graph takes out once, and a function from it and its gradient to those of the inputs.
+struct Node<B> {
+    name: &'static str,
+    value: Mutex<Option<(Storage, Shape)>>,
+    backward: B,
+}
+
+impl<B: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>> Node<B> {
     fn take(&self) -> Result<(Storage, Shape)> {
         let value = self.value.lock().expect("no thread panics with this lock").take();
         value.ok_or_else(|| Error::Msg(format!("{}: the forward of this node has already run", self.name)))
@@ -72,14 +213,16 @@ impl Node {
         }
     }
 
-    /// The gradients of the tracked inputs.
-    fn gradients<const N: usize>(&self, inputs: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
-        let mut gradients = (self.backward)(&inputs, &grad.contiguous()?)?.into_iter();
-        Ok(inputs.map(|input| gradients.next().flatten().filter(|_| input.track_op())))
+    fn gradients<const N: usize>(&self, value: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; N]> {
+        let gradients = (self.backward)(value, grad)?;
+        Ok(gradients.try_into().unwrap_or_else(|_| unreachable!("one gradient for each input")))
     }
 }
 
-impl CustomOp1 for Node {
+impl<B> CustomOp1 for Node<B>
+where
+    B: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync,
+{
     fn name(&self) -> &'static str {
         self.name
     }
@@ -92,13 +235,16 @@ impl CustomOp1 for Node {
         self.take_cuda()
     }
 
-    fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [da] = self.gradients([a], grad)?;
+    fn bwd(&self, _: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [da] = self.gradients(value, grad)?;
         Ok(da)
     }
 }
 
-impl CustomOp2 for Node {
+impl<B> CustomOp2 for Node<B>
+where
+    B: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync,
+{
     fn name(&self) -> &'static str {
         self.name
     }
@@ -111,13 +257,16 @@ impl CustomOp2 for Node {
         self.take_cuda()
     }
 
-    fn bwd(&self, a: &Tensor, b: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [da, db] = self.gradients([a, b], grad)?;
+    fn bwd(&self, _: &Tensor, _: &Tensor, value: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [da, db] = self.gradients(value, grad)?;
         Ok((da, db))
     }
 }
 
-impl CustomOp3 for Node {
+impl<B> CustomOp3 for Node<B>
+where
+    B: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync,
+{
     fn name(&self) -> &'static str {
         self.name
     }
@@ -148,13 +297,13 @@ impl CustomOp3 for Node {
 
     fn bwd(
         &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
         _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        value: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [da, db, dc] = self.gradients([a, b, c], grad)?;
+        let [da, db, dc] = self.gradients(value, grad)?;
         Ok((da, db, dc))
     }
 }
@@ -246,8 +395,11 @@ pub(crate) fn accumulator(dtype: DType) -> DType {
     }
 }
 
-/// A copy of the storage of `tensor`, for a node whose value Candle's operators have computed.
+/// A copy of the numbers of `tensor`, for a node whose value Candle's operators have computed.
 pub(crate) fn copied(tensor: &Tensor) -> Result<Storage> {
+    if !tensor.is_contiguous() || tensor.layout().start_offset() > 0 {
+        return copied(&tensor.force_contiguous()?);
+    }
     let (storage, layout) = tensor.storage_and_layout();
     storage.try_clone(layout)
 }
@@ -278,6 +430,37 @@ impl<T: WithDType, R, F: FnOnce(&mut Vec<T>) -> R> InplaceOp1 for Update<T, F, R
         debug_assert!(layout.start_offset() == 0 && layout.shape().elem_count() == numbers.len());
         self.result.set(Some(change(&mut numbers)));
         *storage = T::to_cpu_storage_owned(numbers);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    fn waiting() -> usize {
+        WAITING.with_borrow(HashMap::len)
+    }
+
+    /// Tokens live as long as their results, and no gradient waits after a backward, also after one that fails.
+    #[test]
+    fn nothing_is_left_behind() -> Result<()> {
+        let x = Var::new(&[1f32, -2.0], &Device::Cpu)?;
+        let y = crate::gelu(&x)?;
+        let id = y.id();
+        assert!(Token::of(&y).is_some());
+        let good = crate::gelu(&y)?;
+        good.sum_all()?.backward()?;
+        assert_eq!(waiting(), 0);
+
+        let bad = node("bad", &[&y], storage(vec![0f32; 2]), 2, |_, _| Err(Error::Msg("it fails".to_string())))?;
+        assert!((&good + &bad)?.sum_all()?.backward().is_err());
+        assert!((bad + good)?.sum_all()?.backward().is_err());
+        assert_eq!(waiting(), 0);
+
+        drop(y);
+        assert!(!TOKENS.lock().expect("no thread panics with this lock").contains_key(&id));
         Ok(())
     }
 }

@@ -4,12 +4,12 @@ use super::{short_config, Room};
 use crate::config::{AttentionKind, Config, Precision};
 use crate::learner::mean_gradients;
 use crate::metrics::Row;
-use crate::model::{check_gradients, init_parameters, Gpt};
-use crate::parameters::Named;
+use crate::model::{check_gradients, init_parameters, Gpt, Named};
 use crate::rng::Rng;
 use crate::train::Run;
 use anyhow::Result;
-use candle_core::{Device, Tensor, Var};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
 
 /// Largest difference of two losses that differ only in the order of their sums.
 const TOLERANCE: f32 = 1e-4;
@@ -94,24 +94,52 @@ fn tokens(batch: usize, seqlen: usize) -> Result<Tensor> {
     Ok(Tensor::from_vec(tokens, (batch, seqlen), &Device::Cpu)?)
 }
 
+/// The gradients of the parameters of `model`, in f32 on the CPU.
+fn named(model: &Gpt, gradients: &GradStore) -> Result<Named> {
+    let gradient = |(name, var): (&String, &Var)| -> Option<Result<(String, Tensor)>> {
+        let gradient = gradients.get(var)?.to_dtype(DType::F32).and_then(|gradient| gradient.to_device(&Device::Cpu));
+        Some(gradient.map(|gradient| (name.clone(), gradient)).map_err(Into::into))
+    };
+    model.variables().iter().filter_map(gradient).collect()
+}
+
 #[test]
 fn flash_and_standard_gradients_agree() -> Result<()> {
     let room = Room::new();
     let parameters = init_parameters(&short_config(&room, AttentionKind::Flash), 256, &mut Rng::new(1), &Device::Cpu)?;
-    let gradients = |attention| -> Result<_> {
+    let gradients = |attention| -> Result<Named> {
         let model = Gpt::new(&short_config(&room, attention), &parameters)?;
-        Ok(mean_gradients(&model, &[(tokens(2, 32)?, tokens(2, 32)?)])?.1)
+        let (_, gradients) = mean_gradients(&model, &[(tokens(2, 32)?, tokens(2, 32)?)])?;
+        check_gradients(model.variables(), &gradients)?;
+        named(&model, &gradients)
     };
-    let flash = gradients(AttentionKind::Flash)?;
-    let (standard, fused) = (gradients(AttentionKind::Standard)?, gradients(AttentionKind::StandardFused)?);
-    assert_eq!(parameters.len(), 4 + 4 * 12);
-    for (name, other) in parameters.keys().flat_map(|name| [(name, &flash), (name, &fused)]) {
-        let (other, standard) = (&other[name], &standard[name]);
+    let (flash, standard) = (gradients(AttentionKind::Flash)?, gradients(AttentionKind::Standard)?);
+    assert_eq!((parameters.len(), flash.len()), (4 + 4 * 12, 4 + 4 * 12));
+    for (name, flash) in &flash {
+        let standard = &standard[name];
         let norm = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f32::sqrt);
-        let (differ, size) = (norm(&(other - standard)?)?, norm(standard)?);
+        let (differ, size) = (norm(&(flash - standard)?)?, norm(standard)?);
         assert!(size > 0.0 && differ < 1e-4 * size, "{name}: gradients differ by {differ}, of {size}");
     }
-    check_gradients(parameters.keys(), &flash)
+    Ok(())
+}
+
+/// A block that is computed again has the same gradients, to the bit.
+#[test]
+fn checkpointed_activations_change_no_bit() -> Result<()> {
+    let room = Room::new();
+    let config = short_config(&room, AttentionKind::Flash);
+    let parameters = init_parameters(&config, 256, &mut Rng::new(1), &Device::Cpu)?;
+    let bits = |checkpoint_activations| -> Result<Vec<u32>> {
+        let model = Gpt::new(&Config { checkpoint_activations, ..config.clone() }, &parameters)?;
+        let (loss, gradients) = mean_gradients(&model, &[(tokens(2, 32)?, tokens(2, 32)?)])?;
+        check_gradients(model.variables(), &gradients)?;
+        let all = named(&model, &gradients)?.into_values().chain([loss]);
+        let numbers = all.map(|tensor| Ok(tensor.flatten_all()?.to_vec1::<f32>()?)).collect::<Result<Vec<_>>>()?;
+        Ok(numbers.into_iter().flatten().map(f32::to_bits).collect())
+    };
+    assert!(bits(true)? == bits(false)?);
+    Ok(())
 }
 
 /// Largest error of a gradient in bf16, relative to its norm. Activations are rounded to 8 bits at dozens of places. On the
@@ -126,8 +154,8 @@ fn gradients_in_bf16_are_those_in_f32() -> Result<()> {
         let config = Config { precision, ..short_config(&room, AttentionKind::Flash) };
         let parameters = init_parameters(&config, 256, &mut Rng::new(1), device)?;
         let tokens = tokens(4, 32)?.to_device(device)?;
-        let (_, gradients) = mean_gradients(&Gpt::new(&config, &parameters)?, &[(tokens.clone(), tokens)])?;
-        gradients.into_iter().map(|(name, gradient)| Ok((name, gradient.to_device(&Device::Cpu)?))).collect()
+        let model = Gpt::new(&config, &parameters)?;
+        named(&model, &mean_gradients(&model, &[(tokens.clone(), tokens)])?.1)
     };
     let want = gradients(Precision::F32, &Device::Cpu)?;
     let mut devices = vec![Device::Cpu];
@@ -144,21 +172,6 @@ fn gradients_in_bf16_are_those_in_f32() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn parameters_without_a_gradient_are_named() -> Result<()> {
-    let gradient = |values: &[f32]| Tensor::new(values, &Device::Cpu);
-    let names = ["learns", "detached.bias", "detached.weight", "zero"].map(String::from);
-    let gradients =
-        Named::from([("learns".to_string(), gradient(&[0.0, 2.0])?), ("zero".to_string(), gradient(&[0.0; 2])?)]);
-    let error = check_gradients(&names, &gradients).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "3 of 4 parameters receive no gradient: detached.bias, detached.weight, zero; an operator on their way to the \
-         loss returns a detached result"
-    );
-    Ok(())
-}
-
 /// The graph is cut after the blocks. Parameters before the cut have no gradient, and the error names them.
 #[test]
 fn parameters_before_a_detached_result_are_named() -> Result<()> {
@@ -167,23 +180,20 @@ fn parameters_before_a_detached_result_are_named() -> Result<()> {
     let parameters = init_parameters(&config, 256, &mut Rng::new(1), &Device::Cpu)?;
     let model = Gpt::new(&config, &parameters)?;
     let hidden = model.hidden(&tokens(2, 32)?)?.detach();
-    let gradients = |hidden: &Tensor| -> Result<Named> {
-        model.loss_after(hidden, &tokens(2, 32)?)?.backward()?;
-        Ok(model.take_gradients())
-    };
-    let refusal = |gradients: &Named| check_gradients(parameters.keys(), gradients).unwrap_err().to_string();
+    let mut gradients = model.loss_after(&hidden, &tokens(2, 32)?)?.backward()?;
+    let refusal = |gradients: &GradStore| check_gradients(model.variables(), gradients).unwrap_err().to_string();
 
-    // Nothing in the graph is tracked, so the head has no gradient either.
-    let none = gradients(&hidden)?;
-    assert!(none.is_empty());
-    assert!(refusal(&none).starts_with("52 of 52 parameters receive no gradient: h.0.attn.c_attn.bias, "));
-
-    // Now the graph begins after the cut. The final norm has gradients, and `wte` has its gradient as the head.
-    let head = gradients(Var::from_tensor(&hidden)?.as_tensor())?;
+    // The final norm has gradients, and `wte` has its gradient as the head.
+    let head = named(&model, &gradients)?;
     assert_eq!(head.keys().collect::<Vec<_>>(), ["ln_f.bias", "ln_f.weight", "wte"]);
-    let said = refusal(&head);
+    let said = refusal(&gradients);
     assert!(said.starts_with("49 of 52 parameters receive no gradient: h.0.attn.c_attn.bias, "), "{said}");
-    assert!(said.contains(", h.3.mlp.c_proj.weight, wpe; an operator on their way to the loss"), "{said}");
+    assert!(said.contains(", h.3.mlp.c_proj.weight, wpe; an operator on their way to the loss returns"), "{said}");
+
+    // A gradient of zeros is none.
+    let wte = &model.variables()["wte"];
+    gradients.insert(wte, wte.zeros_like()?);
+    assert!(refusal(&gradients).starts_with("50 of 52 "), "{}", refusal(&gradients));
     Ok(())
 }
 
@@ -191,7 +201,7 @@ fn parameters_before_a_detached_result_are_named() -> Result<()> {
 #[test]
 fn the_model_is_causal() -> Result<()> {
     let room = Room::new();
-    for attention in [AttentionKind::Flash, AttentionKind::Standard, AttentionKind::StandardFused] {
+    for attention in [AttentionKind::Flash, AttentionKind::Standard] {
         let config = short_config(&room, attention);
         let parameters = init_parameters(&config, 256, &mut Rng::new(1), &Device::Cpu)?;
         let model = Gpt::frozen(&config, &parameters)?;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 /// Changes the state in the checkpoint `file` and updates its hash.
 fn forge(file: &Path, change: impl Fn(&mut Value)) {
-    const KEY: &str = "candle-fa2-gpt-1";
+    const KEY: &str = "candle-fa2-gpt-2";
     let bytes = fs::read(file).unwrap();
     let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
@@ -253,7 +253,7 @@ fn a_checkpoint_interval_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// The loss becomes NaN between evaluations. No checkpoint of that model is saved, so the last one has a finite loss.
+/// The loss or its gradient overflows between evaluations. No checkpoint of that model is saved, so the last one has a finite loss.
 #[test]
 fn a_non_finite_model_is_never_saved() -> Result<()> {
     let room = Room::new();
@@ -263,7 +263,7 @@ fn a_non_finite_model_is_never_saved() -> Result<()> {
     let error = train(&room, "run", &config).unwrap_err().to_string();
     let step = checkpoint::load(&room.path("run").join(checkpoint::FILE_NAME), &Device::Cpu)?.state.step;
     let rest = "the last checkpoint is older; a smaller --lr or a longer --warmup may help";
-    assert_eq!(error, format!("step {}: the held-out loss after it is NaN; {rest}", step + 1));
+    assert!(error.starts_with(&format!("step {}: the ", step + 1)) && error.ends_with(rest), "{error}");
     assert!(step > 2, "its loss was finite before");
     let trained = Trained::load(&room.path("run"), None, &Device::Cpu)?;
     assert!(trained.evaluate(None)?.loss.is_finite());

@@ -71,6 +71,20 @@ fn a_run_aborted_anywhere_resumes_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
+/// In bf16 the parameters are rounded, and the checkpoint has the f32 weights of the optimizer.
+#[test]
+fn a_run_in_bf16_resumes_bit_for_bit() -> Result<()> {
+    let room = Room::new();
+    let (text, uninterrupted, aborted) =
+        (room.string("text.txt"), room.string("uninterrupted"), room.string("aborted"));
+    let args = |out| [&train_args(&text, out)[..], &["--dtype", "bf16", "--checkpoint-activations"]].concat();
+    run(&args(&uninterrupted))?;
+    child_process(&args(&aborted), room.folder.path(), Some("inside a step#6"));
+    run(&["train", "--resume", &aborted])?;
+    assert_same_run(&room.path("aborted"), &room.path("uninterrupted"), "an abort");
+    Ok(())
+}
+
 /// A run aborts while it resumes. It can still be resumed.
 #[test]
 fn a_resumed_run_that_aborts_resumes_bit_for_bit() -> Result<()> {

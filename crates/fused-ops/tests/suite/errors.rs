@@ -67,11 +67,11 @@ fn activations_and_linear_layers_name_the_argument_the_rule_and_the_value() -> R
         ),
         (
             text(linear(&gate, &zeros(&[3, 2], DType::F32), &zeros(&[3], DType::F32))),
-            "weight: shape must be (outputs, 3) with the last axis of x, got [3, 2]",
+            "weight: axes must be those of bias, [3], then the last of x, [2, 3], and none empty, got [3, 2]",
         ),
         (
             text(linear(&gate, &zeros(&[2, 3], DType::F32), &zeros(&[3], DType::F32))),
-            "bias: shape must be [2] as the first axis of weight, got [3]",
+            "weight: axes must be those of bias, [3], then the last of x, [2, 3], and none empty, got [2, 3]",
         ),
         (text(swiglu(&gate, &zeros(&[3, 2], DType::F32))), "up: shape must be [2, 3] as gate, got [3, 2]"),
         (

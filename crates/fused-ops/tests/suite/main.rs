@@ -13,6 +13,7 @@ mod cuda_against_cpu;
 mod errors;
 mod gradients;
 mod layers;
+mod linear_cuda;
 mod loss;
 mod nonfinite;
 mod operators;

@@ -209,6 +209,38 @@ pub fn all() -> Vec<Operator> {
             },
             formula: |n| reference::linear(&n.inputs, &n.upstream[0], n.width, reference::gelu),
         },
+        Operator {
+            name: "linear_add",
+            shapes: |rows, width| {
+                let outputs = width / 2 + 3;
+                vec![vec![rows, width], vec![outputs, width], vec![outputs], vec![rows, outputs]]
+            },
+            fused: |t| Ok(vec![fused::linear_add(&t[0], &t[1], &t[2], &t[3])?]),
+            composed: |t| {
+                let x = composed::linear(&widened(&t[0])?, &widened(&t[1])?, &widened(&t[2])?)?;
+                Ok(vec![(x + widened(&t[3])?)?.to_dtype(t[0].dtype())?])
+            },
+            formula: |n| {
+                let linear = reference::linear(&n.inputs[..3], &n.upstream[0], n.width, reference::identity);
+                reference::plus(linear, &n.inputs[3], &n.upstream[0])
+            },
+        },
+        Operator {
+            name: "mlp_add, GELU between",
+            shapes: |rows, width| {
+                let (hidden, outputs) = (width / 2 + 3, width / 3 + 2);
+                let (fc, proj) = (vec![hidden, width], vec![outputs, hidden]);
+                vec![vec![rows, width], fc, vec![hidden], proj, vec![outputs], vec![rows, outputs]]
+            },
+            fused: |t| Ok(vec![fused::mlp_add(&t[0], [&t[1], &t[2]], [&t[3], &t[4]], &t[5])?]),
+            composed: |t| {
+                let g = composed::gelu(&composed::linear(&widened(&t[0])?, &widened(&t[1])?, &widened(&t[2])?)?)?;
+                let g = g.to_dtype(t[0].dtype())?; // as the fused operator rounds it
+                let y = composed::linear(&widened(&g)?, &widened(&t[3])?, &widened(&t[4])?)?;
+                Ok(vec![(y + widened(&t[5])?)?.to_dtype(t[0].dtype())?])
+            },
+            formula: |n| reference::mlp_add(&n.inputs, &n.upstream[0], n.width),
+        },
     ]
 }
 

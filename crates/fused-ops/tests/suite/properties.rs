@@ -154,3 +154,73 @@ fn rotary_takes_packed_heads_and_empty_tables() -> Result<()> {
     assert_eq!(bits(&[rotary(&x, &none, &none, Interleaved)?])?, bits(&[x])?);
     Ok(())
 }
+
+/// Gradients take another way between two operators of this crate than between one of them and one of Candle's. A result that
+/// goes to both kinds, and to one of them twice, gets the sum of all.
+#[test]
+fn a_result_may_go_to_several_operators() -> Result<()> {
+    use candle_fused_ops::{composed, gelu, rms_norm, swiglu};
+    type Unary = fn(&Tensor) -> candle_core::Result<Tensor>;
+    let weight = random("weight", &[7], DType::F64)?;
+    let gradient =
+        |gelu: Unary, swiglu: fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>, fused: bool| -> Result<_> {
+            let x = Var::from_tensor(&random("x", &[5, 7], DType::F64)?)?;
+            let y = gelu(&x)?;
+            let norm = if fused { rms_norm(&y, &weight, 1e-5)? } else { composed::rms_norm(&y, &weight, 1e-5)? };
+            let z = ((swiglu(&y, &y)? + norm.sin()?)? + y.sqr()?)?;
+            let loss = (gelu(&z)? * z.reshape((7, 5))?.reshape((5, 7))?)?.sum_all()?;
+            loss.backward()?; // the second one is compared
+            Ok(loss.backward()?.remove(&x).expect("a gradient"))
+        };
+    let (fused, candles) = (gradient(gelu, swiglu, true)?, gradient(composed::gelu, composed::swiglu, false)?);
+    let differ = (&fused - &candles)?.abs()?.max_all()?.to_scalar::<f64>()?;
+    assert!(differ < 1e-12 * candles.abs()?.max_all()?.to_scalar::<f64>()?, "{fused} {candles}");
+    Ok(())
+}
+
+/// The inputs and outputs of a layer may be several axes.
+#[test]
+fn layers_split_and_join_axes() -> Result<()> {
+    use candle_fused_ops::linear_add;
+    let x = Var::from_tensor(&random("x", &[2, 5, 6], DType::F32)?)?;
+    let (weight, bias) = (random("w", &[12, 6], DType::F32)?, random("b", &[12], DType::F32)?);
+    let heads = linear(&x, &weight.reshape((3, 4, 6))?, &bias.reshape((3, 4))?)?;
+    assert_eq!(heads.dims(), [2, 5, 3, 4]);
+    let whole = linear(&x, &weight, &bias)?;
+    assert_eq!(bits(&[heads.reshape((2, 5, 12))?])?, bits(std::slice::from_ref(&whole))?);
+
+    let (back, bias) = (random("back", &[6, 12], DType::F32)?, random("b2", &[6], DType::F32)?);
+    let joined = linear_add(&heads, &back.reshape((6, 3, 4))?, &bias, &x)?;
+    let plain = linear_add(&whole, &back, &bias, &x)?;
+    assert_eq!(bits(std::slice::from_ref(&joined))?, bits(std::slice::from_ref(&plain))?);
+    let gradient = |y: &Tensor| -> Result<_> { bits(&[y.sum_all()?.backward()?.remove(&x).expect("a gradient")]) };
+    assert_eq!(gradient(&joined)?, gradient(&plain)?);
+    Ok(())
+}
+
+/// A checkpointed part has the same results and gradients. A weight that it does not know as an input is an error.
+#[test]
+fn checkpointing_changes_no_bit() -> Result<()> {
+    use candle_fused_ops::{checkpoint, gelu, mlp_add};
+    let names = [("x", vec![5, 6]), ("fc", vec![8, 6]), ("bf", vec![8]), ("proj", vec![6, 8]), ("bp", vec![6])];
+    let vars = names.map(|(name, shape)| Var::from_tensor(&random(name, &shape, DType::F32).expect("a draw")));
+    let vars = vars.into_iter().collect::<candle_core::Result<Vec<Var>>>()?;
+    let inputs: Vec<&Tensor> = vars.iter().map(|var| var.as_tensor()).collect();
+    let part = |t: &[Tensor]| mlp_add(&gelu(&t[0])?, [&t[1], &t[2]], [&t[3], &t[4]], &t[0]);
+    let outcome = |y: Tensor| -> Result<_> {
+        let grads = (y.sqr()? + &y)?.sum_all()?.backward()?;
+        let gradients = inputs.iter().map(|input| grads.get(input).expect("a gradient").clone());
+        bits(&[y].into_iter().chain(gradients).collect::<Vec<_>>())
+    };
+    let plain = part(&inputs.iter().map(|&input| input.clone()).collect::<Vec<_>>())?;
+    assert_eq!(outcome(checkpoint(&inputs, part)?)?, outcome(plain)?);
+
+    let last_rows = |t: &[Tensor]| t[0].narrow(0, 3, 2)?.t(); // a view
+    let view = checkpoint(&inputs[..1], last_rows)?;
+    assert_eq!(bits(&[view])?, bits(&[last_rows(&[inputs[0].clone()])?])?);
+
+    let hidden = vars[1].as_tensor().clone();
+    let error = checkpoint(&inputs[..1], move |t| t[0].matmul(&hidden.t()?)).unwrap_err().to_string();
+    assert!(error.starts_with("checkpoint: the function uses a tracked tensor that is not in inputs"), "{error}");
+    Ok(())
+}

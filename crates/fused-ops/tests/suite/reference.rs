@@ -295,3 +295,26 @@ pub fn linear(inputs: &[Vec<f64>], upstream: &[f64], width: usize, curve: Curve)
     let gradients = vec![Want::new(width, dx), Want::new(width, dweight), Want::new(outputs, dbias)];
     Reference { results: vec![Want::new(outputs, y)], gradients }
 }
+
+/// A layer with `residual` added to its only result.
+pub fn plus(layer: Reference, residual: &[f64], upstream: &[f64]) -> Reference {
+    let Reference { mut results, mut gradients } = layer;
+    results[0].values.iter_mut().zip(residual).for_each(|(y, &residual)| y.add(residual));
+    let dresidual = upstream.iter().map(|&dy| Sum::of([dy])).collect();
+    gradients.push(Want::new(results[0].width, dresidual));
+    Reference { results, gradients }
+}
+
+/// `residual + proj(gelu(fc(x)))`: x (rows, width), a weight and a bias of each layer, residual.
+pub fn mlp_add(inputs: &[Vec<f64>], upstream: &[f64], width: usize) -> Reference {
+    let (fc, hidden) = (&inputs[..3], inputs[2].len());
+    let values = |want: &Want| want.values.iter().map(|sum| sum.value).collect::<Vec<f64>>();
+    let unused = vec![0.0; inputs[0].len() / width * hidden];
+    let g = linear(fc, &unused, width, gelu).results.remove(0);
+    let proj = linear(&[values(&g), inputs[3].clone(), inputs[4].clone()], upstream, hidden, identity);
+    let Reference { results, mut gradients } = plus(proj, &inputs[5], upstream);
+    let dg = gradients.remove(0);
+    let mut all = linear(fc, &values(&dg), width, gelu).gradients;
+    all.extend(gradients);
+    Reference { results, gradients: all }
+}
