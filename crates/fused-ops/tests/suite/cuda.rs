@@ -3,7 +3,7 @@
 use anyhow::Result;
 use attention_reference::draw;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fused_ops::{cross_entropy, layer_norm, linear_cross_entropy, CrossEntropy};
+use candle_fused_ops::{cross_entropy, layer_norm, CrossEntropy};
 use rand::Rng;
 
 use crate::against_reference::check;
