@@ -5,13 +5,13 @@
 
 namespace fa2::sm80 {
 
-// Calls step(k_step, j, a, b) for each k-step and each pair j of kPairs pairs of n8 tiles, from `first_pair` of B on. a: the fragments of A
-// of the k-step. b: that of the pair.
+// Calls start(a) for each k-step, and then step(k_step, j, a, b) for each pair j of kPairs pairs of n8 tiles, from `first_pair` of B on. a:
+// the fragments of A of the k-step. b: that of the pair.
 //
 // Fragments are loaded one pair of n8 tiles ahead. With two warps to a scheduler, nothing else hides the latency of ldmatrix.
 // (bench mha/d128/full/s4096 fwd, H200: 331 TFLOP/s without, 363 with.)
-template <int kSteps, int kMTiles, int kPairs, typename A, typename B, typename Step>
-__device__ __forceinline__ void load_ahead(const A& a, const B& b, int first_pair, Step&& step) {
+template <int kSteps, int kMTiles, int kPairs, typename A, typename B, typename Start, typename Step>
+__device__ __forceinline__ void load_ahead(const A& a, const B& b, int first_pair, const Start& start, const Step& step) {
     // One pair before the k-step ends, so that the ldmatrix of A overlaps the last products.
     constexpr int kLoadNextA = kPairs > 1 ? kPairs - 2 : 0;
     uint32_t ra[2][kMTiles][4], rb[2][4];
@@ -20,6 +20,7 @@ __device__ __forceinline__ void load_ahead(const A& a, const B& b, int first_pai
     b.load(rb[0], first_pair, 0);
 #pragma unroll
     for (int k_step = 0; k_step < kSteps; ++k_step) {
+        start(ra[k_step % 2]);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
             const int pair = k_step * kPairs + j;

@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_ahead(Accumulator<kMTiles, kNTiles>& ac
                 mma_step<T>(acc.x[i][2 * j + 1], ra[i], rb[2], rb[3]);
             }
         };
-        load_ahead<kSteps, kMTiles, kNTiles / 2>(a, b, 0, step);
+        load_ahead<kSteps, kMTiles, kNTiles / 2>(a, b, 0, [](const auto&) {}, step);
     }
 }
 

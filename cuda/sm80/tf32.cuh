@@ -110,18 +110,18 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kMTiles, kNTiles>& 
     PartialSum<kMTiles, kTiles> part;
     part.clear();
     Split split_a[kMTiles];
-    const auto step = [&](int k_step, int j, const uint32_t (&ra)[kMTiles][4], const uint32_t (&rb)[4]) {
-        if (j == 0) {
+    const auto start = [&](const uint32_t (&ra)[kMTiles][4]) {
 #pragma unroll
-            for (int i = 0; i < kMTiles; ++i) split_a[i] = Split(ra[i]);
-        }
+        for (int i = 0; i < kMTiles; ++i) split_a[i] = Split(ra[i]);
+    };
+    const auto step = [&](int k_step, int j, const uint32_t (&)[kMTiles][4], const uint32_t (&rb)[4]) {
         part.multiply(split_a, Split(rb), 2 * j);
         if (j + 1 == kPairs && ((k_step + 1) % kPartSteps == 0 || k_step + 1 == kSteps)) {
             part.add_to(acc, first_tile);
             part.clear();
         }
     };
-    load_ahead<kSteps, kMTiles, kPairs>(a, b, first_tile / 2, step);
+    load_ahead<kSteps, kMTiles, kPairs>(a, b, first_tile / 2, start, step);
 }
 
 // acc += a b over kSteps of 8.

@@ -5,7 +5,7 @@
 //! | [`table`] | parses the table: a KERNEL line for each instance of the templates, a LOCAL line for each kernel that may use local memory |
 //! | [`family`] | describes the lines of one pass and architecture as a value; [`attention`] has the values of candle-fa2 |
 //! | [`shared`] | has the formulas of dynamic shared memory |
-//! | [`params`] | parses the header of parameter structs and shared numbers; generates the same in Rust, and assertions for both compilers |
+//! | [`params`] | parses a header of parameter structs and shared numbers; generates the same in Rust, and assertions for both compilers |
 //! | [`mod@units`] | generates a CUDA source for each line, and the table and the images as Rust |
 //! | [`headers`] | finds the headers of a source, and generates one: the wgmma of every N |
 //! | [`nvcc`], [`compile`] | find nvcc and the GPUs to compile for; compile the units that changed, in parallel, or hand-written sources |
