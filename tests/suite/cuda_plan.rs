@@ -735,6 +735,21 @@ fn inputs_with_distant_rows_are_copied() -> Result<()> {
     Ok(())
 }
 
+/// A copy does not help if q, k and v in one tensor have so many heads that rows of the copy are too far apart.
+#[test]
+fn copies_with_distant_rows_are_refused() -> Result<()> {
+    let heads = 50_000;
+    let qkv = zeros(&[1, 1, 1, 512], DType::BF16)?.broadcast_as((1, 2, 3 * heads, 512))?;
+    let mut problem = testing::problem_qkv(&Attention::new(), &qkv, heads)?;
+    problem.q.row = 1 << 40;
+    let refused = plan(&problem, &H100).expect_err("must be refused").to_string();
+    assert!(
+        refused.starts_with("stride of rows in a copy is 76800000, but a CUDA kernel takes at most 67108863;"),
+        "{refused}"
+    );
+    Ok(())
+}
+
 /// If an axis of a grid is empty, its kernel does not run, and the other kernels do.
 #[test]
 fn calls_without_rows_have_empty_grids() -> Result<()> {

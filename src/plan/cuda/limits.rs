@@ -60,6 +60,14 @@ pub(super) fn copied(problem: &Problem) -> Vec<&'static str> {
     }
 }
 
+/// Returns an error if the rows of a copy are too far apart too. Many wide heads of q, k and v in one tensor make them so.
+pub(super) fn check_copies(problem: &Problem) -> Result<()> {
+    match copied(problem).is_empty() {
+        true => Ok(()),
+        false => Err(Error::CudaSize { name: "stride of rows in a copy", got: problem.q.row, max: MAX_ROW_STRIDE }),
+    }
+}
+
 /// Whether the kernels can read a tensor in place: its rows are whole 16 bytes, 16-byte aligned, and not too far apart.
 pub(crate) fn readable(strides: &Strides, shape: &[usize], dtype: DType) -> bool {
     let whole = shape[shape.len() - 1].is_multiple_of(alignment(dtype));

@@ -62,6 +62,7 @@ impl CudaPlan {
             problem
         } else {
             with_copies = problem.clone().with_copies(&copied, head_dim, head_dim_v);
+            limits::check_copies(&with_copies)?;
             &with_copies
         };
         let of_forward = choice::choose(problem, Pass::Forward, caps, &allow);
