@@ -102,8 +102,6 @@ class Kernel:
         self.element_bytes = row["element_bytes"]
         self.head_dim, self.block_m, self.block_n = (row.get(name) for name in ("head_dim", "block_m", "block_n"))
         self.cluster = row.get("cluster", 1)
-        # Thread blocks that share the columns of a tile, as Kernel::parts() of src/instances.rs.
-        self.parts = ceil_div(self.head_dim or 0, 256)
         self.box_cols = row.get("box_cols")  # of a tensor map
 
 
@@ -283,7 +281,8 @@ class Call:
         return lambda: self.driver.launch(kernel, grid, params)
 
     def forward(self, line):
-        kernel, m_blocks = line.main, ceil_div(self.seqlen_q, line.main.block_m) * line.main.parts
+        kernel, parts = line.main, ceil_div(line.main.head_dim, line.description.constants["kMaxWidth"])
+        m_blocks = ceil_div(self.seqlen_q, kernel.block_m) * parts
         values = {
             "q": self.q.data_ptr(),
             "k": self.k.data_ptr(),
@@ -331,6 +330,7 @@ class Call:
         kernel, delta, convert = line.main, *(line.description.companion(kind) for kind in ("Delta", "Convert"))
         heads, constants = (self.num_heads, self.batch), line.description.constants
         group_rows = constants["kDqGroupRows"]
+        parts = ceil_div(kernel.head_dim, constants["kMaxWidth"])  # thread blocks that share the columns of a tile
 
         def row_blocks(rows):
             head = ceil_div(self.seqlen_q, rows)
@@ -338,7 +338,7 @@ class Call:
 
         groups, tiles = row_blocks(group_rows), row_blocks(kernel.block_m)
         dq_accum = torch.empty(groups["count"] * group_rows * kernel.head_dim, device="cuda")
-        semaphores = torch.zeros(tiles["count"] * kernel.parts + 1, dtype=torch.int32, device="cuda") if deterministic else None
+        semaphores = torch.zeros(tiles["count"] * parts + 1, dtype=torch.int32, device="cuda") if deterministic else None
         # As the plan does: the number of threads of a row is a power of two, and at most those of a warp.
         chunks = ceil_div(self.head_dim, constants["kDeltaChunk"])
         lanes = min(32, max(constants["kDeltaMinLanes"], 1 << (chunks - 1).bit_length()))
@@ -379,7 +379,7 @@ class Call:
             "softmax_scale": self.softmax_scale,
         }
         keys = kernel.cluster * kernel.block_n
-        grid = (ceil_div(self.seqlen_k, keys) * kernel.parts, self.num_heads_k, self.batch)
+        grid = (ceil_div(self.seqlen_k, keys) * parts, self.num_heads_k, self.batch)
         if kernel.params == "Sm90BwdParams":
             takers = self.driver.multiprocessors // kernel.cluster
             schedule = self.schedule(line, grid[0], self.num_heads_k, constants["kBackwardSection"] * takers)

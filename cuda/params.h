@@ -10,7 +10,8 @@ namespace fa2 {
 constexpr int kDqGroupRows = 8;    // queries of a row group of dq_accum (core/dq_accum.cuh)
 constexpr int kConvertCols = 32;   // columns of a row group that a warp of the conversion takes
 constexpr int kDeltaChunk = 8;     // elements of a thread of delta: 16 bytes, or 32 of f32
-constexpr int kDeltaMinLanes = 4;  // threads of a row of delta at least: as many as read one row of head_dim 32
+constexpr int kDeltaMinLanes = 4;  // fewest threads of a row of delta: as many as read a row of head_dim 32
+constexpr int kMaxWidth = 256;     // columns of o, dq, dk or dv of a thread block; more do not fit the registers of its warps
 
 // Distances from one sequence, token or head to the next. The last axis has stride 1. Rows begin at multiples of 16 bytes.
 struct Strides {

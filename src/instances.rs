@@ -116,9 +116,6 @@ pub struct Kernel {
 /// Threads of a warp.
 pub(crate) const WARP_SIZE: usize = 32;
 
-/// The largest number of columns of o, dq, dk or dv of a thread block (`kMaxWidth` of cuda/core/types.cuh).
-const MAX_WIDTH: usize = 256;
-
 impl Kernel {
     /// Thread blocks that share the columns of a work tile. Each computes all scores.
     pub fn parts(&self) -> usize {

@@ -11,7 +11,6 @@ namespace fa2 {
 constexpr int kWarpSize = 32;
 constexpr int kMaxSharedBytes = 227 * 1024;    // of a thread block on compute capability 9.0, which has the most
 constexpr int kRegistersPerSm = 64 * 1024;     // on every GPU from 8.0 on
-constexpr int kMaxWidth = 256;                 // columns of o, dq, dk or dv of a thread block; more do not fit the registers of its warps
 constexpr float kLog2e = 1.4426950408889634f;  // 1 / ln 2
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -11,7 +11,7 @@
 //            epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.semaphores in one order.
-// Nonfinite  numbers (NaN, infinity) spread within their sequence and their group of heads, also to rows that do not see them. They never
+// Nonfinite  NaN and infinity spread within their sequence and their group of heads, also to rows that do not see them. They never
 //            leave it: a block reads one sequence and one group only.
 // Expects    as fwd.cuh; lse and delta of the same inputs; dq_accum of zeros.
 #pragma once

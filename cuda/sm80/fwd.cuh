@@ -8,7 +8,7 @@
 // Shared     sQ kBlockM x kHeadDim, sK kBlockN x kHeadDim, sV kBlockN x kWidth.
 // Registers  o and S in f32; P is packed from S as it is used.
 // Numerics   scores, row_max, row_sum, o in f32; P is rounded to the input type before P v.
-// Nonfinite  numbers (NaN, infinity) of v must not reach a row that does not see them: see core/nonfinite.cuh.
+// Nonfinite  A NaN or infinity of v must not reach a row that does not see them: see core/nonfinite.cuh.
 // Expects    head_dim and head_dim_v <= kHeadDim; rows of whole 16 bytes that begin at multiples of 16 bytes. The host has checked them.
 #pragma once
 

@@ -20,9 +20,9 @@
 namespace fa2::sm80 {
 
 // The k-steps of a part of a sum. With 4, errors fall by a third, and kernels are 8% slower (head_dim 128, docs/log/sm80.md).
-constexpr int kPartSteps = 8;
+constexpr int kPartialSteps = 8;
 // The n8 tiles of a part of o, dq, dk and dv. More need more registers; with fewer, A is loaded more often. Other numbers: not measured.
-constexpr int kPartTiles = 4;
+constexpr int kPartialTiles = 4;
 
 // d += a b, m16n8k8, f32 accumulators.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -32,11 +32,11 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Rounds x to a TF32, once mma.sync has cut off the last bits: it adds 0.35 to 0.71 of a step. Over many x that is half a step, so the
-// products have no bias; the mean square error is 1.06 times that of rounding to nearest. A TF32, a NaN and an infinity stay what they are.
-// One instruction, where cvt.rna takes three.
+// Adds 0.35 to 0.71 of a TF32 step to x. mma.sync then cuts off the last 13 bits, so x is rounded. Over many x the mean of what is added is
+// half a step, so products have no bias. The mean square error is 1.06 times that of rounding to nearest. A TF32, a NaN and an infinity
+// stay what they are. This is one instruction, where cvt.rna takes three.
 __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
-    constexpr float kHalfStep = 0x1.6ap-12f;  // sqrt(1/2) of half a step of 1. Mantissas lie about evenly on both sides of sqrt(2)
+    constexpr float kHalfStep = 0x1.6ap-12f;  // sqrt(1/2) * 2^-11: half of TF32's step at 1, and a factor that makes the mean half a step
     return __float_as_uint(fmaf(__uint_as_float(x), kHalfStep, __uint_as_float(x)));
 }
 
@@ -116,7 +116,7 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kMTiles, kNTiles>& 
     };
     const auto step = [&](int k_step, int j, const uint32_t (&)[kMTiles][4], const uint32_t (&rb)[4]) {
         part.multiply(split_a, Split(rb), 2 * j);
-        if (j + 1 == kPairs && ((k_step + 1) % kPartSteps == 0 || k_step + 1 == kSteps)) {
+        if (j + 1 == kPairs && ((k_step + 1) % kPartialSteps == 0 || k_step + 1 == kSteps)) {
             part.add_to(acc, first_tile);
             part.clear();
         }
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_columns(Accumulator<kMTiles, kNTiles>& 
 template <int kSteps, int kMTiles, int kNTiles, typename A, typename B>
 __device__ __forceinline__ void multiply_split(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
     constexpr bool kWide = B::kOrder == Order::kTransposed;  // o, dq, dk and dv, whose accumulators fill the registers
-    constexpr int kTiles = !kWide ? kNTiles : kNTiles % kPartTiles == 0 ? kPartTiles : kPartTiles / 2;
+    constexpr int kTiles = !kWide ? kNTiles : kNTiles % kPartialTiles == 0 ? kPartialTiles : kPartialTiles / 2;
     static_assert(kNTiles % kTiles == 0, "parts divide the columns");
 #pragma unroll
     for (int first_tile = 0; first_tile < kNTiles; first_tile += kTiles)

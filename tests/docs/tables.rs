@@ -351,7 +351,9 @@ pub fn heads(gpu: &Machine) -> Result<String> {
             blocks.iter().map(|at| format!(" {} |", cells.get(at).map_or("-", String::as_str))).collect();
         table += &format!("| {title} | {head_dim} | {mask} |{cells}\n");
     }
-    Ok(gpu.figure("heads", "") + &format!("\n{seqlen} tokens; by batch x heads:\n\n") + &table)
+    Ok(gpu.figure("heads", "")
+        + &format!("\nEach column is a number of batch x heads, at {seqlen} tokens:\n\n")
+        + &table)
 }
 
 /// Whole training steps of the GPT example.
