@@ -27,8 +27,8 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, Weak};
 use candle_core::backend::BackendDevice;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp1, Layout, Result, Shape,
-    Storage, StorageRef, Tensor, TensorId, WithDType,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp1, Layout, MetalStorage,
+    Result, Shape, Storage, StorageRef, Tensor, TensorId, WithDType,
 };
 
 use crate::profile;
@@ -154,7 +154,11 @@ fn leave(token: &Tensor, gradients: Vec<Option<Tensor>>) -> Result<Tensor> {
         let _ = &waiting;
         unreachable!("no backward runs through a gradient")
     };
-    token.apply_op1(Node { name: "gradients", value: Mutex::new(Some((zero(token.device())?, Shape::from(1)))), backward: owner })
+    token.apply_op1(Node {
+        name: "gradients",
+        value: Mutex::new(Some((unread(token.device())?, Shape::from(1)))),
+        backward: owner,
+    })
 }
 
 fn take(token: TensorId) -> Vec<Option<Tensor>> {
@@ -192,7 +196,7 @@ fn token(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
 fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<Tensor> {
     let node = Node {
         name,
-        value: Mutex::new(Some((zero(edges[0].device())?, Shape::from(1)))),
+        value: Mutex::new(Some((unread(edges[0].device())?, Shape::from(1)))),
         backward: move |token: &Tensor, _: &Tensor| gradients(token.id()),
     };
     match edges {
@@ -203,13 +207,15 @@ fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
     }
 }
 
-/// The storage of one f32.
-pub(crate) fn zero(device: &Device) -> Result<Storage> {
+/// The storage of one f32 that nobody looks at. Candle only adds such numbers up.
+pub(crate) fn unread(device: &Device) -> Result<Storage> {
     let (one, dtype) = (Shape::from(1), DType::F32);
     Ok(match device {
         Device::Cpu => Storage::Cpu(CpuStorage::F32(vec![0.0])),
-        Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&one, dtype)?),
-        Device::Metal(device) => Storage::Metal(device.zeros_impl(&one, dtype)?),
+        // SAFETY: every pattern of bits is an f32.
+        Device::Cuda(device) => Storage::Cuda(unsafe { device.alloc_uninit(&one, dtype)? }),
+        // SAFETY: as above.
+        Device::Metal(device) => Storage::Metal(unsafe { device.alloc_uninit(&one, dtype)? }),
     })
 }
 
@@ -240,6 +246,13 @@ impl<B: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>> Node<B> {
         }
     }
 
+    fn take_metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.take()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
+            _ => unreachable!("check::same_device has compared the devices"),
+        }
+    }
+
     fn gradients<const N: usize>(&self, value: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; N]> {
         let gradients = (self.backward)(value, grad)?;
         Ok(gradients.try_into().unwrap_or_else(|_| unreachable!("one gradient for each input")))
@@ -262,6 +275,10 @@ where
         self.take_cuda()
     }
 
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.take_metal()
+    }
+
     fn bwd(&self, _: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let [da] = self.gradients(value, grad)?;
         Ok(da)
@@ -282,6 +299,10 @@ where
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         self.take_cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.take_metal()
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, value: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -320,6 +341,18 @@ where
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         self.take_cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.take_metal()
     }
 
     fn bwd(
