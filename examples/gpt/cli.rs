@@ -61,11 +61,21 @@ impl DeviceKind {
                  --device cpu"
             ),
             #[cfg(feature = "cuda")]
-            DeviceKind::Cuda => crate::gpu::open()
-                .map(Device::Cuda)
+            DeviceKind::Cuda => open_gpu()
                 .map_err(|error| anyhow!("--device cuda found no usable GPU: {error}; use --device cpu")),
         }
     }
+}
+
+/// The first GPU, set up for training on one thread.
+#[cfg(feature = "cuda")]
+fn open_gpu() -> candle_core::Result<Device> {
+    let gpu = Device::new_cuda(0)?;
+    // SAFETY: Candle's events order the uses of a tensor on several streams, and its release after them. This program
+    // allocates, uses and frees all tensors on one thread and one stream, and a stream runs its work in order.
+    unsafe { gpu.as_cuda_device()?.disable_event_tracking() };
+    candle_fused_ops::pool::keep_freed_memory(&gpu)?;
+    Ok(gpu)
 }
 
 #[derive(Args)]

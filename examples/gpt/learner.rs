@@ -136,11 +136,6 @@ pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, GradSto
         }
         sum = Some(gradients);
     }
-    let mut gradients = sum.ok_or_else(|| anyhow!("a step needs at least one batch"))?;
-    for var in model.variables().values() {
-        if let Some(gradient) = gradients.remove(var) {
-            gradients.insert(var, gradient.to_dtype(var.dtype())?);
-        }
-    }
+    let gradients = sum.ok_or_else(|| anyhow!("a step needs at least one batch"))?;
     Ok((Tensor::stack(&losses, 0)?.sum_all()?, gradients))
 }

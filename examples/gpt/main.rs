@@ -23,7 +23,6 @@
 //! | `stop.rs` | Ctrl-C and SIGTERM |
 //! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | metrics, loss curve, progress, printing |
 //! | `time.rs` | speed, and the time of each operator in a step |
-//! | `gpu.rs` | GPU functions that Candle does not offer |
 //! | `sizes.rs` | a lower bound of the memory that a recipe needs |
 //! | `rng.rs` | all random numbers |
 //! | `cli.rs` | the command line |
@@ -33,8 +32,6 @@ mod cli;
 mod config;
 mod data;
 mod files;
-#[cfg(feature = "cuda")]
-mod gpu;
 mod learner;
 mod metrics;
 mod model;

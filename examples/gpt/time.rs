@@ -14,7 +14,7 @@ use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
-use candle_fused_ops::profile;
+use candle_fused_ops::{pool, profile};
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -104,7 +104,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
         learner.step(step, batches)?;
     }
     device.synchronize()?;
-    let resident = memory::start(device)?;
+    let resident = pool::used_bytes(device)?;
     if plan.profile {
         profile::start(device)?;
     }
@@ -129,7 +129,7 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     timing.model_tflops = Some(model_tflops);
     timing.mfu_percent = peak.map(|peak| 100.0 * model_tflops / peak);
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-    timing.peak_gib = memory::peak(device)?.map(gib);
+    timing.peak_gib = pool::peak_bytes(device)?.map(gib);
     timing.resident_gib = resident.map(gib);
     let (numbers, finite) = Outcome::read(&outcomes)?;
     finite?;
@@ -225,7 +225,7 @@ impl std::fmt::Display for Timing {
 fn device_name(device: &Device) -> Result<String> {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::gpu::name(device),
+        Device::Cuda(device) => Ok(device.cuda_stream().context().name()?),
         _ => Ok("CPU".to_string()),
     }
 }
@@ -234,32 +234,4 @@ fn device_name(device: &Device) -> Result<String> {
 fn is_out_of_memory(error: &anyhow::Error) -> bool {
     let text = format!("{error:?}");
     ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|words| text.contains(words))
-}
-
-/// Memory of a GPU, from its pool. For a CPU, and for a GPU without pools, it is not known.
-mod memory {
-    use anyhow::Result;
-    use candle_core::Device;
-
-    /// Bytes in use now. Resets the peak.
-    pub fn start(device: &Device) -> Result<Option<u64>> {
-        match device {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => {
-                let Some(pool) = crate::gpu::MemoryPool::of(device)? else { return Ok(None) };
-                pool.reset_peak()?;
-                pool.used_bytes().map(Some)
-            }
-            _ => Ok(None),
-        }
-    }
-
-    /// The largest number of bytes in use at once since [`start`].
-    pub fn peak(device: &Device) -> Result<Option<u64>> {
-        match device {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => crate::gpu::MemoryPool::of(device)?.map(|pool| pool.peak_bytes()).transpose(),
-            _ => Ok(None),
-        }
-    }
 }

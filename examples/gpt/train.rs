@@ -4,10 +4,10 @@ use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
 use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
 use crate::files::{write_atomically, CannotWrite, RunFolder};
-use crate::learner::{diverged, mean_gradients, Learner, Outcome};
+use crate::learner::{diverged, Learner, Outcome};
 use crate::metrics;
 use crate::metrics::{Metrics, Row};
-use crate::model::{check_gradients, init_parameters, Gpt};
+use crate::model::{init_parameters, Gpt};
 use crate::output;
 use crate::plot;
 use crate::progress::{clock, Progress};
@@ -63,7 +63,7 @@ impl Run {
         let parameters = init_parameters(&config, tokenizer.padded_vocab_size(), &mut rng, &device)?;
         let learner = Learner::new(&config, &parameters)?;
         let batches = Batches::new(&config, &corpus, &mut rng);
-        let run = Self {
+        Ok(Self {
             config,
             tokenizer,
             corpus,
@@ -75,9 +75,7 @@ impl Run {
             step: 0,
             queued: Vec::new(),
             clock: Instant::now(),
-        };
-        run.check_gradients()?;
-        Ok(run)
+        })
     }
 
     /// Loads the run in `folder` from its checkpoint. `data` replaces the path of the text, and `steps` the number of steps.
@@ -112,7 +110,6 @@ impl Run {
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
         let batches = Batches::at(&config, &corpus, cursor).map_err(|reason| checkpoint::unusable(&file, reason))?;
-        // Do not check gradients here, because a trained model may have zero gradients. A step with a missing gradient fails.
         Ok(Self {
             config,
             tokenizer,
@@ -276,15 +273,6 @@ impl Run {
             loss if loss.is_finite() => Ok(loss),
             loss => Err(diverged(self.step, &format!("the held-out loss after it is {loss}"))),
         }
-    }
-
-    /// Runs one backward pass and checks that its gradients reach every parameter.
-    fn check_gradients(&self) -> Result<()> {
-        let starts = window_starts(self.corpus.train.len(), self.config.context, 0);
-        let (tokens, targets) = windows(&self.corpus.train, &starts[..1], self.config.context, &self.device)?;
-        let model = &self.learner.model;
-        let (_, gradients) = mean_gradients(model, &[(tokens, targets)])?;
-        check_gradients(model.variables(), &gradients)
     }
 
     fn checkpoint(&self, dir: &Path) -> Result<()> {

@@ -168,8 +168,10 @@ impl AdamW {
     /// parameter is f64), still on the device.
     ///
     /// # Errors
-    /// If a parameter has no gradient; then no parameter has changed.
+    /// If a parameter has no gradient, or one of another shape or device; if `lr` is negative or not finite. Then no parameter has
+    /// changed.
     pub fn step(&mut self, gradients: &GradStore, lr: f64) -> Result<Tensor> {
+        check::not_negative("lr", lr)?;
         let gradients = self.gradients(gradients)?;
         self.step += 1;
         #[cfg(feature = "cuda")]
@@ -182,21 +184,27 @@ impl AdamW {
         }
     }
 
+    /// The gradient of each parameter, contiguous and in its type. A sum over several batches may be in a wider one.
     fn gradients(&self, gradients: &GradStore) -> Result<Vec<Tensor>> {
-        let found = self.slots.iter().map(|slot| gradients.get(&slot.var).map(Tensor::contiguous).transpose());
-        let found = found.collect::<Result<Vec<_>>>()?;
-        let missing: Vec<&str> =
-            self.slots.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(slot, _)| &*slot.name).collect();
-        match missing[..] {
-            [] => Ok(found.into_iter().flatten().collect()),
-            _ => Err(check::error(format!(
+        let without = self.slots.iter().filter(|slot| gradients.get(&slot.var).is_none());
+        let missing: Vec<&str> = without.map(|slot| &*slot.name).collect();
+        if !missing.is_empty() {
+            return Err(check::error(format!(
                 "{} of {} parameters have no gradient: {}; an operator on their way to the loss drops it, or they should not \
                  be in the optimizer",
                 missing.len(),
                 self.slots.len(),
                 missing.join(", ")
-            ))),
+            )));
         }
+        let checked = |Slot { name, var, .. }: &Slot| {
+            let (gradient, of) = (gradients.get(var).expect("none is missing"), format!("the gradient of {name}"));
+            check::shape(&of, gradient, var.dims(), "as the parameter")?;
+            check::same_device(&of, gradient, "the parameter", var.device())?;
+            check::float(&of, gradient)?;
+            gradient.to_dtype(var.dtype())?.contiguous()
+        };
+        self.slots.iter().map(checked).collect()
     }
 
     fn rules(&self, lr: f64) -> Vec<Rule> {

@@ -36,13 +36,16 @@ pub(crate) fn same(name: &str, tensor: &Tensor, other_name: &str, other: &Tensor
     }
 }
 
+/// `tensor` is on `device`. Two devices that were opened on one GPU have a stream each, so they are as different as two GPUs.
 pub(crate) fn same_device(name: &str, tensor: &Tensor, other_name: &str, device: &Device) -> Result<()> {
-    match (tensor.device().location(), device.location()) {
-        (got, expected) if got == expected => Ok(()),
-        (got, expected) => Err(error(format!(
-            "{name}: must be on the device of {other_name}, {expected:?}, got {got:?}; move one with to_device"
-        ))),
+    if tensor.device().same_device(device) {
+        return Ok(());
     }
+    let (got, expected) = (tensor.device().location(), device.location());
+    let got = if got == expected { "another device on it".to_string() } else { format!("{got:?}") };
+    Err(error(format!(
+        "{name}: must be on the device of {other_name}, {expected:?}, got {got}; move one with to_device"
+    )))
 }
 
 /// `tensor` has the shape `expected`. `reason` says where that shape comes from.

@@ -36,15 +36,16 @@ where
         ));
     }
     node::node("checkpoint", inputs, node::copied(&y)?, y.shape(), move |inputs, dy| {
+        // A variable is a leaf already. Candle makes a leaf of a tensor by a copy.
         let leaf = |input: &&Tensor| match input.track_op() {
-            true => Ok(Var::from_tensor(&input.detach())?.into_inner()),
-            false => Ok(input.detach()),
+            true => Ok(Var::from_tensor(input)?.into_inner()),
+            false => Ok((*input).clone()),
         };
         let leaves = inputs.iter().map(leaf).collect::<Result<Vec<_>>>()?;
         let y = f(&leaves)?;
         // Candle begins a backward with ones. This scalar hands `dy` on instead.
         let dy = dy.clone();
-        let seed = node::node("seed", &[&y], node::zero(y.device())?, 1, move |_, _| Ok(vec![Some(dy.clone())]))?;
+        let seed = node::node("seed", &[&y], node::unread(y.device())?, 1, move |_, _| Ok(vec![Some(dy.clone())]))?;
         let mut gradients = seed.backward()?;
         let gradient = |leaf: &Tensor| gradients.remove(leaf).map_or_else(|| leaf.zeros_like(), Ok).map(Some);
         leaves.iter().map(gradient).collect()

@@ -28,7 +28,7 @@
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
 //! [`AdamW`] updates parameters with f32 master weights and clipping. [`Schedule`] gives the learning rate of each step.
-//! [`profile`] measures the time of each operator in a training step.
+//! [`profile`] measures the time of each operator in a training step, and [`pool`] the memory of a GPU.
 //!
 //! # What holds for every operator
 //!
@@ -42,6 +42,8 @@
 //! - **Devices.** On the CPU the operators are fused. With the feature `cuda` they have kernels of their own for f16, bf16 and f32, and
 //!   linear layers run on cuBLASLt. Everything else is composed of Candle's differentiable operators (module [`composed`]): the
 //!   gradients are right, but the speed is Candle's.
+//! - **Threads.** Candle gives each thread a stream of its own on a GPU, and does not order them. Before another thread uses a result,
+//!   call `Device::synchronize`. That holds for Candle's operators too.
 //! - **Graph.** Candle adds every gradient to a tensor of zeros first. Between two operators of this crate that does not happen.
 //! - **Errors.** All arguments are checked first. An error names the argument, the rule, the value and the way out.
 
@@ -61,6 +63,7 @@ mod loss;
 mod node;
 mod norm;
 mod number;
+pub mod pool;
 pub mod profile;
 mod rotary;
 mod rows;

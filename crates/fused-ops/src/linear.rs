@@ -1,11 +1,11 @@
 //! Linear layers whose bias, GELU and residual are part of one node.
 
 mod cpu;
-#[cfg(feature = "cuda")]
-mod cublaslt;
 
 use candle_core::{Result, Storage, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{check, composed, node};
 
 /// `x weight^T + bias` with its backward, as one node.
@@ -145,7 +145,7 @@ pub fn mlp_add(x: &Tensor, fc: [&Tensor; 2], proj: [&Tensor; 2], residual: &Tens
 /// before the first product.
 pub fn measure_products(measure: bool) {
     #[cfg(feature = "cuda")]
-    cublaslt::measure_products(measure);
+    cuda::linear::measure_products(measure);
     let _ = measure;
 }
 
@@ -202,10 +202,10 @@ fn affine(
 }
 
 /// The operands of a layer as contiguous matrices without their graphs.
-struct Layer {
-    x: Tensor,      // (rows, inputs)
-    weight: Tensor, // (outputs, inputs)
-    bias: Tensor,   // (outputs)
+pub(crate) struct Layer {
+    pub(crate) x: Tensor,      // (rows, inputs)
+    pub(crate) weight: Tensor, // (outputs, inputs)
+    pub(crate) bias: Tensor,   // (outputs)
 }
 
 impl Layer {
@@ -246,7 +246,7 @@ impl Layer {
 /// Matrix products with what comes before and after them, on one kind of device.
 ///
 /// Results and gradients have the type of their operands. `h`, and a `dh` computed from it, may have a wider one.
-trait Products: Sync {
+pub(crate) trait Products: Sync {
     /// x weight^T + bias, plus `residual` if there is one: (rows, outputs)
     fn affine(&self, layer: &Layer, residual: Option<&Tensor>) -> Result<Storage>;
 
@@ -272,8 +272,8 @@ fn products(x: &Tensor, layers: &[(&Tensor, &Tensor)]) -> Option<&'static dyn Pr
         return Some(&cpu::Cpu);
     }
     #[cfg(feature = "cuda")]
-    if cublaslt::supports(x, layers) {
-        return Some(&cublaslt::CublasLt);
+    if cuda::linear::supports(x, layers) {
+        return Some(&cuda::linear::CublasLt);
     }
     let _ = layers;
     None

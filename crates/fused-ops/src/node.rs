@@ -14,6 +14,9 @@
 //! The token has one element, and the closure is its backward. Another node of this crate that has `result` as an input depends
 //! on the token instead. It leaves the gradient of `result` in [`WAITING`], and Candle only adds up tokens. If one of Candle's
 //! operators has `result` as an input, the gradient comes through the second operator.
+//!
+//! A gradient that waits belongs to the backward that left it there, which may fail in an operator of Candle. So [`WAITING`] does not
+//! own it. The owner is the first "gradient" of the token, which Candle keeps until it runs the token or drops all gradients.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -24,8 +27,8 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, Weak};
 use candle_core::backend::BackendDevice;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp1, Layout, Result, Shape,
-    Storage, StorageRef, Tensor, TensorId, WithDType,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp1, Layout, MetalStorage,
+    Result, Shape, Storage, StorageRef, Tensor, TensorId, WithDType,
 };
 
 use crate::profile;
@@ -97,7 +100,24 @@ static TOKENS: LazyLock<Mutex<HashMap<TensorId, Weak<Token>>>> = LazyLock::new(M
 
 thread_local! {
     /// Gradients that wait for the backward of a token: of its result, or those that it hands on.
-    static WAITING: RefCell<HashMap<TensorId, Vec<Option<Tensor>>>> = RefCell::default();
+    static WAITING: RefCell<HashMap<TensorId, Weak<Waiting>>> = RefCell::default();
+}
+
+struct Waiting {
+    token: TensorId,
+    gradients: Mutex<Vec<Option<Tensor>>>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // Another thread may drop the gradients of a backward. Then the empty entry stays in the map of this one.
+        let _ = WAITING.try_with(|waiting| {
+            let mut waiting = waiting.borrow_mut();
+            if waiting.get(&self.token).is_some_and(|gradients| gradients.strong_count() == 0) {
+                waiting.remove(&self.token);
+            }
+        });
+    }
 }
 
 impl Token {
@@ -105,13 +125,14 @@ impl Token {
         TOKENS.lock().expect("no thread panics with this lock").get(&result.id())?.upgrade()
     }
 
-    /// Adds a gradient of the result to the others. Returns the gradient of the token, which nobody reads.
+    /// Adds a gradient of the result to the others. Returns the gradient of the token, whose number nobody reads.
     fn deliver(&self, gradient: &Tensor) -> Result<Tensor> {
-        let sum = match take(self.tensor.id()).into_iter().flatten().next() {
-            Some(before) => (before + gradient)?,
-            None => gradient.clone(),
-        };
-        leave(self.tensor.id(), vec![Some(sum)]);
+        let waiting = WAITING.with_borrow(|waiting| waiting.get(&self.tensor.id())?.upgrade());
+        let Some(waiting) = waiting else { return leave(&self.tensor, vec![Some(gradient.clone())]) };
+        let mut gradients = waiting.gradients.lock().expect("no thread panics with this lock");
+        for sum in gradients.iter_mut().flatten() {
+            *sum = (&*sum + gradient)?;
+        }
         Ok(self.tensor.detach())
     }
 }
@@ -124,12 +145,28 @@ impl Drop for Token {
     }
 }
 
-fn leave(token: TensorId, gradients: Vec<Option<Tensor>>) {
-    WAITING.with_borrow_mut(|waiting| waiting.insert(token, gradients));
+/// Lets `gradients` wait for the backward of `token`. Returns the gradient of the token, which owns them.
+fn leave(token: &Tensor, gradients: Vec<Option<Tensor>>) -> Result<Tensor> {
+    let waiting = Arc::new(Waiting { token: token.id(), gradients: Mutex::new(gradients) });
+    WAITING.with_borrow_mut(|all| all.insert(token.id(), Arc::downgrade(&waiting)));
+    // Candle adds this tensor to zeros. The sum keeps the tensor as its input, and so its operator, because it is part of a graph.
+    let owner = move |_: &Tensor, _: &Tensor| -> Result<Vec<Option<Tensor>>> {
+        let _ = &waiting;
+        unreachable!("no backward runs through a gradient")
+    };
+    token.apply_op1(Node {
+        name: "gradients",
+        value: Mutex::new(Some((unread(token.device())?, Shape::from(1)))),
+        backward: owner,
+    })
 }
 
 fn take(token: TensorId) -> Vec<Option<Tensor>> {
-    WAITING.with_borrow_mut(|waiting| waiting.remove(&token)).unwrap_or_default()
+    let waiting = WAITING.with_borrow_mut(|waiting| waiting.remove(&token)).and_then(|waiting| waiting.upgrade());
+    let gradients = |waiting: Arc<Waiting>| {
+        std::mem::take(&mut *waiting.gradients.lock().expect("no thread panics with this lock"))
+    };
+    waiting.map(gradients).unwrap_or_default()
 }
 
 /// Computes the gradients of the edges of a token, from its id.
@@ -147,10 +184,7 @@ fn token(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
             let all = move |token| {
                 let mut direct = gradients(token)?;
                 let indirect = direct.split_off(2);
-                if rest.track_op() {
-                    leave(rest.id(), indirect);
-                }
-                direct.push(rest.track_op().then(|| rest.detach()));
+                direct.push(if rest.track_op() { Some(leave(&rest, indirect)?) } else { None });
                 Ok(direct)
             };
             return apply(name, &edges, Box::new(all));
@@ -162,11 +196,8 @@ fn token(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
 fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<Tensor> {
     let node = Node {
         name,
-        value: Mutex::new(Some((zero(edges[0].device())?, Shape::from(1)))),
-        backward: move |token: &Tensor, _: &Tensor| {
-            // After an error the gradients that wait are of no use, and another `backward()` must not find them.
-            gradients(token.id()).inspect_err(|_| WAITING.with_borrow_mut(HashMap::clear))
-        },
+        value: Mutex::new(Some((unread(edges[0].device())?, Shape::from(1)))),
+        backward: move |token: &Tensor, _: &Tensor| gradients(token.id()),
     };
     match edges {
         [a] => a.apply_op1(node),
@@ -176,13 +207,15 @@ fn apply(name: &'static str, edges: &[Tensor], gradients: Gradients) -> Result<T
     }
 }
 
-/// The storage of one f32.
-pub(crate) fn zero(device: &Device) -> Result<Storage> {
+/// The storage of one f32 that nobody looks at. Candle only adds such numbers up.
+pub(crate) fn unread(device: &Device) -> Result<Storage> {
     let (one, dtype) = (Shape::from(1), DType::F32);
     Ok(match device {
         Device::Cpu => Storage::Cpu(CpuStorage::F32(vec![0.0])),
-        Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&one, dtype)?),
-        Device::Metal(device) => Storage::Metal(device.zeros_impl(&one, dtype)?),
+        // SAFETY: every pattern of bits is an f32.
+        Device::Cuda(device) => Storage::Cuda(unsafe { device.alloc_uninit(&one, dtype)? }),
+        // SAFETY: as above.
+        Device::Metal(device) => Storage::Metal(unsafe { device.alloc_uninit(&one, dtype)? }),
     })
 }
 
@@ -213,6 +246,13 @@ impl<B: Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>>> Node<B> {
         }
     }
 
+    fn take_metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.take()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
+            _ => unreachable!("check::same_device has compared the devices"),
+        }
+    }
+
     fn gradients<const N: usize>(&self, value: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; N]> {
         let gradients = (self.backward)(value, grad)?;
         Ok(gradients.try_into().unwrap_or_else(|_| unreachable!("one gradient for each input")))
@@ -235,6 +275,10 @@ where
         self.take_cuda()
     }
 
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.take_metal()
+    }
+
     fn bwd(&self, _: &Tensor, value: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let [da] = self.gradients(value, grad)?;
         Ok(da)
@@ -255,6 +299,10 @@ where
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         self.take_cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.take_metal()
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, value: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -293,6 +341,18 @@ where
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         self.take_cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.take_metal()
     }
 
     fn bwd(
@@ -461,6 +521,51 @@ mod tests {
 
         drop(y);
         assert!(!TOKENS.lock().expect("no thread panics with this lock").contains_key(&id));
+        Ok(())
+    }
+
+    /// A backward that fails in an operator of Candle, or panics there, adds nothing to the next one through the same node.
+    #[test]
+    fn a_failed_backward_does_not_count() -> Result<()> {
+        struct Fails(bool);
+        impl CustomOp1 for Fails {
+            fn name(&self) -> &'static str {
+                "fails"
+            }
+            fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+                Ok((CpuStorage::F32(vec![0.0; layout.shape().elem_count()]), layout.shape().clone()))
+            }
+            fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+                assert!(!self.0, "as asked for");
+                Err(Error::Msg("it fails".to_string()))
+            }
+        }
+        let x = Var::new(&[1f32, -2.0], &Device::Cpu)?;
+        let y = crate::gelu(&x)?;
+        let good = crate::gelu(&y)?.sum_all()?;
+        let gradient = || good.backward()?.remove(&x).expect("a gradient").to_vec1::<f32>();
+        let want = gradient()?;
+        for panics in [false, true] {
+            let fails = y.apply_op1(Fails(panics))?.sum_all()?;
+            // Of the two orders of a sum, one runs the good part first.
+            for loss in [(&good + &fails)?, (&fails + &good)?] {
+                let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| loss.backward().is_err()));
+                assert!(failed.unwrap_or(true));
+                assert_eq!((gradient()?, waiting()), (want.clone(), 0));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gradients that nobody comes for, as behind an operator without a derivative, go when the caller drops the others.
+    #[test]
+    fn a_gradient_that_leads_nowhere_is_dropped() -> Result<()> {
+        let (x, other) = (Var::new(&[1f32, -2.0], &Device::Cpu)?, Var::new(&[3f32, 4.0], &Device::Cpu)?);
+        let y = crate::swiglu(&crate::gelu(&x.sign()?)?, &other)?;
+        for _ in 0..2 {
+            assert!(y.sum_all()?.backward()?.get(&other).is_some());
+            assert_eq!(waiting(), 0);
+        }
         Ok(())
     }
 }

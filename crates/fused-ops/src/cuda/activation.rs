@@ -3,7 +3,7 @@
 use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, CudaStorage, Result, Storage, Tensor};
 
-use super::launch::Launcher;
+use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, vectors, Locked};
 use super::params::{ActivationBackwardParams, ActivationForwardParams};
 use crate::node;
@@ -55,7 +55,7 @@ fn forward(device: &CudaDevice, name: &str, x: &Tensor, up: Option<&Tensor>) -> 
 }
 
 /// dx, and dup if there is an `up`.
-fn backward(
+pub(crate) fn backward(
     device: &CudaDevice,
     name: &str,
     x: &Tensor,
@@ -89,5 +89,5 @@ fn backward(
 /// The first block also has the elements after the last whole vector, so there is at least one block.
 fn config(bytes: usize, vectors_of_thread: usize) -> LaunchConfig {
     let blocks = (bytes / 16).div_ceil(vectors_of_thread * THREADS).max(1);
-    LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 }
+    grid(blocks, THREADS)
 }

@@ -1,17 +1,19 @@
 //! Steps of AdamW: cuda/adamw.cuh.
 
-use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig};
+use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
-use super::launch::Launcher;
+use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, vectors, Locked};
 use super::params::{AdamWBlock, AdamWParams, AdamWTensor, GlobalNormParams, NULL};
 use crate::adamw::{Rule, Slot};
 
 const FILE: &str = "adamw";
-const THREADS: u32 = 256;
-/// Elements of a block, as in cuda/adamw.cuh.
-const CHUNK: usize = 1 << 14;
+
+// As in cuda/adamw.cuh.
+const THREADS: usize = 256;
+const NORM_THREADS: usize = 1024;
+const CHUNK: usize = 1 << 14; // elements of a block
 
 /// Which chunk each block updates. The parameters of one type are one launch.
 #[derive(Debug)]
@@ -60,8 +62,7 @@ impl Plan {
         max_norm: Option<f64>,
     ) -> Result<Tensor> {
         let device = &self.device;
-        let cast = |(slot, gradient): (&Slot, &Tensor)| vectors(&gradient.to_dtype(slot.var.dtype())?);
-        let gradients = slots.iter().zip(gradients).map(cast).collect::<Result<Vec<_>>>()?;
+        let gradients = gradients.iter().map(vectors).collect::<Result<Vec<_>>>()?;
         let blocks: usize = self.launches.iter().map(|launch| launch.count).sum();
         let scalar = |len| uninit(device, len, DType::F32);
         let (mut partial, mut norm, mut factor) = (scalar(blocks)?, scalar(1)?, scalar(1)?);
@@ -104,21 +105,16 @@ impl Plan {
                 blocks: blocks as u32,
                 max_norm: max_norm.map_or(f32::INFINITY, |limit| limit as f32),
             };
-            let config = |blocks: usize, threads| LaunchConfig {
-                grid_dim: (blocks as u32, 1, 1),
-                block_dim: (threads, 1, 1),
-                shared_mem_bytes: 0,
-            };
             let for_each_type = |pass: &str| {
                 launches.iter().try_for_each(|(launch, params, _)| {
                     let name = format!("adamw_{pass}_{}", launch.dtype.as_str());
                     // SAFETY: the tables have the addresses of this step, and a block for each chunk of each tensor.
-                    unsafe { launcher.queue(FILE, &name, config(launch.count, THREADS), params) }
+                    unsafe { launcher.queue(FILE, &name, grid(launch.count, THREADS), params) }
                 })
             };
             for_each_type("norm")?;
             // SAFETY: every block of the launches before has written its partial sum.
-            unsafe { launcher.queue(FILE, "global_norm", config(1, 1024), &norm_params)? };
+            unsafe { launcher.queue(FILE, "global_norm", grid(1, NORM_THREADS), &norm_params)? };
             for_each_type("update")?;
         }
         Ok(tensor(norm, ()))

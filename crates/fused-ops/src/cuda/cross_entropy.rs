@@ -4,13 +4,18 @@ use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::device;
-use super::launch::Launcher;
+use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, Locked};
 use super::params::{CrossEntropyMeanParams, CrossEntropyParams, ScaleParams, NULL};
 use crate::loss::CrossEntropy;
 use crate::node;
 
 const FILE: &str = "cross_entropy";
+
+// As in cuda/cross_entropy.cuh.
+const THREADS: usize = 512;
+const MEAN_THREADS: usize = 1024;
+const SCALE_THREADS: usize = 256;
 
 /// See [`CrossEntropy::forward`].
 pub(crate) fn cross_entropy(
@@ -128,11 +133,7 @@ impl Rows {
     pub(super) unsafe fn queue(&self, launcher: &Launcher, pass: &str, params: &CrossEntropyParams) -> Result<()> {
         let options = self.options.softcap.is_some() || self.options.label_smoothing > 0.0;
         let name = format!("cross_entropy_{pass}_{}{}", self.dtype.as_str(), if options { "_options" } else { "" });
-        let config = LaunchConfig {
-            grid_dim: (params.rows as u32, 1, 1),
-            block_dim: (512, 1, 1),
-            shared_mem_bytes: params.kept as u32,
-        };
+        let config = LaunchConfig { shared_mem_bytes: params.kept as u32, ..grid(params.rows as usize, THREADS) };
         // SAFETY: as the caller promises.
         unsafe { launcher.queue(FILE, &name, config, params) }
     }
@@ -164,7 +165,7 @@ pub(super) fn mean(device: &CudaDevice, options: &CrossEntropy, losses: &Tensor,
             rows: targets.size() as i64,
             ignore_index: ignored(options),
         };
-        let config = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1024, 1, 1), shared_mem_bytes: 0 };
+        let config = grid(1, MEAN_THREADS);
         // SAFETY: there is a loss for each target.
         unsafe { launcher.launch(FILE, "cross_entropy_mean_of_rows", config, &params)? };
     }
@@ -173,7 +174,6 @@ pub(super) fn mean(device: &CudaDevice, options: &CrossEntropy, losses: &Tensor,
 
 /// `from * dloss / counted` in the shape and type of `like`. `from` is in f32.
 pub(super) fn scaled(from: &Tensor, dloss: &Tensor, counted: &Tensor, like: &Tensor) -> Result<Tensor> {
-    const THREADS: usize = 256;
     let candle_core::Device::Cuda(device) = like.device() else { unreachable!("the loss ran on a GPU") };
     let mut to = uninit(device, like.elem_count(), like.dtype())?;
     {
@@ -188,11 +188,7 @@ pub(super) fn scaled(from: &Tensor, dloss: &Tensor, counted: &Tensor, like: &Ten
             size: like.elem_count() as i64,
         };
         let vectors = (like.elem_count() * like.dtype().size_in_bytes()).div_ceil(16);
-        let config = LaunchConfig {
-            grid_dim: (vectors.div_ceil(THREADS) as u32, 1, 1),
-            block_dim: (THREADS as u32, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let config = grid(vectors.div_ceil(SCALE_THREADS), SCALE_THREADS);
         // SAFETY: both have `size` elements.
         unsafe { launcher.launch(FILE, &format!("scale_{}", like.dtype().as_str()), config, &params)? };
     }

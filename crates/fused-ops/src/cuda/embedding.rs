@@ -1,11 +1,9 @@
 //! The lookup of rows by id, and its backward: cuda/embedding.cuh.
 
-use candle_core::backend::BackendDevice;
-use candle_core::cuda::cudarc::driver::LaunchConfig;
-use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
-use super::launch::Launcher;
-use super::memory::{aligned, tensor, uninit, Locked};
+use super::launch::{grid, Launcher};
+use super::memory::{aligned, tensor, uninit, zeros, Locked};
 use super::params::{EmbeddingForwardParams, EmbeddingSortParams, EmbeddingSumParams, NULL};
 use crate::node;
 
@@ -13,6 +11,7 @@ const FILE: &str = "embedding";
 const THREADS: usize = 256;
 
 // As in cuda/embedding.cuh.
+const UNITS: usize = 4;
 const DIGIT_BITS: usize = 9;
 const DIGITS: usize = 1 << DIGIT_BITS;
 const SORT_THREADS: usize = DIGITS;
@@ -57,7 +56,7 @@ fn lookup(device: &CudaDevice, ids: &Tensor, weight: &Tensor) -> Result<CudaStor
             units: (row_bytes / unit) as u32,
             wide_ids: wide(ids),
         };
-        let config = config(tokens * row_bytes / unit, 4 * THREADS, THREADS);
+        let config = grid((tokens * row_bytes / unit).div_ceil(UNITS * THREADS), THREADS);
         // SAFETY: sizes and addresses are those of one call. Rows are multiples of a unit, and begin at one.
         unsafe { launcher.launch(FILE, &format!("embedding_forward_b{unit}"), config, &params)? };
     }
@@ -76,7 +75,7 @@ impl Sorted {
         // 1,024 tokens for a block keep its counts small next to its keys. At most 128 blocks, because each reads the counts of all.
         let share = tokens.div_ceil(128).next_multiple_of(SORT_THREADS).max(1024);
         let blocks = tokens.div_ceil(share);
-        let config = config(blocks, 1, SORT_THREADS);
+        let config = grid(blocks, SORT_THREADS);
         let stream = device.cuda_stream();
         let unsigned = |len| uninit(device, len, DType::U32);
         let mut counts = unsigned(blocks * DIGITS)?;
@@ -117,7 +116,7 @@ impl Sorted {
         let (dtype, tokens) = (weight.dtype(), self.keys.elem_count());
         let &[rows, width] = weight.dims() else { unreachable!("embedding has checked the shape") };
         let segments = tokens / SEGMENT;
-        let mut runs = device.zeros_impl(&Shape::from(2 * rows), DType::U32)?;
+        let mut runs = zeros(device, 2 * rows, DType::U32)?;
         let mut partial = uninit(device, segments * width, DType::F32)?;
         let mut dweight = uninit(device, rows * width, dtype)?;
         {
@@ -140,7 +139,7 @@ impl Sorted {
                 false => (width, "_any"),
             };
             let name = |part: &str| format!("embedding_{part}_{}{suffix}", dtype.as_str());
-            let threads = |count| config(count, THREADS, THREADS);
+            let threads = |count: usize| grid(count.div_ceil(THREADS), THREADS);
             // SAFETY: sizes and addresses are those of one call. The kernels with vectors get aligned rows.
             unsafe {
                 launcher.queue(FILE, "embedding_runs", threads(tokens), &params)?;
@@ -154,9 +153,4 @@ impl Sorted {
 
 fn wide(ids: &Tensor) -> i32 {
     i32::from(ids.dtype() == DType::I64)
-}
-
-fn config(items: usize, items_of_block: usize, threads: usize) -> LaunchConfig {
-    let blocks = items.div_ceil(items_of_block);
-    LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (threads as u32, 1, 1), shared_mem_bytes: 0 }
 }

@@ -23,6 +23,11 @@ pub(super) struct Launcher<'a> {
     guards: Vec<SyncOnDrop<'a>>,
 }
 
+/// `blocks` blocks of `threads` threads in one row, without dynamic shared memory.
+pub(super) fn grid(blocks: usize, threads: usize) -> LaunchConfig {
+    LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (threads as u32, 1, 1), shared_mem_bytes: 0 }
+}
+
 /// Evaluates an expression for the slice inside a [`CudaStorageSlice`], whatever its element type.
 macro_rules! for_slice {
     ($storage:expr, $slice:ident => $body:expr) => {

@@ -1,13 +1,12 @@
 //! Cross-entropy of a linear layer, chunk by chunk: three products of cuBLAS, and the loss in place between them.
 
-use candle_core::backend::BackendDevice;
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
-use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::cross_entropy::{mean, scaled, Mean, Rows};
 use super::launch::Launcher;
 use super::matmul::{product, Matrix, Sizes};
-use super::memory::{tensor, uninit, Locked};
+use super::memory::{tensor, uninit, zeros, Locked};
 use super::params::CrossEntropyParams;
 use crate::loss::CrossEntropy;
 use crate::node;
@@ -55,7 +54,7 @@ fn sums(rows: &Rows, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, width: 
     // The first chunk overwrites it. Without rows there is none.
     let mut dweight = match (weight.track_op(), count) {
         (false, _) => None,
-        (true, 0) => Some(zeros(device, weight.elem_count())?),
+        (true, 0) => Some(zeros(device, weight.elem_count(), DType::F32)?),
         (true, _) => Some(uninit(device, weight.elem_count(), DType::F32)?),
     };
     {
@@ -106,8 +105,4 @@ fn sums(rows: &Rows, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, width: 
         dx: dx.map(|dx| gradient(dx, x)),
         dweight: dweight.map(|dweight| gradient(dweight, weight)),
     })
-}
-
-fn zeros(device: &CudaDevice, len: usize) -> Result<CudaStorage> {
-    device.zeros_impl(&Shape::from(len.max(1)), DType::F32)
 }

@@ -11,6 +11,11 @@ pub(super) fn uninit(device: &CudaDevice, len: usize, dtype: DType) -> Result<Cu
     unsafe { device.alloc_uninit(&Shape::from(len.max(1)), dtype) }
 }
 
+/// As [`uninit`], but zeros.
+pub(super) fn zeros(device: &CudaDevice, len: usize, dtype: DType) -> Result<CudaStorage> {
+    device.zeros_impl(&Shape::from(len.max(1)), dtype)
+}
+
 /// Memory that a kernel has written, as a tensor that no gradient flows through.
 pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     node::untracked(Storage::Cuda(storage), shape)

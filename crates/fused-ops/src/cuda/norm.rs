@@ -4,7 +4,7 @@ use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::device;
-use super::launch::Launcher;
+use super::launch::{grid, Launcher};
 use super::memory::{aligned, tensor, uninit, Locked};
 use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
 use crate::node;
@@ -180,11 +180,9 @@ fn finish(
     let [partial_dweight, partial_dbias] = partial.each_ref().map(|sums| sums.as_ref().map(Locked::of));
     let mut dweight = uninit(device, width, dtype)?;
     let mut dbias = partial_dbias.as_ref().map(|_| uninit(device, width, dtype)).transpose()?;
-    let config = LaunchConfig {
-        grid_dim: (width.div_ceil(COLUMNS) as u32, 1 + u32::from(dbias.is_some()), 1),
-        block_dim: ((COLUMNS * PARTS) as u32, 1, 1),
-        shared_mem_bytes: 0,
-    };
+    let blocks_of_sum = width.div_ceil(COLUMNS);
+    let grid_dim = (blocks_of_sum as u32, 1 + u32::from(dbias.is_some()), 1);
+    let config = LaunchConfig { grid_dim, ..grid(blocks_of_sum, COLUMNS * PARTS) };
     let stream = device.cuda_stream();
     let mut launcher = Launcher::new(&stream);
     let params = NormFinishParams {
@@ -234,10 +232,6 @@ impl Sharing {
     }
 
     fn config(self, blocks: usize, shared_bytes: usize) -> LaunchConfig {
-        LaunchConfig {
-            grid_dim: (blocks as u32, 1, 1),
-            block_dim: (self.threads as u32, 1, 1),
-            shared_mem_bytes: shared_bytes as u32,
-        }
+        LaunchConfig { shared_mem_bytes: shared_bytes as u32, ..grid(blocks, self.threads) }
     }
 }

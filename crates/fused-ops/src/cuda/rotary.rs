@@ -2,10 +2,9 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
-use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor};
 
-use super::launch::Launcher;
+use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, Locked};
 use super::params::RotaryParams;
 use crate::node;
@@ -72,20 +71,21 @@ fn launch(
         pairs: pairs as u32,
         sign,
     };
-    // A thread has two vectors, or two pairs if the shapes allow no vectors.
     let vector = 16 / dtype.size_in_bytes();
-    let (order, part, pairs_of_thread) = match tables.order {
-        RotaryOrder::HalfSplit => ("halves", pairs, vector),
-        RotaryOrder::Interleaved => ("interleaved", 2 * pairs, vector),
+    // Values that must be whole vectors, and the items of a thread: `kRotaryItems` of cuda/rotary.cuh.
+    let (order, part, items) = match tables.order {
+        RotaryOrder::HalfSplit => ("halves", pairs, 1),
+        RotaryOrder::Interleaved => ("interleaved", 2 * pairs, 2),
     };
     let aligned = [params.x, params.y, params.cos, params.sin].iter().all(|address| address % 16 == 0);
+    // A thread has two vectors. If the shapes allow none, an item is one pair.
     let (suffix, pairs_of_thread) = match aligned && part % vector == 0 && head_dim % vector == 0 {
-        true => ("", pairs_of_thread),
-        false => ("_any", 1),
+        true => ("", vector),
+        false => ("_any", items),
     };
+    // Not one block too many: the kernel counts its items with 32 bits, and must not begin at 0 again.
     let blocks = (rows * pairs).div_ceil(pairs_of_thread * THREADS).max(1);
-    let config =
-        LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
+    let config = grid(blocks, THREADS);
     let name = format!("rotary_{order}_{}{suffix}", dtype.as_str());
     // SAFETY: check_rotary has compared the shapes. The kernel with vectors gets aligned rows.
     unsafe { launcher.launch("rotary", &name, config, &params) }

@@ -190,6 +190,24 @@ fn a_resumed_run_has_the_same_bits() -> Result<()> {
     Ok(())
 }
 
+/// Gradients that were added up in f32 are rounded to the type of their parameter.
+#[test]
+fn gradients_may_have_a_wider_type() -> Result<()> {
+    let run = |wide: DType| -> Result<_> {
+        let vars = variables(DType::BF16)?;
+        let mut optimizer = optimizer(&vars, CONFIG)?;
+        let mut gradients = store(&vars, 1)?;
+        for var in &vars {
+            let gradient = gradients.remove(var).expect("a gradient").to_dtype(wide)?;
+            gradients.insert(var, gradient);
+        }
+        optimizer.step(&gradients, 1e-2)?;
+        state_bits(&optimizer)
+    };
+    assert_eq!(run(DType::F32)?, run(DType::BF16)?);
+    Ok(())
+}
+
 /// A state is a copy: later steps do not change it. Master weights set their parameter.
 #[test]
 fn a_state_can_be_restored() -> Result<()> {
@@ -231,6 +249,13 @@ fn errors_name_the_parameter_and_change_nothing() -> Result<()> {
         "1 of 2 parameters have no gradient: p1; an operator on their way to the loss drops it, or they should not be in the \
          optimizer"
     );
+    let mut of_another_shape = store(&vars, 1)?;
+    of_another_shape.insert(&vars[1], Tensor::zeros(34, DType::F32, &Device::Cpu)?);
+    assert_eq!(
+        text(optimizer.step(&of_another_shape, 1.0)),
+        "the gradient of p1: shape must be [33] as the parameter, got [34]"
+    );
+    assert_eq!(text(optimizer.step(&store(&vars, 1)?, f64::NAN)), "lr must be finite and at least 0, got NaN");
     let state = optimizer.state()?;
     let with = |change: &dyn Fn(&mut std::collections::HashMap<String, Tensor>)| {
         let mut state = state.clone();

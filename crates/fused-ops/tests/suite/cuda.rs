@@ -3,10 +3,11 @@
 use anyhow::Result;
 use attention_reference::draw;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fused_ops::{cross_entropy, layer_norm, CrossEntropy};
+use candle_fused_ops::{cross_entropy, layer_norm, pool, CrossEntropy};
 use rand::Rng;
 
 use crate::against_reference::check;
+use crate::errors::text;
 use crate::nonfinite::rows_with_nan;
 use crate::operators::{self, Operator, Shapes};
 use crate::run::{bits, numbers, random, Case, Outcome};
@@ -36,7 +37,8 @@ const WITH_KERNELS: [&str; 16] = [
 pub fn gpu() -> Option<Device> {
     match Device::new_cuda(0) {
         Ok(gpu) => {
-            keep_freed_memory(&gpu);
+            // Otherwise the driver takes it back whenever a thread waits for the GPU, and a test does so after each tensor.
+            pool::keep_freed_memory(&gpu).expect("the pool of the GPU");
             Some(gpu)
         }
         Err(error) if std::env::var_os("CANDLE_FA2_REQUIRE_GPU").is_some() => panic!("no CUDA device: {error}"),
@@ -45,22 +47,6 @@ pub fn gpu() -> Option<Device> {
             None
         }
     }
-}
-
-/// Lets the memory pool of `gpu` keep what tensors free. By default the driver takes it back whenever a thread waits for the GPU, and a test
-/// does so after each tensor.
-fn keep_freed_memory(gpu: &Device) {
-    use candle_core::cuda::cudarc::driver::result::{device, mem_pool};
-    use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-
-    let stream = gpu.as_cuda_device().expect("a GPU").cuda_stream();
-    let mut most = u64::MAX;
-    // SAFETY: the context's own device, and its pool, whose attribute is a 64-bit count of bytes.
-    let set = unsafe {
-        device::get_mem_pool(stream.context().cu_device())
-            .and_then(|pool| mem_pool::set_attribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut most).cast()))
-    };
-    set.expect("the GPU has a memory pool");
 }
 
 fn with_kernels() -> impl Iterator<Item = Operator> {
@@ -297,6 +283,18 @@ fn minus_infinity_masks_a_class() -> Result<()> {
     assert_eq!(smooth.forward(&logits, &target(0)?)?.to_scalar::<f32>()?, infinity);
     let all = Tensor::new(&[[-infinity; 3]], &gpu)?;
     assert!(cross_entropy(&all, &target(0)?)?.to_scalar::<f32>()?.is_nan());
+    Ok(())
+}
+
+/// Each has a stream of its own, and nothing orders the two.
+#[test]
+fn two_devices_of_one_gpu_do_not_mix() -> Result<()> {
+    let (Some(gpu), Some(other)) = (gpu(), gpu()) else { return Ok(()) };
+    let (x, weight) = (Tensor::ones((2, 8), DType::F32, &gpu)?, Tensor::ones(8, DType::F32, &other)?);
+    assert_eq!(
+        text(layer_norm(&x, &weight, None, 1e-5)),
+        "weight: must be on the device of x, Cuda { gpu_id: 0 }, got another device on it; move one with to_device"
+    );
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_ops::{linear, linear_add, linear_gelu, mlp_add};
 
+use crate::cuda::gpu;
 use crate::run::{precision, random};
 
 type Call = fn(&[Tensor]) -> candle_core::Result<Tensor>;
@@ -41,12 +42,8 @@ fn relative(got: &Tensor, want: &Tensor) -> Result<f64> {
 }
 
 #[test]
-#[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn layers_on_a_gpu_agree_with_those_on_the_cpu() -> Result<()> {
-    let Ok(gpu) = Device::new_cuda(0) else {
-        println!("SKIPPED: no CUDA device");
-        return Ok(());
-    };
+    let Some(gpu) = gpu() else { return Ok(()) };
     // The sizes of a GPT, small ones, and some that tensor cores do not take: those are composed.
     for [rows, inputs, hidden, outputs] in [[1024, 768, 3072, 768], [5, 48, 80, 24], [1, 8, 8, 8], [5, 9, 11, 7]] {
         for dtype in [DType::F32, DType::F16, DType::BF16] {

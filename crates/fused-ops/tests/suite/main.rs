@@ -13,6 +13,7 @@ mod cuda_against_cpu;
 mod errors;
 mod gradients;
 mod layers;
+#[cfg(feature = "cuda")]
 mod linear_cuda;
 mod loss;
 mod nonfinite;

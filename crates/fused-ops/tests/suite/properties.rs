@@ -178,6 +178,18 @@ fn a_result_may_go_to_several_operators() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_backward_may_run_on_another_thread() -> Result<()> {
+    use candle_fused_ops::{gelu, swiglu};
+    let x = Var::from_tensor(&random("x", &[5, 7], DType::F32)?)?;
+    let y = gelu(&x)?;
+    let loss = (swiglu(&y, &y)? * &y)?.sum_all()?;
+    let gradient = |loss: &Tensor| bits(&[loss.backward()?.remove(&x).expect("a gradient")]);
+    let there = std::thread::scope(|scope| scope.spawn(|| gradient(&loss)).join().expect("no panic"))?;
+    assert_eq!(there, gradient(&loss)?);
+    Ok(())
+}
+
 /// The inputs and outputs of a layer may be several axes.
 #[test]
 fn layers_split_and_join_axes() -> Result<()> {
@@ -218,6 +230,10 @@ fn checkpointing_changes_no_bit() -> Result<()> {
     let last_rows = |t: &[Tensor]| t[0].narrow(0, 3, 2)?.t(); // a view
     let view = checkpoint(&inputs[..1], last_rows)?;
     assert_eq!(bits(&[view])?, bits(&[last_rows(&[inputs[0].clone()])?])?);
+
+    let square = checkpoint(&[inputs[0], inputs[0]], |t| &t[0] * &t[1])?; // one variable twice
+    let gradient = square.sum_all()?.backward()?.remove(inputs[0]).expect("a gradient");
+    assert_eq!(bits(&[gradient])?, bits(&[(inputs[0] * 2.0)?])?);
 
     let hidden = vars[1].as_tensor().clone();
     let error = checkpoint(&inputs[..1], move |t| t[0].matmul(&hidden.t()?)).unwrap_err().to_string();

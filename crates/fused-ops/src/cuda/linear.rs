@@ -12,7 +12,6 @@ use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::backend::BackendDevice;
 use candle_core::cuda::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda::cudarc::cublaslt::sys::{
     self, cublasComputeType_t as Compute, cublasLtEpilogue_t as LtEpilogue, cublasLtMatmulDescAttributes_t as Describe,
@@ -22,9 +21,11 @@ use candle_core::cuda::cudarc::driver::{
     sys::CUevent_flags, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError,
 };
 use candle_core::cuda::{gemm_reduced_precision_f32, CudaDevice, CudaStorageSlice, DeviceId};
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor, Var};
+use candle_core::{DType, Device, Result, Storage, Tensor};
 
-use super::{Layer, Products};
+use super::memory::uninit;
+use super::{activation, device_with_kernels};
+use crate::linear::{Layer, Products};
 use crate::{check, node};
 
 /// Size of cuBLASLt's workspace. NVIDIA recommends this size for Hopper.
@@ -49,15 +50,15 @@ pub(crate) fn measure_products(measure: bool) {
 }
 
 /// Whether cuBLASLt can compute layers of `x` with these weights and biases.
-pub(super) fn supports(x: &Tensor, layers: &[(&Tensor, &Tensor)]) -> bool {
+pub(crate) fn supports(x: &Tensor, layers: &[(&Tensor, &Tensor)]) -> bool {
     let aligned = |(weight, bias): &(&Tensor, &Tensor)| {
         let outputs = bias.elem_count();
         outputs.is_multiple_of(ALIGNED_NUMBERS) && (weight.elem_count() / outputs).is_multiple_of(ALIGNED_NUMBERS)
     };
-    x.device().is_cuda() && x.dtype() != DType::F64 && x.elem_count() > 0 && layers.iter().all(aligned)
+    device_with_kernels(x).is_some() && x.elem_count() > 0 && layers.iter().all(aligned)
 }
 
-pub(super) struct CublasLt;
+pub(crate) struct CublasLt;
 
 impl Products for CublasLt {
     fn affine(&self, layer: &Layer, residual: Option<&Tensor>) -> Result<Storage> {
@@ -80,7 +81,7 @@ impl Products for CublasLt {
     fn affine_gelu(&self, layer: &Layer) -> Result<(Tensor, Storage)> {
         let Layer { x, weight, bias } = layer;
         let shape = (x.dim(0)?, bias.elem_count());
-        let h = node::untracked(uninitialised(shape, x)?, shape);
+        let h = node::untracked(memory_like(x, shape.0 * shape.1)?, shape);
         if let Some(g) = product(x, &weight.t()?, None, Epilogue::BiasGelu { bias, h: &h })? {
             return Ok((h, g));
         }
@@ -90,9 +91,8 @@ impl Products for CublasLt {
     }
 
     fn through_gelu(&self, dg: &Tensor, h: &Tensor) -> Result<Tensor> {
-        let h = Var::from_tensor(h)?;
-        let loss = (crate::gelu(&h)? * dg)?.sum_all()?;
-        Ok(loss.backward()?.remove(&h).expect("the loss depends on h"))
+        let Device::Cuda(device) = h.device() else { unreachable!("`supports` has checked the device") };
+        Ok(activation::backward(device, "gelu", h, None, dg)?.0)
     }
 
     fn product_through_gelu(&self, dy: &Tensor, weight: &Tensor, h: &Tensor) -> Result<Tensor> {
@@ -108,7 +108,7 @@ impl Products for CublasLt {
 
     fn weight_gradients(&self, dh: &Tensor, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let outputs = dh.dim(1)?;
-        let dbias = node::untracked(uninitialised(outputs, dh)?, outputs);
+        let dbias = node::untracked(memory_like(dh, outputs)?, outputs);
         if let Some(dweight) = product(&dh.t()?, x, None, Epilogue::RowSums(&dbias))? {
             return Ok((node::untracked(dweight, (outputs, x.dim(1)?)), dbias));
         }
@@ -195,7 +195,7 @@ fn product(x: &Tensor, w: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue
         residual: residual.is_some(),
         epilogue: epilogue.code(),
     };
-    let y = uninitialised((m, n), &x)?;
+    let y = memory_like(&x, m * n)?;
     let address_of = |tensor: &Option<Tensor>| tensor.as_ref().map(address);
     let addresses = Addresses {
         y: storage_address(&y, 0),
@@ -216,11 +216,10 @@ fn product(x: &Tensor, w: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue
     Ok(done.then_some(y))
 }
 
-/// Memory for a result.
-fn uninitialised(shape: impl Into<Shape>, like: &Tensor) -> Result<Storage> {
+/// Memory for `len` elements of a result, on the device and in the type of `like`.
+fn memory_like(like: &Tensor, len: usize) -> Result<Storage> {
     let Device::Cuda(device) = like.device() else { unreachable!("`supports` has checked the device") };
-    // SAFETY: a product writes all of it before anything reads it.
-    Ok(Storage::Cuda(unsafe { device.alloc_uninit(&shape.into(), like.dtype())? }))
+    Ok(Storage::Cuda(uninit(device, len, like.dtype())?))
 }
 
 /// `tensor`, or a copy of it if it does not begin at a multiple of `ALIGNMENT_BYTES`. What this module has allocated does.

@@ -1,0 +1,105 @@
+//! The memory pool of a GPU, which Candle allocates from.
+//!
+//! Other devices have no pool. Some virtual GPUs have none either.
+
+use candle_core::{Device, Result};
+
+/// Lets the pool keep the memory that tensors free. By default each synchronisation returns it to the driver, and the next step of a
+/// training must map all of its memory again.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn keep_freed_memory(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(pool) = cuda::Pool::of(device)? {
+        return pool.keep_freed_memory();
+    }
+    let _ = device;
+    Ok(())
+}
+
+/// Bytes in use now. `None` without a pool. [`peak_bytes`] measures from this call on.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn used_bytes(device: &Device) -> Result<Option<u64>> {
+    #[cfg(feature = "cuda")]
+    if let Some(pool) = cuda::Pool::of(device)? {
+        return pool.reset_peak().and_then(|()| pool.used_bytes()).map(Some);
+    }
+    let _ = device;
+    Ok(None)
+}
+
+/// The largest number of bytes in use at once since the last [`used_bytes`]. `None` without a pool.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn peak_bytes(device: &Device) -> Result<Option<u64>> {
+    #[cfg(feature = "cuda")]
+    if let Some(pool) = cuda::Pool::of(device)? {
+        return pool.peak_bytes().map(Some);
+    }
+    let _ = device;
+    Ok(None)
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use candle_core::cuda::cudarc::driver::result::{device, mem_pool};
+    use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute_enum::{
+        self as Attribute, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+        CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    };
+    use candle_core::cuda::cudarc::driver::sys::{CUmemoryPool, CUresult};
+    use candle_core::cuda::cudarc::driver::DriverError;
+    use candle_core::cuda::WrapErr;
+    use candle_core::{Device, Result};
+
+    pub(super) struct Pool(CUmemoryPool);
+
+    impl Pool {
+        pub(super) fn of(device: &Device) -> Result<Option<Self>> {
+            let Device::Cuda(device) = device else { return Ok(None) };
+            let stream = device.cuda_stream();
+            let context = stream.context();
+            if !context.has_async_alloc() {
+                return Ok(None); // Candle allocates without a pool
+            }
+            context.bind_to_thread().w()?;
+            // SAFETY: the device is the one that `context` was opened on.
+            match unsafe { device::get_mem_pool(context.cu_device()) } {
+                Err(DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED)) => Ok(None),
+                pool => Ok(Some(Self(pool.w()?))),
+            }
+        }
+
+        pub(super) fn keep_freed_memory(&self) -> Result<()> {
+            self.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
+        }
+
+        pub(super) fn reset_peak(&self) -> Result<()> {
+            self.set(CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0) // 0 is the only value that the driver accepts here
+        }
+
+        pub(super) fn used_bytes(&self) -> Result<u64> {
+            self.get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+        }
+
+        pub(super) fn peak_bytes(&self) -> Result<u64> {
+            self.get(CU_MEMPOOL_ATTR_USED_MEM_HIGH)
+        }
+
+        fn get(&self, attribute: Attribute) -> Result<u64> {
+            let mut value = 0u64;
+            // SAFETY: the pool belongs to the device and outlives the process's use of it. The attributes read here are u64.
+            unsafe { mem_pool::get_attribute(self.0, attribute, (&raw mut value).cast()) }.w()?;
+            Ok(value)
+        }
+
+        fn set(&self, attribute: Attribute, mut value: u64) -> Result<()> {
+            // SAFETY: as in `get`.
+            unsafe { mem_pool::set_attribute(self.0, attribute, (&raw mut value).cast()) }.w()
+        }
+    }
+}
