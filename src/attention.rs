@@ -35,7 +35,7 @@ use crate::tensors::Inputs;
 /// - The forward keeps lse: two floats per query and head on the CPU, one on a GPU.
 /// - The backward adds one float per query and head, and accumulates dq in the accumulator's type. On a GPU, these accumulators
 ///   are whole groups of 8 queries for each sequence and head.
-/// - On a GPU, a copy of each input whose rows are not 16-byte aligned or too far apart.
+/// - On a GPU, a copy of each input whose rows are too far apart, or not 16-byte aligned.
 /// - If a call returns lse, it also keeps o of f16 and bf16 in f32; on a GPU its backward rounds copies of o and of its gradient.
 ///
 /// | tensor | padded | packed | type |

@@ -363,7 +363,7 @@ pub enum Error {
         pass: &'static str,
         /// The dtype of q.
         dtype: DType,
-        /// Size of the last axis of q.
+        /// The larger of head_dim and head_dim_v, rounded up to whole 16 bytes.
         head_dim: usize,
         /// Major and minor compute capability of the GPU.
         compute_cap: (u32, u32),

@@ -310,7 +310,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> BackwardCall<'_, T, G> {
         let visibility = problem.visibility(sequence);
         let partial = visibility.coverage(rows, cols) != Coverage::Full;
         let score_mod = ScoreMod::<T::Acc>::new(problem, self.call.slope(sequence.batch, head));
-        let scale = T::Acc::from_f64_lossy(problem.softmax_scale);
+        let softmax_scale = T::Acc::from_f64_lossy(problem.softmax_scale);
         let strides = &self.upstream.do_strides;
 
         let q_start = problem.q.start(sequence.batch, sequence.first_q + rows.start, head);
@@ -318,20 +318,20 @@ impl<T: Element, G: Element<Acc = T::Acc>> BackwardCall<'_, T, G> {
         let q = tile(&self.inputs.q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q);
         let do_ = tile(&self.upstream.do_[do_start..], strides.row, (m, head_dim_v), &mut scratch.do_);
         let first_lse = problem.lse_start(sequence, head) + rows.start;
-        let [row_max, log2_row_sum, delta] =
-            [self.lse.row_max, self.lse.log2_row_sum, &self.delta].map(|rows| &rows[first_lse..][..m]);
+        let [row_max_log2, row_sum_log2, delta] =
+            [self.lse.row_max_log2, self.lse.row_sum_log2, &self.delta].map(|rows| &rows[first_lse..][..m]);
 
         let (p, ds) = (&mut scratch.p[..m * n], &mut scratch.ds[..m * n]);
         let k_transposed = Mat::rows(&scratch.k_transposed, n);
         let v_transposed = Mat::rows(&scratch.v_transposed, n);
-        matmul_scores(self.call.arch, p, (m, n, head_dim), score_mod.scale, q, k_transposed);
+        matmul_scores(self.call.arch, p, (m, n, head_dim), score_mod.product_scale, q, k_transposed);
         // dv needs only P.
         if self.wanted.dq || self.wanted.dk {
             matmul(Out::rows(ds, n), (m, n, head_dim_v), false, T::Acc::ONE, do_, v_transposed);
         }
         let mask = TileMask { rows, cols, visibility, partial };
         let derivative = &mut scratch.derivative;
-        self.call.arch.dispatch(GradientStep { score_mod, mask, p, ds, derivative, row_max, log2_row_sum, delta });
+        self.call.arch.dispatch(GradientStep { score_mod, mask, p, ds, derivative, row_max_log2, row_sum_log2, delta });
         let (p, ds) = (Mat::rows(p, n), Mat::rows(ds, n));
         let (queries, keys) = (|col: usize| mask.queries(col), |row: usize| mask.keys(row));
         type Visible<'a> = Option<&'a dyn Fn(usize) -> Range<usize>>;
@@ -342,7 +342,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> BackwardCall<'_, T, G> {
         }
         if self.wanted.dk {
             let dk = Out::rows(&mut scratch.dk, head_dim);
-            matmul_visible(dk, (n, head_dim, m), scale, ds.transposed(), q, queries);
+            matmul_visible(dk, (n, head_dim, m), softmax_scale, ds.transposed(), q, queries);
         }
         if !self.wanted.dq {
             return;
@@ -354,7 +354,7 @@ impl<T: Element, G: Element<Acc = T::Acc>> BackwardCall<'_, T, G> {
         self.dq_semaphores.in_order(semaphore, task.n_block, || {
             // SAFETY: the semaphore gives this task alone access to these rows of this head.
             let dq = unsafe { Out::interleaved(self.dq_accum.block(dq_start, dq_span), dq_span, dq_strides.row) };
-            matmul_visible(dq, (m, head_dim, n), scale, ds, k, keys);
+            matmul_visible(dq, (m, head_dim, n), softmax_scale, ds, k, keys);
         });
     }
 }

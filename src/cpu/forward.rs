@@ -3,7 +3,7 @@
 //! Pipeline   for each visible key tile, last first: S^T = k q^T | softcap, ALiBi, mask | softmax | o = o * rescale + P v
 //! Scratch    q^T, S^T and o of one tile; also k and v if their type is not the accumulator's type.
 //! Layout     S^T has one row per key. So vector lanes are queries, and q^T is the only transposed tile.
-//! Numerics   scores, row_max, row_sum and o in the accumulator's type; o is divided by row_sum once, at the end.
+//! Numerics   scores, row_max_log2, row_sum and o in the accumulator's type; o is divided by row_sum once, at the end.
 //! Expects    a checked `Problem`.
 
 use std::ops::Range;
@@ -49,8 +49,8 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
     let tasks = tasks(call);
     let o_strides = problem.contiguous_o();
-    let (o, row_max, log2_row_sum) =
-        (Shared::new(o), Shared::new(&mut lse.row_max), Shared::new(&mut lse.log2_row_sum));
+    let (o, row_max_log2, row_sum_log2) =
+        (Shared::new(o), Shared::new(&mut lse.row_max_log2), Shared::new(&mut lse.row_sum_log2));
     let Tile { block_m, block_n } = tile;
     let widened = if T::IN_PLACE { 0 } else { block_n };
     let scratch = || Scratch {
@@ -69,19 +69,19 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
         let visibility = problem.visibility(sequence);
         let first = problem.lse_start(sequence, task.head) + rows.start;
         // SAFETY: each (batch, head, row) belongs to one task.
-        let (row_max, log2_row_sum) =
-            unsafe { (row_max.slice(first, rows.len()), log2_row_sum.slice(first, rows.len())) };
+        let (row_max_log2, row_sum_log2) =
+            unsafe { (row_max_log2.slice(first, rows.len()), row_sum_log2.slice(first, rows.len())) };
         for (i, row) in rows.clone().enumerate() {
             let start = o_strides.start(sequence.batch, sequence.first_q + row, task.head);
             // SAFETY: as above.
             let o = unsafe { o.slice(start, head_dim_v) };
             let unscaled = &mut scratch.o[i * head_dim_v..][..head_dim_v];
             if visibility.keys(row).is_empty() {
-                (row_max[i], log2_row_sum[i]) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
+                (row_max_log2[i], row_sum_log2[i]) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
                 unscaled.fill(T::Acc::ZERO);
             } else {
                 let (max, sum) = scratch.softmax.finish(i);
-                (row_max[i], log2_row_sum[i]) = (max, sum.log2());
+                (row_max_log2[i], row_sum_log2[i]) = (max, sum.log2());
                 unscaled.iter_mut().for_each(|x| *x /= sum);
             }
             O::narrow(unscaled, o);
@@ -105,7 +105,7 @@ fn tasks(call: &Call) -> Vec<Task> {
     tasks
 }
 
-/// Computes one task: the unnormalised output in `scratch.o`, and row_max and row_sum in `scratch.softmax`.
+/// Computes one task: the unnormalised output in `scratch.o`, and row_max_log2 and row_sum in `scratch.softmax`.
 fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
     let Inputs { q, k, v } = inputs;
     let (problem, block_n) = (call.problem, call.forward.block_n);
@@ -126,7 +126,8 @@ fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &
     transpose(&q[q_start..], problem.q.row, (m, head_dim), &mut scratch.q_transposed, m);
     let q_transposed = Mat::rows(&scratch.q_transposed, m);
 
-    // The last key tile goes first. Under a causal mask it holds the most recent keys of each query, so row_max settles early.
+    // The last key tile goes first. Under a causal mask it holds the most recent keys of each query, so row_max_log2 settles
+    // early.
     for n_block in (visible.start / block_n..visible.end.div_ceil(block_n)).rev() {
         let cols = (n_block * block_n).max(visible.start)..((n_block + 1) * block_n).min(visible.end);
         let coverage = visibility.coverage(rows, &cols);
@@ -137,7 +138,7 @@ fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &
         let v_tile = tile(&v[v_start..], problem.v.row, (n, head_dim_v), &mut scratch.v);
 
         let scores = &mut scratch.scores[..n * m];
-        matmul_scores(call.arch, scores, (n, m, head_dim), score_mod.scale, k_tile, q_transposed);
+        matmul_scores(call.arch, scores, (n, m, head_dim), score_mod.product_scale, k_tile, q_transposed);
         let o = &mut scratch.o[..m * head_dim_v];
         let mask = TileMask { rows, cols: &cols, visibility, partial: coverage == Coverage::Partial };
         let softmax = &mut scratch.softmax;

@@ -152,7 +152,7 @@ pub(super) fn matmul_visible<A: Real>(
 
 /// `out = factor * lhs rhs`, contiguous. A score has the same bits in every tile, in the forward and in the backward.
 ///
-/// The backward needs this: it recomputes scores and subtracts the `row_max` of the forward.
+/// The backward needs this: it recomputes scores and subtracts the `row_max_log2` of the forward.
 /// For most products the `gemm` crate adds the terms of a sum in order, from the first to the last. For vectors, and for
 /// products with `k` below 3, it uses other orders. [`ThinProduct`] computes these in the first order.
 pub(super) fn matmul_scores<A: Real>(

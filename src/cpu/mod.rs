@@ -65,7 +65,7 @@ fn typed_forward<T: Element>(
     let inputs = inputs.try_map(T::cpu_storage_as_slice)?;
     let rows = call.problem.rows_q() * call.problem.num_heads;
     let o_len = rows * call.problem.head_dim_v;
-    let mut lse = Lse { row_max: vec![T::Acc::ZERO; rows], log2_row_sum: vec![T::Acc::ZERO; rows] };
+    let mut lse = Lse { row_max_log2: vec![T::Acc::ZERO; rows], row_sum_log2: vec![T::Acc::ZERO; rows] };
     let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
@@ -76,8 +76,10 @@ fn typed_forward<T: Element>(
             let mut both = vec![T::Acc::ZERO; o_len + rows];
             let (o, natural) = both.split_at_mut(o_len);
             forward::forward(call, inputs, o, &mut lse);
-            for ((natural, &row_max), &log2_row_sum) in natural.iter_mut().zip(&lse.row_max).zip(&lse.log2_row_sum) {
-                *natural = (row_max + log2_row_sum) * T::Acc::LN_2;
+            for ((natural, &row_max_log2), &row_sum_log2) in
+                natural.iter_mut().zip(&lse.row_max_log2).zip(&lse.row_sum_log2)
+            {
+                *natural = (row_max_log2 + row_sum_log2) * T::Acc::LN_2;
             }
             T::Acc::to_cpu_storage_owned(both)
         }

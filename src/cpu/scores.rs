@@ -17,7 +17,7 @@ use crate::problem::Problem;
 pub(super) struct ScoreMod<A> {
     /// Factor of the product `q . k`: `softmax_scale * log2 e`, or with a softcap `softmax_scale / softcap`, so that the
     /// scaled product is the argument of tanh.
-    pub(super) scale: A,
+    pub(super) product_scale: A,
     /// `softcap * log2 e`.
     softcap_log2: Option<A>,
     /// ALiBi slope * log2 e.
@@ -27,12 +27,12 @@ pub(super) struct ScoreMod<A> {
 impl<A: Real> ScoreMod<A> {
     pub(super) fn new(problem: &Problem, slope: Option<f32>) -> Self {
         let log2_e = std::f64::consts::LOG2_E;
-        let scale = match problem.softcap {
+        let product_scale = match problem.softcap {
             None => problem.softmax_scale * log2_e,
             Some(softcap) => problem.softmax_scale / softcap,
         };
         Self {
-            scale: A::from_f64_lossy(scale),
+            product_scale: A::from_f64_lossy(product_scale),
             softcap_log2: problem.softcap.map(|softcap| A::from_f64_lossy(softcap * log2_e)),
             slope_log2: slope.map(|slope| A::from_f64_lossy(f64::from(slope) * log2_e)),
         }
@@ -78,13 +78,13 @@ impl<A: Real> ScoreMod<A> {
     }
 }
 
-/// `row_max` and `row_sum` of a query tile, one lane per query. Each step updates them with the scores of one key tile.
+/// `row_max_log2` and `row_sum` of a query tile, one lane per query. Each step updates them with the scores of one key tile.
 pub(super) struct OnlineSoftmax<A> {
     /// Largest score so far.
-    row_max: Vec<A>,
-    /// Sum so far of `exp2(score - row_max)`.
+    row_max_log2: Vec<A>,
+    /// Sum so far of `exp2(score - row_max_log2)`.
     row_sum: Vec<A>,
-    /// `exp2(old row_max - new row_max)` of the last step: the factor of earlier sums and of the output so far.
+    /// `exp2(old row_max_log2 - new row_max_log2)` of the last step: the factor of earlier sums and of the output so far.
     rescale: Vec<A>,
     /// Scratch of a step: the maximum that it subtracts.
     step_max: Vec<A>,
@@ -96,34 +96,34 @@ impl<A: Real> OnlineSoftmax<A> {
     /// Room for `block_m` queries.
     pub(super) fn new(block_m: usize) -> Self {
         let zeros = || vec![A::ZERO; block_m];
-        Self { row_max: zeros(), row_sum: zeros(), rescale: zeros(), step_max: zeros(), step_sum: zeros() }
+        Self { row_max_log2: zeros(), row_sum: zeros(), rescale: zeros(), step_max: zeros(), step_sum: zeros() }
     }
 
     /// Begins a query tile.
     pub(super) fn reset(&mut self) {
-        self.row_max.fill(A::NEG_INFINITY);
+        self.row_max_log2.fill(A::NEG_INFINITY);
         self.row_sum.fill(A::ZERO);
     }
 
-    /// Updates `row_max` and `row_sum`, and replaces each score by `exp2(score - row_max)`. `scores` has one row per key,
-    /// with `rows` lanes.
+    /// Updates `row_max_log2` and `row_sum`, and replaces each score by `exp2(score - row_max_log2)`. `scores` has one row per
+    /// key, with `rows` lanes.
     #[inline(always)]
     fn step(&mut self, scores: &mut [A], rows: usize) {
-        let (row_max, row_sum) = (&mut self.row_max[..rows], &mut self.row_sum[..rows]);
+        let (row_max_log2, row_sum) = (&mut self.row_max_log2[..rows], &mut self.row_sum[..rows]);
         let rescale = &mut self.rescale[..rows];
         let (step_max, step_sum) = (&mut self.step_max[..rows], &mut self.step_sum[..rows]);
-        step_max.copy_from_slice(row_max);
+        step_max.copy_from_slice(row_max_log2);
         for key in scores.chunks_exact(rows) {
             for (max, &score) in step_max.iter_mut().zip(key) {
-                // The comparison is false for NaN. So row_max skips NaN, and row_sum becomes NaN.
+                // The comparison is false for NaN. So row_max_log2 skips NaN, and row_sum becomes NaN.
                 *max = if score > *max { score } else { *max };
             }
         }
-        for ((rescale, row_max), step_max) in rescale.iter_mut().zip(row_max).zip(step_max.iter_mut()) {
+        for ((rescale, row_max_log2), step_max) in rescale.iter_mut().zip(row_max_log2).zip(step_max.iter_mut()) {
             // If all scores so far are minus infinity, subtract 0: exp2(-inf - 0) is 0, and exp2(-inf + inf) would be NaN.
             let subtracted = if *step_max == A::NEG_INFINITY { A::ZERO } else { *step_max };
-            *rescale = (*row_max - subtracted).exp2();
-            *row_max = *step_max;
+            *rescale = (*row_max_log2 - subtracted).exp2();
+            *row_max_log2 = *step_max;
             *step_max = subtracted;
         }
         step_sum.fill(A::ZERO);
@@ -151,9 +151,9 @@ impl<A: Real> OnlineSoftmax<A> {
         }
     }
 
-    /// `row_max` and `row_sum` of query `row`. If all its scores are minus infinity, these are minus infinity and 0.
+    /// `row_max_log2` and `row_sum` of query `row`. If all its scores are minus infinity, these are minus infinity and 0.
     pub(super) fn finish(&self, row: usize) -> (A, A) {
-        (self.row_max[row], self.row_sum[row])
+        (self.row_max_log2[row], self.row_sum[row])
     }
 }
 
@@ -241,9 +241,9 @@ pub(super) struct GradientStep<'a, A> {
     /// Scratch for one row of derivatives of the softcap.
     pub(super) derivative: &'a mut [A],
     /// Largest score of each query, in the log2 domain.
-    pub(super) row_max: &'a [A],
-    /// log2 of the sum of `exp2(score - row_max)` of each query.
-    pub(super) log2_row_sum: &'a [A],
+    pub(super) row_max_log2: &'a [A],
+    /// log2 of the sum of `exp2(score - row_max_log2)` of each query.
+    pub(super) row_sum_log2: &'a [A],
     /// delta of each query.
     pub(super) delta: &'a [A],
 }
@@ -257,8 +257,8 @@ impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
         let rows = self.p.chunks_exact_mut(cols).zip(self.ds.chunks_exact_mut(cols));
         for (row, (p, ds)) in rows.enumerate() {
             let statistics = RowStatistics {
-                row_max: self.row_max[row],
-                log2_row_sum: self.log2_row_sum[row],
+                row_max_log2: self.row_max_log2[row],
+                row_sum_log2: self.row_sum_log2[row],
                 delta: self.delta[row],
             };
             let seen = self.mask.keys(row);
@@ -285,22 +285,26 @@ impl<A: Real> pulp::NullaryFnOnce for GradientStep<'_, A> {
 /// Row statistics of one query, and its delta.
 #[derive(Clone, Copy)]
 struct RowStatistics<A> {
-    row_max: A,
-    log2_row_sum: A,
+    row_max_log2: A,
+    row_sum_log2: A,
     delta: A,
 }
 
 /// For one query, replaces score by `p = exp2(score - lse)` and dp by `ds = p * (dp - delta)`.
 #[inline(always)]
-fn gradients<A: Real>(p: &mut [A], ds: &mut [A], RowStatistics { row_max, log2_row_sum, delta }: RowStatistics<A>) {
+fn gradients<A: Real>(
+    p: &mut [A],
+    ds: &mut [A],
+    RowStatistics { row_max_log2, row_sum_log2, delta }: RowStatistics<A>,
+) {
     for (p, ds) in p.iter_mut().zip(ds) {
-        // row_max is one of the scores, so `score - row_max` is exact where p matters. `row_max + log2_row_sum` would be
-        // rounded, and with large scores p would inherit a large error.
-        // If the backward's product has another shape, a score can round to a value above row_max. So the difference is limited
-        // to 0. The comparison is false for NaN, so NaN stays.
-        let above_max = *p - row_max;
+        // row_max_log2 is one of the scores, so `score - row_max_log2` is exact where p matters. `row_max_log2 + row_sum_log2`
+        // would be rounded, and with large scores p would inherit a large error.
+        // If the backward's product has another shape, a score can round to a value above row_max_log2. So the difference is
+        // limited to 0. The comparison is false for NaN, so NaN stays.
+        let above_max = *p - row_max_log2;
         let above_max = if above_max > A::ZERO { A::ZERO } else { above_max };
-        *p = (above_max - log2_row_sum).exp2();
+        *p = (above_max - row_sum_log2).exp2();
         *ds = *p * (*ds - delta);
     }
 }

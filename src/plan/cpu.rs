@@ -6,7 +6,8 @@ use crate::problem::Problem;
 /// S and the tiles of q, k, v and o need at most 1 MB in f32 up to head_dim 256. That is half of the L2 of a server core.
 ///
 /// Other sizes have a similar speed. From 64 x 64 to 256 x 512, at head_dim 64, 128 and 256, the forward varied by 10%
-/// (f32, causal, one core of a Sapphire Rapids Xeon with 2 MB of L2, 2026-11-22). Larger tiles waste more work on the diagonal, and smaller ones more on the edges of products.
+/// (f32, causal, one core of a Sapphire Rapids Xeon with 2 MB of L2, 2026-11-22). Larger tiles waste more work on the diagonal, and
+/// smaller ones more on the edges of products.
 const FORWARD: Tile = Tile { block_m: 128, block_n: 256 };
 
 /// The backward has S, dP, k, v, their transposes, dk and dv in memory at once. At head_dim 256, tiles of 256 keys need a quarter

@@ -512,8 +512,8 @@ fn many_short_sequences() -> Result<()> {
     Ok(())
 }
 
-/// With more sequences than one grid holds, each kernel with a grid axis of sequences is launched twice. The bits equal those of two calls with half of the
-/// sequences each.
+/// With more sequences than one grid holds, each kernel with a grid axis of sequences is launched twice. The bits equal those of
+/// two calls with half of the sequences each.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn more_sequences_than_a_grid_holds() -> Result<()> {

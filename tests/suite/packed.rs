@@ -97,7 +97,7 @@ fn pad_to_gives_a_longer_batch_its_shape_back() -> Result<()> {
 }
 
 #[test]
-fn any_axes_behind_the_tokens() -> Result<()> {
+fn any_axes_after_the_tokens() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[1, 3], &Device::Cpu)?;
     for rest in [&[][..], &[5], &[2, 3, 4]] {
         let padded = counting(&[&[2, 3][..], rest].concat())?;

@@ -41,7 +41,7 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
 
 /// head_dim and head_dim_v as the kernels see them: the next multiples of 16 bytes. The columns past those of the call are zeros.
 ///
-/// A copy pads the rows, because TMA reads only rows of whole 16 bytes. It is memory-bound, so it costs little beside the attention.
+/// A copy pads the rows, because TMA reads only rows of whole 16 bytes. It is memory-bound, so it costs little compared with the attention.
 pub(super) fn padded_head_dims(problem: &Problem) -> (usize, usize) {
     let multiple = alignment(problem.dtype);
     (problem.head_dim.next_multiple_of(multiple), problem.head_dim_v.next_multiple_of(multiple))

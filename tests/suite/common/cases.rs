@@ -67,8 +67,8 @@ pub fn cpu(dtype: DType) -> Target {
     Target { device: Device::Cpu, dtype }
 }
 
-/// Number of elements that a kernel of `device` reads at once: 8 on a GPU. Tensors whose head_dim, offsets and strides are multiples of it
-/// are read in place.
+/// A multiple of what a kernel reads at once: 8 on a GPU (f32 reads 4). Tensors whose head_dim, offsets and strides are multiples of
+/// it are read in place.
 pub fn chunk(device: &Device) -> usize {
     if device.is_cpu() {
         1

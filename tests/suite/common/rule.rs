@@ -5,11 +5,15 @@ use super::compare;
 use anyhow::{ensure, Result};
 use attention_reference as reference;
 use attention_reference::attention::{Variant, PLAIN};
-use candle_fa2::Mask;
+use candle_fa2::{testing, Mask};
+
+const ALL: [&str; 5] = ["o", "lse", "dq", "dk", "dv"];
 
 /// The smallest key tile that any kernel has.
-const TILE: usize = 32;
-const ALL: [&str; 5] = ["o", "lse", "dq", "dk", "dv"];
+fn smallest_key_tile() -> usize {
+    let tiles = testing::KERNELS.iter().map(|kernel| kernel.block_n).filter(|&block_n| block_n > 0);
+    tiles.min().expect("some kernels have tiles")
+}
 
 /// Checks that the rule rejects a same-precision implementation with the fault `drops`, for every tensor in `tensors`.
 fn rejects(case: &Case, tensors: &[&str], drops: &(dyn Fn(usize, usize) -> bool + Sync)) -> Result<()> {
@@ -24,16 +28,17 @@ fn rejects(case: &Case, tensors: &[&str], drops: &(dyn Fn(usize, usize) -> bool 
     Ok(())
 }
 
-/// One key tile is dropped from the last query tile, at the longest length of the suite.
+/// One key tile is dropped from as many queries, the last ones, at the longest length of the suite.
 #[test]
 fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
+    let tile = smallest_key_tile();
     for target in cpu_targets() {
         for case in cases::long(&target) {
             let (seqlen_q, seqlen_k) = case.sequences()[0];
-            let first = (seqlen_k / 2).next_multiple_of(TILE);
-            let drops = |row: usize, col: usize| row + TILE >= seqlen_q && (first..first + TILE).contains(&col);
-            // With a window, the last query tile sees only the last keys.
-            let last = |row: usize, col: usize| row + TILE >= seqlen_q && col + TILE >= seqlen_k;
+            let first = (seqlen_k / 2).next_multiple_of(tile);
+            let drops = |row: usize, col: usize| row + tile >= seqlen_q && (first..first + tile).contains(&col);
+            // With a window, these queries see only the last keys.
+            let last = |row: usize, col: usize| row + tile >= seqlen_q && col + tile >= seqlen_k;
             let windowed = matches!(case.mask, Mask::Window { .. });
             rejects(&case, &ALL, if windowed { &last } else { &drops })?;
         }
@@ -44,9 +49,10 @@ fn rejects_one_lost_key_tile_at_the_longest_seqlen() -> Result<()> {
 /// The same with 8k keys, for the tensors whose rows are sums over the keys.
 #[test]
 fn rejects_one_lost_key_tile_at_8k_keys() -> Result<()> {
+    let tile = smallest_key_tile();
     for target in cpu_targets() {
         let case = Case::new(&target).heads(1, 1).batch(1, 2, 8192).mask(Mask::Causal);
-        rejects(&case, &["o", "lse", "dq"], &|_, col| (4096..4096 + TILE).contains(&col))?;
+        rejects(&case, &["o", "lse", "dq"], &|_, col| (4096..4096 + tile).contains(&col))?;
     }
     Ok(())
 }

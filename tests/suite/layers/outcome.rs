@@ -27,7 +27,8 @@ pub fn run(vars: BTreeMap<String, Var>, xs: &Tensor, forward: impl Fn(&Tensor) -
     Ok(outcome)
 }
 
-/// Checks that `got`, computed in `dtype`, equals `want`. The tolerance is from the plain layer in `dtype` (in f32 for f64).
+/// Checks that `got`, computed in `dtype`, equals `want`. The tolerance is from the error of `plain`, the plain layer. The caller
+/// computes `plain` in `dtype`, or in f32 if `dtype` is f64.
 pub fn equal(dtype: DType, got: &Outcome, want: &Outcome, plain: &Outcome, what: &dyn Display) -> Result<()> {
     ensure!(got.len() == want.len(), "got {} tensors, expected {}\n{what}", got.len(), want.len());
     for name in want.keys() {
