@@ -36,6 +36,16 @@ impl Precision {
         }
     }
 
+    /// Numbers of this size and larger ones round to infinity: the largest number of the type, and half a step.
+    pub fn overflow(self) -> f64 {
+        let largest_exponent = match self {
+            Self::F64 => 1023,
+            Self::F32 | Self::Tf32 | Self::Bf16 => 127,
+            Self::F16 => 15,
+        };
+        power_of_two(largest_exponent) * (2.0 - self.half_step())
+    }
+
     /// The smallest normal number.
     pub fn smallest_normal(self) -> f64 {
         power_of_two(self.smallest_exponent())
@@ -157,5 +167,14 @@ fn bf16_is_that_of_half() {
             let want = half::bf16::from_f32(x).to_f32();
             assert!(bf16(x).to_bits() == want.to_bits() || x.is_nan() && bf16(x).is_nan(), "{x:e}");
         }
+    }
+}
+
+#[test]
+fn only_numbers_from_overflow_on_round_to_infinity() {
+    for precision in [Precision::F64, Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+        let overflow = precision.overflow();
+        assert_eq!(precision.round(overflow), f64::INFINITY, "{precision}");
+        assert!(precision.round((overflow * (1.0 - 1e-6)).min(f64::MAX)).is_finite(), "{precision}");
     }
 }
