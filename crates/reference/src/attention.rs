@@ -16,7 +16,7 @@
 //! A hidden key takes part in no sum, even if it is NaN or infinite. NaN and infinities in visible keys go through the
 //! arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
 
-use crate::matrix::{add_scaled, dot, Matrix};
+use crate::matrix::{add_rows, add_to_rows, dot, Columns, Matrix};
 use crate::number::Number;
 
 /// How many keys a query sees before and after the aligned one. `None` means all.
@@ -30,6 +30,9 @@ pub struct Head<'a, T> {
     pub k: &'a Matrix<T>,
     /// `(seqlen_k, head_dim_v)`
     pub v: &'a Matrix<T>,
+    /// The same k and v.
+    pub k_columns: &'a Columns<T>,
+    pub v_columns: &'a Columns<T>,
     /// The gradient of o: `(seqlen_q, head_dim_v)`.
     pub do_: Matrix<T>,
     /// The gradient of lse.
@@ -55,11 +58,13 @@ pub struct Variant<'a> {
 
 pub const PLAIN: Variant<'static> = Variant { reversed: false, divides_last: false, drops: &|_, _| false };
 
-/// Row i of the forward. `raw`, `s` and `p` have one number for each of `keys`.
+/// Row i of the forward. `raw`, `s`, `slope` and `p` have one number for each of `keys`.
 pub struct Forward<T> {
     pub keys: Vec<usize>,
     pub raw: Vec<T>,
     pub s: Vec<T>,
+    /// The derivative of `s` with respect to `raw`.
+    pub slope: Vec<T>,
     pub p: Vec<T>,
     pub o: Vec<T>,
     pub lse: T,
@@ -79,23 +84,30 @@ pub fn forward<T: Number>(head: &Head<T>, i: usize, variant: &Variant) -> Forwar
     let mut o = vec![T::ZERO; head.v.width()];
     if keys.is_empty() {
         let none = Vec::new;
-        return Forward { keys, raw: none(), s: none(), p: none(), o, lse: T::from_f64(f64::NEG_INFINITY) };
+        return Forward {
+            keys,
+            raw: none(),
+            s: none(),
+            slope: none(),
+            p: none(),
+            o,
+            lse: T::from_f64(f64::NEG_INFINITY),
+        };
     }
-    let raw: Vec<T> = keys.iter().map(|&j| head.raw(i, j)).collect();
-    let s: Vec<T> = keys.iter().zip(&raw).map(|(&j, &raw)| head.score(i, j, raw)).collect();
+    let products = head.k_columns.products(&head.q[i], &keys);
+    let raw: Vec<T> = products.into_iter().map(|product| head.softmax_scale * product).collect();
+    let (s, slope): (Vec<T>, Vec<T>) = keys.iter().zip(&raw).map(|(&j, &raw)| head.score(i, j, raw)).unzip();
     let max = finite_maximum(&s);
     let exp: Vec<T> = s.iter().map(|&s| (s - max).exp()).collect();
     let mut sum = T::ZERO;
     exp.iter().for_each(|&x| sum += x);
     let p: Vec<T> = exp.iter().map(|&x| x / sum).collect();
-    for (n, &j) in keys.iter().enumerate() {
-        let weight = if variant.divides_last { exp[n] } else { p[n] };
-        add_scaled(&mut o, (head.round)(weight), &head.v[j]);
-    }
+    let weights: Vec<T> = if variant.divides_last { &exp } else { &p }.iter().map(|&x| (head.round)(x)).collect();
+    add_rows(&mut o, &keys, &weights, head.v);
     for x in &mut o {
         *x = (head.round)(if variant.divides_last { *x / sum } else { *x });
     }
-    Forward { keys, raw, s, p, o, lse: max + sum.ln() }
+    Forward { keys, raw, s, slope, p, o, lse: max + sum.ln() }
 }
 
 /// dq of query i. Adds the query's terms to `dv`, and to `dk` without the softmax scale.
@@ -106,18 +118,17 @@ pub fn backward<T: Number>(
     dk: &mut Matrix<T>,
     dv: &mut Matrix<T>,
 ) -> Backward<T> {
-    let mut dq = vec![T::ZERO; head.q.width()];
-    let mut all_draw = Vec::new();
+    let Forward { keys, slope, p, .. } = forward;
     let delta = dot(&head.do_[i], &forward.o);
-    for (n, &j) in forward.keys.iter().enumerate() {
-        let draw = head.draw(i, forward.raw[n], forward.p[n], head.dp(i, j), delta);
-        add_scaled(&mut dq, draw, &head.k[j]);
-        add_scaled(&mut dk[j], draw, &head.q[i]);
-        add_scaled(&mut dv[j], (head.round)(forward.p[n]), &head.do_[i]);
-        all_draw.push(draw);
-    }
+    let dp = head.v_columns.products(&head.do_[i], keys);
+    let draw: Vec<T> = (0..keys.len()).map(|n| head.draw(i, slope[n], p[n], dp[n], delta)).collect();
+    let rounded_p: Vec<T> = p.iter().map(|&p| (head.round)(p)).collect();
+    add_to_rows(dk, keys, &draw, &head.q[i]);
+    add_to_rows(dv, keys, &rounded_p, &head.do_[i]);
+    let mut dq = vec![T::ZERO; head.q.width()];
+    add_rows(&mut dq, keys, &draw, head.k);
     dq.iter_mut().for_each(|x| *x = (head.round)(head.softmax_scale * *x));
-    Backward { draw: all_draw, dq }
+    Backward { draw, dq }
 }
 
 impl<T: Number> Head<'_, T> {
@@ -129,27 +140,23 @@ impl<T: Number> Head<'_, T> {
         self.softmax_scale * dot(&self.q[i], &self.k[j])
     }
 
-    pub fn score(&self, i: usize, j: usize, raw: T) -> T {
-        let capped = self.softcap.map_or(raw, |cap| cap * (raw / cap).tanh());
+    /// The score, and its derivative with respect to `raw`.
+    pub fn score(&self, i: usize, j: usize, raw: T) -> (T, T) {
+        let (capped, slope) = self.softcap.map_or((raw, T::ONE), |cap| {
+            let tanh = (raw / cap).tanh();
+            (cap * tanh, T::ONE - tanh * tanh)
+        });
         let distance = (i as f64 + self.k.rows() as f64 - self.q.rows() as f64 - j as f64).abs();
-        self.alibi_slope.map_or(capped, |slope| capped - slope * T::from_f64(distance))
+        (self.alibi_slope.map_or(capped, |slope| capped - slope * T::from_f64(distance)), slope)
     }
 
     pub fn dp(&self, i: usize, j: usize) -> T {
         dot(&self.do_[i], &self.v[j])
     }
 
-    pub fn draw(&self, i: usize, raw: T, p: T, dp: T, delta: T) -> T {
+    pub fn draw(&self, i: usize, slope: T, p: T, dp: T, delta: T) -> T {
         let ds = p * (dp - delta + self.dlse[i]);
-        (self.round)(ds * self.slope_of_softcap(raw))
-    }
-
-    /// The derivative of the capped score with respect to `raw`.
-    pub fn slope_of_softcap(&self, raw: T) -> T {
-        self.softcap.map_or(T::ONE, |cap| {
-            let tanh = (raw / cap).tanh();
-            T::ONE - tanh * tanh
-        })
+        (self.round)(ds * slope)
     }
 }
 

@@ -4,9 +4,9 @@ use rayon::prelude::*;
 
 use crate::attention::{backward, forward, Head, Variant, Window, PLAIN};
 use crate::double::Double;
-use crate::matrix::Matrix;
+use crate::matrix::{Columns, Matrix};
 use crate::number::Number;
-use crate::precision::{tf32, Precision};
+use crate::precision::{bf16, tf32, Precision};
 use crate::rounding::{Errors, QueryErrors, RowError};
 
 /// One call of the operator. Every number is exactly representable in `precision`. A batch is a list of sequences. In a
@@ -46,7 +46,7 @@ pub struct Rows {
     pub heads: usize,
     pub width: usize,
     pub values: Vec<f64>,
-    /// The error of each row of the reference. Empty for other results.
+    /// The error of each row of the reference. 0 for other results.
     pub errors: Vec<RowError>,
 }
 
@@ -72,8 +72,8 @@ impl Output {
 /// type.
 pub fn attention(input: &Input) -> Output {
     match input.precision {
-        Precision::F64 => attend::<Double>(input, &PLAIN, |x| x),
-        _ => attend::<f64>(input, &PLAIN, |x| x),
+        Precision::F64 => attend::<Double>(input, &PLAIN, |x| x, true),
+        _ => attend::<f64>(input, &PLAIN, |x| x, true),
     }
 }
 
@@ -86,11 +86,11 @@ pub fn attention_plain(input: &Input) -> Output {
 /// [`attention_plain`] with the differences in `variant`.
 pub fn attention_variant(input: &Input, variant: &Variant) -> Output {
     match input.precision {
-        Precision::F64 => attend::<f64>(input, variant, |x| x),
-        Precision::F32 => attend::<f32>(input, variant, |x| x),
-        Precision::Tf32 => attend::<f32>(input, variant, tf32),
-        Precision::F16 => attend::<f32>(input, variant, |x| half::f16::from_f32(x).to_f32()),
-        Precision::Bf16 => attend::<f32>(input, variant, |x| half::bf16::from_f32(x).to_f32()),
+        Precision::F64 => attend::<f64>(input, variant, |x| x, false),
+        Precision::F32 => attend::<f32>(input, variant, |x| x, false),
+        Precision::Tf32 => attend::<f32>(input, variant, tf32, false),
+        Precision::F16 => attend::<f32>(input, variant, |x| half::f16::from_f32(x).to_f32(), false),
+        Precision::Bf16 => attend::<f32>(input, variant, bf16, false),
     }
 }
 
@@ -152,13 +152,15 @@ impl Rows {
     }
 }
 
-/// Computes every head of every sequence, in `T`.
-fn attend<T: Number>(input: &Input, variant: &Variant, round: fn(T) -> T) -> Output {
+/// Computes every head of every sequence, in `T`. `models_errors`: with the error model of each row.
+fn attend<T: Number>(input: &Input, variant: &Variant, round: fn(T) -> T, models_errors: bool) -> Output {
     let sequences = input.sequences();
     let heads: Vec<(Sequence, usize)> =
         sequences.iter().flat_map(|&sequence| (0..input.num_heads_k).map(move |head_k| (sequence, head_k))).collect();
-    let computed: Vec<KeyHead<T>> =
-        heads.par_iter().map(|&(sequence, head_k)| attend_key_head(input, sequence, head_k, variant, round)).collect();
+    let computed: Vec<KeyHead<T>> = heads
+        .par_iter()
+        .map(|&(sequence, head_k)| attend_key_head(input, sequence, head_k, variant, round, models_errors))
+        .collect();
 
     let mut output = input.empty_output();
     for ((sequence, head_k), key_head) in heads.into_iter().zip(computed) {
@@ -201,6 +203,7 @@ fn attend_key_head<T: Number>(
     head_k: usize,
     variant: &Variant,
     round: fn(T) -> T,
+    models_errors: bool,
 ) -> KeyHead<T> {
     let &Input { num_heads, num_heads_k, head_dim, head_dim_v, .. } = input;
     let of_q = |tensor: &[f64], width: usize, head: usize| {
@@ -208,6 +211,7 @@ fn attend_key_head<T: Number>(
     };
     let of_k = |tensor: &[f64], width: usize| Matrix::of_head(tensor, (num_heads_k, width), head_k, first_k, seqlen_k);
     let (k, v) = (of_k(&input.k, head_dim), of_k(&input.v, head_dim_v));
+    let (k_columns, v_columns) = (Columns::of(&k), Columns::of(&v));
     let (mut dk, mut dv) = (Matrix::zeros(seqlen_k, head_dim), Matrix::zeros(seqlen_k, head_dim_v));
     let mut errors = Errors::new(input.precision, &k, &v);
     let mut queries = Vec::new();
@@ -218,6 +222,8 @@ fn attend_key_head<T: Number>(
             q: of_q(&input.q, head_dim, head),
             k: &k,
             v: &v,
+            k_columns: &k_columns,
+            v_columns: &v_columns,
             do_: of_q(&input.do_, head_dim_v, head),
             dlse: (0..seqlen_q).map(|i| T::from_f64(input.dlse[(first_q + i) * num_heads + head])).collect(),
             window: input.window,
@@ -229,7 +235,10 @@ fn attend_key_head<T: Number>(
         for i in (0..seqlen_q).filter(|i| input.computes(first_q + i)) {
             let forward = forward(&of_head, i, variant);
             let backward = backward(&of_head, i, &forward, &mut dk, &mut dv);
-            let errors = errors.add_query(&of_head, i, &forward, &backward);
+            let errors = match models_errors {
+                true => errors.add_query(&of_head, i, &forward, &backward),
+                false => QueryErrors::default(),
+            };
             let token = first_q + i;
             queries.push(Query { token, head, o: forward.o, lse: forward.lse, dq: backward.dq, errors });
         }

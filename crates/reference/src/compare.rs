@@ -34,13 +34,30 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
         want.heads,
         want.width,
     );
-    let limit = |at: usize| tolerance.limits[at / want.width];
-    let compared: Vec<usize> = (0..want.values.len()).filter(|&at| !limit(at).is_nan()).collect();
-    let in_place = |at: usize| {
-        let (got, want) = (got.values[at], tolerance.precision.round(want.values[at]));
-        got.is_finite() && want.is_finite() || got == want || got.is_nan() && want.is_nan()
-    };
-    let misplaced: Vec<usize> = compared.iter().copied().filter(|&at| !in_place(at)).collect();
+    assert_eq!(tolerance.limits.len() * want.width, want.values.len(), "each row of {name} has one limit");
+    let (mut misplaced, mut over, mut largest) = (Vec::new(), Vec::new(), Closeness::default());
+    // The worst element is the one with the largest share of its own row's limit, not the one with the largest error.
+    let mut worst = 0;
+    let overflow = tolerance.precision.overflow();
+    for (row, &limit) in tolerance.limits.iter().enumerate().filter(|(_, limit)| !limit.is_nan()) {
+        for at in row * want.width..(row + 1) * want.width {
+            let (got, want) = (got.values[at], want.values[at]);
+            if !in_place(got, want, overflow) {
+                misplaced.push(at);
+            } else if got.is_finite() {
+                let error = (got - want).abs();
+                // A row without terms may have the limit 0.
+                let share = if error == 0.0 { 0.0 } else { error / limit };
+                if error > limit {
+                    over.push(at);
+                }
+                if share > largest.share_of_limit {
+                    (largest.share_of_limit, worst) = (share, at);
+                }
+                largest.error = largest.error.max(error);
+            }
+        }
+    }
     if let Some(&first) = misplaced.first() {
         bail!(
             "{name} differs from the reference: {} instead of {} at {}\ncase {case}; {}",
@@ -50,25 +67,24 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
             extent(want, &misplaced),
         );
     }
-    let error = |at: usize| (got.values[at] - want.values[at]).abs();
-    // A row without terms may have the limit 0.
-    let share = |at: usize| if error(at) == 0.0 { 0.0 } else { error(at) / limit(at) };
-    let finite: Vec<usize> = compared.into_iter().filter(|&at| got.values[at].is_finite()).collect();
-    let over: Vec<usize> = finite.iter().copied().filter(|&at| error(at) > limit(at)).collect();
-    // The worst element is the one with the largest share of its own row's limit, not the one with the largest error.
-    if let Some(worst) = over.iter().copied().max_by(|&a, &b| share(a).total_cmp(&share(b))) {
+    if !over.is_empty() {
         bail!(
             "{name} differs from the reference: |{} - {}| = {:.1e} at {}, limit {:.1e}\ncase {case}; {}",
             short(got.values[worst]),
             short(want.values[worst]),
-            error(worst),
+            (got.values[worst] - want.values[worst]).abs(),
             coordinates(want, worst),
-            limit(worst),
+            tolerance.limits[worst / want.width],
             extent(want, &over),
         );
     }
-    let largest = |of: &dyn Fn(usize) -> f64| finite.iter().map(|&at| of(at)).fold(0.0, f64::max);
-    Ok(Closeness { error: largest(&error), share_of_limit: largest(&share) })
+    Ok(largest)
+}
+
+/// Whether both are finite, or the same infinity, or NaN. From `overflow` on, `want` is an infinity in the type of `got`.
+fn in_place(got: f64, want: f64, overflow: f64) -> bool {
+    let want = if want.abs() >= overflow { f64::INFINITY.copysign(want) } else { want };
+    got.is_finite() && want.is_finite() || got == want || got.is_nan() && want.is_nan()
 }
 
 /// The coordinates of element `at`: sequence, position in it, head, and the dimension if a row has several numbers.

@@ -16,14 +16,14 @@ const LN_2: Double = Double { hi: std::f64::consts::LN_2, lo: 2.319_046_813_846_
 const ONE: Double = Double { hi: 1.0, lo: 0.0 };
 
 impl Double {
-    /// `hi + lo` renormalised, for `|hi| >= |lo|`.
+    /// `hi + lo` renormalised, for `|hi| >= |lo|`. If `hi` is not finite, it is the result.
+    #[inline]
     fn renormalised(hi: f64, lo: f64) -> Self {
+        // Selections instead of branches, so that loops over many numbers use vector instructions.
+        let lo = if hi.is_finite() { lo } else { 0.0 };
         let sum = hi + lo;
-        if sum.is_finite() {
-            Self { hi: sum, lo: lo - (sum - hi) }
-        } else {
-            Self { hi: sum, lo: 0.0 }
-        }
+        let rest = lo - (sum - hi);
+        Self { hi: sum, lo: if sum.is_finite() { rest } else { 0.0 } }
     }
 
     /// `self * 2^exponent`, in two steps because `2^exponent` alone may overflow.
@@ -36,11 +36,9 @@ impl Double {
 
 impl Add for Double {
     type Output = Self;
+    #[inline]
     fn add(self, other: Self) -> Self {
         let hi = self.hi + other.hi;
-        if !hi.is_finite() {
-            return Self { hi, lo: 0.0 };
-        }
         let taken = hi - self.hi;
         let error = (self.hi - (hi - taken)) + (other.hi - taken);
         Self::renormalised(hi, error + (self.lo + other.lo))
@@ -63,11 +61,9 @@ impl Sub for Double {
 
 impl Mul for Double {
     type Output = Self;
+    #[inline]
     fn mul(self, other: Self) -> Self {
         let hi = self.hi * other.hi;
-        if !hi.is_finite() {
-            return Self { hi, lo: 0.0 };
-        }
         let error = self.hi.mul_add(other.hi, -hi);
         Self::renormalised(hi, error + (self.hi * other.lo + self.lo * other.hi))
     }

@@ -1,4 +1,7 @@
 //! Rows of numbers, and the sums over them.
+//!
+//! Each sum has a fixed order. Vector instructions compute many sums side by side, and never split one. So the results have
+//! the same bits on every machine.
 
 use std::ops::{Index, IndexMut};
 
@@ -19,9 +22,15 @@ impl<T: Number> Matrix<T> {
 
     /// One head of a token-major tensor `(total, heads, width)`: its rows `first..first + rows`.
     pub fn of_head(tensor: &[f64], (heads, width): (usize, usize), head: usize, first: usize, rows: usize) -> Self {
-        let row = |token: usize| &tensor[(token * heads + head) * width..][..width];
-        let values = (first..first + rows).flat_map(row).map(|&x| T::from_f64(x)).collect();
+        let mut values = Vec::with_capacity(rows * width);
+        for token in first..first + rows {
+            values.extend(tensor[(token * heads + head) * width..][..width].iter().map(|&x| T::from_f64(x)));
+        }
         Self { rows, width, values }
+    }
+
+    pub fn to_f64(&self) -> Matrix<f64> {
+        Matrix { rows: self.rows, width: self.width, values: self.values.iter().map(|x| x.to_f64()).collect() }
     }
 
     pub fn rows(&self) -> usize {
@@ -30,6 +39,90 @@ impl<T: Number> Matrix<T> {
 
     pub fn width(&self) -> usize {
         self.width
+    }
+}
+
+/// The rows of a matrix, `LANES` of them side by side. Vector instructions then compute the inner products of one row with
+/// all of them.
+pub struct Columns<T> {
+    width: usize,
+    /// `(rows / LANES, width)`, with rows / LANES rounded up. Lanes past the last row are 0.
+    lanes: Vec<[T; LANES]>,
+}
+
+/// Enough independent sums to hide the latency of an addition.
+const LANES: usize = 32;
+
+impl<T: Number> Columns<T> {
+    pub fn of(matrix: &Matrix<T>) -> Self {
+        let mut lanes = vec![[T::ZERO; LANES]; matrix.rows.div_ceil(LANES) * matrix.width];
+        for row in 0..matrix.rows {
+            for (column, &x) in lanes[row / LANES * matrix.width..].iter_mut().zip(&matrix[row]) {
+                column[row % LANES] = x;
+            }
+        }
+        Self { width: matrix.width, lanes }
+    }
+
+    /// The inner product of `row` with each row of the matrix in `chosen`, summed from the first element to the last.
+    pub fn products(&self, row: &[T], chosen: &[usize]) -> Vec<T> {
+        let (Some(first), Some(last)) = (chosen.iter().min(), chosen.iter().max()) else { return Vec::new() };
+        let (first, last) = (first / LANES, last / LANES);
+        let mut all = vec![[T::ZERO; LANES]; last - first + 1];
+        multiply(&mut all, row, &self.lanes[first * self.width..(last + 1) * self.width]);
+        chosen.iter().map(|&row| all[row / LANES - first][row % LANES]).collect()
+    }
+}
+
+/// Compiles each function twice: for machines with AVX2 and FMA, and for all others. Both give the same bits, because the
+/// compiler changes neither the order of a sum nor its roundings.
+macro_rules! vectorised {
+    ($($(#[$doc:meta])* $public:vis fn $name:ident<T: Number>($($argument:ident: $type:ty),*) $body:block)*) => {
+        $($(#[$doc])*
+        $public fn $name<T: Number>($($argument: $type),*) {
+            #[inline(always)]
+            fn body<T: Number>($($argument: $type),*) $body
+
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                #[target_feature(enable = "avx2,fma")]
+                fn wide<T: Number>($($argument: $type),*) {
+                    body($($argument),*)
+                }
+                // SAFETY: the machine has both features.
+                return unsafe { wide($($argument),*) };
+            }
+            body($($argument),*)
+        })*
+    };
+}
+
+vectorised! {
+    /// The inner products of `row` with all rows of whole lanes.
+    fn multiply<T: Number>(products: &mut [[T; LANES]], row: &[T], lanes: &[[T; LANES]]) {
+        for (products, columns) in products.iter_mut().zip(lanes.chunks_exact(row.len())) {
+            let mut sums = [T::ZERO; LANES];
+            for (&x, column) in row.iter().zip(columns) {
+                for (sum, &y) in sums.iter_mut().zip(column) {
+                    *sum += x * y;
+                }
+            }
+            *products = sums;
+        }
+    }
+
+    /// Adds the rows `chosen` to `sums`, in this order, each times its factor.
+    pub fn add_rows<T: Number>(sums: &mut [T], chosen: &[usize], factors: &[T], rows: &Matrix<T>) {
+        for (&from, &factor) in chosen.iter().zip(factors) {
+            add_scaled(sums, factor, &rows[from]);
+        }
+    }
+
+    /// Adds `row` times its factor to each of the rows `chosen` of `sums`.
+    pub fn add_to_rows<T: Number>(sums: &mut Matrix<T>, chosen: &[usize], factors: &[T], row: &[T]) {
+        for (&to, &factor) in chosen.iter().zip(factors) {
+            add_scaled(&mut sums[to], factor, row);
+        }
     }
 }
 
@@ -56,6 +149,7 @@ pub fn dot<T: Number>(a: &[T], b: &[T]) -> T {
     sum
 }
 
+#[inline(always)] // into the functions above, which compile it for their instructions
 pub fn add_scaled<T: Number>(sums: &mut [T], factor: T, row: &[T]) {
     for (sum, &x) in sums.iter_mut().zip(row) {
         *sum += factor * x;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{bail, Error, Result};
-use half::{bf16, f16};
+use half::f16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
@@ -32,13 +32,23 @@ impl Precision {
             Self::F32 => x as f32 as f64,
             Self::Tf32 => tf32(x as f32) as f64,
             Self::F16 => f16::from_f64(x).to_f64(),
-            Self::Bf16 => bf16::from_f64(x).to_f64(),
+            Self::Bf16 => half::bf16::from_f64(x).to_f64(),
         }
+    }
+
+    /// Numbers of this size and larger ones round to infinity: the largest number of the type, and half a step.
+    pub fn overflow(self) -> f64 {
+        let largest_exponent = match self {
+            Self::F64 => 1023,
+            Self::F32 | Self::Tf32 | Self::Bf16 => 127,
+            Self::F16 => 15,
+        };
+        power_of_two(largest_exponent) * (2.0 - self.half_step())
     }
 
     /// The smallest normal number.
     pub fn smallest_normal(self) -> f64 {
-        2f64.powi(self.smallest_exponent())
+        power_of_two(self.smallest_exponent())
     }
 
     /// The distance between neighbouring numbers at `|x|`.
@@ -51,8 +61,8 @@ impl Precision {
         };
         // The exponent field of an f64. It is 0 for zero and for subnormal numbers.
         let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
-        // Two factors, because the result of a single powi could underflow.
-        2f64.powi(exponent.max(self.smallest_exponent())) * 2f64.powi(-digits_after_the_leading_one)
+        // Two factors, because the result of a single one could underflow.
+        power_of_two(exponent.max(self.smallest_exponent())) * power_of_two(-digits_after_the_leading_one)
     }
 
     /// The largest relative error of one rounding of a normal number: half a step at 1.
@@ -78,6 +88,23 @@ impl fmt::Display for Precision {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         })
+    }
+}
+
+/// `2^exponent`, for the exponents of normal f64. `powi` is a loop.
+fn power_of_two(exponent: i32) -> f64 {
+    f64::from_bits(((exponent + 1023) as u64) << 52)
+}
+
+/// `x` rounded to the nearest bf16. The crate half gives the same bits, but it branches on each, and no processor predicts that.
+pub fn bf16(x: f32) -> f32 {
+    const LAST_BITS: u32 = 0xffff;
+    let bits = x.to_bits();
+    // A tie goes to the even one of its neighbours.
+    let odd = (bits >> 16) & 1;
+    match x.is_nan() {
+        true => x,
+        false => f32::from_bits((bits + LAST_BITS / 2 + odd) & !LAST_BITS),
     }
 }
 
@@ -129,4 +156,25 @@ fn steps_are_those_of_each_type() {
     assert_eq!(Precision::F32.step(1e-300), f32::from_bits(1) as f64);
     assert_eq!(Precision::F64.smallest_normal(), f64::MIN_POSITIVE);
     assert_eq!(Precision::F32.smallest_normal(), f32::MIN_POSITIVE as f64);
+}
+
+#[test]
+fn bf16_is_that_of_half() {
+    // Every sign, exponent and first bits, with the last bits that decide: below, at and above a tie, and none or all.
+    for first in 0..=u16::MAX {
+        for last in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+            let x = f32::from_bits((first as u32) << 16 | last);
+            let want = half::bf16::from_f32(x).to_f32();
+            assert!(bf16(x).to_bits() == want.to_bits() || x.is_nan() && bf16(x).is_nan(), "{x:e}");
+        }
+    }
+}
+
+#[test]
+fn only_numbers_from_overflow_on_round_to_infinity() {
+    for precision in [Precision::F64, Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+        let overflow = precision.overflow();
+        assert_eq!(precision.round(overflow), f64::INFINITY, "{precision}");
+        assert!(precision.round((overflow * (1.0 - 1e-6)).min(f64::MAX)).is_finite(), "{precision}");
+    }
 }

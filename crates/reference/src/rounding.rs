@@ -3,7 +3,7 @@
 //! It looks at the terms that the formulas add up in a row. [`crate::tolerance`] computes a limit from it.
 
 use crate::attention::{Backward, Forward, Head};
-use crate::matrix::{max_abs, norm, Matrix};
+use crate::matrix::{add_rows, max_abs, norm, Matrix};
 use crate::number::Number;
 use crate::precision::Precision;
 
@@ -28,10 +28,10 @@ impl RowError {
     }
 
     /// Adds a term of the row's sum. A term that is not finite adds 0.
-    fn add(&mut self, magnitude: f64, rounding: f64, flushed: f64) {
+    fn add(&mut self, magnitude: f64, squared_rounding: f64, flushed: f64) {
         let finite = |x: f64| if x.is_finite() { x } else { 0.0 };
         self.magnitude += finite(magnitude);
-        self.squared_rounding += finite(rounding * rounding);
+        self.squared_rounding += finite(squared_rounding);
         self.flushed += finite(flushed);
     }
 }
@@ -39,8 +39,9 @@ impl RowError {
 /// The errors of the rows that belong to one key head.
 pub struct Errors {
     precision: Precision,
-    k: Vec<Size>,
-    v: Vec<Size>,
+    k: Matrix<f64>,
+    of_k: Vec<Size>,
+    of_v: Vec<Size>,
     /// The error of each row of dk, summed over the queries so far.
     pub dk: Vec<RowError>,
     /// The error of each row of dv, summed over the queries so far.
@@ -71,7 +72,7 @@ impl Errors {
     pub fn new<T: Number>(precision: Precision, k: &Matrix<T>, v: &Matrix<T>) -> Self {
         let sizes = |m: &Matrix<T>| (0..m.rows()).map(|row| Size::of(&m[row])).collect();
         let none = vec![RowError::default(); k.rows()];
-        Self { precision, k: sizes(k), v: sizes(v), dk: none.clone(), dv: none }
+        Self { precision, k: k.to_f64(), of_k: sizes(k), of_v: sizes(v), dk: none.clone(), dv: none }
     }
 
     /// The errors of query `i`. Adds the terms of this query to the errors of dk and dv.
@@ -88,15 +89,15 @@ impl Errors {
         let (lse, dlse) = (forward.lse.to_f64().abs(), head.dlse[i].to_f64().abs());
         let (q, do_, o) = (Size::of(&head.q[i]), Size::of(&head.do_[i]), Size::of(&forward.o));
         let rounded_o = head.do_[i].iter().zip(&forward.o).map(|(d, o)| half_step(o.to_f64()) * d.to_f64());
-        let of_delta = rounded_o.map(|x| x.powi(2)).sum::<f64>().sqrt();
+        let squared_of_delta: f64 = rounded_o.map(|x| x * x).sum();
 
         let mut errors = QueryErrors::default();
-        let mut k_mean = vec![0.0; head.k.width()];
+        let mut all_capped_p = Vec::new();
         for (n, &j) in forward.keys.iter().enumerate() {
-            let (k, v) = (&self.k[j], &self.v[j]);
+            let (k, v) = (&self.of_k[j], &self.of_v[j]);
             let (p, draw) = (forward.p[n].to_f64(), backward.draw[n].to_f64());
-            let capped_p = p * head.slope_of_softcap(forward.raw[n]).to_f64();
-            k_mean.iter_mut().zip(&head.k[j]).for_each(|(mean, x)| *mean += capped_p * x.to_f64());
+            let capped_p = p * forward.slope[n].to_f64();
+            all_capped_p.push(capped_p);
 
             let s_size = scale * q.norm * k.norm + (forward.s[n] - forward.raw[n]).to_f64().abs();
             // Through exp, the absolute error of s - lse becomes the relative error of p.
@@ -109,15 +110,19 @@ impl Errors {
             if s_size.is_finite() {
                 errors.lse.magnitude = errors.lse.magnitude.max(s_size);
             }
-            errors.o.add(p_size * v.max, of_p * v.max, smallest_p * v.max);
-            self.dv[j].add(p_size * do_.max, of_p * do_.max, smallest_p * do_.max);
+            let squared = |x: f64| x * x;
+            errors.o.add(p_size * v.max, squared(of_p * v.max), smallest_p * v.max);
+            self.dv[j].add(p_size * do_.max, squared(of_p * do_.max), smallest_p * do_.max);
             let of_k = scale * k.max;
-            errors.dq.add(of_k * draw_size, of_k * of_draw, of_k * flushed_draw);
+            errors.dq.add(of_k * draw_size, squared(of_k * of_draw), of_k * flushed_draw);
             let of_q = scale * q.max;
-            self.dk[j].add(of_q * draw_size, of_q * of_draw.hypot(capped_p * of_delta), of_q * flushed_draw);
+            let squared_of_draw = squared(of_draw) + squared(capped_p) * squared_of_delta;
+            self.dk[j].add(of_q * draw_size, squared(of_q) * squared_of_draw, of_q * flushed_draw);
         }
         // All keys of the row have the same delta, so its error is a factor of the whole sum.
-        errors.dq.add(0.0, scale * of_delta * max_abs(&k_mean), 0.0);
+        let mut k_mean = vec![0.0; self.k.width()];
+        add_rows(&mut k_mean, &forward.keys, &all_capped_p, &self.k);
+        errors.dq.add(0.0, squared_of_delta * (scale * max_abs(&k_mean)).powi(2), 0.0);
         errors
     }
 }

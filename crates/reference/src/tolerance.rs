@@ -12,7 +12,6 @@
 //! tests that the limit still rejects lost keys.
 
 use crate::call::{attention_plain, Input, Output, Rows};
-use crate::matrix::max_abs;
 use crate::precision::Precision;
 
 /// Two correct implementations in one precision have errors of similar size.
@@ -69,11 +68,11 @@ impl Tolerance {
     /// The rule for a tensor stored in `precision`.
     pub fn from(plain: &Rows, want: &Rows, precision: Precision) -> Self {
         let limit = |((plain, want), error): ((&[f64], &[f64]), &crate::rounding::RowError)| {
-            let differences: Vec<f64> = plain.iter().zip(want).map(|(p, w)| finite(p - w)).collect();
-            let values: Vec<f64> = want.iter().map(|&w| finite(w)).collect();
-            let value = max_abs(&values);
+            let largest = |size: f64, x: f64| size.max(finite(x).abs());
+            let difference = plain.iter().zip(want).map(|(p, w)| p - w).fold(0.0, largest);
+            let value = want.iter().copied().fold(0.0, largest);
             let magnitude = finite(error.magnitude).max(value);
-            PLAIN_ERRORS * max_abs(&differences)
+            PLAIN_ERRORS * difference
                 + RESULT_STEPS * precision.step(value)
                 + OPERAND_ROUNDINGS * finite(error.operand_rounding())
                 + ACCUMULATOR_STEPS * precision.accumulator().step(magnitude)
