@@ -8,8 +8,10 @@ use rand::Rng;
 
 use crate::against_reference::check;
 use crate::errors::text;
-use crate::nonfinite::rows_with_nan;
+use crate::loss::{all_rows_ignored, spoiled_row_of_a_loss};
+use crate::nonfinite::spoiled_row_of_a_norm;
 use crate::operators::{self, Operator, Shapes};
+use crate::properties::only_tracked;
 use crate::run::{bits, numbers, random, Case, Outcome};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -209,61 +211,19 @@ fn views_give_the_same_bits() -> Result<()> {
 #[test]
 fn each_input_may_be_the_only_tracked_one() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    for operator in with_kernels() {
-        let case = Case::new(operator, 4, 24, DType::F32)?.on(&gpu)?;
-        let want = case.fused()?.gradients;
-        for index in 0..case.inputs.len() {
-            let var = Var::from_tensor(&case.inputs[index])?;
-            let mut inputs = case.inputs.clone();
-            inputs[index] = var.as_tensor().clone();
-            let grads = case.loss(&(operator.fused)(&inputs)?)?.backward()?;
-            let gradient = grads.get(&var).expect("a gradient").clone();
-            assert_eq!(bits(&[gradient])?, bits(&want[index..=index])?, "input {index} of case {case}");
-        }
-        let results = (operator.fused)(&case.inputs)?;
-        assert!(results.iter().all(|result| !result.track_op()), "case {case}: nothing is tracked");
-    }
-    Ok(())
+    with_kernels().try_for_each(|operator| only_tracked(&Case::new(operator, 4, 24, DType::F32)?.on(&gpu)?))
 }
 
 #[test]
 fn if_all_rows_are_ignored_loss_and_gradients_are_zero() -> Result<()> {
-    let Some(gpu) = gpu() else { return Ok(()) };
-    let var = |name: &str, shape: &[usize]| -> Result<_> {
-        Ok(Var::from_tensor(&random(name, shape, DType::F32)?.to_device(&gpu)?)?)
-    };
-    let (x, weight) = (var("x", &[4, 3])?, var("w", &[5, 3])?);
-    let targets = Tensor::new(&[-100i64; 4], &gpu)?;
-    let loss = CrossEntropy::new().ignore_index(-100).z_loss(1.0);
-    let of_logits = loss.forward(&x.matmul(&weight.t()?)?, &targets)?;
-    for value in [loss.forward_linear(&x, &weight, &targets)?, of_logits] {
-        assert_eq!(value.to_scalar::<f32>()?, 0.0);
-        let grads = value.backward()?;
-        for var in [&x, &weight] {
-            assert!(numbers(grads.get(var).expect("a gradient"))?.iter().all(|&d| d == 0.0));
-        }
-    }
-    Ok(())
+    gpu().map_or(Ok(()), |gpu| all_rows_ignored(&gpu))
 }
 
 #[test]
 fn numbers_that_are_not_finite_spoil_their_own_row() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    for spoiled in [f32::NAN, f32::INFINITY] {
-        let rows = Var::new(&[[1f32, 2.0, 4.0], [1.0, spoiled, 3.0], [5.0, 0.0, 1.0]], &gpu)?;
-        let y = layer_norm(&rows, &Tensor::ones(3, DType::F32, &gpu)?, None, 1e-5)?;
-        assert_eq!(rows_with_nan(&y)?, [false, true, false]);
-        let grads = y.sqr()?.sum_all()?.backward()?;
-        assert_eq!(rows_with_nan(grads.get(&rows).expect("a gradient"))?, [false, true, false]);
-
-        let loss = cross_entropy(&rows, &Tensor::new(&[0u32, 1, 1], &gpu)?)?;
-        assert!(loss.to_scalar::<f32>()?.is_nan());
-        assert_eq!(rows_with_nan(loss.backward()?.get(&rows).expect("a gradient"))?, [false, true, false]);
-        let loss = CrossEntropy::new().ignore_index(7).forward(&rows, &Tensor::new(&[0u32, 7, 1], &gpu)?)?;
-        assert!(loss.to_scalar::<f32>()?.is_finite());
-        assert_eq!(rows_with_nan(loss.backward()?.get(&rows).expect("a gradient"))?, [false; 3]);
-    }
-    Ok(())
+    spoiled_row_of_a_norm(&gpu)?;
+    spoiled_row_of_a_loss(&gpu)
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Layers on a GPU, compared with the CPU: cuBLASLt's epilogues, its transposed operands, and the composed ways around both.
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use candle_fused_ops::{linear, linear_add, linear_gelu, mlp_add};
 
 use crate::cuda::gpu;
+use crate::cuda_against_cpu::run;
 use crate::run::{precision, random};
 
 type Call = fn(&[Tensor]) -> candle_core::Result<Tensor>;
@@ -17,26 +18,10 @@ const CALLS: [(&str, Call); 4] = [
     ("mlp_add", |t| mlp_add(&t[0], [&t[1], &t[2]], [&t[3], &t[4]], &t[5])),
 ];
 
-/// Result, and the gradients of all inputs that the call has.
-fn outcome(call: Call, inputs: &[Tensor], device: &Device) -> Result<Vec<Option<Tensor>>> {
-    let vars: Vec<Var> =
-        inputs.iter().map(|input| Var::from_tensor(&input.to_device(device)?)).collect::<candle_core::Result<_>>()?;
-    let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-    let y = call(&tensors)?;
-    let dy = random("dy", y.dims(), y.dtype())?.to_device(device)?;
-    let grads = (&y * dy)?.to_dtype(DType::F32)?.sum_all()?.backward()?;
-    let gradients = vars.iter().map(|var| grads.get(var).cloned());
-    [Some(y)]
-        .into_iter()
-        .chain(gradients)
-        .map(|tensor| Ok(tensor.map(|tensor| tensor.to_device(&Device::Cpu)).transpose()?))
-        .collect()
-}
-
 /// The largest difference, in units of the largest value.
 fn relative(got: &Tensor, want: &Tensor) -> Result<f64> {
     let largest = |tensor: &Tensor| tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
-    let [got, want] = [got, want].map(|tensor| tensor.to_dtype(DType::F64));
+    let [got, want] = [got, want].map(|tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64));
     let (got, want) = (got?, want?);
     Ok(largest(&(got - &want)?)? / largest(&want)?)
 }
@@ -61,7 +46,7 @@ fn layers_on_a_gpu_agree_with_those_on_the_cpu() -> Result<()> {
                     Ok((random(&format!("{name} {index}"), shape, dtype)? * scale)?)
                 });
                 let tensors = tensors.collect::<Result<Vec<Tensor>>>()?;
-                let (got, want) = (outcome(call, &tensors, &gpu)?, outcome(call, &tensors, &Device::Cpu)?);
+                let (got, want) = (run(&call, &tensors, &gpu)?, run(&call, &tensors, &Device::Cpu)?);
                 // Two roundings of the result and of what is between, and the hardware's tanh.
                 let limit = 8.0 * precision(dtype).step(1.0)
                     + if name.contains("linear_gelu") || name == "mlp_add" { 2e-3 } else { 1e-6 };

@@ -10,9 +10,15 @@ use crate::run::{bits, numbers, random};
 
 #[test]
 fn if_all_rows_are_ignored_loss_and_gradients_are_zero() -> Result<()> {
-    let (x, weight) =
-        (Var::from_tensor(&random("x", &[4, 3], DType::F32)?)?, Var::from_tensor(&random("w", &[5, 3], DType::F32)?)?);
-    let targets = Tensor::new(&[-100i64; 4], &Device::Cpu)?;
+    all_rows_ignored(&Device::Cpu)
+}
+
+pub fn all_rows_ignored(device: &Device) -> Result<()> {
+    let var = |name: &str, shape: &[usize]| -> Result<_> {
+        Ok(Var::from_tensor(&random(name, shape, DType::F32)?.to_device(device)?)?)
+    };
+    let (x, weight) = (var("x", &[4, 3])?, var("w", &[5, 3])?);
+    let targets = Tensor::new(&[-100i64; 4], device)?;
     let loss = CrossEntropy::new().ignore_index(-100).z_loss(1.0);
     for value in [
         loss.forward_linear(&x, &weight, &targets)?,
@@ -97,14 +103,18 @@ fn minus_infinity_masks_a_class() -> Result<()> {
 
 #[test]
 fn nan_spoils_the_loss_and_its_own_row_unless_ignored() -> Result<()> {
+    spoiled_row_of_a_loss(&Device::Cpu)
+}
+
+pub fn spoiled_row_of_a_loss(device: &Device) -> Result<()> {
     for spoiled in [f32::NAN, f32::INFINITY] {
-        let logits = Var::new(&[[1f32, 2.0], [spoiled, 3.0], [0.0, 1.0]], &Device::Cpu)?;
-        let loss = cross_entropy(&logits, &Tensor::new(&[0u32, 1, 1], &Device::Cpu)?)?;
+        let logits = Var::new(&[[1f32, 2.0, 4.0], [1.0, spoiled, 3.0], [5.0, 0.0, 1.0]], device)?;
+        let loss = cross_entropy(&logits, &Tensor::new(&[0u32, 1, 1], device)?)?;
         assert!(loss.to_scalar::<f32>()?.is_nan());
         assert_eq!(rows_with_nan(loss.backward()?.get(&logits).expect("a gradient"))?, [false, true, false]);
 
         let ignoring = CrossEntropy::new().ignore_index(7);
-        let loss = ignoring.forward(&logits, &Tensor::new(&[0u32, 7, 1], &Device::Cpu)?)?;
+        let loss = ignoring.forward(&logits, &Tensor::new(&[0u32, 7, 1], device)?)?;
         assert!(loss.to_scalar::<f32>()?.is_finite());
         assert_eq!(rows_with_nan(loss.backward()?.get(&logits).expect("a gradient"))?, [false; 3]);
     }
