@@ -210,7 +210,7 @@ def optimizer(bench, name, dtype):
 
 
 def compare(paths):
-    """A line for each row of the first file: its time, its share, and its time beside those of the peers."""
+    """A line for each row of the first file: its time, its share, and the times of the peers."""
     rows = [row for path in paths for row in csv.DictReader(open(path, newline=""))]
     key = lambda row: tuple(row[column] for column in ("operator", "pass", "dtype", "shape"))
     times = {(row["peer"], *key(row)): float(row["us"]) for row in rows}

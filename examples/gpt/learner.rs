@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::model::{Gpt, Named};
 use anyhow::{anyhow, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use candle_fused_ops::{measure_products, profile, AdamW, AdamWConfig, ParameterGroup, Schedule};
 use std::collections::HashMap;
 
@@ -58,11 +58,7 @@ impl Learner {
     pub fn new(config: &Config, parameters: &Named) -> Result<Self> {
         measure_products(!config.deterministic);
         let model = Gpt::new(config, parameters)?;
-        let named = model.variables().iter().map(|(name, var)| (name.clone(), var.clone()));
-        // Weights of norms and biases have one axis and do not decay.
-        let (matrices, vectors) = named.partition(|(_, var): &(String, Var)| var.rank() >= 2);
-        let groups = [(matrices, config.weight_decay), (vectors, 0.0)];
-        let groups = groups.map(|(parameters, weight_decay)| ParameterGroup { parameters, weight_decay });
+        let groups = ParameterGroup::decay_matrices_of(model.variables().clone(), config.weight_decay);
         let Config { beta1, beta2, clip, .. } = *config;
         let optimizer =
             AdamW::new(groups, AdamWConfig { beta1, beta2, max_norm: Some(clip), ..AdamWConfig::default() })?;

@@ -12,15 +12,13 @@ use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_A
 use candle_core::cuda::cudarc::driver::sys::CUevent_flags_enum::CU_EVENT_DEFAULT;
 use candle_core::cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream};
 use candle_core::Device;
+use candle_fused_ops::pool;
 
-use super::pool::Pool;
 use crate::timing::Timing;
 
 pub struct Gpu {
     pub device: Device,
     stream: Arc<CudaStream>,
-    /// The memory pool of Candle's tensors; `None` on a GPU without memory pools.
-    pool: Option<Pool>,
     /// Zeroed before each timed call, so that its inputs are not in the L2 cache.
     flush: CudaSlice<u8>,
     /// nvidia-smi's name of this GPU. It does not depend on CUDA's numbering.
@@ -68,13 +66,12 @@ impl Gpu {
     pub fn new() -> Result<Self> {
         let device = Device::new_cuda(0)?;
         let stream = device.as_cuda_device()?.cuda_stream();
-        let pool = Pool::of(stream.context())?;
         let flush = stream.alloc_zeros::<u8>(FLUSH_BYTES)?;
         // Eight, four, four, four and twelve hexadecimal digits.
         let digits: String = stream.context().uuid()?.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect();
         let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
         let uuid = format!("GPU-{}", parts.join("-"));
-        Ok(Self { device, stream, pool, flush, uuid, answers: Cell::new(true) })
+        Ok(Self { device, stream, flush, uuid, answers: Cell::new(true) })
     }
 
     /// Name, compute capability, multiprocessors, driver and limits in one line.
@@ -105,19 +102,19 @@ impl Gpu {
 
     /// The result of `run`, and the most bytes of tensors that it had allocated at once.
     pub fn peak_bytes<R>(&self, run: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {
-        let pool = self.pool.as_ref().context("peak memory is measured with memory pools, but this GPU has none")?;
+        const NO_POOL: &str = "peak memory is measured with memory pools, but this GPU has none";
         self.stream.synchronize()?;
-        let before = pool.watch()?;
+        let before = pool::used_bytes(&self.device)?.context(NO_POOL)?;
         let result = run()?;
-        let peak = pool.highest()?;
+        let peak = pool::peak_bytes(&self.device)?.context(NO_POOL)?;
         self.stream.synchronize()?;
-        Ok((result, peak.saturating_sub(before)))
+        Ok((result, peak.saturating_sub(before) as usize))
     }
 
     /// Returns free memory to the driver. Called after a call ran out of memory and its tensors were dropped.
     pub fn recover(&self) -> Result<()> {
         self.stream.synchronize()?;
-        self.pool.as_ref().map_or(Ok(()), Pool::trim)
+        Ok(pool::release_freed_memory(&self.device)?)
     }
 
     /// The result of one `call`, and the seconds until the GPU was done with it.

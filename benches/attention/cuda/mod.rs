@@ -4,7 +4,6 @@ mod ablations;
 mod ceiling;
 mod claims;
 mod gpu;
-mod pool;
 mod report;
 mod standard;
 mod table;

@@ -1,4 +1,4 @@
-//! Times each operator on the first NVIDIA GPU, beside the bytes it must move, at the shapes of training runs.
+//! Times each operator on the first NVIDIA GPU, next to the bytes it must move, at the shapes of training runs.
 //!
 //! ```sh
 //! cargo bench --features cuda --bench operators -- --csv ours.csv

@@ -50,7 +50,12 @@ impl ParameterGroup {
         let variables = variables.data().lock().expect("no thread panics with the lock of a VarMap");
         let mut named: Vec<(String, Var)> = variables.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
         named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let (matrices, vectors) = named.into_iter().partition(|(_, var)| var.rank() >= 2);
+        Self::decay_matrices_of(named, weight_decay)
+    }
+
+    /// [`Self::decay_matrices`] of `parameters`, which keep their order.
+    pub fn decay_matrices_of(parameters: impl IntoIterator<Item = (String, Var)>, weight_decay: f64) -> [Self; 2] {
+        let (matrices, vectors) = parameters.into_iter().partition(|(_, var)| var.rank() >= 2);
         [Self { parameters: matrices, weight_decay }, Self { parameters: vectors, weight_decay: 0.0 }]
     }
 }

@@ -11,6 +11,7 @@ use candle_core::{DType, Result, Tensor, Var, D};
 
 use crate::activation::Activation;
 use crate::adamw::{Rule, Slot};
+use crate::linear::result_shape;
 use crate::loss::{CrossEntropy, Layer};
 use crate::node::accumulator;
 use crate::rotary::RotaryOrder;
@@ -131,10 +132,10 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If Candle cannot compute with these tensors.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let (outputs, leading) = (bias.elem_count(), x.rank() - (weight.rank() - bias.rank()));
+    let outputs = bias.elem_count();
     let inputs = weight.elem_count() / outputs;
     let product = x.reshape(((), inputs))?.matmul(&weight.reshape((outputs, inputs))?.t()?)?;
-    product.broadcast_add(&bias.flatten_all()?)?.reshape([&x.dims()[..leading], bias.dims()].concat())
+    product.broadcast_add(&bias.flatten_all()?)?.reshape(result_shape(x, weight, bias))
 }
 
 /// [`gelu`](crate::gelu), composed.

@@ -57,7 +57,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// As [`linear`], and if `residual` has another shape, type or device than the result.
 pub fn linear_add(x: &Tensor, weight: &Tensor, bias: &Tensor, residual: &Tensor) -> Result<Tensor> {
     check_layer(NAMES, x.dims(), [x, weight, bias])?;
-    check_residual(residual, &[leading(x, weight, bias), bias.dims()].concat(), x)?;
+    check_residual(residual, &result_shape(x, weight, bias), x)?;
     match products(x, &[(weight, bias)]) {
         Some(products) => affine(products, x, weight, bias, Some(residual)),
         None => residual + composed::linear(x, weight, bias)?,
@@ -74,7 +74,7 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
     let Some(products) = products(x, &[(weight, bias)]) else {
         return composed::gelu(&composed::linear(x, weight, bias)?);
     };
-    let shape = [leading(x, weight, bias), bias.dims()].concat();
+    let shape = result_shape(x, weight, bias);
     let (h, y) = products.affine_gelu(&Layer::of(x, weight, bias)?)?;
     node::node("linear_gelu", &[x, weight, bias], y, shape, move |inputs, dy| {
         let &[x, weight, bias] = inputs else { unreachable!("the node has three inputs") };
@@ -109,11 +109,10 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
 pub fn mlp_add(x: &Tensor, fc: [&Tensor; 2], proj: [&Tensor; 2], residual: &Tensor) -> Result<Tensor> {
     let ([fc_weight, fc_bias], [proj_weight, proj_bias]) = (fc, proj);
     check_layer(["x", "the weight of fc", "the bias of fc"], x.dims(), [x, fc_weight, fc_bias])?;
-    let leading = leading(x, fc_weight, fc_bias);
-    let hidden = [leading, fc_bias.dims()].concat();
+    let hidden = result_shape(x, fc_weight, fc_bias);
     let names = ["the result of fc", "the weight of proj", "the bias of proj"];
     check_layer(names, &hidden, [x, proj_weight, proj_bias])?;
-    let shape = [leading, proj_bias.dims()].concat();
+    let shape = [&hidden[..hidden.len() - fc_bias.rank()], proj_bias.dims()].concat();
     check_residual(residual, &shape, x)?;
     let Some(products) = products(x, &[(fc_weight, fc_bias), (proj_weight, proj_bias)]) else {
         let g = composed::gelu(&composed::linear(x, fc_weight, fc_bias)?)?;
@@ -176,9 +175,10 @@ fn check_residual(residual: &Tensor, shape: &[usize], x: &Tensor) -> Result<()> 
     check::same("residual", residual, "x", x)
 }
 
-/// The axes of `x` that are not summed over.
-fn leading<'a>(x: &'a Tensor, weight: &Tensor, bias: &Tensor) -> &'a [usize] {
-    &x.dims()[..x.rank() - (weight.rank() - bias.rank())]
+/// The axes of `x` that are not summed over, then those of `bias`.
+pub(crate) fn result_shape(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Vec<usize> {
+    let leading = &x.dims()[..x.rank() - (weight.rank() - bias.rank())];
+    [leading, bias.dims()].concat()
 }
 
 /// `affine` of a layer, with the node.
@@ -189,7 +189,7 @@ fn affine(
     bias: &Tensor,
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let shape = [leading(x, weight, bias), bias.dims()].concat();
+    let shape = result_shape(x, weight, bias);
     let y = products.affine(&Layer::of(x, weight, bias)?, residual)?;
     let name = if residual.is_some() { "linear_add" } else { "linear" };
     let inputs: Vec<&Tensor> = [Some(x), Some(weight), Some(bias), residual].into_iter().flatten().collect();
@@ -256,7 +256,7 @@ pub(crate) trait Products: Sync {
     /// dg gelu'(h)
     fn through_gelu(&self, dg: &Tensor, h: &Tensor) -> Result<Tensor>;
 
-    /// (dy weight) gelu'(h), for the weight (outputs, inputs) of the layer behind the GELU
+    /// (dy weight) gelu'(h), for the weight (outputs, inputs) of the layer after the GELU
     fn product_through_gelu(&self, dy: &Tensor, weight: &Tensor, h: &Tensor) -> Result<Tensor>;
 
     /// dh weight

@@ -1,6 +1,6 @@
 //! Layer norm and RMS norm, each also with a residual add before it.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Storage, Tensor};
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
@@ -212,12 +212,15 @@ fn add_norm(
             let (x, residual) = (node::Numbers::of(&x), node::Numbers::of(&residual));
             add_forward::<T>(x.as_slice()?, residual.as_slice()?, &affine, kind, eps)
         };
-        let sum = node::node("add", &[&x, &residual], node::storage(sum), x.shape(), |_, dsum| {
-            Ok(vec![Some(dsum.clone()), Some(dsum.clone())])
-        })?;
+        let sum = sum_node(&x, &residual, node::storage(sum))?;
         let norm = with_backward(&sum, &weight, bias.as_ref(), kind, y, statistics)?;
         Ok((sum, norm))
     })
+}
+
+/// The node of a computed `sum` of `x` and `residual`.
+pub(crate) fn sum_node(x: &Tensor, residual: &Tensor, sum: Storage) -> Result<Tensor> {
+    node::node("add", &[x, residual], sum, x.shape(), |_, dsum| Ok(vec![Some(dsum.clone()), Some(dsum.clone())]))
 }
 
 /// The node of a computed norm `y` of `x`.

@@ -18,6 +18,19 @@ pub fn keep_freed_memory(device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// Returns the memory that no tensor uses to the driver. Work that uses it must have run: synchronize first.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn release_freed_memory(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(pool) = cuda::Pool::of(device)? {
+        return pool.release_freed_memory();
+    }
+    let _ = device;
+    Ok(())
+}
+
 /// Bytes in use now. `None` without a pool. [`peak_bytes`] measures from this call on.
 ///
 /// # Errors
@@ -76,6 +89,11 @@ mod cuda {
 
         pub(super) fn keep_freed_memory(&self) -> Result<()> {
             self.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
+        }
+
+        pub(super) fn release_freed_memory(&self) -> Result<()> {
+            // SAFETY: the pool is the device's.
+            unsafe { mem_pool::trim_to(self.0, 0) }.w()
         }
 
         pub(super) fn reset_peak(&self) -> Result<()> {

@@ -8,7 +8,7 @@ use super::launch::{grid, Launcher};
 use super::memory::{aligned, tensor, uninit, Locked};
 use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
 use crate::node;
-use crate::norm::Kind;
+use crate::norm::{sum_node, Kind};
 
 const FILE: &str = "norm";
 const WARP: usize = 32;
@@ -48,10 +48,7 @@ pub(crate) fn add_norm(
     let (x, residual) = (x.contiguous()?, residual.contiguous()?);
     let (weight, bias) = (weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
     let Forward { sum, y, statistics } = forward(device, &x, Some(&residual), &weight, bias.as_ref(), kind, eps)?;
-    let sum = Storage::Cuda(sum.expect("there is a residual"));
-    let sum = node::node("add", &[&x, &residual], sum, x.shape(), |_, dsum| {
-        Ok(vec![Some(dsum.clone()), Some(dsum.clone())])
-    })?;
+    let sum = sum_node(&x, &residual, Storage::Cuda(sum.expect("there is a residual")))?;
     let norm = with_backward(device, &sum, &weight, bias.as_ref(), kind, y, statistics)?;
     Ok((sum, norm))
 }
