@@ -211,12 +211,8 @@ impl Attention {
     pub fn forward_qkv(&self, qkv: &Tensor, num_heads_k: usize) -> Result<Tensor> {
         let (problem, q) = Problem::fused(&self.options, qkv, num_heads_k)?;
         let head_dim = problem.head_dim;
-        let plan = logged_plan(&problem, &q)?;
-        let (problem, copied) = plan.with_copies(problem);
-        let qkv = match copied.is_empty() {
-            true => qkv.clone(),
-            false => padded_copy(qkv, problem.head_dim)?,
-        };
+        let (problem, plan) = logged_plan(problem, &q)?;
+        let qkv = read_or_copied(qkv, "q", &plan, problem.head_dim)?; // all three are copied, or none
         let o = qkv.apply_op1(FusedFlashAttention(self.op(problem, plan, Output::O)))?;
         Ok(first_columns(&o, head_dim)?)
     }
@@ -402,20 +398,22 @@ impl Attention {
 
 /// Plans a checked call. Returns the plan, the inputs with the copies that it asks for, and the problem of these inputs.
 pub(crate) fn planned(problem: Problem, inputs: Inputs<&Tensor>) -> Result<(Problem, Plan, Inputs<Tensor>)> {
-    let plan = logged_plan(&problem, inputs.q)?;
-    let (problem, copied) = plan.with_copies(problem);
-    let input = |name, tensor: &Tensor, head_dim| match copied.contains(&name) {
-        true => padded_copy(tensor, head_dim),
-        false => Ok(tensor.clone()),
-    };
-    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
     let Inputs { q, k, v } = inputs;
-    let inputs = Inputs { q: input("q", q, head_dim)?, k: input("k", k, head_dim)?, v: input("v", v, head_dim_v)? };
+    let (problem, plan) = logged_plan(problem, q)?;
+    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
+    let inputs = Inputs {
+        q: read_or_copied(q, "q", &plan, head_dim)?,
+        k: read_or_copied(k, "k", &plan, head_dim)?,
+        v: read_or_copied(v, "v", &plan, head_dim_v)?,
+    };
     Ok((problem, plan, inputs))
 }
 
-/// A contiguous copy with `columns` columns. Those past the columns of `tensor` are zeros.
-fn padded_copy(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
+/// The input `name`, or if the plan asks for it, a contiguous copy with `columns` columns. Those past the columns of `tensor` are zeros.
+fn read_or_copied(tensor: &Tensor, name: &str, plan: &Plan, columns: usize) -> candle_core::Result<Tensor> {
+    if !plan.copied().contains(&name) {
+        return Ok(tensor.clone());
+    }
     match columns - tensor.dim(D::Minus1)? {
         0 => tensor.force_contiguous(),
         missing => tensor.contiguous()?.pad_with_zeros(D::Minus1, 0, missing),
@@ -423,7 +421,7 @@ fn padded_copy(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
 }
 
 /// The first `columns` columns of a tensor, contiguous.
-pub(crate) fn first_columns(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
+fn first_columns(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
     if tensor.dim(D::Minus1)? == columns {
         return Ok(tensor.clone());
     }
@@ -435,9 +433,9 @@ fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     Plan::choose(problem, &device::caps(q.device())?)
 }
 
-/// As [`plan`], for a call that will run: logs the plan.
-fn logged_plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
-    let plan = plan(problem, q)?;
-    environment::log(problem, &plan);
-    Ok(plan)
+/// As [`plan`], for a call that will run: logs the plan, and returns the problem with the copies that it asks for.
+fn logged_plan(problem: Problem, q: &Tensor) -> Result<(Problem, Plan)> {
+    let plan = plan(&problem, q)?;
+    environment::log(&problem, &plan);
+    Ok((plan.with_copies(problem), plan))
 }

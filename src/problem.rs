@@ -427,6 +427,9 @@ impl Problem {
     /// If the inputs are fused, `copied` names all or none of them, and the copies are views of one copy of qkv.
     pub(crate) fn with_copies(mut self, copied: &[&str], head_dim: usize, head_dim_v: usize) -> Self {
         (self.head_dim, self.head_dim_v) = (head_dim, head_dim_v);
+        if copied.is_empty() {
+            return self;
+        }
         let [q, k, v] = match self.fused {
             true => self.contiguous_qkv(),
             false => [self.contiguous_q(), self.contiguous_k(), self.contiguous_v()],

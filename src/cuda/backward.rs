@@ -101,14 +101,14 @@ impl Upstream {
     fn new<T: Element>(problem: &Problem, output: Output, result: &Tensor, grad: &Tensor) -> Result<Self> {
         match output {
             Output::O => Ok(Self { o: result.clone(), do_: readable_grad(problem, grad)?, dlse: None }),
-            // o and its gradient are f32 here. The kernels read the type of q, so round both.
+            // o and its gradient are f32 here. The kernels read the type of q, so convert both.
             Output::OAndLse => {
                 let lse_len = problem.rows_q() * problem.num_heads;
                 let o_len = lse_len * problem.head_dim_v;
                 let shape = problem.shape_of_result();
                 let part = |both: &Tensor| both.narrow(0, 0, o_len)?.to_dtype(T::DTYPE)?.reshape(&shape[..]);
                 let dlse = grad.contiguous()?.narrow(0, o_len, lse_len)?;
-                Ok(Self { o: part(result)?, do_: part(grad)?, dlse: Some(dlse) })
+                Ok(Self { o: part(result)?, do_: readable_grad(problem, &part(grad)?)?, dlse: Some(dlse) })
             }
         }
     }

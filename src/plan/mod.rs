@@ -39,11 +39,19 @@ impl Plan {
         }
     }
 
-    /// `problem` with the copies of inputs that this plan asks for. Also returns the names of these inputs.
-    pub(crate) fn with_copies(&self, problem: Problem) -> (Problem, &[&'static str]) {
+    /// The inputs of which the call makes contiguous copies first.
+    pub(crate) fn copied(&self) -> &[&'static str] {
         match self {
-            Self::Cpu(_) => (problem, &[]),
-            Self::Cuda(plan) => (problem.with_copies(&plan.copied, plan.head_dim, plan.head_dim_v), &plan.copied),
+            Self::Cpu(_) => &[],
+            Self::Cuda(plan) => &plan.copied,
+        }
+    }
+
+    /// `problem` with these copies.
+    pub(crate) fn with_copies(&self, problem: Problem) -> Problem {
+        match self {
+            Self::Cpu(_) => problem,
+            Self::Cuda(plan) => problem.with_copies(&plan.copied, plan.head_dim, plan.head_dim_v),
         }
     }
 

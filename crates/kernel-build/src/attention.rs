@@ -16,17 +16,6 @@ const SM90: Arch = Arch { sm: 90, exact: true };
 const PLAIN: Variant = Variant { suffix: "", argument: "fa2::NoScoreMod", score_mod: false };
 const SCORE_MOD: Variant = Variant { suffix: "_score_mod", argument: "fa2::SoftcapAlibi", score_mod: true };
 
-const FWD_SM80_ENTRY: Entry = Entry {
-    symbol: "fwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}",
-    pass: "Forward",
-    function: "fa2::sm80::forward",
-    params: "FwdParams",
-    grid: Grid::Tiles,
-    variants: &[PLAIN, SCORE_MOD],
-    shared_bytes: Some(shared::fwd_sm80),
-    box_cols: None,
-};
-
 const FWD_SM80: Family = Family {
     pass: "fwd",
     arch: SM80,
@@ -35,18 +24,16 @@ const FWD_SM80: Family = Family {
     header: "sm80/fwd.cuh",
     template: Template::Traits("fa2::sm80::FwdTraits"),
     dtypes: HALVES,
-    entries: &[FWD_SM80_ENTRY],
-};
-
-const BWD_SM80_ENTRY: Entry = Entry {
-    symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
-    pass: "Backward",
-    function: "fa2::sm80::backward",
-    params: "BwdParams",
-    grid: Grid::Tiles,
-    variants: &[PLAIN, SCORE_MOD],
-    shared_bytes: Some(shared::bwd_sm80),
-    box_cols: None,
+    entries: &[Entry {
+        symbol: "fwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}",
+        pass: "Forward",
+        function: "fa2::sm80::forward",
+        params: "FwdParams",
+        grid: Grid::Tiles,
+        variants: &[PLAIN, SCORE_MOD],
+        shared_bytes: Some(shared::fwd_sm80),
+        box_cols: None,
+    }],
 };
 
 const BWD_SM80: Family = Family {
@@ -57,7 +44,16 @@ const BWD_SM80: Family = Family {
     header: "sm80/bwd.cuh",
     template: Template::Traits("fa2::sm80::BwdTraits"),
     dtypes: HALVES,
-    entries: &[BWD_SM80_ENTRY],
+    entries: &[Entry {
+        symbol: "bwd_sm80_{dtype}_d{head_dim}_{block_m}x{block_n}_s{stages}",
+        pass: "Backward",
+        function: "fa2::sm80::backward",
+        params: "BwdParams",
+        grid: Grid::Tiles,
+        variants: &[PLAIN, SCORE_MOD],
+        shared_bytes: Some(shared::bwd_sm80),
+        box_cols: None,
+    }],
 };
 
 /// Every family that a line of cuda/instances.def may name. f32 has the templates of f16 and bf16, but tiles of its own, and so has plain
@@ -103,30 +99,10 @@ pub static FAMILIES: [Family; 10] = [
             box_cols: Some(shared::box_cols),
         }],
     },
-    Family {
-        pass: "fwd_f32",
-        dtypes: &[F32],
-        entries: &[Entry { symbol: "fwd_sm80_f32_d{head_dim}_{block_m}x{block_n}", ..FWD_SM80_ENTRY }],
-        ..FWD_SM80
-    },
-    Family {
-        pass: "bwd_f32",
-        dtypes: &[F32],
-        entries: &[Entry { symbol: "bwd_sm80_f32_d{head_dim}_{block_m}x{block_n}_s{stages}", ..BWD_SM80_ENTRY }],
-        ..BWD_SM80
-    },
-    Family {
-        pass: "fwd_tf32",
-        dtypes: &[TF32],
-        entries: &[Entry { symbol: "fwd_sm80_tf32_d{head_dim}_{block_m}x{block_n}", ..FWD_SM80_ENTRY }],
-        ..FWD_SM80
-    },
-    Family {
-        pass: "bwd_tf32",
-        dtypes: &[TF32],
-        entries: &[Entry { symbol: "bwd_sm80_tf32_d{head_dim}_{block_m}x{block_n}_s{stages}", ..BWD_SM80_ENTRY }],
-        ..BWD_SM80
-    },
+    Family { pass: "fwd_f32", dtypes: &[F32], ..FWD_SM80 },
+    Family { pass: "bwd_f32", dtypes: &[F32], ..BWD_SM80 },
+    Family { pass: "fwd_tf32", dtypes: &[TF32], ..FWD_SM80 },
+    Family { pass: "bwd_tf32", dtypes: &[TF32], ..BWD_SM80 },
     Family {
         pass: "delta",
         arch: SM80,

@@ -35,7 +35,7 @@ pub struct Line {
 /// A LOCAL line: kernels that may use local memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Local {
-    /// The name of the kernels, without the element type.
+    /// The name of the kernels, as [`Line::label`] makes it.
     pub label: String,
     /// The largest number of bytes per thread.
     pub bytes: usize,
@@ -60,9 +60,12 @@ impl Line {
         self.fill(entry.symbol).replace("{dtype}", dtype.name) + variant.suffix
     }
 
-    /// The symbol without the element type. LOCAL lines, reports and documents use this name.
+    /// The symbol, without the element type if the line has several. LOCAL lines, reports and documents use this name.
     pub fn label(&self, entry: &Entry, variant: &Variant) -> String {
-        self.fill(entry.symbol).replace("_{dtype}", "") + variant.suffix
+        match self.family.dtypes {
+            [only] => self.symbol(entry, only, variant),
+            _ => self.fill(entry.symbol).replace("_{dtype}", "") + variant.suffix,
+        }
     }
 
     fn fill(&self, pattern: &str) -> String {

@@ -2,9 +2,7 @@
 
 use super::launch::Launch;
 use crate::error::{Error, Result};
-use crate::instances::{
-    Grid, Kernel, Pass, CONVERT_COLS, DELTA_CHUNK, DELTA_MIN_LANES, DQ_GROUP_ROWS, KERNELS, WARP_SIZE,
-};
+use crate::instances::{Kernel, Pass, CONVERT_COLS, DELTA_CHUNK, DELTA_MIN_LANES, DQ_GROUP_ROWS, KERNELS, WARP_SIZE};
 use crate::plan::caps::CudaCaps;
 use crate::problem::{Lengths, Problem};
 
@@ -36,18 +34,10 @@ impl BackwardPlan {
         let launch = |kernel, blocks: usize, heads: usize| {
             Launch::by_tile(kernel, (blocks as u32, heads as u32, problem.batch() as u32))
         };
-        // One block processes all query heads of its key head, so that dk and dv are written once.
-        let backward = match kernel.grid {
-            Grid::Tiles => {
-                let blocks = problem.max_seqlen_k().div_ceil(kernel.block_n) * kernel.parts();
-                let backward = launch(kernel, blocks, problem.num_heads_k);
-                if problem.deterministic {
-                    check_semaphore(&backward)?;
-                }
-                backward
-            }
-            Grid::Persistent { max_tiles } => Launch::persistent(problem, kernel, caps.multiprocessors, max_tiles),
-        };
+        let backward = Launch::of_tiles(problem, kernel, caps.multiprocessors);
+        if problem.deterministic {
+            check_semaphore(&backward)?;
+        }
         let launches = vec![
             launch(delta, seqlen_q.div_ceil(rows_per_block), problem.num_heads),
             backward,

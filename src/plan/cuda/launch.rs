@@ -1,7 +1,7 @@
 //! One launch of one kernel.
 
-use super::schedule::Schedule;
-use crate::instances::{Kernel, Pass};
+use super::schedule::{Schedule, Tiles};
+use crate::instances::{Grid, Kernel, Pass};
 use crate::problem::Problem;
 
 /// One launch of one kernel.
@@ -21,16 +21,20 @@ impl Launch {
         Self { kernel, grid, schedule: None }
     }
 
-    /// The launch of a kernel whose blocks take work tiles, each at most `max_tiles`.
-    pub(super) fn persistent(
-        problem: &Problem,
-        kernel: &'static Kernel,
-        multiprocessors: usize,
-        max_tiles: Option<usize>,
-    ) -> Self {
-        let schedule = Schedule::new(problem, kernel, multiprocessors);
-        let blocks = schedule.blocks(kernel, multiprocessors, max_tiles);
-        Self { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
+    /// The launch of a forward or a backward, for all its work tiles.
+    pub(super) fn of_tiles(problem: &Problem, kernel: &'static Kernel, multiprocessors: usize) -> Self {
+        match kernel.grid {
+            Grid::Tiles => {
+                let Tiles { rows, seqlen, heads } = Tiles::of(problem, kernel);
+                let blocks = seqlen.div_ceil(rows) * kernel.parts();
+                Self::by_tile(kernel, (blocks as u32, heads as u32, problem.batch() as u32))
+            }
+            Grid::Persistent { max_tiles } => {
+                let schedule = Schedule::new(problem, kernel, multiprocessors);
+                let blocks = schedule.blocks(kernel, multiprocessors, max_tiles);
+                Self { kernel, grid: (blocks as u32, 1, 1), schedule: Some(schedule) }
+            }
+        }
     }
 
     /// Whether there are more work tiles than blocks, or clusters.

@@ -47,12 +47,15 @@ pub(super) fn padded_head_dims(problem: &Problem) -> (usize, usize) {
     (problem.head_dim.next_multiple_of(multiple), problem.head_dim_v.next_multiple_of(multiple))
 }
 
+/// Name, strides and shape of each input.
+pub(super) fn inputs(problem: &Problem) -> [(&'static str, Strides, Vec<usize>); 3] {
+    [("q", problem.q, problem.shape_q()), ("k", problem.k, problem.shape_k()), ("v", problem.v, problem.shape_v())]
+}
+
 /// The names of the inputs that a call copies first, because the kernels cannot read them in place. Views of one tensor are copied
 /// together.
 pub(super) fn copied(problem: &Problem) -> Vec<&'static str> {
-    let inputs =
-        [("q", problem.q, problem.shape_q()), ("k", problem.k, problem.shape_k()), ("v", problem.v, problem.shape_v())];
-    let unreadable = inputs.into_iter().filter(|(_, strides, shape)| !readable(strides, shape, problem.dtype));
+    let unreadable = inputs(problem).into_iter().filter(|(_, strides, shape)| !readable(strides, shape, problem.dtype));
     let unreadable: Vec<_> = unreadable.map(|(name, ..)| name).collect();
     match problem.fused && !unreadable.is_empty() {
         true => vec!["q", "k", "v"],

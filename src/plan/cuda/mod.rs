@@ -4,7 +4,6 @@
 
 mod backward;
 mod choice;
-mod forward;
 mod launch;
 mod limits;
 mod schedule;
@@ -78,7 +77,7 @@ impl CudaPlan {
             copied,
             head_dim,
             head_dim_v,
-            forward: forward::launches(problem, kernel, caps),
+            forward: vec![Launch::of_tiles(problem, kernel, caps.multiprocessors)],
             backward: of_backward.kernel.map(|kernel| BackwardPlan::new(problem, kernel, caps)).transpose()?,
             rejected: [of_forward.rejected, of_backward.rejected].concat(),
         })

@@ -62,21 +62,37 @@ fn section_heads(head_tiles: usize, heads: usize, section_tiles: usize) -> usize
     sizes.min_by(|(a, _), (b, _)| a.total_cmp(b)).map_or(1, |(_, size)| size)
 }
 
+/// What the work tiles of a kernel divide: queries, or in a backward keys. A backward processes all query heads of a key head in one
+/// tile, so that dk and dv are written once.
+pub(super) struct Tiles {
+    /// Rows of a tile.
+    pub rows: usize,
+    /// The longest sequence.
+    pub seqlen: usize,
+    /// Number of heads.
+    pub heads: usize,
+}
+
+impl Tiles {
+    pub(super) fn of(problem: &Problem, kernel: &Kernel) -> Self {
+        match kernel.pass {
+            Pass::Backward => Self {
+                rows: kernel.cluster * kernel.block_n,
+                seqlen: problem.max_seqlen_k(),
+                heads: problem.num_heads_k,
+            },
+            _ => Self { rows: kernel.block_m, seqlen: problem.max_seqlen_q(), heads: problem.num_heads },
+        }
+    }
+}
+
 /// The number of tiles per head, and the number of heads.
 fn tiles_and_heads(problem: &Problem, kernel: &Kernel) -> (usize, usize) {
-    let backward = kernel.pass == Pass::Backward;
-    let (rows, heads) = if backward {
-        (kernel.cluster * kernel.block_n, problem.num_heads_k)
-    } else {
-        (kernel.block_m, problem.num_heads)
-    };
+    let Tiles { rows, seqlen, heads } = Tiles::of(problem, kernel);
     match &problem.lengths {
-        &Lengths::Padded { batch, seqlen_q, seqlen_k, .. } => {
-            let seqlen = if backward { seqlen_k } else { seqlen_q };
-            (seqlen.div_ceil(rows), batch * heads)
-        }
+        Lengths::Padded { batch, .. } => (seqlen.div_ceil(rows), batch * heads),
         Lengths::Packed { cu_seqlens_q, cu_seqlens_k } => {
-            let cu_seqlens = if backward { cu_seqlens_k } else { cu_seqlens_q };
+            let cu_seqlens = if kernel.pass == Pass::Backward { cu_seqlens_k } else { cu_seqlens_q };
             (if cu_seqlens.total() == 0 { 0 } else { cu_seqlens.blocks(rows) }, heads)
         }
     }

@@ -1,6 +1,6 @@
 //! Kernels that use wgmma and TMA. They run only on Hopper.
 
-use super::limits::axes;
+use super::limits::{axes, inputs};
 use super::schedule::Schedule;
 use super::spec::{Reason, Spec};
 use crate::instances::{Kernel, Pass};
@@ -32,8 +32,6 @@ impl Spec for Sm90 {
 
 /// The longest stride of q, k and v. The stride of an axis with one element is never used.
 fn longest_stride(problem: &Problem) -> usize {
-    let axes = [(problem.q, problem.shape_q()), (problem.k, problem.shape_k()), (problem.v, problem.shape_v())]
-        .into_iter()
-        .flat_map(|(strides, shape)| axes(&strides, &shape));
+    let axes = inputs(problem).into_iter().flat_map(|(_, strides, shape)| axes(&strides, &shape));
     axes.filter(|&(_, size)| size > 1).map(|(stride, _)| stride).max().unwrap_or(0)
 }
