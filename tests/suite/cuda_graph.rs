@@ -181,8 +181,12 @@ fn a_refused_call_queues_nothing() -> Result<()> {
         let zeros = |dtype: DType, head_dim: usize| Tensor::zeros((1, 5, 2, head_dim), dtype, &device);
         let fine = zeros(dtype, 64)?;
         Attention::new().forward(&fine, &fine, &fine)?;
-        let odd = zeros(dtype, 72)?.narrow(3, 2, 64)?;
-        for x in [zeros(DType::F64, 64)?, zeros(dtype, 12)?, zeros(dtype, 264)?, odd] {
+        let mut calls = vec![zeros(DType::F64, 64)?];
+        if dtype == DType::F32 {
+            // It has a forward, but no backward.
+            calls.push(Var::from_tensor(&zeros(dtype, 264)?)?.into_inner());
+        }
+        for x in calls {
             let refused = || {
                 Attention::new().forward(&x, &x, &x).expect_err("has no kernel");
                 Ok(())
