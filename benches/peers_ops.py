@@ -86,19 +86,27 @@ class Bench:
         if not self.wants(cell):
             return
         torch = self.torch
-        for peer, function in (("eager", call), ("compiled", torch.compile(call, dynamic=False))):
+
+        def measure(peer, function):
+            measured = self.time(lambda: function(*inputs))
+            self.row(peer, cell, "forward", measured, forward, forward / measured[0] / self.copy)
+            result = function(*inputs)
+            result = result[-1] if isinstance(result, tuple) else result
+            tracked = [tensor for tensor in inputs if tensor.requires_grad]
+            dy = torch.randn_like(result)
+            measured = self.time(lambda: torch.autograd.grad(result, tracked, dy, retain_graph=True))
+            self.row(peer, cell, "backward", measured, backward, backward / measured[0] / self.copy)
+
+        self.eager_and_compiled(cell, call, measure)
+
+    def eager_and_compiled(self, cell, call, measure):
+        """Calls measure(peer, function) with `call` as it is and compiled. Running out of memory is a result."""
+        for peer, function in (("eager", call), ("compiled", self.torch.compile(call, dynamic=False))):
             try:
-                measured = self.time(lambda: function(*inputs))
-                self.row(peer, cell, "forward", measured, forward, forward / measured[0] / self.copy)
-                result = function(*inputs)
-                result = result[-1] if isinstance(result, tuple) else result
-                tracked = [tensor for tensor in inputs if tensor.requires_grad]
-                dy = torch.randn_like(result)
-                measured = self.time(lambda: torch.autograd.grad(result, tracked, dy, retain_graph=True))
-                self.row(peer, cell, "backward", measured, backward, backward / measured[0] / self.copy)
-            except torch.cuda.OutOfMemoryError:
+                measure(peer, function)
+            except self.torch.cuda.OutOfMemoryError:
                 print(f"{peer:<9} {' '.join(cell)}: out of memory")
-            torch.cuda.empty_cache()
+            self.torch.cuda.empty_cache()
 
 
 def norms(bench, name, dtype, rows, width):
@@ -144,13 +152,12 @@ def linear_losses(bench, name, dtype, rows, width, vocab):
         logits = x @ weight.t()
         products += bench.time(lambda: logits @ weight)[0] + bench.time(lambda: logits.t() @ x)[0]
         del logits
-    for peer, function in (("eager", loss), ("compiled", torch.compile(loss, dynamic=False))):
-        try:
-            measured = bench.time(lambda: torch.autograd.grad(function(x, weight, targets), (x, weight)))
-            bench.row(peer, cell, "both", measured, 0, products / measured[0])
-        except torch.cuda.OutOfMemoryError:
-            print(f"{peer:<9} {' '.join(cell)}: out of memory")
-        torch.cuda.empty_cache()
+
+    def measure(peer, function):
+        measured = bench.time(lambda: torch.autograd.grad(function(x, weight, targets), (x, weight)))
+        bench.row(peer, cell, "both", measured, 0, products / measured[0])
+
+    bench.eager_and_compiled(cell, loss, measure)
 
 
 def activations(bench, name, dtype, rows, width):

@@ -138,9 +138,7 @@ pub fn f32(gpu: &Machine, to_root: &str) -> Result<String> {
     for pass in PASSES {
         table += &rows_with_the_fastest(gpu, pass, &HEAD_DIMS, &SEQLENS)?;
     }
-    let lines = ratios_to(gpu, "efficient", &["mha"], "PyTorch's memory-efficient attention");
-    let summary = head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines;
-    Ok(format!("{table}\n{summary}\n{}", measured_on(gpu, to_root)))
+    Ok(format!("{table}\n{}\n{}", ratios_to_each(gpu), measured_on(gpu, to_root)))
 }
 
 /// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192. They have 16 heads.
@@ -236,9 +234,13 @@ fn ratios_to(gpu: &Machine, peer: &str, kinds: &[&str], name: &str) -> String {
 /// The figures of the papers' grid, and our speed relative to each peer.
 pub fn peers(gpu: &Machine) -> Result<String> {
     let figures = ["forward", "backward", "forward-backward"].map(|name| gpu.figure(name, ""));
+    Ok(format!("{}\n{}", figures.join("\n"), ratios_to_each(gpu)))
+}
+
+/// Our speed over the papers' grid, relative to each of the others that ran.
+fn ratios_to_each(gpu: &Machine) -> String {
     let lines: String = PEERS.iter().map(|(peer, name)| ratios_to(gpu, peer, &["mha"], name)).collect();
-    let table = head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines;
-    Ok(format!("{}\n{table}", figures.join("\n")))
+    head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines
 }
 
 /// Time of a forward + backward: ours, and standard attention's.

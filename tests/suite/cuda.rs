@@ -20,6 +20,7 @@ use crate::common::compare;
 use crate::common::reference::{Input, Output};
 use crate::common::run::Call;
 use anyhow::{ensure, Context, Result};
+use attention_reference::matrix::norm;
 use candle_core::{DType, Tensor, Var};
 use candle_fa2::testing::{self, CudaPlan, DeviceCaps, Grid, Kernel, Launch, Pass, Plan, KERNELS};
 use candle_fa2::{Attention, Mask, PaddingSide, TensorLayout};
@@ -42,7 +43,7 @@ fn tiled_kernels() -> Result<Vec<Tiled>> {
             let DeviceCaps::Cuda(caps) = testing::device_caps(&target.device)? else {
                 anyhow::bail!("{:?} is not a GPU", target.device);
             };
-            if kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block {
+            if cases::fits(kernel, &caps) {
                 runnable.push(Tiled { kernel, target: target.clone() });
             } else {
                 others.push(kernel.name);
@@ -201,17 +202,11 @@ fn persistent_kernels_take_every_tile_once() -> Result<()> {
 }
 
 /// Chooses the queries that the reference computes: the first and the last of every 32, and the last of each sequence. So
-/// the first and the last row of each tile are among them, and they see every key tile that a row of the tile sees. do and
-/// dlse of the other queries are 0, so that the gradients depend on the chosen ones only.
-fn with_some_queries(mut input: Input) -> Input {
+/// the first and the last row of each tile are among them, and they see every key tile that a row of the tile sees.
+fn with_some_queries(input: Input) -> Input {
     let chosen = |seqlen_q: usize| (0..seqlen_q).map(move |row| matches!(row % 32, 0 | 31) || row + 1 == seqlen_q);
-    let queries: Vec<bool> = input.lengths.iter().flat_map(|&(seqlen_q, _)| chosen(seqlen_q)).collect();
-    for (values, width) in [(&mut input.do_, input.head_dim_v), (&mut input.dlse, 1)] {
-        for (row, _) in values.chunks_mut(input.num_heads * width).zip(&queries).filter(|(_, chosen)| !**chosen) {
-            row.fill(0.0);
-        }
-    }
-    Input { queries: Some(queries), ..input }
+    let queries = input.lengths.iter().flat_map(|&(seqlen_q, _)| chosen(seqlen_q)).collect();
+    input.only(queries)
 }
 
 /// Scores as a function of the number of keys after the key, and the queries with these scores. Other queries have scores of 0.
@@ -378,14 +373,9 @@ fn every_head_dim() -> Result<()> {
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn a_forward_of_wide_heads() -> Result<()> {
-    let widest = |dtype| {
-        let kernels = tiled_kernels()?.into_iter().map(|tiled| tiled.kernel);
-        let forwards = kernels.filter(|kernel| (kernel.pass, kernel.dtype) == (Pass::Forward, dtype));
-        anyhow::Ok(forwards.map(|kernel| kernel.head_dim).max().unwrap_or(0))
-    };
     let mut cases = Vec::new();
     for target in &gpu_targets_or_skip() {
-        let widest = widest(target.dtype)?;
+        let widest = cases::widest(&target.device, target.dtype, Pass::Forward);
         for (n, (head_dim, head_dim_v)) in [(257, 257), (300, 40), (36, 500), (512, 512)].into_iter().enumerate() {
             let case = Case::new(target).heads(4, 2).batch(2, 70, 150).mask([Mask::None, Mask::Causal][n % 2]);
             cases.push(Case { head_dim: head_dim.min(widest), head_dim_v: head_dim_v.min(widest), ..case });
@@ -435,9 +425,13 @@ fn plain_tf32_has_the_errors_of_11_bits() -> Result<()> {
             case.clone().tf32().check()?;
             let input = case.draw();
             let want = attention_reference::attention(&input);
+            // The norm of the differences, relative to that of the values.
+            let relative = |got: &[f64], want: &[f64]| {
+                norm(&got.iter().zip(want).map(|(got, want)| got - want).collect::<Vec<_>>()) / norm(want)
+            };
             let errors = |got: &Output| -> Vec<f64> {
                 let pairs = got.named().into_iter().zip(want.named()).filter(|((name, _), _)| *name != "lse");
-                pairs.map(|((_, got), (_, want))| relative_error(&got.values, &want.values)).collect()
+                pairs.map(|((_, got), (_, want))| relative(&got.values, &want.values)).collect()
             };
             let (split, plain) = (errors(&case.run(&input)?), errors(&case.clone().tf32().run(&input)?));
             let text = |errors: &[f64]| errors.iter().map(|error| format!("{error:.1e} ")).collect::<String>();
@@ -447,13 +441,6 @@ fn plain_tf32_has_the_errors_of_11_bits() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The root of the squared differences, relative to that of the squared values.
-fn relative_error(got: &[f64], want: &[f64]) -> f64 {
-    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
-    let differences = squares(&mut got.iter().zip(want).map(|(got, want)| got - want));
-    (differences / squares(&mut want.iter().copied())).sqrt()
 }
 
 /// q, k and v in one tensor, with a head_dim whose rows are not whole 16 bytes.
@@ -588,7 +575,7 @@ fn same_as_halves(whole: &Output, halves: [&Output; 2], case: &Case) -> Result<(
 }
 
 /// A call that no CUDA kernel supports returns an error that says what to do, before anything is queued.
-/// [`Attention::supports`] returns the same error. `layouts` tests rows that are not aligned.
+/// [`Attention::supports`] returns the same error.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn refusals_on_the_device() -> Result<()> {

@@ -33,8 +33,7 @@ pub struct Input {
     pub do_: Vec<f64>,
     /// The gradient of lse, `(total_q, num_heads)`.
     pub dlse: Vec<f64>,
-    /// Whether each of the `total_q` queries is computed. `None`: all are. For the others `do_` and dlse must be 0. Then
-    /// the gradients equal those of the whole call.
+    /// Whether each of the `total_q` queries is computed; see [`Self::only`]. `None`: all are.
     pub queries: Option<Vec<bool>>,
 }
 
@@ -116,6 +115,17 @@ impl Input {
         sequences
     }
 
+    /// The same call of which only these of the `total_q` queries are computed. do and dlse of the others become 0, so that the gradients
+    /// depend on the chosen ones only.
+    pub fn only(mut self, queries: Vec<bool>) -> Self {
+        for (values, width) in [(&mut self.do_, self.head_dim_v), (&mut self.dlse, 1)] {
+            for (row, _) in values.chunks_mut(self.num_heads * width).zip(&queries).filter(|(_, chosen)| !**chosen) {
+                row.fill(0.0);
+            }
+        }
+        Self { queries: Some(queries), ..self }
+    }
+
     /// Whether query `token` of all is computed.
     pub fn computes(&self, token: usize) -> bool {
         self.queries.as_ref().is_none_or(|queries| queries[token])
@@ -171,8 +181,10 @@ fn attend<T: Number>(input: &Input, variant: &Variant, round: fn(T) -> T, models
         }
         for j in 0..sequence.seqlen_k {
             let token = sequence.first_k + j;
-            output.dk.set(token, head_k, &key_head.dk[j], key_head.errors.dk[j]);
-            output.dv.set(token, head_k, &key_head.dv[j], key_head.errors.dv[j]);
+            let of_row = |errors: &Errors| (errors.dk[j], errors.dv[j]);
+            let (dk_error, dv_error) = key_head.errors.as_ref().map(of_row).unwrap_or_default();
+            output.dk.set(token, head_k, &key_head.dk[j], dk_error);
+            output.dv.set(token, head_k, &key_head.dv[j], dv_error);
         }
     }
     output
@@ -183,7 +195,7 @@ struct KeyHead<T> {
     queries: Vec<Query<T>>,
     dk: Matrix<T>,
     dv: Matrix<T>,
-    errors: Errors,
+    errors: Option<Errors>,
 }
 
 /// The results of one query of one head.
@@ -213,7 +225,7 @@ fn attend_key_head<T: Number>(
     let (k, v) = (of_k(&input.k, head_dim), of_k(&input.v, head_dim_v));
     let (k_columns, v_columns) = (Columns::of(&k), Columns::of(&v));
     let (mut dk, mut dv) = (Matrix::zeros(seqlen_k, head_dim), Matrix::zeros(seqlen_k, head_dim_v));
-    let mut errors = Errors::new(input.precision, &k, &v);
+    let mut errors = models_errors.then(|| Errors::new(input.precision, &k, &v));
     let mut queries = Vec::new();
 
     let group = num_heads / num_heads_k;
@@ -235,10 +247,9 @@ fn attend_key_head<T: Number>(
         for i in (0..seqlen_q).filter(|i| input.computes(first_q + i)) {
             let forward = forward(&of_head, i, variant);
             let backward = backward(&of_head, i, &forward, &mut dk, &mut dv);
-            let errors = match models_errors {
-                true => errors.add_query(&of_head, i, &forward, &backward),
-                false => QueryErrors::default(),
-            };
+            let errors = errors
+                .as_mut()
+                .map_or_else(QueryErrors::default, |errors| errors.add_query(&of_head, i, &forward, &backward));
             let token = first_q + i;
             queries.push(Query { token, head, o: forward.o, lse: forward.lse, dq: backward.dq, errors });
         }

@@ -5,7 +5,7 @@ use anyhow::Result;
 use attention_reference::draw::{generator, normal};
 use attention_reference::{Input, Precision};
 use candle_core::{DType, Device, Tensor};
-use candle_fa2::testing::{self, DeviceCaps, Pass, Plan, Tile};
+use candle_fa2::testing::{self, CudaCaps, DeviceCaps, Kernel, Pass, Plan, Tile};
 use candle_fa2::{Attention, CuSeqlens, KeyLengths, Mask, PaddingSide, TensorLayout};
 use rand::Rng;
 use std::fmt;
@@ -79,13 +79,21 @@ pub fn chunk(device: &Device) -> usize {
 
 /// The largest head_dim that `device` has gradients for. It depends on the type: f32 needs more shared memory.
 pub fn max_head_dim(device: &Device, dtype: DType) -> usize {
+    widest(device, dtype, Pass::Backward)
+}
+
+/// The largest head_dim that `device` has a kernel of `pass` for.
+pub fn widest(device: &Device, dtype: DType, pass: Pass) -> usize {
     let DeviceCaps::Cuda(caps) = testing::device_caps(device).expect("the device answers") else {
         return testing::MAX_HEAD_DIM;
     };
-    let backwards = testing::KERNELS.iter().filter(|kernel| (kernel.pass, kernel.dtype) == (Pass::Backward, dtype));
-    let fitting = backwards
-        .filter(|kernel| kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block);
-    fitting.map(|kernel| kernel.head_dim).max().unwrap_or(0)
+    let of_pass = testing::KERNELS.iter().filter(|kernel| (kernel.pass, kernel.dtype) == (pass, dtype));
+    of_pass.filter(|kernel| fits(kernel, &caps)).map(|kernel| kernel.head_dim).max().unwrap_or(0)
+}
+
+/// Whether a GPU with these capabilities runs `kernel`.
+pub fn fits(kernel: &Kernel, caps: &CudaCaps) -> bool {
+    kernel.arch.runs_on(caps.compute_cap) && kernel.shared_bytes <= caps.shared_bytes_per_block
 }
 
 /// The lengths of the sequences of a batch.
