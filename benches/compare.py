@@ -50,12 +50,12 @@ def main():
         line = f"{KINDS[kind]:<10} {'bwd' if backward else 'fwd'} {shape} s{seqlen}"
         line = f"{line:<46} {cell['ours']:>5.0f}"
         for peer in peers:
-            told = "-"
+            text = "-"
             if peer in cell:
                 ratio = cell["ours"] / cell[peer]
                 ratios[kind, backward, peer].append(ratio)
-                told = f"{cell[peer]:.0f}, {ratio:.2f}x"
-            line += f"{told:>20}"
+                text = f"{cell[peer]:.0f}, {ratio:.2f}x"
+            line += f"{text:>20}"
         print(line)
     print(f"\n{'ours over each':<34} {'geometric mean':>14} {'smallest':>9} {'calls':>6}")
     for (kind, backward, peer), found in sorted(ratios.items()):

@@ -263,8 +263,8 @@ class Bench:
         """The columns of one call, and its median, in milliseconds."""
         runs = self.timer.runs(call)
         ms = statistics.median(runs)
-        told = {"ms": f"{ms:.5g}", "tflops": f"{flop / ms * 1e-9:.5g}", "ms_min": f"{runs[0]:.5g}", "reps": len(runs)}
-        return told | self.gauges(call), ms
+        columns = {"ms": f"{ms:.5g}", "tflops": f"{flop / ms * 1e-9:.5g}", "ms_min": f"{runs[0]:.5g}", "reps": len(runs)}
+        return columns | self.gauges(call), ms
 
     def write(self, row):
         self.csv.writerow(row)
@@ -277,9 +277,9 @@ class Bench:
     def ceiling(self):
         size = 8192
         a, b = self.draw(size, size, grad=False), self.draw(size, size, grad=False)
-        told, _ = self.timed(lambda: a @ b, 2.0 * size**3)
+        columns, _ = self.timed(lambda: a @ b, 2.0 * size**3)
         row = {"peer": "ceiling", "kind": f"matmul{size}", "dir": "fwd", "dtype": self.options.dtype, "causal": 0}
-        self.write(row | {"seqlen_q": size, "seqlen_k": size} | told)
+        self.write(row | {"seqlen_q": size, "seqlen_k": size} | columns)
 
     def calls(self, peer, case):
         """Forward and backward of one case."""
@@ -343,13 +343,13 @@ class Bench:
         sums, row = 0.0, lambda pass_: case.row(name, pass_, self.options.dtype)
         for pass_ in self.options.passes:
             try:
-                told, ms = self.timed(self.calls(peer, case)[pass_], case.flop(pass_))
+                columns, ms = self.timed(self.calls(peer, case)[pass_], case.flop(pass_))
             except self.torch.cuda.OutOfMemoryError:
                 self.write(row(pass_) | OUT_OF_MEMORY)
                 total = OUT_OF_MEMORY
                 break
             sums += ms
-            self.write(row(pass_) | told)
+            self.write(row(pass_) | columns)
         else:
             total = {"ms": f"{sums:.5g}", "tflops": f"{case.flop('fwd+bwd') / sums * 1e-9:.5g}"}
         if set(self.options.passes) == set(PASSES):

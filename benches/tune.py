@@ -134,8 +134,8 @@ class Line:
         elif not (self.image.exists() and log.exists()):
             sys.exit(f"{self.image} does not exist, so --reuse cannot take it; run without --reuse first")
         # The two lines after the name: local memory, and registers.
-        told = log.read_text().partition(f"Function properties for {self.main.name}\n")[2].splitlines()[:2]
-        return "; ".join([line.strip() for line in told] + [f"{self.main.shared_bytes} bytes of dynamic shared memory"])
+        text = log.read_text().partition(f"Function properties for {self.main.name}\n")[2].splitlines()[:2]
+        return "; ".join([line.strip() for line in text] + [f"{self.main.shared_bytes} bytes of dynamic shared memory"])
 
 
 class Description:

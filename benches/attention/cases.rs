@@ -172,7 +172,7 @@ impl Case {
         Ok(())
     }
 
-    /// The first part of the name. Cases of one family are timed in turns.
+    /// The first part of the name. Cases of one family are timed alternately.
     pub fn family(&self) -> &str {
         self.name.split('/').next().unwrap_or(&self.name)
     }

@@ -1,4 +1,4 @@
-//! Times several jobs in turns: warm, enough runs for a median and a spread. Also thread pools to run them on.
+//! Times several jobs alternately: warm, enough runs for a median and a spread. Also thread pools to run them on.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -59,7 +59,7 @@ pub fn seconds<R>(run: impl FnOnce() -> Result<R>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Times `jobs` in turns. Each round gives every job its share of runs, so that a slow moment of the machine affects
+/// Times `jobs` alternately. Each round gives every job its share of runs, so that a slow moment of the machine affects
 /// all jobs alike.
 ///
 /// # Errors

@@ -83,7 +83,7 @@ struct Entrant {
     peak_bytes: usize,
 }
 
-/// Checks the cases of one family, then times them in turns.
+/// Checks the cases of one family, then times them alternately.
 fn measure(family: &[Case], gemm: &Gemm, timed: bool, report: &mut Report) -> Result<()> {
     let mut entrants = Vec::new();
     for case in family {

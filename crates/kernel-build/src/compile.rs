@@ -23,7 +23,7 @@ pub struct Compiler {
     pub gpus: Gpus,
     /// The folder of the headers.
     pub include: PathBuf,
-    /// The folder for sources, images and logs, of which a unit has one file each, and for generated headers.
+    /// The folder for sources, images and logs (one of each for a unit), and for generated headers.
     pub out: PathBuf,
 }
 
