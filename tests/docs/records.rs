@@ -7,7 +7,7 @@ use anyhow::{bail, ensure, Context, Result};
 
 use super::{loss, read, root};
 use figures::record::{median, Call, Record};
-use figures::Figure;
+use figures::{data_sheet, Figure};
 
 /// The other implementations of a record. The peer `before` is an older version of ours.
 const OTHERS: [&str; 5] = ["flash", "cudnn", "fa3", "standard", "candle_flash"];
@@ -60,7 +60,7 @@ pub struct Machine {
     pub origin: String,
     /// Medians over all files.
     pub record: Record,
-    /// The runs by the number in their names. Implementations took turns: `ours-1.csv`, `flash-1.csv`, `ours-2.csv` and so on.
+    /// The runs by the number in their names. Implementations alternated: `ours-1.csv`, `flash-1.csv`, `ours-2.csv` and so on.
     runs: BTreeMap<u32, Record>,
     figures: Vec<Figure>,
 }
@@ -138,6 +138,12 @@ impl Machine {
         } else {
             String::new()
         }
+    }
+
+    /// TFLOP/s of the data sheet.
+    pub fn peak(&self) -> Result<f64> {
+        let name = format!("NVIDIA {}", self.name);
+        data_sheet::tflops(&name).with_context(|| format!("crates/figures has no data sheet of {name}"))
     }
 
     /// The speed of ours over `peer`: the median over the numbered runs. Without such runs, the ratio of the medians.

@@ -2,7 +2,6 @@
 
 mod ablations;
 mod ceiling;
-mod claims;
 mod gpu;
 mod report;
 mod standard;
@@ -107,7 +106,7 @@ pub fn run(options: &Options) -> Result<()> {
     for (part, cases) in &parts {
         run_part(*part, cases, &mut gpu, options, &mut report, &mut failed);
     }
-    report.summary();
+    report.summary()?;
     if !failed.is_empty() {
         bail!("{} failed: {}", failed.len(), failed.join(" "));
     }

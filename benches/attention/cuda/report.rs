@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::Result;
 use candle_core::DType;
-use figures::record::{OUT_OF_MEMORY, UNCOUNTABLE};
+use figures::claims::{claims, Claim};
+use figures::record::{Record, OUT_OF_MEMORY, UNCOUNTABLE};
 
-use super::claims::{self, Fact};
 use super::gpu::Cost;
 use super::table::{Table, PACKED};
 use crate::cases::{Case, Pass, Peer};
@@ -53,7 +53,8 @@ pub struct Report {
     csv: Csv,
     /// By [`Summary`].
     tables: [Table; 5],
-    facts: Vec<Fact>,
+    /// The rows of this run, in the columns of benches/record.
+    rows: csv::Writer<Vec<u8>>,
     /// TFLOP/s that the GPU's data sheet promises.
     data_sheet: Option<f64>,
 }
@@ -97,12 +98,12 @@ impl Report {
     /// If `csv` cannot be created; a file that is already there is replaced.
     pub fn new(csv: Option<&Path>, data_sheet: Option<f64>) -> Result<Self> {
         let tables = Summary::TITLES.map(|title| Table::new(title, (52, 11)));
-        Ok(Self { csv: Csv::create(csv)?, tables, facts: Vec::new(), data_sheet })
+        Ok(Self { csv: Csv::create(csv)?, tables, rows: csv::Writer::from_writer(Vec::new()), data_sheet })
     }
 
     /// Keeps a row for the claims and writes it as CSV. Every measurement goes through here.
     pub fn keep(&mut self, row: CsvRow) -> Result<()> {
-        self.facts.push(Fact::from(&row));
+        self.rows.serialize(&row)?;
         self.csv.write(row)
     }
 
@@ -348,9 +349,18 @@ impl Report {
         Ok(())
     }
 
-    /// Prints the tables, a line for each call and pass and a column for each seqlen, and the claims.
-    pub fn summary(&self) {
+    /// Prints the tables, a line for each call and pass and a column for each seqlen, and the papers' claims.
+    pub fn summary(self) -> Result<()> {
         self.tables.iter().for_each(Table::print);
-        claims::print(&self.facts, self.data_sheet);
+        let rows = String::from_utf8(self.rows.into_inner()?)?;
+        let record = Record::read([rows.as_str()])?;
+        for (i, Claim { paper, here, place, holds }) in claims(&record, self.data_sheet).into_iter().enumerate() {
+            if i == 0 {
+                println!("\n{:<85} {:>20}  {:<6} where", "claims", "here", "holds");
+            }
+            let holds = holds.map_or("-", |holds| if holds { "yes" } else { "no" });
+            println!("{paper:<85} {here:>20}  {holds:<6} {place}");
+        }
+        Ok(())
     }
 }

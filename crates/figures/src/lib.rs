@@ -1,9 +1,11 @@
 //! Figures, records of runs and rates of GPUs, for the bench, the documents and the GPT example.
 //!
 //! This crate measures nothing. [`of_record`] draws CSV files with the columns of benches/record as SVG: speed by seqlen as in the
-//! papers, speed on a CPU, memory, and the gain of each idea. [`curves`] draws the loss of a training.
+//! papers, speed on a CPU, memory, and the gain of each idea. [`curves`] draws the loss of a training. [`claims`] compares a record with
+//! what the papers claim.
 
 pub mod chart;
+pub mod claims;
 pub mod curves;
 pub mod data_sheet;
 pub mod record;
@@ -258,14 +260,6 @@ const LACKS_NOTHING: &str = "ablation_none";
 /// The kinds of the variants' rows: over the papers' grid, and by number of heads.
 pub const ABLATION: &str = "ablation";
 pub const BY_HEADS: &str = "ablation_heads";
-
-/// From this batch x heads on, one thread block per head keeps all multiprocessors of any GPU so far busy. With fewer heads,
-/// a comparison with FlashAttention-1 mostly measures idle multiprocessors.
-pub const FULL_GPU: usize = 256;
-
-/// The paper's highest shares of an A100's peak rate, in the forward and in the backward.
-pub const PAPER_FORWARD_SHARE: f64 = 0.73;
-pub const PAPER_BACKWARD_SHARE: f64 = 0.63;
 
 /// Variants of our kernels, each without one idea of the paper, in the paper's order; and what each does instead.
 const VARIANTS: [(&str, &str); 6] = [
