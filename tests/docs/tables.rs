@@ -3,6 +3,7 @@
 use super::records::Machine;
 use anyhow::{Context, Result};
 use figures::chart::mib;
+use figures::claims::{product, spread};
 use figures::record::{Call, Cost};
 use figures::{
     baseline, batches, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS,
@@ -12,6 +13,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 const PASSES: [(&str, &str); 2] = [("fwd", "forward"), ("bwd", "backward")];
 const MASKS: [(bool, &str); 2] = [(false, "full"), (true, "causal")];
+
+/// Every head_dim that a Hopper record has. The papers' grid has no 96 and 192.
+const HOPPER_HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
 /// The first columns of [`rows_with_the_fastest`].
 const COLUMNS: [&str; 4] = ["pass", "device", "head_dim", "mask"];
@@ -110,15 +114,52 @@ pub fn front_page(gpu: &Machine) -> Result<String> {
         notes += &format!("- {}: {}\n", pass.1, means.join(", "));
     }
     Ok(format!(
-        "{table}\nOur speed relative to others, geometric means over the 36 shapes of the papers' grid, from 512 to 16,384 \
-         tokens:\n\n{notes}\n{}",
+        "{table}\nOur speed relative to the fastest, geometric means over 512 to 16,384 tokens, by head_dim:\n\n{}\n\
+         Our speed relative to each, geometric means over the 36 shapes of the papers' grid:\n\n{notes}\n{}",
+        means_by_head_dim(gpu),
         measured_on(gpu, "")
+    ))
+}
+
+/// Geometric means over all lengths of our speed relative to the fastest of the others.
+fn means_by_head_dim(gpu: &Machine) -> String {
+    let head_dims = HOPPER_HEAD_DIMS.map(|head_dim| head_dim.to_string());
+    let columns: Vec<&str> = ["pass", "mask"].into_iter().chain(head_dims.iter().map(String::as_str)).collect();
+    let mut table = head(&columns);
+    for (pass, title) in PASSES {
+        for (causal, mask) in MASKS {
+            let cells = HOPPER_HEAD_DIMS.map(|head_dim| {
+                let ratio = |seqlen| fastest(gpu, &call(pass, head_dim, causal, seqlen));
+                let mean = geometric_mean(SEQLENS.into_iter().filter_map(ratio));
+                mean.map_or("-".to_string(), |mean| format!("{mean:.2}x"))
+            });
+            table += &format!("| {title} | {mask} | {} |\n", cells.join(" | "));
+        }
+    }
+    table
+}
+
+/// The highest rate of each head_dim in the forward as a share of the data sheet's, and the rate of a matrix product.
+pub fn shares(gpu: &Machine) -> Result<String> {
+    let peak = gpu.peak()?;
+    let highest = |head_dim| {
+        let calls =
+            MASKS.into_iter().flat_map(|(causal, _)| SEQLENS.map(|seqlen| call("fwd", head_dim, causal, seqlen)));
+        calls.filter_map(|call| gpu.record.tflops("ours", &call)).reduce(f64::max)
+    };
+    let share = |head_dim| Some(format!("{:.0}% at {head_dim}", 100.0 * highest(head_dim)? / peak));
+    let shares: Vec<String> = HOPPER_HEAD_DIMS.into_iter().filter_map(share).collect();
+    let (product, rows) = product(&gpu.record).context("no run has a matrix product")?;
+    Ok(format!(
+        "Of the data sheet's {peak:.0} TFLOP/s, the fastest call of each head_dim reaches {}. In the same run a product of two \
+         matrices of {rows} x {rows} reached {product:.0} TFLOP/s (cuBLAS).\n",
+        shares.join(", ")
     ))
 }
 
 /// One pass, every head_dim and length.
 fn pass(gpu: &Machine, pass: (&str, &str), to_root: &str) -> Result<String> {
-    let rows = rows_with_the_fastest(gpu, pass, &[64, 96, 128, 192, 256], &SEQLENS)?;
+    let rows = rows_with_the_fastest(gpu, pass, &HOPPER_HEAD_DIMS, &SEQLENS)?;
     Ok(head_by_seqlen(&COLUMNS, &SEQLENS) + &rows + "\n" + &measured_on(gpu, to_root))
 }
 
@@ -141,7 +182,14 @@ pub fn f32(gpu: &Machine, to_root: &str) -> Result<String> {
     Ok(format!("{table}\n{}\n{}", ratios_to_each(gpu), measured_on(gpu, to_root)))
 }
 
-/// Ours and its ratio to the fastest of the others, over the papers' grid. The grid has no head_dim 96 and 192. They have 16 heads.
+/// A call of the papers' grid; with 16 heads at head_dim 96 and 192, which the grid does not have.
+fn call(pass: &str, head_dim: usize, causal: bool, seqlen: usize) -> Call {
+    let of_grid = Call::of_the_grid(pass, head_dim, causal, seqlen);
+    let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };
+    Call { num_heads, num_heads_k: num_heads, ..of_grid }
+}
+
+/// Ours and its ratio to the fastest of the others.
 fn rows_with_the_fastest(
     gpu: &Machine,
     (pass, title): (&str, &str),
@@ -153,9 +201,7 @@ fn rows_with_the_fastest(
         for (causal, mask) in MASKS {
             rows += &format!("| {title} | {} | {head_dim} | {mask} |", gpu.name);
             for &seqlen in seqlens {
-                let of_grid = Call::of_the_grid(pass, head_dim, causal, seqlen);
-                let num_heads = if HEAD_DIMS.contains(&head_dim) { of_grid.num_heads } else { 16 };
-                let call = Call { num_heads, num_heads_k: num_heads, ..of_grid };
+                let call = call(pass, head_dim, causal, seqlen);
                 let ours = gpu.record.tflops("ours", &call).with_context(|| format!("no run has {call:?}"))?;
                 let ratio = fastest(gpu, &call).map_or(String::new(), |ratio| format!(", {ratio:.2}x"));
                 rows += &format!(" {ours:.0}{ratio} |");
@@ -181,8 +227,8 @@ pub fn pass_summary(gpu: &Machine, pass: &str) -> Result<String> {
     ];
     let mut table = head(&[&["ours over, geometric mean (smallest)"][..], &kinds.map(|(_, name)| name)].concat());
     let cell = |compared: Vec<(Call, f64)>| {
-        let told = |mean: f64| format!("{mean:.2} ({:.2}) of {}", smallest(&compared), compared.len());
-        mean(&compared).map_or(String::new(), told)
+        let text = |mean: f64| format!("{mean:.2} ({:.2}) of {}", smallest(&compared), compared.len());
+        mean(&compared).map_or(String::new(), text)
     };
     for (peer, name) in PEERS {
         let cells = kinds.map(|(kinds, _)| cell(gpu.compared(peer, kinds, pass)));
@@ -243,21 +289,22 @@ fn ratios_to_each(gpu: &Machine) -> String {
     head(&["ours over", "pass", "shapes", "geometric mean", "smallest"]) + &lines
 }
 
-/// Time of a forward + backward: ours, and standard attention's.
+/// Time of a forward + backward: ours, and standard attention's. Then means of time and memory.
 pub fn standard(gpu: &Machine) -> Result<String> {
     let seqlens = SEQLENS.map(|seqlen| seqlen.to_string());
     let mut columns = vec!["head_dim", "mask"];
     columns.extend(seqlens.iter().map(String::as_str));
-    let mut table = String::new();
+    let (mut table, mut times, mut peaks) = (String::new(), Vec::new(), Vec::new());
     for hdim in HEAD_DIMS {
         for (causal, mask) in MASKS {
             let cells = SEQLENS.map(|seqlen| {
                 let call = Call::of_the_grid("fwd+bwd", hdim, causal, seqlen).with_kind("standard");
-                let (ours, standard) = (gpu.record.ours_for(&call)?.ms?, gpu.record.get("standard", &call)?);
-                Some(match (standard.ms, standard.failure) {
-                    (Some(ms), _) => format!("{ours:.2}, {ms:.2}: {:.1}x", ms / ours),
-                    (None, why) => format!("{ours:.2}, {}", why?),
-                })
+                let (ours, standard) = (gpu.record.ours_for(&call)?, gpu.record.get("standard", &call)?);
+                let ours_ms = ours.ms?;
+                let Some(ms) = standard.ms else { return Some(format!("{ours_ms:.2}, {}", standard.failure?)) };
+                times.push(ms / ours_ms);
+                peaks.extend(standard.peak_mib.zip(ours.peak_mib).map(|(theirs, ours)| theirs / ours));
+                Some(format!("{ours_ms:.2}, {ms:.2}: {:.1}x", ms / ours_ms))
             });
             if cells.iter().any(Option::is_some) {
                 let cells = cells.map(|cell| cell.unwrap_or_else(|| "-".to_string()));
@@ -265,7 +312,13 @@ pub fn standard(gpu: &Machine) -> Result<String> {
             }
         }
     }
-    Ok(if table.is_empty() { table } else { head(&columns) + &table })
+    let shapes = times.len();
+    let Some(((_, times), (_, peaks))) = spread(&times).zip(spread(&peaks)) else { return Ok(String::new()) };
+    Ok(format!(
+        "{}{table}\nStandard attention takes {times} our time and {peaks} our memory: geometric mean (smallest to largest) over the \
+         {shapes} shapes in which it ran.\n",
+        head(&columns)
+    ))
 }
 
 /// Peak memory of a forward + backward: ours, and standard attention's.
