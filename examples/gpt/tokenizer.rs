@@ -1,6 +1,6 @@
 //! Converts text to tokens and back: raw bytes, or GPT-2's byte-pair encoding.
 
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, bail, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tiktoken_rs::CoreBPE;
@@ -12,6 +12,10 @@ pub enum TokenizerKind {
     /// GPT-2's byte-pair encoding: 50,257 tokens, UTF-8 text
     Gpt2,
 }
+
+/// Longest run of white space that GPT-2's pattern takes. The regex engine backtracks from the end of a run, and panics after
+/// a million characters.
+pub const LONGEST_BLANK: usize = 500_000;
 
 pub enum Tokenizer {
     Bytes,
@@ -52,8 +56,14 @@ impl Tokenizer {
                         error.valid_up_to()
                     )
                 })?;
+                if text.split(|c: char| !c.is_whitespace()).any(|run| run.len() > LONGEST_BLANK) {
+                    bail!(
+                        "{name} has more than {LONGEST_BLANK} bytes of white space in a row, which --tokenizer gpt2 \
+                         cannot encode; remove them, or use --tokenizer bytes"
+                    );
+                }
                 // `encode_ordinary` has no control tokens: "<|endoftext|>" in a text is these 13 characters.
-                Ok(pieces(text).flat_map(|piece| bpe.encode_ordinary(piece)).collect())
+                Ok(bpe.encode_ordinary(text))
             }
         }
     }
@@ -67,38 +77,4 @@ impl Tokenizer {
             }
         }
     }
-}
-
-/// Splits `text` into pieces. The tokens of the pieces, concatenated, are the tokens of the whole text.
-///
-/// A piece ends before the last character of a run of two or more white-space characters, or at the end of the text.
-/// GPT-2's pattern splits the text there too. If the last character of the run is a space, the pattern joins it to the next
-/// word; otherwise the character is its own match. No match depends on text after the split. White space ends a word, and
-/// so does the end of a text. A run at the end of a text is one match.
-///
-/// Without pieces, a long run fails. The pattern matches a run with `\s+(?!\S)`, which backtracks from the end of the run. To
-/// backtrack, the regex engine stores a position for each character, and it fails after a million. In a piece, a long run
-/// can only be at the end, and there the pattern does not backtrack.
-fn pieces(text: &str) -> impl Iterator<Item = &str> {
-    let mut rest = text;
-    std::iter::from_fn(move || {
-        let piece = &rest[..end_of_piece(rest)?];
-        rest = &rest[piece.len()..];
-        Some(piece)
-    })
-}
-
-/// The end of the first piece of `text`. `None` if `text` is empty.
-fn end_of_piece(text: &str) -> Option<usize> {
-    let mut run = 0; // number of white-space characters before this character
-    let mut last = 0; // start of the previous character
-    for (start, character) in text.char_indices() {
-        match character.is_whitespace() {
-            true => run += 1,
-            false if run > 1 => return Some(last),
-            false => run = 0,
-        }
-        last = start;
-    }
-    Some(text.len()).filter(|&end| end > 0)
 }
