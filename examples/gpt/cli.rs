@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::checkpoint;
-use crate::config::{AttentionKind, Config, Precision, Preset};
+use crate::config::{name_of, AttentionKind, Config, Precision, Preset};
 use crate::files::{self, RunFolder};
 use crate::output;
 use crate::rng::Rng;
@@ -9,10 +9,10 @@ use crate::sample::{Sampling, Trained};
 use crate::sizes;
 use crate::time::{self, Plan, Table};
 use crate::tokenizer::TokenizerKind;
-use crate::train::{with_way_out, Run};
+use crate::train::Run;
 use anyhow::{anyhow, bail, Result};
 use candle_core::Device;
-use clap::{Arg, Args, Command, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// Trains a GPT with attention from candle-fa2
@@ -21,7 +21,6 @@ use std::path::PathBuf;
 /// minutes on two cores. The result is in the next numbered folder of runs/.
 #[derive(Parser)]
 #[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]
-#[command(mut_args(negative_number), mut_subcommands(|command: Command| command.mut_args(negative_number)))]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Cmd>,
@@ -55,25 +54,22 @@ impl DeviceKind {
     fn open(self) -> Result<Device> {
         match self {
             DeviceKind::Cpu => Ok(Device::Cpu),
-            #[cfg(not(feature = "cuda"))]
-            DeviceKind::Cuda => bail!(
-                "--device cuda needs the feature `cuda`, which this build lacks; run cargo with --features cuda, or use \
-                 --device cpu"
-            ),
-            #[cfg(feature = "cuda")]
-            DeviceKind::Cuda => open_gpu()
-                .map_err(|error| anyhow!("--device cuda found no usable GPU: {error}; use --device cpu")),
+            DeviceKind::Cuda => open_gpu().map_err(|error| {
+                anyhow!("--device cuda found no usable GPU: {error}; build with --features cuda, or use --device cpu")
+            }),
         }
     }
 }
 
 /// The first GPU, set up for training on one thread.
-#[cfg(feature = "cuda")]
 fn open_gpu() -> candle_core::Result<Device> {
     let gpu = Device::new_cuda(0)?;
     // SAFETY: Candle's events order the uses of a tensor on several streams, and its release after them. This program
     // allocates, uses and frees all tensors on one thread and one stream, and a stream runs its work in order.
-    unsafe { gpu.as_cuda_device()?.disable_event_tracking() };
+    #[cfg(feature = "cuda")]
+    unsafe {
+        gpu.as_cuda_device()?.disable_event_tracking()
+    };
     candle_fused_ops::pool::keep_freed_memory(&gpu)?;
     Ok(gpu)
 }
@@ -84,7 +80,7 @@ pub struct TrainArgs {
     #[arg(long)]
     preset: Option<Preset>,
     /// Text to train on [default: this repository's .rs, .cu, .cuh and .md files]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = absolute)]
     data: Option<PathBuf>,
     /// Folder of the run, new or empty [default: the next of runs/0001, runs/0002, ...]
     #[arg(long, value_name = "DIR")]
@@ -96,7 +92,10 @@ pub struct TrainArgs {
     ///
     /// A resumed run keeps its options. Only three can be changed: --data (the new path, if the same text has moved),
     /// --device, and --steps (the new number of steps, which also changes the learning-rate schedule).
-    #[arg(long, value_name = "DIR", conflicts_with_all = OPTIONS_OF_A_RUN)]
+    #[arg(long, value_name = "DIR")]
+    #[arg(conflicts_with_all = ["preset", "out", "tokenizer", "attention", "dtype", "checkpoint_activations", "context"])]
+    #[arg(conflicts_with_all = ["batch", "accumulation", "lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2"])]
+    #[arg(conflicts_with_all = ["clip", "seed", "deterministic", "eval_interval", "eval_windows", "checkpoint_interval"])]
     resume: Option<PathBuf>,
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
@@ -108,32 +107,7 @@ pub struct TrainArgs {
     recipe: RecipeArgs,
 }
 
-/// Options that `--resume` reads from the checkpoint. It refuses them on the command line.
-const OPTIONS_OF_A_RUN: [&str; 21] = [
-    "preset",
-    "out",
-    "tokenizer",
-    "attention",
-    "dtype",
-    "checkpoint_activations",
-    "context",
-    "batch",
-    "accumulation",
-    "lr",
-    "min_lr",
-    "warmup",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "clip",
-    "seed",
-    "deterministic",
-    "eval_interval",
-    "eval_windows",
-    "checkpoint_interval",
-];
-
-/// The options that replace fields of the preset.
+/// The options that replace fields of the preset. `--resume` reads them from the checkpoint.
 #[derive(Args)]
 #[command(next_help_heading = "Recipe (the preset sets the defaults)")]
 struct RecipeArgs {
@@ -218,29 +192,26 @@ impl ModelArgs {
 
 impl TrainArgs {
     fn run(self) -> Result<()> {
-        self.train().map_err(with_way_out)
-    }
-
-    fn train(self) -> Result<()> {
         let device = self.device.open()?;
         if let Some(dir) = self.resume {
-            checkpoint::locate(&dir)?; // Check first: do not lock a folder that holds no run.
+            if dir.is_file() {
+                bail!("--resume {} is a file; give the folder of the run", dir.display());
+            }
+            checkpoint::locate(&dir)?; // check first: do not lock a folder that holds no run
             let folder = RunFolder::open(&dir)?;
-            return Run::resume(&folder, absolute(self.data)?, self.steps, device)?.train(&folder);
+            return Run::resume(&folder, self.data, self.steps, device)?.train(&folder);
         }
-        let config =
-            self.recipe.apply(Config::preset(self.preset.unwrap_or(Preset::Tiny)), self.steps, absolute(self.data)?)?;
+        let preset = Config::preset(self.preset.unwrap_or(Preset::Tiny));
+        let config = self.recipe.apply(preset, self.steps, self.data)?;
         if let Some(dir) = &self.out {
             files::check_free(dir)?;
         }
-        sizes::check_training(&config, sizes::memory_of(&device))?;
-        // A checkpoint is loaded only if its configuration passes this check. So check before training.
-        config.check().map_err(anyhow::Error::msg)?;
+        sizes::check(&config, sizes::memory_of(&device))?;
         // Check all input before the folder is created, so that a refused run leaves no folder.
         let mut run = Run::new(config, device)?;
         let folder = match self.out {
             Some(dir) => RunFolder::create(&dir)?,
-            None => RunFolder::create_numbered(&files::runs_folder())?,
+            None => RunFolder::create(&files::next_folder(&files::runs_folder()))?,
         };
         run.train(&folder)
     }
@@ -292,9 +263,6 @@ struct TrainedArgs {
     /// Device to compute on
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
-    /// Kind of attention; none only if the model was trained with none [default: as in training]
-    #[arg(long)]
-    attention: Option<AttentionKind>,
 }
 
 impl TrainedArgs {
@@ -303,7 +271,7 @@ impl TrainedArgs {
             Some(path) => path.clone(),
             None => files::newest_run(&files::runs_folder(), checkpoint::FILE_NAME)?,
         };
-        Trained::load(&path, self.attention, &self.device.open()?)
+        Trained::load(&path, &self.device.open()?)
     }
 }
 
@@ -314,15 +282,8 @@ struct SampleArgs {
     /// Text to continue
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true)]
     prompt: String,
-    /// Number of tokens to write
-    #[arg(long, value_name = "N", default_value_t = Sampling::default().tokens, value_parser = positive)]
-    tokens: usize,
-    /// Lower values make unlikely tokens rarer; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = Sampling::default().temperature, value_parser = zero_or_above)]
-    temperature: f64,
-    /// Draw from the K most likely tokens
-    #[arg(long, value_name = "K", default_value_t = Sampling::default().top_k, value_parser = positive)]
-    top_k: usize,
+    #[command(flatten)]
+    sampling: Sampling,
     /// Seed of the random draws
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -350,18 +311,8 @@ struct TimeArgs {
     /// Number of batches per step
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 1)]
     accumulation: usize,
-    /// Number of timed steps
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 10)]
-    steps: usize,
-    /// Number of steps before the timed steps, to warm up
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    warmup: usize,
-    /// Peak of the device, to compute MFU [default: the bf16 peak in the data sheet, for known GPUs]
-    #[arg(long, value_name = "TFLOPS", value_parser = above_zero)]
-    peak: Option<f64>,
-    /// Print where the time of a step goes
-    #[arg(long)]
-    profile: bool,
+    #[command(flatten)]
+    plan: Plan,
     /// Append the result as a row to this file
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
@@ -370,11 +321,10 @@ struct TimeArgs {
 impl TimeArgs {
     fn run(self) -> Result<()> {
         let config = Config { accumulation: self.accumulation, ..self.model.apply(Config::preset(self.preset)) };
-        let plan = Plan { steps: self.steps, warmup: self.warmup, peak_tflops: self.peak, profile: self.profile };
         let device = self.device.open()?;
-        sizes::check_timing(&config, &plan, sizes::memory_of(&device))?;
+        sizes::check(&config, sizes::memory_of(&device))?;
         let table = self.csv.as_deref().map(Table::open).transpose()?;
-        let timing = time::measure(&config, &plan, &device)?;
+        let timing = time::measure(&config, &self.plan, &device)?;
         // Print the result even if the table cannot be written.
         let appended = table.map_or(Ok(()), |table| table.append(&timing));
         let printed = output::result(&timing);
@@ -389,56 +339,33 @@ impl Cli {
             Some(Cmd::Train(args)) => args.run(),
             Some(Cmd::Time(args)) => args.run(),
             Some(Cmd::Sample(args)) => {
-                sizes::check_sampling(args.tokens, sizes::memory())?;
-                let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k };
-                output::result(args.trained.load()?.sample(&args.prompt, &sampling, &mut Rng::new(args.seed))?)
+                output::result(args.trained.load()?.sample(&args.prompt, &args.sampling, &mut Rng::new(args.seed))?)
             }
             Some(Cmd::Eval(args)) => output::result(args.trained.load()?.evaluate(args.data.as_deref())?),
         }
     }
 }
 
-/// Lets clap accept a negative number as the value of an option. Then the value parser of the option refuses the number, and
-/// its error states the rule.
-fn negative_number(arg: Arg) -> Arg {
-    let takes_value = arg.get_action().takes_values();
-    arg.allow_negative_numbers(takes_value)
-}
-
 /// A table of the presets, for `--help`.
 fn preset_table() -> String {
-    let mut table = format!(
-        "Presets:\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
-        "", "layers", "heads", "width", "context", "batch", "accumulation", "lr", "steps"
-    );
-    for preset in Preset::value_variants() {
-        let name = preset.to_possible_value().expect("no preset is hidden");
-        let config = Config::preset(*preset);
-        table += &format!(
-            "\n  {:8} {:>6} {:>6} {:>6} {:>8} {:>6} {:>13} {:>7} {:>7}",
-            name.get_name(),
-            config.num_layers,
-            config.num_heads,
-            config.embed_dim,
-            config.context,
-            config.batch,
-            config.accumulation,
-            config.lr,
-            config.steps
-        );
+    let mut table =
+        "Presets:\n           layers  heads  width  context  batch  accumulation      lr   steps".to_string();
+    for &preset in Preset::value_variants() {
+        let name = name_of(preset);
+        let Config { num_layers, num_heads, embed_dim, context, batch, accumulation, lr, steps, .. } =
+            Config::preset(preset);
+        table += &format!("\n  {name:8} {num_layers:>6} {num_heads:>6} {embed_dim:>6} {context:>8} {batch:>6}");
+        table += &format!(" {accumulation:>13} {lr:>7} {steps:>7}");
     }
     table
 }
 
 /// An absolute path. A run stores this path of its text, because it may be resumed from another folder.
-fn absolute(path: Option<PathBuf>) -> Result<Option<PathBuf>> {
-    path.map(|path| {
-        std::path::absolute(&path).map_err(|error| anyhow!("--data {} is not a path: {error}", path.display()))
-    })
-    .transpose()
+fn absolute(path: &str) -> Result<PathBuf, String> {
+    std::path::absolute(path).map_err(|error| error.to_string())
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("a whole number from 1 is needed".to_string()),
         Ok(number) => Ok(number),
@@ -449,11 +376,11 @@ fn number(text: &str, rule: &str, fits: impl Fn(f64) -> bool) -> Result<f64, Str
     text.parse().ok().filter(|&number: &f64| number.is_finite() && fits(number)).ok_or_else(|| rule.to_string())
 }
 
-fn above_zero(text: &str) -> Result<f64, String> {
+pub fn above_zero(text: &str) -> Result<f64, String> {
     number(text, "a finite number above 0 is needed", |number| number > 0.0)
 }
 
-fn zero_or_above(text: &str) -> Result<f64, String> {
+pub fn zero_or_above(text: &str) -> Result<f64, String> {
     number(text, "a finite number, 0 or above, is needed", |number| number >= 0.0)
 }
 

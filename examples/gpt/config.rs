@@ -6,7 +6,6 @@ use crate::tokenizer::TokenizerKind;
 use candle_core::DType;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use std::fmt::Display;
 use std::path::PathBuf;
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]
@@ -59,7 +58,6 @@ impl Precision {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     // Text.
-    #[serde(with = "any_path")]
     pub data: Option<PathBuf>, // None: the repository's own sources and documents
     pub tokenizer: TokenizerKind,
 
@@ -83,60 +81,16 @@ pub struct Config {
     pub beta2: f64,
     pub clip: f64, // largest global norm of the gradient
     pub seed: u64,
-    #[serde(default)]
-    pub deterministic: bool, // on a GPU, runs have the same bits
-    #[serde(default)]
+    pub deterministic: bool,          // on a GPU, runs have the same bits
     pub checkpoint_activations: bool, // the backward computes each block again
 
     // Evaluation: every `eval_interval` steps, on `eval_windows` held-out windows.
     pub eval_interval: usize,
     pub eval_windows: usize,
-    #[serde(default)]
     pub checkpoint_interval: Option<usize>, // None: the same as eval_interval
 }
 
 impl Config {
-    /// Returns the first invalid field and the rule that it breaks.
-    pub fn check(&self) -> Result<(), String> {
-        /// Upper limit for every size. Products of larger sizes could overflow `usize`.
-        const MAX: usize = u32::MAX as usize;
-        let rule = |field: &str, value: &dyn Display, holds: bool, rule: &str| match holds {
-            true => Ok(()),
-            false => Err(format!("{field} is {value}, but must be {rule}")),
-        };
-        for (field, value) in [
-            ("num_layers", self.num_layers),
-            ("num_heads", self.num_heads),
-            ("embed_dim", self.embed_dim),
-            ("context", self.context),
-            ("batch", self.batch),
-            ("accumulation", self.accumulation),
-        ] {
-            rule(field, &value, (1..=MAX).contains(&value), &format!("from 1 to {MAX}"))?;
-        }
-        for (field, value) in [
-            ("steps", self.steps),
-            ("eval_interval", self.eval_interval),
-            ("eval_windows", self.eval_windows),
-            ("checkpoint_interval", self.checkpoint_interval()),
-        ] {
-            rule(field, &value, value > 0, "at least 1")?;
-        }
-        let heads = format!("a multiple of num_heads {}", self.num_heads);
-        rule("embed_dim", &self.embed_dim, self.embed_dim.is_multiple_of(self.num_heads), &heads)?;
-        let tokens = self.batch.saturating_mul(self.accumulation).saturating_mul(self.context);
-        rule("batch * accumulation * context", &tokens, tokens <= MAX, &format!("at most {MAX}"))?;
-
-        rule("lr", &self.lr, self.lr > 0.0, "above 0")?;
-        let from_0_to_lr = (0.0..=self.lr).contains(&self.min_lr);
-        rule("min_lr", &self.min_lr, from_0_to_lr, &format!("from 0 to lr {}", self.lr))?;
-        rule("weight_decay", &self.weight_decay, self.weight_decay >= 0.0, "0 or above")?;
-        for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            rule(field, &value, (0.0..1.0).contains(&value), "from 0 to below 1")?;
-        }
-        rule("clip", &self.clip, self.clip > 0.0, "above 0")
-    }
-
     pub fn checkpoint_interval(&self) -> usize {
         self.checkpoint_interval.unwrap_or(self.eval_interval)
     }
@@ -234,36 +188,5 @@ impl Config {
             warmup: 358,
             ..Self::gpt_124m()
         }
-    }
-}
-
-/// A path in JSON. A Unicode path is a string. Any other path is stored as the raw units of the operating system, so that it
-/// is restored exactly.
-mod any_path {
-    use super::{Deserialize, PathBuf, Serialize};
-    use serde::{Deserializer, Serializer};
-    use std::ffi::OsString;
-
-    #[derive(Serialize, Deserialize)]
-    #[serde(untagged)]
-    enum Stored {
-        Unicode(String),
-        Other(OsString),
-    }
-
-    pub fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-        let stored = |path: &PathBuf| match path.to_str() {
-            Some(text) => Stored::Unicode(text.to_string()),
-            None => Stored::Other(path.clone().into_os_string()),
-        };
-        path.as_ref().map(stored).serialize(serializer)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-        let path = |stored| match stored {
-            Stored::Unicode(text) => text.into(),
-            Stored::Other(path) => path.into(),
-        };
-        Ok(Option::<Stored>::deserialize(deserializer)?.map(path))
     }
 }

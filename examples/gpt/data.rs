@@ -12,7 +12,6 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// File types of the default text: the sources and documents of this repository.
 const EXTENSIONS: [&str; 4] = ["rs", "cu", "cuh", "md"];
@@ -20,17 +19,8 @@ const EXTENSIONS: [&str; 4] = ["rs", "cu", "cuh", "md"];
 /// The last `1 / HELD_OUT` of the tokens is held out: it is never used for training.
 const HELD_OUT: usize = 10;
 
-/// Name of a run's copy of the default text. The run keeps a copy, because the repository changes.
+/// Name of a run's copy of the default text. The run keeps and uses a copy, because the repository changes.
 pub const KEPT_FILE_NAME: &str = "corpus.txt";
-
-/// Advice for an error: how to give the text of the run in `dir` again, after the text moved or changed.
-pub fn way_to_text(dir: &Path) -> String {
-    let kept = dir.join(KEPT_FILE_NAME);
-    match kept.is_file() {
-        true => format!("name the copy that the run kept, --data {}", kept.display()),
-        false => "name the same text with --data FILE".to_string(),
-    }
-}
 
 pub struct Text {
     pub name: String,
@@ -56,9 +46,29 @@ impl Text {
         let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { name, bytes, sha256 })
     }
+
+    /// The text of the run in `dir`: `data` if it is given, or the copy that the run kept, or the file of its configuration.
+    pub fn of_run(dir: &Path, config: &Config, data: Option<&Path>) -> Result<Self> {
+        let kept = Some(dir.join(KEPT_FILE_NAME)).filter(|kept| kept.is_file());
+        Self::read(data.or(kept.as_deref()).or(config.data.as_deref()))
+    }
+
+    /// Checks that a run was trained on this text, whose hash was `sha256`.
+    pub fn check_is(&self, sha256: &str) -> Result<()> {
+        if self.sha256 != sha256 {
+            bail!(
+                "{} is not the text that the run was trained on (SHA-256 {} instead of {}); name the same text with \
+                 --data FILE",
+                self.name,
+                &self.sha256[..12],
+                &sha256[..12]
+            );
+        }
+        Ok(())
+    }
 }
 
-/// All sources and documents under `root`, sorted by path and concatenated.
+/// All sources and documents below `root`, sorted by path and concatenated.
 fn read_repository(root: &Path) -> Result<Vec<u8>> {
     if !root.join("Cargo.toml").is_file() {
         bail!(
@@ -68,52 +78,25 @@ fn read_repository(root: &Path) -> Result<Vec<u8>> {
     }
     let mut bytes = Vec::new();
     for path in repository_files(root)? {
-        let file = fs::read(root.join(&path)).map_err(|error| anyhow!("cannot read {}: {error}", path.display()))?;
-        bytes.extend(file);
+        bytes.extend(fs::read(path)?);
         bytes.push(b'\n');
-    }
-    if bytes.is_empty() {
-        bail!(
-            "there is no default text: no .rs, .cu, .cuh or .md file lies below {}; name a text with --data FILE",
-            root.display()
-        );
     }
     Ok(bytes)
 }
 
-/// The text files that git tracks. Without git, for example in a source archive, the text files in all folders.
-pub fn repository_files(root: &Path) -> Result<BTreeSet<PathBuf>> {
-    let listed = Command::new("git").arg("-C").arg(root).args(["ls-files", "-z"]).output();
-    let tracked = match listed {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
-        _ => String::new(),
-    };
-    // A tracked file may have been deleted in the working tree.
-    let is_ours = |path: &PathBuf| {
-        is_text(path) && root.join(path).is_file() && !path.parent().is_some_and(|folder| folder.iter().any(is_ignored))
-    };
-    let files: BTreeSet<PathBuf> = tracked.split('\0').map(PathBuf::from).filter(is_ours).collect();
-    if !files.is_empty() {
-        return Ok(files);
-    }
+/// The text files in `folder` and below it.
+pub fn repository_files(folder: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
     let mut files = BTreeSet::new();
-    walk(root, Path::new(""), &mut files)
-        .map_err(|error| anyhow!("cannot list the sources below {}: {error}", root.display()))?;
-    Ok(files)
-}
-
-fn walk(root: &Path, folder: &Path, files: &mut BTreeSet<PathBuf>) -> std::io::Result<()> {
-    for entry in fs::read_dir(root.join(folder))? {
+    for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        let path = folder.join(entry.file_name());
         let kind = entry.file_type()?;
         if kind.is_dir() && !is_ignored(&entry.file_name()) {
-            walk(root, &path, files)?;
-        } else if kind.is_file() && is_text(&path) {
-            files.insert(path);
+            files.append(&mut repository_files(&entry.path())?);
+        } else if kind.is_file() && is_text(&entry.path()) {
+            files.insert(entry.path());
         }
     }
-    Ok(())
+    Ok(files)
 }
 
 fn is_text(path: &Path) -> bool {
@@ -194,20 +177,11 @@ pub struct Batches {
 
 impl Batches {
     pub fn new(config: &Config, corpus: &Corpus, rng: &mut Rng) -> Self {
-        Self::with(config, corpus, Cursor { epoch_seed: rng.seed(), used: 0 })
+        Self::at(config, corpus, Cursor { epoch_seed: rng.seed(), used: 0 })
     }
 
-    /// Continues at the cursor of a checkpoint. A cursor past the end of the text is an error.
-    pub fn at(config: &Config, corpus: &Corpus, cursor: Cursor) -> Result<Self, String> {
-        let batches = Self::with(config, corpus, cursor);
-        let (used, windows) = (batches.cursor.used, batches.order.len());
-        match used <= windows {
-            true => Ok(batches),
-            false => Err(format!("cursor.used is {used}, but must be at most {windows}, the windows of the text")),
-        }
-    }
-
-    fn with(config: &Config, corpus: &Corpus, cursor: Cursor) -> Self {
+    /// Continues at the cursor of a checkpoint.
+    pub fn at(config: &Config, corpus: &Corpus, cursor: Cursor) -> Self {
         let mut batches = Self { context: config.context, tokens: corpus.train.len(), order: Vec::new(), cursor };
         batches.shuffle();
         batches

@@ -4,16 +4,15 @@ use crate::config::Config;
 use crate::model::{Gpt, Named};
 use anyhow::{anyhow, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use candle_fused_ops::{measure_products, profile, AdamW, AdamWConfig, ParameterGroup, Schedule};
-use std::collections::HashMap;
 
 /// Tokens and their targets: u32, both (batch, context).
 pub type Batch = (Tensor, Tensor);
 
 pub struct Learner {
     pub model: Gpt,
-    optimizer: AdamW,
+    pub optimizer: AdamW,
 }
 
 /// The result of a step. A GPU may still be computing it, so [`Outcome::read`] waits.
@@ -24,27 +23,13 @@ pub struct Outcome {
     grad_norm: Tensor,  // f32 (), before clipping
 }
 
-/// (train_loss, grad_norm)
-pub type Numbers = (f32, f32);
-
 impl Outcome {
-    /// Waits once for all `outcomes` and returns their numbers. If one is not finite, returns the numbers before it, and the
-    /// error.
-    pub fn read(outcomes: &[Self]) -> Result<(Vec<Numbers>, Result<()>)> {
-        if outcomes.is_empty() {
-            return Ok((Vec::new(), Ok(())));
-        }
+    /// Waits once for all `outcomes` and returns the loss and the norm of each.
+    pub fn read(outcomes: &[Self]) -> Result<Vec<(f32, f32)>> {
         let scalars: Vec<&Tensor> =
             outcomes.iter().flat_map(|outcome| [&outcome.train_loss, &outcome.grad_norm]).collect();
         let numbers = Tensor::stack(&scalars, 0)?.to_vec1::<f32>()?;
-        let mut pairs: Vec<Numbers> = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-        let Some(first) = pairs.iter().position(|(loss, norm)| !loss.is_finite() || !norm.is_finite()) else {
-            return Ok((pairs, Ok(())));
-        };
-        let (train_loss, grad_norm) = pairs[first];
-        pairs.truncate(first);
-        let what = format!("the loss is {train_loss} and the norm of its gradient {grad_norm}");
-        Ok((pairs, Err(diverged(outcomes[first].step, &what))))
+        Ok(numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())
     }
 }
 
@@ -65,34 +50,11 @@ impl Learner {
         Ok(Self { model, optimizer })
     }
 
-    /// Continues after `step` with the tensors of [`Self::tensors`].
-    pub fn restore(config: &Config, step: usize, tensors: &Named) -> Result<Self> {
+    /// Continues with the tensors of a checkpoint.
+    pub fn restore(config: &Config, tensors: &Named) -> Result<Self> {
         let mut learner = Self::new(config, tensors)?;
-        let mut state = HashMap::from([("step".to_string(), Tensor::new(step as i64, &Device::Cpu)?)]);
-        for (name, var) in learner.model.variables() {
-            state.insert(format!("{name}.m"), tensors[&format!("adam.m.{name}")].clone());
-            state.insert(format!("{name}.v"), tensors[&format!("adam.v.{name}")].clone());
-            if var.dtype() != DType::F32 {
-                state.insert(format!("{name}.master"), tensors[name].clone());
-            }
-        }
-        learner.optimizer.set_state(&state)?;
+        learner.optimizer.set_state(tensors)?;
         Ok(learner)
-    }
-
-    /// Everything that a checkpoint stores of it, all in f32: for each parameter `NAME`, `adam.m.NAME` and `adam.v.NAME`.
-    pub fn tensors(&self) -> Result<Named> {
-        let mut state = self.optimizer.state()?;
-        let mut tensors = Named::new();
-        for (name, var) in self.model.variables() {
-            let mut take = |part: &str| state.remove(&format!("{name}.{part}"));
-            let moments = [take("m"), take("v")].map(|moment| moment.expect("AdamW has two moments of each parameter"));
-            let [m, v] = moments;
-            tensors.insert(format!("adam.m.{name}"), m);
-            tensors.insert(format!("adam.v.{name}"), v);
-            tensors.insert(name.clone(), take("master").unwrap_or_else(|| var.as_detached_tensor()));
-        }
-        Ok(tensors)
     }
 
     /// The current model without gradients.
@@ -115,23 +77,9 @@ impl Learner {
     }
 }
 
-/// Mean loss over `batches`, and its gradient for each parameter. Gradients of several batches are summed in f32.
+/// Mean loss over `batches`, and its gradient for each parameter.
 pub fn mean_gradients(model: &Gpt, batches: &[Batch]) -> Result<(Tensor, GradStore)> {
-    let mut losses = Vec::new();
-    let mut sum: Option<GradStore> = None;
-    for (tokens, targets) in batches {
-        let loss = (model.loss(tokens, targets)? / batches.len() as f64)?;
-        let mut gradients = loss.backward()?;
-        losses.push(loss.detach());
-        if let Some(mut before) = sum.take() {
-            for var in model.variables().values() {
-                if let (Some(before), Some(gradient)) = (before.remove(var), gradients.remove(var)) {
-                    gradients.insert(var, (before.to_dtype(DType::F32)? + gradient.to_dtype(DType::F32)?)?);
-                }
-            }
-        }
-        sum = Some(gradients);
-    }
-    let gradients = sum.ok_or_else(|| anyhow!("a step needs at least one batch"))?;
-    Ok((Tensor::stack(&losses, 0)?.sum_all()?, gradients))
+    candle_fused_ops::mean_gradients(model.variables().values(), batches, |(tokens, targets)| {
+        model.loss(tokens, targets)
+    })
 }

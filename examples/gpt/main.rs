@@ -19,7 +19,7 @@
 //! | `train.rs`, `learner.rs` | the training loop; one training step |
 //! | `data.rs`, `tokenizer.rs` | text to batches |
 //! | `sample.rs` | sampling from a trained model, and its loss on a text |
-//! | `checkpoint.rs`, `files.rs` | checkpoints; the folder of a run, its lock, atomic writes |
+//! | `checkpoint.rs`, `files.rs` | checkpoints; the folder of a run and its lock |
 //! | `stop.rs` | Ctrl-C and SIGTERM |
 //! | `metrics.rs`, `plot.rs`, `progress.rs`, `output.rs` | metrics, loss curve, progress, printing |
 //! | `time.rs` | speed, and the time of each operator in a step |
@@ -65,14 +65,10 @@ fn exit_code(result: Result<()>) -> u8 {
         output::notice(stopped);
         return stop::exit_code(stopped.signal);
     }
-    let error = match error.downcast::<clap::Error>() {
-        // clap returns help as an error too, and prints it on stdout.
-        Ok(usage) => match output::check_written(usage.print()) {
-            Err(error) if !usage.use_stderr() => error,
-            _ => return usage.exit_code() as u8,
-        },
-        Err(error) => error,
-    };
+    if let Some(usage) = error.downcast_ref::<clap::Error>() {
+        let _ = usage.print(); // help is an error of clap too, and goes to stdout
+        return usage.exit_code() as u8;
+    }
     output::notice(format_args!("error: {error:#}"));
     1
 }

@@ -14,10 +14,10 @@ use candle_fused_ops::{
     checkpoint, embedding, layer_norm, linear, linear_add, linear_cross_entropy, mlp_add, profile, LayerNorm,
 };
 use candle_nn::Module;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Tensors by the name of their parameter.
-pub type Named = BTreeMap<String, Tensor>;
+pub type Named = HashMap<String, Tensor>;
 
 const NORM_EPSILON: f64 = 1e-5;
 /// Standard deviation of GPT-2's initial weights.
@@ -67,7 +67,7 @@ fn parameter_table(config: &Config, vocab_size: usize) -> Vec<Parameter> {
     table
 }
 
-/// Name and shape of every parameter, as a checkpoint must hold them.
+/// Name and shape of every parameter.
 pub fn parameter_shapes(config: &Config, vocab_size: usize) -> BTreeMap<String, Vec<usize>> {
     parameter_table(config, vocab_size).into_iter().map(|(name, shape, _)| (name, shape)).collect()
 }

@@ -1,9 +1,10 @@
 //! loss.svg: the loss curves of a run.
 
-use crate::files::write_atomically;
+use crate::files::cannot_write;
 use crate::metrics::Row;
 use anyhow::Result;
 use figures::curves::{self, Curve};
+use std::fs;
 use std::path::Path;
 
 pub const FILE_NAME: &str = "loss.svg";
@@ -26,5 +27,6 @@ pub fn save(dir: &Path, rows: &[Row]) -> Result<()> {
         drawn.push(Curve { label, colour: ORANGE, width: Some(2), radius: Some(3), points: held_out });
     }
     let svg = curves::svg("loss, nats per token", &drawn)?;
-    Ok(write_atomically(&dir.join(FILE_NAME), svg.as_bytes())?)
+    let path = dir.join(FILE_NAME);
+    fs::write(&path, svg).map_err(|error| cannot_write(&path, error))
 }

@@ -1,20 +1,28 @@
 //! Uses of a trained model: text sampled from it, and its loss on a text.
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::{name_of, AttentionKind, Precision};
-use crate::data::{way_to_text, window_starts, Corpus, Text};
+use crate::cli::{positive, zero_or_above};
+use crate::config::Precision;
+use crate::data::{window_starts, Corpus, Text};
 use crate::model::Gpt;
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use crate::train::mean_loss;
 use anyhow::{bail, Result};
 use candle_core::Device;
+use clap::Args;
 use std::path::{Path, PathBuf};
 
-#[derive(Clone, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct Sampling {
+    /// Number of tokens to write
+    #[arg(long, value_name = "N", default_value_t = Self::default().tokens, value_parser = positive)]
     pub tokens: usize,
-    pub temperature: f64, // 0: always the most likely token
+    /// Lower values make unlikely tokens rarer; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = Self::default().temperature, value_parser = zero_or_above)]
+    pub temperature: f64,
+    /// Draw from the K most likely tokens
+    #[arg(long, value_name = "K", default_value_t = Self::default().top_k, value_parser = positive)]
     pub top_k: usize,
 }
 
@@ -66,29 +74,15 @@ pub struct Trained {
     pub model: Gpt,
     pub tokenizer: Tokenizer,
     dir: PathBuf,
-    text_name: String,
     text_sha256: String,
 }
 
 impl Trained {
-    /// Loads the model from `path`, a run's folder or a checkpoint file. `attention` replaces the kind of attention by another
-    /// kind that computes the same function.
-    pub fn load(path: &Path, attention: Option<AttentionKind>, device: &Device) -> Result<Self> {
+    /// Loads the model from `path`, a run's folder or a checkpoint file.
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
         let file = checkpoint::locate(path)?;
         let Checkpoint { state, tensors } = checkpoint::load(&file, device)?;
         let mut config = state.config;
-        let (trained, asked) = (config.attention, attention.unwrap_or(config.attention));
-        // All kinds compute the same function, except that a model without attention is another function.
-        if (trained == AttentionKind::None) != (asked == AttentionKind::None) {
-            bail!(
-                "--attention {} does not fit {}, which was trained with {}: with or without attention is another model; \
-                 remove the option",
-                name_of(asked),
-                file.display(),
-                name_of(trained),
-            );
-        }
-        config.attention = asked;
         if device.is_cpu() {
             config.precision = Precision::F32; // faster on a CPU, and the weights are f32 anyway
         }
@@ -96,7 +90,6 @@ impl Trained {
             tokenizer: Tokenizer::new(config.tokenizer),
             model: Gpt::frozen(&config, &tensors)?,
             dir: file.parent().unwrap_or(Path::new("")).to_owned(),
-            text_name: state.text_name,
             text_sha256: state.text_sha256,
         })
     }
@@ -114,18 +107,11 @@ impl Trained {
     /// Loss on the held-out part of the text that the model was trained on, or on all of another text.
     pub fn evaluate(&self, data: Option<&Path>) -> Result<Evaluation> {
         let config = self.model.config();
-        let text = Text::read(data.or(config.data.as_deref()))?;
-        let same = text.sha256 == self.text_sha256;
-        if !same && data.is_none() {
-            bail!(
-                "{} is no longer the text that the model was trained on (SHA-256 {} then, {} now); {}",
-                self.text_name,
-                &self.text_sha256[..12],
-                &text.sha256[..12],
-                way_to_text(&self.dir),
-            );
+        let text = Text::of_run(&self.dir, config, data)?;
+        if data.is_none() {
+            text.check_is(&self.text_sha256)?;
         }
-        let (name, tokens) = if same {
+        let (name, tokens) = if text.sha256 == self.text_sha256 {
             let corpus = Corpus::new(text, &self.tokenizer, config.context)?;
             (format!("the held-out part of {}", corpus.name), corpus.held_out)
         } else {

@@ -36,6 +36,9 @@ const ARGS: &str = "GPT_TEST_ARGS";
 /// because the test harness would fail first.
 const STDOUT: &str = "GPT_TEST_STDOUT";
 
+/// The end of the error of a file that could not be written.
+const ONCE_FIXED: &str = "once that is fixed, a run with a checkpoint continues with --resume";
+
 /// Aborts the process if [`ABORT_AT`] names this point and this visit. The program calls it at its named points, in tests
 /// only.
 pub fn abort_at(point: &str, what: &Path) {
@@ -192,7 +195,7 @@ fn train(room: &Room, name: &str, config: &Config) -> Result<PathBuf> {
 
 /// The rows of the run in `dir`. The measured speed is set to 0, because it differs each time.
 fn rows(dir: &Path) -> Vec<Row> {
-    let rows = metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap();
+    let (rows, _) = metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap();
     rows.into_iter().map(|row| Row { tokens_per_s: 0, ..row }).collect()
 }
 

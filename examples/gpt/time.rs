@@ -7,6 +7,7 @@
 //! T tokens. Causal attention sees half of the context. Without attention (`--attention none`) it is 6 N. MFU is the share
 //! of the device's peak.
 
+use crate::cli::{above_zero, positive};
 use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::{init_parameters, parameter_shapes};
@@ -15,17 +16,27 @@ use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
 use candle_fused_ops::{pool, profile};
+use clap::Args;
 use serde::Serialize;
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::time::Instant;
 
 /// How to measure.
+#[derive(Args)]
 pub struct Plan {
+    /// Number of timed steps
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 10)]
     pub steps: usize,
+    /// Number of steps before the timed steps, to warm up
+    #[arg(long, value_name = "N", default_value_t = 4)]
     pub warmup: usize,
+    /// Peak of the device, to compute MFU [default: the bf16 peak in the data sheet, for known GPUs]
+    #[arg(long = "peak", value_name = "TFLOPS", value_parser = above_zero)]
     pub peak_tflops: Option<f64>,
+    /// Print where the time of a step goes
+    #[arg(long)]
     pub profile: bool,
 }
 
@@ -56,9 +67,6 @@ pub struct Timing {
     pub profile: Vec<(String, f64)>, // seconds of each operator, sums over all steps
 }
 
-/// Number of characters of the first line of `--csv` shown in an error.
-const MOST_SHOWN: usize = 60;
-
 /// Times `plan.steps` steps of the recipe `config`.
 pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
     let vocab_size = Tokenizer::new(config.tokenizer).padded_vocab_size();
@@ -85,23 +93,15 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
 fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing: &mut Timing) -> Result<()> {
     let mut rng = Rng::new(config.seed);
     let mut learner = Learner::new(config, &init_parameters(config, vocab_size, &mut rng, device)?)?;
-    let mut batches = || -> Result<Vec<Batch>> {
-        (0..config.accumulation)
-            .map(|_| {
-                let mut draw = || {
-                    let tokens = (0..config.batch * config.context).map(|_| rng.below(vocab_size) as u32).collect();
-                    Tensor::from_vec(tokens, (config.batch, config.context), device)
-                };
-                Ok((draw()?, draw()?))
-            })
-            .collect()
+    let mut draw = || {
+        let tokens = (0..config.batch * config.context).map(|_| rng.below(vocab_size) as u32).collect();
+        Tensor::from_vec(tokens, (config.batch, config.context), device)
     };
-    // Draw all tokens first. In training a batch costs almost nothing, but random numbers on the host take time.
-    let steps = (0..plan.warmup + plan.steps).map(|_| batches()).collect::<Result<Vec<_>>>()?;
-    let (warmup, timed) = steps.split_at(plan.warmup);
+    // Every step has the same batches, because random numbers on the host take time.
+    let batches = (0..config.accumulation).map(|_| Ok((draw()?, draw()?))).collect::<Result<Vec<Batch>>>()?;
 
-    for (step, batches) in (1..).zip(warmup) {
-        learner.step(step, batches)?;
+    for step in 1..=plan.warmup {
+        learner.step(step, &batches)?;
     }
     device.synchronize()?;
     let resident = pool::used_bytes(device)?;
@@ -109,10 +109,8 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
         profile::start(device)?;
     }
     let started = Instant::now();
-    let mut outcomes = Vec::new();
-    for (step, batches) in (plan.warmup + 1..).zip(timed) {
-        outcomes.push(learner.step(step, batches)?);
-    }
+    let steps = plan.warmup + 1..=plan.warmup + plan.steps;
+    let outcomes = steps.map(|step| learner.step(step, &batches)).collect::<Result<Vec<_>>>()?;
     device.synchronize()?;
     let per_step = started.elapsed().as_secs_f64() / plan.steps as f64;
 
@@ -131,61 +129,38 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     timing.peak_gib = pool::peak_bytes(device)?.map(gib);
     timing.resident_gib = resident.map(gib);
-    let (numbers, finite) = Outcome::read(&outcomes)?;
-    finite?;
-    timing.last_loss = numbers.last().map(|(train_loss, _)| *train_loss);
+    timing.last_loss = Outcome::read(&outcomes)?.last().map(|(train_loss, _)| *train_loss);
     timing.profile = profile::finish()?;
     Ok(())
 }
 
 /// The open file of `--csv`.
 pub struct Table {
-    path: PathBuf,
     file: File,
-    /// What comes before the new row: the heading of an empty file, or the end of a line that an editor has left open.
-    start: String,
+    is_new: bool,
 }
 
 impl Table {
     /// Opens or creates the file `path`. It must be empty or hold earlier measurements.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
-        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(fail)?;
-        let mut found = Vec::new();
-        if file.metadata().map_err(fail)?.is_file() {
-            file.read_to_end(&mut found).map_err(fail)?;
+        let file = File::options().create(true).read(true).append(true).open(path).map_err(fail)?;
+        let mut first_line = String::new();
+        BufReader::new(&file).read_line(&mut first_line).map_err(fail)?;
+        let mut heading = csv::Writer::from_writer(Vec::new());
+        heading.serialize(Timing::default())?;
+        if !first_line.is_empty() && !heading.into_inner()?.starts_with(first_line.as_bytes()) {
+            bail!("--csv {} is not a table of measurements; name another file", path.display());
         }
-        let found = String::from_utf8_lossy(&found);
-        let all = csv_of(&Timing::default())?;
-        let heading = all.lines().next().unwrap_or_default();
-        let start = match found.lines().next() {
-            None => format!("{heading}\n"),
-            Some(line) if line != heading => bail!(
-                "--csv {} is not a table of measurements: its first line is {:?}, but must be {heading:?}; name another \
-                 file",
-                path.display(),
-                line.chars().take(MOST_SHOWN).collect::<String>()
-            ),
-            Some(_) if found.ends_with('\n') => String::new(),
-            Some(_) => "\n".to_string(),
-        };
-        Ok(Self { path: path.to_owned(), file, start })
+        Ok(Self { file, is_new: first_line.is_empty() })
     }
 
     /// Appends the row of `timing`.
-    pub fn append(mut self, timing: &Timing) -> Result<()> {
-        let all = csv_of(timing)?;
-        let row = all.lines().nth(1).unwrap_or_default();
-        let written = self.file.write_all(format!("{}{row}\n", self.start).as_bytes());
-        written.map_err(|error| anyhow!("cannot write --csv {}: {error}", self.path.display()))
+    pub fn append(self, timing: &Timing) -> Result<()> {
+        let mut rows = csv::WriterBuilder::new().has_headers(self.is_new).from_writer(self.file);
+        rows.serialize(timing)?;
+        Ok(rows.flush()?)
     }
-}
-
-/// Two lines: the names of the fields of `timing`, and their values.
-fn csv_of(timing: &Timing) -> Result<String> {
-    let mut rows = csv::Writer::from_writer(Vec::new());
-    rows.serialize(timing)?;
-    Ok(String::from_utf8(rows.into_inner().expect("a Vec takes all bytes"))?)
 }
 
 impl std::fmt::Display for Timing {

@@ -2,11 +2,10 @@
 
 use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::Config;
-use crate::data::{way_to_text, window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
-use crate::files::{write_atomically, CannotWrite, RunFolder};
+use crate::data::{window_starts, windows, Batches, Corpus, Text, KEPT_FILE_NAME};
+use crate::files::{cannot_write, RunFolder};
 use crate::learner::{diverged, Learner, Outcome};
-use crate::metrics;
-use crate::metrics::{Metrics, Row};
+use crate::metrics::{self, Metrics, Row};
 use crate::model::{init_parameters, Gpt};
 use crate::output;
 use crate::plot;
@@ -16,9 +15,9 @@ use crate::sample::{generate, Sampling};
 use crate::sizes;
 use crate::stop::{Stop, Stopped};
 use crate::tokenizer::Tokenizer;
-use anyhow::{anyhow, bail, Result};
+use anyhow::{bail, Result};
 use candle_core::Device;
-use std::io::ErrorKind;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -28,16 +27,9 @@ const SAMPLE_TOKENS: usize = if cfg!(test) { 10 } else { 400 };
 /// Number of steps queued on a GPU before the host waits for all of them.
 ///
 /// After each wait the GPU is idle until the host has queued the next step. So the host waits only once in ten steps. With a
-/// larger number, progress and the error of a non-finite loss would come later.
+/// larger number, progress and the error of a non-finite loss would come later. Operators of a CPU have finished when they
+/// return, so there it is 1.
 const STEPS_AHEAD: usize = 10;
-
-/// 1 on a CPU, because its operators have finished when they return.
-fn steps_ahead(device: &Device) -> usize {
-    match device.is_cpu() {
-        true => 1,
-        false => STEPS_AHEAD,
-    }
-}
 
 /// A run in memory: everything that the next step needs.
 pub struct Run {
@@ -57,64 +49,49 @@ pub struct Run {
 impl Run {
     /// A new run, before its first step.
     pub fn new(config: Config, device: Device) -> Result<Self> {
-        let tokenizer = Tokenizer::new(config.tokenizer);
-        let corpus = Corpus::new(Text::read(config.data.as_deref())?, &tokenizer, config.context)?;
-        let mut rng = Rng::new(config.seed);
-        let parameters = init_parameters(&config, tokenizer.padded_vocab_size(), &mut rng, &device)?;
-        let learner = Learner::new(&config, &parameters)?;
-        let batches = Batches::new(&config, &corpus, &mut rng);
-        Ok(Self {
-            config,
-            tokenizer,
-            corpus,
-            steps_ahead: steps_ahead(&device),
-            device,
-            learner,
-            rng,
-            batches,
-            step: 0,
-            queued: Vec::new(),
-            clock: Instant::now(),
-        })
+        let text = Text::read(config.data.as_deref())?;
+        Self::start(config, text, None, device)
     }
 
     /// Loads the run in `folder` from its checkpoint. `data` replaces the path of the text, and `steps` the number of steps.
     pub fn resume(folder: &RunFolder, data: Option<PathBuf>, steps: Option<usize>, device: Device) -> Result<Self> {
         let dir = folder.path();
-        let file = checkpoint::locate(dir)?;
-        let Checkpoint { state, tensors } = checkpoint::load(&file, &device)?;
-        let State { step, mut config, rng, cursor, text_name, text_sha256, .. } = state;
-        if let Some(steps) = steps {
-            config.steps = steps;
-        }
+        let saved = checkpoint::load(&dir.join(checkpoint::FILE_NAME), &device)?;
+        let State { step, mut config, .. } = saved.state.clone();
+        config.steps = steps.unwrap_or(config.steps);
         if step >= config.steps {
             bail!(
                 "the run in {} has done its {step} steps; add --steps N with N above {step} to train it further",
                 dir.display()
             );
         }
-        sizes::check_training(&config, sizes::memory_of(&device))?;
-        let text = Text::read(data.as_deref().or(config.data.as_deref()))?;
-        if text.sha256 != text_sha256 {
-            bail!(
-                "the run in {} was trained on {text_name} with SHA-256 {}, but {} has {}; {}, or start a new run",
-                dir.display(),
-                &text_sha256[..12],
-                text.name,
-                &text.sha256[..12],
-                way_to_text(dir),
-            );
-        }
+        sizes::check(&config, sizes::memory_of(&device))?;
+        let text = Text::of_run(dir, &config, data.as_deref())?;
+        text.check_is(&saved.state.text_sha256)?;
         config.data = data.or(config.data);
-        let learner = Learner::restore(&config, step, &tensors)?;
+        Self::start(config, text, Some(saved), device)
+    }
+
+    /// The run of `config`, at its beginning or where it was saved.
+    fn start(config: Config, text: Text, saved: Option<Checkpoint>, device: Device) -> Result<Self> {
         let tokenizer = Tokenizer::new(config.tokenizer);
         let corpus = Corpus::new(text, &tokenizer, config.context)?;
-        let batches = Batches::at(&config, &corpus, cursor).map_err(|reason| checkpoint::unusable(&file, reason))?;
+        let (step, learner, batches, rng) = match saved {
+            None => {
+                let mut rng = Rng::new(config.seed);
+                let parameters = init_parameters(&config, tokenizer.padded_vocab_size(), &mut rng, &device)?;
+                (0, Learner::new(&config, &parameters)?, Batches::new(&config, &corpus, &mut rng), rng)
+            }
+            Some(Checkpoint { state, tensors }) => {
+                let batches = Batches::at(&config, &corpus, state.cursor);
+                (state.step, Learner::restore(&config, &tensors)?, batches, state.rng)
+            }
+        };
         Ok(Self {
             config,
             tokenizer,
             corpus,
-            steps_ahead: steps_ahead(&device),
+            steps_ahead: if device.is_cpu() { 1 } else { STEPS_AHEAD },
             device,
             learner,
             rng,
@@ -131,11 +108,10 @@ impl Run {
         let dir = folder.path();
         output::progress(self.describe());
         let started = Instant::now();
-        folder.check()?;
-        let mut metrics = match self.step {
-            0 => self.begin(dir)?,
-            step => Metrics::resume(dir, step)?,
-        };
+        if self.step == 0 {
+            self.begin(dir)?;
+        }
+        let mut metrics = Metrics::open(dir, self.step)?;
 
         self.clock = Instant::now();
         let mut progress = Progress::new(self.step, self.config.steps);
@@ -145,18 +121,11 @@ impl Run {
             if !evaluate && !save && stop.signal().is_none() && self.queued.len() < self.steps_ahead {
                 continue;
             }
-            let (rows, finite) = self.rows()?;
-            if let Some(last) = rows.last() {
-                progress.step(last);
-            }
-            for row in rows {
-                metrics.push(row)?;
-            }
-            finite?;
+            self.finish_steps(|row| {
+                progress.step(&row);
+                metrics.push(row)
+            })?;
             let signal = stop.signal().filter(|_| self.step < self.config.steps);
-            if evaluate || save || signal.is_some() {
-                folder.check()?;
-            }
             if evaluate {
                 plot::save(dir, metrics.rows())?; // before the checkpoint, so that the last checkpoint completes the run
             }
@@ -185,18 +154,19 @@ impl Run {
         Ok(())
     }
 
-    /// Writes the files of a new run: checkpoint, text (if kept), empty metrics.
-    pub fn begin(&self, dir: &Path) -> Result<Metrics> {
-        // Write the checkpoint first. If this fails, the folder is removed. If a later file fails, the run can be resumed.
+    /// Writes the first files of a new run: its checkpoint, and its text if nobody else keeps it.
+    pub fn begin(&self, dir: &Path) -> Result<()> {
         self.checkpoint(dir)?;
         if self.config.data.is_none() {
             let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
-            write_atomically(&dir.join(KEPT_FILE_NAME), &self.tokenizer.decode(&tokens)?)?;
+            let (path, part) = (dir.join(KEPT_FILE_NAME), dir.join("corpus.txt.tmp"));
+            let written = fs::write(&part, self.tokenizer.decode(&tokens)?).and_then(|()| fs::rename(part, &path));
+            written.map_err(|error| cannot_write(&path, error))?;
         }
-        Metrics::create(dir)
+        Ok(())
     }
 
-    /// Queues one optimizer step. [`Self::rows`] reads its outcome.
+    /// Queues one optimizer step. [`Self::finish_steps`] reads its outcome.
     fn queue_step(&mut self) -> Result<()> {
         let config = &self.config;
         let batches = (0..config.accumulation)
@@ -220,36 +190,38 @@ impl Run {
         self.step == 1 || self.step == self.config.steps || self.step.is_multiple_of(interval)
     }
 
-    /// Waits for the queued steps and returns their rows. Evaluates the last step if that is due. If a number is not finite,
-    /// returns the rows before it and the error.
-    fn rows(&mut self) -> Result<(Vec<Row>, Result<()>)> {
+    /// Waits for the queued steps and gives `record` their rows. Evaluates the last step if that is due. A number that is not
+    /// finite is an error, after the rows of the steps before it.
+    fn finish_steps(&mut self, mut record: impl FnMut(Row) -> Result<()>) -> Result<()> {
         let queued = std::mem::take(&mut self.queued);
-        let (numbers, mut finite) = Outcome::read(&queued)?;
+        let numbers = Outcome::read(&queued)?;
         self.device.synchronize()?;
         let tokens = (self.config.tokens_per_step() * queued.len()) as f64;
         let tokens_per_s = (tokens / self.clock.elapsed().as_secs_f64()) as u64;
-        let row = |(outcome, (train_loss, grad_norm)): (&Outcome, (f32, f32))| {
-            let Outcome { step, lr, .. } = *outcome;
-            Row { step, train_loss, val_loss: None, lr, grad_norm, tokens_per_s }
-        };
-        let mut rows: Vec<Row> = queued.iter().zip(numbers).map(row).collect();
-        if let Some(last) = rows.last_mut().filter(|row| row.step == self.step && self.evaluation_is_due()) {
-            match self.held_out_loss(self.config.eval_windows) {
-                Ok(loss) => last.val_loss = Some(loss),
-                Err(error) => finite = Err(error),
+        for (Outcome { step, lr, .. }, (train_loss, grad_norm)) in queued.into_iter().zip(numbers) {
+            if !train_loss.is_finite() || !grad_norm.is_finite() {
+                let what = format!("the loss is {train_loss} and the norm of its gradient {grad_norm}");
+                return Err(diverged(step, &what));
             }
+            let val_loss = match step == self.step && self.evaluation_is_due() {
+                true => Some(self.held_out_loss(self.config.eval_windows)?),
+                false => None,
+            };
+            record(Row { step, train_loss, val_loss, lr, grad_norm, tokens_per_s })?;
         }
-        self.clock = Instant::now();
-        Ok((rows, finite))
+        Ok(())
     }
 
     /// Runs one optimizer step and waits for it.
     #[cfg(test)]
     pub fn one_step(&mut self) -> Result<Row> {
         self.queue_step()?;
-        let (mut rows, finite) = self.rows()?;
-        finite?;
-        Ok(rows.remove(0))
+        let mut last = None;
+        self.finish_steps(|row| {
+            last = Some(row);
+            Ok(())
+        })?;
+        Ok(last.expect("one step"))
     }
 
     /// A sample of the model's text. The prompt is a line break.
@@ -279,13 +251,11 @@ impl Run {
         let state = State {
             step: self.step,
             config: self.config.clone(),
-            vocab_size: self.learner.model.variables()["wte"].dim(0)?,
-            text_name: self.corpus.name.clone(),
             text_sha256: self.corpus.sha256.clone(),
             rng: self.rng.clone(),
             cursor: self.batches.cursor().clone(),
         };
-        checkpoint::save(dir, &state, &self.learner)
+        checkpoint::save(dir, &state, &self.learner.optimizer)
     }
 
     fn describe(&self) -> String {
@@ -305,21 +275,6 @@ impl Run {
             self.config.steps,
         )
     }
-}
-
-/// Adds advice to `error` if a file could not be written.
-pub fn with_way_out(error: anyhow::Error) -> anyhow::Error {
-    let Some(CannotWrite { path, error: cause }) = error.downcast_ref() else { return error };
-    let dir = path.parent().unwrap_or(Path::new(""));
-    let first = match cause.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room on the disk",
-        _ => "fix the cause",
-    };
-    let then = match dir.join(checkpoint::FILE_NAME).is_file() {
-        true => format!("then continue from the last checkpoint with --resume {}", dir.display()),
-        false => "or choose another folder with --out".to_string(),
-    };
-    anyhow!("{error}; {first}, {then}")
 }
 
 /// Mean loss over the windows of `tokens` at `starts`.

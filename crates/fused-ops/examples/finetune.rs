@@ -1,4 +1,5 @@
-//! Trains a small byte model on this crate's README, saves it, and fine-tunes it in bf16 on source code with a frozen embedding.
+//! Trains a small byte model on this crate's README, saves the run, and fine-tunes its weights in bf16 on source code with a frozen
+//! embedding.
 //!
 //! ```sh
 //! cargo run --release --example finetune
@@ -11,19 +12,22 @@
 //! block: x + down(swiglu(gate(norm(x)), up(norm(x))))
 //! ```
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_ops::{
-    embedding, linear_cross_entropy, swiglu, AdamW, AdamWConfig, ParameterGroup, RmsNorm, Schedule,
+    embedding, linear_cross_entropy, mean_gradients, swiglu, AdamW, AdamWConfig, ParameterGroup, RmsNorm, Schedule,
 };
 use candle_nn::{linear_no_bias, Linear, Module, VarBuilder, VarMap};
 
 const CONTEXT: usize = 8;
 const WIDTH: usize = 64;
 const BLOCKS: usize = 2;
-const BATCH: usize = 128;
+const BATCH: usize = 64;
+/// Batches of one step. Their gradients are added.
+const BATCHES: usize = 2;
 const STEPS: usize = 150;
 const EPS: f64 = 1e-6;
 
@@ -85,16 +89,19 @@ fn batch(text: &[u8], step: usize) -> Result<(Tensor, Tensor)> {
     Ok((contexts, Tensor::from_vec(targets, BATCH, &Device::Cpu)?))
 }
 
-/// Trains `model` for `STEPS` steps. Returns the first and the last loss.
-fn train(name: &str, model: &Model, groups: [ParameterGroup; 2], text: &str, lr: f64) -> Result<(f32, f32)> {
+/// Trains `model` for `STEPS` steps. Returns the optimizer, and the first and the last loss.
+fn train(name: &str, model: &Model, groups: [ParameterGroup; 2], text: &str, lr: f64) -> Result<(AdamW, f32, f32)> {
     let started = Instant::now();
+    let trained: Vec<Var> = groups.iter().flat_map(|group| &group.parameters).map(|(_, var)| var.clone()).collect();
     let mut optimizer = AdamW::new(groups, AdamWConfig { max_norm: Some(1.0), ..Default::default() })?;
     let schedule = Schedule::cosine(lr, lr / 10.0, STEPS).warmup(STEPS / 10);
     let mut losses = Vec::new();
     for step in 1..=STEPS {
-        let (contexts, targets) = batch(text.as_bytes(), step)?;
-        let loss = model.loss(&contexts, &targets)?;
-        let norm = optimizer.step(&loss.backward()?, schedule.at(step))?;
+        let batches = (0..BATCHES).map(|index| batch(text.as_bytes(), BATCHES * step + index));
+        let batches = batches.collect::<Result<Vec<_>>>()?;
+        let (loss, gradients) =
+            mean_gradients(&trained, &batches, |(contexts, targets)| model.loss(contexts, targets))?;
+        let norm = optimizer.step(&gradients, schedule.at(step))?;
         losses.push(loss.to_scalar::<f32>()?);
         if step % (STEPS / 5) == 0 {
             println!(
@@ -105,32 +112,34 @@ fn train(name: &str, model: &Model, groups: [ParameterGroup; 2], text: &str, lr:
         }
     }
     println!("{name}  {:.1} s", started.elapsed().as_secs_f64());
-    Ok((losses[0], losses[STEPS - 1]))
+    Ok((optimizer, losses[0], losses[STEPS - 1]))
 }
 
 fn main() -> Result<()> {
     let variables = VarMap::new();
     let model = Model::new(VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu))?;
     let groups = ParameterGroup::decay_matrices(&variables, 0.1);
-    let (first, last) = train("README", &model, groups, include_str!("../README.md"), 3e-3)?;
+    let (optimizer, first, last) = train("README", &model, groups, include_str!("../README.md"), 3e-3)?;
     ensure!(last < first - 1.0, "the loss fell only from {first} to {last}");
+    // The file has the weights and the state of the optimizer: this run could also go on from it.
     let file = std::env::temp_dir().join(format!("finetune-{}.safetensors", std::process::id()));
-    variables.save(&file)?;
+    optimizer.save(&file, HashMap::from([("context".to_string(), CONTEXT.to_string())]))?;
 
     // The same model in bf16. The optimizer keeps f32 weights, because a step is often smaller than a rounding step of bf16.
     let mut variables = VarMap::new();
     let model = Model::new(VarBuilder::from_varmap(&variables, DType::BF16, &Device::Cpu))?;
     let saved = candle_core::safetensors::load(&file, &Device::Cpu)?;
     std::fs::remove_file(&file)?;
-    for (name, tensor) in saved {
-        variables.set_one(&name, tensor.to_dtype(DType::BF16)?)?;
+    let names: Vec<String> = variables.data().lock().expect("one thread").keys().cloned().collect();
+    for name in names {
+        variables.set_one(&name, saved[&name].to_dtype(DType::BF16)?)?;
     }
-    let frozen = |(name, _): &(String, candle_core::Var)| name != "bytes";
+    let frozen = |(name, _): &(String, Var)| name != "bytes";
     let groups = ParameterGroup::decay_matrices(&variables, 0.1).map(|mut group| {
         group.parameters.retain(frozen);
         group
     });
-    let (first, last) = train("source", &model, groups, include_str!("../src/norm.rs"), 1e-3)?;
+    let (_, first, last) = train("source", &model, groups, include_str!("../src/norm.rs"), 1e-3)?;
     ensure!(last < first - 0.5, "the loss fell only from {first} to {last}");
     Ok(())
 }

@@ -1,12 +1,15 @@
 //! AdamW over many parameters, with f32 master weights, clipping, and a state that can be saved.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::path::Path;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::VarMap;
 use rayon::prelude::*;
+use safetensors::SafeTensorError;
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
@@ -112,6 +115,9 @@ pub(crate) struct Slot {
     pub(crate) v: Tensor,
     pub(crate) weight_decay: f64,
 }
+
+/// Name of the number of steps in the state.
+const STEP: &str = "adamw.step";
 
 /// The numbers of one step for one parameter: `w = keep w - rate m / (sqrt(v) + epsilon)`.
 pub(crate) struct Rule {
@@ -252,33 +258,24 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// The state: for each parameter `NAME.m`, `NAME.v`, and `NAME.master` if there are master weights; and `step`. The
-    /// tensors are copies.
+    /// Everything that training needs to go on: for each parameter `NAME` its weights, `NAME.m` and `NAME.v`; and `adamw.step`.
+    /// The weights of a parameter in f16 or bf16 are the master weights. The tensors are copies.
     ///
     /// # Errors
     /// If Candle cannot copy a tensor.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
-        let mut state = HashMap::from([("step".to_string(), Tensor::new(self.step as i64, &Device::Cpu)?)]);
-        for slot in &self.slots {
-            for (name, tensor) in slot.state() {
-                state.insert(name, tensor.copy()?);
-            }
-        }
-        Ok(state)
+        let copy = |(name, tensor): (String, Tensor)| Ok((name, tensor.copy()?));
+        self.tensors()?.into_iter().map(copy).collect()
     }
 
-    /// Sets the state that [`Self::state`] returned. Master weights also set their parameter. f32 parameters are not part of the
-    /// state, because the model saves them.
+    /// Sets the state that [`Self::state`] returned, and with it the parameters.
     ///
     /// # Errors
     /// If a tensor is missing, left over, or has another shape or type; then nothing has changed.
     pub fn set_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        let get = |name: &str| state.get(name).ok_or_else(|| check::error(format!("the state has no tensor {name}")));
-        let step = usize::try_from(get("step")?.to_dtype(DType::I64)?.to_scalar::<i64>()?)
-            .map_err(|_| check::error("step: must be at least 0 in the state".to_string()))?;
-        let mut known = BTreeSet::from(["step".to_string()]);
-        for (name, tensor) in self.slots.iter().flat_map(Slot::state) {
-            let new = get(&name)?;
+        let mut known = BTreeSet::new();
+        for (name, tensor) in self.tensors()? {
+            let new = state.get(&name).ok_or_else(|| check::error(format!("the state has no tensor {name}")))?;
             check::shape(&name, new, tensor.dims(), "as its parameter")?;
             if new.dtype() != tensor.dtype() {
                 let (expected, got) = (tensor.dtype(), new.dtype());
@@ -289,6 +286,8 @@ impl AdamW {
         if let Some(name) = state.keys().filter(|name| !known.contains(*name)).min() {
             return Err(check::error(format!("the state has a tensor {name} that no parameter of the optimizer uses")));
         }
+        let step = usize::try_from(state[STEP].to_scalar::<i64>()?)
+            .map_err(|_| check::error(format!("{STEP}: must be at least 0 in the state")))?;
         for slot in &mut self.slots {
             slot.set_state(state)?;
         }
@@ -296,12 +295,26 @@ impl AdamW {
         Ok(())
     }
 
-    /// Writes [`Self::state`] as safetensors.
+    /// Writes [`Self::state`] as a safetensors file, with `metadata` in its header: the settings of a run, for example. An
+    /// earlier file stays until the new one is complete and on the disk. A process that is killed meanwhile may leave a
+    /// temporary file in the folder, `.tmp` and some letters.
     ///
     /// # Errors
-    /// If the file cannot be written.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        candle_core::safetensors::save(&self.state()?, path)
+    /// If the file cannot be written: [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>, metadata: HashMap<String, String>) -> Result<()> {
+        let path = path.as_ref();
+        let complete = [path.as_os_str(), ".tmp".as_ref()].into_iter().collect::<OsString>();
+        let written = safetensors::serialize_to_file(self.tensors()?, Some(metadata), complete.as_ref())
+            .map_err(|error| match error {
+                SafeTensorError::IoError(error) => Error::Io(error),
+                error => error.into(),
+            })
+            .and_then(|()| Ok(File::open(&complete)?.sync_all()?))
+            .and_then(|()| Ok(fs::rename(&complete, path)?));
+        if written.is_err() {
+            let _ = fs::remove_file(&complete); // the error is in `written`
+        }
+        written
     }
 
     /// Reads a file of [`Self::save`].
@@ -310,6 +323,12 @@ impl AdamW {
     /// If the file cannot be read, and as [`Self::set_state`].
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         self.set_state(&candle_core::safetensors::load(path, &Device::Cpu)?)
+    }
+
+    /// The tensors of [`Self::state`], not copied.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let step = (STEP.to_string(), Tensor::new(self.step as i64, &Device::Cpu)?);
+        Ok(self.slots.iter().flat_map(Slot::state).chain([step]).collect())
     }
 }
 
@@ -337,21 +356,19 @@ impl Slot {
         Ok(Self { name, var, master, m, v, weight_decay })
     }
 
-    fn state(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        let tensors = [("m", Some(&self.m)), ("v", Some(&self.v)), ("master", self.master.as_ref())];
-        tensors.into_iter().filter_map(|(part, tensor)| Some((format!("{}.{part}", self.name), tensor?)))
+    fn state(&self) -> [(String, Tensor); 3] {
+        let weights = self.master.as_ref().unwrap_or(&self.var);
+        [("", weights), (".m", &self.m), (".v", &self.v)]
+            .map(|(part, tensor)| (format!("{}{part}", self.name), tensor.clone()))
     }
 
     /// Copies the checked tensors of this parameter.
     fn set_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         // A copy, because a step changes these tensors in place.
-        let copied = |part: &str| state[&format!("{}.{part}", self.name)].to_device(self.var.device())?.copy();
-        let (m, v) = (copied("m")?, copied("v")?);
-        if self.master.is_some() {
-            let master = copied("master")?;
-            self.var.set(&master.to_dtype(self.var.dtype())?)?;
-            self.master = Some(master);
-        }
+        let copied = |part: &str| state[&format!("{}{part}", self.name)].to_device(self.var.device())?.copy();
+        let (weights, m, v) = (copied("")?, copied(".m")?, copied(".v")?);
+        self.var.set(&weights.to_dtype(self.var.dtype())?)?;
+        self.master = self.master.is_some().then_some(weights);
         (self.m, self.v) = (m, v);
         Ok(())
     }
@@ -446,7 +463,7 @@ mod tests {
                 assert_eq!(norms[0].dtype(), norms[1].dtype());
             }
             let vectors = |optimizer: &AdamW| -> Result<Vec<Vec<f64>>> {
-                let tensors = optimizer.slots[0].state().map(|(_, tensor)| tensor.clone());
+                let tensors = optimizer.slots[0].state().map(|(_, tensor)| tensor).into_iter();
                 tensors.chain([optimizer.slots[0].var.detach()]).map(|t| t.to_dtype(DType::F64)?.to_vec1()).collect()
             };
             for (a, b) in vectors(fused)?.iter().flatten().zip(vectors(composed)?.iter().flatten()) {

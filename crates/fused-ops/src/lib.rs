@@ -27,7 +27,8 @@
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
 //! | cross-entropy of a linear layer | [`linear_cross_entropy`], with options [`CrossEntropy::forward_linear`] | |
 //!
-//! [`AdamW`] updates parameters with f32 master weights and clipping. [`Schedule`] gives the learning rate of each step.
+//! [`AdamW`] updates parameters with f32 master weights and clipping. Its [`save`](AdamW::save) writes everything that training needs to
+//! go on. [`mean_gradients`] adds up the gradients of several batches. [`Schedule`] gives the learning rate of each step.
 //! [`profile`] measures the time of each operator in a training step, and [`pool`] the memory of a GPU.
 //!
 //! # What holds for every operator
@@ -49,6 +50,7 @@
 
 #![deny(missing_docs)]
 
+mod accumulate;
 mod activation;
 mod adamw;
 mod check;
@@ -69,6 +71,7 @@ mod rotary;
 mod rows;
 mod schedule;
 
+pub use accumulate::mean_gradients;
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use checkpoint::checkpoint;

@@ -2,7 +2,7 @@
 #![cfg(unix)]
 
 use super::resume::assert_same_run;
-use super::{begin, child_command, child_process, names, run, small_config, train, Room};
+use super::{begin, child_command, child_process, names, run, small_config, train, Room, ONCE_FIXED};
 use crate::checkpoint;
 use crate::config::Config;
 use anyhow::Result;
@@ -37,7 +37,6 @@ fn limited(blocks: usize, args: &[&str], room: &Room) -> String {
 fn aborted(room: &Room, config: &Config) -> Result<PathBuf> {
     let dir = begin(room, "run", config)?;
     child_process(&["train", "--resume", &room.string("run")], room.folder.path(), Some("inside a step#25"));
-    fs::remove_file(dir.join("train.lock"))?;
     Ok(dir)
 }
 
@@ -52,13 +51,10 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_one_before() -> Result<()> {
     for _ in 0..2 {
         assert_eq!(
             limited(100, &["train", "--resume", &path], &room),
-            format!(
-                "error: cannot write {path}/checkpoint.safetensors: File too large (os error 27); fix the cause, then \
-                 continue from the last checkpoint with --resume {path}\n"
-            )
+            format!("error: cannot write {path}/checkpoint.safetensors: File too large (os error 27); {ONCE_FIXED}\n")
         );
         assert!(fs::read(dir.join(checkpoint::FILE_NAME))? == before);
-        assert_eq!(names(&dir), ["checkpoint.safetensors", "loss.svg", "metrics.csv"]);
+        assert_eq!(names(&dir), ["checkpoint.safetensors", "loss.svg", "metrics.csv", "train.lock"]);
     }
     run(&["train", "--resume", &path])?;
     assert_same_run(&dir, &uninterrupted, "two full disks");
@@ -73,33 +69,24 @@ fn metrics_that_cannot_be_written_stay() -> Result<()> {
     let before = fs::read(dir.join("metrics.csv"))?;
     assert_eq!(
         limited(1, &["train", "--resume", &path, "--steps", "50"], &room),
-        format!(
-            "error: cannot write {path}/metrics.csv: File too large (os error 27); fix the cause, then continue from \
-             the last checkpoint with --resume {path}\n"
-        )
+        format!("error: cannot write {path}/metrics.csv: File too large (os error 27); {ONCE_FIXED}\n")
     );
     assert!(fs::read(dir.join("metrics.csv"))? == before);
     run(&["train", "--resume", &path, "--steps", "50"])
 }
 
-/// A new run cannot write its first checkpoint. It removes all files and folders that it created, also parent folders.
+/// A new run cannot write its first checkpoint. It leaves only its lock file, and the folder can be used again.
 #[test]
-fn a_run_without_room_for_a_checkpoint_leaves_nothing() {
+fn a_run_without_room_for_a_checkpoint_leaves_its_lock() {
     let room = Room::new();
     let out = room.string("a/b/run");
     let args = ["--data", &room.string("text.txt"), "--out", &out, "--context", "8", "--steps", "1"];
-    let said = format!(
-        "error: cannot write {out}/checkpoint.safetensors: File too large (os error 27); fix the cause, or choose \
-         another folder with --out\n"
-    );
+    let said =
+        format!("error: cannot write {out}/checkpoint.safetensors: File too large (os error 27); {ONCE_FIXED}\n");
     for _ in 0..2 {
         assert_eq!(limited(100, &args, &room), said);
-        assert_eq!(names(room.folder.path()), ["text.txt"]);
+        assert_eq!(names(&room.path("a/b/run")), ["train.lock"]);
     }
-    // A folder that existed before stays, and is empty again.
-    fs::create_dir_all(&out).unwrap();
-    assert_eq!(limited(100, &args, &room), said);
-    assert_eq!(names(&room.path("a/b/run")), [""; 0]);
 }
 
 /// A real full disk: a small tmpfs, mounted in a namespace of this test only.
@@ -127,10 +114,14 @@ fn a_full_disk_is_named_and_does_not_stay_full() -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(
         said,
-        "error: cannot write disk/run/checkpoint.safetensors: No space left on device (os error 28); make room on the \
-         disk, then continue from the last checkpoint with --resume disk/run\n"
+        format!(
+            "error: cannot write disk/run/checkpoint.safetensors: No space left on device (os error 28); {ONCE_FIXED}\n"
+        )
     );
-    assert_eq!(fs::read_to_string(room.path("listing"))?, "checkpoint.safetensors\nloss.svg\nmetrics.csv\n");
+    assert_eq!(
+        fs::read_to_string(room.path("listing"))?,
+        "checkpoint.safetensors\nloss.svg\nmetrics.csv\ntrain.lock\n"
+    );
     assert!(fs::read(room.path("kept"))? == fs::read(dir.join(checkpoint::FILE_NAME))?);
     assert_same_run(&room.path("resumed"), &uninterrupted, "a full disk");
     Ok(())

@@ -6,7 +6,6 @@ use crate::checkpoint;
 use crate::config::Config;
 use anyhow::Result;
 use candle_core::Device;
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::thread::sleep;
@@ -49,7 +48,6 @@ fn a_run_killed_at_any_time_resumes_bit_for_bit() -> Result<()> {
             lines.for_each(drop);
             child.wait()?;
         }
-        let _ = fs::remove_file(dir.join("train.lock")); // left if the process was killed after its last checkpoint
         assert_same_run(&dir, &uninterrupted, &format!("{kills} kills"));
     }
     Ok(())

@@ -10,6 +10,7 @@ use crate::train::Run;
 use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use std::collections::BTreeMap;
 
 /// Largest difference of two losses that differ only in the order of their sums.
 const TOLERANCE: f32 = 1e-4;
@@ -132,7 +133,8 @@ fn checkpointed_activations_change_no_bit() -> Result<()> {
     let bits = |checkpoint_activations| -> Result<Vec<u32>> {
         let model = Gpt::new(&Config { checkpoint_activations, ..config.clone() }, &parameters)?;
         let (loss, gradients) = mean_gradients(&model, &[(tokens(2, 32)?, tokens(2, 32)?)])?;
-        let all = named(&model, &gradients)?.into_values().chain([loss]);
+        let sorted: BTreeMap<String, Tensor> = named(&model, &gradients)?.into_iter().collect();
+        let all = sorted.into_values().chain([loss]);
         let numbers = all.map(|tensor| Ok(tensor.flatten_all()?.to_vec1::<f32>()?)).collect::<Result<Vec<_>>>()?;
         Ok(numbers.into_iter().flatten().map(f32::to_bits).collect())
     };

@@ -1,8 +1,8 @@
 //! Output that cannot be written (closed or full stdout), and the table of `gpt time --csv`.
 
-use super::{child_command, message, run, Room, STDOUT};
+use super::{child_command, message, rows, run, Room, STDOUT};
 use crate::checkpoint;
-use crate::metrics;
+use crate::metrics::Row;
 use crate::progress::Progress;
 use anyhow::Result;
 use candle_core::Device;
@@ -41,7 +41,7 @@ fn stderr(output: &Output) -> String {
 }
 
 fn assert_trained(dir: &Path) {
-    assert_eq!(metrics::read(&dir.join(metrics::FILE_NAME), usize::MAX).unwrap().len(), STEPS);
+    assert_eq!(rows(dir).len(), STEPS);
     let checkpoint = checkpoint::load(&dir.join(checkpoint::FILE_NAME), &Device::Cpu).unwrap();
     assert_eq!(checkpoint.state.step, STEPS);
     assert!(dir.join(crate::plot::FILE_NAME).is_file());
@@ -54,10 +54,7 @@ fn a_run_outlives_the_reader_of_its_progress() {
     let args = (room.string("text.txt"), room.string("out"));
     let output = read_up_to("text   ", &mut child_command(&train_args(&args.0, &args.1), room.folder.path()));
     assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(
-        stderr(&output),
-        "cannot write to stdout: Broken pipe (os error 32); training continues without progress lines\n"
-    );
+    assert_eq!(stderr(&output), "");
     assert_trained(&room.path("out"));
 }
 
@@ -85,10 +82,7 @@ fn a_full_device_takes_no_result() {
 
     let trained = full(&train_args(&text, &out));
     assert!(trained.status.success(), "{}", stderr(&trained));
-    assert_eq!(
-        stderr(&trained),
-        "cannot write to stdout: No space left on device (os error 28); training continues without progress lines\n"
-    );
+    assert_eq!(stderr(&trained), "");
     assert_trained(&room.path("out"));
 
     let time = [&TIME[..], &["--csv", &csv]].concat();
@@ -125,7 +119,7 @@ fn a_full_stderr_takes_no_message() {
 /// The remaining time can be too long for a `Duration`.
 #[test]
 fn progress_of_endless_runs() {
-    let row = metrics::Row { step: 1, train_loss: 1.0, val_loss: Some(1.0), lr: 1.0, grad_norm: 1.0, tokens_per_s: 1 };
+    let row = Row { step: 1, train_loss: 1.0, val_loss: Some(1.0), lr: 1.0, grad_norm: 1.0, tokens_per_s: 1 };
     let mut progress = Progress::new(0, usize::MAX);
     std::thread::sleep(std::time::Duration::from_millis(20));
     progress.step(&row);
@@ -143,17 +137,8 @@ fn rows_are_added_only_to_tables_of_measurements() -> Result<()> {
     fs::write(path("notes.md"), "# Notes\n")?;
     assert_eq!(
         say(&path("notes.md")),
-        format!(
-            "--csv {} is not a table of measurements: its first line is \"# Notes\", but must be \"device,parameters,layers,\
-             width,attention,precision,context,batch,accumulation,steps,ms_per_step,tokens_per_s,model_tflops,mfu_percent,\
-             peak_gib,resident_gib,last_loss\"; name another file",
-            path("notes.md")
-        )
+        format!("--csv {} is not a table of measurements; name another file", path("notes.md"))
     );
-    fs::write(path("long"), [0xff; 100_000])?;
-    let shown = "\u{fffd}".repeat(60);
-    let start = format!("--csv {} is not a table of measurements: its first line is \"{shown}\", but", path("long"));
-    assert!(say(&path("long")).starts_with(&start));
     assert_eq!(
         say(&path("absent/time.csv")),
         format!(
@@ -166,8 +151,6 @@ fn rows_are_added_only_to_tables_of_measurements() -> Result<()> {
     fs::write(path("time.csv"), "")?;
     time(&path("time.csv"))?;
     let first = fs::read_to_string(path("time.csv"))?;
-    // Some editors write no newline after the last line.
-    fs::write(path("time.csv"), first.trim_end())?;
     time(&path("time.csv"))?;
     time(&path("time.csv"))?;
     let all = fs::read_to_string(path("time.csv"))?;

@@ -2,59 +2,29 @@
 
 use super::{message, Room};
 use crate::config::{AttentionKind, Config, Precision, Preset};
-use crate::sizes::{check_sampling, check_timing, check_training, memory_said};
-use crate::time::Plan;
+use crate::sizes::{check, memory_said};
 use anyhow::Result;
 
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;
 const MOST: &str = "18446744073709551615";
 
-fn plan(warmup: usize, steps: usize) -> Plan {
-    Plan { steps, warmup, peak_tflops: None, profile: false }
-}
-
 #[test]
 fn too_much_memory_is_an_error() {
-    let say = |checked: Result<()>| checked.unwrap_err().to_string();
+    let say = |config: Config, gib: f64| check(&config, gib * GIB).unwrap_err().to_string();
     let tiny = Config::preset(Preset::Tiny);
     assert_eq!(
-        say(check_training(&Config { batch: 1_000_000, ..tiny.clone() }, 16.0 * GIB)),
-        "this needs at least 2930.7 GiB of memory (2929.7 GiB for the activations), but only 16.0 GiB can be used; \
-         lower --batch 1000000 or --context 128, or take a smaller --preset"
+        say(Config { batch: 1_000_000, ..tiny.clone() }, 16.0),
+        "this needs at least 2930.7 GiB of memory, but only 16.0 GiB can be used; lower --batch 1000000, --context 128 or \
+         --accumulation 1, or take a smaller --preset"
     );
-    assert_eq!(
-        say(check_training(&Config { accumulation: usize::MAX, ..tiny.clone() }, 16.0 * GIB)),
-        "this needs at least 1e14 GiB of memory (1e14 GiB for the tokens), but only 16.0 GiB can be used; \
-         lower --accumulation 18446744073709551615 or --batch 8 or --context 128"
-    );
-    assert_eq!(
-        say(check_training(&Config { batch: 1, context: 128, ..Config::preset(Preset::Gpt1300m) }, 8.0 * GIB)),
-        "this needs at least 14.9 GiB of memory (14.7 GiB for the parameters), but only 8.0 GiB can be used; \
-         lower --context 128, or take a smaller --preset"
-    );
-    assert_eq!(
-        say(check_timing(&tiny, &plan(usize::MAX, usize::MAX), 16.0 * GIB)),
-        "this needs at least 3e14 GiB of memory (3e14 GiB for the tokens), but only 16.0 GiB can be used; \
-         lower --steps 18446744073709551615 or --warmup 18446744073709551615 or --accumulation 1 or --batch 8 or \
-         --context 128"
-    );
-    assert_eq!(
-        say(check_sampling(usize::MAX, 16.0 * GIB)),
-        "this needs at least 1e11 GiB of memory (1e11 GiB for the text), but only 16.0 GiB can be used; \
-         lower --tokens 18446744073709551615"
-    );
-    let standard = Config { attention: AttentionKind::Standard, batch: 1, context: 65_536, ..tiny.clone() };
+    let parameters = Config { batch: 1, context: 128, accumulation: 1, ..Config::preset(Preset::Gpt1300m) };
+    assert!(say(parameters, 8.0).starts_with("this needs at least 14.9 GiB of memory, but"));
+    let standard = Config { attention: AttentionKind::Standard, batch: 1, context: 65_536, ..tiny };
     // Standard attention stores the scores of all queries and keys. Flash attention does not.
-    assert_eq!(
-        say(check_training(&standard, 16.0 * GIB)),
-        "this needs at least 257.6 GiB of memory (257.5 GiB for the activations), but only 16.0 GiB can be used; \
-         lower --batch 1 or --context 65536, or take a smaller --preset"
-    );
-    let flash = Config { attention: AttentionKind::Flash, ..standard.clone() };
-    check_training(&flash, 16.0 * GIB).unwrap();
-    let all = Config { context: usize::MAX, batch: usize::MAX, accumulation: usize::MAX, ..standard };
-    assert!(say(check_timing(&all, &plan(usize::MAX, usize::MAX), 16.0 * GIB)).contains("for the tokens"));
+    assert!(say(standard.clone(), 16.0).starts_with("this needs at least 257.6 GiB of memory, but"));
+    check(&Config { attention: AttentionKind::Flash, ..standard.clone() }, 16.0 * GIB).unwrap();
+    say(Config { context: usize::MAX, batch: usize::MAX, accumulation: usize::MAX, ..standard }, 16.0);
 }
 
 /// The command line refuses them too, before anything is allocated or written.
@@ -63,18 +33,16 @@ fn absurd_options_are_refused() {
     let room = Room::new();
     let (text, out) = (room.string("text.txt"), room.string("out"));
     let train = ["train", "--data", &text, "--out", &out];
-    let refused = |args: &[&str], way_out: &str| {
-        let said = message(args);
-        assert!(said.starts_with("this needs at least ") && said.contains(way_out), "{args:?}: {said}");
-    };
-    for option in ["--batch", "--context", "--accumulation"] {
-        refused(&[&train[..], &[option, MOST]].concat(), &format!("{option} {MOST}"));
+    for command in [&train[..], &["time"]] {
+        for option in ["--batch", "--context", "--accumulation"] {
+            let said = message(&[command, &[option, MOST]].concat());
+            assert!(
+                said.starts_with("this needs at least ") && said.contains(&format!("{option} {MOST}")),
+                "{option}: {said}"
+            );
+        }
     }
     assert!(!room.path("out").exists());
-    for option in ["--batch", "--context", "--accumulation", "--steps", "--warmup"] {
-        refused(&["time", option, MOST], &format!("{option} {MOST}"));
-    }
-    refused(&["sample", "--tokens", MOST], &format!("lower --tokens {MOST}"));
 }
 
 /// The estimate is below the measured peak of resident memory, but not far below: `gpt time --steps 1 --warmup 1` on a CPU.
@@ -92,8 +60,8 @@ fn what_fits_is_not_refused() -> Result<()> {
         (small, 4934.8),
     ];
     for (config, mib) in &peaks {
-        check_timing(config, &plan(1, 1), mib * MIB)?;
-        assert!(check_timing(config, &plan(1, 1), 0.15 * mib * MIB).is_err(), "{config:?}");
+        check(config, mib * MIB)?;
+        assert!(check(config, 0.15 * mib * MIB).is_err(), "{config:?}");
     }
     Ok(())
 }

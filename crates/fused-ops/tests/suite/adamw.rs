@@ -1,5 +1,7 @@
 //! AdamW: its formula in f64, master weights, clipping, groups, and a run that is saved and resumed.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use candle_core::{backprop::GradStore, DType, Device, Tensor, Var};
 use candle_fused_ops::{AdamW, AdamWConfig, ParameterGroup};
@@ -92,10 +94,7 @@ fn steps_follow_the_formula_in_every_type() -> Result<()> {
         let state = optimizer.state()?;
         for (index, (var, want)) in vars.iter().zip(&want).enumerate() {
             let rounded = numbers(var)?;
-            let weights = match state.get(&format!("p{index}.master")) {
-                Some(master) => numbers(master)?,
-                None => rounded.clone(),
-            };
+            let weights = numbers(&state[&format!("p{index}")])?;
             for ((got, rounded), want) in weights.iter().zip(&rounded).zip(want) {
                 // Each step rounds w once, and its change, below 0.1, some times.
                 let limit = STEPS as f64 * wide * (want.abs() + 0.1);
@@ -172,10 +171,12 @@ fn a_resumed_run_has_the_same_bits() -> Result<()> {
         }
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("optimizer.safetensors");
-        whole.save(&file)?;
+        whole.save(&file, HashMap::from([("settings".to_string(), "lr 1e-2".to_string())]))?;
+        let (_, header) = safetensors::SafeTensors::read_metadata(&std::fs::read(&file)?)?;
+        assert_eq!(header.metadata().as_ref().expect("metadata")["settings"], "lr 1e-2");
 
         let resumed_vars: Vec<Var> =
-            vars.iter().map(|var| Var::from_tensor(&var.copy()?)).collect::<candle_core::Result<_>>()?;
+            vars.iter().map(|var| Var::zeros(var.shape(), dtype, &Device::Cpu)).collect::<candle_core::Result<_>>()?;
         let mut resumed = optimizer(&resumed_vars, CONFIG)?;
         resumed.load(&file)?;
         assert_eq!(resumed.steps(), 3);
@@ -187,6 +188,18 @@ fn a_resumed_run_has_the_same_bits() -> Result<()> {
         let tensors = |vars: &[Var]| bits(&vars.iter().map(|var| var.as_tensor().clone()).collect::<Vec<_>>());
         assert_eq!(tensors(&vars)?, tensors(&resumed_vars)?);
     }
+    Ok(())
+}
+
+/// A file that cannot be replaced stays, and nothing else is left.
+#[test]
+fn a_save_that_fails_leaves_the_file_before() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    std::fs::create_dir(&path)?; // no file can replace a folder
+    let error = optimizer(&variables(DType::F32)?, CONFIG)?.save(&path, HashMap::new()).expect_err("a folder");
+    assert!(matches!(error, candle_core::Error::Io(_)), "{error:?}");
+    assert_eq!(std::fs::read_dir(folder.path())?.count(), 1);
     Ok(())
 }
 
@@ -208,7 +221,7 @@ fn gradients_may_have_a_wider_type() -> Result<()> {
     Ok(())
 }
 
-/// A state is a copy: later steps do not change it. Master weights set their parameter.
+/// A state is a copy: later steps do not change it. Its weights set the parameters.
 #[test]
 fn a_state_can_be_restored() -> Result<()> {
     let vars = variables(DType::BF16)?;
@@ -257,7 +270,7 @@ fn errors_name_the_parameter_and_change_nothing() -> Result<()> {
     );
     assert_eq!(text(optimizer.step(&store(&vars, 1)?, f64::NAN)), "lr must be finite and at least 0, got NaN");
     let state = optimizer.state()?;
-    let with = |change: &dyn Fn(&mut std::collections::HashMap<String, Tensor>)| {
+    let with = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
         let mut state = state.clone();
         change(&mut state);
         state
