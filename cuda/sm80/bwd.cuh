@@ -6,9 +6,10 @@
 //            dk and dv by keys and columns. Only dq sums over all keys, so it needs every warp.
 // Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | team barrier | dv += P^T do | barrier | dq = dS k |
 //            dk += dS^T q. With one stage: .. | dv, dk | barrier | start next q, do | dq. With kDefersDq: dq comes after the first barrier
-//            of the next step, and that is the only barrier of a step.
-// Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefersDq), kStages times sQ, sDo, lse and delta; the
-//            epilogue reuses sK and sV.
+//            of the next step, and that is the only barrier of a step. Without stages, q and do take turns in one tile, and nothing is
+//            started ahead (walk_queries_in_one_tile).
+// Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefersDq), kStages times sQ, sDo, lse and delta (once
+//            without stages, and sDo is sQ); the epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.semaphores in one order.
 // Nonfinite  NaN and infinity spread within their sequence and their group of heads, also to rows that do not see them. They never
@@ -73,16 +74,18 @@ struct BwdTraits {
     using TileP = TileOf<T, kBlockM, kBlockN>;
     using TileDs = TileP;
     static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
-    static constexpr int kStageBytes = 2 * TileQ::kBytes + 2 * kRowValuesBytes;
+    static constexpr bool kOneTile = kStages == 0;  // for q and do
+    static constexpr int kStageBytes = (kOneTile ? 1 : 2) * TileQ::kBytes + 2 * kRowValuesBytes;
     static constexpr int kDsStages = kDefersDq ? 2 : 1;
-    static constexpr int kSharedBytes = 2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + kStages * kStageBytes;
+    static constexpr int kSharedBytes =
+        2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + (kOneTile ? 1 : kStages) * kStageBytes;
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
-    static constexpr uint32_t sQ = sDs + kDsStages * TileDs::kBytes, sDo = sQ + TileQ::kBytes;
+    static constexpr uint32_t sQ = sDs + kDsStages * TileDs::kBytes, sDo = kOneTile ? sQ : sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kRowValuesBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kTeams == 0, "dk and dv of a warp lie within its team's keys");
-    static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
+    static_assert(kStages == 2 || (kStages < 2 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
     static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kTeams * 8 == kBlockN, "the warps divide S evenly");
     static_assert(kKvMTiles * kWarpsN * 16 == kBlockN, "and the rows of dk and dv");
     static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kWidth, "and their columns");
@@ -162,19 +165,32 @@ struct BwdBlock {
         cp_async_commit();
     }
 
-    // q, do, lse and delta of a tile of queries.
-    __device__ __forceinline__ void start_queries(uint32_t stage_offset, int head, int m_block) const {
-        const int first_row = m_block * Traits::kBlockM, row = first_row + thread;
+    __device__ __forceinline__ void start_q(uint32_t stage_offset, int head, int m_block) const {
         CopyQ(head_of(params.q, params.q_strides, sequence.first_q, head), params.q_strides.row, params.shape.head_dim, thread)
-            .start(shared + Traits::sQ + stage_offset, first_row, sequence.seqlen_q);
+            .start(shared + Traits::sQ + stage_offset, m_block * Traits::kBlockM, sequence.seqlen_q);
+    }
+
+    __device__ __forceinline__ void start_do(uint32_t stage_offset, int head, int m_block) const {
         CopyQ(head_of(params.do_, params.do_strides, sequence.first_q, head), params.do_strides.row, params.shape.head_dim_v, thread)
-            .start(shared + Traits::sDo + stage_offset, first_row, sequence.seqlen_q);
+            .start(shared + Traits::sDo + stage_offset, m_block * Traits::kBlockM, sequence.seqlen_q);
+    }
+
+    // lse and delta.
+    __device__ __forceinline__ void start_row_values(uint32_t stage_offset, int head, int m_block) const {
+        const int row = m_block * Traits::kBlockM + thread;
         if (thread < Traits::kBlockM) {
             const bool valid = row < sequence.seqlen_q;
             const int64_t at = sequence.lse_offset(params.shape, head) + (valid ? row : 0);
             cp_async_4(shared + Traits::sLse + stage_offset + thread * 4, params.lse + at, valid);
             cp_async_4(shared + Traits::sDelta + stage_offset + thread * 4, params.delta + at, valid);
         }
+    }
+
+    // q, do, lse and delta of a tile of queries.
+    __device__ __forceinline__ void start_queries(uint32_t stage_offset, int head, int m_block) const {
+        start_q(stage_offset, head, m_block);
+        start_do(stage_offset, head, m_block);
+        start_row_values(stage_offset, head, m_block);
         cp_async_commit();
     }
 };
@@ -252,38 +268,40 @@ __device__ __forceinline__ void to_ds(Ds& ds, const WarpP<Traits>& warp_p, const
         }
 }
 
-// P and dS of one tile of queries, rounded, into sP and sDs.
+// P of one tile of queries: this warp's block into `warp_p`, and rounded into sP.
 template <typename Block>
-__device__ __forceinline__ void recompute(const Block& block, const QueryTile& tile, uint32_t stage_offset, uint32_t ds_offset) {
+__device__ __forceinline__ void recompute_p(WarpP<typename Block::Traits>& warp_p, const Block& block, const QueryTile& tile,
+                                            uint32_t stage_offset) {
     using Traits = typename Block::Traits;
     using T = typename Traits::T;
-    using TileQ = typename Traits::TileQ;
-    using TileK = typename Traits::TileK;
-    using TileP = typename Traits::TileP;
-    using TileDs = typename Traits::TileDs;
     const BwdWarp<Traits>& warp = block.warp;
-    const int lane = block.lane;
-    const uint32_t shared = block.shared;
     const int first_row = tile.rows.begin + warp.s_row, first_col = block.cols.begin + warp.s_col;
     const Range common = block.sees.common_keys(tile.rows);
     const bool masked = !common.contains({block.cols.begin, block.cols.begin + Traits::kBlockN});
 
-    WarpP<Traits> warp_p;
     warp_p.p.clear();
     multiply_ahead<T, Traits::kHeadDim / kStepK<T>>(
-        warp_p.p, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sQ, warp.s_row, lane),
-        OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sK, warp.s_col, lane));
+        warp_p.p, OperandA<typename Traits::TileQ, Order::kContiguousK>(block.shared + stage_offset, Traits::sQ, warp.s_row, block.lane),
+        OperandB<typename Traits::TileK, Order::kContiguousK, Traits::kTeamKeys>(block.shared, Traits::sK, warp.s_col, block.lane));
     to_p(warp_p, block, tile, stage_offset);
-    if (masked) hide(warp_p.p, block.sees, first_row, first_col, lane, 0.f);
-    store_operand<T, TileP>(shared, Traits::sP, warp_p.p, warp.s_row, warp.s_col, lane);
+    if (masked) hide(warp_p.p, block.sees, first_row, first_col, block.lane, 0.f);
+    store_operand<T, typename Traits::TileP>(block.shared, Traits::sP, warp_p.p, warp.s_row, warp.s_col, block.lane);
+}
 
+// dS of one tile of queries, rounded, into sDs.
+template <typename Block>
+__device__ __forceinline__ void recompute_ds(const WarpP<typename Block::Traits>& warp_p, const Block& block, uint32_t stage_offset,
+                                             uint32_t ds_offset) {
+    using Traits = typename Block::Traits;
+    using T = typename Traits::T;
+    const BwdWarp<Traits>& warp = block.warp;
     Accumulator<Traits::kMTiles, Traits::kNTiles> ds;
     ds.clear();
     multiply_ahead<T, Traits::kHeadDim / kStepK<T>>(
-        ds, OperandA<TileQ, Order::kContiguousK>(shared + stage_offset, Traits::sDo, warp.s_row, lane),
-        OperandB<TileK, Order::kContiguousK, Traits::kTeamKeys>(shared, Traits::sV, warp.s_col, lane));
+        ds, OperandA<typename Traits::TileQ, Order::kContiguousK>(block.shared + stage_offset, Traits::sDo, warp.s_row, block.lane),
+        OperandB<typename Traits::TileK, Order::kContiguousK, Traits::kTeamKeys>(block.shared, Traits::sV, warp.s_col, block.lane));
     to_ds(ds, warp_p, block, stage_offset);
-    store_operand<T, TileDs>(shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, lane);
+    store_operand<T, typename Traits::TileDs>(block.shared + ds_offset, Traits::sDs, ds, warp.s_row, warp.s_col, block.lane);
 }
 
 // dq_accum += dS k, of one tile of queries. kOrdered: in the order of DqSemaphores.
@@ -306,24 +324,40 @@ __device__ __forceinline__ void add_dq(const BwdBlock<Traits>& block, const Quer
     if (kOrdered) semaphores.release(index);
 }
 
+// dv += P^T do, of one tile of queries.
+template <typename Block, typename BlockKv>
+__device__ __forceinline__ void add_dv(const Block& block, BlockKv& dv, uint32_t stage_offset) {
+    using Traits = typename Block::Traits;
+    using T = typename Traits::T;
+    multiply<T, Traits::kBlockM / kStepK<T>>(
+        dv, OperandA<typename Traits::TileP, Order::kTransposed>(block.shared, Traits::sP, block.warp.kv_row, block.lane),
+        OperandB<typename Traits::TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(block.shared + stage_offset, Traits::sDo,
+                                                                                   block.warp.kv_col, block.lane));
+}
+
+// dk += dS^T q, of one tile of queries.
+template <typename Block, typename BlockKv>
+__device__ __forceinline__ void add_dk(const Block& block, BlockKv& dk, uint32_t stage_offset, uint32_t ds_offset) {
+    using Traits = typename Block::Traits;
+    using T = typename Traits::T;
+    multiply<T, Traits::kBlockM / kStepK<T>>(
+        dk, OperandA<typename Traits::TileDs, Order::kTransposed>(block.shared + ds_offset, Traits::sDs, block.warp.kv_row, block.lane),
+        OperandB<typename Traits::TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(block.shared + stage_offset, Traits::sQ,
+                                                                                   block.warp.kv_col, block.lane));
+}
+
 // Every tile of queries that sees the keys of `block`: dk and dv in registers, and what they add to dq_accum.
 template <bool kOrdered, typename Block, typename BlockKv>
 __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, BlockKv& dv) {
     using Traits = typename Block::Traits;
-    using T = typename Traits::T;
-    using TileQ = typename Traits::TileQ;
-    using TileP = typename Traits::TileP;
-    using TileDs = typename Traits::TileDs;
-    const BwdWarp<Traits>& warp = block.warp;
-    const int lane = block.lane;
-    const uint32_t shared = block.shared;
+    constexpr uint32_t kDsBytes = Traits::TileDs::kBytes;
     const int steps = (block.m_blocks.end - block.m_blocks.begin) * block.group_size;
     int head = block.head_k * block.group_size, m_block = block.m_blocks.begin;
     QueryTile tile{}, before;
     block.start_queries(0, head, m_block);
     for (int step = 0; step < steps; ++step) {
         const uint32_t stage_offset = step % Traits::kStages * Traits::kStageBytes;
-        const uint32_t ds_offset = step % Traits::kDsStages * TileDs::kBytes;
+        const uint32_t ds_offset = step % Traits::kDsStages * kDsBytes;
         before = tile;
         tile = {head, m_block, tile_range(m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q)};
         const bool next_head = m_block == block.m_blocks.end - 1;
@@ -333,19 +367,19 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
         cp_async_wait<0>();
         __syncthreads();  // q and do have arrived, and every warp is done with the step before
         if (Traits::kStages == 2 && step + 1 < steps) block.start_queries(Traits::kStageBytes - stage_offset, head, m_block);
-        if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, TileDs::kBytes - ds_offset);
-        recompute(block, tile, stage_offset, ds_offset);
-        team_sync<Traits::kTeamThreads>(warp.team);  // the team's P and dS are in shared memory
-        multiply<T, Traits::kBlockM / kStepK<T>>(
-            dv, OperandA<TileP, Order::kTransposed>(shared, Traits::sP, warp.kv_row, lane),
-            OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sDo, warp.kv_col, lane));
+        if (Traits::kDefersDq && step > 0) add_dq<kOrdered>(block, before, kDsBytes - ds_offset);
+        {
+            WarpP<Traits> warp_p;
+            recompute_p(warp_p, block, tile, stage_offset);
+            recompute_ds(warp_p, block, stage_offset, ds_offset);
+        }
+        team_sync<Traits::kTeamThreads>(block.warp.team);  // the team's P and dS are in shared memory
+        add_dv(block, dv, stage_offset);
         if constexpr (Traits::kDqBeforeDk) {
             __syncthreads();  // all of dS is in shared memory
             add_dq<kOrdered>(block, tile, 0);
         }
-        multiply<T, Traits::kBlockM / kStepK<T>>(
-            dk, OperandA<TileDs, Order::kTransposed>(shared + ds_offset, Traits::sDs, warp.kv_row, lane),
-            OperandB<TileQ, Order::kTransposed, Traits::kKvDTiles * 8>(shared + stage_offset, Traits::sQ, warp.kv_col, lane));
+        add_dk(block, dk, stage_offset, ds_offset);
         if constexpr (Traits::kStages == 1) {
             __syncthreads();  // all of dS is in shared memory, and every warp is done with q and do
             if (step + 1 < steps) block.start_queries(0, head, m_block);
@@ -354,8 +388,43 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     }
     if constexpr (Traits::kDefersDq) {
         __syncthreads();  // all of the last dS is in shared memory
-        add_dq<kOrdered>(block, tile, (steps - 1) % Traits::kDsStages * TileDs::kBytes);
+        add_dq<kOrdered>(block, tile, (steps - 1) % Traits::kDsStages * kDsBytes);
     }
+}
+
+// The same with one tile for q and do. q comes twice: for S, and for dk.
+template <bool kOrdered, typename Block, typename BlockKv>
+__device__ __forceinline__ void walk_queries_in_one_tile(const Block& block, BlockKv& dk, BlockKv& dv) {
+    using Traits = typename Block::Traits;
+    const auto arrive = [] {
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+    };
+    const int first_head = block.head_k * block.group_size;
+    for (int head = first_head; head < first_head + block.group_size; ++head)
+        for (int m_block = block.m_blocks.begin; m_block < block.m_blocks.end; ++m_block) {
+            const QueryTile tile{head, m_block, tile_range(m_block * Traits::kBlockM, Traits::kBlockM, block.sequence.seqlen_q)};
+            block.start_q(0, head, m_block);
+            block.start_row_values(0, head, m_block);
+            arrive();
+            {
+                WarpP<Traits> warp_p;
+                recompute_p(warp_p, block, tile, 0);
+                __syncthreads();  // every warp is done with q
+                block.start_do(0, head, m_block);
+                arrive();
+                recompute_ds(warp_p, block, 0, 0);
+            }
+            team_sync<Traits::kTeamThreads>(block.warp.team);  // the team's P and dS are in shared memory
+            add_dv(block, dv, 0);
+            __syncthreads();  // all of dS is in shared memory, and every warp is done with do
+            block.start_q(0, head, m_block);
+            add_dq<kOrdered>(block, tile, 0);
+            arrive();
+            add_dk(block, dk, 0, 0);
+            __syncthreads();  // every warp is done with q
+        }
 }
 
 // dk and dv leave through shared memory, so that each thread writes 16 bytes at once.
@@ -390,7 +459,10 @@ __device__ __forceinline__ void backward_block(const BwdParams& params, uint8_t*
     dv.clear();
     if (!block.queries.empty()) {
         block.start_keys();
-        walk_queries<kOrdered>(block, dk, dv);
+        if constexpr (Traits::kOneTile)
+            walk_queries_in_one_tile<kOrdered>(block, dk, dv);
+        else
+            walk_queries<kOrdered>(block, dk, dv);
     }
     write_keys(block, dk, dv);
 }
