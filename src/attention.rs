@@ -55,8 +55,8 @@ use crate::tensors::Inputs;
 ///
 /// Sums are in f32 (f64 for f64 inputs). In f32, a weight below `2^-126` of the largest in its row counts as 0.
 ///
-/// On an NVIDIA GPU (feature `cuda`) the types are f32, f16 and bf16, and gradients of f32 end at a `head_dim` of 256. Inputs whose rows are
-/// not 16-byte aligned, or not whole 16 bytes, are copied.
+/// On an NVIDIA GPU (feature `cuda`) the types are f32, f16 and bf16. Inputs whose rows are not 16-byte aligned, or not whole
+/// 16 bytes, are copied.
 ///
 /// Gradients flow to `q`, `k` and `v`, from the result and from lse. The backward recomputes the scores. It may run several times
 /// over one graph.

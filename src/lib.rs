@@ -92,7 +92,7 @@
 //!
 //! | feature | default | effect |
 //! | --- | --- | --- |
-//! | `cuda` | off | NVIDIA GPUs (Ampere and newer): f32, f16 and bf16, `head_dim` up to 512 (gradients of f32: 256) |
+//! | `cuda` | off | NVIDIA GPUs (Ampere and newer): f32, f16 and bf16, `head_dim` up to 512 |
 //!
 //! Vector instructions (AVX2, AVX-512, NEON) are chosen at run time. No compiler flags are needed.
 #![deny(missing_docs)]

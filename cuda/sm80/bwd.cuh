@@ -6,10 +6,9 @@
 //            dk and dv by keys and columns. Only dq sums over all keys, so it needs every warp.
 // Pipeline   wait q, do | start next q, do | S = q k^T | P | dP = do v^T | dS | team barrier | dv += P^T do | barrier | dq = dS k |
 //            dk += dS^T q. With one stage: .. | dv, dk | barrier | start next q, do | dq. With kDefersDq: dq comes after the first barrier
-//            of the next step, and that is the only barrier of a step. Without stages, q and do take turns in one tile, and nothing is
-//            started ahead (walk_queries_in_one_tile).
-// Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefersDq), kStages times sQ, sDo, lse and delta (once
-//            without stages, and sDo is sQ); the epilogue reuses sK and sV.
+//            of the next step, and that is the only barrier of a step. With kOneTile, q and do take turns: walk_queries_in_one_tile.
+// Shared     sK, sV one tile each, sP kBlockM x kBlockN, sDs the same (twice with kDefersDq), kStages times sQ, sDo, lse and delta; with
+//            kOneTile sDo is sQ. The epilogue reuses sK and sV.
 // Registers  dk and dv in f32 for the whole walk; S, dP, dq come and go.
 // Global     all blocks of keys add to dq_accum in f32, in any order, or with params.semaphores in one order.
 // Nonfinite  NaN and infinity spread within their sequence and their group of heads, also to rows that do not see them. They never
@@ -74,18 +73,18 @@ struct BwdTraits {
     using TileP = TileOf<T, kBlockM, kBlockN>;
     using TileDs = TileP;
     static constexpr int kRowValuesBytes = kBlockM * sizeof(float);  // lse, or delta, of a tile of queries
-    static constexpr bool kOneTile = kStages == 0;  // for q and do
+    static constexpr bool kOneTile = kParts > 1 && sizeof(T) == 4;  // for q and do: two of these tiles do not fit
     static constexpr int kStageBytes = (kOneTile ? 1 : 2) * TileQ::kBytes + 2 * kRowValuesBytes;
     static constexpr int kDsStages = kDefersDq ? 2 : 1;
-    static constexpr int kSharedBytes =
-        2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + (kOneTile ? 1 : kStages) * kStageBytes;
+    static constexpr int kSharedBytes = 2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + kStages * kStageBytes;
     // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
     static constexpr uint32_t sQ = sDs + kDsStages * TileDs::kBytes, sDo = kOneTile ? sQ : sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kRowValuesBytes;
     static_assert(kWarps % kWarpsM == 0 && kWarps % kWarpsN == 0 && kWarps % kWarpsQ == 0, "warps fill each grid");
     static_assert(kWarpsN % kTeams == 0, "dk and dv of a warp lie within its team's keys");
-    static_assert(kStages == 2 || (kStages < 2 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
+    static_assert(kStages == 2 || (kStages == 1 && !kDefersDq), "with one stage, q and do are free only after the second barrier");
+    static_assert(!kOneTile || kStages == 1, "q and do that take turns have one stage");
     static_assert(kMTiles * kWarpsM * 16 == kBlockM && kNTiles * kTeams * 8 == kBlockN, "the warps divide S evenly");
     static_assert(kKvMTiles * kWarpsN * 16 == kBlockN, "and the rows of dk and dv");
     static_assert(kKvDTiles * (kWarps / kWarpsN) * 8 == kWidth, "and their columns");

@@ -369,7 +369,7 @@ fn every_head_dim() -> Result<()> {
     Ok(())
 }
 
-/// Calls without gradients above the head_dim that has some: f32 above 256, and all types with 99 KB of shared memory.
+/// Calls without gradients above the head_dim that has some: all types with 99 KB of shared memory, and f32 with less than 201 KB.
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn a_forward_of_wide_heads() -> Result<()> {
@@ -579,7 +579,7 @@ fn same_as_halves(whole: &Output, halves: [&Output; 2], case: &Case) -> Result<(
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn refusals_on_the_device() -> Result<()> {
-    for Target { device, dtype } in gpu_targets_or_skip() {
+    for Target { device, .. } in gpu_targets_or_skip() {
         let text = |dtype: DType, head_dim: usize| -> Result<String> {
             let x = Tensor::zeros((1, 5, 2, head_dim), dtype, &device)?;
             let error = Attention::new().forward(&x, &x, &x).expect_err("has no kernel").to_string();
@@ -592,14 +592,6 @@ fn refusals_on_the_device() -> Result<()> {
             "q: dtype F64 is not supported on CUDA (supported: F32, F16, BF16); convert q, k and v with \
              to_dtype(DType::F32), or move them with to_device(&Device::Cpu)"
         );
-        if dtype == DType::F32 {
-            let x = Var::zeros((1, 5, 2, 264), dtype, &device)?;
-            let error = Attention::new().forward(&x, &x, &x).expect_err("has no backward").to_string();
-            ensure!(
-                error.starts_with("q: tracked for gradients, but head_dim 264 has no F32 backward kernel"),
-                "{error}"
-            );
-        }
     }
     Ok(())
 }

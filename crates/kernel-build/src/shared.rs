@@ -38,12 +38,13 @@ pub fn fwd_sm90(line: &Line, element_bytes: usize) -> usize {
     line.get("q_stages") * q_bytes + 2 * SM90_KEY_STAGES * k_bytes + SM90_FWD_CONTROL_BYTES
 }
 
-/// k and v, P, dS (twice if a team is one warp), and for each stage q, do, lse and delta.
+/// k and v, P, dS (twice if a team is one warp), and for each stage q, do, lse and delta. In f32 above `MAX_WIDTH` q and do share a tile.
 pub fn bwd_sm80(line: &Line, element_bytes: usize) -> usize {
     let (q_bytes, k_bytes) = tile_bytes(line, element_bytes);
     let ds_stages = if line.get("warps_m") == 1 { 2 } else { 1 };
     let p_and_ds_bytes = (1 + ds_stages) * line.get("block_m") * line.get("block_n") * element_bytes;
-    2 * k_bytes + p_and_ds_bytes + line.get("stages") * 2 * (q_bytes + row_values_bytes(line))
+    let tiles = if element_bytes == 4 && line.get("head_dim") > MAX_WIDTH { 1 } else { 2 };
+    2 * k_bytes + p_and_ds_bytes + line.get("stages") * (tiles * q_bytes + 2 * row_values_bytes(line))
 }
 
 /// k and v, two tiles of dS, the stages of q and do, lse and delta, and the control block. A block without a cluster also has
@@ -94,6 +95,7 @@ mod tests {
             ("KERNEL(bwd, sm80, 128, 32, 128, 8, 1, 1, 2, 4, 2)", 96.25),
             ("KERNEL(fwd_f32, sm80, 128, 128, 64, 8, 1)", 128.0),
             ("KERNEL(bwd_f32, sm80, 128, 64, 64, 8, 1, 2, 4, 2, 2)", 225.0),
+            ("KERNEL(bwd_f32, sm80, 512, 32, 32, 4, 1, 1, 2, 2, 2)", 200.25), // one tile for q and do
         ] {
             let table = Table::parse(line, "lines", &FAMILIES).expect("the line is right");
             let line = &table.lines[0];
