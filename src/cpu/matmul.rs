@@ -24,12 +24,18 @@ impl<'a, A: Real> Mat<'a, A> {
         Self { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
     }
 
+    /// The first `cols` elements of a row.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize, cols: usize) -> &'a [A] {
+        assert_eq!(self.col_stride, 1, "rows must be contiguous");
+        &self.data[row * self.row_stride..][..cols]
+    }
+
     /// Whether the first `rows x cols` elements are all finite.
     fn all_finite(&self, rows: usize, cols: usize) -> bool {
-        assert_eq!(self.col_stride, 1, "rows must be contiguous");
         // The loop reads a whole row before it can stop. So the compiler can vectorise it, and nearly every tile is finite.
         let finite = |row: &[A]| row.iter().fold(true, |all, x| all & x.finite());
-        (0..rows).all(|row| finite(&self.data[row * self.row_stride..][..cols]))
+        (0..rows).all(|row| finite(self.row(row, cols)))
     }
 
     /// The part that begins at `(row, col)`.

@@ -3,9 +3,12 @@
 //! The forward cuts the queries into tiles and the backward cuts the keys. Each (batch, head, tile) is one task. A task
 //! loops over the tiles of the other side and skips those that the mask hides. It never stores a `seqlen x seqlen` matrix.
 //! The tiles alone fix the order of every sum, so the bits do not depend on the number of threads.
+//!
+//! A forward of few queries without gradients is bound by memory, so it has other tasks: each reads a part of the keys for all heads.
 
 mod backward;
 mod call;
+mod decode;
 mod element;
 mod forward;
 mod lse;
@@ -69,13 +72,13 @@ fn typed_forward<T: Element>(
     let result = match output {
         Output::O => {
             let mut o = vec![T::default(); o_len];
-            forward::forward(call, inputs, &mut o, &mut lse);
+            forward_into(call, inputs, &mut o, &mut lse);
             T::to_cpu_storage_owned(o)
         }
         Output::OAndLse => {
             let mut both = vec![T::Acc::ZERO; o_len + rows];
             let (o, natural) = both.split_at_mut(o_len);
-            forward::forward(call, inputs, o, &mut lse);
+            forward_into(call, inputs, o, &mut lse);
             for ((natural, &row_max_log2), &row_sum_log2) in
                 natural.iter_mut().zip(&lse.row_max_log2).zip(&lse.row_sum_log2)
             {
@@ -85,6 +88,19 @@ fn typed_forward<T: Element>(
         }
     };
     Ok((result, lse.map(T::Acc::to_cpu_storage_owned)))
+}
+
+/// The forward that the plan chose. `o` is 0 before.
+fn forward_into<T: Element, O: Element<Acc = T::Acc>>(
+    call: &Call,
+    inputs: Inputs<&[T]>,
+    o: &mut [O],
+    lse: &mut Lse<Vec<T::Acc>>,
+) {
+    match call.decode {
+        true => decode::forward(call, inputs, o, lse),
+        false => forward::forward(call, inputs, o, lse),
+    }
 }
 
 fn typed_backward<T: Element>(

@@ -67,6 +67,35 @@ impl<A: Real> ScoreMod<A> {
         self.add_alibi(products, distance);
     }
 
+    /// The softmax over the keys of one query: replaces each product by `exp2(score - max)`, or by 0 if the key is hidden. Returns the
+    /// largest score and the sum.
+    #[inline(always)]
+    pub(super) fn softmax(&self, products: &mut [A], mask: &TileMask, row: usize) -> (A, A) {
+        let seen = mask.keys(row);
+        products[..seen.start].fill(A::ZERO);
+        products[seen.end..].fill(A::ZERO);
+        let scores = &mut products[seen.clone()];
+        scores.iter_mut().for_each(|x| *x *= self.product_scale);
+        self.apply(scores, seen.start as isize - (mask.distance() + row as isize));
+        // The comparison is false for NaN. So the maximum skips NaN, and the sum becomes NaN.
+        let larger = |max: A, x: A| if x > max { x } else { max };
+        let mut lanes = [A::NEG_INFINITY; LANES];
+        for scores in scores.chunks(LANES) {
+            lanes.iter_mut().zip(scores).for_each(|(max, &x)| *max = larger(*max, x));
+        }
+        let max = lanes.into_iter().fold(A::NEG_INFINITY, larger);
+        // As in OnlineSoftmax::step.
+        let subtracted = if max == A::NEG_INFINITY { A::ZERO } else { max };
+        let mut lanes = [A::ZERO; LANES];
+        for scores in scores.chunks_mut(LANES) {
+            for (sum, x) in lanes.iter_mut().zip(scores) {
+                *x = (*x - subtracted).exp2();
+                *sum += *x;
+            }
+        }
+        (max, sum_of_lanes(lanes))
+    }
+
     #[inline(always)]
     fn add_alibi(&self, scores: &mut [A], distance: isize) {
         if let Some(slope) = self.slope_log2 {
@@ -309,6 +338,9 @@ fn gradients<A: Real>(
     }
 }
 
+/// The partial sums of a sum that crosses vector lanes.
+pub(super) const LANES: usize = 16;
+
 /// The dot product of two rows.
 pub(super) struct Dot<'a, A> {
     pub(super) a: &'a [A],
@@ -322,7 +354,6 @@ impl<A: Real> pulp::NullaryFnOnce for Dot<'_, A> {
     /// 16 were fastest, and equal within 16% (f32, head_dim 64 to 256, one thread of an AMD EPYC).
     #[inline(always)]
     fn call(self) -> A {
-        const LANES: usize = 16;
         let mut lanes = [A::ZERO; LANES];
         let (a, b) = (self.a.chunks_exact(LANES), self.b.chunks_exact(LANES));
         let (a_rest, b_rest) = (a.remainder(), b.remainder());
@@ -334,13 +365,19 @@ impl<A: Real> pulp::NullaryFnOnce for Dot<'_, A> {
         for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
             *lane = a.mul_add(b, *lane);
         }
-        let mut width = LANES;
-        while width > 1 {
-            width /= 2;
-            for lane in 0..width {
-                lanes[lane] += lanes[lane + width];
-            }
-        }
-        lanes[0]
+        sum_of_lanes(lanes)
     }
+}
+
+/// The sum of the lanes, in pairs.
+#[inline(always)]
+pub(super) fn sum_of_lanes<A: Real>(mut lanes: [A; LANES]) -> A {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+    }
+    lanes[0]
 }

@@ -12,6 +12,7 @@ mod cuda_graph;
 mod cuda_plan;
 mod edges;
 mod errors;
+mod few_queries;
 mod forward;
 mod gradcheck;
 mod layers;
