@@ -125,7 +125,7 @@ impl Attention {
     /// Whether products of f32 may use TF32 on a GPU: one product of operands rounded to 11 bits. Without this option, a product is
     /// the sum of three such products, which is about as precise as f32.
     ///
-    /// Results then have errors like those of f16, about 3e-4 of their size, but the range of f32 (docs/design/sm80.md says why). Sums
+    /// Results then have errors like those of f16, 4e-4 to 6e-4 of their size, but the range of f32 (docs/design/sm80.md says why). Sums
     /// stay in f32, and so do q, k, v, o and their gradients. The option changes nothing on the CPU, and is an error for other types.
     pub fn tf32(mut self, tf32: bool) -> Self {
         self.options.tf32 = tf32;
