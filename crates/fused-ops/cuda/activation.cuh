@@ -2,7 +2,7 @@
 //
 // Work       A thread has one 16-byte vector of each tensor; in the forward of one tensor it has two.
 // Memory     Each tensor is read or written once. All loads of a thread are queued before its first result, at least 32 bytes. With
-//            1,536 threads per SM (40 registers) or more, at least 48 KB are in flight.
+//            1,536 threads per multiprocessor (40 registers) or more, at least 48 KB are in flight.
 // Numerics   f32, with the fast exp and division. 16-bit types have a short erf.
 // Expects    tensors aligned to 16 bytes. The elements after the last 16-byte boundary are read alone.
 #pragma once

@@ -135,8 +135,9 @@ __device__ __forceinline__ void row_barrier(int group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kWarps * kWarpSize) : "memory");
 }
 
-// Combines x over the kWarps warps of a row, in a fixed order. Every thread gets the result. `shared` has room
-// for kWarps results of this row. Nobody may still read it: two calls with one barrier between them take turns on two rooms.
+// Combines x over the kWarps warps of a row, in a fixed order. Every thread gets the result. `shared` holds kWarps results of this row.
+// Other threads may still read the results of the call before. So consecutive calls must use two arrays alternately: the barrier of one
+// call protects the array of the other.
 template <int kWarps, typename X, typename Combine>
 __device__ __forceinline__ X combined(X x, X* shared, int group, Combine combine) {
 #pragma unroll

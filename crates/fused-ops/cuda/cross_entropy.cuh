@@ -178,7 +178,8 @@ struct Gradient {
     }
 };
 
-// The gradient of a row. `to` may be `row`. The first `kept` vectors are in shared memory. The rest comes first: L2 has its end still.
+// The gradient of a row. `to` may be `row`. The first `kept` vectors are in shared memory. The vectors after them are read again from
+// global memory. They come first, because L2 still holds the end of the row.
 template <typename T, bool kOptions>
 __device__ __forceinline__ void row_gradient(const CrossEntropyParams& params, const T* row, T* to, int64_t target, float lse,
                                              const Vector<T>* keep, int kept) {

@@ -163,7 +163,7 @@ struct AdamWTensor {
     float keep;  // 1 - lr * weight_decay
 };
 
-// What a block updates: chunk `chunk` of tensor `tensor`.
+// The chunk that a block updates: chunk `chunk` of tensor `tensor`.
 struct AdamWBlock {
     uint32_t tensor;
     uint32_t chunk;

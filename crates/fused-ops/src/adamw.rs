@@ -390,7 +390,7 @@ impl Slot {
     }
 }
 
-/// What a step changes. `rounded` is empty if the weights themselves are the parameter.
+/// The slices that a step changes. `rounded` is empty if the weights themselves are the parameter.
 struct Parts<'a, T: Element> {
     w: &'a mut [T::Acc],
     m: &'a mut [T::Acc],

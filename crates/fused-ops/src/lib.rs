@@ -37,9 +37,9 @@
 //! - **Gradients.** Every float input gets its gradient. What a backward needs stays in the graph, so a second `backward()` on one
 //!   graph gives the same gradients. There are no second derivatives.
 //! - **Strides.** A tensor that is not contiguous is first copied by Candle.
-//! - **Order of sums.** It depends on the shapes alone, in the backward of [`embedding`] on the ids, and on a GPU on its number of
-//!   multiprocessors. So on the CPU, results have the same bits for any number of threads, and on one GPU for any number of calls.
-//!   [`measure_products`] says when a linear layer on a GPU has the same bits in every process.
+//! - **Order of sums.** It depends on the shapes. In the backward of [`embedding`] it also depends on the ids. On a GPU it also depends on
+//!   the number of multiprocessors. So on the CPU, results have the same bits for any number of threads, and on one GPU for any number of
+//!   calls. [`measure_products`] says when a linear layer on a GPU has the same bits in every process.
 //! - **Devices.** On the CPU the operators are fused. With the feature `cuda` they have kernels of their own for f16, bf16 and f32, and
 //!   linear layers run on cuBLASLt. Everything else is composed of Candle's differentiable operators (module [`composed`]): the
 //!   gradients are right, but the speed is Candle's.

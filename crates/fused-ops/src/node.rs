@@ -557,7 +557,8 @@ mod tests {
         Ok(())
     }
 
-    /// Gradients that nobody comes for, as after an operator without a derivative, go when the caller drops the others.
+    /// If no backward takes a waiting gradient, as after an operator without a derivative, it is freed when the caller drops the other
+    /// gradients.
     #[test]
     fn a_gradient_that_leads_nowhere_is_dropped() -> Result<()> {
         let (x, other) = (Var::new(&[1f32, -2.0], &Device::Cpu)?, Var::new(&[3f32, 4.0], &Device::Cpu)?);

@@ -19,8 +19,7 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! `after NAME` is the backward of Candle's operators, and of others without marks, that have used the result of the operator NAME,
-//! with Candle's sums of gradients.
+//! `after NAME` covers operators without marks that used the result of NAME: their backward, and Candle's sums of gradients.
 
 use std::cell::RefCell;
 use std::time::Instant;

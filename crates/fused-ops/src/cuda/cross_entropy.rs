@@ -17,6 +17,8 @@ const THREADS: usize = 512;
 const MEAN_THREADS: usize = 1024;
 const SCALE_THREADS: usize = 256;
 
+const RESERVED_BYTES: usize = 2048; // static shared memory of the kernel, rounded up
+
 /// See [`CrossEntropy::forward`].
 pub(crate) fn cross_entropy(
     device: &CudaDevice,
@@ -25,12 +27,12 @@ pub(crate) fn cross_entropy(
     targets: &Tensor,
 ) -> Result<Tensor> {
     let logits = logits.contiguous()?;
-    let rows = Rows::new(device, options, &logits, targets)?;
-    let count = rows.targets.elem_count();
+    let call = LossCall::new(device, options, &logits, targets)?;
+    let count = call.targets.elem_count();
     let mut losses = uninit(device, count, DType::F32)?;
     let mut lse = uninit(device, count, DType::F32)?;
     {
-        let (logits, targets) = (Locked::of(&logits), Locked::of(&rows.targets));
+        let (logits, targets) = (Locked::of(&logits), Locked::of(&call.targets));
         let stream = device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
         let params = CrossEntropyParams {
@@ -38,20 +40,20 @@ pub(crate) fn cross_entropy(
             targets: launcher.read(&targets),
             losses: launcher.write(&mut losses),
             lse: launcher.write(&mut lse),
-            ..rows.params(count)
+            ..call.params(count)
         };
         // SAFETY: sizes and addresses are those of one call.
-        unsafe { rows.queue(&launcher, "losses", &params)? };
+        unsafe { call.queue(&launcher, "losses", &params)? };
     }
     let lse = tensor(lse, count);
-    let Mean { mean, counted } = mean(device, options, &tensor(losses, count), &rows.targets)?;
+    let Mean { mean, counted } = mean(device, options, &tensor(losses, count), &call.targets)?;
     node::node("cross_entropy", &[&logits], Storage::Cuda(mean), (), move |inputs, dloss| {
         let logits = inputs[0];
-        let mut dlogits = uninit(&rows.device, logits.elem_count(), logits.dtype())?;
+        let mut dlogits = uninit(&call.device, logits.elem_count(), logits.dtype())?;
         {
-            let (logits, targets, lse) = (Locked::of(logits), Locked::of(&rows.targets), Locked::of(&lse));
+            let (logits, targets, lse) = (Locked::of(logits), Locked::of(&call.targets), Locked::of(&lse));
             let (dloss, counted) = (Locked::of(dloss), Locked::of(&counted));
-            let stream = rows.device.cuda_stream();
+            let stream = call.device.cuda_stream();
             let mut launcher = Launcher::new(&stream);
             let params = CrossEntropyParams {
                 logits: launcher.read(&logits),
@@ -60,17 +62,17 @@ pub(crate) fn cross_entropy(
                 dlogits: launcher.write(&mut dlogits),
                 dloss: launcher.read(&dloss),
                 counted: launcher.read(&counted),
-                ..rows.params(count)
+                ..call.params(count)
             };
             // SAFETY: as above.
-            unsafe { rows.queue(&launcher, "gradients", &params)? };
+            unsafe { call.queue(&launcher, "gradients", &params)? };
         }
         Ok(vec![Some(tensor(dlogits, logits.shape()))])
     })
 }
 
-/// What the launches of one loss have in common.
-pub(super) struct Rows {
+/// The device, the options, the sizes and the targets that all launches of one loss share.
+pub(super) struct LossCall {
     pub(super) device: CudaDevice,
     options: CrossEntropy,
     pub(super) dtype: DType,
@@ -81,7 +83,7 @@ pub(super) struct Rows {
     pub(super) targets: Tensor,
 }
 
-impl Rows {
+impl LossCall {
     fn new(device: &CudaDevice, options: &CrossEntropy, logits: &Tensor, targets: &Tensor) -> Result<Self> {
         let vocab = logits.dims()[logits.rank() - 1];
         Self::with_stride(device, options, logits.dtype(), vocab, vocab, targets)
@@ -120,10 +122,10 @@ impl Rows {
         }
     }
 
-    /// Bytes of a row that fit the shared memory of a thread block, next to the 1 KiB that the kernel and the driver use.
+    /// Bytes of a row that fit the shared memory of a thread block, next to `RESERVED_BYTES`.
     pub(super) fn kept_bytes(&self) -> Result<usize> {
         let row = (self.vocab * self.dtype.size_in_bytes()).next_multiple_of(16);
-        Ok(row.min(device::shared_bytes(&self.device)? - 2048) / 16 * 16)
+        Ok(row.min(device::shared_bytes(&self.device)? - RESERVED_BYTES) / 16 * 16)
     }
 
     /// Queues a pass.

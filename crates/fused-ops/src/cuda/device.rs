@@ -1,4 +1,4 @@
-//! What a GPU can do, as its driver says.
+//! Reads the capabilities of a GPU from its driver.
 
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda::cudarc::driver::sys::CUdevice_attribute_enum::{

@@ -112,7 +112,7 @@ impl Products for CublasLt {
         if let Some(dweight) = product(&dh.t()?, x, None, Epilogue::RowSums(&dbias))? {
             return Ok((node::untracked(dweight, (outputs, x.dim(1)?)), dbias));
         }
-        // A product with a few rows of ones is several times as fast as Candle's sum over the first axis.
+        // A product with a few rows of ones is faster than Candle's sum over the first axis.
         let ones = Tensor::ones((ALIGNED_NUMBERS, dh.dim(0)?), dh.dtype(), dh.device())?;
         Ok((plain_product(&dh.t()?, x)?, plain_product(&ones, dh)?.get(0)?))
     }
@@ -222,7 +222,7 @@ fn memory_like(like: &Tensor, len: usize) -> Result<Storage> {
     Ok(Storage::Cuda(uninit(device, len, like.dtype())?))
 }
 
-/// `tensor`, or a copy of it if it does not begin at a multiple of `ALIGNMENT_BYTES`. What this module has allocated does.
+/// `tensor`, or a copy if it does not begin at a multiple of `ALIGNMENT_BYTES`. Memory from this module always does.
 fn aligned(tensor: &Tensor) -> Result<Tensor> {
     match address(tensor).is_multiple_of(ALIGNMENT_BYTES as u64) {
         true => Ok(tensor.clone()),
@@ -314,7 +314,7 @@ thread_local! {
     static LIBRARIES: RefCell<HashMap<DeviceId, Library>> = RefCell::default();
 }
 
-/// What cuBLASLt or the driver said.
+/// The text of an error of cuBLASLt or of the driver.
 struct Failed(String);
 
 type LibraryResult<T> = std::result::Result<T, Failed>;
@@ -437,31 +437,38 @@ impl Launch<'_> {
     }
 
     /// At most `count` algorithms, best guess first.
-    unsafe fn candidates(&self, count: usize) -> LibraryResult<Vec<sys::cublasLtMatmulAlgo_t>> {
+    fn candidates(&self, count: usize) -> LibraryResult<Vec<sys::cublasLtMatmulAlgo_t>> {
         let preference = Preference::new()?;
         let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = Vec::with_capacity(count);
         let mut len: c_int = 0;
-        let status = sys::cublasLtMatmulAlgoGetHeuristic(
-            self.handle,
-            self.description.0,
-            self.a.1 .0,
-            self.b.1 .0,
-            self.y.1 .0,
-            self.y.1 .0,
-            preference.0,
-            count as c_int,
-            found.as_mut_ptr(),
-            &raw mut len,
-        );
+        // SAFETY: all handles are open as long as `self` and `preference`, and `found` has room for `count` results.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                self.description.0,
+                self.a.1 .0,
+                self.b.1 .0,
+                self.y.1 .0,
+                self.y.1 .0,
+                preference.0,
+                count as c_int,
+                found.as_mut_ptr(),
+                &raw mut len,
+            )
+        };
         match status {
             sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED => return Ok(Vec::new()),
             status => status.result()?,
         }
-        found.set_len(len as usize);
+        // SAFETY: cuBLASLt has written `len` results.
+        unsafe { found.set_len(len as usize) };
         Ok(found.into_iter().filter(|found| found.state.result().is_ok()).map(|found| found.algo).collect())
     }
 
     /// Milliseconds of `REPEATS` runs.
+    ///
+    /// # Safety
+    /// As [`Self::queue`].
     unsafe fn measure(&self, algorithm: &sys::cublasLtMatmulAlgo_t) -> LibraryResult<f32> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
         self.queue(algorithm)?;
@@ -472,6 +479,10 @@ impl Launch<'_> {
         Ok(start.elapsed_ms(&event()?)?)
     }
 
+    /// Queues the product.
+    ///
+    /// # Safety
+    /// As [`Library::run`], and `algorithm` is one of [`Self::candidates`].
     unsafe fn queue(&self, algorithm: &sys::cublasLtMatmulAlgo_t) -> LibraryResult<()> {
         let addresses = self.y.0;
         let (one, add) = (1f32, if addresses.residual.is_some() { 1f32 } else { 0.0 });

@@ -3,7 +3,7 @@
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
-use super::cross_entropy::{mean, scaled, Mean, Rows};
+use super::cross_entropy::{mean, scaled, LossCall, Mean};
 use super::launch::Launcher;
 use super::matmul::{product, Matrix, Sizes};
 use super::memory::{tensor, uninit, zeros, Locked};
@@ -24,9 +24,9 @@ pub(crate) fn linear_cross_entropy(
     let (vocab, width) = weight.dims2()?;
     // Rows of logits begin at 16 bytes, whatever the vocabulary.
     let stride = vocab.next_multiple_of(8);
-    let rows = Rows::with_stride(device, options, x.dtype(), vocab, stride, targets)?;
-    let sums = sums(&rows, options.rows_per_chunk(stride, x.dtype().size_in_bytes()), &x, &weight, width)?;
-    let Mean { mean, counted } = mean(device, options, &sums.losses, &rows.targets)?;
+    let call = LossCall::with_stride(device, options, x.dtype(), vocab, stride, targets)?;
+    let sums = sums(&call, options.rows_per_chunk(stride, x.dtype().size_in_bytes()), &x, &weight, width)?;
+    let Mean { mean, counted } = mean(device, options, &sums.losses, &call.targets)?;
     let Sums { dx, dweight, .. } = sums;
     node::node("linear_cross_entropy", &[&x, &weight], Storage::Cuda(mean), (), move |inputs, dloss| {
         let scaled = |gradient: &Option<Tensor>, input: &Tensor| {
@@ -43,9 +43,9 @@ struct Sums {
     dweight: Option<Tensor>,
 }
 
-fn sums(rows: &Rows, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, width: usize) -> Result<Sums> {
-    let Rows { device, dtype, stride, .. } = rows;
-    let (count, vocab) = (rows.targets.elem_count(), weight.elem_count() / width);
+fn sums(call: &LossCall, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, width: usize) -> Result<Sums> {
+    let LossCall { device, dtype, stride, .. } = call;
+    let (count, vocab) = (call.targets.elem_count(), weight.elem_count() / width);
     let chunks = count.div_ceil(rows_per_chunk).max(1);
     let rows_per_chunk = count.div_ceil(chunks).max(1); // chunks of about one size
     let mut logits = uninit(device, rows_per_chunk * stride, *dtype)?;
@@ -58,8 +58,8 @@ fn sums(rows: &Rows, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, width: 
         (true, _) => Some(uninit(device, weight.elem_count(), DType::F32)?),
     };
     {
-        let kept = rows.kept_bytes()?;
-        let (x, weight, targets) = (Locked::of(x), Locked::of(weight), Locked::of(&rows.targets));
+        let kept = call.kept_bytes()?;
+        let (x, weight, targets) = (Locked::of(x), Locked::of(weight), Locked::of(&call.targets));
         let stream = device.cuda_stream();
         for start in (0..count).step_by(rows_per_chunk) {
             let size = rows_per_chunk.min(count - start);
@@ -85,10 +85,10 @@ fn sums(rows: &Rows, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, width: 
                 losses: at(launcher.write(&mut losses), start, DType::F32),
                 dlogits: logits.address,
                 kept: if tracked { kept as i32 } else { 0 },
-                ..rows.params(size)
+                ..call.params(size)
             };
             // SAFETY: as above.
-            unsafe { rows.queue(&launcher, if tracked { "in_place" } else { "losses" }, &params)? };
+            unsafe { call.queue(&launcher, if tracked { "in_place" } else { "losses" }, &params)? };
             if let Some(dx) = dx {
                 // SAFETY: as above.
                 unsafe { product(device, logits, weight, dx, sizes(size, width, vocab), false)? };

@@ -12,7 +12,7 @@ use crate::check;
 // IMAGES: pairs of a file's name and its machine code.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What a device has loaded. The modules keep its context alive, so no other context can get the same address.
+/// The modules and kernels that a device has loaded. The modules keep its context alive, so no other context can get the same address.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<&'static str, Arc<CudaModule>>,

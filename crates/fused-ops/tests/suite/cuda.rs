@@ -8,8 +8,8 @@ use rand::Rng;
 
 use crate::against_reference::check;
 use crate::errors::text;
-use crate::loss::{all_rows_ignored, spoiled_row_of_a_loss};
-use crate::nonfinite::spoiled_row_of_a_norm;
+use crate::loss::{all_rows_ignored, nonfinite_row_of_a_loss};
+use crate::nonfinite::nonfinite_row_of_a_norm;
 use crate::operators::{self, Operator, Shapes};
 use crate::properties::only_tracked;
 use crate::run::{bits, numbers, random, Case, Outcome};
@@ -220,10 +220,10 @@ fn if_all_rows_are_ignored_loss_and_gradients_are_zero() -> Result<()> {
 }
 
 #[test]
-fn numbers_that_are_not_finite_spoil_their_own_row() -> Result<()> {
+fn a_nonfinite_number_stays_in_its_row() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    spoiled_row_of_a_norm(&gpu)?;
-    spoiled_row_of_a_loss(&gpu)
+    nonfinite_row_of_a_norm(&gpu)?;
+    nonfinite_row_of_a_loss(&gpu)
 }
 
 #[test]

@@ -11,13 +11,13 @@ pub fn rows_with_nan(tensor: &Tensor) -> Result<Vec<bool>> {
 }
 
 #[test]
-fn a_row_with_nan_or_infinity_spoils_itself_only() -> Result<()> {
-    spoiled_row_of_a_norm(&Device::Cpu)
+fn a_nonfinite_number_stays_in_its_row() -> Result<()> {
+    nonfinite_row_of_a_norm(&Device::Cpu)
 }
 
-pub fn spoiled_row_of_a_norm(device: &Device) -> Result<()> {
-    for spoiled in [f32::NAN, f32::INFINITY] {
-        let x = Var::new(&[[1f32, 2.0, 4.0], [1.0, spoiled, 3.0], [5.0, 0.0, 1.0]], device)?;
+pub fn nonfinite_row_of_a_norm(device: &Device) -> Result<()> {
+    for nonfinite in [f32::NAN, f32::INFINITY] {
+        let x = Var::new(&[[1f32, 2.0, 4.0], [1.0, nonfinite, 3.0], [5.0, 0.0, 1.0]], device)?;
         let y = layer_norm(&x, &Tensor::ones(3, DType::F32, device)?, None, 1e-5)?;
         assert_eq!(rows_with_nan(&y)?, [false, true, false]);
         let grads = y.sqr()?.sum_all()?.backward()?;
