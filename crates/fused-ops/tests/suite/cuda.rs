@@ -2,16 +2,16 @@
 
 use anyhow::Result;
 use attention_reference::draw;
-use candle_core::{DType, Device, Tensor, Var};
-use candle_fused_ops::{cross_entropy, layer_norm, pool, CrossEntropy};
+use candle_core::{DType, Device, Tensor};
+use candle_fused_ops::{cross_entropy, layer_norm, pool};
 use rand::Rng;
 
 use crate::against_reference::check;
 use crate::errors::text;
-use crate::loss::{all_rows_ignored, nonfinite_row_of_a_loss};
+use crate::loss::{all_rows_ignored, masked_class, nonfinite_row_of_a_loss};
 use crate::nonfinite::nonfinite_row_of_a_norm;
 use crate::operators::{self, Operator, Shapes};
-use crate::properties::only_tracked;
+use crate::properties::{only_tracked, second_backward};
 use crate::run::{bits, numbers, random, Case, Outcome};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -163,15 +163,7 @@ fn a_repetition_gives_the_same_bits() -> Result<()> {
                 Ok((bits(&results)?, bits(&gradients)?))
             };
             assert!(once()? == once()?, "two calls differ\ncase {case}");
-
-            let vars: Vec<Var> = case.inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<_>>()?;
-            let inputs: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-            let loss = case.loss(&(operator.fused)(&inputs)?)?;
-            let gradients = || -> Result<_> {
-                let grads = loss.backward()?;
-                bits(&vars.iter().map(|var| grads.get(var).expect("a gradient").clone()).collect::<Vec<_>>())
-            };
-            assert!(gradients()? == gradients()?, "a second backward differs\ncase {case}");
+            second_backward(&case)?;
         }
     }
     Ok(())
@@ -228,22 +220,7 @@ fn a_nonfinite_number_stays_in_its_row() -> Result<()> {
 
 #[test]
 fn minus_infinity_masks_a_class() -> Result<()> {
-    let Some(gpu) = gpu() else { return Ok(()) };
-    let infinity = f32::INFINITY;
-    let logits = Var::new(&[[0f32, 0.0, -infinity]], &gpu)?;
-    let target = |class: u32| Tensor::new(&[class], &gpu);
-    let loss = cross_entropy(&logits, &target(0)?)?;
-    assert!((loss.to_scalar::<f32>()? - 2f32.ln()).abs() <= 4.0 * f32::EPSILON);
-    let gradient = loss.backward()?.get(&logits).expect("a gradient").to_vec2::<f32>()?.remove(0);
-    assert!((gradient[0] + 0.5).abs() < 1e-6 && (gradient[1] - 0.5).abs() < 1e-6 && gradient[2] == 0.0, "{gradient:?}");
-    assert_eq!(cross_entropy(&logits, &target(2)?)?.to_scalar::<f32>()?, infinity);
-    let capped = CrossEntropy::new().softcap(2.0).forward(&logits, &target(2)?)?.to_scalar::<f32>()?;
-    assert!((capped - (2.0 + (2.0 + (-2f32).exp()).ln())).abs() <= 8.0 * f32::EPSILON, "{capped}");
-    let smooth = CrossEntropy::new().label_smoothing(0.1);
-    assert_eq!(smooth.forward(&logits, &target(0)?)?.to_scalar::<f32>()?, infinity);
-    let all = Tensor::new(&[[-infinity; 3]], &gpu)?;
-    assert!(cross_entropy(&all, &target(0)?)?.to_scalar::<f32>()?.is_nan());
-    Ok(())
+    gpu().map_or(Ok(()), |gpu| masked_class(&gpu))
 }
 
 /// Each has a stream of its own, and nothing orders the two.

@@ -87,17 +87,24 @@ fn large_logits_have_a_finite_loss() -> Result<()> {
 
 #[test]
 fn minus_infinity_masks_a_class() -> Result<()> {
+    masked_class(&Device::Cpu)
+}
+
+pub fn masked_class(device: &Device) -> Result<()> {
     let infinity = f32::INFINITY;
-    let logits = Var::new(&[[0f32, 0.0, -infinity]], &Device::Cpu)?;
-    let loss = cross_entropy(&logits, &Tensor::new(&[0u32], &Device::Cpu)?)?;
-    assert_eq!(loss.to_scalar::<f32>()?, 2f32.ln());
-    assert_eq!(loss.backward()?.get(&logits).expect("a gradient").to_vec2::<f32>()?, [[-0.5, 0.5, 0.0]]);
-    let masked = Tensor::new(&[2u32], &Device::Cpu)?;
-    assert_eq!(cross_entropy(&logits, &masked)?.to_scalar::<f32>()?, infinity);
-    let capped = CrossEntropy::new().softcap(2.0).forward(&logits, &masked)?.to_scalar::<f32>()?;
-    assert!((capped - (2.0 + (2.0 + (-2f32).exp()).ln())).abs() <= 4.0 * f32::EPSILON, "{capped}");
+    let logits = Var::new(&[[0f32, 0.0, -infinity]], device)?;
+    let target = |class: u32| Tensor::new(&[class], device);
+    let loss = cross_entropy(&logits, &target(0)?)?;
+    assert!((loss.to_scalar::<f32>()? - 2f32.ln()).abs() <= 4.0 * f32::EPSILON);
+    let gradient = loss.backward()?.get(&logits).expect("a gradient").to_vec2::<f32>()?.remove(0);
+    assert!((gradient[0] + 0.5).abs() < 1e-6 && (gradient[1] - 0.5).abs() < 1e-6 && gradient[2] == 0.0, "{gradient:?}");
+    assert_eq!(cross_entropy(&logits, &target(2)?)?.to_scalar::<f32>()?, infinity);
+    let capped = CrossEntropy::new().softcap(2.0).forward(&logits, &target(2)?)?.to_scalar::<f32>()?;
+    assert!((capped - (2.0 + (2.0 + (-2f32).exp()).ln())).abs() <= 8.0 * f32::EPSILON, "{capped}");
     let smooth = CrossEntropy::new().label_smoothing(0.1);
-    assert_eq!(smooth.forward(&logits, &Tensor::new(&[0u32], &Device::Cpu)?)?.to_scalar::<f32>()?, infinity);
+    assert_eq!(smooth.forward(&logits, &target(0)?)?.to_scalar::<f32>()?, infinity);
+    let all = Tensor::new(&[[-infinity; 3]], device)?;
+    assert!(cross_entropy(&all, &target(0)?)?.to_scalar::<f32>()?.is_nan());
     Ok(())
 }
 
