@@ -2,7 +2,7 @@
 //!
 //! | file in OUT_DIR | content |
 //! | --- | --- |
-//! | params.rs | the parameter structs of cuda/params.h in Rust |
+//! | params.rs | the parameter structs and the numbers of cuda/params.h in Rust |
 //! | FILE.cu | a file of cuda/, with assertions on the layout of the structs |
 //! | FILE.fatbin | its machine code for each GPU to compile for, and PTX, which the driver compiles for later GPUs |
 //! | images.rs | the fatbins by the names of their files |
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 fn build() -> Result<()> {
     let (root, out) = (folder("CARGO_MANIFEST_DIR")?, folder("OUT_DIR")?);
     let structs = Structs::read(&root.join("cuda/params.h"))?;
-    write(&out.join("params.rs"), &structs.rust())?;
+    write(&out.join("params.rs"), &(structs.rust() + &structs.rust_constants()))?;
 
     let compiler =
         Compiler { nvcc: Nvcc::find()?, gpus: Gpus::find(ARCHS)?, include: root.join("cuda"), out: out.clone() };

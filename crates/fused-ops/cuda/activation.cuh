@@ -12,8 +12,6 @@
 
 namespace fused_ops {
 
-constexpr int kActivationThreads = 256;
-
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
 // (1 - erf(a / sqrt(2))) / 2 for a >= 0, where e = exp(-a^2 / 2).
@@ -85,13 +83,9 @@ struct Silu {
     }
 };
 
-// Vectors of one tensor that a thread of the forward loads at once.
-template <bool kGated>
-constexpr int kForwardVectors = kGated ? 1 : 2;
-
 template <typename T, typename Function, bool kGated>
 __device__ __forceinline__ void activation_forward(const ActivationForwardParams& params) {
-    constexpr int kVectors = kForwardVectors<kGated>;
+    constexpr int kVectors = kGated ? kGatedVectors : kUnaryVectors;
     const T* x = static_cast<const T*>(params.x);
     const T* up = static_cast<const T*>(params.up);
     T* y = static_cast<T*>(params.y);

@@ -12,9 +12,7 @@
 
 namespace fused_ops {
 
-constexpr int kAdamWThreads = 256;
 constexpr int kAdamWWarps = kAdamWThreads / kWarpSize;
-constexpr int kAdamWChunk = 1 << 14;
 constexpr int kNormVectors = 4;  // loads of a thread in flight
 
 // The chunk of a block: elements begin..end, of which those before `tail` are whole vectors.
@@ -66,8 +64,6 @@ __device__ __forceinline__ void adamw_norm(const AdamWParams& params) {
 }
 
 // One block for all partial sums.
-constexpr int kGlobalNormThreads = 1024;
-
 __device__ __forceinline__ void finish_norm(const GlobalNormParams& params) {
     constexpr int kWarps = kGlobalNormThreads / kWarpSize;
     __shared__ double scratch[kWarps];

@@ -7,13 +7,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "params.h"
+
 namespace fused_ops {
 
 using f32 = float;
 using f16 = __half;
 using bf16 = __nv_bfloat16;
 
-constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>

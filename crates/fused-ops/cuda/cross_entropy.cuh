@@ -17,7 +17,6 @@
 
 namespace fused_ops {
 
-constexpr int kLossThreads = 512;
 constexpr int kLossWarps = kLossThreads / kWarpSize;
 constexpr int kAhead = 4;
 
@@ -246,8 +245,6 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams& params) 
     if constexpr (kPass != LossPass::kLosses) row_gradient<T, kOptions>(params, logits, dlogits, target, lse, keep, kept);
 }
 
-constexpr int kMeanThreads = 1024;
-
 // One block. Sums in f64, as on the CPU.
 __device__ __forceinline__ void cross_entropy_mean(const CrossEntropyMeanParams& params) {
     constexpr int kWarps = kMeanThreads / kWarpSize;
@@ -266,8 +263,6 @@ __device__ __forceinline__ void cross_entropy_mean(const CrossEntropyMeanParams&
         *params.counted = count;
     }
 }
-
-constexpr int kScaleThreads = 256;
 
 // Grid: any. The last thread also has the elements after the last whole vector.
 template <typename T>

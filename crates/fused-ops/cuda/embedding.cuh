@@ -17,9 +17,6 @@
 
 namespace fused_ops {
 
-constexpr int kEmbeddingThreads = 256;
-constexpr int kUnits = 4;  // of a thread in the forward
-
 // The row of a position, or `rows` if its id is no row.
 __device__ __forceinline__ uint32_t row_of(const void* ids, int wide_ids, uint32_t position, uint32_t rows) {
     if (!wide_ids) return min(static_cast<const uint32_t*>(ids)[position], rows);
@@ -32,11 +29,11 @@ __device__ __forceinline__ void embedding_forward(const EmbeddingForwardParams& 
     const Unit* weight = static_cast<const Unit*>(params.weight);
     Unit* y = static_cast<Unit*>(params.y);
     const uint32_t total = params.tokens * params.units;
-    const uint32_t start = blockIdx.x * kUnits * kEmbeddingThreads + threadIdx.x;
-    Unit units[kUnits];
-    bool found[kUnits];
+    const uint32_t start = blockIdx.x * kEmbeddingUnits * kEmbeddingThreads + threadIdx.x;
+    Unit units[kEmbeddingUnits];
+    bool found[kEmbeddingUnits];
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kEmbeddingUnits; ++i) {
         // Past the end, the last unit again: a load without a branch can be queued with the others.
         const uint32_t at = min(start + i * kEmbeddingThreads, total - 1);
         const uint32_t row = row_of(params.ids, params.wide_ids, at / params.units, params.rows);
@@ -44,7 +41,7 @@ __device__ __forceinline__ void embedding_forward(const EmbeddingForwardParams& 
         units[i] = weight[int64_t(found[i] ? row : 0) * params.units + at % params.units];
     }
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
+    for (int i = 0; i < kEmbeddingUnits; ++i) {
         const uint32_t at = start + i * kEmbeddingThreads;
         if (at >= total) break;
         if (!found[i]) memset(&units[i], 0xff, sizeof(Unit));  // NaN in every type
@@ -52,9 +49,8 @@ __device__ __forceinline__ void embedding_forward(const EmbeddingForwardParams& 
     }
 }
 
-constexpr int kDigitBits = 9;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kSortThreads = kDigits;  // one per digit where a kernel adds counts
+static_assert(kSortThreads == kDigits);
 constexpr int kSortWarps = kSortThreads / kWarpSize;
 
 struct SortedKey {
@@ -151,7 +147,6 @@ __device__ __forceinline__ void find_runs(const EmbeddingSumParams& params) {
     if (at + 1 == params.tokens || params.keys[at + 1] != key) params.runs[key].y = at + 1;
 }
 
-constexpr int kSegment = 64;
 constexpr int kBatch = 4;  // loads of a thread in flight
 
 // Adds kCount columns of the rows of dy at sorted positions begin..end, in order.

@@ -1,5 +1,5 @@
-// Layer norm and RMS norm: NAME_TYPE_wN_SHARE has N warps per row. SHARE is what a thread has of it: 24 or 32 elements in 16-byte
-// vectors, or 32 single elements.
+// Layer norm and RMS norm: NAME_TYPE_wN_SHARE has N warps per row. SHARE is what a thread has of it: kNormElements (32) or
+// kNormBackwardElements (24) in 16-byte vectors, or kNormElements as single elements. The host forms the names from these numbers.
 #include "norm.cuh"
 
 using namespace fused_ops;
@@ -17,13 +17,14 @@ using namespace fused_ops;
     }
 
 #define NORM(type, warps)                                                                                               \
-    FORWARD(type, warps, 32, kVector<type>, 32) FORWARD(type, warps, single, 1, 32)                                     \
-    BACKWARD(type, warps, 32, kVector<type>, 32) BACKWARD(type, warps, single, 1, 32)
+    FORWARD(type, warps, 32, kVector<type>, kNormElements) FORWARD(type, warps, single, 1, kNormElements)               \
+    BACKWARD(type, warps, 32, kVector<type>, kNormElements) BACKWARD(type, warps, single, 1, kNormElements)
 
 #define KERNELS(type)                                                                                                   \
     NORM(type, 1) NORM(type, 2) NORM(type, 4) NORM(type, 8)                                                             \
-    BACKWARD(type, 1, 24, kVector<type>, 24) BACKWARD(type, 2, 24, kVector<type>, 24)                                   \
-    BACKWARD(type, 4, 24, kVector<type>, 24)                                                                            \
+    BACKWARD(type, 1, 24, kVector<type>, kNormBackwardElements)                                                         \
+    BACKWARD(type, 2, 24, kVector<type>, kNormBackwardElements)                                                         \
+    BACKWARD(type, 4, 24, kVector<type>, kNormBackwardElements)                                                         \
     extern "C" __global__ void __launch_bounds__(kFinishColumns * kFinishParts) norm_finish_##type(                     \
         const __grid_constant__ NormFinishParams params) {                                                              \
         norm_finish<type>(params);                                                                                      \

@@ -24,7 +24,7 @@ struct Rows {
     static constexpr int kElements = kElements_;
     static constexpr int kVectors = kPerThread_ / kElements;
     // The backward needs about 5 registers per element and 35 more. 12 warps with 24 elements, or 8 with 32, fill the registers.
-    static constexpr int kThreads = kPerThread_ == 24 ? 384 : 256;
+    static constexpr int kThreads = kPerThread_ == kNormBackwardElements ? kNormBackwardThreads : kNormThreads;
     static constexpr int kGroups = kThreads / (kWarps * kWarpSize);  // rows that a block has at once
     static_assert(kThreads % (kWarps * kWarpSize) == 0 && kPerThread_ % kElements == 0);
 
@@ -204,12 +204,10 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
     write_block_sum(rows, dbias, groups, params.partial_dbias + partial, width);
 }
 
-constexpr int kFinishColumns = kWarpSize;  // of a block: one per lane
-constexpr int kFinishParts = 16;           // warps of a block; each adds an equal share of the partial sums
-
 // dweight and dbias from their partial sums. Grid: (width / kFinishColumns, rounded up; 1, or 2 if there is a bias).
 template <typename T>
 __device__ __forceinline__ void norm_finish(const NormFinishParams& params) {
+    static_assert(kFinishColumns == kWarpSize);
     __shared__ float parts[kFinishParts][kFinishColumns];
     const float* partial = blockIdx.y == 0 ? params.partial_dweight : params.partial_dbias;
     void* to = blockIdx.y == 0 ? params.dweight : params.dbias;

@@ -1,9 +1,41 @@
-// What the host passes to each kernel. Tensors are contiguous, and rows are the leading axes together.
+// The parameters of every kernel, and the numbers that kernels share with the host. Tensors are contiguous, and rows are the leading axes
+// together. crates/kernel-build parses this file, one field on a line, and generates the same structs and numbers in Rust.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_ops {
+
+constexpr int kWarpSize = 32;
+
+constexpr int kNormThreads = 256;          // of a block with kNormElements
+constexpr int kNormElements = 32;          // of a row, in the registers of a thread
+constexpr int kNormBackwardThreads = 384;  // of a block with kNormBackwardElements
+constexpr int kNormBackwardElements = 24;  // as kNormElements, for a backward with more threads
+constexpr int kFinishColumns = 32;         // of a block of norm_finish: one for each lane
+constexpr int kFinishParts = 16;           // warps of a block of norm_finish; each adds an equal share of the partial sums
+
+constexpr int kLossThreads = 512;   // of a block of cross_entropy, which has one row
+constexpr int kMeanThreads = 1024;  // of the only block of the mean
+constexpr int kScaleThreads = 256;  // of a block of `scale`
+
+constexpr int kActivationThreads = 256;
+constexpr int kUnaryVectors = 2;  // of a thread of the forward without `up`
+constexpr int kGatedVectors = 1;  // of a thread of the forward with `up`, from each tensor
+
+constexpr int kRotaryThreads = 256;
+constexpr int kHalvesItems = 1;       // of a thread, in the order of halves: 32 bytes of x
+constexpr int kInterleavedItems = 2;  // of a thread, in the interleaved order: 32 bytes of x
+
+constexpr int kEmbeddingThreads = 256;
+constexpr int kEmbeddingUnits = 4;  // of a thread of the forward
+constexpr int kDigitBits = 9;       // of a key, for one pass of the sort
+constexpr int kSortThreads = 512;   // of a block: one for each digit where a kernel adds counts
+constexpr int kSegment = 64;        // sorted positions that one thread sums; not tuned yet
+
+constexpr int kAdamWThreads = 256;
+constexpr int kAdamWChunk = 16384;        // elements of a block, 64 of a thread; not tuned yet
+constexpr int kGlobalNormThreads = 1024;  // of the only block
 
 // Forward of layer norm and RMS norm, with or without a residual add before it.
 struct NormForwardParams {
@@ -129,7 +161,7 @@ struct EmbeddingSortParams {
     const void* ids;            // (tokens): u32 or i64; null after the first pass
     const uint32_t* keys;       // (tokens): the ids in the order of the last pass; null in the first pass
     const uint32_t* positions;  // (tokens): where these ids were; null in the first pass
-    uint32_t* counts;           // (blocks, kDigits): the ids of each block with each digit
+    uint32_t* counts;           // (blocks, 2^kDigitBits): the ids of each block with each digit
     uint32_t* sorted_keys;      // (tokens)
     uint32_t* sorted_positions;  // (tokens)
     uint32_t tokens;

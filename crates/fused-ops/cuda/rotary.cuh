@@ -12,11 +12,6 @@
 
 namespace fused_ops {
 
-constexpr int kRotaryThreads = 256;
-
-template <bool kInterleaved>
-constexpr int kRotaryItems = kInterleaved ? 2 : 1;  // of a thread: 32 bytes of x
-
 template <typename T, bool kInterleaved>
 constexpr int kRotaryPairs = kInterleaved ? kVector<T> / 2 : kVector<T>;
 
@@ -65,7 +60,7 @@ struct Pairs {
 
 template <typename T, bool kInterleaved, int kPairs>
 __device__ __forceinline__ void rotary(const RotaryParams& params) {
-    constexpr int kItems = kRotaryItems<kInterleaved>;
+    constexpr int kItems = kInterleaved ? kInterleavedItems : kHalvesItems;
     const T* x = static_cast<const T*>(params.x);
     T* y = static_cast<T*>(params.y);
     const uint32_t items_of_row = params.pairs / kPairs, items = params.rows * items_of_row;

@@ -6,10 +6,10 @@ use candle_core::{CudaDevice, CudaStorage, Result, Storage, Tensor};
 use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, vectors, Locked};
 use super::params::{ActivationBackwardParams, ActivationForwardParams};
+use super::params::{ACTIVATION_THREADS, GATED_VECTORS, UNARY_VECTORS};
 use crate::node;
 
 const FILE: &str = "activation";
-const THREADS: usize = 256;
 
 /// The activation `name` of `x`.
 pub(crate) fn unary(device: &CudaDevice, name: &'static str, x: &Tensor) -> Result<Tensor> {
@@ -36,7 +36,7 @@ pub(crate) fn gated(device: &CudaDevice, name: &'static str, gate: &Tensor, up: 
 fn forward(device: &CudaDevice, name: &str, x: &Tensor, up: Option<&Tensor>) -> Result<CudaStorage> {
     let (len, dtype) = (x.elem_count(), x.dtype());
     let mut y = uninit(device, len, dtype)?;
-    let vectors_of_thread = if up.is_some() { 1 } else { 2 };
+    let vectors_of_thread = if up.is_some() { GATED_VECTORS } else { UNARY_VECTORS };
     {
         let (x, up) = (Locked::of(x), up.map(Locked::of));
         let stream = device.cuda_stream();
@@ -88,6 +88,6 @@ pub(crate) fn backward(
 
 /// The first block also has the elements after the last whole vector, so there is at least one block.
 fn config(bytes: usize, vectors_of_thread: usize) -> LaunchConfig {
-    let blocks = (bytes / 16).div_ceil(vectors_of_thread * THREADS).max(1);
-    grid(blocks, THREADS)
+    let blocks = (bytes / 16).div_ceil(vectors_of_thread * ACTIVATION_THREADS).max(1);
+    grid(blocks, ACTIVATION_THREADS)
 }

@@ -6,14 +6,10 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, vectors, Locked};
 use super::params::{AdamWBlock, AdamWParams, AdamWTensor, GlobalNormParams, NULL};
+use super::params::{ADAM_W_CHUNK, ADAM_W_THREADS, GLOBAL_NORM_THREADS};
 use crate::adamw::{Rule, Slot};
 
 const FILE: &str = "adamw";
-
-// As in cuda/adamw.cuh.
-const THREADS: usize = 256;
-const NORM_THREADS: usize = 1024;
-const CHUNK: usize = 1 << 14; // elements of a block
 
 /// Which chunk each block updates. The parameters of one type are one launch.
 #[derive(Debug)]
@@ -42,7 +38,7 @@ impl Plan {
             let slots = slots.iter().enumerate().filter(|(_, slot)| slot.var.dtype() == dtype);
             let blocks: Vec<AdamWBlock> = slots
                 .flat_map(|(tensor, slot)| {
-                    let chunks = slot.var.elem_count().div_ceil(CHUNK) as u32;
+                    let chunks = slot.var.elem_count().div_ceil(ADAM_W_CHUNK) as u32;
                     (0..chunks).map(move |chunk| AdamWBlock { tensor: tensor as u32, chunk })
                 })
                 .collect();
@@ -109,12 +105,12 @@ impl Plan {
                 launches.iter().try_for_each(|(launch, params, _)| {
                     let name = format!("adamw_{pass}_{}", launch.dtype.as_str());
                     // SAFETY: the tables have the addresses of this step, and a block for each chunk of each tensor.
-                    unsafe { launcher.queue(FILE, &name, grid(launch.count, THREADS), params) }
+                    unsafe { launcher.queue(FILE, &name, grid(launch.count, ADAM_W_THREADS), params) }
                 })
             };
             for_each_type("norm")?;
             // SAFETY: every block of the launches before has written its partial sum.
-            unsafe { launcher.queue(FILE, "global_norm", grid(1, NORM_THREADS), &norm_params)? };
+            unsafe { launcher.queue(FILE, "global_norm", grid(1, GLOBAL_NORM_THREADS), &norm_params)? };
             for_each_type("update")?;
         }
         Ok(tensor(norm, ()))

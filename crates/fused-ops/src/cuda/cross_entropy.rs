@@ -7,15 +7,11 @@ use super::device;
 use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, Locked};
 use super::params::{CrossEntropyMeanParams, CrossEntropyParams, ScaleParams, NULL};
+use super::params::{LOSS_THREADS, MEAN_THREADS, SCALE_THREADS};
 use crate::loss::CrossEntropy;
 use crate::node;
 
 const FILE: &str = "cross_entropy";
-
-// As in cuda/cross_entropy.cuh.
-const THREADS: usize = 512;
-const MEAN_THREADS: usize = 1024;
-const SCALE_THREADS: usize = 256;
 
 const RESERVED_BYTES: usize = 2048; // static shared memory of the kernel, rounded up
 
@@ -135,7 +131,7 @@ impl LossCall {
     pub(super) unsafe fn queue(&self, launcher: &Launcher, pass: &str, params: &CrossEntropyParams) -> Result<()> {
         let options = self.options.softcap.is_some() || self.options.label_smoothing > 0.0;
         let name = format!("cross_entropy_{pass}_{}{}", self.dtype.as_str(), if options { "_options" } else { "" });
-        let config = LaunchConfig { shared_mem_bytes: params.kept as u32, ..grid(params.rows as usize, THREADS) };
+        let config = LaunchConfig { shared_mem_bytes: params.kept as u32, ..grid(params.rows as usize, LOSS_THREADS) };
         // SAFETY: as the caller promises.
         unsafe { launcher.queue(FILE, &name, config, params) }
     }

@@ -5,17 +5,11 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 use super::launch::{grid, Launcher};
 use super::memory::{aligned, tensor, uninit, zeros, Locked};
 use super::params::{EmbeddingForwardParams, EmbeddingSortParams, EmbeddingSumParams, NULL};
+use super::params::{DIGIT_BITS, EMBEDDING_THREADS, EMBEDDING_UNITS, SEGMENT, SORT_THREADS};
 use crate::node;
 
 const FILE: &str = "embedding";
-const THREADS: usize = 256;
-
-// As in cuda/embedding.cuh.
-const UNITS: usize = 4;
-const DIGIT_BITS: usize = 9;
 const DIGITS: usize = 1 << DIGIT_BITS;
-const SORT_THREADS: usize = DIGITS;
-const SEGMENT: usize = 64;
 
 /// The GPU of `weight`, if there are kernels for its type and size: they count with 32 bits.
 pub(crate) fn device_with_kernels<'a>(ids: &Tensor, weight: &'a Tensor) -> Option<&'a CudaDevice> {
@@ -56,7 +50,7 @@ fn lookup(device: &CudaDevice, ids: &Tensor, weight: &Tensor) -> Result<CudaStor
             units: (row_bytes / unit) as u32,
             wide_ids: wide(ids),
         };
-        let config = grid((tokens * row_bytes / unit).div_ceil(UNITS * THREADS), THREADS);
+        let config = grid((tokens * row_bytes / unit).div_ceil(EMBEDDING_UNITS * EMBEDDING_THREADS), EMBEDDING_THREADS);
         // SAFETY: sizes and addresses are those of one call. Rows are multiples of a unit, and begin at one.
         unsafe { launcher.launch(FILE, &format!("embedding_forward_b{unit}"), config, &params)? };
     }
@@ -139,7 +133,7 @@ impl Sorted {
                 false => (width, "_any"),
             };
             let name = |part: &str| format!("embedding_{part}_{}{suffix}", dtype.as_str());
-            let threads = |count: usize| grid(count.div_ceil(THREADS), THREADS);
+            let threads = |count: usize| grid(count.div_ceil(EMBEDDING_THREADS), EMBEDDING_THREADS);
             // SAFETY: sizes and addresses are those of one call. The kernels with vectors get aligned rows.
             unsafe {
                 launcher.queue(FILE, "embedding_runs", threads(tokens), &params)?;

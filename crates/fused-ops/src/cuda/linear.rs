@@ -37,10 +37,10 @@ const ALIGNMENT_BYTES: usize = 16;
 /// Rows of 8 numbers are aligned in every type.
 const ALIGNED_NUMBERS: usize = 8;
 
-/// Number of algorithms that are measured.
+/// Number of algorithms that are measured. Not tuned yet.
 const CANDIDATES: usize = 8;
 
-/// Number of times that each algorithm runs for its measurement, after one time to warm up.
+/// Number of times that each algorithm runs for its measurement, after one time to warm up. Not tuned yet.
 const REPEATS: usize = 3;
 
 static MEASURES: AtomicBool = AtomicBool::new(true);

@@ -7,14 +7,15 @@ use super::device;
 use super::launch::{grid, Launcher};
 use super::memory::{aligned, tensor, uninit, Locked};
 use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
+use super::params::{FINISH_COLUMNS, FINISH_PARTS, WARP_SIZE};
+use super::params::{NORM_BACKWARD_ELEMENTS, NORM_BACKWARD_THREADS, NORM_ELEMENTS, NORM_THREADS};
 use crate::node;
 use crate::norm::{sum_node, Kind};
 
 const FILE: &str = "norm";
-const WARP: usize = 32;
 
-/// The largest width that a kernel holds in registers.
-const MAX_WIDTH: usize = 8192;
+/// The largest width that a kernel holds in registers: a row of a whole block.
+const MAX_WIDTH: usize = NORM_THREADS * NORM_ELEMENTS;
 
 /// The GPU of `x`, if there are kernels for its type and width.
 pub(crate) fn device_with_kernels(x: &Tensor) -> Option<&CudaDevice> {
@@ -171,15 +172,13 @@ fn finish(
     blocks: usize,
     weight: &Tensor,
 ) -> Result<[Option<Tensor>; 2]> {
-    const COLUMNS: usize = 32;
-    const PARTS: usize = 16;
     let (dtype, width) = (weight.dtype(), weight.elem_count());
     let [partial_dweight, partial_dbias] = partial.each_ref().map(|sums| sums.as_ref().map(Locked::of));
     let mut dweight = uninit(device, width, dtype)?;
     let mut dbias = partial_dbias.as_ref().map(|_| uninit(device, width, dtype)).transpose()?;
-    let blocks_of_sum = width.div_ceil(COLUMNS);
+    let blocks_of_sum = width.div_ceil(FINISH_COLUMNS);
     let grid_dim = (blocks_of_sum as u32, 1 + u32::from(dbias.is_some()), 1);
-    let config = LaunchConfig { grid_dim, ..grid(blocks_of_sum, COLUMNS * PARTS) };
+    let config = LaunchConfig { grid_dim, ..grid(blocks_of_sum, FINISH_COLUMNS * FINISH_PARTS) };
     let stream = device.cuda_stream();
     let mut launcher = Launcher::new(&stream);
     let params = NormFinishParams {
@@ -201,31 +200,40 @@ fn finish(
 struct Sharing {
     warps: usize, // of a row
     threads: usize,
-    name: &'static str,
+    elements: usize, // of a row, for each thread
+    vectors: bool,   // whether they are loaded as vectors
 }
 
 impl Sharing {
     fn of_forward(width: usize, aligned: bool) -> Self {
-        let warps = width.div_ceil(32 * WARP).next_power_of_two();
-        debug_assert!(warps * 32 * WARP <= MAX_WIDTH);
-        Self { warps, threads: 256, name: if aligned { "32" } else { "single" } }
+        debug_assert!(width <= MAX_WIDTH);
+        let warps = width.div_ceil(NORM_ELEMENTS * WARP_SIZE).next_power_of_two();
+        Self { warps, threads: NORM_THREADS, elements: NORM_ELEMENTS, vectors: aligned }
     }
 
     fn of_backward(width: usize, aligned: bool) -> Self {
         let sharing = Self::of_forward(width, aligned);
-        match aligned && sharing.warps <= 4 && width <= sharing.warps * 24 * WARP {
-            true => Self { threads: 384, name: "24", ..sharing },
+        let more_threads = Self { threads: NORM_BACKWARD_THREADS, elements: NORM_BACKWARD_ELEMENTS, ..sharing };
+        match aligned && more_threads.fits(width) {
+            true => more_threads,
             false => sharing,
         }
     }
 
+    /// Whether rows share a block without a rest, and a row fits its threads.
+    fn fits(self, width: usize) -> bool {
+        let row_threads = self.warps * WARP_SIZE;
+        self.threads.is_multiple_of(row_threads) && width <= row_threads * self.elements
+    }
+
     /// Rows that a block has at once.
     fn groups(self) -> usize {
-        self.threads / (self.warps * WARP)
+        self.threads / (self.warps * WARP_SIZE)
     }
 
     fn kernel(self, pass: &str, dtype: DType) -> String {
-        format!("{pass}_{}_w{}_{}", dtype.as_str(), self.warps, self.name)
+        let elements = if self.vectors { self.elements.to_string() } else { "single".to_string() };
+        format!("{pass}_{}_w{}_{elements}", dtype.as_str(), self.warps)
     }
 
     fn config(self, blocks: usize, shared_bytes: usize) -> LaunchConfig {

@@ -1,10 +1,10 @@
-//! The parameters of kernels.
-#![allow(missing_docs)] // cuda/params.h documents the structs
+//! The parameters of kernels, and the numbers that they share with the host.
+#![allow(missing_docs)] // cuda/params.h documents them
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::DeviceRepr;
 
-// The structs, with their layout asserted: generated from cuda/params.h, on which nvcc asserts the same.
+// The numbers, and the structs with their layout asserted: generated from cuda/params.h, on which nvcc asserts the same.
 include!(concat!(env!("OUT_DIR"), "/params.rs"));
 
 macro_rules! params {

@@ -6,7 +6,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tenso
 
 use super::launch::{grid, Launcher};
 use super::memory::{tensor, uninit, Locked};
-use super::params::RotaryParams;
+use super::params::{RotaryParams, HALVES_ITEMS, INTERLEAVED_ITEMS, ROTARY_THREADS};
 use crate::node;
 use crate::rotary::{RotaryOrder, Tables};
 
@@ -54,7 +54,6 @@ fn launch(
     tables: &Tables,
     sign: f32,
 ) -> Result<()> {
-    const THREADS: usize = 256;
     let &[.., seqlen, num_heads, head_dim] = dims else { unreachable!("check_rotary has compared the shapes") };
     let (rows, pairs) = (dims.iter().product::<usize>() / head_dim.max(1), tables.cos.dims()[1]);
     let (cos, sin) = (Locked::of(&tables.cos), Locked::of(&tables.sin));
@@ -72,10 +71,10 @@ fn launch(
         sign,
     };
     let vector = 16 / dtype.size_in_bytes();
-    // Values that must be whole vectors, and the items of a thread: `kRotaryItems` of cuda/rotary.cuh.
+    // Values that must be whole vectors, and the items of a thread.
     let (order, part, items) = match tables.order {
-        RotaryOrder::HalfSplit => ("halves", pairs, 1),
-        RotaryOrder::Interleaved => ("interleaved", 2 * pairs, 2),
+        RotaryOrder::HalfSplit => ("halves", pairs, HALVES_ITEMS),
+        RotaryOrder::Interleaved => ("interleaved", 2 * pairs, INTERLEAVED_ITEMS),
     };
     let aligned = [params.x, params.y, params.cos, params.sin].iter().all(|address| address % 16 == 0);
     // A thread has two vectors. If the shapes allow none, an item is one pair.
@@ -84,8 +83,8 @@ fn launch(
         false => ("_any", items),
     };
     // Not one block too many: the kernel counts its items with 32 bits, and must not begin at 0 again.
-    let blocks = (rows * pairs).div_ceil(pairs_of_thread * THREADS).max(1);
-    let config = grid(blocks, THREADS);
+    let blocks = (rows * pairs).div_ceil(pairs_of_thread * ROTARY_THREADS).max(1);
+    let config = grid(blocks, ROTARY_THREADS);
     let name = format!("rotary_{order}_{}{suffix}", dtype.as_str());
     // SAFETY: check_rotary has compared the shapes. The kernel with vectors gets aligned rows.
     unsafe { launcher.launch("rotary", &name, config, &params) }
