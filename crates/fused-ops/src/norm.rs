@@ -44,8 +44,7 @@ use crate::{check, composed, node};
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    check_norm(x, weight, bias, eps)?;
-    norm_of_kind(x, weight, bias, Kind::Layer, eps)
+    Ok(Norm { weight, bias, kind: Kind::Layer, eps }.apply(x, None)?.1)
 }
 
 /// RMS norm over the last axis, with its backward.
@@ -67,8 +66,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    check_norm(x, weight, None, eps)?;
-    norm_of_kind(x, weight, None, Kind::Rms, eps)
+    Ok(Norm { weight, bias: None, kind: Kind::Rms, eps }.apply(x, None)?.1)
 }
 
 /// `sum = x + residual` and [`layer_norm`] of the sum, in one pass. Returns `(sum, norm)`.
@@ -95,9 +93,7 @@ pub fn add_layer_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
-    check_norm(x, weight, bias, eps)?;
-    check_residual(x, residual)?;
-    add_norm_of_kind(x, residual, weight, bias, Kind::Layer, eps)
+    Norm { weight, bias, kind: Kind::Layer, eps }.apply(x, Some(residual))
 }
 
 /// `sum = x + residual` and [`rms_norm`] of the sum, in one pass. Returns `(sum, norm)`; see [`add_layer_norm`].
@@ -105,25 +101,7 @@ pub fn add_layer_norm(
 /// # Errors
 /// As [`rms_norm`], and if `residual` differs from `x` in shape, type or device.
 pub fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
-    check_norm(x, weight, None, eps)?;
-    check_residual(x, residual)?;
-    add_norm_of_kind(x, residual, weight, None, Kind::Rms, eps)
-}
-
-fn check_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<()> {
-    check::float("x", x)?;
-    let width = check::last_axis("x", x)?;
-    for (name, tensor) in [("weight", Some(weight)), ("bias", bias)] {
-        let Some(tensor) = tensor else { continue };
-        check::shape(name, tensor, &[width], "as the last axis of x")?;
-        check::same(name, tensor, "x", x)?;
-    }
-    check::not_negative("eps", eps)
-}
-
-fn check_residual(x: &Tensor, residual: &Tensor) -> Result<()> {
-    check::shape("residual", residual, x.dims(), "as x")?;
-    check::same("residual", residual, "x", x)
+    Norm { weight, bias: None, kind: Kind::Rms, eps }.apply(x, Some(residual))
 }
 
 /// Which norm.
@@ -140,44 +118,53 @@ impl Kind {
             Kind::Rms => "rms_norm",
         }
     }
+}
 
-    fn composed(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        match self {
-            Kind::Layer => composed::layer_norm(x, weight, bias, eps),
-            Kind::Rms => composed::rms_norm(x, weight, eps),
+/// A norm without its input.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm<'a> {
+    pub(crate) weight: &'a Tensor,
+    pub(crate) bias: Option<&'a Tensor>,
+    pub(crate) kind: Kind,
+    pub(crate) eps: f64,
+}
+
+impl Norm<'_> {
+    /// The sum of `x` and `residual`, and its norm. Without a residual the sum is `x`.
+    fn apply(self, x: &Tensor, residual: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        self.check(x, residual)?;
+        if x.device().is_cpu() {
+            return norm(x, residual, self);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(device) = cuda::norm::device_with_kernels(x) {
+            return cuda::norm::norm(device, x, residual, self);
+        }
+        let Self { weight, bias, kind, eps } = self;
+        let sum = match residual {
+            Some(residual) => (x + residual)?,
+            None => x.clone(),
+        };
+        let y = match kind {
+            Kind::Layer => composed::layer_norm(&sum, weight, bias, eps)?,
+            Kind::Rms => composed::rms_norm(&sum, weight, eps)?,
+        };
+        Ok((sum, y))
     }
-}
 
-fn norm_of_kind(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, kind: Kind, eps: f64) -> Result<Tensor> {
-    if x.device().is_cpu() {
-        return norm(x, weight, bias, kind, eps);
+    fn check(self, x: &Tensor, residual: Option<&Tensor>) -> Result<()> {
+        check::float("x", x)?;
+        let width = check::last_axis("x", x)?;
+        for (name, tensor) in [("weight", Some(self.weight)), ("bias", self.bias)] {
+            let Some(tensor) = tensor else { continue };
+            check::shape(name, tensor, &[width], "as the last axis of x")?;
+            check::same(name, tensor, "x", x)?;
+        }
+        check::not_negative("eps", self.eps)?;
+        let Some(residual) = residual else { return Ok(()) };
+        check::shape("residual", residual, x.dims(), "as x")?;
+        check::same("residual", residual, "x", x)
     }
-    #[cfg(feature = "cuda")]
-    if let Some(device) = cuda::norm::device_with_kernels(x) {
-        return cuda::norm::norm(device, x, weight, bias, kind, eps);
-    }
-    kind.composed(x, weight, bias, eps)
-}
-
-fn add_norm_of_kind(
-    x: &Tensor,
-    residual: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    eps: f64,
-) -> Result<(Tensor, Tensor)> {
-    if x.device().is_cpu() {
-        return add_norm(x, residual, weight, bias, kind, eps);
-    }
-    #[cfg(feature = "cuda")]
-    if let Some(device) = cuda::norm::device_with_kernels(x) {
-        return cuda::norm::add_norm(device, x, residual, weight, bias, kind, eps);
-    }
-    let sum = (x + residual)?;
-    let norm = kind.composed(&sum, weight, bias, eps)?;
-    Ok((sum, norm))
 }
 
 /// mean and rstd of a row. The mean of an RMS norm is 0.
@@ -187,34 +174,27 @@ struct Statistics<A> {
     rstd: A,
 }
 
-fn norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, kind: Kind, eps: f64) -> Result<Tensor> {
-    let (x, weight, bias) = (x.contiguous()?, weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
+/// See [`Norm::apply`].
+fn norm(x: &Tensor, residual: Option<&Tensor>, norm: Norm) -> Result<(Tensor, Tensor)> {
+    let (x, residual) = (x.contiguous()?, residual.map(Tensor::contiguous).transpose()?);
+    let (weight, bias) = (norm.weight.contiguous()?, norm.bias.map(Tensor::contiguous).transpose()?);
+    let norm = Norm { weight: &weight, bias: bias.as_ref(), ..norm };
     for_float!(x.dtype(), T => {
-        let affine = Affine::of::<T>(&weight, bias.as_ref())?;
-        let (y, statistics) = forward::<T>(node::Numbers::of(&x).as_slice()?, &affine, kind, eps);
-        with_backward(&x, &weight, bias.as_ref(), kind, y, statistics)
-    })
-}
-
-fn add_norm(
-    x: &Tensor,
-    residual: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    eps: f64,
-) -> Result<(Tensor, Tensor)> {
-    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
-    let (weight, bias) = (weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
-    for_float!(x.dtype(), T => {
-        let affine = Affine::of::<T>(&weight, bias.as_ref())?;
-        let AddedNorm { sum, y, statistics } = {
-            let (x, residual) = (node::Numbers::of(&x), node::Numbers::of(&residual));
-            add_forward::<T>(x.as_slice()?, residual.as_slice()?, &affine, kind, eps)
+        let (sum, normed) = match &residual {
+            None => {
+                let normed = forward::<T>(node::Numbers::of(&x).as_slice()?, norm)?;
+                (x, normed)
+            }
+            Some(residual) => {
+                let (sum, normed) = {
+                    let (x, residual) = (node::Numbers::of(&x), node::Numbers::of(residual));
+                    add_forward::<T>(x.as_slice()?, residual.as_slice()?, norm)?
+                };
+                (sum_node(&x, residual, node::storage(sum))?, normed)
+            }
         };
-        let sum = sum_node(&x, &residual, node::storage(sum))?;
-        let norm = with_backward(&sum, &weight, bias.as_ref(), kind, y, statistics)?;
-        Ok((sum, norm))
+        let y = with_backward(&sum, norm, normed)?;
+        Ok((sum, y))
     })
 }
 
@@ -223,14 +203,11 @@ pub(crate) fn sum_node(x: &Tensor, residual: &Tensor, sum: Storage) -> Result<Te
     node::node("add", &[x, residual], sum, x.shape(), |_, dsum| Ok(vec![Some(dsum.clone()), Some(dsum.clone())]))
 }
 
-/// The node of a computed norm `y` of `x`.
+/// The node of a computed norm of `x`.
 fn with_backward<T: Element>(
     x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    y: Vec<T>,
-    statistics: Vec<Statistics<T::Acc>>,
+    Norm { weight, bias, kind, .. }: Norm,
+    Normed { y, statistics }: Normed<T>,
 ) -> Result<Tensor> {
     let inputs: Vec<&Tensor> = [Some(x), Some(weight), bias].into_iter().flatten().collect();
     node::node(kind.name(), &inputs, node::storage(y), x.shape(), move |inputs, dy| {
@@ -251,14 +228,21 @@ struct Affine<A> {
 }
 
 impl<A: Real> Affine<A> {
-    fn of<T: Element<Acc = A>>(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+    fn of<T: Element<Acc = A>>(norm: Norm) -> Result<Self> {
         let widened = |tensor: &Tensor| -> Result<Vec<A>> { Ok(widened::<T>(node::Numbers::of(tensor).as_slice()?)) };
-        Ok(Self { weight: widened(weight)?, bias: bias.map_or_else(|| Ok(Vec::new()), widened)? })
+        Ok(Self { weight: widened(norm.weight)?, bias: norm.bias.map_or_else(|| Ok(Vec::new()), widened)? })
     }
 }
 
-/// The norm of each row of `x`, and its statistics.
-fn forward<T: Element>(x: &[T], affine: &Affine<T::Acc>, kind: Kind, eps: f64) -> (Vec<T>, Vec<Statistics<T::Acc>>) {
+/// The norm of each row, and its statistics.
+struct Normed<T: Element> {
+    y: Vec<T>,
+    statistics: Vec<Statistics<T::Acc>>,
+}
+
+/// The norm of each row of `x`.
+fn forward<T: Element>(x: &[T], norm: Norm) -> Result<Normed<T>> {
+    let affine = &Affine::of::<T>(norm)?;
     let width = affine.weight.len();
     let rows = rows_per_task(x.len() / width, width);
     let mut y = vec![T::default(); x.len()];
@@ -269,25 +253,19 @@ fn forward<T: Element>(x: &[T], affine: &Affine<T::Acc>, kind: Kind, eps: f64) -
             let mut row = vec![T::Acc::ZERO; width];
             y.chunks_exact_mut(width).zip(x.chunks_exact(width)).map(move |(y, x)| {
                 T::widen(x, &mut row);
-                let statistics = normalise(&mut row, kind, eps);
+                let statistics = normalise(&mut row, norm);
                 scale(&mut row, affine);
                 T::narrow(&row, y);
                 statistics
             })
         })
         .collect();
-    (y, statistics)
+    Ok(Normed { y, statistics })
 }
 
-/// The results of one pass over x and residual.
-struct AddedNorm<T: Element> {
-    sum: Vec<T>,
-    y: Vec<T>,
-    statistics: Vec<Statistics<T::Acc>>,
-}
-
-/// As [`forward`], of `x + residual`.
-fn add_forward<T: Element>(x: &[T], residual: &[T], affine: &Affine<T::Acc>, kind: Kind, eps: f64) -> AddedNorm<T> {
+/// `x + residual`, and [`forward`] of it.
+fn add_forward<T: Element>(x: &[T], residual: &[T], norm: Norm) -> Result<(Vec<T>, Normed<T>)> {
+    let affine = &Affine::of::<T>(norm)?;
     let width = affine.weight.len();
     let chunk = rows_per_task(x.len() / width, width) * width;
     let (mut sum, mut y) = (vec![T::default(); x.len()], vec![T::default(); x.len()]);
@@ -306,25 +284,25 @@ fn add_forward<T: Element>(x: &[T], residual: &[T], affine: &Affine<T::Acc>, kin
                 T::narrow(&row, sum);
                 // The norm reads the rounded sum, as the backward will.
                 T::widen(sum, &mut row);
-                let statistics = normalise(&mut row, kind, eps);
+                let statistics = normalise(&mut row, norm);
                 scale(&mut row, affine);
                 T::narrow(&row, y);
                 statistics
             })
         })
         .collect();
-    AddedNorm { sum, y, statistics }
+    Ok((sum, Normed { y, statistics }))
 }
 
 /// Replaces a row x by xhat.
-fn normalise<A: Real>(row: &mut [A], kind: Kind, eps: f64) -> Statistics<A> {
+fn normalise<A: Real>(row: &mut [A], norm: Norm) -> Statistics<A> {
     let width = A::real(row.len() as f64);
-    let mean = match kind {
+    let mean = match norm.kind {
         Kind::Layer => sum(row, |x| x) / width,
         Kind::Rms => A::ZERO,
     };
     let variance = sum(row, |x| (x - mean) * (x - mean)) / width;
-    let statistics = Statistics { mean, rstd: A::ONE / (variance + A::real(eps)).sqrt() };
+    let statistics = Statistics { mean, rstd: A::ONE / (variance + A::real(norm.eps)).sqrt() };
     apply(row, statistics);
     statistics
 }

@@ -10,7 +10,7 @@ use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
 use super::params::{FINISH_COLUMNS, FINISH_PARTS, WARP_SIZE};
 use super::params::{NORM_BACKWARD_ELEMENTS, NORM_BACKWARD_THREADS, NORM_ELEMENTS, NORM_THREADS};
 use crate::node;
-use crate::norm::{sum_node, Kind};
+use crate::norm::{sum_node, Kind, Norm};
 
 const FILE: &str = "norm";
 
@@ -22,54 +22,24 @@ pub(crate) fn device_with_kernels(x: &Tensor) -> Option<&CudaDevice> {
     super::device_with_kernels(x).filter(|_| x.dims()[x.rank() - 1] <= MAX_WIDTH)
 }
 
-/// See [`crate::layer_norm`] and [`crate::rms_norm`].
-pub(crate) fn norm(
-    device: &CudaDevice,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    eps: f64,
-) -> Result<Tensor> {
-    let (x, weight, bias) = (x.contiguous()?, weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
-    let Forward { y, statistics, .. } = forward(device, &x, None, &weight, bias.as_ref(), kind, eps)?;
-    with_backward(device, &x, &weight, bias.as_ref(), kind, y, statistics)
-}
-
-/// See [`crate::add_layer_norm`] and [`crate::add_rms_norm`].
-pub(crate) fn add_norm(
-    device: &CudaDevice,
-    x: &Tensor,
-    residual: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    eps: f64,
-) -> Result<(Tensor, Tensor)> {
-    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
-    let (weight, bias) = (weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
-    let Forward { sum, y, statistics } = forward(device, &x, Some(&residual), &weight, bias.as_ref(), kind, eps)?;
-    let sum = sum_node(&x, &residual, Storage::Cuda(sum.expect("there is a residual")))?;
-    let norm = with_backward(device, &sum, &weight, bias.as_ref(), kind, y, statistics)?;
-    Ok((sum, norm))
-}
-
-/// The node of a computed norm `y` of `x`.
-fn with_backward(
-    device: &CudaDevice,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    y: CudaStorage,
-    statistics: Tensor,
-) -> Result<Tensor> {
-    let inputs: Vec<&Tensor> = [Some(x), Some(weight), bias].into_iter().flatten().collect();
-    let (device, has_bias) = (device.clone(), bias.is_some());
-    node::node(kind.name(), &inputs, Storage::Cuda(y), x.shape(), move |inputs, dy| {
-        let [dx, dweight, dbias] = backward(&device, inputs[0], inputs[1], dy, kind, &statistics, has_bias)?;
-        Ok(vec![dx, dweight, dbias])
-    })
+/// See [`Norm::apply`].
+pub(crate) fn norm(device: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, norm: Norm) -> Result<(Tensor, Tensor)> {
+    let (x, residual) = (x.contiguous()?, residual.map(Tensor::contiguous).transpose()?);
+    let (weight, bias) = (norm.weight.contiguous()?, norm.bias.map(Tensor::contiguous).transpose()?);
+    let norm = Norm { weight: &weight, bias: bias.as_ref(), ..norm };
+    let Forward { sum, y, statistics } = forward(device, &x, residual.as_ref(), norm)?;
+    let sum = match (&residual, sum) {
+        (Some(residual), Some(sum)) => sum_node(&x, residual, Storage::Cuda(sum))?,
+        _ => x,
+    };
+    let Norm { kind, eps, .. } = norm;
+    let inputs: Vec<&Tensor> = [Some(&sum), Some(&weight), bias.as_ref()].into_iter().flatten().collect();
+    let device = device.clone();
+    let y = node::node(kind.name(), &inputs, Storage::Cuda(y), sum.shape(), move |inputs, dy| {
+        let norm = Norm { weight: inputs[1], bias: inputs.get(2).copied(), kind, eps };
+        Ok(backward(&device, inputs[0], norm, dy, &statistics)?.into())
+    })?;
+    Ok((sum, y))
 }
 
 /// The results of one pass over x, and over the residual if there is one.
@@ -79,15 +49,8 @@ struct Forward {
     statistics: Tensor, // (rows, 2) in f32
 }
 
-fn forward(
-    device: &CudaDevice,
-    x: &Tensor,
-    residual: Option<&Tensor>,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    kind: Kind,
-    eps: f64,
-) -> Result<Forward> {
+fn forward(device: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, norm: Norm) -> Result<Forward> {
+    let Norm { weight, bias, kind, eps } = norm;
     let (dtype, width) = (x.dtype(), weight.elem_count());
     let rows = x.elem_count() / width;
     let mut y = uninit(device, x.elem_count(), dtype)?;
@@ -124,12 +87,11 @@ fn forward(
 fn backward(
     device: &CudaDevice,
     x: &Tensor,
-    weight: &Tensor,
+    norm: Norm,
     dy: &Tensor,
-    kind: Kind,
     statistics: &Tensor,
-    has_bias: bool,
 ) -> Result<[Option<Tensor>; 3]> {
+    let Norm { weight, bias, kind, .. } = norm;
     let (dtype, width) = (x.dtype(), weight.elem_count());
     let rows = x.elem_count() / width;
     let mut dx = uninit(device, x.elem_count(), dtype)?;
@@ -140,7 +102,7 @@ fn backward(
         // A block per multiprocessor, because its sums fill the registers.
         let blocks = device::multiprocessors(device)?.min(rows.div_ceil(sharing.groups()));
         let partial = || uninit(device, blocks * width, DType::F32);
-        let (mut partial_dweight, mut partial_dbias) = (partial()?, has_bias.then(partial).transpose()?);
+        let (mut partial_dweight, mut partial_dbias) = (partial()?, bias.map(|_| partial()).transpose()?);
         let stream = device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
         let params = NormBackwardParams {
