@@ -1,6 +1,6 @@
 //! Steps of AdamW: cuda/adamw.cuh.
 
-use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::cuda::cudarc::driver::{sys::CUdeviceptr, CudaSlice, DevicePtr};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
 use super::launch::{grid, Launcher};
@@ -57,63 +57,86 @@ impl Plan {
         rules: &[Rule],
         max_norm: Option<f64>,
     ) -> Result<Tensor> {
-        let device = &self.device;
         let gradients = gradients.iter().map(vectors).collect::<Result<Vec<_>>>()?;
         let blocks: usize = self.launches.iter().map(|launch| launch.count).sum();
-        let scalar = |len| uninit(device, len, DType::F32);
+        let scalar = |len| uninit(&self.device, len, DType::F32);
         let (mut partial, mut norm, mut factor) = (scalar(blocks)?, scalar(1)?, scalar(1)?);
         {
             let gradients: Vec<Locked> = gradients.iter().map(Locked::of).collect();
             let parts: Vec<Parts> = slots.iter().map(Parts::of).collect();
-            let stream = device.cuda_stream();
+            let stream = self.device.cuda_stream();
             let mut launcher = Launcher::new(&stream);
-            let tensors = parts.iter().zip(&gradients).zip(rules);
-            let tensors: Vec<_> = tensors.map(|((parts, g), rule)| parts.params(&mut launcher, g, rule)).collect();
-            // The driver copies so few bytes before it returns, and does not wait for the stream.
-            let tensors = device.clone_htod(&tensors)?;
-            let (tensors, _tensors) = tensors.device_ptr(&stream);
-            let (partial, factor) = (launcher.write(&mut partial), launcher.write(&mut factor));
-
-            let mut first = 0;
-            let mut launches = Vec::new();
-            for launch in &self.launches {
-                let (blocks, guard) = launch.blocks.device_ptr(&stream);
-                let rule = &rules[0]; // they differ in `keep` only
-                let params = AdamWParams {
-                    tensors,
-                    blocks,
-                    partial: partial + (first * size_of::<f32>()) as u64,
-                    factor,
-                    beta1: rule.beta1 as f32,
-                    beta2: rule.beta2 as f32,
-                    of_gradient: (1.0 - rule.beta1) as f32,
-                    of_square: (1.0 - rule.beta2) as f32,
-                    rate: rule.rate as f32,
-                    epsilon: rule.epsilon as f32,
-                };
-                launches.push((launch, params, guard));
-                first += launch.count;
-            }
+            let table = self.table(&mut launcher, &parts, &gradients, rules)?;
+            let (tensors, _guard) = table.device_ptr(&stream);
             let norm_params = GlobalNormParams {
-                partial,
+                partial: launcher.write(&mut partial),
                 norm: launcher.write(&mut norm),
-                factor,
+                factor: launcher.write(&mut factor),
                 blocks: blocks as u32,
                 max_norm: max_norm.map_or(f32::INFINITY, |limit| limit as f32),
             };
-            let for_each_type = |pass: &str| {
-                launches.iter().try_for_each(|(launch, params, _)| {
-                    let name = format!("adamw_{pass}_{}", launch.dtype.as_str());
-                    // SAFETY: the tables have the addresses of this step, and a block for each chunk of each tensor.
-                    unsafe { launcher.queue(FILE, &name, grid(launch.count, ADAM_W_THREADS), params) }
-                })
-            };
-            for_each_type("norm")?;
-            // SAFETY: every block of the launches before has written its partial sum.
-            unsafe { launcher.queue(FILE, "global_norm", grid(1, GLOBAL_NORM_THREADS), &norm_params)? };
-            for_each_type("update")?;
+            // SAFETY: the table has the addresses of this step. There is a partial sum for each block.
+            unsafe { self.queue(&launcher, tensors, &rules[0], &norm_params)? };
         }
         Ok(tensor(norm, ()))
+    }
+
+    /// The table of all parameters on the device. `launcher` holds their memory.
+    fn table<'a>(
+        &self,
+        launcher: &mut Launcher<'a>,
+        parts: &'a [Parts],
+        gradients: &'a [Locked],
+        rules: &[Rule],
+    ) -> Result<CudaSlice<AdamWTensor>> {
+        let tensors = parts.iter().zip(gradients).zip(rules);
+        let tensors: Vec<_> = tensors.map(|((parts, gradient), rule)| parts.params(launcher, gradient, rule)).collect();
+        // The driver copies so few bytes before it returns, and does not wait for the stream.
+        self.device.clone_htod(&tensors)
+    }
+
+    /// Queues the norm of the gradients, the factor that clips, and the updates. Of `rule`, all but `keep` holds for every parameter.
+    ///
+    /// # Safety
+    /// As [`Launcher::queue`], for the table `tensors` of all slots and for `norm`.
+    unsafe fn queue(
+        &self,
+        launcher: &Launcher,
+        tensors: CUdeviceptr,
+        rule: &Rule,
+        norm: &GlobalNormParams,
+    ) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        let mut first = 0;
+        let mut launches = Vec::new();
+        for launch in &self.launches {
+            let (blocks, guard) = launch.blocks.device_ptr(&stream);
+            let params = AdamWParams {
+                tensors,
+                blocks,
+                partial: norm.partial + (first * size_of::<f32>()) as CUdeviceptr,
+                factor: norm.factor,
+                beta1: rule.beta1 as f32,
+                beta2: rule.beta2 as f32,
+                of_gradient: (1.0 - rule.beta1) as f32,
+                of_square: (1.0 - rule.beta2) as f32,
+                rate: rule.rate as f32,
+                epsilon: rule.epsilon as f32,
+            };
+            launches.push((launch, params, guard));
+            first += launch.count;
+        }
+        let for_each_type = |pass: &str| {
+            launches.iter().try_for_each(|(launch, params, _)| {
+                let name = format!("adamw_{pass}_{}", launch.dtype.as_str());
+                // SAFETY: as the caller promises; there is a block for each chunk of each tensor.
+                unsafe { launcher.queue(FILE, &name, grid(launch.count, ADAM_W_THREADS), params) }
+            })
+        };
+        for_each_type("norm")?;
+        // SAFETY: every block of the launches before has written its partial sum.
+        unsafe { launcher.queue(FILE, "global_norm", grid(1, GLOBAL_NORM_THREADS), norm)? };
+        for_each_type("update")
     }
 }
 
