@@ -49,7 +49,7 @@ fn old_names_are_found() -> Result<()> {
     Ok(())
 }
 
-/// README.md says that these operators drop gradients. If Candle mends one, this test fails, and the table must change.
+/// README.md says that these operators drop gradients. If Candle fixes one, this test fails, and the table must change.
 #[test]
 fn candle_drops_the_gradients_that_the_readme_says() -> Result<()> {
     let x = Var::from_tensor(&random("x", &[1, 2, 2, 4], DType::F32)?)?;
