@@ -28,6 +28,10 @@ struct Rows {
     static constexpr int kGroups = kThreads / (kWarps * kWarpSize);  // rows that a block has at once
     static_assert(kThreads % (kWarps * kWarpSize) == 0 && kPerThread_ % kElements == 0);
 
+    // The vectors of a row that a thread has. They are packed, and widened at each use: registers decide how many rows a multiprocessor
+    // loads at once.
+    using Part = Vector<T, kElements>[kVectors];
+
     int group = threadIdx.x / (kWarps * kWarpSize);
     int thread = threadIdx.x % (kWarps * kWarpSize);
 
@@ -35,88 +39,110 @@ struct Rows {
     __device__ int column(int i) const { return (i * kWarps * kWarpSize + thread) * kElements; }
 };
 
-// The vectors of a row that a thread has. Those past the row are 0.
+// Loads this thread's part of the row that begins at `start`. Vectors past the row are 0.
 template <typename Rows>
-struct RowPart {
+__device__ __forceinline__ void load_part(
+    const Rows& rows, typename Rows::Part& to, const void* from, int64_t start, int width) {
     using T = typename Rows::T;
-    Vector<T, Rows::kElements> at[Rows::kVectors];
-
-    __device__ void load(const Rows& rows, const void* from, int64_t start, int width) {
 #pragma unroll
-        for (int i = 0; i < Rows::kVectors; ++i) {
-            const int column = rows.column(i);
-            at[i] = {};
-            if (column < width) at[i] = load_vector<T, Rows::kElements>(static_cast<const T*>(from) + start + column);
-        }
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        const int column = rows.column(i);
+        to[i] = {};
+        if (column < width) to[i] = load_vector<T, Rows::kElements>(static_cast<const T*>(from) + start + column);
     }
-};
+}
+
+// Replaces x by x + residual, and writes the sum.
+template <typename Rows>
+__device__ __forceinline__ void add_residual(
+    const Rows& rows, const NormForwardParams& params, typename Rows::Part& x, const typename Rows::Part& residual, int64_t start,
+    int width) {
+    using T = typename Rows::T;
+#pragma unroll
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        float wide[Rows::kElements], other[Rows::kElements];
+        widen(wide, x[i]);
+        widen(other, residual[i]);
+#pragma unroll
+        for (int j = 0; j < Rows::kElements; ++j) wide[j] += other[j];
+        x[i] = narrow<T>(wide);  // the norm is that of the rounded sum
+        if (rows.column(i) < width) store_vector(static_cast<T*>(params.sum) + start + rows.column(i), x[i]);
+    }
+}
+
+// The mean of a row, in all of its threads. `scratch`: (kWarps).
+template <typename Rows>
+__device__ __forceinline__ float row_mean(const Rows& rows, const typename Rows::Part& x, int width, float* scratch) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        float numbers[Rows::kElements];
+        widen(numbers, x[i]);
+#pragma unroll
+        for (int j = 0; j < Rows::kElements; ++j) sum += numbers[j];
+    }
+    return combined<Rows::kWarps>(sum, scratch, rows.group, Add()) / width;
+}
+
+// The mean of (x - mean)^2, likewise.
+template <typename Rows>
+__device__ __forceinline__ float row_variance(
+    const Rows& rows, const typename Rows::Part& x, float mean, int width, float* scratch) {
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        if (rows.column(i) >= width) continue;
+        float numbers[Rows::kElements];
+        widen(numbers, x[i]);
+#pragma unroll
+        for (int j = 0; j < Rows::kElements; ++j) squares += (numbers[j] - mean) * (numbers[j] - mean);
+    }
+    return combined<Rows::kWarps>(squares, scratch, rows.group, Add()) / width;
+}
+
+// y = (x - mean) rstd weight + bias
+template <typename Rows>
+__device__ __forceinline__ void write_row(
+    const Rows& rows, const NormForwardParams& params, const typename Rows::Part& x, const typename Rows::Part& weight,
+    float2 statistics, int64_t start, int width) {
+    using T = typename Rows::T;
+    const float mean = statistics.x, rstd = statistics.y;
+#pragma unroll
+    for (int i = 0; i < Rows::kVectors; ++i) {
+        const int column = rows.column(i);
+        if (column >= width) continue;
+        float y[Rows::kElements], factor[Rows::kElements], bias[Rows::kElements] = {};
+        widen(y, x[i]);
+        widen(factor, weight[i]);
+        if (params.bias != nullptr) load(bias, static_cast<const T*>(params.bias) + column);
+#pragma unroll
+        for (int j = 0; j < Rows::kElements; ++j) y[j] = (y[j] - mean) * rstd * factor[j] + bias[j];
+        store(static_cast<T*>(params.y) + start + column, y);
+    }
+}
 
 template <typename Rows>
 __device__ __forceinline__ void norm_forward(const NormForwardParams& params) {
-    using T = typename Rows::T;
-    constexpr int kVectors = Rows::kVectors, kElements = Rows::kElements, kWarps = Rows::kWarps;
-    __shared__ float scratch[2][Rows::kGroups][kWarps];
+    __shared__ float scratch[2][Rows::kGroups][Rows::kWarps];
     const Rows rows;
     const int width = params.width;
     const int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
     if (row >= params.rows) return;
     const int64_t start = row * width;
 
-    // Packed, and widened at each use: registers decide how many rows a multiprocessor loads at once.
-    RowPart<Rows> x, weight;
-    x.load(rows, params.x, start, width);
-    weight.load(rows, params.weight, 0, width);
+    typename Rows::Part x, weight;
+    load_part(rows, x, params.x, start, width);
+    load_part(rows, weight, params.weight, 0, width);
     if (params.residual != nullptr) {
-        RowPart<Rows> residual;
-        residual.load(rows, params.residual, start, width);
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-            float sum[kElements], other[kElements];
-            widen(sum, x.at[i]);
-            widen(other, residual.at[i]);
-#pragma unroll
-            for (int j = 0; j < kElements; ++j) sum[j] += other[j];
-            x.at[i] = narrow<T>(sum);  // the norm is that of the rounded sum
-            if (rows.column(i) < width) store_vector(static_cast<T*>(params.sum) + start + rows.column(i), x.at[i]);
-        }
+        typename Rows::Part residual;
+        load_part(rows, residual, params.residual, start, width);
+        add_residual(rows, params, x, residual, start, width);
     }
-
-    float mean = 0.f;
-    if (params.centre) {
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-            float numbers[kElements];
-            widen(numbers, x.at[i]);
-#pragma unroll
-            for (int j = 0; j < kElements; ++j) mean += numbers[j];
-        }
-        mean = combined<kWarps>(mean, scratch[0][rows.group], rows.group, Add()) / width;
-    }
-    float squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-        if (rows.column(i) >= width) continue;
-        float numbers[kElements];
-        widen(numbers, x.at[i]);
-#pragma unroll
-        for (int j = 0; j < kElements; ++j) squares += (numbers[j] - mean) * (numbers[j] - mean);
-    }
-    const float variance = combined<kWarps>(squares, scratch[1][rows.group], rows.group, Add()) / width;
-    const float rstd = rsqrtf(variance + params.eps);
-
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-        const int column = rows.column(i);
-        if (column >= width) continue;
-        float y[kElements], factor[kElements], bias[kElements] = {};
-        widen(y, x.at[i]);
-        widen(factor, weight.at[i]);
-        if (params.bias != nullptr) load(bias, static_cast<const T*>(params.bias) + column);
-#pragma unroll
-        for (int j = 0; j < kElements; ++j) y[j] = (y[j] - mean) * rstd * factor[j] + bias[j];
-        store(static_cast<T*>(params.y) + start + column, y);
-    }
-    if (rows.thread == 0) params.statistics[row] = make_float2(mean, rstd);
+    const float mean = params.centre ? row_mean(rows, x, width, scratch[0][rows.group]) : 0.f;
+    const float variance = row_variance(rows, x, mean, width, scratch[1][rows.group]);
+    const float2 statistics = make_float2(mean, rsqrtf(variance + params.eps));
+    write_row(rows, params, x, weight, statistics, start, width);
+    if (rows.thread == 0) params.statistics[row] = statistics;
 }
 
 // Adds the sums of the groups of a block in order, and writes the result. `groups`: (kGroups, width) of shared memory.
@@ -151,12 +177,12 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
     const int width = params.width;
 
     float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
-    RowPart<Rows> x, dy;
+    typename Rows::Part x, dy;
     float2 statistics;
     auto fetch = [&](int64_t row) {
         if (row >= params.rows) return;
-        x.load(rows, params.x, row * width, width);
-        dy.load(rows, params.dy, row * width, width);
+        load_part(rows, x, params.x, row * width, width);
+        load_part(rows, dy, params.dy, row * width, width);
         statistics = params.statistics[row];
     };
     const int64_t stride = int64_t(gridDim.x) * Rows::kGroups;
@@ -169,8 +195,8 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
             const int column = rows.column(i);
-            widen(xhat[i], x.at[i]);
-            widen(g[i], dy.at[i]);  // 0 past the row, where it makes all terms 0
+            widen(xhat[i], x[i]);
+            widen(g[i], dy[i]);  // 0 past the row, where it makes all terms 0
             float weight[kElements] = {};
             if (column < width) load(weight, static_cast<const T*>(params.weight) + column);
 #pragma unroll
