@@ -9,7 +9,7 @@ namespace fa2 {
 
 constexpr int kDqGroupRows = 8;    // queries of a row group of dq_accum (core/dq_accum.cuh)
 constexpr int kConvertCols = 32;   // columns of a row group that a warp of the conversion takes
-constexpr int kDeltaChunk = 8;     // elements of a thread of delta: 16 bytes, or 32 of f32
+constexpr int kDeltaChunk = 8;     // elements of one access of a thread of delta: 16 bytes, or 32 of f32
 constexpr int kDeltaMinLanes = 4;  // fewest threads of a row of delta: as many as read a row of head_dim 32
 constexpr int kMaxWidth = 256;     // columns of o, dq, dk or dv of a thread block; more do not fit the registers of its warps
 
@@ -69,7 +69,8 @@ struct alignas(64) TensorMap {
 struct Schedule {
     uint32_t* counters;     // the next tile, and finished blocks; both 0 between launches. null (forward only): block i takes tile i
     int32_t tiles;          // head_tiles * heads; a padded call counts the heads of all sequences, a packed call those of one
-    int32_t head_tiles;     // of a head. padded: in one sequence; packed: in all sequences, total / block + batch, of which some are empty
+    // Tiles of one head. Padded: of one sequence. Packed: of all sequences, total / block + batch; some of these are empty.
+    int32_t head_tiles;
     int32_t section_heads;  // heads whose tiles are taken together, so that what they read and write stays in L2
 };
 

@@ -120,10 +120,11 @@ __device__ __forceinline__ int64_t dq_tile_index(const BwdParams& params, const 
 // The order in which blocks add to the rows of a tile of queries: the block with the last keys first. The sums then have the same bits each
 // time.
 //
-// A block waits only for blocks with later keys of its own head. So blocks take their work from a counter, later keys first, and finish it
-// in this order: the work that a block waits for has a lower number, and the lowest unfinished number never waits. Under a causal mask with
-// seqlen_q == seqlen_k, no block waits at its first tile either: it starts on its own diagonal, and a tile of queries is not longer than
-// the keys of a block. With other lengths the first tile can reach into later keys, and then a block waits there.
+// A block waits only for blocks with later keys of its own head. Therefore blocks take their work tiles from a counter, later keys first,
+// and finish them in this order. So the work tile that a block waits for has a lower number, and the lowest unfinished number never waits.
+// Under a causal mask with seqlen_q == seqlen_k, no block waits at its first tile of queries either: it starts on its own diagonal, and a
+// tile of queries is not longer than the keys of a block. With other lengths the first tile can reach into later keys, and then a block
+// waits there.
 struct DqSemaphores {
     uint32_t* counters;  // one for each tile of queries
 

@@ -53,8 +53,8 @@ __device__ __forceinline__ float4 row_of_pair(const float (&x)[kNTiles][4], int 
     return {a[2 * half], a[2 * half + 1], b[2 * half], b[2 * half + 1]};
 }
 
-// The f32 kernels load the B operand of o, dq, dk and dv such that a thread's accumulators of a pair of n8 tiles, 16 columns, are
-// neighbours: columns 4 (lane % 4) .. 4 (lane % 4) + 3 of row `half` of its two (OperandB of sm80/matmul.cuh).
+// The f32 kernels load the B operand of o, dq, dk and dv in another column order (OperandB of sm80/matmul.cuh). So a thread's accumulators
+// of a pair of n8 tiles hold four neighbouring columns in each of its two rows: 4 (lane % 4) .. + 3.
 template <int kNTiles>
 __device__ __forceinline__ float4 product_columns(const float (&x)[kNTiles][4], int pair, int half) {
     const float4 row = row_of_pair(x, pair, half);

@@ -54,8 +54,8 @@ struct Tile {
 template <typename T, int kRows, int kCols>
 using TileOf = Tile<kRows, kCols, sizeof(T) == 2 && kCols % 64 == 0 ? 64 : 32, sizeof(T)>;
 
-// The columns of a tile that begin at `first_col`, kWidth of them, for loops over columns by Tile::advance(). If they may begin inside a
-// panel and run into the next one, the base is that of column 0, and each step is further by `chunk`.
+// The columns of a tile that begin at `first_col`, kWidth of them, for loops over columns by Tile::advance(). If the columns may begin
+// inside a panel and run into the next one, the base is that of column 0, and every step adds `chunk`.
 template <typename Tile, int kWidth>
 struct ColumnBase {
     static constexpr bool kAcrossPanels = kWidth % Tile::kPanel != 0 && Tile::kPanel % kWidth != 0;

@@ -46,7 +46,7 @@ struct FwdTraits {
     using TileK = TileOf<T, kBlockN, kHeadDim>;
     using TileV = TileOf<T, kBlockN, kWidth>;
     static constexpr int kSharedBytes = TileQ::kBytes + TileK::kBytes + TileV::kBytes;
-    static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // offsets in shared memory
+    static constexpr uint32_t sQ = 0, sK = TileQ::kBytes, sV = sK + TileK::kBytes;  // byte offsets in shared memory
     static_assert(kBlockM % kWarps == 0 && kWarpRows % 16 == 0, "a warp owns whole m16 tiles");
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };

@@ -42,8 +42,9 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Orders writes to shared memory before a wgmma or TMA that reads them. It stands before the barrier between them, in the threads that
-// write, or after it, in those that start the wgmma or TMA (PTX ISA, "causality order": a proxy fence along the path).
+// Orders writes to shared memory before a wgmma or TMA that reads them. A barrier separates the writers from the threads that start the
+// wgmma or TMA. Either the writers call this before that barrier, or the others after it (PTX ISA, "causality order": a proxy fence along
+// the path).
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Position of a reader or writer in a ring of pipeline stages.

@@ -36,7 +36,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
         return tile_range(tile.n_block * Base::kClusterKeys + (rank ^ 1) * kBlockN, kBlockN, tile.sequence.seqlen_k);
     }
 
-    // Offsets in shared memory, as in bwd_consumer.cuh.
+    // Byte offsets in shared memory, as in bwd_consumer.cuh.
     static constexpr int kKeysBytes = 2 * TileK::kBytes + TilePeerK::kBytes;  // k, v, then the peer's k
     static constexpr int kDsBytes = TileDs::kBytes / Base::kCluster;  // dS^T of one block
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sPeerK = sV + TileK::kBytes, sQ = kKeysBytes;

@@ -34,7 +34,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     __device__ __forceinline__ static int dq_row(int consumer) { return kDqSplitsRows ? consumer * kWarpgroupRows : 0; }
     __device__ __forceinline__ static int dq_col(int consumer) { return kDqSplitsRows ? 0 : consumer * Base::kFirstDqCols; }
 
-    // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
+    // Byte offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr int kKeysBytes = 2 * TileK::kBytes;  // k, then v
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sQ = kKeysBytes, sDo = sQ + kQStages * TileQ::kBytes;
     static constexpr uint32_t sDs = sDo + kDoStages * TileQ::kBytes, sDq = sDs + kDsStages * TileDs::kBytes;  // sDq: row groups of dq_accum

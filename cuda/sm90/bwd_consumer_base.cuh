@@ -100,7 +100,7 @@ struct BwdConsumerBase : ConsumerThread {
     // Each work tile has a tile of k and one of v.
     __device__ __forceinline__ Ring<1> key_ring() const { return {tiles.ring.passed}; }
 
-    // Offsets of the tiles of this step.
+    // Byte offsets of the tiles of this step.
     __device__ __forceinline__ uint32_t q() const { return Traits::sQ + q_ring.stage() * TileQ::kBytes; }
     __device__ __forceinline__ uint32_t do_() const { return Traits::sDo + do_ring.stage() * TileQ::kBytes; }
 

@@ -48,8 +48,8 @@ pub(super) struct Choice {
 
 /// Chooses among the kernels of `pass` that `allow` accepts and that can compute `problem` on this GPU.
 ///
-/// If the call allows plain TF32, those kernels come first. Then the smallest sufficient head_dim. Ties go to the kernel that suits
-/// the call, then to the newest architecture, then to the first line.
+/// If the call allows plain TF32, those kernels come first. Among these, the smallest sufficient head_dim wins. Ties go to the kernel
+/// that suits the call, then to the newest architecture, then to the first line.
 ///
 /// So Hopper uses a kernel of sm80 if sm90 has only larger head_dims. Nobody has measured whether those are faster there.
 pub(super) fn choose(problem: &Problem, pass: Pass, caps: &CudaCaps, allow: impl Fn(&Kernel) -> bool) -> Choice {
