@@ -124,6 +124,11 @@ __device__ __forceinline__ void recompute_row(const FwdParams& params, const Seq
     }
 }
 
+// A row of one head of a sequence.
+struct RowAt {
+    int row, head, batch;
+};
+
 // One warp recomputes its rows of a tile, Traits::kWarpRows from `first` on, and their columns from first_col on. It is not inlined, so
 // that it takes no registers from the main loop.
 template <typename Traits>

@@ -39,11 +39,6 @@ struct Sequence {
     }
 };
 
-// A row of one head. `row` counts in a sequence and `batch` counts sequences, or both count in a tensor.
-struct RowAt {
-    int row, head, batch;
-};
-
 // Row `row` of one head of one sequence of a tensor.
 template <typename T, typename Pointer>
 __device__ __forceinline__ T* row_of(Pointer* tensor, const Strides& strides, int batch, int row, int head) {

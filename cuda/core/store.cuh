@@ -22,7 +22,7 @@ __device__ __forceinline__ void store_fragment(uint32_t shared, uint32_t tile, c
                                                int first_row, int first_col, int lane) {
     const ColumnBase<Tile, 8 * kNTiles> columns(first_col);
     const uint32_t chunk_base = Tile::offset(first_row + fragment_row(lane, 0), columns.base);
-    const uint32_t base = shared + chunk_base + fragment_col(lane, 0) * 2;
+    const uint32_t base = shared + chunk_base + fragment_col(lane, 0) * int(sizeof(T));
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

@@ -24,9 +24,9 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One arrival. The phase also waits for `bytes` of TMA.
-__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+// One arrival. The phase also waits for `size_bytes` of TMA.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int size_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(size_bytes) : "memory");
 }
 
 // Waits for the end of the phase of parity `parity`. For a new barrier, the phase of parity 1 has ended already.

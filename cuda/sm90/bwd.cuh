@@ -93,7 +93,7 @@ __device__ __forceinline__ void backward(const Sm90BwdParams& params) {
     } else {
         cluster_sync();
     }
-    if (warp < Traits::kWarpgroupWarps) {
+    if (warp < kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
         const BwdProducer<Traits> producer{params, control, bytes, lane};
         if (warp == 0) producer.run();

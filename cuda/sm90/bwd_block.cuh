@@ -24,10 +24,6 @@ struct BwdShape : Warpgroups<kBwdConsumers, kBwdProducerMinRegisters> {
     using T = T_;
     using ScoreMod = ScoreMod_;
     using Groups::kConsumers;
-    using Groups::kWarpgroupRows;
-    using Groups::kWarpgroupThreads;
-    using Groups::kWarpgroupWarps;
-    using Groups::kWarpRows;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;  // keys of a thread block
@@ -138,8 +134,8 @@ struct BwdControl {
     uint64_t do_full[Traits::kDoStages], do_empty[Traits::kDoStages];        // do and delta
     uint64_t ds_full[Traits::kDsStages], ds_empty[Traits::kDsStages];
     // Clusters only.
-    uint64_t p_full[Traits::kWarpgroupWarps], p_empty[Traits::kWarpgroupWarps];  // P, from a warp of consumer 0 to one of consumer 1
-    uint64_t index_full, index_empty;                                            // the next work tile's index, from block 0 to block 1
+    uint64_t p_full[kWarpgroupWarps], p_empty[kWarpgroupWarps];  // P, from a warp of consumer 0 to one of consumer 1
+    uint64_t index_full, index_empty;                            // the next work tile's index, from block 0 to block 1
     int index;
 };
 

@@ -45,7 +45,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 2, kQStages_, kDoSt
     static constexpr uint32_t sDelta = sLseLog2 + kQStages * kRowValuesBytes, sControl = sDelta + kDoStages * kRowValuesBytes;
     static constexpr int kSharedBytes = sControl + Base::kControlBytes;
 
-    static_assert(kBlockM == Base::kWarpgroupRows && kBlockN == Base::kWarpgroupRows, "a consumer has a tile of 64 x 64");
+    static_assert(kBlockM == kWarpgroupRows && kBlockN == kWarpgroupRows, "a consumer has a tile of 64 x 64");
     static_assert(kSharedBytes <= kMaxSharedBytes, "a thread block gets no more shared memory");
 };
 
@@ -103,18 +103,18 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         if (lane == 0) mbarrier_arrive_peer(peer_address(empty, peer()));
         const BwdParams& bwd = params.bwd;
         const Sequence& sequence = Base::tile().sequence;
-        const int row = before.m_block * Traits::kBlockM + warp * Traits::kWarpRows;
+        const int row = before.m_block * Traits::kBlockM + warp * kWarpRows;
         const DqSemaphores semaphores{bwd.semaphores};
         const int64_t index = dq_tile_index<Traits::kBlockM>(bwd, sequence, before.head, before.m_block);
         if constexpr (kOrdered) {
             const int additions = additions_before<Traits>(bwd.shape, Base::tile(), before);
             if (warp == 0 && lane == 0) semaphores.poll(index, additions);
-            bar_sync<Traits::kWarpgroupThreads>(kOneConsumer + kConsumer);
+            bar_sync<kWarpgroupThreads>(kOneConsumer + kConsumer);
         }
         const int col = rank * Traits::kBlockCols + kDqCol;
         if (row < sequence.seqlen_q) add_to_dq<Traits::kHeadDim>(bwd, sequence, before.head, row, col, dq, lane);
         if constexpr (kOrdered) {
-            bar_sync<Traits::kWarpgroupThreads>(kOneConsumer + kConsumer);
+            bar_sync<kWarpgroupThreads>(kOneConsumer + kConsumer);
             if (warp == 0 && lane == 0) semaphores.post(index);
         }
     }
@@ -142,7 +142,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         Base::arrive(control.q_empty[q_ring.stage()]);
 #pragma unroll
         for (int j = 0; j < Traits::kNTiles; ++j)
-            p()[j * Traits::kWarpgroupThreads] = make_float4(x.x[0][j][0], x.x[0][j][1], x.x[0][j][2], x.x[0][j][3]);
+            p()[j * kWarpgroupThreads] = make_float4(x.x[0][j][0], x.x[0][j][1], x.x[0][j][2], x.x[0][j][3]);
         Base::arrive(control.p_full[warp]);
         Base::wait_for_do();
         Base::start_sum(sum, rounded, Base::do_());
@@ -156,7 +156,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
 
     // Sends this warp's keys of dS^T to the peer. They are contiguous.
     __device__ __forceinline__ void send_ds() const {
-        constexpr int kBytes = Traits::kDsBytes / Traits::kWarpgroupWarps;
+        constexpr int kBytes = Traits::kDsBytes / kWarpgroupWarps;
         const uint32_t full = shared_address(&control.ds_full[ds_ring.stage()]);
         const uint32_t from = shared + Traits::sDs + ds_ring.stage() * TileDs::kBytes + warp * kBytes;
         __syncwarp();
@@ -179,7 +179,7 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
         wgmma_wait<0>();
         wgmma_arrived(x);
         wait_full(&control.p_full[warp], p_ring());
-        Base::to_ds(x, rounded, delta, [&](int j) { return p()[j * Traits::kWarpgroupThreads]; });
+        Base::to_ds(x, rounded, delta, [&](int j) { return p()[j * kWarpgroupThreads]; });
         Base::arrive(control.p_empty[warp]);
         Base::arrive(control.do_empty[Base::do_ring.stage()]);
         Base::store_ds(rounded);
@@ -216,7 +216,6 @@ struct BwdClusterConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void clear_sums() { sum.clear(); }
 
     __device__ __forceinline__ void write_sums() {
-        if constexpr (kConsumer == 1) sum.scale(params.bwd.softmax_scale);
         if constexpr (kConsumer == 0) {
             Base::write_dv(sum);
         } else {

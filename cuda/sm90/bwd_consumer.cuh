@@ -21,7 +21,6 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     using Base::kHeadDim;
     using Base::kQStages;
     using Base::kRowValuesBytes;
-    using Base::kWarpgroupRows;
 
     // A consumer's first key in the tile.
     __device__ __forceinline__ static int first_key(int consumer) { return consumer * kWarpgroupRows; }
@@ -47,7 +46,7 @@ struct BwdTraits<T_, kHeadDim_, kBlockM_, kBlockN_, kWarps_, 1, kQStages_, kDoSt
     static constexpr bool kDvFirst = !ScoreMod_::kIdentity && kBlockM > kWarpgroupRows;
     static constexpr bool kReadsEarly = kBlockM <= kWarpgroupRows;
 
-    static constexpr int kDqThreads = Base::kWarpgroupThreads + kWarpSize;  // a consumer, and the warp that adds its dq
+    static constexpr int kDqThreads = kWarpgroupThreads + kWarpSize;  // a consumer, and the warp that adds its dq
 
     static_assert(Base::kBlockN == kConsumers * kWarpgroupRows, "a consumer owns 64 keys");
     static_assert(kDqSplitsRows || kBlockM == kWarpgroupRows, "a consumer computes 64 rows of dq");
@@ -93,7 +92,7 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     __device__ __forceinline__ void pass_on_dq(DsRing at) {
         Base::arrive(control.ds_empty[at.stage()]);
         bar_sync<kDqThreads>(kDqRead + consumer);
-        const int row = Traits::dq_row(consumer) + warp * Traits::kWarpRows;
+        const int row = Traits::dq_row(consumer) + warp * kWarpRows;
         store_dq<Traits::kHeadDim>(reinterpret_cast<float*>(bytes + Traits::sDq), row, Traits::dq_col(consumer), dq, lane);
         bar_arrive<kDqThreads>(kDqWritten + consumer);
     }
@@ -159,7 +158,6 @@ struct BwdConsumer : BwdConsumerBase<Traits> {
     }
 
     __device__ __forceinline__ void write_sums() {
-        dk.scale(params.bwd.softmax_scale);
         Base::write_dk(dk);
         Base::write_dv(dv);
     }

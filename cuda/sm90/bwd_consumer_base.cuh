@@ -67,7 +67,7 @@ struct BwdConsumerBase : ConsumerThread {
 
     __device__ __forceinline__ void start_walk() {
         const int first = tile().cols.begin + Traits::first_key(consumer);
-        walk = bwd_walk<Traits>(params.bwd.shape, tile(), {first, first + Traits::kWarpgroupRows});
+        walk = bwd_walk<Traits>(params.bwd.shape, tile(), {first, first + kWarpgroupRows});
     }
 
     // The work tiles of this thread block. Self: the consumer.
@@ -95,7 +95,7 @@ struct BwdConsumerBase : ConsumerThread {
     }
 
     // This warp's first key in the tile.
-    __device__ __forceinline__ int tile_key() const { return Traits::first_key(consumer) + warp * Traits::kWarpRows; }
+    __device__ __forceinline__ int tile_key() const { return Traits::first_key(consumer) + warp * kWarpRows; }
 
     // Each work tile has a tile of k and one of v.
     __device__ __forceinline__ Ring<1> key_ring() const { return {tiles.ring.passed}; }
@@ -122,7 +122,7 @@ struct BwdConsumerBase : ConsumerThread {
     // padding keys, or with zeros. Their NaN times 0 would be NaN. All consumers share the work.
     template <typename Tile>
     __device__ __forceinline__ void clear_tail(uint32_t tile, int rows) const {
-        const int thread = (consumer * Traits::kWarpgroupWarps + warp) * kWarpSize + lane;
+        const int thread = (consumer * kWarpgroupWarps + warp) * kWarpSize + lane;
         for (int i = rows * Tile::kChunksPerRow + thread; i < Tile::kRows * Tile::kChunksPerRow; i += Traits::kConsumerThreads)
             *reinterpret_cast<uint4*>(bytes + tile + Tile::offset(i / Tile::kChunksPerRow, i % Tile::kChunksPerRow)) = uint4{};
     }
@@ -252,8 +252,9 @@ struct BwdConsumerBase : ConsumerThread {
         for (int step = 0; step < Traits::kKSteps; ++step) stmatrix_x4(TileDs::advance(to, 2 * step), ds[step]);
     }
 
-    // Writes this warp's keys of dk, or of dv.
-    __device__ __forceinline__ void write_dk(const SumTile& dk) const {
+    // Writes this warp's keys of dk, times the softmax scale, or of dv.
+    __device__ __forceinline__ void write_dk(SumTile& dk) const {
+        dk.scale(params.bwd.softmax_scale);
         write(params.bwd.dk, params.bwd.dk_strides, params.bwd.shape.head_dim, dk);
     }
     __device__ __forceinline__ void write_dv(const SumTile& dv) const {

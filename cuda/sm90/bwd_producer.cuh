@@ -185,7 +185,7 @@ struct BwdProducer {
                 if (bwd.semaphores != nullptr) wait_for_additions_before(tile, queries);
                 bar_sync<Traits::kDqThreads>(kDqWritten + kConsumer);
                 fence_proxy_async();  // not in the consumer: there it would wait until the consumer's own writes are done
-                if (lane < Traits::kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
+                if (lane < kWarpgroupRows / kDqGroupRows && first_row + row < sequence.seqlen_q) {
                     float* to = bwd.dq_accum + (first_group * kDqGroupRows + first_row) * Traits::kHeadDim + offset;
                     bulk_add(to, shared_address(bytes) + Traits::sDq + offset * uint32_t(sizeof(float)), kGroupBytes);
                 }

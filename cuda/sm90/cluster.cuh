@@ -40,10 +40,10 @@ __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Starts a copy of `bytes` to the peer. `to` and `barrier` are addresses of peer_address(); the barrier counts the bytes.
-__device__ __forceinline__ void copy_to_peer(uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
+// Starts a copy of `size_bytes` to the peer. `to` and `barrier` are addresses of peer_address(); the barrier counts the bytes.
+__device__ __forceinline__ void copy_to_peer(uint32_t to, uint32_t from, int size_bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from),
-                 "r"(bytes), "r"(barrier)
+                 "r"(size_bytes), "r"(barrier)
                  : "memory");
 }
 

@@ -24,7 +24,7 @@ namespace fa2::sm90 {
 
 template <typename Traits>
 __device__ __forceinline__ void init_barriers(FwdControl<Traits>& control) {
-    constexpr int kConsumerWarps = Traits::kWarpgroupWarps * Traits::kConsumers;
+    constexpr int kConsumerWarps = kWarpgroupWarps * Traits::kConsumers;
     mbarriers_init(control.k_full, 1);
     mbarriers_init(control.v_full, 1);
     mbarriers_init(control.k_empty, kConsumerWarps);
@@ -40,7 +40,7 @@ __device__ __forceinline__ void recompute_tiles(const Sm90FwdParams& params, con
 #pragma unroll 1
     for (int number = 0; number < Traits::kMaxTiles; ++number) {
         if ((control.nonfinite[number / 32] >> number % 32 & 1) == 0) continue;
-        const WorkTile tile = query_tile<Traits>(params, control.taken[number], lane);
+        const FwdTile tile = query_tile<Traits>(params, control.taken[number], lane);
         recompute_rows<Traits>(params.fwd, {tile.block * Traits::kBlockM + warp_row, tile.head, tile.sequence.batch});
     }
 }
@@ -61,7 +61,7 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     }
     if (threadIdx.x < Traits::kMaxTiles / 32) control.nonfinite[threadIdx.x] = 0;
     __syncthreads();
-    if (warp < Traits::kWarpgroupWarps) {
+    if (warp < kWarpgroupWarps) {
         give_registers<Traits::kProducerRegisters>();
         if (warp == 0) FwdProducer<Traits>{params, control, shared, lane}.run();
         return;
@@ -70,10 +70,10 @@ __device__ __forceinline__ void forward(const Sm90FwdParams& params) {
     const ConsumerThread thread = Traits::consumer_thread(warp, lane);
     FwdConsumer<Traits>{thread, params, control, shared}.run();
     // All consumers have set their bits and written their rows.
-    bar_sync<Traits::kWarpgroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);
+    bar_sync<kWarpgroupWarps * kWarpSize * Traits::kConsumers>(kFirstNamedBarrier);
     uint32_t any = 0;
     for (int i = 0; i < Traits::kMaxTiles / 32; ++i) any |= control.nonfinite[i];
-    if (any != 0) recompute_tiles(params, control, Traits::kWarpgroupRows * thread.consumer + Traits::kWarpRows * thread.warp, lane);
+    if (any != 0) recompute_tiles(params, control, kWarpgroupRows * thread.consumer + kWarpRows * thread.warp, lane);
 }
 
 }  // namespace fa2::sm90

@@ -16,17 +16,16 @@ constexpr int kFwdProducerMinRegisters = 32;  // enough without local memory (do
 
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kQStages_, int kMidWait_,
           int kLateRescale_, typename ScoreMod_>
-struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerMinRegisters> {
-    using Groups = Warpgroups<kBlockM_ / 64, kFwdProducerMinRegisters>;
+struct FwdTraits : Warpgroups<kBlockM_ / kWarpgroupRows, kFwdProducerMinRegisters> {
+    using Groups = Warpgroups<kBlockM_ / kWarpgroupRows, kFwdProducerMinRegisters>;
     using Groups::kConsumers;
-    using Groups::kWarpgroupRows;
-    using Groups::kWarpgroupWarps;
     using T = T_;
     using ScoreMod = ScoreMod_;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kBlockM = kBlockM_;
     static constexpr int kBlockN = kBlockN_;
     static constexpr int kWarps = kWarps_;
+    static constexpr int kWarpRows = sm90::kWarpRows;  // for recompute_rows()
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kMinBlocks = 1;  // the registers of a block fill a multiprocessor
     static constexpr int kNTiles = kBlockN / 8;
@@ -43,7 +42,7 @@ struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerMinRegisters> {
     // Work tiles that one block can take (max_tiles of the launch). At head_dim 256 the tiles (64 + 160 KB) leave 3 KB of the 227 for
     // FwdControl, and the indices of 512 work tiles take 2 KB of these.
     static constexpr int kMaxTiles = 512;
-    // Slots of WorkTile: while a consumer writes tile n, the producer may publish n + 1 and n + 2. A power of two makes the index cheap.
+    // Slots of FwdTile: while a consumer writes tile n, the producer may publish n + 1 and n + 2. A power of two makes the index cheap.
     static constexpr int kTileStages = 4;
     static constexpr int kKeyStepsStages = 2;  // slots of KeySteps: the current tile of a consumer warp, and the next one
 
@@ -57,13 +56,18 @@ struct FwdTraits : Warpgroups<kBlockM_ / 64, kFwdProducerMinRegisters> {
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
+// A work tile of the forward.
+struct FwdTile : WorkTile {
+    int number;  // among those of its thread block; publish() sets it
+};
+
 // The steps of one consumer in a work tile. Ranges and counts are in key tiles.
 struct KeySteps {
     Range own;             // key tiles that this consumer's rows see. If they see none but those of another consumer do: one hidden tile
     Range unmasked;        // key tiles of the steps after the first in which nothing is hidden
     bool first_unmasked;   // nothing is hidden in the first step
-    int before;            // number of tiles that the producer loads before `own` ..
-    int after;             // .. and after it
+    int tiles_before;      // tiles that the producer loads before `own` ..
+    int tiles_after;       // .. and after it
 };
 
 // The data after the tiles in shared memory.
@@ -71,9 +75,9 @@ template <typename Traits>
 struct FwdControl {
     uint64_t k_full[Traits::kKeyStages], k_empty[Traits::kKeyStages];
     uint64_t v_full[Traits::kKeyStages], v_empty[Traits::kKeyStages];
-    uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the WorkTile is there too
-    WorkTile tiles[Traits::kTileStages];
-    KeySteps key_steps[Traits::kWarpgroupWarps * Traits::kConsumers][Traits::kKeyStepsStages];
+    uint64_t q_full[Traits::kQStages], q_empty[Traits::kQStages];  // full: the FwdTile is there too
+    FwdTile tiles[Traits::kTileStages];
+    KeySteps key_steps[kWarpgroupWarps * Traits::kConsumers][Traits::kKeyStepsStages];
     uint32_t nonfinite[Traits::kMaxTiles / 32];  // a bit for each of this block's tiles: some o is not finite
     int taken[Traits::kMaxTiles];                // the index in the schedule of each of this block's tiles
 };
@@ -86,8 +90,8 @@ __device__ __forceinline__ Range key_tiles(const Visibility& sees, Range rows) {
 
 // Work tile `index` of the schedule. The last queries come first: under a causal mask, they see the most keys.
 template <typename Traits>
-__device__ __forceinline__ WorkTile query_tile(const Sm90FwdParams& params, int index, int lane) {
-    return work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, BlockOrder::kDescending, index, lane);
+__device__ __forceinline__ FwdTile query_tile(const Sm90FwdParams& params, int index, int lane) {
+    return {work_tile<Axis::kQueries, Traits::kBlockM>(params.fwd.shape, params.schedule, BlockOrder::kDescending, index, lane), 0};
 }
 
 template <typename Traits>

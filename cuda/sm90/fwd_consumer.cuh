@@ -30,14 +30,14 @@ struct FwdConsumer : ConsumerThread {
     float rescale[2];  // factors that o still needs after the last softmax
     int current = 0;   // the number of the current work tile, among those of this block
 
-    __device__ __forceinline__ const WorkTile& tile_of(int number) const { return control.tiles[number % Traits::kTileStages]; }
+    __device__ __forceinline__ const FwdTile& tile_of(int number) const { return control.tiles[number % Traits::kTileStages]; }
     __device__ __forceinline__ KeySteps& key_steps_of(int number) const {
-        return control.key_steps[Traits::kWarpgroupWarps * consumer + warp][number % Traits::kKeyStepsStages];
+        return control.key_steps[kWarpgroupWarps * consumer + warp][number % Traits::kKeyStepsStages];
     }
     __device__ __forceinline__ Ring<Traits::kQStages> q_ring_of(int number) const { return {uint32_t(number)}; }
     // The first row of this consumer.
     __device__ __forceinline__ int first_row(const WorkTile& tile) const {
-        return tile.block * Traits::kBlockM + Traits::kWarpgroupRows * consumer;
+        return tile.block * Traits::kBlockM + kWarpgroupRows * consumer;
     }
     __device__ __forceinline__ float scale_log2() const { return ScoreMod::scale_log2(params.fwd.shape); }
 
@@ -49,7 +49,7 @@ struct FwdConsumer : ConsumerThread {
         if (!tile.exists()) return false;
         const Visibility sees(params.fwd.shape, tile.sequence);
         const Range tiles = key_tiles<Traits>(sees, rows_of<Traits>(tile));
-        const Range rows = tile_range(first_row(tile), Traits::kWarpgroupRows, tile.sequence.seqlen_q);
+        const Range rows = tile_range(first_row(tile), kWarpgroupRows, tile.sequence.seqlen_q);
         KeySteps key_steps;
         key_steps.own = rows.empty() ? Range{tiles.begin, tiles.begin} : key_tiles<Traits>(sees, rows);
         // Rows that see nothing still need row statistics, so they take one fully hidden tile.
@@ -57,8 +57,8 @@ struct FwdConsumer : ConsumerThread {
         const Range common = sees.common_keys(rows);
         key_steps.unmasked = {max(ceil_div(common.begin, Traits::kBlockN), key_steps.own.begin), common.end / Traits::kBlockN};
         key_steps.first_unmasked = key_steps.unmasked.contains({key_steps.own.end - 1, key_steps.own.end});
-        key_steps.before = tiles.end - key_steps.own.end;
-        key_steps.after = key_steps.own.begin - tiles.begin;
+        key_steps.tiles_before = tiles.end - key_steps.own.end;
+        key_steps.tiles_after = key_steps.own.begin - tiles.begin;
         __syncwarp();
         if (lane == 0) key_steps_of(number) = key_steps;
         __syncwarp();
@@ -66,7 +66,7 @@ struct FwdConsumer : ConsumerThread {
     }
 
     // This warp arrives at a barrier: it has read a stage. Its lanes come from a wait for wgmmas or a __syncwarp(), so they are together.
-    __device__ __forceinline__ void arrive(uint64_t& barrier) const {
+    __device__ __forceinline__ void arrive_together(uint64_t& barrier) const {
         if (lane == 0) mbarrier_arrive(shared_address(&barrier));
     }
 
@@ -74,7 +74,7 @@ struct FwdConsumer : ConsumerThread {
     __device__ __forceinline__ void start_scores(int number) {
         wait_full(control.k_full, k_ring);
         const uint32_t tile_q = shared + Traits::sQ + q_ring_of(number).stage() * TileQ::kBytes;
-        const Operand<TileQ, Order::kContiguousK> q(tile_q, consumer * Traits::kWarpgroupRows);
+        const Operand<TileQ, Order::kContiguousK> q(tile_q, consumer * kWarpgroupRows);
         const Operand<TileK, Order::kContiguousK> k(shared + Traits::sK + k_ring.stage() * TileK::kBytes);
         start_multiply<T, Traits::kHeadDim / 16>(s, q, k);
     }
@@ -90,7 +90,7 @@ struct FwdConsumer : ConsumerThread {
     __device__ __forceinline__ void scores_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(s);
-        arrive(control.k_empty[k_ring.stage()]);
+        arrive_together(control.k_empty[k_ring.stage()]);
         k_ring.advance();
     }
 
@@ -98,7 +98,7 @@ struct FwdConsumer : ConsumerThread {
     __device__ __forceinline__ void output_arrived() {
         wgmma_wait<kPending>();
         wgmma_arrived(o);
-        arrive(control.v_empty[v_ring.stage()]);
+        arrive_together(control.v_empty[v_ring.stage()]);
         v_ring.advance();
     }
 
@@ -110,7 +110,7 @@ struct FwdConsumer : ConsumerThread {
         const Visibility sees(params.fwd.shape, tile.sequence);
         const ScoreMod score_mod(params.fwd.shape, tile.sequence, tile.head);
         const int lane = opaque(this->lane);
-        const int row = first_row(tile) + Traits::kWarpRows * warp + fragment_row(lane, 0);
+        const int row = first_row(tile) + kWarpRows * warp + fragment_row(lane, 0);
         const int col = n_block * Traits::kBlockN + fragment_col(lane, 0);
         apply_and_hide<kMasked>(score_mod, s, sees, row, col);
     }
@@ -200,8 +200,7 @@ struct FwdConsumer : ConsumerThread {
     // Skips a stage of k, or of v: a key tile that is fully masked for this consumer's rows.
     __device__ __forceinline__ void skip(uint64_t* full, uint64_t* empty, Ring<Traits::kKeyStages>& ring) {
         wait_full(full, ring);
-        __syncwarp();  // every lane has seen this phase end
-        arrive(empty[ring.stage()]);
+        arrive_warp(empty[ring.stage()], lane);  // every lane has seen this phase end
         ring.advance();
     }
     __device__ __forceinline__ void skip_k(int count) {
@@ -220,15 +219,15 @@ struct FwdConsumer : ConsumerThread {
     }
 
     // Divides o by the row sums and writes this warp's rows of a work tile.
-    __device__ __forceinline__ void write(const WorkTile& tile, OnlineSoftmax<1>& statistics) {
+    __device__ __forceinline__ void write(const FwdTile& tile, OnlineSoftmax<1>& statistics) {
         const int lane = opaque(this->lane);
         if (__any_sync(~0u, !o.finite()) && lane == 0) atomicOr(&control.nonfinite[tile.number / 32], 1u << tile.number % 32);
-        const int row = first_row(tile) + Traits::kWarpRows * warp;
+        const int row = first_row(tile) + kWarpRows * warp;
         write_rows<T>(params.fwd, tile.sequence, tile.head, row, lane, o, statistics, scale_log2());
     }
 
     // Writes o = 0 and lse = -inf for rows that see nothing.
-    __device__ __forceinline__ void write_nothing_seen(const WorkTile& tile) {
+    __device__ __forceinline__ void write_nothing_seen(const FwdTile& tile) {
         o.clear();
         OnlineSoftmax<1> nothing;
         nothing.clear();
@@ -239,15 +238,15 @@ struct FwdConsumer : ConsumerThread {
     // consumer holds the v of that product, and so the producer can load only kKeyStages + 1 more k. One of them is the k of that S, so at
     // most kKeyStages key tiles may be skipped before it.
     __device__ __forceinline__ bool flows_into(const KeySteps& next) const {
-        return !next.own.empty() && key_steps_of(current).after + next.before <= Traits::kKeyStages;
+        return !next.own.empty() && key_steps_of(current).tiles_after + next.tiles_before <= Traits::kKeyStages;
     }
 
     // Skips a work tile in which this consumer has no rows, or in which its rows see nothing.
     __device__ __forceinline__ void skip_tile(const KeySteps& key_steps) {
-        const WorkTile& tile = tile_of(current);
-        if (key_steps.before + key_steps.after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
-        skip_keys(key_steps.before + key_steps.after);
-        arrive(control.q_empty[q_ring_of(current).stage()]);
+        const FwdTile& tile = tile_of(current);
+        if (key_steps.tiles_before + key_steps.tiles_after == 0 && first_row(tile) < tile.sequence.seqlen_q) write_nothing_seen(tile);
+        skip_keys(key_steps.tiles_before + key_steps.tiles_after);
+        arrive_together(control.q_empty[q_ring_of(current).stage()]);
     }
 
     __device__ __forceinline__ void run() {
@@ -259,13 +258,13 @@ struct FwdConsumer : ConsumerThread {
                 exists = take(++current);
                 continue;
             }
-            skip_keys(key_steps.before);
+            skip_keys(key_steps.tiles_before);
             start_scores(current);
             first_softmax(current);
             bool flows = true;
             while (flows) {
                 const bool fresh = steps();
-                arrive(control.q_empty[q_ring_of(current).stage()]);
+                arrive_together(control.q_empty[q_ring_of(current).stage()]);
                 OnlineSoftmax<1> statistics = softmax;
                 start_output(fresh);
                 flows = false;
@@ -274,7 +273,7 @@ struct FwdConsumer : ConsumerThread {
                     flows = exists && flows_into(key_steps_of(current + 1));
                 }
                 if (flows) {
-                    const int between = key_steps_of(current).after + key_steps_of(current + 1).before;
+                    const int between = key_steps_of(current).tiles_after + key_steps_of(current + 1).tiles_before;
                     skip_k(between);
                     start_scores(current + 1);
                     output_arrived<1>();
@@ -283,7 +282,7 @@ struct FwdConsumer : ConsumerThread {
                     first_softmax(current + 1);
                 } else {
                     output_arrived();
-                    skip_keys(key_steps_of(current).after);
+                    skip_keys(key_steps_of(current).tiles_after);
                     write(tile_of(current), statistics);
                     if constexpr (Traits::kQStages == 1) exists = take(current + 1);
                 }

@@ -27,7 +27,7 @@ struct FwdProducer {
     // v of the last key tile whose k has been loaded.
     struct PendingV {
         bool exists;
-        RowAt first;
+        BoxAt first;
     } pending_v = {};
 
     // Asks for the index of the next tile.
@@ -43,11 +43,11 @@ struct FwdProducer {
     }
 
     // Takes the tile of the last request(), or the next one that has rows.
-    __device__ __forceinline__ WorkTile take() {
+    __device__ __forceinline__ FwdTile take() {
         while (true) {
             index = __shfl_sync(~0u, next_index, 0);
             if (uint32_t(index) >= uint32_t(params.schedule.tiles)) break;  // each block counts one past the end
-            const WorkTile tile = query_tile<Traits>(params, index, lane);
+            const FwdTile tile = query_tile<Traits>(params, index, lane);
             if (!rows_of<Traits>(tile).empty()) {
                 ++taken;
                 return tile;
@@ -55,13 +55,13 @@ struct FwdProducer {
             if (params.schedule.counters == nullptr) break;
             request();
         }
-        WorkTile end = {};
+        FwdTile end = {};
         end.block = -1;
         return end;
     }
 
     // Hands a tile, or the end, to the consumers. Starts the copy of its q if they will need it.
-    __device__ __forceinline__ void publish(WorkTile tile, bool copy) {
+    __device__ __forceinline__ void publish(FwdTile tile, bool copy) {
         wait_empty(control.q_empty, q_ring);
         if (lane == 0) {
             const uint32_t full = shared_address(&control.q_full[q_ring.stage()]);
@@ -83,7 +83,7 @@ struct FwdProducer {
     __device__ __forceinline__ int batch_of(const WorkTile& tile) const { return batch_entry(params.fwd.shape, tile.sequence); }
 
     __device__ __forceinline__ void load(Ring<Traits::kKeyStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
-                                         const TensorMap& map, const RowAt& first) {
+                                         const TensorMap& map, const BoxAt& first) {
         wait_empty(empty, ring);
         if (lane == 0) {
             const uint32_t barrier = shared_address(&full[ring.stage()]);
@@ -115,10 +115,10 @@ struct FwdProducer {
         // With two stages of q, a tile is published while the keys of the tile before are loaded. With one, after its own first k.
         constexpr bool kPublishesEarly = Traits::kQStages > 1;
         request();
-        WorkTile next = take();
+        FwdTile next = take();
         if (kPublishesEarly) publish(next, !tiles_of(next).empty());
         while (next.exists()) {
-            const WorkTile tile = next;
+            const FwdTile tile = next;
             const Range tiles = tiles_of(tile);
             request();
             const auto take_next = [&] {

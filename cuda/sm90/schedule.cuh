@@ -14,8 +14,7 @@ enum class BlockOrder { kAscending, kDescending };  // of the blocks of a head
 struct WorkTile {
     Sequence sequence;
     int head;
-    int block;   // -1: there is no further tile
-    int number;  // counts the tiles of this thread block
+    int block;  // -1: there is no further tile
 
     __device__ __forceinline__ bool exists() const { return block >= 0; }
 };
@@ -55,7 +54,6 @@ __device__ __forceinline__ WorkTile work_tile(const Shape& shape, const Schedule
     const int rest = index - first_head * schedule.head_tiles;
     const int head = first_head + rest % in_section;
     WorkTile tile;
-    tile.number = 0;
     tile.head = packed ? head : head % num_heads;
     tile.block = order == BlockOrder::kDescending ? schedule.head_tiles - 1 - rest / in_section : rest / in_section;
     int batch = head / num_heads;

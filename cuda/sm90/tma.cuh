@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "../core/sequence.cuh"
 #include "../params.h"
 #include "barrier.cuh"
 
@@ -15,8 +14,13 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Loads the box that begins at column `col` of row `at` of the tensor.
-__device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int col, const RowAt& at) {
+// The first row of a box.
+struct BoxAt {
+    int row, head, batch;  // of the tensor map
+};
+
+// Loads the box that begins at column `col` of row `at`.
+__device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int col, const BoxAt& at) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
             shared),
@@ -26,22 +30,23 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const TensorMap& map, 
 
 // Loads a whole tile, whose first row is `at`, from column `first_col` on: one box for each of its panels.
 template <typename Tile>
-__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, const RowAt& at, int first_col = 0) {
+__device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& map, uint32_t barrier, const BoxAt& at, int first_col = 0) {
 #pragma unroll
     for (int col = 0; col < Tile::kCols; col += Tile::kPanel)
-        tma_load(shared + col * Tile::kRows * 2, map, barrier, first_col + col, at);
+        tma_load(shared + col * Tile::kRows * Tile::kElementBytes, map, barrier, first_col + col, at);
 }
 
 // The same. Also arrives at the barrier and makes it wait for the tile.
 template <typename Tile>
-__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, const RowAt& at) {
+__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, const BoxAt& at) {
     mbarrier_arrive_expect(barrier, Tile::kBytes);
     tma_load_tile<Tile>(shared, map, barrier, at);
 }
 
-// Starts to add `bytes` of floats to global memory, as one bulk group.
-__device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+// Starts to add `size_bytes` of floats to global memory, as one bulk group.
+__device__ __forceinline__ void bulk_add(float* to, uint32_t from, int size_bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(size_bytes)
+                 : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 

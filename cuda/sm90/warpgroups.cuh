@@ -5,6 +5,11 @@
 
 namespace fa2::sm90 {
 
+constexpr int kWarpgroupWarps = 4;
+constexpr int kWarpgroupRows = 64;  // the M of wgmma
+constexpr int kWarpRows = kWarpgroupRows / kWarpgroupWarps;
+constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpSize;
+
 // A thread of a consumer.
 struct ConsumerThread {
     int consumer;  // 0 .. kConsumers - 1
@@ -16,10 +21,6 @@ struct ConsumerThread {
 template <int kConsumers_, int kProducerMinRegisters>
 struct Warpgroups {
     static constexpr int kConsumers = kConsumers_;
-    static constexpr int kWarpgroupWarps = 4;  // warps of a warpgroup
-    static constexpr int kWarpgroupRows = 64;  // the M of wgmma
-    static constexpr int kWarpRows = kWarpgroupRows / kWarpgroupWarps;
-    static constexpr int kWarpgroupThreads = kWarpgroupWarps * kWarpSize;
 
     // Registers of a thread (setmaxnreg takes multiples of 8). A launch gives every warpgroup the same number; the producer keeps
     // at least kProducerMinRegisters, and the consumers share the others in multiples of 8.

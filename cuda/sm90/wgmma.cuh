@@ -56,8 +56,10 @@ struct Operand {
     // The descriptor of step `step`: of 16 columns of the tile, or of 16 rows if transposed.
     __device__ __forceinline__ uint64_t at(int step) const {
         constexpr int kPanelSteps = Tile::kPanel / 16;
-        const int bytes = kTransposed ? Tile::row_step(16 * step) : step / kPanelSteps * kPanelBytes + step % kPanelSteps * 32;
-        return descriptor + uint64_t(bytes / 16);
+        constexpr int kStepBytes = 16 * Tile::kElementBytes;
+        const int offset_bytes = kTransposed ? Tile::row_step(16 * step)
+                                             : step / kPanelSteps * kPanelBytes + step % kPanelSteps * kStepBytes;
+        return descriptor + uint64_t(offset_bytes / 16);
     }
 };
 
