@@ -7,6 +7,7 @@
 
 namespace fa2 {
 
+constexpr int kWarpSize = 32;      // threads of a warp
 constexpr int kDqGroupRows = 8;    // queries of a row group of dq_accum (core/dq_accum.cuh)
 constexpr int kConvertCols = 32;   // columns of a row group that a warp of the conversion takes
 constexpr int kDeltaChunk = 8;     // elements of one access of a thread of delta: 16 bytes, or 32 of f32

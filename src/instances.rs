@@ -113,9 +113,6 @@ pub struct Kernel {
     pub box_cols: usize,
 }
 
-/// Threads of a warp.
-pub(crate) const WARP_SIZE: usize = 32;
-
 impl Kernel {
     /// Thread blocks that share the columns of a work tile. Each computes all scores.
     pub fn parts(&self) -> usize {

@@ -6,9 +6,10 @@
 
 #include <cstdint>
 
+#include "../params.h"
+
 namespace fa2 {
 
-constexpr int kWarpSize = 32;
 constexpr int kMaxSharedBytes = 227 * 1024;    // of a thread block on compute capability 9.0, which has the most
 constexpr int kRegistersPerSm = 64 * 1024;     // on every GPU from 8.0 on
 constexpr float kLog2e = 1.4426950408889634f;  // 1 / ln 2

@@ -11,10 +11,7 @@ use super::driver::error_name;
 use super::module;
 use super::params::{Params, NULL};
 use crate::error::{Error, Result};
-use crate::plan::Launch;
-
-/// The largest gridDim.z (CUDA C++ Programming Guide, technical specifications per compute capability). It counts sequences.
-const MAX_SEQUENCES: usize = 65_535;
+use crate::plan::{Launch, MAX_GRID_YZ};
 
 /// Collects the addresses for the arguments of one launch. It holds cudarc's guards until the kernel is queued, so earlier writes
 /// finish first and later uses wait. The borrows keep the memory alive.
@@ -51,14 +48,14 @@ impl<'a> Launcher<'a> {
         address
     }
 
-    /// Queues the kernel, once per `MAX_SEQUENCES` sequences. An empty grid queues nothing, because the driver refuses it.
+    /// Queues the kernel, once per `MAX_GRID_YZ` sequences: gridDim.z counts them. An empty grid queues nothing, because the driver refuses it.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver refuses the kernel, or if an earlier kernel has failed.
     pub fn launch<P: Params>(self, launch: &Launch, params: &P) -> Result<()> {
         let sequences = launch.grid.2;
-        for first in (0..sequences).step_by(MAX_SEQUENCES) {
-            let count = (sequences - first).min(MAX_SEQUENCES as u32);
+        for first in (0..sequences).step_by(MAX_GRID_YZ) {
+            let count = (sequences - first).min(MAX_GRID_YZ as u32);
             let mut params = *params;
             params.shape_mut().first_batch = first as i32;
             let (x, y, _) = launch.grid;

@@ -9,7 +9,7 @@ mod tile;
 pub use self::caps::{CudaCaps, DeviceCaps};
 pub use self::cpu::CpuPlan;
 #[cfg(feature = "cuda")]
-pub(crate) use self::cuda::{axes, readable, MAX_SEQLEN};
+pub(crate) use self::cuda::{axes, readable, MAX_GRID_YZ, MAX_SEQLEN};
 pub use self::cuda::{BackwardPlan, CudaPlan, DqAccum, Launch, Reason, Rejection, RowBlocks, Schedule};
 pub use self::tile::Tile;
 use crate::error::{Error, Result};

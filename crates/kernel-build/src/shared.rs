@@ -12,7 +12,8 @@ const SM90_BWD_CONTROL_BYTES: usize = 512;
 /// Pipeline stages of k, and of v, in the sm90 forward.
 const SM90_KEY_STAGES: usize = 2;
 
-/// The largest number of columns of o, dq, dk or dv of a thread block.
+/// The largest number of columns of o, dq, dk or dv of a thread block: `kMaxWidth` of cuda/params.h. The assertion on kSharedBytes fails
+/// if they differ.
 const MAX_WIDTH: usize = 256;
 
 /// Bytes of one tile of q, and of one tile of k or v.

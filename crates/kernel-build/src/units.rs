@@ -6,6 +6,7 @@ use crate::family::{Dtype, Entry, Family, Grid, Template, Variant};
 use crate::params::Structs;
 use crate::table::{Line, Table};
 
+/// `kWarpSize` of cuda/params.h. The assertion on kThreads fails if they differ.
 const WARP_SIZE: usize = 32;
 
 /// One source file with the kernels of a line. Units are compiled separately.

@@ -41,7 +41,7 @@ fn the_description_has_all_that_a_launch_needs() -> Result<()> {
     let json = describe(&units(&table), &structs, &root().join("cuda"))?.to_string();
     for part in [
         "{\"flags\": [\"-std=c++17\", ",
-        "\"constants\": {\"kDqGroupRows\": 8, \"kConvertCols\": 32, ",
+        "\"constants\": {\"kWarpSize\": 32, \"kDqGroupRows\": 8, ",
         "\"max_tiles\": 512, \"box_cols\": 64, ",
         "\"params\": \"DeltaParams\", \"threads\": 256, \"shared_bytes\": 0, \"warps\": 8}",
         "\"sm\": 90, \"exact\": true, ",

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::instances::KERNELS;
 use crate::problem::{Problem, Strides};
 
-/// The largest gridDim.y (CUDA C++ Programming Guide, technical specifications per compute capability).
-const MAX_GRID_Y: usize = 65_535;
+/// The largest gridDim.y and gridDim.z (CUDA C++ Programming Guide, technical specifications per compute capability).
+pub(crate) const MAX_GRID_YZ: usize = 65_535;
 
 /// Kernels add rows, mask bounds and tiles in 32-bit integers. With this limit, a sum of three of these is below 2^31.
 pub(crate) const MAX_SEQLEN: usize = 1 << 29;
@@ -26,7 +26,7 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     }
     for (name, got, max) in [
         ("batch", problem.batch(), MAX_SEQLEN),
-        ("num_heads", problem.num_heads, MAX_GRID_Y),
+        ("num_heads", problem.num_heads, MAX_GRID_YZ),
         ("rows of q", problem.rows_q(), i32::MAX as usize),
         ("rows of k", problem.rows_k(), i32::MAX as usize),
         ("seqlen_q", problem.max_seqlen_q(), MAX_SEQLEN),

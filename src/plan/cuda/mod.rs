@@ -15,7 +15,7 @@ pub use self::backward::{BackwardPlan, DqAccum, RowBlocks};
 pub use self::choice::Rejection;
 pub use self::launch::Launch;
 #[cfg(feature = "cuda")]
-pub(crate) use self::limits::{axes, readable, MAX_SEQLEN};
+pub(crate) use self::limits::{axes, readable, MAX_GRID_YZ, MAX_SEQLEN};
 pub use self::schedule::Schedule;
 pub use self::spec::Reason;
 use super::caps::{CudaCaps, DeviceCaps};
