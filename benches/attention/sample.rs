@@ -19,7 +19,7 @@
 
 use anyhow::{ensure, Context, Result};
 use attention_reference::attention::{forward, Head, PLAIN};
-use attention_reference::matrix::{add_scaled, dot, norm, Columns, Matrix};
+use attention_reference::matrix::{add_scaled, dot, norm, Keys, Matrix};
 use attention_reference::Precision;
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
@@ -53,8 +53,7 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
     for (sequence, head_k) in heads(case, &mut rng) {
         let group = case.num_heads / case.num_heads_k();
         let reader = Reader { case, sequence, head_k, group };
-        let (k, v) = (reader.key_rows(&inputs.k)?, reader.key_rows(&inputs.v)?);
-        let columns = (Columns::of(&k), Columns::of(&v));
+        let (k, v) = (Keys::of(reader.key_rows(&inputs.k)?), Keys::of(reader.key_rows(&inputs.v)?));
         let (dk, dv) = match &answer.grads {
             Some([_, dk, dv]) => (reader.key_rows(dk)?, reader.key_rows(dv)?),
             None => (Matrix::zeros(0, 0), Matrix::zeros(0, 0)),
@@ -62,7 +61,7 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
         let key_head = KeyHead {
             sequence,
             head_k,
-            heads: (0..group).map(|member| reader.head(inputs, (&k, &v), &columns, member)).collect::<Result<_>>()?,
+            heads: (0..group).map(|member| reader.head(inputs, (&k, &v), member)).collect::<Result<_>>()?,
             answers: (0..group).map(|member| reader.answer(answer, lse, member)).collect::<Result<_>>()?,
             dk,
             dv,
@@ -308,16 +307,13 @@ impl Reader<'_> {
     fn head<'k>(
         &self,
         inputs: &Inputs,
-        (k, v): (&'k Matrix<f64>, &'k Matrix<f64>),
-        (k_columns, v_columns): &'k (Columns<f64>, Columns<f64>),
+        (k, v): (&'k Keys<f64>, &'k Keys<f64>),
         member: usize,
     ) -> Result<Head<'k, f64>> {
         Ok(Head {
             q: self.query_rows(&inputs.q, member)?,
             k,
             v,
-            k_columns,
-            v_columns,
             do_: self.query_rows(&inputs.do_, member)?,
             dlse: vec![0.0; self.sequence.seqlen_q],
             window: self.case.window(),
@@ -343,7 +339,7 @@ impl KeyHead<'_> {
         let (head, got) = (&self.heads[member], &self.answers[member]);
         let place = Place { row: self.sequence.first_q + i, head: self.head_k * self.heads.len() + member };
         let want = forward(head, i, &PLAIN);
-        let o_noise = want.keys.iter().zip(&want.p).map(|(&j, p)| (p * norm(&head.v[j])).powi(2)).sum();
+        let o_noise = want.keys.iter().zip(&want.p).map(|(&j, p)| (p * norm(&head.v.rows[j])).powi(2)).sum();
         let o_distance = Distance::between(place, &got.o[i], &want.o, o_noise);
         let lse_error = (got.lse[i] - want.lse).abs();
         if got.dq.rows() == 0 {
@@ -352,9 +348,10 @@ impl KeyHead<'_> {
         let (mut dq, mut dq_noise) = (vec![0.0; head.q.width()], 0.0);
         let delta = Delta::new(head, i, &want.o);
         for (n, &j) in want.keys.iter().enumerate() {
-            let term = Term::new(head, (i, j), (want.slope[n], want.p[n]), &delta);
-            add_scaled(&mut dq, term.ds, &head.k[j]);
-            dq_noise += term.noise * dot(&head.k[j], &head.k[j]);
+            let term = Term::new(head, (i, j), (want.derivative[n], want.p[n]), &delta);
+            let k = &head.k.rows[j];
+            add_scaled(&mut dq, term.ds, k);
+            dq_noise += term.noise * dot(k, k);
         }
         (lse_error, [o_distance, Distance::between(place, &got.dq[i], &dq, dq_noise)])
     }
@@ -367,11 +364,11 @@ impl KeyHead<'_> {
         for i in (0..self.sequence.seqlen_q).filter(|&i| self.heads[0].sees(i, j)) {
             for (head, got) in self.heads.iter().zip(&self.answers) {
                 let raw = head.raw(i, j);
-                let (s, slope) = head.score(i, j, raw);
+                let (s, derivative) = head.score(i, j, raw);
                 let p = (s - got.lse[i]).exp();
                 add_scaled(&mut dv, p, &head.do_[i]);
                 dv_noise += p * p * dot(&head.do_[i], &head.do_[i]);
-                let term = Term::new(head, (i, j), (slope, p), &Delta::new(head, i, &got.o[i]));
+                let term = Term::new(head, (i, j), (derivative, p), &Delta::new(head, i, &got.o[i]));
                 add_scaled(&mut dk, term.ds, &head.q[i]);
                 dk_noise += term.noise * dot(&head.q[i], &head.q[i]);
             }
@@ -401,9 +398,9 @@ struct Term {
 
 impl Term {
     /// The term of query `i` and key `j`.
-    fn new(head: &Head<f64>, (i, j): (usize, usize), (slope, p): (f64, f64), delta: &Delta) -> Self {
+    fn new(head: &Head<f64>, (i, j): (usize, usize), (derivative, p): (f64, f64), delta: &Delta) -> Self {
         let dp = head.dp(i, j);
         let size = head.softmax_scale * p * (dp.abs() + delta.size);
-        Self { ds: head.softmax_scale * head.draw(i, slope, p, dp, delta.value), noise: size * size }
+        Self { ds: head.softmax_scale * head.d_raw(i, derivative, p, dp, delta.value), noise: size * size }
     }
 }

@@ -7,16 +7,16 @@
 //! p_ij   = exp(s_ij - lse_i)
 //! o_i    = sum_j p_ij v_j
 //!
-//! delta_i = do_i . o_i
-//! ds_ij   = p_ij (do_i . v_j - delta_i + dlse_i)
-//! draw_ij = ds_ij (1 - tanh(raw_ij / softcap)^2)
-//! dq_i = softmax_scale sum_j draw_ij k_j      dk_j = softmax_scale sum_i draw_ij q_i      dv_j = sum_i p_ij do_i
+//! delta_i  = do_i . o_i
+//! ds_ij    = p_ij (do_i . v_j - delta_i + dlse_i)
+//! d_raw_ij = ds_ij (1 - tanh(raw_ij / softcap)^2)
+//! dq_i = softmax_scale sum_j d_raw_ij k_j    dk_j = softmax_scale sum_i d_raw_ij q_i    dv_j = sum_i p_ij do_i
 //! ```
 //!
 //! A hidden key takes part in no sum, even if it is NaN or infinite. NaN and infinities in visible keys go through the
 //! arithmetic above. A query that sees no key gives `o = 0`, `lse = -inf`, and no gradient.
 
-use crate::matrix::{add_rows, add_to_rows, dot, Columns, Matrix};
+use crate::matrix::{add_rows, add_to_rows, dot, Keys, Matrix};
 use crate::number::Number;
 
 /// How many keys a query sees before and after the aligned one. `None` means all.
@@ -27,12 +27,9 @@ pub struct Head<'a, T> {
     /// `(seqlen_q, head_dim)`
     pub q: Matrix<T>,
     /// `(seqlen_k, head_dim)`. Several query heads may share k and v.
-    pub k: &'a Matrix<T>,
+    pub k: &'a Keys<T>,
     /// `(seqlen_k, head_dim_v)`
-    pub v: &'a Matrix<T>,
-    /// The same k and v.
-    pub k_columns: &'a Columns<T>,
-    pub v_columns: &'a Columns<T>,
+    pub v: &'a Keys<T>,
     /// The gradient of o: `(seqlen_q, head_dim_v)`.
     pub do_: Matrix<T>,
     /// The gradient of lse.
@@ -58,56 +55,57 @@ pub struct Variant<'a> {
 
 pub const PLAIN: Variant<'static> = Variant { reversed: false, divides_last: false, drops: &|_, _| false };
 
-/// Row i of the forward. `raw`, `s`, `slope` and `p` have one number for each of `keys`.
+/// Row i of the forward. `raw`, `s`, `derivative` and `p` have one number for each of `keys`.
 pub struct Forward<T> {
     pub keys: Vec<usize>,
     pub raw: Vec<T>,
     pub s: Vec<T>,
     /// The derivative of `s` with respect to `raw`.
-    pub slope: Vec<T>,
+    pub derivative: Vec<T>,
     pub p: Vec<T>,
     pub o: Vec<T>,
     pub lse: T,
 }
 
-/// Row i of the backward. `draw` has one number for each of the forward's keys.
+/// Row i of the backward. `d_raw` has one number for each of the forward's keys.
 pub struct Backward<T> {
-    pub draw: Vec<T>,
+    pub d_raw: Vec<T>,
     pub dq: Vec<T>,
 }
 
 pub fn forward<T: Number>(head: &Head<T>, i: usize, variant: &Variant) -> Forward<T> {
-    let mut keys: Vec<usize> = (0..head.k.rows()).filter(|&j| head.sees(i, j) && !(variant.drops)(i, j)).collect();
+    let (_, seqlen_k) = head.lengths();
+    let mut keys: Vec<usize> = (0..seqlen_k).filter(|&j| head.sees(i, j) && !(variant.drops)(i, j)).collect();
     if variant.reversed {
         keys.reverse();
     }
-    let mut o = vec![T::ZERO; head.v.width()];
+    let mut o = vec![T::ZERO; head.v.rows.width()];
     if keys.is_empty() {
         let none = Vec::new;
         return Forward {
             keys,
             raw: none(),
             s: none(),
-            slope: none(),
+            derivative: none(),
             p: none(),
             o,
             lse: T::from_f64(f64::NEG_INFINITY),
         };
     }
-    let products = head.k_columns.products(&head.q[i], &keys);
+    let products = head.k.products(&head.q[i], &keys);
     let raw: Vec<T> = products.into_iter().map(|product| head.softmax_scale * product).collect();
-    let (s, slope): (Vec<T>, Vec<T>) = keys.iter().zip(&raw).map(|(&j, &raw)| head.score(i, j, raw)).unzip();
+    let (s, derivative): (Vec<T>, Vec<T>) = keys.iter().zip(&raw).map(|(&j, &raw)| head.score(i, j, raw)).unzip();
     let max = finite_maximum(&s);
     let exp: Vec<T> = s.iter().map(|&s| (s - max).exp()).collect();
     let mut sum = T::ZERO;
     exp.iter().for_each(|&x| sum += x);
     let p: Vec<T> = exp.iter().map(|&x| x / sum).collect();
     let weights: Vec<T> = if variant.divides_last { &exp } else { &p }.iter().map(|&x| (head.round)(x)).collect();
-    add_rows(&mut o, &keys, &weights, head.v);
+    add_rows(&mut o, &keys, &weights, &head.v.rows);
     for x in &mut o {
         *x = (head.round)(if variant.divides_last { *x / sum } else { *x });
     }
-    Forward { keys, raw, s, slope, p, o, lse: max + sum.ln() }
+    Forward { keys, raw, s, derivative, p, o, lse: max + sum.ln() }
 }
 
 /// dq of query i. Adds the query's terms to `dv`, and to `dk` without the softmax scale.
@@ -118,45 +116,51 @@ pub fn backward<T: Number>(
     dk: &mut Matrix<T>,
     dv: &mut Matrix<T>,
 ) -> Backward<T> {
-    let Forward { keys, slope, p, .. } = forward;
+    let Forward { keys, derivative, p, .. } = forward;
     let delta = dot(&head.do_[i], &forward.o);
-    let dp = head.v_columns.products(&head.do_[i], keys);
-    let draw: Vec<T> = (0..keys.len()).map(|n| head.draw(i, slope[n], p[n], dp[n], delta)).collect();
+    let dp = head.v.products(&head.do_[i], keys);
+    let d_raw: Vec<T> = (0..keys.len()).map(|n| head.d_raw(i, derivative[n], p[n], dp[n], delta)).collect();
     let rounded_p: Vec<T> = p.iter().map(|&p| (head.round)(p)).collect();
-    add_to_rows(dk, keys, &draw, &head.q[i]);
+    add_to_rows(dk, keys, &d_raw, &head.q[i]);
     add_to_rows(dv, keys, &rounded_p, &head.do_[i]);
     let mut dq = vec![T::ZERO; head.q.width()];
-    add_rows(&mut dq, keys, &draw, head.k);
+    add_rows(&mut dq, keys, &d_raw, &head.k.rows);
     dq.iter_mut().for_each(|x| *x = (head.round)(head.softmax_scale * *x));
-    Backward { draw, dq }
+    Backward { d_raw, dq }
 }
 
 impl<T: Number> Head<'_, T> {
+    /// `(seqlen_q, seqlen_k)`
+    pub fn lengths(&self) -> (usize, usize) {
+        (self.q.rows(), self.k.rows.rows())
+    }
+
     pub fn sees(&self, i: usize, j: usize) -> bool {
-        visible((self.q.rows(), self.k.rows()), self.window, i, j)
+        visible(self.lengths(), self.window, i, j)
     }
 
     pub fn raw(&self, i: usize, j: usize) -> T {
-        self.softmax_scale * dot(&self.q[i], &self.k[j])
+        self.softmax_scale * dot(&self.q[i], &self.k.rows[j])
     }
 
     /// The score, and its derivative with respect to `raw`.
     pub fn score(&self, i: usize, j: usize, raw: T) -> (T, T) {
-        let (capped, slope) = self.softcap.map_or((raw, T::ONE), |cap| {
+        let (capped, derivative) = self.softcap.map_or((raw, T::ONE), |cap| {
             let tanh = (raw / cap).tanh();
             (cap * tanh, T::ONE - tanh * tanh)
         });
-        let distance = (i as f64 + self.k.rows() as f64 - self.q.rows() as f64 - j as f64).abs();
-        (self.alibi_slope.map_or(capped, |slope| capped - slope * T::from_f64(distance)), slope)
+        let (seqlen_q, seqlen_k) = self.lengths();
+        let distance = (i as f64 + seqlen_k as f64 - seqlen_q as f64 - j as f64).abs();
+        (self.alibi_slope.map_or(capped, |slope| capped - slope * T::from_f64(distance)), derivative)
     }
 
     pub fn dp(&self, i: usize, j: usize) -> T {
-        dot(&self.do_[i], &self.v[j])
+        dot(&self.do_[i], &self.v.rows[j])
     }
 
-    pub fn draw(&self, i: usize, slope: T, p: T, dp: T, delta: T) -> T {
+    pub fn d_raw(&self, i: usize, derivative: T, p: T, dp: T, delta: T) -> T {
         let ds = p * (dp - delta + self.dlse[i]);
-        (self.round)(ds * slope)
+        (self.round)(ds * derivative)
     }
 }
 

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::attention::{backward, forward, Head, Variant, Window, PLAIN};
 use crate::double::Double;
-use crate::matrix::{Columns, Matrix};
+use crate::matrix::{Keys, Matrix};
 use crate::number::Number;
 use crate::precision::{bf16, tf32, Precision};
 use crate::rounding::{Errors, QueryErrors, RowError};
@@ -77,7 +77,7 @@ pub fn attention(input: &Input) -> Output {
 }
 
 /// The same formulas in the usual arithmetic for `input.precision`: f32 (f64 for f64). o, dq, dk, dv and the operands of
-/// every matrix product (q, k, v, `do_`, p, draw) are rounded to the type.
+/// every matrix product (q, k, v, `do_`, p, `d_raw`) are rounded to the type.
 pub fn attention_plain(input: &Input) -> Output {
     attention_variant(input, &PLAIN)
 }
@@ -221,11 +221,12 @@ fn attend_key_head<T: Number>(
     let of_q = |tensor: &[f64], width: usize, head: usize| {
         Matrix::of_head(tensor, (num_heads, width), head, first_q, seqlen_q)
     };
-    let of_k = |tensor: &[f64], width: usize| Matrix::of_head(tensor, (num_heads_k, width), head_k, first_k, seqlen_k);
+    let of_k = |tensor: &[f64], width: usize| {
+        Keys::of(Matrix::of_head(tensor, (num_heads_k, width), head_k, first_k, seqlen_k))
+    };
     let (k, v) = (of_k(&input.k, head_dim), of_k(&input.v, head_dim_v));
-    let (k_columns, v_columns) = (Columns::of(&k), Columns::of(&v));
     let (mut dk, mut dv) = (Matrix::zeros(seqlen_k, head_dim), Matrix::zeros(seqlen_k, head_dim_v));
-    let mut errors = models_errors.then(|| Errors::new(input.precision, &k, &v));
+    let mut errors = models_errors.then(|| Errors::new(input.precision, &k.rows, &v.rows));
     let mut queries = Vec::new();
 
     let group = num_heads / num_heads_k;
@@ -234,8 +235,6 @@ fn attend_key_head<T: Number>(
             q: of_q(&input.q, head_dim, head),
             k: &k,
             v: &v,
-            k_columns: &k_columns,
-            v_columns: &v_columns,
             do_: of_q(&input.do_, head_dim_v, head),
             dlse: (0..seqlen_q).map(|i| T::from_f64(input.dlse[(first_q + i) * num_heads + head])).collect(),
             window: input.window,

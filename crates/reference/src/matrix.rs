@@ -42,10 +42,10 @@ impl<T: Number> Matrix<T> {
     }
 }
 
-/// The rows of a matrix, `LANES` of them side by side. Vector instructions then compute the inner products of one row with
-/// all of them.
-pub struct Columns<T> {
-    width: usize,
+/// k or v of one head, twice: as rows, and with `LANES` rows side by side. Vector instructions then compute the inner products
+/// of one row with all of them.
+pub struct Keys<T> {
+    pub rows: Matrix<T>,
     /// `(rows / LANES, width)`, with rows / LANES rounded up. Lanes past the last row are 0.
     lanes: Vec<[T; LANES]>,
 }
@@ -53,23 +53,23 @@ pub struct Columns<T> {
 /// Enough independent sums to hide the latency of an addition.
 const LANES: usize = 32;
 
-impl<T: Number> Columns<T> {
-    pub fn of(matrix: &Matrix<T>) -> Self {
-        let mut lanes = vec![[T::ZERO; LANES]; matrix.rows.div_ceil(LANES) * matrix.width];
-        for row in 0..matrix.rows {
-            for (column, &x) in lanes[row / LANES * matrix.width..].iter_mut().zip(&matrix[row]) {
+impl<T: Number> Keys<T> {
+    pub fn of(rows: Matrix<T>) -> Self {
+        let mut lanes = vec![[T::ZERO; LANES]; rows.rows.div_ceil(LANES) * rows.width];
+        for row in 0..rows.rows {
+            for (column, &x) in lanes[row / LANES * rows.width..].iter_mut().zip(&rows[row]) {
                 column[row % LANES] = x;
             }
         }
-        Self { width: matrix.width, lanes }
+        Self { rows, lanes }
     }
 
-    /// The inner product of `row` with each row of the matrix in `chosen`, summed from the first element to the last.
+    /// The inner product of `row` with each of the rows `chosen`, summed from the first element to the last.
     pub fn products(&self, row: &[T], chosen: &[usize]) -> Vec<T> {
         let (Some(first), Some(last)) = (chosen.iter().min(), chosen.iter().max()) else { return Vec::new() };
         let (first, last) = (first / LANES, last / LANES);
         let mut all = vec![[T::ZERO; LANES]; last - first + 1];
-        multiply(&mut all, row, &self.lanes[first * self.width..(last + 1) * self.width]);
+        multiply(&mut all, row, &self.lanes[first * self.rows.width..(last + 1) * self.rows.width]);
         chosen.iter().map(|&row| all[row / LANES - first][row % LANES]).collect()
     }
 }

@@ -13,7 +13,7 @@ pub struct RowError {
     /// A bound on the largest sum of absolute terms in the row. A term counts once for each rounding of its factors. The
     /// error of the row is proportional to this, even if the terms cancel.
     pub magnitude: f64,
-    /// The sum over all terms of the squared error that rounding the operands causes: half a step of each p, draw, or o
+    /// The sum over all terms of the squared error that rounding the operands causes: half a step of each p, `d_raw`, or o
     /// (in delta).
     squared_rounding: f64,
     /// The error of the row where exp returns 0 for a p below the smallest normal number.
@@ -95,17 +95,17 @@ impl Errors {
         let mut all_capped_p = Vec::new();
         for (n, &j) in forward.keys.iter().enumerate() {
             let (k, v) = (&self.of_k[j], &self.of_v[j]);
-            let (p, draw) = (forward.p[n].to_f64(), backward.draw[n].to_f64());
-            let capped_p = p * forward.slope[n].to_f64();
+            let (p, d_raw) = (forward.p[n].to_f64(), backward.d_raw[n].to_f64());
+            let capped_p = p * forward.derivative[n].to_f64();
             all_capped_p.push(capped_p);
 
             let s_size = scale * q.norm * k.norm + (forward.s[n] - forward.raw[n]).to_f64().abs();
             // Through exp, the absolute error of s - lse becomes the relative error of p.
             let p_size = p * (1.0 + s_size + lse);
             let dp_size = do_.norm * (v.norm + o.norm) + dlse;
-            let draw_size = p_size * dp_size;
-            let (of_p, of_draw) = (half_step(p), half_step(draw));
-            let flushed_draw = smallest_p * dp_size;
+            let d_raw_size = p_size * dp_size;
+            let (of_p, of_d_raw) = (half_step(p), half_step(d_raw));
+            let flushed_d_raw = smallest_p * dp_size;
 
             if s_size.is_finite() {
                 errors.lse.magnitude = errors.lse.magnitude.max(s_size);
@@ -114,10 +114,10 @@ impl Errors {
             errors.o.add(p_size * v.max, squared(of_p * v.max), smallest_p * v.max);
             self.dv[j].add(p_size * do_.max, squared(of_p * do_.max), smallest_p * do_.max);
             let of_k = scale * k.max;
-            errors.dq.add(of_k * draw_size, squared(of_k * of_draw), of_k * flushed_draw);
+            errors.dq.add(of_k * d_raw_size, squared(of_k * of_d_raw), of_k * flushed_d_raw);
             let of_q = scale * q.max;
-            let squared_of_draw = squared(of_draw) + squared(capped_p) * squared_of_delta;
-            self.dk[j].add(of_q * draw_size, squared(of_q) * squared_of_draw, of_q * flushed_draw);
+            let squared_of_d_raw = squared(of_d_raw) + squared(capped_p) * squared_of_delta;
+            self.dk[j].add(of_q * d_raw_size, squared(of_q) * squared_of_d_raw, of_q * flushed_d_raw);
         }
         // All keys of the row have the same delta, so its error is a factor of the whole sum.
         let mut k_mean = vec![0.0; self.k.width()];

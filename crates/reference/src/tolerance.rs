@@ -18,8 +18,8 @@ use crate::precision::Precision;
 const PLAIN_ERRORS: f64 = 2.0;
 /// One step for rounding the result, one for rounding intermediate results.
 const RESULT_STEPS: f64 = 2.0;
-/// The plain implementation rounds each p, draw and o once. Another implementation rounds at other places (p before the
-/// division by the row sum), so it has other errors. Where `dp - delta` cancels, the plain draw can be near zero. Without
+/// The plain implementation rounds each p, `d_raw` and o once. Another implementation rounds at other places (p before the
+/// division by the row sum), so it has other errors. Where `dp - delta` cancels, the plain `d_raw` can be near zero. Without
 /// this term, 284 of 881,422 elements of dq in bf16 on the CPU path exceed the limit, by up to 16 times, and 369 of an
 /// implementation that divides last. With this term the worst element has 0.6 of the limit.
 const OPERAND_ROUNDINGS: f64 = 2.0;
