@@ -3,7 +3,6 @@
 //! `cargo test --test suite smoke` runs one small case of each kind in about a second. With the feature `cuda` and a GPU
 //! the same tests run on the GPU too; `cuda.rs` says how to copy the suite to a machine with a GPU.
 
-mod backward;
 mod bench_filters;
 mod common;
 mod cuda;
@@ -13,7 +12,6 @@ mod cuda_plan;
 mod edges;
 mod errors;
 mod few_queries;
-mod forward;
 mod gradcheck;
 mod layers;
 mod layouts;
@@ -26,3 +24,4 @@ mod properties;
 mod smoke;
 mod tensor_layouts;
 mod threads;
+mod values;
