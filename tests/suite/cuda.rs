@@ -244,7 +244,8 @@ fn scores_that_grow_from_tile_to_tile() -> Result<()> {
     let mut cases = Vec::new();
     for tiled in kernels.iter().filter(|tiled| tiled.kernel.pass == Pass::Forward) {
         let Kernel { block_m, block_n, .. } = *tiled.kernel;
-        let case = || tiled.case(0).heads(1, 1).batch(1, block_m + 20, 6 * block_n + 5);
+        // Variant 2: a score_mod kernel gets a negative scale. A softcap would keep all scores small.
+        let case = || tiled.case(2).heads(1, 1).batch(1, block_m + 20, 6 * block_n + 5);
         for per_tile in [2.0_f64, 20.0, 150.0, -20.0, -150.0] {
             for from in [0.0, -2.5 * per_tile.abs(), -7.0 * per_tile.abs()] {
                 for mask in [Mask::None, Mask::Causal, window(2 * block_n, 0)] {
