@@ -77,7 +77,7 @@ struct BwdTraits {
     static constexpr int kStageBytes = (kOneTile ? 1 : 2) * TileQ::kBytes + 2 * kRowValuesBytes;
     static constexpr int kDsStages = kDefersDq ? 2 : 1;
     static constexpr int kSharedBytes = 2 * TileK::kBytes + TileP::kBytes + kDsStages * TileDs::kBytes + kStages * kStageBytes;
-    // Offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
+    // Byte offsets in shared memory. For buffers that exist once per stage, the offset is that of stage 0.
     static constexpr uint32_t sK = 0, sV = TileK::kBytes, sP = sV + TileK::kBytes, sDs = sP + TileP::kBytes;
     static constexpr uint32_t sQ = sDs + kDsStages * TileDs::kBytes, sDo = kOneTile ? sQ : sQ + TileQ::kBytes;
     static constexpr uint32_t sLse = sDo + TileQ::kBytes, sDelta = sLse + kRowValuesBytes;
@@ -180,8 +180,8 @@ struct BwdBlock {
         if (thread < Traits::kBlockM) {
             const bool valid = row < sequence.seqlen_q;
             const int64_t at = sequence.lse_offset(params.shape, head) + (valid ? row : 0);
-            cp_async_4(shared + Traits::sLse + stage_offset + thread * 4, params.lse + at, valid);
-            cp_async_4(shared + Traits::sDelta + stage_offset + thread * 4, params.delta + at, valid);
+            cp_async_4(shared + Traits::sLse + stage_offset + thread * int(sizeof(float)), params.lse + at, valid);
+            cp_async_4(shared + Traits::sDelta + stage_offset + thread * int(sizeof(float)), params.delta + at, valid);
         }
     }
 

@@ -267,7 +267,7 @@ fn scores_that_grow_from_tile_to_tile() -> Result<()> {
     let errors = cases.par_iter().filter_map(|(tiled, case, scores)| {
         let mut input = case.draw();
         let head_dim = case.head_dim;
-        // Only the first column of q and k is not 0, because a sum of many large terms would be rounded.
+        // Only the first column of q is not 0, because a sum of many large terms would be rounded.
         for (at, x) in input.q.iter_mut().enumerate() {
             *x = f64::from(at % head_dim == 0 && (scores.rows)(at / head_dim));
         }
