@@ -416,16 +416,16 @@ fn read_or_copied(tensor: &Tensor, name: &str, plan: &Plan, columns: usize) -> c
     }
     match columns - tensor.dim(D::Minus1)? {
         0 => tensor.force_contiguous(),
-        missing => tensor.contiguous()?.pad_with_zeros(D::Minus1, 0, missing),
+        _ => candle_fused_ops::resize_columns(tensor, columns),
     }
 }
 
 /// The first `columns` columns of a tensor, contiguous.
 fn first_columns(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
-    if tensor.dim(D::Minus1)? == columns {
-        return Ok(tensor.clone());
+    match tensor.dim(D::Minus1)? == columns {
+        true => Ok(tensor.clone()),
+        false => candle_fused_ops::resize_columns(tensor, columns),
     }
-    tensor.narrow(D::Minus1, 0, columns)?.contiguous()
 }
 
 /// The plan of `problem` on the device of q.

@@ -19,7 +19,7 @@ use kernel_build::params::Structs;
 use kernel_build::Result;
 
 /// The files of cuda/ with kernels.
-const FILES: [&str; 6] = ["activation", "adamw", "cross_entropy", "embedding", "norm", "rotary"];
+const FILES: [&str; 7] = ["activation", "adamw", "columns", "cross_entropy", "embedding", "norm", "rotary"];
 const ARCHS: &str = "CANDLE_FA2_CUDA_ARCHS";
 /// Ampere and later.
 const SM80: Arch = Arch { sm: 80, exact: false };

@@ -33,6 +33,9 @@ constexpr int kDigitBits = 9;       // of a key, for one pass of the sort
 constexpr int kSortThreads = 512;   // of a block: one for each digit where a kernel adds counts
 constexpr int kSegment = 64;        // sorted positions that one thread sums; not tuned yet
 
+constexpr int kColumnsThreads = 256;
+constexpr int kColumnsRows = 4;  // of a thread; not tuned yet
+
 constexpr int kAdamWThreads = 256;
 constexpr int kAdamWChunk = 16384;        // elements of a block, 64 of a thread; not tuned yet
 constexpr int kGlobalNormThreads = 1024;  // of the only block
@@ -182,6 +185,15 @@ struct EmbeddingSumParams {
     uint32_t tokens;
     uint32_t rows;
     uint32_t width;
+};
+
+// Rows with more or fewer columns, in words.
+struct ColumnsParams {
+    const void* x;    // (rows, x_words)
+    void* y;          // (rows, y_words): words of x, then zeros
+    int64_t rows;
+    int32_t x_words;
+    int32_t y_words;
 };
 
 // A parameter, its gradient and its state.

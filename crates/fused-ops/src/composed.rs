@@ -44,6 +44,17 @@ fn normalised(centred: &Tensor, x: &Tensor, weight: &Tensor, bias: Option<&Tenso
     y.to_dtype(x.dtype())
 }
 
+/// [`resize_columns`](crate::resize_columns), composed.
+///
+/// # Errors
+/// If Candle cannot compute with these tensors.
+pub fn resize_columns(x: &Tensor, columns: usize) -> Result<Tensor> {
+    match columns.checked_sub(x.dim(D::Minus1)?) {
+        Some(missing) => x.contiguous()?.pad_with_zeros(D::Minus1, 0, missing),
+        None => x.narrow(D::Minus1, 0, columns)?.contiguous(),
+    }
+}
+
 /// [`CrossEntropy::forward`], composed. NaN in an ignored row makes the gradient of that row NaN. Targets out of range are not
 /// checked on a GPU, because that would wait for it.
 ///

@@ -22,6 +22,7 @@
 //! | rotary position embedding | [`rotary`], for inference [`rotary_in_place`] | |
 //! | activations | [`gelu`], [`gelu_erf`], [`swiglu`], [`geglu`] | |
 //! | linear layer | [`linear`], with GELU [`linear_gelu`], with a residual [`linear_add`] | |
+//! | rows with more or fewer columns | [`resize_columns`] | |
 //! | MLP of a transformer | [`mlp_add`] | |
 //! | a part of a model whose activations are not kept | [`checkpoint`] | |
 //! | cross-entropy | [`cross_entropy`], with options [`CrossEntropy::forward`] | |
@@ -55,6 +56,7 @@ mod activation;
 mod adamw;
 mod check;
 mod checkpoint;
+mod columns;
 pub mod composed;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -75,6 +77,7 @@ pub use accumulate::mean_gradients;
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use checkpoint::checkpoint;
+pub use columns::resize_columns;
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
 pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};

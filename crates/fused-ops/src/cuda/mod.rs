@@ -3,6 +3,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod adamw;
+pub(crate) mod columns;
 pub(crate) mod cross_entropy;
 mod device;
 pub(crate) mod embedding;

@@ -16,7 +16,7 @@ use crate::run::{bits, numbers, random, Case, Outcome};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-const WITH_KERNELS: [&str; 16] = [
+const WITH_KERNELS: [&str; 18] = [
     "layer_norm",
     "layer_norm without bias",
     "rms_norm",
@@ -31,6 +31,8 @@ const WITH_KERNELS: [&str; 16] = [
     "swiglu",
     "geglu",
     "embedding",
+    "resize_columns, wider",
+    "resize_columns, narrower",
     "rotary, half split",
     "rotary, interleaved",
 ];

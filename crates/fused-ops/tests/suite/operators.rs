@@ -35,6 +35,16 @@ pub struct Operator {
 
 const EPS: f64 = 1e-5;
 
+const MORE_COLUMNS: usize = 3;
+
+fn wider(x: &Tensor) -> usize {
+    x.dims()[1] + MORE_COLUMNS
+}
+
+fn narrower(x: &Tensor) -> usize {
+    x.dims()[1].div_ceil(2)
+}
+
 pub fn all() -> Vec<Operator> {
     vec![
         Operator {
@@ -162,6 +172,20 @@ pub fn all() -> Vec<Operator> {
             formula: |n| {
                 reference::embedding(&n.inputs[0], &positions(n.inputs[0].len() / n.width), &n.upstream[0], n.width)
             },
+        },
+        Operator {
+            name: "resize_columns, wider",
+            shapes: |rows, width| vec![vec![rows, width]],
+            fused: |t| Ok(vec![fused::resize_columns(&t[0], wider(&t[0]))?]),
+            composed: |t| Ok(vec![composed::resize_columns(&t[0], wider(&t[0]))?]),
+            formula: |n| reference::resize_columns(&n.inputs[0], &n.upstream[0], n.width, n.width + MORE_COLUMNS),
+        },
+        Operator {
+            name: "resize_columns, narrower",
+            shapes: |rows, width| vec![vec![rows, width]],
+            fused: |t| Ok(vec![fused::resize_columns(&t[0], narrower(&t[0]))?]),
+            composed: |t| Ok(vec![composed::resize_columns(&t[0], narrower(&t[0]))?]),
+            formula: |n| reference::resize_columns(&n.inputs[0], &n.upstream[0], n.width, n.width.div_ceil(2)),
         },
         Operator {
             name: "rotary, half split",

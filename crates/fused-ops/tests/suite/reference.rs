@@ -46,6 +46,15 @@ pub struct Reference {
     pub gradients: Vec<Want>,
 }
 
+/// The rows of x (rows, width) with `columns` columns.
+pub fn resize_columns(x: &[f64], dy: &[f64], width: usize, columns: usize) -> Reference {
+    let resized = |rows: &[f64], from: usize, to: usize| {
+        let row = |row: &[f64]| (0..to).map(|col| Sum::of(row.get(col).copied())).collect::<Vec<_>>();
+        Want::new(to, rows.chunks(from).flat_map(row).collect())
+    };
+    Reference { results: vec![resized(x, width, columns)], gradients: vec![resized(dy, columns, width)] }
+}
+
 /// Layer norm, or RMS norm if `centre` is false: x (rows, width), weight, bias.
 pub fn norm(inputs: &[Vec<f64>], upstream: &[Vec<f64>], width: usize, centre: bool, eps: f64) -> Reference {
     let (x, weight) = (&inputs[0], &inputs[1]);
