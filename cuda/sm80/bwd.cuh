@@ -391,7 +391,7 @@ __device__ __forceinline__ void walk_queries(const Block& block, BlockKv& dk, Bl
     }
 }
 
-// The same with one tile for q and do. q comes twice: for S, and for dk.
+// The walk with one tile for q and do. It loads q, then do over it, then q again for dk. Only the second load of q overlaps work (dq).
 template <bool kOrdered, typename Block, typename BlockKv>
 __device__ __forceinline__ void walk_queries_in_one_tile(const Block& block, BlockKv& dk, BlockKv& dv) {
     using Traits = typename Block::Traits;
