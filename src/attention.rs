@@ -62,7 +62,8 @@ use crate::tensors::Inputs;
 /// over one graph.
 ///
 /// The same inputs give the same bits, on the CPU with any number of threads. On a GPU, the gradient of `q` needs
-/// [`Attention::deterministic`] for this.
+/// [`Attention::deterministic`] for this. On the CPU, a call of few queries sums in another order if no input is tracked for gradients: the
+/// last bits of its o can differ from those of a tracked call.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};

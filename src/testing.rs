@@ -9,7 +9,8 @@ pub use crate::mask::{Coverage, Visibility};
 use crate::op::FlashAttention;
 use crate::output::{o_and_lse, Output};
 pub use crate::plan::{
-    BackwardPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Launch, Plan, Reason, Rejection, RowBlocks, Schedule, Tile,
+    BackwardPlan, CpuPlan, CudaCaps, CudaPlan, DeviceCaps, DqAccum, Launch, Plan, Reason, Rejection, RowBlocks,
+    Schedule, Tile,
 };
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::tensors::Inputs;

@@ -9,8 +9,8 @@ use crate::problem::{Alibi, Problem};
 pub(crate) struct Call<'a> {
     pub(super) problem: &'a Problem,
     pub(super) forward: Tile,
-    /// Whether the forward is that of `decode`.
-    pub(super) decode: bool,
+    /// Whether the forward is that of `few_queries`.
+    pub(super) few_queries: bool,
     pub(super) backward: Tile,
     /// ALiBi slopes, `(num_heads)` or `(batch, num_heads)`; empty without ALiBi.
     slopes: Vec<f32>,
@@ -20,12 +20,12 @@ pub(crate) struct Call<'a> {
 
 impl<'a> Call<'a> {
     pub(crate) fn new(problem: &'a Problem, plan: &CpuPlan, alibi_slopes: Option<&Tensor>) -> Result<Self> {
-        let &CpuPlan { forward, backward, decode } = plan;
+        let &CpuPlan { forward, backward, few_queries } = plan;
         let slopes = match alibi_slopes {
             Some(slopes) => slopes.flatten_all()?.to_vec1()?,
             None => Vec::new(),
         };
-        Ok(Self { problem, forward, decode, backward, slopes, arch: pulp::Arch::new() })
+        Ok(Self { problem, forward, few_queries, backward, slopes, arch: pulp::Arch::new() })
     }
 
     /// The ALiBi slope of one head.

@@ -4,12 +4,12 @@
 //! loops over the tiles of the other side and skips those that the mask hides. It never stores a `seqlen x seqlen` matrix.
 //! The tiles alone fix the order of every sum, so the bits do not depend on the number of threads.
 //!
-//! A forward of few queries without gradients is bound by memory, so it has other tasks: each reads a part of the keys for all heads.
+//! A forward of few queries without gradients is memory-bound, so it has other tasks: each reads a part of the keys.
 
 mod backward;
 mod call;
-mod decode;
 mod element;
+mod few_queries;
 mod forward;
 mod lse;
 mod matmul;
@@ -90,15 +90,15 @@ fn typed_forward<T: Element>(
     Ok((result, lse.map(T::Acc::to_cpu_storage_owned)))
 }
 
-/// The forward that the plan chose. `o` is 0 before.
+/// The forward that the plan chose. The caller has filled `o` with zeros.
 fn forward_into<T: Element, O: Element<Acc = T::Acc>>(
     call: &Call,
     inputs: Inputs<&[T]>,
     o: &mut [O],
     lse: &mut Lse<Vec<T::Acc>>,
 ) {
-    match call.decode {
-        true => decode::forward(call, inputs, o, lse),
+    match call.few_queries {
+        true => few_queries::forward(call, inputs, o, lse),
         false => forward::forward(call, inputs, o, lse),
     }
 }

@@ -1,7 +1,8 @@
 //! The steps between the matrix products: score_mod (softcap, ALiBi), mask, online softmax, and P from lse.
 //!
 //! Scores are in the log2 domain: the product q k^T is scaled by `softmax_scale * log2 e`. So every exponential is an `exp2`.
-//! A vector lane is one query in the forward and one key in the backward. So no sum and no maximum crosses lanes.
+//! A vector lane is one query in forward.rs, and one key in backward.rs and few_queries.rs. Only few_queries.rs and delta add up lanes
+//! (`LANES`).
 //!
 //! The loops are plain Rust. `pulp::Arch::dispatch` runs them with the widest vector instructions of the machine. Each
 //! entry point is a struct whose `call` is always inlined. A closure would be compiled without these instructions.

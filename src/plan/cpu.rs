@@ -14,21 +14,20 @@ const FORWARD: Tile = Tile { block_m: 128, block_n: 256 };
 /// more time than tiles of 128 keys, on the same core.
 const BACKWARD: Tile = Tile { block_m: 128, block_n: 128 };
 
-/// The forward of few queries, as in decoding, computes all heads of 256 keys at once. The parts do not depend on the number of threads, so
-/// neither do the bits. 4096 keys are work for 16 threads.
-const DECODE_KEYS: usize = 256;
+/// The keys of a part, in a forward of few queries. The parts do not depend on the number of threads, so neither do the bits.
+const KEYS_OF_PART: usize = 256;
 
-/// Few queries: those of a key head's group, together. More are faster as a product of matrices.
+/// At most so many rows of S for each key head: num_heads / num_heads_k times seqlen_q.
 const FEW_QUERIES: usize = 16;
 
 /// The tiles of a call on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuPlan {
-    /// Tile of the forward: each task owns `block_m` queries, or with `decode` `block_n` keys.
+    /// Tile of the forward: each task owns `block_m` queries, or with `few_queries` `block_n` keys.
     pub forward: Tile,
-    /// Whether the forward is the one for few queries, which reads each key once for all heads. It needs inputs that are not tracked for
-    /// gradients.
-    pub decode: bool,
+    /// Whether the forward is the one for few queries, which reads each key once for its whole group of heads. It needs inputs that are
+    /// not tracked for gradients.
+    pub few_queries: bool,
     /// Tile of the backward: each task owns `block_n` keys.
     pub backward: Tile,
 }
@@ -36,8 +35,8 @@ pub struct CpuPlan {
 impl CpuPlan {
     /// The plan of `problem`. It is the same on every CPU.
     pub fn new(problem: &Problem) -> Self {
-        let decode = problem.tracked.is_none() && problem.group_size() * problem.max_seqlen_q() <= FEW_QUERIES;
-        let forward = if decode { Tile { block_n: DECODE_KEYS, ..FORWARD } } else { FORWARD };
-        Self { forward: forward.within(problem), decode, backward: BACKWARD.within(problem) }
+        let few_queries = problem.tracked.is_none() && problem.group_size() * problem.max_seqlen_q() <= FEW_QUERIES;
+        let forward = if few_queries { Tile { block_n: KEYS_OF_PART, ..FORWARD } } else { FORWARD };
+        Self { forward: forward.within(problem), few_queries, backward: BACKWARD.within(problem) }
     }
 }

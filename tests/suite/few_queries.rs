@@ -1,26 +1,29 @@
-//! Calls of few queries over many keys, as in decoding. Without gradients the CPU splits their keys into parts (src/cpu/decode.rs).
+//! Calls of few queries over many keys, as in decoding. Without gradients the CPU splits their keys into parts (src/cpu/few_queries.rs).
 
-use crate::common::cases::{cpu, targets, window, Alibi, Case, Target};
+use crate::common::cases::{cpu, cpu_targets, targets, window, Alibi, Case, Target};
 use crate::common::compare;
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_fa2::testing::{self, Plan};
+use candle_fa2::testing::{self, CpuPlan, Plan, Problem};
 use candle_fa2::{Attention, Mask, PaddingSide};
 
-/// Keys of a part, from the plan.
-fn part() -> Result<usize> {
-    let x = Tensor::zeros((1, 1, 1, 8), DType::F32, &Device::Cpu)?;
+/// The plan of a call on the CPU: one sequence, one key head.
+fn plan(seqlen_q: usize, num_heads: usize) -> Result<CpuPlan> {
+    let q = Tensor::zeros((1, seqlen_q, num_heads, 8), DType::F32, &Device::Cpu)?;
     let keys = Tensor::zeros((1, 5000, 1, 8), DType::F32, &Device::Cpu)?;
-    let problem = testing::problem(&Attention::new(), &x, &keys, &keys)?;
-    match Plan::choose(&problem, &testing::device_caps(&Device::Cpu)?)? {
-        Plan::Cpu(plan) if plan.decode => Ok(plan.forward.block_n),
-        plan => anyhow::bail!("one query without gradients has {plan:?}"),
+    cpu_plan(&testing::problem(&Attention::new(), &q, &keys, &keys)?)
+}
+
+fn cpu_plan(problem: &Problem) -> Result<CpuPlan> {
+    match Plan::choose(problem, &testing::device_caps(&Device::Cpu)?)? {
+        Plan::Cpu(plan) => Ok(plan),
+        Plan::Cuda(plan) => anyhow::bail!("the CPU got {plan:?}"),
     }
 }
 
-/// One to sixteen rows of a key head's group, over parts that are empty, of one key, and incomplete.
+/// One to sixteen rows of a key head's group, over no keys, one key, whole parts and a rest.
 fn many_keys(target: &Target) -> Result<Vec<Case>> {
-    let part = part()?;
+    let part = plan(1, 1)?.forward.block_n;
     let groups = [(1, (8, 2)), (1, (3, 3)), (1, (16, 1)), (2, (6, 2)), (3, (4, 1)), (16, (2, 2)), (7, (2, 1))];
     let masks = [Mask::Causal, Mask::None, window(part / 2, 0), window(part + 3, 1)];
     let options: [&dyn Fn(Case) -> Case; 5] = [
@@ -79,17 +82,17 @@ fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// A value that only some of the queries see does not reach the others, whatever it is.
+/// A value that only some of the queries see does not reach the others, whatever it is. (On a GPU it can change their last bits.)
 #[test]
 fn a_hidden_value_that_is_not_finite_has_no_effect() -> Result<()> {
-    for target in targets() {
+    for target in cpu_targets() {
         let case = Case::new(&target).batch(1, 3, 600).heads(4, 2).mask(Mask::Causal);
         let call = case.call(&case.draw())?;
         let (q, k, v) = (call.q.detach(), call.k.detach(), call.v.detach());
         let o = call.attention.forward(&q, &k, &v)?;
         // The last key, which the last query alone sees.
-        let spoiled = (v.narrow(1, 599, 1)? * f64::NAN)?;
-        let v = Tensor::cat(&[v.narrow(1, 0, 599)?, spoiled], 1)?;
+        let last_row = (v.narrow(1, 599, 1)? * f64::NAN)?;
+        let v = Tensor::cat(&[v.narrow(1, 0, 599)?, last_row], 1)?;
         let with_nan = call.attention.forward(&q, &k, &v)?;
         compare::same_bits("o of the first queries", &with_nan.narrow(1, 0, 2)?, &o.narrow(1, 0, 2)?, &case)?;
         let last = with_nan.narrow(1, 2, 1)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
@@ -98,13 +101,18 @@ fn a_hidden_value_that_is_not_finite_has_no_effect() -> Result<()> {
     Ok(())
 }
 
-/// With gradients, the backward needs the scores of the other forward.
+/// With gradients, the backward needs the scores of the other forward. More than 16 rows of a group are a product of matrices.
 #[test]
-fn a_tracked_input_takes_the_other_forward() -> Result<()> {
+fn the_plan_of_few_queries() -> Result<()> {
+    for (seqlen_q, num_heads, few) in
+        [(1, 1, true), (1, 16, true), (4, 4, true), (16, 1, true), (1, 17, false), (17, 1, false)]
+    {
+        ensure!(plan(seqlen_q, num_heads)?.few_queries == few, "{seqlen_q} queries, {num_heads} heads");
+    }
     let case = Case::new(&cpu(DType::F32)).batch(1, 1, 600).heads(4, 2);
     let call = case.call(&case.draw())?;
-    let problem = testing::problem(&call.attention, &call.q, &call.k, &call.v)?;
-    let plan = Plan::choose(&problem, &testing::device_caps(&Device::Cpu)?)?;
-    ensure!(matches!(&plan, Plan::Cpu(plan) if !plan.decode), "{plan:?}");
+    ensure!(!cpu_plan(&testing::problem(&call.attention, &call.q, &call.k, &call.v)?)?.few_queries);
+    let (q, k, v) = (call.q.detach(), call.k.detach(), call.v.detach());
+    ensure!(cpu_plan(&testing::problem(&call.attention, &q, &k, &v)?)?.few_queries);
     Ok(())
 }

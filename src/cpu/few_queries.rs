@@ -1,11 +1,12 @@
-//! The forward for few queries, as in decoding. Memory bounds it, so each key and value is read once, for all heads.
+//! The forward for few queries, as in decoding. It is memory-bound, so it reads each key and value once for its whole group of heads.
 //!
-//! Tasks      (sequence, part of its keys), then (sequence, head) to merge the parts. A part has at most `block_n` keys.
-//! Pipeline   of a part, for all heads: S = q k^T | softcap, ALiBi, mask | softmax | o = P v
-//! Scratch    q, S and o of all heads; also a few rows of k or v if their type is not the accumulator's type.
-//! Layout     In the products, vector lanes are columns of q, k and v. S has a row for each head and query, so in the softmax they are keys.
-//! Numerics   as forward.rs. But lanes change the order of a score's sum, so its bits are not those of the backward. The plan takes
-//!            this path only if no input is tracked for gradients.
+//! Tasks      (part, key heads): a part has at most `block_n` keys of one sequence. Then (sequence, head), to merge the parts.
+//! Pipeline   of a task: S = q k^T | softcap, ALiBi, mask | softmax | o = P v
+//! Scratch    q and S of the heads of a task; also KEYS rows of k or v if their type is not the accumulator's type.
+//! Results    o, row_max_log2 and row_sum of each part, then merged: head_dim_v + 2 numbers for each part, head and query.
+//! Layout     S has a row for each head and query. A vector lane is a column of q, k or v in the products, and a key in the softmax.
+//! Numerics   as forward.rs, but a score's sum has another order. The backward needs the bits of forward.rs, so the plan takes this path
+//!            only if no input is tracked for gradients.
 //! Expects    a checked `Problem`.
 
 use std::array::from_fn;
@@ -22,6 +23,10 @@ use super::scores::{sum_of_lanes, Dot, ScoreMod, TileMask, LANES};
 use crate::mask::Coverage;
 use crate::problem::{Problem, Sequence};
 use crate::tensors::Inputs;
+
+/// A call with fewer parts divides its key heads until there are so many tasks. Heads that share a task share the cache lines between them,
+/// if they lie next to each other. Not tuned yet.
+const TASKS: usize = 64;
 
 /// Keys that are multiplied at once. Their sums are independent, so the processor overlaps them.
 const KEYS: usize = 4;
@@ -54,7 +59,9 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let rows = parts.last().map_or(0, |last| last.first_row + rows_of(problem, &last.sequence));
     let mut partial = [rows * problem.head_dim_v, rows, rows].map(|len| vec![T::Acc::ZERO; len]);
     let [o_of_parts, max_of_parts, sum_of_parts] = partial.each_mut().map(|part| Shared::new(part));
-    let most_rows = problem.num_heads * problem.max_seqlen_q();
+    let heads_k = (parts.len() * problem.num_heads_k / TASKS).min(problem.num_heads_k).max(1); // of a task
+    let tasks_of_part = problem.num_heads_k.div_ceil(heads_k);
+    let most_rows = heads_k * problem.group_size() * problem.max_seqlen_q();
     let widened = if T::IN_PLACE { 0 } else { KEYS * problem.head_dim.max(problem.head_dim_v) };
     let scratch = || Scratch {
         q: vec![T::Acc::ZERO; most_rows * problem.head_dim],
@@ -63,10 +70,12 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     };
     let pairs: usize = parts.iter().map(|part| rows_of(problem, &part.sequence) * part.cols.len()).sum();
     let multiply_adds = pairs.saturating_mul(problem.head_dim + problem.head_dim_v);
-    for_each_task(parts.len(), multiply_adds, scratch, |scratch, index| {
-        let part = &parts[index];
-        let (first, rows) = (part.first_row, rows_of(problem, &part.sequence));
-        // SAFETY: these rows belong to this part alone.
+    for_each_task(parts.len() * tasks_of_part, multiply_adds, scratch, |scratch, task| {
+        let (part, first_head_k) = (&parts[task / tasks_of_part], task % tasks_of_part * heads_k);
+        let heads_k = first_head_k..(first_head_k + heads_k).min(problem.num_heads_k);
+        let group_rows = problem.group_size() * part.sequence.seqlen_q;
+        let (first, rows) = (part.first_row + heads_k.start * group_rows, heads_k.len() * group_rows);
+        // SAFETY: these rows belong to this task alone.
         let (o, row_max_log2, row_sum) = unsafe {
             (
                 o_of_parts.slice(first * problem.head_dim_v, rows * problem.head_dim_v),
@@ -74,7 +83,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
                 sum_of_parts.slice(first, rows),
             )
         };
-        call.arch.dispatch(Attend { call, inputs, part, scratch, o, row_max_log2, row_sum });
+        call.arch.dispatch(Attend { call, inputs, part, heads_k, scratch, o, row_max_log2, row_sum });
     });
     merge(call, &parts, &partial, o, lse);
 }
@@ -100,13 +109,14 @@ fn rows_of(problem: &Problem, sequence: &Sequence) -> usize {
     problem.num_heads * sequence.seqlen_q
 }
 
-/// Computes one part.
+/// Computes some heads of one part.
 struct Attend<'a, T: Element> {
     call: &'a Call<'a>,
     inputs: Inputs<&'a [T]>,
     part: &'a Part,
+    heads_k: Range<usize>,
     scratch: &'a mut Scratch<T::Acc>,
-    /// Unnormalised, zeros before.
+    /// Not divided by row_sum yet. The caller has filled it with zeros.
     o: &'a mut [T::Acc],
     row_max_log2: &'a mut [T::Acc],
     row_sum: &'a mut [T::Acc],
@@ -125,27 +135,33 @@ impl<T: Element> NullaryFnOnce for Attend<'_, T> {
 }
 
 impl<T: Element> Attend<'_, T> {
+    /// The query head of a row.
+    fn head(&self, row: usize) -> usize {
+        self.heads_k.start * self.call.problem.group_size() + row / self.part.sequence.seqlen_q
+    }
+
     #[inline(always)]
     fn widen_queries(&mut self) {
         let (problem, sequence) = (self.call.problem, &self.part.sequence);
-        for (row, to) in self.scratch.q.chunks_exact_mut(problem.head_dim).take(self.row_sum.len()).enumerate() {
-            let (head, query) = (row / sequence.seqlen_q, row % sequence.seqlen_q);
-            let start = problem.q.start(sequence.batch, sequence.first_q + query, head);
+        for row in 0..self.row_sum.len() {
+            let query = row % sequence.seqlen_q;
+            let start = problem.q.start(sequence.batch, sequence.first_q + query, self.head(row));
+            let to = &mut self.scratch.q[row * problem.head_dim..][..problem.head_dim];
             T::widen(&self.inputs.q[start..][..problem.head_dim], to);
         }
     }
 
-    /// S = q k^T. Keys are in the outer loop, because the heads of a key often lie next to each other.
+    /// S = q k^T. Keys are in the outer loop, because the key heads of a token often lie next to each other.
     #[inline(always)]
     fn scores(&mut self) {
         let (problem, sequence, cols) = (self.call.problem, &self.part.sequence, &self.part.cols);
         let (head_dim, group_rows) = (problem.head_dim, problem.group_size() * sequence.seqlen_q);
         let Scratch { q, widened, scores } = &mut *self.scratch;
         for keys in blocks(0..cols.len(), KEYS) {
-            for head_k in 0..problem.num_heads_k {
+            for (group, head_k) in self.heads_k.clone().enumerate() {
                 let start = problem.k.start(sequence.batch, sequence.first_k + cols.start + keys.start, head_k);
                 let k = tile(&self.inputs.k[start..], problem.k.row, (keys.len(), head_dim), widened);
-                for row in head_k * group_rows..(head_k + 1) * group_rows {
+                for row in group * group_rows..(group + 1) * group_rows {
                     let q = &q[row * head_dim..][..head_dim];
                     let scores = &mut scores[row * cols.len() + keys.start..];
                     if keys.len() == KEYS {
@@ -165,10 +181,10 @@ impl<T: Element> Attend<'_, T> {
         let (problem, sequence) = (self.call.problem, &self.part.sequence);
         let queries = 0..sequence.seqlen_q;
         let mask = mask_of(problem, self.part, &queries);
-        let rows = self.row_max_log2.iter_mut().zip(&mut *self.row_sum);
-        for (row, ((max, sum), scores)) in rows.zip(self.scratch.scores.chunks_exact_mut(mask.cols.len())).enumerate() {
-            let score_mod = ScoreMod::new(problem, self.call.slope(sequence.batch, row / sequence.seqlen_q));
-            (*max, *sum) = score_mod.softmax(scores, &mask, row % sequence.seqlen_q);
+        for row in 0..self.row_sum.len() {
+            let score_mod = ScoreMod::new(problem, self.call.slope(sequence.batch, self.head(row)));
+            let scores = &mut self.scratch.scores[row * mask.cols.len()..][..mask.cols.len()];
+            (self.row_max_log2[row], self.row_sum[row]) = score_mod.softmax(scores, &mask, row % sequence.seqlen_q);
         }
     }
 
@@ -184,10 +200,10 @@ impl<T: Element> Attend<'_, T> {
         let most_keys = if mask.partial { 1 } else { KEYS };
         let Scratch { widened, scores, .. } = &mut *self.scratch;
         for keys in blocks(0..cols.len(), most_keys) {
-            for head_k in 0..problem.num_heads_k {
+            for (group, head_k) in self.heads_k.clone().enumerate() {
                 let start = problem.v.start(sequence.batch, sequence.first_k + cols.start + keys.start, head_k);
                 let v = tile(&self.inputs.v[start..], problem.v.row, (keys.len(), head_dim_v), widened);
-                for row in head_k * group_rows..(head_k + 1) * group_rows {
+                for row in group * group_rows..(group + 1) * group_rows {
                     let p = &scores[row * cols.len()..][keys.clone()];
                     let o = &mut self.o[row * head_dim_v..][..head_dim_v];
                     if let Ok(p) = <[_; KEYS]>::try_from(p) {
@@ -259,7 +275,7 @@ fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>
         .chain((whole..range.end).map(|one| one..one + 1))
 }
 
-/// Merges the parts of each sequence into o and lse. o is 0 before.
+/// Merges the parts of each sequence into o and lse. The caller has filled o with zeros.
 fn merge<T: Real, O: Element<Acc = T>>(
     call: &Call,
     parts: &[Part],
