@@ -85,7 +85,7 @@ struct CrossEntropyParams {
     const int64_t* targets;  // (rows)
     float* losses;           // (rows): 0 for an ignored row
     float* lse;              // (rows), in base 2; null if nobody needs it
-    void* dlogits;           // as logits, and may be the same
+    void* dlogits;           // as logits, and as far from a multiple of 16 bytes; may be the same
     const float* dloss;      // (): the gradient of the mean loss; null for that of each loss, 1
     const float* counted;    // (): the divisor of the mean
     int64_t rows;

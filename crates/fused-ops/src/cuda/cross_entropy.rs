@@ -5,7 +5,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::device;
 use super::launch::{grid, Launcher};
-use super::memory::{tensor, uninit, Locked};
+use super::memory::{tensor, uninit, vectors, Locked};
 use super::params::{CrossEntropyMeanParams, CrossEntropyParams, ScaleParams, NULL};
 use super::params::{LOSS_THREADS, MEAN_THREADS, SCALE_THREADS};
 use crate::loss::CrossEntropy;
@@ -22,7 +22,8 @@ pub(crate) fn cross_entropy(
     logits: &Tensor,
     targets: &Tensor,
 ) -> Result<Tensor> {
-    let logits = logits.contiguous()?;
+    // The backward writes 16 bytes of dlogits where it reads 16 bytes of logits, and dlogits begins at 16 bytes.
+    let logits = vectors(logits)?;
     let call = LossCall::new(device, options, &logits, targets)?;
     let count = call.targets.elem_count();
     let mut losses = uninit(device, count, DType::F32)?;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use attention_reference::draw;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_fused_ops::{cross_entropy, layer_norm, pool};
 use rand::Rng;
 
@@ -198,6 +198,25 @@ fn views_give_the_same_bits() -> Result<()> {
                 assert!((a - b).abs() <= 2f64.powi(-7) * b.abs().max(1.0), "{a} and {b} of case {case}");
             }
         }
+    }
+    Ok(())
+}
+
+/// A view of logits whose first row does not begin at 16 bytes, with its gradient.
+#[test]
+fn logits_may_begin_anywhere() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for (dtype, vocab) in DTYPES.into_iter().flat_map(|dtype| [13, 301].map(|vocab| (dtype, vocab))) {
+        let whole = Var::from_tensor(&random("logits", &[5, vocab], dtype)?.to_device(&gpu)?)?;
+        let targets = Tensor::new(&[0u32, 3, 12, 7], &gpu)?;
+        let view = whole.narrow(0, 1, 4)?;
+        let aligned = Var::from_tensor(&view.copy()?)?;
+        let gradient = |logits: &Tensor, of: &Var| -> Result<Tensor> {
+            let gradients = cross_entropy(logits, &targets)?.backward()?;
+            Ok(gradients.get(of).expect("a gradient").clone())
+        };
+        let got = gradient(&view, &whole)?.narrow(0, 1, 4)?;
+        assert_eq!(bits(&[got])?, bits(&[gradient(&aligned, &aligned)?])?, "{dtype:?}, {vocab} classes");
     }
     Ok(())
 }
