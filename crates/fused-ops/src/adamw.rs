@@ -92,8 +92,8 @@ impl ParameterGroup {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
-/// **NaN and infinity.** An element of a gradient that is not finite makes its own element of m, v and w NaN. If the norm is
-/// infinite, clipping makes all other gradients zero; if it is NaN, nothing is clipped.
+/// **NaN and infinity.** A gradient element that is not finite makes its own elements of m and v non-finite, and its w NaN. If the
+/// norm is infinite, clipping makes all other gradients zero; if it is NaN, nothing is clipped.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -119,6 +119,9 @@ pub(crate) struct Slot {
 /// Name of the number of steps in the state.
 const STEP: &str = "adamw.step";
 
+/// What follows the name of a parameter in the names of its weights, m and v in the state.
+const PARTS: [&str; 3] = ["", ".m", ".v"];
+
 /// The numbers of one step for one parameter: `w = keep w - rate m / (sqrt(v) + epsilon)`.
 pub(crate) struct Rule {
     pub(crate) beta1: f64,
@@ -134,20 +137,24 @@ impl AdamW {
     /// Starts with moments of zero.
     ///
     /// # Errors
-    /// If two parameters have one name, are one variable or are on different devices; if a type is not a floating-point type; if
-    /// a number of the configuration is out of range.
+    /// If two parameters have one name in [`Self::state`], are one variable or are on different devices; if a type is not a
+    /// floating-point type; if a number of the configuration is out of range.
     pub fn new(groups: impl IntoIterator<Item = ParameterGroup>, config: AdamWConfig) -> Result<Self> {
         config.check()?;
         let mut slots: Vec<Slot> = Vec::new();
-        let mut names = BTreeSet::new();
+        let mut names = BTreeSet::from([STEP.to_string()]);
         for ParameterGroup { parameters, weight_decay } in groups {
             check::not_negative("weight_decay", weight_decay)?;
             for (name, var) in parameters {
                 check::float(&name, &var)?;
-                if !names.insert(name.clone()) {
-                    return Err(check::error(format!(
-                        "parameter {name} is in the groups twice; give each a name of its own"
-                    )));
+                for entry in PARTS.map(|part| format!("{name}{part}")) {
+                    if names.contains(&entry) {
+                        return Err(check::error(format!(
+                            "parameter {name}: the names NAME, NAME.m and NAME.v of each parameter and {STEP} must all differ \
+                             in the state, but {entry} is there already; give it another name"
+                        )));
+                    }
+                    names.insert(entry);
                 }
                 if let Some(same) = slots.iter().find(|slot| slot.var.id() == var.id()) {
                     return Err(check::error(format!(
@@ -297,7 +304,7 @@ impl AdamW {
 
     /// Writes [`Self::state`] as a safetensors file, with `metadata` in its header: the settings of a run, for example. An
     /// earlier file stays until the new one is complete and on the disk. A process that is killed meanwhile may leave a
-    /// temporary file in the folder, `.tmp` and some letters.
+    /// temporary file: `PATH.tmp`, or `.tmp` and six letters.
     ///
     /// # Errors
     /// If the file cannot be written: [`Error::Io`].
@@ -309,7 +316,8 @@ impl AdamW {
                 SafeTensorError::IoError(error) => Error::Io(error),
                 error => error.into(),
             })
-            .and_then(|()| Ok(File::open(&complete)?.sync_all()?))
+            // Opened for writing, because Windows flushes no other file.
+            .and_then(|()| Ok(File::options().write(true).open(&complete)?.sync_all()?))
             .and_then(|()| Ok(fs::rename(&complete, path)?));
         if written.is_err() {
             let _ = fs::remove_file(&complete); // the error is in `written`
@@ -358,15 +366,16 @@ impl Slot {
 
     fn state(&self) -> [(String, Tensor); 3] {
         let weights = self.master.as_ref().unwrap_or(&self.var);
-        [("", weights), (".m", &self.m), (".v", &self.v)]
-            .map(|(part, tensor)| (format!("{}{part}", self.name), tensor.clone()))
+        let tensors = [weights, &self.m, &self.v];
+        std::array::from_fn(|i| (format!("{}{}", self.name, PARTS[i]), tensors[i].clone()))
     }
 
     /// Copies the checked tensors of this parameter.
     fn set_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         // A copy, because a step changes these tensors in place.
-        let copied = |part: &str| state[&format!("{}{part}", self.name)].to_device(self.var.device())?.copy();
-        let (weights, m, v) = (copied("")?, copied(".m")?, copied(".v")?);
+        let [weights, m, v] =
+            PARTS.map(|part| state[&format!("{}{part}", self.name)].to_device(self.var.device())?.copy());
+        let (weights, m, v) = (weights?, m?, v?);
         self.var.set(&weights.to_dtype(self.var.dtype())?)?;
         self.master = self.master.is_some().then_some(weights);
         (self.m, self.v) = (m, v);
@@ -402,11 +411,10 @@ struct Parts<'a, T: Element> {
 const CHUNK: usize = 1 << 12;
 
 fn pass<T: Element>(Parts { w, m, v, rounded }: Parts<T>, gradient: &[T], factor: f64, rule: &Rule) {
-    let rule_of = |value: f64| T::Acc::real(value);
-    let (beta1, beta2) = (rule_of(rule.beta1), rule_of(rule.beta2));
-    let (of_gradient, of_square) =
-        (rule_of((1.0 - rule.beta1) * factor), rule_of((1.0 - rule.beta2) * factor * factor));
-    let (keep, rate, epsilon) = (rule_of(rule.keep), rule_of(rule.rate), rule_of(rule.epsilon));
+    let real = |value: f64| T::Acc::real(value);
+    let (beta1, beta2) = (real(rule.beta1), real(rule.beta2));
+    let (of_gradient, of_square) = (real((1.0 - rule.beta1) * factor), real((1.0 - rule.beta2) * factor * factor));
+    let (keep, rate, epsilon) = (real(rule.keep), real(rule.rate), real(rule.epsilon));
     let mut rounded = rounded.chunks_mut(CHUNK);
     let rounded: Vec<&mut [T]> = (0..w.len().div_ceil(CHUNK)).map(|_| rounded.next().unwrap_or_default()).collect();
     w.par_chunks_mut(CHUNK)
@@ -469,6 +477,23 @@ mod tests {
             for (a, b) in vectors(fused)?.iter().flatten().zip(vectors(composed)?.iter().flatten()) {
                 assert!((a - b).abs() <= limit * a.abs(), "{a} and {b} in {dtype:?}");
             }
+        }
+        Ok(())
+    }
+
+    /// The non-finite elements of the documentation of [`AdamW`], with and without clipping.
+    #[test]
+    fn a_nonfinite_gradient_element_stays_alone() -> Result<()> {
+        for (nonfinite, max_norm) in [f32::NAN, f32::INFINITY].into_iter().flat_map(|x| [(x, None), (x, Some(1.0))]) {
+            let var = Var::new(&[1f32, 1.0], &Device::Cpu)?;
+            let group = ParameterGroup { parameters: vec![("w".to_string(), var.clone())], weight_decay: 0.0 };
+            let mut optimizer = AdamW::new([group], AdamWConfig { max_norm, ..Default::default() })?;
+            let loss = (var.as_tensor() * Tensor::new(&[nonfinite, 1.0], &Device::Cpu)?)?.sum_all()?;
+            optimizer.step(&loss.backward()?, 0.1)?;
+            let [w, m, v] = optimizer.slots[0].state().map(|(_, tensor)| tensor.to_vec1::<f32>().expect("f32"));
+            assert!(w[0].is_nan() && !m[0].is_finite() && !v[0].is_finite(), "{w:?} {m:?} {v:?}");
+            assert!(w[1].is_finite() && m[1].is_finite() && v[1].is_finite(), "{w:?} {m:?} {v:?}");
+            assert_eq!(w[1] == 1.0, nonfinite == f32::INFINITY && max_norm.is_some());
         }
         Ok(())
     }

@@ -295,10 +295,18 @@ fn errors_name_the_parameter_and_change_nothing() -> Result<()> {
     assert_eq!(state_bits(&optimizer)?, before);
 
     let twice = |name: &str| ParameterGroup { parameters: vec![(name.into(), vars[0].clone())], weight_decay: 0.0 };
-    assert_eq!(
-        text(AdamW::new([twice("w"), twice("w")], CONFIG)),
-        "parameter w is in the groups twice; give each a name of its own"
-    );
+    let named = |name: &str| ParameterGroup { parameters: vec![(name.into(), vars[1].clone())], weight_decay: 0.0 };
+    for (first, second, both) in
+        [("w", "w", "w"), ("x", "x.v", "x.v"), ("x.m", "x", "x.m"), ("w", "adamw.step", "adamw.step")]
+    {
+        assert_eq!(
+            text(AdamW::new([twice(first), named(second)], CONFIG)),
+            format!(
+                "parameter {second}: the names NAME, NAME.m and NAME.v of each parameter and adamw.step must all differ in the \
+                 state, but {both} is there already; give it another name"
+            )
+        );
+    }
     assert_eq!(
         text(AdamW::new([twice("wte"), twice("head")], CONFIG)),
         "parameters wte and head are one variable; leave one out, or each step updates it twice"
