@@ -55,7 +55,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
 /// g = dy weight          dx = rstd (g - xhat sum of (g xhat) / width)          dweight = sum over rows of dy xhat
 /// ```
 ///
-/// Shapes, types, errors and NaN are as for [`layer_norm`].
+/// Shapes, types and errors are as for [`layer_norm`]. A NaN makes its whole row NaN. An infinity makes its own element NaN and the
+/// rest of the row 0. In both cases the gradient of the whole row is NaN.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
@@ -134,11 +135,11 @@ impl Norm<'_> {
     fn apply(self, x: &Tensor, residual: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
         self.check(x, residual)?;
         if x.device().is_cpu() {
-            return norm(x, residual, self);
+            return on_cpu(x, residual, self);
         }
         #[cfg(feature = "cuda")]
         if let Some(device) = cuda::norm::device_with_kernels(x) {
-            return cuda::norm::norm(device, x, residual, self);
+            return cuda::norm::on_gpu(device, x, residual, self);
         }
         let Self { weight, bias, kind, eps } = self;
         let sum = match residual {
@@ -175,7 +176,7 @@ struct Statistics<A> {
 }
 
 /// See [`Norm::apply`].
-fn norm(x: &Tensor, residual: Option<&Tensor>, norm: Norm) -> Result<(Tensor, Tensor)> {
+fn on_cpu(x: &Tensor, residual: Option<&Tensor>, norm: Norm) -> Result<(Tensor, Tensor)> {
     let (x, residual) = (x.contiguous()?, residual.map(Tensor::contiguous).transpose()?);
     let (weight, bias) = (norm.weight.contiguous()?, norm.bias.map(Tensor::contiguous).transpose()?);
     let norm = Norm { weight: &weight, bias: bias.as_ref(), ..norm };

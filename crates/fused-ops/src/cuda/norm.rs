@@ -23,7 +23,12 @@ pub(crate) fn device_with_kernels(x: &Tensor) -> Option<&CudaDevice> {
 }
 
 /// See [`Norm::apply`].
-pub(crate) fn norm(device: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, norm: Norm) -> Result<(Tensor, Tensor)> {
+pub(crate) fn on_gpu(
+    device: &CudaDevice,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    norm: Norm,
+) -> Result<(Tensor, Tensor)> {
     let (x, residual) = (x.contiguous()?, residual.map(Tensor::contiguous).transpose()?);
     let (weight, bias) = (norm.weight.contiguous()?, norm.bias.map(Tensor::contiguous).transpose()?);
     let norm = Norm { weight: &weight, bias: bias.as_ref(), ..norm };

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_fused_ops::{gelu, gelu_erf, layer_norm, swiglu};
+use candle_fused_ops::{gelu, gelu_erf, layer_norm, rms_norm, swiglu};
 
 /// Which rows have a NaN.
 pub fn rows_with_nan(tensor: &Tensor) -> Result<Vec<bool>> {
@@ -16,12 +16,29 @@ fn a_nonfinite_number_stays_in_its_row() -> Result<()> {
 }
 
 pub fn nonfinite_row_of_a_norm(device: &Device) -> Result<()> {
-    for nonfinite in [f32::NAN, f32::INFINITY] {
-        let x = Var::new(&[[1f32, 2.0, 4.0], [1.0, nonfinite, 3.0], [5.0, 0.0, 1.0]], device)?;
-        let y = layer_norm(&x, &Tensor::ones(3, DType::F32, device)?, None, 1e-5)?;
-        assert_eq!(rows_with_nan(&y)?, [false, true, false]);
-        let grads = y.sqr()?.sum_all()?.backward()?;
-        assert_eq!(rows_with_nan(grads.get(&x).expect("a gradient"))?, [false, true, false]);
+    let weight = Tensor::ones(3, DType::F32, device)?;
+    let nan_in = |tensor: &Tensor| -> Result<Vec<Vec<bool>>> {
+        Ok(tensor.to_vec2::<f32>()?.iter().map(|row| row.iter().map(|x| x.is_nan()).collect()).collect())
+    };
+    let whole_row = [[false; 3], [true; 3], [false; 3]];
+    for nonfinite in [f32::NAN, f32::INFINITY, -f32::INFINITY] {
+        for is_rms in [false, true] {
+            let x = Var::new(&[[1f32, 2.0, 4.0], [1.0, nonfinite, 3.0], [5.0, 0.0, 1.0]], device)?;
+            let y = match is_rms {
+                true => rms_norm(&x, &weight, 1e-5)?,
+                false => layer_norm(&x, &weight, None, 1e-5)?,
+            };
+            match is_rms && nonfinite.is_infinite() {
+                true => {
+                    let row = y.to_vec2::<f32>()?.swap_remove(1);
+                    assert!(row[0] == 0.0 && row[1].is_nan() && row[2] == 0.0, "{row:?}");
+                    assert_eq!(rows_with_nan(&y)?, [false, true, false]);
+                }
+                false => assert_eq!(nan_in(&y)?, whole_row),
+            }
+            let grads = y.sum_all()?.backward()?;
+            assert_eq!(nan_in(grads.get(&x).expect("a gradient"))?, whole_row);
+        }
     }
     Ok(())
 }
