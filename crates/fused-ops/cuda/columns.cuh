@@ -1,4 +1,5 @@
-// Rows with more or fewer columns. The kernel moves words, so it needs no element type; the host chooses the largest word that divides the rows.
+// Rows with more or fewer columns. The kernel moves words, so it needs no element type. The host chooses the largest word that divides
+// the rows.
 //
 // A thread has one column of words in kColumnsRows rows, or more columns if a row has more words than the block has threads.
 #pragma once

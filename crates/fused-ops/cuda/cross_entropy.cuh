@@ -99,9 +99,10 @@ struct LossAndLse {
     float lse;  // in base 2
 };
 
-// Known to every thread. The first `kept` vectors of the aligned middle go to shared memory.
+// Known to every thread. The first `kept_vectors` of the aligned middle go to shared memory.
 template <typename T, bool kOptions>
-__device__ __forceinline__ LossAndLse row_loss(const CrossEntropyParams& params, const T* row, int64_t target, Vector<T>* keep, int kept) {
+__device__ __forceinline__ LossAndLse row_loss(const CrossEntropyParams& params, const T* row, int64_t target, Vector<T>* keep,
+                                               int kept_vectors) {
     __shared__ float scratch[3][kLossWarps];
     const RowSpan<T> span(row, params.vocab);
     OnlineSum<kOptions> online;
@@ -111,7 +112,7 @@ __device__ __forceinline__ LossAndLse row_loss(const CrossEntropyParams& params,
     };
     if (threadIdx.x < span.head) alone(threadIdx.x);
     for_vectors(row + span.head, span.vectors, [&](int i, const Vector<T>& vector) {
-        if (i < kept) keep[i] = vector;
+        if (i < kept_vectors) keep[i] = vector;
         float x[kVector<T>];
         widen(x, vector);
         online.add(x, params.softcap);
@@ -177,11 +178,11 @@ struct Gradient {
     }
 };
 
-// The gradient of a row. `to` may be `row`. The first `kept` vectors are in shared memory. The vectors after them are read again from
+// The gradient of a row. `to` may be `row`. The first `kept_vectors` are in shared memory. The vectors after them are read again from
 // global memory. They come first, because L2 still holds the end of the row.
 template <typename T, bool kOptions>
 __device__ __forceinline__ void row_gradient(const CrossEntropyParams& params, const T* row, T* to, int64_t target, float lse,
-                                             const Vector<T>* keep, int kept) {
+                                             const Vector<T>* keep, int kept_vectors) {
     const Gradient<kOptions> gradient(params, target, lse);
     const RowSpan<T> span(row, params.vocab);
     auto write = [&](int i, const Vector<T>& vector) {
@@ -196,11 +197,11 @@ __device__ __forceinline__ void row_gradient(const CrossEntropyParams& params, c
         to[column] = from_float<T>(x[0]);
     };
     if (span.tail_start() + threadIdx.x < params.vocab) alone(span.tail_start() + threadIdx.x);
-    if (span.vectors > kept) {
-        const T* rest = row + span.head + int64_t(kept) * kVector<T>;
-        for_vectors(rest, span.vectors - kept, [&](int i, const Vector<T>& vector) { write(kept + i, vector); });
+    if (span.vectors > kept_vectors) {
+        const T* rest = row + span.head + int64_t(kept_vectors) * kVector<T>;
+        for_vectors(rest, span.vectors - kept_vectors, [&](int i, const Vector<T>& vector) { write(kept_vectors + i, vector); });
     }
-    for (int i = threadIdx.x; i < min(kept, span.vectors); i += kLossThreads) write(i, keep[i]);
+    for (int i = threadIdx.x; i < min(kept_vectors, span.vectors); i += kLossThreads) write(i, keep[i]);
     if (threadIdx.x < span.head) alone(threadIdx.x);
 }
 
@@ -214,12 +215,12 @@ __device__ __forceinline__ void zero_row(T* to, int vocab) {
 
 enum class LossPass { kLosses, kGradients, kInPlace };
 
-// Grid: (rows). Dynamic shared memory: `kept` bytes for kInPlace.
+// Grid: (rows). Dynamic shared memory: `kept_bytes` for kInPlace.
 template <typename T, LossPass kPass, bool kOptions>
 __device__ __forceinline__ void cross_entropy(const CrossEntropyParams& params) {
     extern __shared__ uint4 shared[];
     auto* keep = reinterpret_cast<Vector<T>*>(shared);
-    const int kept = kPass == LossPass::kInPlace ? params.kept / int(sizeof(Vector<T>)) : 0;
+    const int kept_vectors = kPass == LossPass::kInPlace ? params.kept_bytes / int(sizeof(Vector<T>)) : 0;
     const int64_t row = blockIdx.x;
     const T* logits = static_cast<const T*>(params.logits) + row * params.stride;
     T* dlogits = static_cast<T*>(params.dlogits) + row * params.stride;
@@ -233,7 +234,7 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams& params) 
     if constexpr (kPass == LossPass::kGradients) {
         lse = params.lse[row];
     } else {
-        const LossAndLse result = row_loss<T, kOptions>(params, logits, target, keep, kept);
+        const LossAndLse result = row_loss<T, kOptions>(params, logits, target, keep, kept_vectors);
         lse = result.lse;
         if (threadIdx.x == 0) {
             params.losses[row] = result.loss;
@@ -242,7 +243,7 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams& params) 
         // In place, every thread must have read the target before one writes a gradient.
         if constexpr (kPass == LossPass::kInPlace) __syncthreads();
     }
-    if constexpr (kPass != LossPass::kLosses) row_gradient<T, kOptions>(params, logits, dlogits, target, lse, keep, kept);
+    if constexpr (kPass != LossPass::kLosses) row_gradient<T, kOptions>(params, logits, dlogits, target, lse, keep, kept_vectors);
 }
 
 // One block. Sums in f64, as on the CPU.
@@ -269,7 +270,7 @@ template <typename T>
 __device__ __forceinline__ void scale(const ScaleParams& params) {
     const float factor = *params.dloss / *params.counted;
     const int64_t thread = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x, threads = int64_t(gridDim.x) * kScaleThreads;
-    const int64_t whole = params.size / kVector<T> * kVector<T>;
+    const int64_t whole = params.len / kVector<T> * kVector<T>;
     T* to = static_cast<T*>(params.to);
     for (int64_t i = thread * kVector<T>; i < whole; i += threads * kVector<T>) {
         float x[kVector<T>];
@@ -281,7 +282,7 @@ __device__ __forceinline__ void scale(const ScaleParams& params) {
         store(to + i, x);
     }
     if (thread != threads - 1) return;
-    for (int64_t i = whole; i < params.size; ++i) to[i] = from_float<T>(params.from[i] * factor);
+    for (int64_t i = whole; i < params.len; ++i) to[i] = from_float<T>(params.from[i] * factor);
 }
 
 }  // namespace fused_ops

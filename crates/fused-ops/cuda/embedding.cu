@@ -1,4 +1,4 @@
-// Embedding: embedding_forward_bN copies units of N bytes; the sort has no types; the sums are embedding_NAME_TYPE for widths that
+// Embedding: embedding_forward_bN copies words of N bytes; the sort has no types; the sums are embedding_NAME_TYPE for widths that
 // allow vectors, and embedding_NAME_TYPE_any for all others.
 #include "embedding.cuh"
 

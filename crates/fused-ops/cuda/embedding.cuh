@@ -1,6 +1,6 @@
 // The lookup of rows by id, and its backward: a sort of the positions by id, then the sum of each run of one id.
 //
-// Forward    copies rows in units of 16, 4 or 2 bytes, and knows no types. An id that is no row gives a row of NaN.
+// Forward    copies rows in words of 16, 4 or 2 bytes, and knows no types. An id that is no row gives a row of NaN.
 // Sort       a stable radix sort with kDigitBits per pass: two passes for up to 2^18 rows. `count_digits` counts the digits of each
 //            block's share of the keys. `scatter_keys` adds the counts of all blocks and moves the keys. Warps take their part of a
 //            share in order, and `match_any` ranks equal digits of a warp, so the result does not depend on timing.
@@ -24,28 +24,28 @@ __device__ __forceinline__ uint32_t row_of(const void* ids, int wide_ids, uint32
     return id >= 0 && id < rows ? uint32_t(id) : rows;
 }
 
-template <typename Unit>
+template <typename Word>
 __device__ __forceinline__ void embedding_forward(const EmbeddingForwardParams& params) {
-    const Unit* weight = static_cast<const Unit*>(params.weight);
-    Unit* y = static_cast<Unit*>(params.y);
-    const uint32_t total = params.tokens * params.units;
-    const uint32_t start = blockIdx.x * kEmbeddingUnits * kEmbeddingThreads + threadIdx.x;
-    Unit units[kEmbeddingUnits];
-    bool found[kEmbeddingUnits];
+    const Word* weight = static_cast<const Word*>(params.weight);
+    Word* y = static_cast<Word*>(params.y);
+    const uint32_t total = params.tokens * params.words;
+    const uint32_t start = blockIdx.x * kEmbeddingWords * kEmbeddingThreads + threadIdx.x;
+    Word words[kEmbeddingWords];
+    bool found[kEmbeddingWords];
 #pragma unroll
-    for (int i = 0; i < kEmbeddingUnits; ++i) {
-        // Past the end, the last unit again: a load without a branch can be queued with the others.
+    for (int i = 0; i < kEmbeddingWords; ++i) {
+        // Past the end, the last word again: a load without a branch can be queued with the others.
         const uint32_t at = min(start + i * kEmbeddingThreads, total - 1);
-        const uint32_t row = row_of(params.ids, params.wide_ids, at / params.units, params.rows);
+        const uint32_t row = row_of(params.ids, params.wide_ids, at / params.words, params.rows);
         found[i] = row < params.rows;
-        units[i] = weight[int64_t(found[i] ? row : 0) * params.units + at % params.units];
+        words[i] = weight[int64_t(found[i] ? row : 0) * params.words + at % params.words];
     }
 #pragma unroll
-    for (int i = 0; i < kEmbeddingUnits; ++i) {
+    for (int i = 0; i < kEmbeddingWords; ++i) {
         const uint32_t at = start + i * kEmbeddingThreads;
         if (at >= total) break;
-        if (!found[i]) memset(&units[i], 0xff, sizeof(Unit));  // NaN in every type
-        y[at] = units[i];
+        if (!found[i]) memset(&words[i], 0xff, sizeof(Word));  // NaN in every type
+        y[at] = words[i];
     }
 }
 

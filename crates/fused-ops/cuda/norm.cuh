@@ -188,7 +188,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
     const int64_t stride = int64_t(gridDim.x) * Rows::kGroups;
     int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
     fetch(row);
-    for (int turn = 0; row < params.rows; row += stride, turn ^= 1) {
+    for (int parity = 0; row < params.rows; row += stride, parity ^= 1) {
         float xhat[kVectors][kElements], g[kVectors][kElements];
         float2 sums = make_float2(0.f, 0.f);  // of g, and of g xhat
         const float mean = statistics.x, rstd = statistics.y;
@@ -210,7 +210,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
             }
         }
         if constexpr (kPrefetch) fetch(row + stride);
-        sums = combined<kWarps>(sums, scratch[turn][rows.group], rows.group, Add());
+        sums = combined<kWarps>(sums, scratch[parity][rows.group], rows.group, Add());
         const float g_mean = params.centre ? sums.x / width : 0.f, g_xhat_mean = sums.y / width;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {

@@ -28,7 +28,7 @@ constexpr int kHalvesItems = 1;       // of a thread, in the order of halves: 32
 constexpr int kInterleavedItems = 2;  // of a thread, in the interleaved order: 32 bytes of x
 
 constexpr int kEmbeddingThreads = 256;
-constexpr int kEmbeddingUnits = 4;  // of a thread of the forward
+constexpr int kEmbeddingWords = 4;  // of a thread of the forward
 constexpr int kDigitBits = 9;       // of a key, for one pass of the sort
 constexpr int kSortThreads = 512;   // of a block: one for each digit where a kernel adds counts
 constexpr int kSegment = 64;        // sorted positions that one thread sums; not tuned yet
@@ -92,7 +92,7 @@ struct CrossEntropyParams {
     int64_t stride;
     int64_t ignore_index;  // a value that no target has if nothing is ignored
     int32_t vocab;
-    int32_t kept;  // bytes of a row that stay in shared memory, a multiple of 16
+    int32_t kept_bytes;  // of a row, in shared memory; a multiple of 16
     float label_smoothing;
     float z_loss;
     float softcap;  // 0 for none
@@ -110,11 +110,11 @@ struct CrossEntropyMeanParams {
 
 // from * dloss / counted, rounded to a type.
 struct ScaleParams {
-    const float* from;     // (size)
-    void* to;              // (size)
+    const float* from;     // (len)
+    void* to;              // (len)
     const float* dloss;    // ()
     const float* counted;  // ()
-    int64_t size;
+    int64_t len;
 };
 
 // y = activation(x), or activation(x) * up.
@@ -148,14 +148,14 @@ struct RotaryParams {
     float sign;  // of the angles: 1 in the forward, -1 in the backward
 };
 
-// y[i] = weight[ids[i]] in units of 16, 4 or 2 bytes, fewer than 2^32 together.
+// y[i] = weight[ids[i]] in words of 16, 4 or 2 bytes, fewer than 2^32 together.
 struct EmbeddingForwardParams {
     const void* ids;     // (tokens): u32 or i64
-    const void* weight;  // (rows, units)
-    void* y;             // (tokens, units)
+    const void* weight;  // (rows, words)
+    void* y;             // (tokens, words)
     uint32_t tokens;
     uint32_t rows;
-    uint32_t units;  // of a row
+    uint32_t words;     // of a row
     int32_t wide_ids;  // 1: i64; 0: u32
 };
 

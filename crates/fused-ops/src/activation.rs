@@ -80,6 +80,9 @@ pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gated("geglu", Activation::Gelu, gate, up, composed::geglu)
 }
 
+/// The tanh form of GELU is x (1 + tanh(sqrt(2 / pi) (x + CUBIC x^3))) / 2.
+pub(crate) const CUBIC: f64 = 0.044715;
+
 #[derive(Clone, Copy)]
 pub(crate) enum Activation {
     Gelu,
@@ -97,7 +100,6 @@ impl Activation {
             Self::Gelu | Self::GeluErf if x > saturated => (x, A::ONE),
             Self::Gelu | Self::GeluErf if x < -saturated => (A::ZERO, A::ZERO),
             Self::Gelu => {
-                const CUBIC: f64 = 0.044715;
                 let linear = 2.0 * (2.0 / PI).sqrt();
                 let (linear, cubic) = (A::real(linear), A::real(linear * CUBIC));
                 let s = sigmoid(x * (linear + cubic * x * x));

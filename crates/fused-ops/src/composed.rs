@@ -9,7 +9,7 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
 use candle_core::{DType, Result, Tensor, Var, D};
 
-use crate::activation::Activation;
+use crate::activation::{Activation, CUBIC};
 use crate::adamw::{Rule, Slot};
 use crate::linear::result_shape;
 use crate::loss::{CrossEntropy, Layer};
@@ -125,7 +125,7 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor> {
     let y = match activation {
         // Not `Tensor::gelu`: its gradient has constants of six digits.
         Activation::Gelu => {
-            let cubic = (wide.sqr()? * 0.044715)?.affine(1.0, 1.0)?;
+            let cubic = (wide.sqr()? * CUBIC)?.affine(1.0, 1.0)?;
             let u = ((&wide * cubic)? * (2.0 / PI).sqrt())?;
             (wide * u.tanh()?.affine(0.5, 0.5)?)?
         }

@@ -41,7 +41,8 @@ pub enum RotaryOrder {
 /// | `cos`, `sin` | `(seqlen, rotary_dim / 2)`: the rows of the positions in `x` | a floating-point type |
 ///
 /// The first `rotary_dim` values of a head rotate; the others stay. `cos` and `sin` are tables and get no gradient. The rotation is
-/// computed in f32 (f64 for f64) and rounded once. [`rotary_in_place`] needs no second tensor. Candle's fast kernels return a result without a gradient.
+/// computed in f32 (f64 for f64) and rounded once. [`rotary_in_place`] needs no second tensor. Candle's fast kernels return a result
+/// without a gradient.
 ///
 /// # Errors
 /// If a shape, a type or a device is wrong.

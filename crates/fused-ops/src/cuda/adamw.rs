@@ -91,7 +91,7 @@ impl Plan {
     ) -> Result<CudaSlice<AdamWTensor>> {
         let tensors = parts.iter().zip(gradients).zip(rules);
         let tensors: Vec<_> = tensors.map(|((parts, gradient), rule)| parts.params(launcher, gradient, rule)).collect();
-        // The driver copies so few bytes before it returns, and does not wait for the stream.
+        // Up to 64 KiB, 1,170 parameters, the driver copies before it returns and does not wait for the stream.
         self.device.clone_htod(&tensors)
     }
 

@@ -112,7 +112,7 @@ impl LossCall {
             stride: self.stride as i64,
             ignore_index: ignored(&self.options),
             vocab: self.vocab as i32,
-            kept: 0,
+            kept_bytes: 0,
             label_smoothing: self.options.label_smoothing as f32,
             z_loss: self.options.z_loss as f32,
             softcap: self.options.softcap.unwrap_or(0.0) as f32,
@@ -132,7 +132,8 @@ impl LossCall {
     pub(super) unsafe fn queue(&self, launcher: &Launcher, pass: &str, params: &CrossEntropyParams) -> Result<()> {
         let options = self.options.softcap.is_some() || self.options.label_smoothing > 0.0;
         let name = format!("cross_entropy_{pass}_{}{}", self.dtype.as_str(), if options { "_options" } else { "" });
-        let config = LaunchConfig { shared_mem_bytes: params.kept as u32, ..grid(params.rows as usize, LOSS_THREADS) };
+        let config =
+            LaunchConfig { shared_mem_bytes: params.kept_bytes as u32, ..grid(params.rows as usize, LOSS_THREADS) };
         // SAFETY: as the caller promises.
         unsafe { launcher.queue(FILE, &name, config, params) }
     }
@@ -184,11 +185,11 @@ pub(super) fn scaled(from: &Tensor, dloss: &Tensor, counted: &Tensor, like: &Ten
             to: launcher.write(&mut to),
             dloss: launcher.read(&dloss),
             counted: launcher.read(&counted),
-            size: like.elem_count() as i64,
+            len: like.elem_count() as i64,
         };
         let vectors = (like.elem_count() * like.dtype().size_in_bytes()).div_ceil(16);
         let config = grid(vectors.div_ceil(SCALE_THREADS), SCALE_THREADS);
-        // SAFETY: both have `size` elements.
+        // SAFETY: both have `len` elements.
         unsafe { launcher.launch(FILE, &format!("scale_{}", like.dtype().as_str()), config, &params)? };
     }
     Ok(tensor(to, like.shape()))

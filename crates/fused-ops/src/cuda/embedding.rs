@@ -5,11 +5,17 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 use super::launch::{grid, Launcher};
 use super::memory::{aligned, tensor, uninit, zeros, Locked};
 use super::params::{EmbeddingForwardParams, EmbeddingSortParams, EmbeddingSumParams, NULL};
-use super::params::{DIGIT_BITS, EMBEDDING_THREADS, EMBEDDING_UNITS, SEGMENT, SORT_THREADS};
+use super::params::{DIGIT_BITS, EMBEDDING_THREADS, EMBEDDING_WORDS, SEGMENT, SORT_THREADS};
 use crate::node;
 
 const FILE: &str = "embedding";
 const DIGITS: usize = 1 << DIGIT_BITS;
+
+/// Blocks of the sort. Each reads the counts of all, so there are few. Not tuned yet.
+const MAX_SORT_BLOCKS: usize = 128;
+
+/// Tokens of a block of the sort. So many keep its counts small next to its keys. Not tuned yet.
+const MIN_SHARE: usize = 1024;
 
 /// The GPU of `weight`, if there are kernels for its type and size: they count with 32 bits.
 pub(crate) fn device_with_kernels<'a>(ids: &Tensor, weight: &'a Tensor) -> Option<&'a CudaDevice> {
@@ -39,20 +45,22 @@ fn lookup(device: &CudaDevice, ids: &Tensor, weight: &Tensor) -> Result<CudaStor
         let stream = device.cuda_stream();
         let mut launcher = Launcher::new(&stream);
         let weight = launcher.read(&weight);
-        let fits = |unit: &usize| row_bytes.is_multiple_of(*unit) && weight.is_multiple_of(*unit as u64);
-        let unit = [16, 4, 2].into_iter().find(fits).expect("a type has at least 2 bytes");
+        let fits =
+            |word_bytes: &usize| row_bytes.is_multiple_of(*word_bytes) && weight.is_multiple_of(*word_bytes as u64);
+        let word_bytes = [16, 4, 2].into_iter().find(fits).expect("a type has at least 2 bytes");
         let params = EmbeddingForwardParams {
             ids: launcher.read(&locked_ids),
             weight,
             y: launcher.write(&mut y),
             tokens: tokens as u32,
             rows: rows as u32,
-            units: (row_bytes / unit) as u32,
+            words: (row_bytes / word_bytes) as u32,
             wide_ids: wide(ids),
         };
-        let config = grid((tokens * row_bytes / unit).div_ceil(EMBEDDING_UNITS * EMBEDDING_THREADS), EMBEDDING_THREADS);
-        // SAFETY: sizes and addresses are those of one call. Rows are multiples of a unit, and begin at one.
-        unsafe { launcher.launch(FILE, &format!("embedding_forward_b{unit}"), config, &params)? };
+        let config =
+            grid((tokens * row_bytes / word_bytes).div_ceil(EMBEDDING_WORDS * EMBEDDING_THREADS), EMBEDDING_THREADS);
+        // SAFETY: sizes and addresses are those of one call. Rows are multiples of a word, and begin at one.
+        unsafe { launcher.launch(FILE, &format!("embedding_forward_b{word_bytes}"), config, &params)? };
     }
     Ok(y)
 }
@@ -66,8 +74,7 @@ struct Sorted {
 impl Sorted {
     fn new(device: &CudaDevice, ids: &Tensor, rows: usize) -> Result<Self> {
         let tokens = ids.elem_count();
-        // 1,024 tokens for a block keep its counts small next to its keys. At most 128 blocks, because each reads the counts of all.
-        let share = tokens.div_ceil(128).next_multiple_of(SORT_THREADS).max(1024);
+        let share = tokens.div_ceil(MAX_SORT_BLOCKS).next_multiple_of(SORT_THREADS).max(MIN_SHARE);
         let blocks = tokens.div_ceil(share);
         let config = grid(blocks, SORT_THREADS);
         let stream = device.cuda_stream();

@@ -58,7 +58,7 @@ fn sums(call: &LossCall, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, wid
         (true, _) => Some(uninit(device, weight.elem_count(), DType::F32)?),
     };
     {
-        let kept = call.kept_bytes()?;
+        let kept_bytes = call.kept_bytes()?;
         let (x, weight, targets) = (Locked::of(x), Locked::of(weight), Locked::of(&call.targets));
         let stream = device.cuda_stream();
         for start in (0..count).step_by(rows_per_chunk) {
@@ -84,7 +84,7 @@ fn sums(call: &LossCall, rows_per_chunk: usize, x: &Tensor, weight: &Tensor, wid
                 targets: at(launcher.read(&targets), start, DType::I64),
                 losses: at(launcher.write(&mut losses), start, DType::F32),
                 dlogits: logits.address,
-                kept: if tracked { kept as i32 } else { 0 },
+                kept_bytes: if tracked { kept_bytes as i32 } else { 0 },
                 ..call.params(size)
             };
             // SAFETY: as above.
