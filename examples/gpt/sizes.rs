@@ -52,7 +52,11 @@ fn needed(config: &Config) -> f64 {
         AttentionKind::Standard => num_heads * context,
         AttentionKind::Flash | AttentionKind::None => 0.0,
     };
-    let kept_per_token = num_layers * (KEPT_WIDTHS * embed_dim + scores);
+    let of_block = KEPT_WIDTHS * embed_dim + scores;
+    let kept_per_token = match config.checkpoint_activations {
+        true => num_layers * embed_dim + of_block, // the inputs of all blocks, and the block that is computed again
+        false => num_layers * of_block,
+    };
     BYTES_PER_PARAMETER * parameters
         + BYTES_PER_TOKEN * accumulation * batch * context
         + config.precision.dtype().size_in_bytes() as f64 * kept_per_token * batch * context

@@ -18,6 +18,8 @@ fn too_much_memory_is_an_error() {
         "this needs at least 2930.7 GiB of memory, but only 16.0 GiB can be used; lower --batch 1000000, --context 128 or \
          --accumulation 1, or take a smaller --preset"
     );
+    let checkpointed = Config { batch: 1_000_000, checkpoint_activations: true, ..tiny.clone() };
+    assert!(say(checkpointed, 16.0).starts_with("this needs at least 977.5 GiB of memory, but"));
     let parameters = Config { batch: 1, context: 128, accumulation: 1, ..Config::preset(Preset::Gpt1300m) };
     assert!(say(parameters, 8.0).starts_with("this needs at least 14.9 GiB of memory, but"));
     let standard = Config { attention: AttentionKind::Standard, batch: 1, context: 65_536, ..tiny };
