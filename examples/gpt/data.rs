@@ -78,7 +78,10 @@ fn read_repository(root: &Path) -> Result<Vec<u8>> {
     }
     let mut bytes = Vec::new();
     for path in repository_files(root)? {
-        bytes.extend(fs::read(path)?);
+        let read = fs::read(&path).map_err(|error| {
+            anyhow!("cannot read {}: {error}; make it readable, or name a text with --data FILE", path.display())
+        })?;
+        bytes.extend(read);
         bytes.push(b'\n');
     }
     Ok(bytes)

@@ -19,7 +19,7 @@ use candle_fused_ops::{pool, profile};
 use clap::Args;
 use serde::Serialize;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::Instant;
 
@@ -156,7 +156,15 @@ impl Table {
     }
 
     /// Appends the row of `timing`.
-    pub fn append(self, timing: &Timing) -> Result<()> {
+    pub fn append(mut self, timing: &Timing) -> Result<()> {
+        if !self.is_new {
+            let mut last = [0];
+            self.file.seek(SeekFrom::End(-1))?;
+            self.file.read_exact(&mut last)?;
+            if last != *b"\n" {
+                self.file.write_all(b"\n")?; // some editors drop the last line break
+            }
+        }
         let mut rows = csv::WriterBuilder::new().has_headers(self.is_new).from_writer(self.file);
         rows.serialize(timing)?;
         Ok(rows.flush()?)
