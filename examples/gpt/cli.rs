@@ -211,7 +211,7 @@ impl TrainArgs {
         let mut run = Run::new(config, device)?;
         let folder = match self.out {
             Some(dir) => RunFolder::create(&dir)?,
-            None => RunFolder::create(&files::next_folder(&files::runs_folder()))?,
+            None => RunFolder::create_next(&files::runs_folder())?,
         };
         run.train(&folder)
     }

@@ -20,12 +20,6 @@ pub fn runs_folder() -> PathBuf {
     repository().components().filter(|part| part.as_os_str() != ".").collect::<PathBuf>().join("runs")
 }
 
-/// The next folder of `runs`/0001, `runs`/0002, ...
-pub fn next_folder(runs: &Path) -> PathBuf {
-    let last = numbers(runs).last().map_or(0, |&last| u64::from(last));
-    runs.join(format!("{:04}", last + 1))
-}
-
 /// The folder of the newest numbered run that has a checkpoint called `name`.
 pub fn newest_run(runs: &Path, name: &str) -> Result<PathBuf> {
     numbers(runs)
@@ -80,15 +74,27 @@ fn is_temporary(name: &str) -> bool {
 /// The folder of a run, locked: only this process writes into it.
 pub struct RunFolder {
     dir: PathBuf,
-    _lock: File, // the operating system releases the lock when the process ends, even after SIGKILL
+    lock: File, // the operating system releases the lock when the process ends, even after SIGKILL
 }
 
 impl RunFolder {
+    /// Creates the next folder of `runs`/0001, `runs`/0002, ... Processes that start at once get different ones.
+    pub fn create_next(runs: &Path) -> Result<Self> {
+        fs::create_dir_all(runs).map_err(|error| cannot_create(runs, error))?;
+        let mut number = numbers(runs).last().map_or(0, |&last| u64::from(last)) + 1;
+        loop {
+            let dir = runs.join(format!("{number:04}"));
+            match fs::create_dir(&dir) {
+                Ok(()) => return Self::open(&dir),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
+                Err(error) => return Err(cannot_create(&dir, error)),
+            }
+        }
+    }
+
     /// Creates the folder of a new run.
     pub fn create(dir: &Path) -> Result<Self> {
-        fs::create_dir_all(dir).map_err(|error| {
-            anyhow!("cannot create the folder {}: {error}; choose another with --out", dir.display())
-        })?;
+        fs::create_dir_all(dir).map_err(|error| cannot_create(dir, error))?;
         let folder = Self::open(dir)?;
         check_free(dir)?; // another process may have trained here before this one got the lock
         Ok(folder)
@@ -113,12 +119,34 @@ impl RunFolder {
                 let _ = fs::remove_file(entry.path()); // if removal fails, the file only uses disk space
             }
         }
-        Ok(Self { dir: dir.to_owned(), _lock: lock })
+        Ok(Self { dir: dir.to_owned(), lock })
     }
 
     pub fn path(&self) -> &Path {
         &self.dir
     }
+
+    /// Checks that the folder is still the locked one. If a user has removed it, another run may have one of the same name.
+    pub fn check_still_locked(&self) -> Result<()> {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let identity = |file: fs::Metadata| (file.dev(), file.ino());
+            let held = identity(self.lock.metadata()?);
+            if !fs::metadata(self.dir.join(LOCK_NAME)).is_ok_and(|found| identity(found) == held) {
+                bail!(
+                    "{} is no longer the folder of this run: somebody has removed or replaced its {LOCK_NAME}; nothing more \
+                     is written there, so start a new run",
+                    self.dir.display()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn cannot_create(dir: &Path, error: std::io::Error) -> anyhow::Error {
+    anyhow!("cannot create the folder {}: {error}; choose another with --out", dir.display())
 }
 
 /// The error of a file of a run that could not be written.

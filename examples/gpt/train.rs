@@ -108,6 +108,7 @@ impl Run {
         let dir = folder.path();
         output::progress(self.describe());
         let started = Instant::now();
+        folder.check_still_locked()?;
         if self.step == 0 {
             self.begin(dir)?;
         }
@@ -126,6 +127,7 @@ impl Run {
                 metrics.push(row)
             })?;
             let signal = stop.signal().filter(|_| self.step < self.config.steps);
+            folder.check_still_locked()?; // before any file is written by its name
             if evaluate {
                 plot::save(dir, metrics.rows())?; // before the checkpoint, so that the last checkpoint completes the run
             }

@@ -134,3 +134,34 @@ fn a_folder_in_use_is_refused() -> Result<()> {
     );
     Ok(())
 }
+
+/// The user removes the folder of a run and another run gets its name. The first run ends and overwrites nothing.
+#[cfg(unix)]
+#[test]
+fn a_run_leaves_the_folder_of_another_alone() -> Result<()> {
+    let room = Room::new();
+    // Only the first step saves.
+    let config =
+        Config { checkpoint_interval: Some(1_000_000), eval_interval: 1_000_000, ..small_config(&room, 999_999) };
+    let dir = begin(&room, "run", &config)?;
+    let first = spawn(&["train", "--resume", &room.string("run")], &room);
+    wait_for(&dir.join("metrics.csv"), "\n2,");
+    fs::rename(&dir, room.path("removed"))?;
+    begin(&room, "run", &config)?;
+    let before = fs::read(dir.join(checkpoint::FILE_NAME))?;
+
+    let output = first.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr)?;
+    assert_eq!(
+        said.lines().last(),
+        Some(&*format!(
+            "error: {} is no longer the folder of this run: somebody has removed or replaced its train.lock; nothing more is \
+             written there, so start a new run",
+            room.string("run")
+        ))
+    );
+    assert!(fs::read(dir.join(checkpoint::FILE_NAME))? == before);
+    assert_eq!(names(&dir), ["checkpoint.safetensors", "train.lock"]);
+    Ok(())
+}

@@ -162,7 +162,7 @@ fn any_name_in_runs() -> Result<()> {
     }
     fs::write(runs.join("0007/model"), "")?;
     assert_eq!(files::newest_run(&runs, "model")?, runs.join("0007"));
-    assert_eq!(files::next_folder(&runs), runs.join("20261131"));
+    assert_eq!(files::RunFolder::create_next(&runs)?.path(), runs.join("20261131"));
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use super::{child_process, run, short_config, story, Room};
 use crate::checkpoint;
 use crate::config::{AttentionKind, Config, Preset};
 use crate::data::{repository_files, Batches, Corpus, Text, KEPT_FILE_NAME};
-use crate::files::{check_free, newest_run, next_folder};
+use crate::files::{check_free, newest_run, RunFolder};
 use crate::metrics::{self, Metrics, Row};
 use crate::model::{init_parameters, parameter_shapes, Named};
 use crate::plot;
@@ -156,17 +156,30 @@ fn the_repository_is_the_default_text() -> Result<()> {
 fn numbered_folders_are_new() -> Result<()> {
     let room = Room::new();
     let runs = room.path("runs");
-    assert_eq!(next_folder(&runs), runs.join("0001"));
+    assert_eq!(RunFolder::create_next(&runs)?.path(), runs.join("0001"));
     fs::create_dir_all(runs.join("0041"))?;
     fs::create_dir(runs.join("experiment"))?;
     fs::create_dir(runs.join("0042"))?;
-    assert_eq!(next_folder(&runs), runs.join("0043"));
+    assert_eq!(RunFolder::create_next(&runs)?.path(), runs.join("0043"));
     fs::write(runs.join("0041/checkpoint"), "")?;
     assert_eq!(newest_run(&runs, "checkpoint")?, runs.join("0041"));
     check_free(&runs.join("0042"))?;
     check_free(&runs.join("0043"))?;
     assert!(check_free(&runs.join("0041")).is_err());
     Ok(())
+}
+
+#[test]
+fn runs_that_start_at_once_get_different_folders() {
+    let room = Room::new();
+    let runs = room.path("runs");
+    let create = || RunFolder::create_next(&runs).unwrap().path().to_owned();
+    let mut folders = std::thread::scope(|scope| {
+        let threads = [(); 8].map(|()| scope.spawn(create));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    folders.sort();
+    assert_eq!(folders, std::array::from_fn(|i| runs.join(format!("{:04}", i + 1))));
 }
 
 fn row(step: usize, val_loss: Option<f32>) -> Row {
