@@ -25,15 +25,15 @@ pub enum Part {
     Decode,
     Standard,
     Memory,
-    /// Ours next to kernels that lack one of FlashAttention-2's contributions. The file has no case of it.
+    /// Ours next to kernels that lack one of FlashAttention-2's contributions. benches/cuda.toml has no case of this part.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
     Ablations,
-    /// The host's time for a call. The file has no case of it.
+    /// The host's time for a call. benches/cuda.toml has no case of this part.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
     Host,
-    /// The rates that the GPU can reach. The file has no case of it.
+    /// The rates that the GPU can reach. benches/cuda.toml has no case of this part.
     #[cfg(feature = "cuda")]
     #[serde(skip)]
     Ceiling,

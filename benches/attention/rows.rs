@@ -23,8 +23,9 @@ pub struct CsvRow<'a> {
     pub dtype: &'a str,
     pub hdim: Option<usize>,
     pub causal: u8,
-    /// Sequences; the seqlens of a packed case are its longest.
+    /// Number of sequences.
     pub batch: Option<usize>,
+    /// Of a packed case, the longest.
     pub seqlen_q: usize,
     pub seqlen_k: usize,
     pub hq: Option<usize>,

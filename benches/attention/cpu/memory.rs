@@ -57,7 +57,7 @@ pub fn peak_bytes<R>(run: impl FnOnce() -> R) -> (R, usize) {
     (result, PEAK.load(Relaxed) as usize)
 }
 
-/// Free memory of the system, if it tells.
+/// Free memory, if /proc/meminfo has it.
 pub fn available_bytes() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
