@@ -83,7 +83,8 @@
 //!
 //! On the CPU, a forward task computes a query tile, and a backward task computes a key tile. Threads take tasks of any sequence
 //! and head, so one long sequence keeps all cores busy. The order of every sum is fixed, so the same inputs give the same bits
-//! on any number of threads.
+//! on any number of threads. A call of few queries sums in another order if no input is tracked for gradients. So its `o` can
+//! differ in the last bits from that of a tracked call.
 //!
 //! On a GPU, thread blocks compute the tiles. Only the gradient of `q` is summed in any order. With
 //! [`Attention::deterministic`], semaphores fix this order too.
