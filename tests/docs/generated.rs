@@ -72,7 +72,7 @@ fn tables_are_up_to_date() -> Result<()> {
 /// The measured numbers that may be typed, because no record has them.
 const TYPED: [&str; 2] = ["2.5 times that backward", "the two losses differ by at most 0.16%"];
 
-/// A typed number does not follow the record, so sentences with measured numbers are in generated parts.
+/// A typed number does not follow the record, so shares, factors and rates of the newest record are in generated parts.
 #[test]
 fn measured_numbers_are_generated() -> Result<()> {
     if update() {

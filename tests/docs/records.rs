@@ -91,7 +91,7 @@ impl Machine {
     fn read((machine, name): (&str, &'static str), date: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
         let folder = format!("benches/record/{machine}/{date}");
         let texts = csv_files(&folder)?;
-        let measured = format!("{name}, {date}");
+        let measured = format!("{name}, {}", date_in_words(date));
         let origin = [Some(measured.as_str()), versions(&texts)].into_iter().flatten().collect::<Vec<_>>().join("; ");
 
         let mut runs = BTreeMap::<u32, Vec<&str>>::new();
@@ -152,7 +152,7 @@ impl Machine {
         median(self.runs.values().filter_map(of).collect()).or_else(|| of(&self.record))
     }
 
-    /// The calls of one direction that ours and `peer` have timed. For `mha` only calls of the papers' grid.
+    /// The calls of one pass that ours and `peer` have timed. For `mha` only calls of the papers' grid.
     pub fn compared(&self, peer: &str, kinds: &[&str], pass: &str) -> Vec<(Call, f64)> {
         let of_the_grid = |call: &Call| {
             let of_grid = Call::of_the_grid(&call.pass, call.head_dim, call.causal, call.seqlen);
@@ -177,6 +177,14 @@ impl Machine {
             ensure!(rows.iter().all(|row| row.contains_key(*column)), "{file} has no column {column}");
         }
         Ok(rows)
+    }
+}
+
+/// `2026-11-30, record b` for the folder `2026-11-30b`.
+fn date_in_words(date: &str) -> String {
+    match date.split_at("2026-11-30".len()) {
+        (day, "") => day.to_string(),
+        (day, letter) => format!("{day}, record {letter}"),
     }
 }
 

@@ -77,11 +77,11 @@ pub fn cpu(cpu: &Machine, to_root: &str) -> Result<String> {
 pub fn speed(gpu: &Machine, seqlens: &[usize], to_root: &str) -> Result<String> {
     let mut table = head_by_seqlen(&["head_dim", "mask", "pass"], seqlens);
     for (pass, title) in PASSES {
-        for hdim in HEAD_DIMS {
+        for head_dim in HEAD_DIMS {
             for (causal, mask) in MASKS {
-                table += &format!("| {hdim} | {mask} | {title} |");
+                table += &format!("| {head_dim} | {mask} | {title} |");
                 for &seqlen in seqlens {
-                    let call = Call::of_the_grid(pass, hdim, causal, seqlen);
+                    let call = Call::of_the_grid(pass, head_dim, causal, seqlen);
                     let cell = gpu.record.tflops("ours", &call).zip(gpu.ratio("flash", &call));
                     let (ours, ratio) = cell.with_context(|| format!("no run has {call:?}"))?;
                     table += &format!(" {ours:.0}, {ratio:.2}x |");
@@ -113,9 +113,10 @@ pub fn front_page(gpu: &Machine) -> Result<String> {
         let means: Vec<String> = PEERS.into_iter().filter_map(to).collect();
         notes += &format!("- {}: {}\n", pass.1, means.join(", "));
     }
+    let shapes = gpu.compared("flash", &["mha"], "fwd").len();
     Ok(format!(
         "{table}\nOur speed relative to the fastest, geometric means over 512 to 16,384 tokens, by head_dim:\n\n{}\n\
-         Our speed relative to each, geometric means over the 36 shapes of the papers' grid:\n\n{notes}\n{}",
+         Our speed relative to each, geometric means over the {shapes} shapes of the papers' grid:\n\n{notes}\n{}",
         means_by_head_dim(gpu),
         measured_on(gpu, "")
     ))
@@ -253,7 +254,7 @@ fn smallest(compared: &[(Call, f64)]) -> f64 {
     compared.iter().map(|&(_, ratio)| ratio).fold(f64::INFINITY, f64::min)
 }
 
-/// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and direction.
+/// Geometric mean and minimum of the ratios to FlashAttention-2, by kind of call and pass.
 pub fn summary(gpu: &Machine) -> Result<String> {
     let mut table = head(&["calls", "pass", "cells", "geometric mean", "smallest"]);
     for (kinds, name) in [
@@ -295,10 +296,10 @@ pub fn standard(gpu: &Machine) -> Result<String> {
     let mut columns = vec!["head_dim", "mask"];
     columns.extend(seqlens.iter().map(String::as_str));
     let (mut table, mut times, mut peaks) = (String::new(), Vec::new(), Vec::new());
-    for hdim in HEAD_DIMS {
+    for head_dim in HEAD_DIMS {
         for (causal, mask) in MASKS {
             let cells = SEQLENS.map(|seqlen| {
-                let call = Call::of_the_grid("fwd+bwd", hdim, causal, seqlen).with_kind("standard");
+                let call = Call::of_the_grid("fwd+bwd", head_dim, causal, seqlen).with_kind("standard");
                 let (ours, standard) = (gpu.record.ours_for(&call)?, gpu.record.get("standard", &call)?);
                 let ours_ms = ours.ms?;
                 let Some(ms) = standard.ms else { return Some(format!("{ours_ms:.2}, {}", standard.failure?)) };
@@ -308,15 +309,16 @@ pub fn standard(gpu: &Machine) -> Result<String> {
             });
             if cells.iter().any(Option::is_some) {
                 let cells = cells.map(|cell| cell.unwrap_or_else(|| "-".to_string()));
-                table += &format!("| {hdim} | {mask} | {} |\n", cells.join(" | "));
+                table += &format!("| {head_dim} | {mask} | {} |\n", cells.join(" | "));
             }
         }
     }
     let shapes = times.len();
-    let Some(((_, times), (_, peaks))) = spread(&times).zip(spread(&peaks)) else { return Ok(String::new()) };
+    let Some((_, times)) = spread(&times) else { return Ok(String::new()) };
+    let memory = spread(&peaks).map_or(String::new(), |(_, peaks)| format!(" and {peaks} as much memory"));
     Ok(format!(
-        "{}{table}\nStandard attention takes {times} our time and {peaks} our memory: geometric mean (smallest to largest) over the \
-         {shapes} shapes in which it ran.\n",
+        "{}{table}\nStandard attention takes {times} as long as ours{memory}: geometric mean (smallest to largest) over the {shapes} \
+         shapes in which it ran.\n",
         head(&columns)
     ))
 }

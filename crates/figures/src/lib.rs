@@ -16,7 +16,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use self::chart::{Chart, Marks, Panel, Series, Value};
-use self::record::{Call, Cost, Record};
+use self::record::{Call, Cost, Record, GRID_TOKENS, GRID_WIDTH};
 
 /// The name of the file without its extension, and the SVG.
 pub type Figure = (&'static str, String);
@@ -106,7 +106,7 @@ fn speed(record: &Record, pass: &str, title: &str, source: &str) -> Option<Chart
             });
         }
     }
-    let about = format!("{}, 16,384 tokens, heads x head_dim = 2048", record.dtype);
+    let about = format!("{}, {GRID_TOKENS} tokens, heads x head_dim = {GRID_WIDTH}", record.dtype);
     let title = format!("{title}: TFLOP/s by sequence length");
     let chart = Chart::new(title, [&about, source], PEERS.map(|(.., series)| series), panels)?;
     Some(Chart { units: ["TFLOP/s", "seqlen"], ..chart })
@@ -115,7 +115,7 @@ fn speed(record: &Record, pass: &str, title: &str, source: &str) -> Option<Chart
 /// GFLOP/s on a CPU by call, a panel for each pass. The line across a panel is the rate of a matrix product on the same CPU.
 fn cpu(record: &Record, source: &str) -> Option<Chart> {
     const SEQLEN: usize = 2048;
-    const WIDTH: usize = 512; // num_heads times head_dim; on a GPU it is 2048
+    const WIDTH: usize = 512; // num_heads times head_dim; on a GPU it is GRID_WIDTH
     let peers = [("standard", STANDARD), ("candle_flash", CANDLE_FLASH), ("ours", OURS)];
     let drawn = |call: &&Call| {
         let kind = ["mha", "gqa", "varlen"].contains(&call.kind.as_str());
