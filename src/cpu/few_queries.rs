@@ -28,7 +28,7 @@ use crate::tensors::Inputs;
 /// if they lie next to each other. Not tuned yet.
 const TASKS: usize = 64;
 
-/// Keys that are multiplied at once. Their sums are independent, so the processor overlaps them.
+/// Keys that are multiplied at once. Their sums are independent, so the processor overlaps them. Other numbers: not measured.
 const KEYS: usize = 4;
 
 /// A part of the keys of one sequence.
@@ -233,7 +233,7 @@ fn mask_of<'a>(problem: &Problem, part: &'a Part, queries: &'a Range<usize>) -> 
 fn dot_products<A: Real>(q: &[A], k: [&[A]; KEYS]) -> [A; KEYS] {
     let (q, q_rest) = q.as_chunks::<LANES>();
     let [(k0, rest0), (k1, rest1), (k2, rest2), (k3, rest3)] = k.map(|key| key.as_chunks::<LANES>());
-    // Four arrays, not one of four arrays: the compiler keeps these in registers.
+    // Four arrays, not one of four arrays: the compiler keeps these in registers (docs/log/cpu.md).
     let mut sums0 = [A::ZERO; LANES];
     let mut sums1 = [A::ZERO; LANES];
     let mut sums2 = [A::ZERO; LANES];

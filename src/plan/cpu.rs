@@ -14,10 +14,10 @@ const FORWARD: Tile = Tile { block_m: 128, block_n: 256 };
 /// more time than tiles of 128 keys, on the same core.
 const BACKWARD: Tile = Tile { block_m: 128, block_n: 128 };
 
-/// The keys of a part, in a forward of few queries. The parts do not depend on the number of threads, so neither do the bits.
+/// The keys of a part, in a forward of few queries. The parts do not depend on the number of threads, so neither do the bits. Not tuned yet.
 const KEYS_OF_PART: usize = 256;
 
-/// At most so many rows of S for each key head: num_heads / num_heads_k times seqlen_q.
+/// At most so many rows of S for each key head: num_heads / num_heads_k times seqlen_q. Not tuned yet.
 const FEW_QUERIES: usize = 16;
 
 /// The tiles of a call on the CPU.
