@@ -146,10 +146,10 @@ fn a_run_leaves_the_folder_of_another_alone() -> Result<()> {
     let dir = begin(&room, "run", &config)?;
     let first = spawn(&["train", "--resume", &room.string("run")], &room);
     wait_for(&dir.join("metrics.csv"), "\n2,");
-    fs::rename(&dir, room.path("removed"))?;
-    begin(&room, "run", &config)?;
-    let before = fs::read(dir.join(checkpoint::FILE_NAME))?;
-
+    // Not `?`: a child process must be waited for.
+    fs::rename(&dir, room.path("removed")).unwrap();
+    begin(&room, "run", &config).unwrap();
+    let before = fs::read(dir.join(checkpoint::FILE_NAME)).unwrap();
     let output = first.wait_with_output()?;
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr)?;
