@@ -1,6 +1,7 @@
 //! The public calls of the operator, and their options.
 
 use candle_core::{Tensor, D};
+use candle_fused_ops::resize_columns;
 
 use crate::device;
 use crate::environment;
@@ -215,7 +216,7 @@ impl Attention {
         let (problem, plan) = logged_plan(problem, &q)?;
         let qkv = read_or_copied(qkv, "q", &plan, problem.head_dim)?; // all three are copied, or none
         let o = qkv.apply_op1(FusedFlashAttention(self.op(problem, plan, Output::O)))?;
-        Ok(first_columns(&o, head_dim)?)
+        Ok(resize_columns(&o, head_dim)?)
     }
 
     /// As [`Self::forward`], and also returns the log-sum-exp of each row of scores (natural logarithm).
@@ -362,7 +363,7 @@ impl Attention {
         let head_dim_v = problem.head_dim_v;
         let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
         let o = q.apply_op3(&k, &v, self.op(problem, plan, Output::O))?;
-        Ok(first_columns(&o, head_dim_v)?)
+        Ok(resize_columns(&o, head_dim_v)?)
     }
 
     fn run_with_lse(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -380,7 +381,7 @@ impl Attention {
         let (shape_o, shape_lse) = (problem.shape_of_result(), problem.shape_lse());
         let result = q.apply_op3(&k, &v, self.op(problem, plan, Output::OAndLse))?;
         let (o, lse) = o_and_lse(&result, shape_o, shape_lse)?;
-        Ok((first_columns(&o, head_dim_v)?, lse))
+        Ok((resize_columns(&o, head_dim_v)?, lse))
     }
 
     /// Returns an error if an option does not fit a call over one part of the keys.
@@ -417,15 +418,7 @@ fn read_or_copied(tensor: &Tensor, name: &str, plan: &Plan, columns: usize) -> c
     }
     match columns - tensor.dim(D::Minus1)? {
         0 => tensor.force_contiguous(),
-        _ => candle_fused_ops::resize_columns(tensor, columns),
-    }
-}
-
-/// The first `columns` columns of a tensor, contiguous.
-fn first_columns(tensor: &Tensor, columns: usize) -> candle_core::Result<Tensor> {
-    match tensor.dim(D::Minus1)? == columns {
-        true => Ok(tensor.clone()),
-        false => candle_fused_ops::resize_columns(tensor, columns),
+        _ => resize_columns(tensor, columns),
     }
 }
 
