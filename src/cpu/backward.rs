@@ -204,7 +204,7 @@ fn delta<G: Element>(call: &Call, upstream: &Upstream<G>) -> Vec<G::Acc> {
 /// Under a causal mask the most queries see the first keys, so the longest tasks start first. In this order, tasks that
 /// add to the same tile of `dq_accum` are far apart.
 fn tasks(call: &Call) -> Vec<Task> {
-    let (problem, block_n) = (call.problem, call.backward.block_n);
+    let (problem, block_n) = (call.problem, call.plan.backward.block_n);
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let visibility = problem.visibility(&sequence);
@@ -222,7 +222,7 @@ fn tasks(call: &Call) -> Vec<Task> {
 /// The query tiles of each sequence.
 fn query_tiles(call: &Call) -> Vec<QueryTiles> {
     let problem = call.problem;
-    let Tile { block_m, block_n } = call.backward;
+    let Tile { block_m, block_n } = call.plan.backward;
     let mut first_semaphore = 0;
     let mut query_tiles = Vec::with_capacity(problem.batch());
     for sequence in problem.sequences() {
@@ -249,7 +249,7 @@ fn dq_semaphores(query_tiles: &[QueryTiles], num_heads: usize) -> DqSemaphores {
 
 impl<T: Element, G: Element<Acc = T::Acc>> BackwardCall<'_, T, G> {
     fn scratch(&self) -> Scratch<T::Acc> {
-        let (tile, problem) = (self.call.backward, self.call.problem);
+        let (tile, problem) = (self.call.plan.backward, self.call.problem);
         let Tile { block_m, block_n } = tile;
         let zeros = |len: usize| vec![T::Acc::ZERO; len];
         let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);

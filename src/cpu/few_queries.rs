@@ -19,7 +19,7 @@ use super::element::{Element, Real};
 use super::forward::tile;
 use super::lse::Lse;
 use super::parallel::{for_each_task, Shared};
-use super::scores::{sum_of_lanes, Dot, ScoreMod, TileMask, LANES};
+use super::scores::{larger, subtracted, sum_of_lanes, Dot, ScoreMod, TileMask, LANES};
 use crate::mask::Coverage;
 use crate::problem::{Problem, Sequence};
 use crate::tensors::Inputs;
@@ -66,7 +66,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let scratch = || Scratch {
         q: vec![T::Acc::ZERO; most_rows * problem.head_dim],
         widened: vec![T::Acc::ZERO; widened],
-        scores: vec![T::Acc::ZERO; most_rows * call.forward.block_n],
+        scores: vec![T::Acc::ZERO; most_rows * call.plan.forward.block_n],
     };
     let pairs: usize = parts.iter().map(|part| rows_of(problem, &part.sequence) * part.cols.len()).sum();
     let multiply_adds = pairs.saturating_mul(problem.head_dim + problem.head_dim_v);
@@ -95,8 +95,8 @@ fn parts(call: &Call) -> Vec<Part> {
     let mut first_row = 0;
     for sequence in problem.sequences().filter(|sequence| sequence.seqlen_q > 0) {
         let visible = problem.visibility(&sequence).keys_of(&(0..sequence.seqlen_q));
-        for start in visible.clone().step_by(call.forward.block_n) {
-            let cols = start..(start + call.forward.block_n).min(visible.end);
+        for start in visible.clone().step_by(call.plan.forward.block_n) {
+            let cols = start..(start + call.plan.forward.block_n).min(visible.end);
             parts.push(Part { sequence, cols, first_row });
             first_row += rows_of(problem, &sequence);
         }
@@ -303,10 +303,8 @@ fn merge<T: Real, O: Element<Acc = T>>(
             let visibility = problem.visibility(sequence);
             for query in (0..sequence.seqlen_q).filter(|&query| !visibility.keys(query).is_empty()) {
                 let rows = || parts.iter().map(|part| part.first_row + head * sequence.seqlen_q + query);
-                let max =
-                    rows().map(|row| max_of_parts[row]).fold(T::NEG_INFINITY, |max, x| if x > max { x } else { max });
-                // As in a step of OnlineSoftmax.
-                let subtracted = if max == T::NEG_INFINITY { T::ZERO } else { max };
+                let max = rows().map(|row| max_of_parts[row]).fold(T::NEG_INFINITY, larger);
+                let subtracted = subtracted(max);
                 let mut sum = T::ZERO;
                 sum_of_o.fill(T::ZERO);
                 for row in rows() {

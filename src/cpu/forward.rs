@@ -45,7 +45,7 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     o: &mut [O],
     lse: &mut Lse<Vec<T::Acc>>,
 ) {
-    let (problem, tile) = (call.problem, call.forward);
+    let (problem, tile) = (call.problem, call.plan.forward);
     let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
     let tasks = tasks(call);
     let o_strides = problem.contiguous_o();
@@ -95,8 +95,8 @@ fn tasks(call: &Call) -> Vec<Task> {
     let mut tasks = Vec::new();
     for sequence in problem.sequences() {
         let visibility = problem.visibility(&sequence);
-        for start in (0..sequence.seqlen_q).step_by(call.forward.block_m) {
-            let rows = start..(start + call.forward.block_m).min(sequence.seqlen_q);
+        for start in (0..sequence.seqlen_q).step_by(call.plan.forward.block_m) {
+            let rows = start..(start + call.plan.forward.block_m).min(sequence.seqlen_q);
             let pairs = rows.len() * visibility.keys_of(&rows).len();
             tasks.extend((0..problem.num_heads).map(|head| Task { sequence, head, rows: rows.clone(), pairs }));
         }
@@ -108,7 +108,7 @@ fn tasks(call: &Call) -> Vec<Task> {
 /// Computes one task: the unnormalised output in `scratch.o`, and row_max_log2 and row_sum in `scratch.softmax`.
 fn attend<T: Element>(call: &Call, inputs: Inputs<&[T]>, task: &Task, scratch: &mut Scratch<T::Acc>) {
     let Inputs { q, k, v } = inputs;
-    let (problem, block_n) = (call.problem, call.forward.block_n);
+    let (problem, block_n) = (call.problem, call.plan.forward.block_n);
     let (sequence, rows) = (&task.sequence, &task.rows);
     let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
     let head_k = task.head / problem.group_size();

@@ -97,7 +97,7 @@ fn forward_into<T: Element, O: Element<Acc = T::Acc>>(
     o: &mut [O],
     lse: &mut Lse<Vec<T::Acc>>,
 ) {
-    match call.few_queries {
+    match call.plan.few_queries {
         true => few_queries::forward(call, inputs, o, lse),
         false => forward::forward(call, inputs, o, lse),
     }

@@ -78,15 +78,12 @@ impl<A: Real> ScoreMod<A> {
         let scores = &mut products[seen.clone()];
         scores.iter_mut().for_each(|x| *x *= self.product_scale);
         self.apply(scores, seen.start as isize - (mask.distance() + row as isize));
-        // The comparison is false for NaN. So the maximum skips NaN, and the sum becomes NaN.
-        let larger = |max: A, x: A| if x > max { x } else { max };
         let mut lanes = [A::NEG_INFINITY; LANES];
         for scores in scores.chunks(LANES) {
             lanes.iter_mut().zip(scores).for_each(|(max, &x)| *max = larger(*max, x));
         }
         let max = lanes.into_iter().fold(A::NEG_INFINITY, larger);
-        // As in OnlineSoftmax::step.
-        let subtracted = if max == A::NEG_INFINITY { A::ZERO } else { max };
+        let subtracted = subtracted(max);
         let mut lanes = [A::ZERO; LANES];
         for scores in scores.chunks_mut(LANES) {
             for (sum, x) in lanes.iter_mut().zip(scores) {
@@ -105,6 +102,27 @@ impl<A: Real> ScoreMod<A> {
                 *x = (-slope).mul_add(A::from_f64_lossy(positions), *x);
             }
         }
+    }
+}
+
+/// The larger of a maximum and a score. The comparison is false for NaN, so the maximum skips NaN. The sum then becomes NaN.
+#[inline(always)]
+pub(super) fn larger<A: Real>(max: A, score: A) -> A {
+    if score > max {
+        score
+    } else {
+        max
+    }
+}
+
+/// What is subtracted from scores with this maximum: 0 if all are minus infinity, because exp2(-inf - 0) is 0, and exp2(-inf + inf) would
+/// be NaN.
+#[inline(always)]
+pub(super) fn subtracted<A: Real>(max: A) -> A {
+    if max == A::NEG_INFINITY {
+        A::ZERO
+    } else {
+        max
     }
 }
 
@@ -145,13 +163,11 @@ impl<A: Real> OnlineSoftmax<A> {
         step_max.copy_from_slice(row_max_log2);
         for key in scores.chunks_exact(rows) {
             for (max, &score) in step_max.iter_mut().zip(key) {
-                // The comparison is false for NaN. So row_max_log2 skips NaN, and row_sum becomes NaN.
-                *max = if score > *max { score } else { *max };
+                *max = larger(*max, score);
             }
         }
         for ((rescale, row_max_log2), step_max) in rescale.iter_mut().zip(row_max_log2).zip(step_max.iter_mut()) {
-            // If all scores so far are minus infinity, subtract 0: exp2(-inf - 0) is 0, and exp2(-inf + inf) would be NaN.
-            let subtracted = if *step_max == A::NEG_INFINITY { A::ZERO } else { *step_max };
+            let subtracted = subtracted(*step_max);
             *rescale = (*row_max_log2 - subtracted).exp2();
             *row_max_log2 = *step_max;
             *step_max = subtracted;
