@@ -84,7 +84,7 @@ pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> 
         ..Timing::default()
     };
     match run(config, plan, vocab_size, device, &mut timing) {
-        Err(error) if is_out_of_memory(&error) => Ok(timing),
+        Err(error) if pool::is_out_of_memory(&error) => Ok(timing),
         result => result.map(|()| timing),
     }
 }
@@ -211,10 +211,4 @@ fn device_name(device: &Device) -> Result<String> {
         Device::Cuda(device) => Ok(device.cuda_stream().context().name()?),
         _ => Ok("CPU".to_string()),
     }
-}
-
-/// Whether the device ran out of memory. Candle has no error variant for this, so search the names of the driver and cuBLAS.
-fn is_out_of_memory(error: &anyhow::Error) -> bool {
-    let text = format!("{error:?}");
-    ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|words| text.contains(words))
 }

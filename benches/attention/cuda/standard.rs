@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
+use candle_fused_ops::pool;
 
 use super::gpu::Gpu;
 use super::report::{Done, Outcome, Report};
@@ -109,17 +110,11 @@ fn attempt(
     }
     match run(gpu) {
         Ok(done) => Ok(Outcome::Done(done)),
-        Err(error) if is_out_of_memory(&error) => {
+        Err(error) if pool::is_out_of_memory(&error) => {
             drop(error);
             gpu.recover()?;
             Ok(Outcome::OutOfMemory(None))
         }
         Err(error) => Err(error),
     }
-}
-
-/// Candle boxes errors of the driver and of cuBLAS in several ways, so this looks for their names in the text.
-fn is_out_of_memory(error: &anyhow::Error) -> bool {
-    let text = format!("{error:#}");
-    ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|name| text.contains(name))
 }

@@ -57,6 +57,15 @@ pub fn peak_bytes(device: &Device) -> Result<Option<u64>> {
     Ok(None)
 }
 
+/// Whether `error`, of Candle or around one of Candle's, says that a GPU has no memory left.
+///
+/// Candle has no error of its own for this, and boxes those of the driver and of cuBLAS in several ways. So this looks for their names in
+/// the text.
+pub fn is_out_of_memory(error: &impl std::fmt::Debug) -> bool {
+    let text = format!("{error:?}");
+    ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|name| text.contains(name))
+}
+
 #[cfg(feature = "cuda")]
 mod cuda {
     use candle_core::cuda::cudarc::driver::result::{device, mem_pool};
@@ -119,5 +128,18 @@ mod cuda {
             // SAFETY: as in `get`.
             unsafe { mem_pool::set_attribute(self.0, attribute, (&raw mut value).cast()) }.w()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Error;
+
+    #[test]
+    fn an_error_of_the_driver_is_found_under_others() {
+        let driver = Error::Msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")".into());
+        assert!(is_out_of_memory(&driver.context("step 3")));
+        assert!(!is_out_of_memory(&Error::Msg("CUDA_ERROR_ILLEGAL_ADDRESS".into())));
     }
 }
