@@ -13,7 +13,7 @@ from collections import defaultdict
 
 from peers import NAMES
 
-KINDS = ("mha", "gqa", "varlen", "varlen_gqa")
+KINDS = ("mha", "mha_v128", "gqa", "varlen", "varlen_gqa")
 
 
 def read(files):

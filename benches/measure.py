@@ -6,12 +6,14 @@ FLUSH_BYTES = 192 << 20  # more than the L2 cache of any GPU so far
 PAUSE_S = 0.1  # the clock depends on the power that was drawn before
 RUNS = 7, 100  # at least and at most, whatever time they take
 
-FLOP_OF_PASS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # FLOP, relative to those of the forward
+PRODUCTS = {"fwd": (1, 1), "bwd": (3, 2), "fwd+bwd": (4, 3)}  # matrix products over head_dim and over head_dim_v
 
 
-def papers_flop(pass_, head_dim, num_heads, pairs, causal):
-    """FLOP of a pass over `pairs` of query and key in each head, visible or not; benches/attention/cases.rs counts alike."""
-    return FLOP_OF_PASS[pass_] * 4.0 * head_dim * num_heads * pairs * (0.5 if causal else 1.0)
+def papers_flop(pass_, head_dims, num_heads, pairs, causal):
+    """FLOP of a pass over `pairs` of query and key in each head, visible or not; benches/attention/cases.rs counts alike.
+    `head_dims` are those of q and of v."""
+    columns = sum(count * head_dim for count, head_dim in zip(PRODUCTS[pass_], head_dims))
+    return 2.0 * columns * num_heads * pairs * (0.5 if causal else 1.0)
 
 
 class Timer:

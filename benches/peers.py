@@ -58,6 +58,7 @@ class Case:
 
     kind: str
     head_dim: int
+    head_dim_v: int
     num_heads: int
     num_heads_k: int
     causal: bool
@@ -71,7 +72,7 @@ class Case:
 
     def flop(self, pass_):
         pairs = sum(length**2 for length in self.lengths) if self.lengths else self.batch * self.seqlen**2
-        return papers_flop(pass_, self.head_dim, self.num_heads, pairs, self.causal)
+        return papers_flop(pass_, (self.head_dim, self.head_dim_v), self.num_heads, pairs, self.causal)
 
     def row(self, peer, pass_, dtype):
         seqlens = {"seqlen_q": self.seqlen, "seqlen_k": self.seqlen}
@@ -92,16 +93,18 @@ def cases(options):
     file = tomllib.loads(CASES.read_text())
     found = []
     for grid in file["grid"]:
-        if grid.get("part", "grid") not in ("grid", "gqa", "packed"):
+        if grid.get("part", "grid") not in ("grid", "gqa", "packed", "sizes"):
             continue
         lengths = grid.get("lengths", [])
         for heads in grid["heads"]:
             num_heads, num_heads_k = heads["num_heads"], heads.get("num_heads_k", heads["num_heads"])
             kind = ("mha", "gqa", "varlen", "varlen_gqa")[2 * bool(lengths) + (num_heads_k != num_heads)]
+            head_dims = heads["head_dim"], heads.get("head_dim_v", heads["head_dim"])
+            kind += f"_v{head_dims[1]}" if "head_dim_v" in heads else ""
             for mask in grid.get("masks", ["none", "causal"]):
                 for seqlen in grid.get("seqlens") or [max(lengths)]:
                     batch = len(lengths) or grid["tokens"] // seqlen
-                    shape = heads["head_dim"], num_heads, num_heads_k, mask == "causal", batch, seqlen
+                    shape = *head_dims, num_heads, num_heads_k, mask == "causal", batch, seqlen
                     found.append(Case(kind, *shape, lengths))
     words = options.filters
     found = [case for case in found if not options.quick or case.name() in file["quick"]]
@@ -289,7 +292,7 @@ class Bench:
         else:
             outer, extra, attend = (case.batch, case.seqlen), (case,), peer.attend
         q = self.draw(*outer, case.num_heads, case.head_dim)
-        k, v = (self.draw(*outer, case.num_heads_k, case.head_dim) for _ in range(2))
+        k, v = (self.draw(*outer, case.num_heads_k, head_dim) for head_dim in (case.head_dim, case.head_dim_v))
 
         def forward():
             with self.torch.no_grad():
@@ -302,7 +305,7 @@ class Bench:
     def check(self, peer, kind):
         """Compares the peer with f64, once for each kind of call. A wrong peer is not timed."""
         packed, num_heads_k = kind.startswith("varlen"), 2 if kind.endswith("gqa") else 4
-        case = Case(kind, 64, 4, num_heads_k, True, 2, 256, [256, 256] if packed else [])
+        case = Case(kind, 64, 64, 4, num_heads_k, True, 2, 256, [256, 256] if packed else [])
         inputs = [self.draw(case.batch, case.seqlen, heads, case.head_dim) for heads in (4, num_heads_k, num_heads_k)]
         do = self.torch.randn_like(inputs[0])
         if packed:

@@ -517,7 +517,7 @@ def measure(lines, points, deterministic, folder):
             call = draw(driver, batch, seqlen, num_heads, head_dim, causal)
             call.forward(forwards[head_dim])()
             for kind, pass_ in [("Forward", "fwd"), ("Backward", "bwd")]:
-                flop = papers_flop(pass_, head_dim, num_heads, batch * seqlen**2, causal)
+                flop = papers_flop(pass_, (head_dim, head_dim), num_heads, batch * seqlen**2, causal)
                 rate = lambda runs: flop / statistics.median(runs) / 1e9
                 cells = []
                 for line, in_order, name in variants:

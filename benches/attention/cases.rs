@@ -24,6 +24,8 @@ pub struct Case {
     #[serde(default)]
     pub num_heads_k: Option<usize>,
     pub head_dim: usize,
+    #[serde(default)]
+    pub head_dim_v: Option<usize>,
     #[serde(default = "f32_type", deserialize_with = "dtype")]
     pub dtype: DType,
     #[serde(default)]
@@ -141,6 +143,7 @@ impl Case {
             num_heads,
             num_heads_k: None,
             head_dim,
+            head_dim_v: None,
             dtype,
             mask: Mask::default(),
             peers: ours(),
@@ -179,6 +182,10 @@ impl Case {
 
     pub fn num_heads_k(&self) -> usize {
         self.num_heads_k.unwrap_or(self.num_heads)
+    }
+
+    pub fn head_dim_v(&self) -> usize {
+        self.head_dim_v.unwrap_or(self.head_dim)
     }
 
     /// The operator's default.
@@ -266,15 +273,16 @@ impl Case {
         self.flop_of(pairs, pass)
     }
 
-    /// The forward has two matrix products and the backward five, of 2 * head_dim operations for each pair and head.
+    /// A product costs 2 * head_dim or 2 * head_dim_v operations for each pair and head. The forward has one of each, for S
+    /// and O. The backward has three of the first, for S, dQ and dK, and two of the second, for dP and dV.
     fn flop_of(&self, pairs: f64, pass: Pass) -> f64 {
-        let product = 2.0 * self.head_dim as f64 * self.num_heads as f64 * pairs;
-        product
-            * match pass {
-                Pass::Forward => 2.0,
-                Pass::Backward => 5.0,
-                Pass::Both | Pass::Operator | Pass::Memory => 7.0,
-            }
+        let (head_dim, head_dim_v) = (self.head_dim as f64, self.head_dim_v() as f64);
+        let columns = match pass {
+            Pass::Forward => head_dim + head_dim_v,
+            Pass::Backward => 3.0 * head_dim + 2.0 * head_dim_v,
+            Pass::Both | Pass::Operator | Pass::Memory => 4.0 * head_dim + 3.0 * head_dim_v,
+        };
+        2.0 * columns * self.num_heads as f64 * pairs
     }
 
     /// Pairs of query and key of all heads of a padded case, visible or not.
@@ -286,8 +294,8 @@ impl Case {
     /// Bytes of q, k, v and o. A forward reads and writes each of them at least once.
     pub fn forward_bytes(&self) -> f64 {
         let (rows_q, rows_k) = self.sequences().iter().fold((0, 0), |(q, k), s| (q + s.seqlen_q, k + s.seqlen_k));
-        let rows = 2 * rows_q * self.num_heads + 2 * rows_k * self.num_heads_k();
-        (rows * self.head_dim * self.dtype.size_in_bytes()) as f64
+        let rows = rows_q * self.num_heads + rows_k * self.num_heads_k();
+        (rows * (self.head_dim + self.head_dim_v()) * self.dtype.size_in_bytes()) as f64
     }
 
     /// The column `kind` of a record.
@@ -300,14 +308,20 @@ impl Case {
             (false, false) => "mha",
             (false, true) => "gqa",
         };
-        // A record has no column for a window.
+        // A record has no column for head_dim_v and for a window.
+        let of_v = self.head_dim_v.map_or(String::new(), |head_dim_v| format!("_v{head_dim_v}"));
         let window = if matches!(self.mask, Mask::Window { .. }) { "_window" } else { "" };
-        format!("{kind}{window}")
+        format!("{kind}{of_v}{window}")
     }
 
     /// Query heads, and key heads if they are fewer.
     pub fn heads(&self) -> String {
         slashed(self.num_heads, self.num_heads_k())
+    }
+
+    /// head_dim, and head_dim_v if it differs.
+    pub fn head_dims(&self) -> String {
+        slashed(self.head_dim, self.head_dim_v())
     }
 
     /// Its call in one line, such as `causal f32 d64 b1 h8/2 s2048`.
@@ -319,7 +333,7 @@ impl Case {
             0 => (format!("b{}", self.batch), format!("s{}", slashed(seqlen_q, seqlen_k))),
             count => (format!("packed {count}"), format!("s<={seqlen_q}")),
         };
-        format!("{mask} {} d{} {batch} h{heads} {seqlen}", self.dtype.as_str(), self.head_dim)
+        format!("{mask} {} d{} {batch} h{heads} {seqlen}", self.dtype.as_str(), self.head_dims())
     }
 
     /// Whether the word of the command line chooses the case.

@@ -46,7 +46,7 @@ impl Reference {
             num_heads: case.num_heads,
             num_heads_k: case.num_heads_k(),
             head_dim: case.head_dim,
-            head_dim_v: case.head_dim,
+            head_dim_v: case.head_dim_v(),
             window: case.window(),
             softmax_scale: case.softmax_scale(),
             softcap: None,

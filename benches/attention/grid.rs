@@ -21,6 +21,7 @@ pub enum Part {
     Grid,
     Gqa,
     Packed,
+    Sizes,
     F16,
     Decode,
     Standard,
@@ -43,12 +44,13 @@ pub enum Part {
 impl Part {
     /// In the order of the run. `Host` times the first calls of the process, so it comes first. `Memory` fills the GPU,
     /// so it comes last.
-    pub const ALL: [Part; 10] = [
+    pub const ALL: [Part; 11] = [
         Part::Host,
         Part::Ceiling,
         Part::Grid,
         Part::Gqa,
         Part::Packed,
+        Part::Sizes,
         Part::F16,
         Part::Decode,
         Part::Ablations,
@@ -63,6 +65,7 @@ impl Part {
             Part::Grid => "grid",
             Part::Gqa => "gqa",
             Part::Packed => "packed",
+            Part::Sizes => "sizes",
             Part::F16 => "f16",
             Part::Decode => "decode",
             Part::Ablations => "ablations",
@@ -117,6 +120,7 @@ struct Grid {
 #[serde(deny_unknown_fields)]
 struct Heads {
     head_dim: usize,
+    head_dim_v: Option<usize>,
     num_heads: usize,
     num_heads_k: Option<usize>,
 }
@@ -187,6 +191,7 @@ impl Grid {
             seqlen_k: self.seqlen_q.and(seqlen),
             lengths: self.lengths.clone(),
             num_heads_k: heads.num_heads_k,
+            head_dim_v: heads.head_dim_v,
             mask,
             peers: self.peers.clone(),
             passes: self.passes.clone(),

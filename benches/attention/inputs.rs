@@ -11,7 +11,8 @@ use crate::cases::Case;
 
 /// q, k, v and the gradient of o: standard normal, rounded to the case's type.
 ///
-/// Padded `(batch, seqlen, heads, head_dim)`, packed `(rows, heads, head_dim)`: either way row after row in memory.
+/// Padded `(batch, seqlen, heads, head_dim)`, packed `(rows, heads, head_dim)`: either way row after row in memory. The last
+/// axis of v and of the gradient of o is `head_dim_v`.
 pub struct Inputs {
     pub q: Tensor,
     pub k: Tensor,
@@ -38,15 +39,19 @@ impl Inputs {
     }
 
     fn fill(case: &Case, mut draw: impl FnMut(Vec<usize>) -> candle_core::Result<Tensor>) -> Result<Self> {
-        let shape = |seqlen: usize, heads: usize| match case.lengths.as_slice() {
-            [] => vec![case.batch, seqlen, heads, case.head_dim],
-            lengths => vec![lengths.iter().sum(), heads, case.head_dim],
-        };
         let (seqlen_q, seqlen_k) = case.seqlens();
-        let (shape_q, shape_k) = (shape(seqlen_q, case.num_heads), shape(seqlen_k, case.num_heads_k()));
-        let q = draw(shape_q.clone())?;
-        let (k, v) = (draw(shape_k.clone())?, draw(shape_k)?);
-        Ok(Self { q, k, v, do_: draw(shape_q)? })
+        let (num_heads, num_heads_k) = (case.num_heads, case.num_heads_k());
+        let (head_dim, head_dim_v) = (case.head_dim, case.head_dim_v());
+        let mut tensor = |seqlen: usize, heads: usize, head_dim: usize| match case.lengths.as_slice() {
+            [] => draw(vec![case.batch, seqlen, heads, head_dim]),
+            lengths => draw(vec![lengths.iter().sum(), heads, head_dim]),
+        };
+        Ok(Self {
+            q: tensor(seqlen_q, num_heads, head_dim)?,
+            k: tensor(seqlen_k, num_heads_k, head_dim)?,
+            v: tensor(seqlen_k, num_heads_k, head_dim_v)?,
+            do_: tensor(seqlen_q, num_heads, head_dim_v)?,
+        })
     }
 }
 

@@ -28,6 +28,7 @@
 //! grid       the grid of the papers, and head sizes between
 //! gqa        query heads that share key heads
 //! packed     sequences of uneven lengths end to end
+//! sizes      head sizes without tiles of their own, 512, and v of another size than q
 //! f16        some of the grid in f16
 //! decode     one query against a cache of keys, in GB/s
 //! ablations  next to kernels without FlashAttention-2's contributions; needs nvcc

@@ -21,7 +21,7 @@ use anyhow::{ensure, Context, Result};
 use attention_reference::attention::{forward, Head, PLAIN};
 use attention_reference::matrix::{add_scaled, dot, norm, Keys, Matrix};
 use attention_reference::Precision;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, D};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -257,12 +257,14 @@ struct KeyHead<'a> {
     answers: Vec<HeadAnswer>,
     /// `(seqlen_k, head_dim)`; empty without a backward.
     dk: Matrix<f64>,
+    /// `(seqlen_k, head_dim_v)`; empty without a backward.
     dv: Matrix<f64>,
 }
 
-/// `(seqlen_q, head_dim)` each; `dq` is empty without a backward.
 struct HeadAnswer {
+    /// `(seqlen_q, head_dim_v)`.
     o: Matrix<f64>,
+    /// `(seqlen_q, head_dim)`; empty without a backward.
     dq: Matrix<f64>,
     lse: Vec<f64>,
 }
@@ -288,7 +290,7 @@ impl Reader<'_> {
     }
 
     fn rows(&self, tensor: &Tensor, (first, rows): (usize, usize), head: usize, heads: usize) -> Result<Matrix<f64>> {
-        let head_dim = self.case.head_dim;
+        let head_dim = tensor.dim(D::Minus1)?;
         let tokens = tensor.elem_count() / (heads * head_dim);
         let of_head = tensor.reshape((tokens, heads, head_dim))?.narrow(0, first, rows)?.narrow(1, head, 1)?;
         Ok(Matrix::of_head(&values(&of_head.force_contiguous()?)?, (1, head_dim), 0, 0, rows))
@@ -358,9 +360,8 @@ impl KeyHead<'_> {
 
     /// The distances of dk and dv at key `j`.
     fn check_key(&self, j: usize) -> [Distance; 2] {
-        let width = self.dk.width();
-        let (mut dk, mut dk_noise) = (vec![0.0; width], 0.0);
-        let (mut dv, mut dv_noise) = (vec![0.0; width], 0.0);
+        let (mut dk, mut dk_noise) = (vec![0.0; self.dk.width()], 0.0);
+        let (mut dv, mut dv_noise) = (vec![0.0; self.dv.width()], 0.0);
         for i in (0..self.sequence.seqlen_q).filter(|&i| self.heads[0].sees(i, j)) {
             for (head, got) in self.heads.iter().zip(&self.answers) {
                 let raw = head.raw(i, j);

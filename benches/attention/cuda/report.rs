@@ -90,7 +90,7 @@ pub fn dtype_of_peers(dtype: DType) -> &'static str {
 
 /// The start of a line of a table, before the pass.
 fn line(name: &str, case: &Case) -> String {
-    format!("{name:<10} {:<4} d{:<3} h{:<5} {:<6}", case.dtype.as_str(), case.head_dim, case.heads(), case.mask)
+    format!("{name:<10} {:<4} d{:<7} h{:<5} {:<6}", case.dtype.as_str(), case.head_dims(), case.heads(), case.mask)
 }
 
 impl Report {
