@@ -150,7 +150,7 @@ fn run_part(
                 judge(&case.name, standard::peak(case, gpu, &mut exhausted, report));
             }
         }
-        Part::Grid | Part::Gqa | Part::Packed | Part::F16 | Part::Decode => {
+        Part::Grid | Part::Gqa | Part::Packed | Part::Sizes | Part::F16 | Part::Decode => {
             if bench {
                 report.head();
             }
