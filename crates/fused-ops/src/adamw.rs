@@ -271,7 +271,7 @@ impl AdamW {
     /// # Errors
     /// If Candle cannot copy a tensor.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
-        let copy = |(name, tensor): (String, Tensor)| Ok((name, tensor.copy()?));
+        let copy = |(name, tensor): (String, Tensor)| Ok((name, tensor.force_contiguous()?));
         self.tensors()?.into_iter().map(copy).collect()
     }
 
@@ -374,7 +374,7 @@ impl Slot {
     fn set_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         // A copy, because a step changes these tensors in place.
         let [weights, m, v] =
-            PARTS.map(|part| state[&format!("{}{part}", self.name)].to_device(self.var.device())?.copy());
+            PARTS.map(|part| state[&format!("{}{part}", self.name)].to_device(self.var.device())?.force_contiguous());
         let (weights, m, v) = (weights?, m?, v?);
         self.var.set(&weights.to_dtype(self.var.dtype())?)?;
         self.master = self.master.is_some().then_some(weights);

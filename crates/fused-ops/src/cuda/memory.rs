@@ -65,6 +65,6 @@ pub(super) fn vectors(tensor: &Tensor) -> Result<Tensor> {
     let tensor = tensor.contiguous()?;
     match (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16) {
         true => Ok(tensor),
-        false => tensor.copy(),
+        false => tensor.force_contiguous(), // `copy` would keep the start
     }
 }
