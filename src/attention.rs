@@ -1,7 +1,7 @@
 //! The public calls of the operator, and their options.
 
 use candle_core::{Tensor, D};
-use candle_fused_ops::resize_columns;
+use candle_fused_ops::{apply_op1, apply_op3, resize_columns};
 
 use crate::device;
 use crate::environment;
@@ -215,7 +215,7 @@ impl Attention {
         let head_dim = problem.head_dim;
         let (problem, plan) = logged_plan(problem, &q)?;
         let qkv = read_or_copied(qkv, "q", &plan, problem.head_dim)?; // all three are copied, or none
-        let o = qkv.apply_op1(FusedFlashAttention(self.op(problem, plan, Output::O)))?;
+        let o = apply_op1(&qkv, FusedFlashAttention(self.op(problem, plan, Output::O)))?;
         Ok(resize_columns(&o, head_dim)?)
     }
 
@@ -362,7 +362,7 @@ impl Attention {
     fn run(&self, problem: Problem, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let head_dim_v = problem.head_dim_v;
         let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
-        let o = q.apply_op3(&k, &v, self.op(problem, plan, Output::O))?;
+        let o = apply_op3(&q, &k, &v, self.op(problem, plan, Output::O))?;
         Ok(resize_columns(&o, head_dim_v)?)
     }
 
@@ -379,7 +379,7 @@ impl Attention {
         let head_dim_v = problem.head_dim_v;
         let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
         let (shape_o, shape_lse) = (problem.shape_of_result(), problem.shape_lse());
-        let result = q.apply_op3(&k, &v, self.op(problem, plan, Output::OAndLse))?;
+        let result = apply_op3(&q, &k, &v, self.op(problem, plan, Output::OAndLse))?;
         let (o, lse) = o_and_lse(&result, shape_o, shape_lse)?;
         Ok((resize_columns(&o, head_dim_v)?, lse))
     }

@@ -19,7 +19,7 @@ use kernel_build::params::Structs;
 use kernel_build::Result;
 
 /// The files of cuda/ with kernels.
-const FILES: [&str; 7] = ["activation", "adamw", "columns", "cross_entropy", "embedding", "norm", "rotary"];
+const FILES: [&str; 8] = ["activation", "adamw", "columns", "cross_entropy", "embedding", "norm", "rotary", "sum"];
 const ARCHS: &str = "CANDLE_FA2_CUDA_ARCHS";
 /// Ampere and later.
 const SM80: Arch = Arch { sm: 80, exact: false };

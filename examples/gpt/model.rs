@@ -208,7 +208,9 @@ fn block(config: &Config, inputs: &[Tensor], mask: Option<&Tensor>) -> candle_co
     // (batch, seqlen, 3 * num_heads, head_dim): the heads of q, then the heads of k, then the heads of v.
     let qkv = linear(&h, &c_attn.reshape((heads, head_dim, embed_dim))?, &c_attn_bias.reshape((heads, head_dim))?)?;
     let o = attention(config, &qkv, mask)?; // (batch, seqlen, num_heads, head_dim)
-    profile::mark("attention")?;
+    if config.attention != AttentionKind::Flash {
+        profile::mark("attention")?; // flash attention makes its own
+    }
     let x = linear_add(&o, &c_proj.reshape((embed_dim, num_heads, head_dim))?, c_proj_bias, x)?;
     let h = layer_norm(&x, ln_2, Some(ln_2_bias), NORM_EPSILON)?;
     mlp_add(&h, [fc, fc_bias], [proj, proj_bias], &x)

@@ -36,6 +36,9 @@ constexpr int kSegment = 64;        // sorted positions that one thread sums; no
 constexpr int kColumnsThreads = 256;
 constexpr int kColumnsRows = 4;  // of a thread; not tuned yet
 
+constexpr int kSumThreads = 256;
+constexpr int kSumVectors = 2;  // of a thread, from each tensor
+
 constexpr int kAdamWThreads = 256;
 constexpr int kAdamWChunk = 16384;        // elements of a block, 64 of a thread; not tuned yet
 constexpr int kGlobalNormThreads = 1024;  // of the only block
@@ -194,6 +197,14 @@ struct ColumnsParams {
     int64_t rows;
     int32_t x_words;
     int32_t y_words;
+};
+
+// y = a + b.
+struct SumParams {
+    const void* a;  // (len)
+    const void* b;  // (len)
+    void* y;        // (len)
+    int64_t len;
 };
 
 // A parameter, its gradient and its state.

@@ -30,7 +30,8 @@
 //!
 //! [`AdamW`] updates parameters with f32 master weights and clipping. Its [`save`](AdamW::save) writes everything that training needs to
 //! go on. [`mean_gradients`] adds up the gradients of several batches. [`Schedule`] gives the learning rate of each step.
-//! [`profile`] measures the time of each operator in a training step, and [`pool`] the memory of a GPU.
+//! [`profile`] measures the time of each operator in a training step, and [`pool`] the memory of a GPU. [`apply_op1`] and
+//! [`apply_op3`] make a custom operator of yours a node like the operators here.
 //!
 //! # What holds for every operator
 //!
@@ -60,6 +61,7 @@ mod columns;
 pub mod composed;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod custom;
 mod embedding;
 mod layers;
 mod linear;
@@ -78,6 +80,7 @@ pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use checkpoint::checkpoint;
 pub use columns::resize_columns;
+pub use custom::{apply_op1, apply_op3};
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
 pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};

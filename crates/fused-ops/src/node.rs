@@ -131,10 +131,19 @@ impl Token {
         let Some(waiting) = waiting else { return leave(&self.tensor, vec![Some(gradient.clone())]) };
         let mut gradients = waiting.gradients.lock().expect("no thread panics with this lock");
         for sum in gradients.iter_mut().flatten() {
-            *sum = (&*sum + gradient)?;
+            *sum = added(sum, gradient)?;
         }
         Ok(self.tensor.detach())
     }
+}
+
+/// The sum of two gradients of one tensor.
+fn added(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::device_with_kernels(a) {
+        return crate::cuda::sum::sum(device, a, b);
+    }
+    a + b
 }
 
 impl Drop for Token {

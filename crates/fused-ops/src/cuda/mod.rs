@@ -16,6 +16,7 @@ mod module;
 pub(crate) mod norm;
 mod params;
 pub(crate) mod rotary;
+pub(crate) mod sum;
 
 use candle_core::{CudaDevice, DType, Device, Tensor};
 

@@ -15,7 +15,7 @@ macro_rules! params {
 }
 params!(NormForwardParams NormBackwardParams NormFinishParams CrossEntropyParams CrossEntropyMeanParams ScaleParams);
 params!(ActivationForwardParams ActivationBackwardParams RotaryParams EmbeddingForwardParams EmbeddingSortParams);
-params!(EmbeddingSumParams ColumnsParams AdamWTensor AdamWBlock AdamWParams GlobalNormParams);
+params!(EmbeddingSumParams ColumnsParams SumParams AdamWTensor AdamWBlock AdamWParams GlobalNormParams);
 
 /// The null pointer: a tensor that the call does not have.
 pub(super) const NULL: CUdeviceptr = 0;

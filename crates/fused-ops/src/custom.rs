@@ -1,0 +1,74 @@
+//! Custom operators of other crates as nodes of this crate.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{CustomOp1, CustomOp3, Result, Storage, Tensor};
+
+use crate::{check, node};
+
+/// As [`Tensor::apply_op1`], as a node of this crate: between it and other nodes of this crate, Candle adds no gradient to zeros.
+/// `bwd` gets a contiguous gradient.
+///
+/// # Errors
+/// Those of `op`.
+pub fn apply_op1<C: CustomOp1 + Send + Sync + 'static>(x: &Tensor, op: C) -> Result<Tensor> {
+    let (value, shape) = {
+        let (x, layout) = x.storage_and_layout();
+        match &*x {
+            Storage::Cpu(x) => op.cpu_fwd(x, layout).map(|(y, shape)| (Storage::Cpu(y), shape))?,
+            Storage::Cuda(x) => op.cuda_fwd(x, layout).map(|(y, shape)| (Storage::Cuda(y), shape))?,
+            Storage::Metal(x) => op.metal_fwd(x, layout).map(|(y, shape)| (Storage::Metal(y), shape))?,
+        }
+    };
+    let result = Arc::new(OnceLock::new());
+    let kept = result.clone();
+    let y = node::node(op.name(), &[x], value, shape, move |inputs, dy| {
+        Ok(vec![op.bwd(inputs[0], of_backward(&kept), dy)?])
+    })?;
+    keep(&result, &y);
+    Ok(y)
+}
+
+/// As [`Tensor::apply_op3`], in the way of [`apply_op1`].
+///
+/// # Errors
+/// Those of `op`, and if the tensors are on different devices.
+pub fn apply_op3<C: CustomOp3 + Send + Sync + 'static>(a: &Tensor, b: &Tensor, c: &Tensor, op: C) -> Result<Tensor> {
+    check::same_device("b", b, "a", a.device())?;
+    check::same_device("c", c, "a", a.device())?;
+    let (value, shape) = {
+        let ((a, of_a), (b, of_b), (c, of_c)) =
+            (a.storage_and_layout(), b.storage_and_layout(), c.storage_and_layout());
+        match (&*a, &*b, &*c) {
+            (Storage::Cpu(a), Storage::Cpu(b), Storage::Cpu(c)) => {
+                op.cpu_fwd(a, of_a, b, of_b, c, of_c).map(|(y, shape)| (Storage::Cpu(y), shape))?
+            }
+            (Storage::Cuda(a), Storage::Cuda(b), Storage::Cuda(c)) => {
+                op.cuda_fwd(a, of_a, b, of_b, c, of_c).map(|(y, shape)| (Storage::Cuda(y), shape))?
+            }
+            (Storage::Metal(a), Storage::Metal(b), Storage::Metal(c)) => {
+                op.metal_fwd(a, of_a, b, of_b, c, of_c).map(|(y, shape)| (Storage::Metal(y), shape))?
+            }
+            _ => unreachable!("check::same_device has compared the devices"),
+        }
+    };
+    let result = Arc::new(OnceLock::new());
+    let kept = result.clone();
+    let y = node::node(op.name(), &[a, b, c], value, shape, move |inputs, dy| {
+        let &[a, b, c] = inputs else { unreachable!("the node has three inputs") };
+        let (da, db, dc) = op.bwd(a, b, c, of_backward(&kept), dy)?;
+        Ok(vec![da, db, dc])
+    })?;
+    keep(&result, &y);
+    Ok(y)
+}
+
+/// Lets the backward of `y` read `y`: the same memory without the graph, because a graph that owned its own result would never be
+/// freed.
+fn keep(result: &OnceLock<Tensor>, y: &Tensor) {
+    result.set(y.detach()).expect("a node has one result");
+}
+
+fn of_backward(kept: &OnceLock<Tensor>) -> &Tensor {
+    kept.get().expect("the result exists before its backward")
+}
