@@ -1,6 +1,7 @@
 //! Access for this crate's tests and benches: problems, plans, kernels, masks. Not part of the stable interface.
 
-use candle_core::{CustomOp3, Tensor};
+use candle_core::{CustomOp3, Tensor, D};
+use candle_fused_ops::resize_columns;
 
 use crate::attention::planned;
 pub use crate::device::caps as device_caps;
@@ -17,13 +18,15 @@ use crate::tensors::Inputs;
 use crate::{Attention, CuSeqlens, Mask, Result};
 
 /// One call whose forward and backward run directly, without Candle's autograd. If the plan copies inputs, they are copied once, at
-/// the start. Results and gradients then have the head_dims of the plan.
+/// the start, and o has the head_dim_v of the plan.
 pub struct Call {
     op: FlashAttention,
     /// The operator of [`Attention::forward_with_lse`], for the same call.
     op_with_lse: FlashAttention,
     problem: Problem,
     inputs: [Tensor; 3],
+    /// head_dim and head_dim_v before the plan's copies.
+    head_dims: (usize, usize),
 }
 
 impl Call {
@@ -50,8 +53,9 @@ impl Call {
 
     fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
         let (q, k, v) = inputs;
+        let head_dims = (problem.head_dim, problem.head_dim_v);
         let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
-        Ok(Self::with_plan(attention, problem, (&q, &k, &v), plan))
+        Ok(Self { head_dims, ..Self::with_plan(attention, problem, (&q, &k, &v), plan) })
     }
 
     /// A call with a given `problem` and `plan`.
@@ -64,7 +68,8 @@ impl Call {
         let op =
             |output| FlashAttention::new(problem.clone(), plan.clone(), attention.options.alibi_slopes.clone(), output);
         let inputs = [q.clone(), k.clone(), v.clone()];
-        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), problem, inputs }
+        let head_dims = (problem.head_dim, problem.head_dim_v);
+        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), problem, inputs, head_dims }
     }
 
     /// o.
@@ -86,13 +91,25 @@ impl Call {
         Ok(o_and_lse(&both, self.problem.shape_of_result(), self.problem.shape_lse())?)
     }
 
-    /// The gradients of the tracked inputs, from o and its gradient. Run [`Self::forward`] first.
+    /// `o` of [`Self::forward`] with the head_dim of v.
+    ///
+    /// # Errors
+    /// Those of Candle.
+    pub fn narrowed(&self, o: &Tensor) -> Result<Tensor> {
+        with_columns(o, self.head_dims.1)
+    }
+
+    /// The gradients of the tracked inputs, from `o` of [`Self::forward`] and the gradient of [`Self::narrowed`] o. This includes the
+    /// copies that autograd would make of them.
     ///
     /// # Errors
     /// Those of the operator.
     pub fn backward(&self, o: &Tensor, do_: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [q, k, v] = &self.inputs;
-        Ok(self.op.bwd(q, k, v, o, do_)?)
+        let (dq, dk, dv) = self.op.bwd(q, k, v, o, &with_columns(do_, self.problem.head_dim_v)?)?;
+        let (head_dim, head_dim_v) = self.head_dims;
+        let narrowed = |grad: Option<Tensor>, columns| grad.map(|grad| with_columns(&grad, columns)).transpose();
+        Ok((narrowed(dq, head_dim)?, narrowed(dk, head_dim)?, narrowed(dv, head_dim_v)?))
     }
 
     /// As [`Self::backward`], from the results of [`Self::forward_with_lse`] and their gradients.
@@ -110,6 +127,14 @@ impl Call {
             Tensor::cat(&[o.to_dtype(lse.dtype())?.flatten_all()?, lse.flatten_all()?], 0)
         };
         Ok(self.op_with_lse.bwd(q, k, v, &both(o, lse)?, &both(do_, dlse)?)?)
+    }
+}
+
+/// `tensor` itself, with any strides, if it has so many columns.
+fn with_columns(tensor: &Tensor, columns: usize) -> Result<Tensor> {
+    match tensor.dim(D::Minus1)? == columns {
+        true => Ok(tensor.clone()),
+        false => Ok(resize_columns(tensor, columns)?),
     }
 }
 

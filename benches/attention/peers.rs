@@ -159,8 +159,14 @@ impl Operator {
         Ok([o, dq, dk, dv])
     }
 
+    /// o, with the head_dim of the plan.
     pub fn forward(&self) -> Result<Tensor> {
         Ok(self.call.forward()?)
+    }
+
+    /// `o` of [`Self::forward`] with the head_dim of the case.
+    pub fn narrowed(&self, o: &Tensor) -> Result<Tensor> {
+        Ok(self.call.narrowed(o)?)
     }
 
     /// dq, dk and dv, given the o of a forward.
