@@ -165,6 +165,7 @@ impl Operator {
     }
 
     /// `o` of [`Self::forward`] with the head_dim of the case.
+    #[cfg(feature = "cuda")]
     pub fn narrowed(&self, o: &Tensor) -> Result<Tensor> {
         Ok(self.call.narrowed(o)?)
     }
