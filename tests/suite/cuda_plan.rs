@@ -690,21 +690,21 @@ fn unaligned_inputs_are_copied() -> Result<()> {
     Ok(())
 }
 
-/// Rows that are not whole 16 bytes are copied and padded with zeros. The tightest kernel for both head_dims runs, and a smaller v alone is
+/// Rows that are not whole 16 bytes are copied and padded with zeros to whole 32. The tightest kernel for both head_dims runs, and a smaller v alone is
 /// read in place. The scale stays that of the call.
 #[test]
 fn any_head_dim_has_a_plan() -> Result<()> {
     // dtype, head_dim and head_dim_v, those of the kernels, the copied inputs, and the head_dim of the kernel
     for (dtype, dims, padded, copied, kernel_dim) in [
         (DType::BF16, (64, 64), (64, 64), vec![], 64),
-        (DType::BF16, (36, 36), (40, 40), vec!["q", "k", "v"], 64),
+        (DType::BF16, (36, 36), (48, 48), vec!["q", "k", "v"], 64),
         (DType::F32, (36, 36), (36, 36), vec![], 64),
-        (DType::F32, (1, 37), (4, 40), vec!["q", "k", "v"], 64),
+        (DType::F32, (1, 37), (8, 40), vec!["q", "k", "v"], 64),
         (DType::F16, (192, 128), (192, 128), vec![], 192),
         (DType::F16, (128, 192), (128, 192), vec![], 192),
-        (DType::F16, (100, 256), (104, 256), vec!["q", "k"], 256),
-        (DType::BF16, (40, 1), (40, 8), vec!["v"], 64),
-        (DType::BF16, (257, 512), (264, 512), vec!["q", "k"], 512),
+        (DType::F16, (100, 256), (112, 256), vec!["q", "k"], 256),
+        (DType::BF16, (40, 1), (40, 16), vec!["v"], 64),
+        (DType::BF16, (257, 512), (272, 512), vec!["q", "k"], 512),
     ] {
         let (q, v) = (zeros(&[1, 20, 2, dims.0], dtype)?, zeros(&[1, 20, 2, dims.1], dtype)?);
         let plan = plan(&testing::problem(&Attention::new(), &q, &q, &v)?, &H100)?;

@@ -39,12 +39,12 @@ pub(super) fn check(problem: &Problem, compute_cap: (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-/// head_dim and head_dim_v as the kernels see them: the next multiples of 16 bytes. The columns past those of the call are zeros.
-///
-/// A copy pads the rows, because TMA reads only rows of whole 16 bytes. It is memory-bound, so it costs little compared with the attention.
+/// head_dim and head_dim_v as the kernels see them. Rows that are not whole 16 bytes are copied and padded with zeros, because TMA cannot
+/// read them. The copies have whole 32 bytes: memory is read in pieces of 32, and TMA is slower on rows that begin in the middle of one.
 pub(super) fn padded_head_dims(problem: &Problem) -> (usize, usize) {
-    let multiple = alignment(problem.dtype);
-    (problem.head_dim.next_multiple_of(multiple), problem.head_dim_v.next_multiple_of(multiple))
+    let whole = alignment(problem.dtype);
+    let padded = |size: usize| if size.is_multiple_of(whole) { size } else { size.next_multiple_of(2 * whole) };
+    (padded(problem.head_dim), padded(problem.head_dim_v))
 }
 
 /// Name, strides and shape of each input.

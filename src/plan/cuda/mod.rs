@@ -29,7 +29,7 @@ pub struct CudaPlan {
     /// The inputs that are copied first, because their rows are not whole 16 bytes, not 16-byte aligned, or too far apart. The copies
     /// are contiguous, and padded with columns of zeros to `head_dim` or `head_dim_v`.
     pub copied: Vec<&'static str>,
-    /// The head_dim of q and k in the kernels: that of the call, or the next multiple of 16 bytes.
+    /// The head_dim of q and k in the kernels: that of the call, or of copies with more columns.
     pub head_dim: usize,
     /// The same for v and o. The columns of o past those of the call are dropped.
     pub head_dim_v: usize,
