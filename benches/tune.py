@@ -341,7 +341,7 @@ class Call:
         semaphores = torch.zeros(tiles["count"] * parts + 1, dtype=torch.int32, device="cuda") if deterministic else None
         # As the plan does: the number of threads of a row is a power of two, and at most those of a warp.
         chunks = ceil_div(self.head_dim, constants["kDeltaChunk"])
-        lanes = min(32, max(constants["kDeltaMinLanes"], 1 << (chunks - 1).bit_length()))
+        lanes = min(constants["kWarpSize"], max(constants["kDeltaMinLanes"], 1 << (chunks - 1).bit_length()))
         run_delta = self.launch(
             delta,
             delta.main,
@@ -393,10 +393,11 @@ class Call:
                 "schedule": schedule,
             }
         run_main = self.launch(line, kernel, grid, values)
+        warps = convert.main.threads // constants["kWarpSize"]
         run_convert = self.launch(
             convert,
             convert.main,
-            (ceil_div(groups["head"] * ceil_div(self.head_dim, constants["kConvertCols"]), convert.main.threads // 32), *heads),
+            (ceil_div(groups["head"] * ceil_div(self.head_dim, constants["kConvertCols"]), warps), *heads),
             {
                 "dq_accum": dq_accum.data_ptr(),
                 "dq": self.dq.data_ptr(),

@@ -36,7 +36,7 @@ use crate::tensors::Inputs;
 /// - The forward keeps lse: two floats per query and head on the CPU, one on a GPU.
 /// - The backward adds one float per query and head, and accumulates dq in the accumulator's type. On a GPU, these accumulators
 ///   are whole groups of 8 queries for each sequence and head.
-/// - On a GPU, a copy of each input whose rows are too far apart, or not 16-byte aligned.
+/// - On a GPU, a copy of each input whose rows are too far apart, not 16-byte aligned, or not whole 16 bytes.
 /// - If a call returns lse, it also keeps o of f16 and bf16 in f32; on a GPU its backward rounds copies of o and of its gradient.
 ///
 /// | tensor | padded | packed | type |
@@ -118,7 +118,8 @@ impl Attention {
     ///
     /// All other results always have the same bits, and on the CPU this gradient too. On a GPU, key tiles add to the gradient
     /// of `q` in any order. With this option semaphores order them. That costs 11% of the backward's speed on Hopper in the
-    /// geometric mean (1 to 29%), and 16 to 28% with the kernels for every GPU (docs/benchmarks.md).
+    /// geometric mean (1 to 29%), and 16 to 28% with the kernels for every GPU (H100, before their last change;
+    /// docs/benchmarks.md).
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;
         self

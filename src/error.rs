@@ -1,4 +1,5 @@
 //! The errors of the operator: one variant per broken rule. Each text names the tensor, the rule, the value and the solution.
+//! `Driver` and `Candle` repeat what the driver or Candle says.
 
 use candle_core::{DType, DeviceLocation};
 
@@ -27,7 +28,9 @@ pub enum Error {
         shape: Vec<usize>,
     },
     /// An axis has another size than the same axis of another tensor.
-    #[error("{tensor}: {axis} must be {expected} as in {other}, got {got} in shape {shape:?}")]
+    #[error(
+        "{tensor}: {axis} must be {expected} as in {other}, got {got} in shape {shape:?}; give both the same {axis}"
+    )]
     Axis {
         /// Name of the tensor.
         tensor: &'static str,
@@ -209,7 +212,7 @@ pub enum Error {
         batch_k: usize,
     },
     /// The cumulative lengths end at another row than the packed tensor.
-    #[error("{cu_seqlens} must end at the number of rows of {tensor}: {rows} in shape {shape:?}, got {end}")]
+    #[error("{cu_seqlens} must end at the number of rows of {tensor}: {rows} in shape {shape:?}, got {end}; make the lengths with CuSeqlens::from_lengths from this batch")]
     PackedRows {
         /// Name of the lengths.
         cu_seqlens: &'static str,
@@ -223,7 +226,7 @@ pub enum Error {
         shape: Vec<usize>,
     },
     /// The padded length is below the longest sequence.
-    #[error("padded: seqlen must be at least the longest length {longest}, got {got} in shape {shape:?}")]
+    #[error("padded: seqlen must be at least the longest length {longest}, got {got} in shape {shape:?}; use the seqlen of the batch that these lengths describe")]
     PaddedSeqlen {
         /// The longest length.
         longest: usize,
@@ -393,7 +396,7 @@ pub enum Error {
         detail: String,
     },
     /// An environment variable of this crate has an invalid value.
-    #[error("{name} is {value:?}, expected {expected}")]
+    #[error("{name} is {value:?}, expected {expected}; correct it or unset it")]
     Environment {
         /// Name of the variable.
         name: &'static str,

@@ -25,10 +25,10 @@
 //! ```text
 //! host       the time of the first call, and the host's time for a call
 //! ceiling    the rate of a large matrix product, and of a copy in memory
-//! grid       the grid of the papers, and head sizes between
+//! grid       the grid of the papers, and head_dims between
 //! gqa        query heads that share key heads
 //! packed     sequences of uneven lengths end to end
-//! sizes      head sizes without tiles of their own, 512, and v of another size than q
+//! sizes      head_dims without tiles of their own, 512, and v of another size than q
 //! f16        some of the grid in f16
 //! decode     one query against a cache of keys, in GB/s
 //! ablations  next to kernels without FlashAttention-2's contributions; needs nvcc

@@ -12,8 +12,8 @@ use crate::timing::Timing;
 /// A file of rows, if one was asked for.
 pub struct Csv(Option<csv::Writer<File>>);
 
-/// A row in the columns of benches/record, with three of our own at the end. FLOP/s are in units of 10^12, bytes per
-/// second in units of 10^9.
+/// A row in the columns of benches/record. Only our rows fill `autograd_ms` and `host_us`. FLOP/s are in units of 10^12,
+/// bytes per second in units of 10^9.
 #[derive(Default, Serialize)]
 pub struct CsvRow<'a> {
     pub peer: &'a str,

@@ -10,7 +10,7 @@ use rayon::ThreadPool;
 pub struct Job<'a> {
     pub run: Box<dyn Fn() -> Result<f64> + 'a>,
     /// Seconds of an earlier run, if there was one. A job known to be slow gets no warm-up.
-    pub known: Option<f64>,
+    pub known_s: Option<f64>,
     /// Threads that it runs on.
     pub threads: usize,
 }
@@ -19,7 +19,7 @@ pub struct Job<'a> {
 #[derive(Clone)]
 pub struct Timing {
     /// Seconds, ascending; never empty.
-    runs: Vec<f64>,
+    runs_s: Vec<f64>,
     /// Share of the time in which threads of this process were ready to run but had no core, because the machine was
     /// busy. Idle threads that look for work count too, so that the jobs may have waited less. `None` if the system
     /// does not tell.
@@ -27,27 +27,27 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// Sorts `runs`, at least one time in seconds.
-    pub fn new(mut runs: Vec<f64>, waited: Option<f64>) -> Self {
-        assert!(!runs.is_empty(), "a time needs a run");
-        runs.sort_by(f64::total_cmp);
-        Self { runs, waited }
+    /// Sorts `runs_s`, at least one time.
+    pub fn new(mut runs_s: Vec<f64>, waited: Option<f64>) -> Self {
+        assert!(!runs_s.is_empty(), "a time needs a run");
+        runs_s.sort_by(f64::total_cmp);
+        Self { runs_s, waited }
     }
 
     pub fn median(&self) -> f64 {
-        figures::record::median(self.runs.clone()).expect("there is a run")
+        figures::record::median(self.runs_s.clone()).expect("there is a run")
     }
 
     pub fn min(&self) -> f64 {
-        self.runs[0]
+        self.runs_s[0]
     }
 
     pub fn max(&self) -> f64 {
-        self.runs[self.runs.len() - 1]
+        self.runs_s[self.runs_s.len() - 1]
     }
 
     pub fn runs(&self) -> usize {
-        self.runs.len()
+        self.runs_s.len()
     }
 }
 
@@ -70,30 +70,30 @@ pub fn in_turns(jobs: &[Job]) -> Result<Vec<Timing>> {
     const SECONDS: f64 = 1.5;
     let mut counts = Vec::new();
     for job in jobs {
-        let warm = match job.known {
-            Some(known) if known > SECONDS => known,
+        let warm = match job.known_s {
+            Some(known_s) if known_s > SECONDS => known_s,
             _ => (job.run)()?,
         };
         counts.push(if warm > SECONDS { 3 } else { ((SECONDS / warm) as usize).clamp(5, 100) });
     }
-    let mut runs: Vec<Vec<f64>> = vec![Vec::new(); jobs.len()];
+    let mut runs_s: Vec<Vec<f64>> = vec![Vec::new(); jobs.len()];
     let (mut waited, mut passed) = (vec![Some(0.0); jobs.len()], vec![0.0; jobs.len()]);
     for round in 1..=ROUNDS {
         for (index, (job, &count)) in jobs.iter().zip(&counts).enumerate() {
             let (start, waited_before) = (Instant::now(), waited_seconds());
-            while runs[index].len() < count * round / ROUNDS {
-                runs[index].push((job.run)()?);
+            while runs_s[index].len() < count * round / ROUNDS {
+                runs_s[index].push((job.run)()?);
             }
             passed[index] += start.elapsed().as_secs_f64();
             let here = waited_seconds().zip(waited_before).map(|(after, before)| after - before);
             waited[index] = waited[index].zip(here).map(|(sum, here)| sum + here);
         }
     }
-    let timing = |index: usize, runs: Vec<f64>| {
+    let timing = |index: usize, runs_s: Vec<f64>| {
         let share = |waited: f64| (waited / (passed[index] * jobs[index].threads as f64)).clamp(0.0, 1.0);
-        Timing::new(runs, waited[index].map(share))
+        Timing::new(runs_s, waited[index].map(share))
     };
-    Ok(runs.into_iter().enumerate().map(|(index, runs)| timing(index, runs)).collect())
+    Ok(runs_s.into_iter().enumerate().map(|(index, runs_s)| timing(index, runs_s)).collect())
 }
 
 /// Seconds that all threads of this process have waited for a core, as Linux counts them.

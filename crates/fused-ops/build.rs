@@ -7,7 +7,8 @@
 //! | FILE.fatbin | its machine code for each GPU to compile for, and PTX, which the driver compiles for later GPUs |
 //! | images.rs | the fatbins by the names of their files |
 //!
-//! It reads the environment variables that the build of candle-fa2 reads: docs/environment.md of the repository lists them.
+//! It reads the environment variables that the build of candle-fa2 reads, except `CANDLE_FA2_SPILLS`, because local memory is only a
+//! warning here. docs/environment.md of the repository lists them.
 
 use std::process::ExitCode;
 

@@ -274,7 +274,7 @@ __device__ __forceinline__ void recompute_p(WarpP<typename Block::Traits>& warp_
     using Traits = typename Block::Traits;
     using T = typename Traits::T;
     const BwdWarp<Traits>& warp = block.warp;
-    const int first_row = tile.rows.begin + warp.s_row, first_col = block.cols.begin + warp.s_col;
+    const int first_row = tile.rows.begin + warp.s_row, first_key = block.cols.begin + warp.s_col;
     const Range common = block.sees.common_keys(tile.rows);
     const bool masked = !common.contains({block.cols.begin, block.cols.begin + Traits::kBlockN});
 
@@ -283,7 +283,7 @@ __device__ __forceinline__ void recompute_p(WarpP<typename Block::Traits>& warp_
         warp_p.p, OperandA<typename Traits::TileQ, Order::kContiguousK>(block.shared + stage_offset, Traits::sQ, warp.s_row, block.lane),
         OperandB<typename Traits::TileK, Order::kContiguousK, Traits::kTeamKeys>(block.shared, Traits::sK, warp.s_col, block.lane));
     to_p(warp_p, block, tile, stage_offset);
-    if (masked) hide(warp_p.p, block.sees, first_row, first_col, block.lane, 0.f);
+    if (masked) hide(warp_p.p, block.sees, first_row, first_key, block.lane, 0.f);
     store_operand<T, typename Traits::TileP>(block.shared, Traits::sP, warp_p.p, warp.s_row, warp.s_col, block.lane);
 }
 

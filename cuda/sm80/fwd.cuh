@@ -114,22 +114,22 @@ __device__ __forceinline__ void walk_keys(const FwdBlock<Traits>& block, Accumul
     k_copy.start(shared + Traits::sK, n_block * Traits::kBlockN, seqlen_k);
     cp_async_commit();
     for (; n_block >= n_first; --n_block) {
-        const int first_col = n_block * Traits::kBlockN;
+        const int first_key = n_block * Traits::kBlockN;
         cp_async_wait<0>();
         __syncthreads();  // k has arrived, and every warp is done with the v of the step before
-        v_copy.start(shared + Traits::sV, first_col, seqlen_k);
+        v_copy.start(shared + Traits::sV, first_key, seqlen_k);
         cp_async_commit();
         Accumulator<Traits::kMTiles, Traits::kNTiles> s;
         s.clear();
         multiply_ahead<T, Traits::kHeadDim / kStepK<T>>(
             s, OperandA<typename Traits::TileQ, Order::kContiguousK>(shared, Traits::sQ, block.warp_row, lane),
             OperandB<TileK, Order::kContiguousK, Traits::kBlockN>(shared, Traits::sK, 0, lane));
-        if constexpr (!ScoreMod::kIdentity) apply(score_mod, s, first_row, first_col, lane);
-        if (!common.contains({first_col, first_col + Traits::kBlockN}))
-            hide(s, block.sees, first_row, first_col, lane, -INFINITY);
+        if constexpr (!ScoreMod::kIdentity) apply(score_mod, s, first_row, first_key, lane);
+        if (!common.contains({first_key, first_key + Traits::kBlockN}))
+            hide(s, block.sees, first_row, first_key, lane, -INFINITY);
         cp_async_wait<0>();
         __syncthreads();  // v has arrived, and every warp is done with k
-        if (n_block > n_first) k_copy.start(shared + Traits::sK, first_col - Traits::kBlockN, seqlen_k);
+        if (n_block > n_first) k_copy.start(shared + Traits::sK, first_key - Traits::kBlockN, seqlen_k);
         cp_async_commit();
         softmax.step(s, o, ScoreMod::scale_log2(shape));
         // S: 16 x kBlockN per m16 tile -> A operand, kBlockN / 16 steps

@@ -33,8 +33,8 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 }
 
 // Adds 0.35 to 0.71 of a TF32 step to x. mma.sync then cuts off the last 13 bits, so x is rounded. Over many x the mean of what is added is
-// half a step, so products have no bias. The mean square error is 1.06 times that of rounding to nearest. A TF32, a NaN and an infinity
-// stay what they are. This is one instruction, where cvt.rna takes three.
+// half a step, so products have no bias. The root mean square error is 1.06 times that of rounding to nearest. A TF32, a NaN and an
+// infinity stay what they are. This is one instruction, where cvt.rna takes three.
 __device__ __forceinline__ uint32_t to_tf32(uint32_t x) {
     constexpr float kMeanHalfStep = 0x1.6ap-12f;  // sqrt(1/2) * 2^-11: adds 0.35 to 0.71 of a step of x; the mean is half a step
     return __float_as_uint(fmaf(__uint_as_float(x), kMeanHalfStep, __uint_as_float(x)));

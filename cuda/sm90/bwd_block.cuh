@@ -14,7 +14,8 @@
 namespace fa2::sm90 {
 
 constexpr int kBwdConsumers = 2;
-constexpr int kBwdProducerMinRegisters = 24;  // the least that setmaxnreg takes. One kernel spills 8 bytes (cuda/instances.def)
+// The least that setmaxnreg takes. The kernels of head_dim 96 use 8 bytes of local memory (cuda/instances.def).
+constexpr int kBwdProducerMinRegisters = 24;
 
 // Shared by the backward with a cluster and the one without. kCluster: thread blocks of a cluster.
 template <typename T_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kCluster_, int kQStages_,

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 /// Trains a GPT with attention from candle-fa2
 ///
-/// Without a command it trains a small model on the sources and documents of this repository. This takes two to three
+/// Without a command it trains a small model on the sources and documents of this repository. This takes a few
 /// minutes on two cores. The result is in the next numbered folder of runs/.
 #[derive(Parser)]
 #[command(name = "gpt", args_conflicts_with_subcommands = true, after_help = preset_table())]

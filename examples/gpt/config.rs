@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ValueEnum)]
 pub enum Preset {
-    /// 0.8 M parameters on bytes: two minutes on a laptop
+    /// 0.8 M parameters on bytes: a few minutes on two cores
     Tiny,
     /// GPT-2 small
     #[value(name = "124m")]

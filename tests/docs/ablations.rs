@@ -6,7 +6,7 @@ use kernel_build::table::Table;
 
 use super::read;
 
-/// The head sizes that benches/ablations/ablations.cu has tiles for.
+/// The head_dims that benches/ablations/ablations.cu has tiles for.
 const HEAD_DIMS: [usize; 2] = [64, 128];
 
 /// Compares the template arguments with the first line of the table for each pass and head_dim.

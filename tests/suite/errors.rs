@@ -56,11 +56,11 @@ const PADDED: [([&[usize]; 3], &str); 18] = [
         [&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 1, 4, 2, 64]],
         "v: expected (batch, seqlen_k, num_heads_k, head_dim_v), got 5 axes in shape [2, 1, 4, 2, 64]; reshape it, or use the packed call for sequences laid end to end",
     ),
-    ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 5, 2, 64]], "v: seqlen_k must be 4 as in k, got 5 in shape [2, 5, 2, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 4, 64]], "v: num_heads_k must be 2 as in k, got 4 in shape [2, 4, 4, 64]"),
-    ([&[2, 3, 8, 64], &[2, 4, 2, 32], &[2, 4, 2, 64]], "k: head_dim must be 64 as in q, got 32 in shape [2, 4, 2, 32]"),
+    ([&[2, 3, 8, 64], &[1, 4, 2, 64], &[2, 4, 2, 64]], "k: batch must be 2 as in q, got 1 in shape [1, 4, 2, 64]; give both the same batch"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[3, 4, 2, 64]], "v: batch must be 2 as in q, got 3 in shape [3, 4, 2, 64]; give both the same batch"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 5, 2, 64]], "v: seqlen_k must be 4 as in k, got 5 in shape [2, 5, 2, 64]; give both the same seqlen_k"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 4, 64]], "v: num_heads_k must be 2 as in k, got 4 in shape [2, 4, 4, 64]; give both the same num_heads_k"),
+    ([&[2, 3, 8, 64], &[2, 4, 2, 32], &[2, 4, 2, 64]], "k: head_dim must be 64 as in q, got 32 in shape [2, 4, 2, 32]; give both the same head_dim"),
     (
         [&[2, 3, 8, 64], &[2, 4, 3, 64], &[2, 4, 3, 64]],
         "num_heads 8 of q is not a multiple of num_heads_k 3 of k and v; each key head must serve the same number of query heads",
@@ -90,7 +90,7 @@ const PADDED: [([&[usize]; 3], &str); 18] = [
         "head_dim_v 0 is not supported (supported: 1 to 512); choose another num_heads",
     ),
     // The error names the first broken rule, in the order of q, k, v.
-    ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]"),
+    ([&[1, 3, 8, 64], &[2, 4, 3, 32], &[3, 4, 2, 80]], "k: batch must be 1 as in q, got 2 in shape [2, 4, 3, 32]; give both the same batch"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 64]], "no error"),
     ([&[2, 3, 8, 64], &[2, 4, 2, 64], &[2, 4, 2, 80]], "no error"),
 ];
@@ -186,9 +186,9 @@ fn shapes_and_lengths_of_packed_calls() -> Result<()> {
             "v: expected (total_k, num_heads_k, head_dim_v), got 4 axes in shape [1, 5, 2, 8]; reshape it, or use the padded call for sequences of one length",
         ),
         ([&q, &k, &k], [&lengths_q, &one], "cu_seqlens_k must describe as many sequences as cu_seqlens_q: 2, got 1; a length of 0 counts as a sequence"),
-        ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5"),
-        ([&q, &long, &k], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of k: 6 in shape [6, 2, 8], got 5"),
-        ([&q, &k, &long], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of v: 6 in shape [6, 2, 8], got 5"),
+        ([&long, &k, &k], [&lengths_q, &lengths_k], "cu_seqlens_q must end at the number of rows of q: 6 in shape [6, 2, 8], got 5; make the lengths with CuSeqlens::from_lengths from this batch"),
+        ([&q, &long, &k], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of k: 6 in shape [6, 2, 8], got 5; make the lengths with CuSeqlens::from_lengths from this batch"),
+        ([&q, &k, &long], [&lengths_q, &lengths_k], "cu_seqlens_k must end at the number of rows of v: 6 in shape [6, 2, 8], got 5; make the lengths with CuSeqlens::from_lengths from this batch"),
         ([&q, &k, &k], [&lengths_q, &lengths_k], "no error"),
     ] {
         assert_eq!(refused_packed(&Attention::new(), [q, k, v], lengths), message);
@@ -352,8 +352,11 @@ fn cumulative_lengths() -> Result<()> {
 fn padding_and_unpadding() -> Result<()> {
     let cu_seqlens = CuSeqlens::from_lengths(&[2, 4], &Device::Cpu)?;
     let unpad = |shape: &[usize]| text(cu_seqlens.unpad(&zeros(shape), PaddingSide::Right));
-    assert_eq!(unpad(&[3, 4, 8]), "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]");
-    assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]");
+    assert_eq!(
+        unpad(&[3, 4, 8]),
+        "padded: batch must be 2 as in cu_seqlens, got 3 in shape [3, 4, 8]; give both the same batch"
+    );
+    assert_eq!(unpad(&[2, 3, 8]), "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]; use the seqlen of the batch that these lengths describe");
     assert_eq!(unpad(&[2]), "padded: expected (batch, seqlen, ..), got 1 axes in shape [2]; reshape it");
     assert_eq!(unpad(&[2, 4]), "no error");
     assert_eq!(
@@ -362,10 +365,10 @@ fn padding_and_unpadding() -> Result<()> {
     );
     assert_eq!(
         text(cu_seqlens.pad_to(&zeros(&[6, 8]), 3, PaddingSide::Right)),
-        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]"
+        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3, 8]; use the seqlen of the batch that these lengths describe"
     );
     let pad = |shape: &[usize]| text(cu_seqlens.pad(&zeros(shape), PaddingSide::Right));
-    assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6");
+    assert_eq!(pad(&[7, 8]), "cu_seqlens must end at the number of rows of packed: 7 in shape [7, 8], got 6; make the lengths with CuSeqlens::from_lengths from this batch");
     assert_eq!(pad(&[6, 8]), "no error");
     Ok(())
 }
@@ -396,7 +399,7 @@ fn padding_masks() -> Result<()> {
     let lengths = CuSeqlens::from_lengths(&[2, 4], &Device::Cpu)?;
     assert_eq!(
         text(lengths.mask(3, PaddingSide::Left)),
-        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3]"
+        "padded: seqlen must be at least the longest length 4, got 3 in shape [2, 3]; use the seqlen of the batch that these lengths describe"
     );
     Ok(())
 }
@@ -469,7 +472,7 @@ fn swapped_axes() -> Result<()> {
     let packed = zeros(&[2, 4, 64]);
     assert_eq!(
         refused_packed(&Attention::new(), [&packed; 3], [&lengths; 2]),
-        "cu_seqlens_q must end at the number of rows of q: 2 in shape [2, 4, 64], got 4; \
+        "cu_seqlens_q must end at the number of rows of q: 2 in shape [2, 4, 64], got 4; make the lengths with CuSeqlens::from_lengths from this batch; \
          if q is (num_heads, total_q, head_dim), call .layout(TensorLayout::Bhsd)"
     );
     assert_eq!(

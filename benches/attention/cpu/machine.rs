@@ -25,7 +25,8 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// Rows and columns. The `gemm` crate reaches its best rate at this size; a product takes 20 ms on two cores.
+    /// Rows and columns. The `gemm` crate reaches its best rate at this size; a product takes 6.7 ms on two cores of a Sapphire
+    /// Rapids Xeon.
     pub const SIZE: usize = 1024;
     pub const FLOP: f64 = 2.0 * (Self::SIZE * Self::SIZE * Self::SIZE) as f64;
 
@@ -58,7 +59,7 @@ impl Gemm {
             })
         };
         let threads = pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads());
-        Job { run: on_pool(pool, multiply), known: None, threads }
+        Job { run: on_pool(pool, multiply), known_s: None, threads }
     }
 
     fn multiply(&self, parallelism: gemm::Parallelism) {

@@ -79,7 +79,7 @@ struct Entrant {
     upstream: Tensor,
     checked: Checked,
     /// Seconds of the checked run, if it was a forward and a backward.
-    both: Option<f64>,
+    both_s: Option<f64>,
     peak_bytes: usize,
 }
 
@@ -152,7 +152,7 @@ fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
             let start = std::time::Instant::now();
             let run = on_pool(pool.clone(), || contender.run(checked_upstream.as_ref()));
             let (result, peak_bytes) = memory::peak_bytes(run);
-            let both = backward.then(|| start.elapsed().as_secs_f64());
+            let both_s = backward.then(|| start.elapsed().as_secs_f64());
             let checked =
                 reference.check(&format!("{} ({}): {peer}", case.name, case.label()), &contender.answer(result?)?)?;
             let upstream = contender.upstream(&inputs.do_)?;
@@ -163,7 +163,7 @@ fn enter(case: &Case, report: &Report) -> Result<Vec<Entrant>> {
                 contender: contender.clone(),
                 upstream,
                 checked,
-                both,
+                both_s,
                 peak_bytes,
             });
         }
@@ -197,19 +197,19 @@ impl Entrant {
     /// A job that times `pass` once, until the last result is dropped. The inputs are ready before.
     fn job<'a>(&'a self, case: &'a Case, pass: Pass) -> Result<Job<'a>> {
         let (contender, upstream) = (&self.contender, &self.upstream);
-        let (run, known): (Box<dyn Fn() -> Result<f64> + Send + Sync>, _) = match pass {
+        let (run, known_s): (Box<dyn Fn() -> Result<f64> + Send + Sync>, _) = match pass {
             Pass::Forward => (Box::new(|| seconds(|| contender.forward())), None),
             Pass::Backward => {
                 let loss = contender.loss(upstream)?;
                 (Box::new(move || seconds(|| Ok(loss.backward()?))), None)
             }
-            Pass::Both => (Box::new(|| seconds(|| Ok(contender.loss(upstream)?.backward()?))), self.both),
+            Pass::Both => (Box::new(|| seconds(|| Ok(contender.loss(upstream)?.backward()?))), self.both_s),
             Pass::Operator => {
                 let operator = contender.operator(case, upstream)?;
                 (Box::new(move || seconds(|| operator.run())), None)
             }
             Pass::Memory => unreachable!("memory is not timed"),
         };
-        Ok(Job { run: on_pool(self.pool.clone(), run), known, threads: self.threads() })
+        Ok(Job { run: on_pool(self.pool.clone(), run), known_s, threads: self.threads() })
     }
 }

@@ -32,7 +32,7 @@ pub struct Cost {
     /// On the GPU, between events.
     pub timing: Timing,
     /// Median seconds until a call has been queued.
-    pub host: f64,
+    pub host_s: f64,
     pub gauges: Gauges,
 }
 
@@ -139,9 +139,9 @@ impl Gpu {
             call()?;
             mark.record(&self.stream)?;
         }
-        let estimate = f64::from(marks[0].elapsed_ms(&marks[1])?.min(marks[1].elapsed_ms(&marks[2])?));
-        let least = if estimate > SLOW_MS { SLOW_RUNS } else { *RUNS.start() };
-        let runs = (milliseconds / estimate).clamp(least, *RUNS.end()) as usize;
+        let estimate_ms = f64::from(marks[0].elapsed_ms(&marks[1])?.min(marks[1].elapsed_ms(&marks[2])?));
+        let least = if estimate_ms > SLOW_MS { SLOW_RUNS } else { *RUNS.start() };
+        let runs = (milliseconds / estimate_ms).clamp(least, *RUNS.end()) as usize;
 
         let events: Vec<[CudaEvent; 2]> =
             (0..runs).map(|_| Ok([self.event()?, self.event()?])).collect::<Result<_>>()?;
@@ -155,12 +155,12 @@ impl Gpu {
             end.record(&self.stream)?;
             drop(result);
         }
-        let gauges = self.gauges(estimate, &call)?;
+        let gauges = self.gauges(estimate_ms, &call)?;
         self.stream.synchronize()?;
         let seconds = |[start, end]: &[CudaEvent; 2]| Ok(f64::from(start.elapsed_ms(end)?) / 1e3);
         let timing = Timing::new(events.iter().map(seconds).collect::<Result<_>>()?, None);
         queued.truncate(HOST_CALLS);
-        Ok(Cost { timing, host: Timing::new(queued, None).median(), gauges })
+        Ok(Cost { timing, host_s: Timing::new(queued, None).median(), gauges })
     }
 
     /// Median seconds until `call` has been queued. A round is too short to fill the queue.

@@ -144,7 +144,7 @@ impl Report {
 
     /// Prints a row, and keeps it for the tables.
     pub fn row(&mut self, case: &Case, row: &Row) -> Result<()> {
-        let Cost { timing, host, gauges } = &row.cost;
+        let Cost { timing, host_s, gauges } = &row.cost;
         let tflops = case.papers_flop(row.pass) / timing.median() / 1e12;
         let decodes = row.pass == Pass::Forward && case.seqlens().0 == 1;
         let gbps = decodes.then(|| case.forward_bytes() / timing.median() / 1e9);
@@ -160,7 +160,7 @@ impl Report {
             gauges.sm_mhz,
             gauges.watts,
             autograd.map_or(String::new(), ms),
-            host * 1e6,
+            host_s * 1e6,
             row.error,
         );
         match gbps {
@@ -184,7 +184,7 @@ impl Report {
             watts: gauges.watts.clone(),
             err: significant(row.error),
             autograd_ms: autograd.map_or(String::new(), |seconds| significant(seconds * 1e3)),
-            host_us: significant(host * 1e6),
+            host_us: significant(host_s * 1e6),
             ..CsvRow::of(case).timed(timing)
         })
     }
@@ -224,7 +224,7 @@ impl Report {
                     sm_mhz: cost.gauges.sm_mhz.clone(),
                     watts: cost.gauges.watts.clone(),
                     err: error.map_or(String::new(), significant),
-                    host_us: significant(cost.host * 1e6),
+                    host_us: significant(cost.host_s * 1e6),
                     ..row.timed(&cost.timing)
                 })?,
                 _ => self.keep(row)?,

@@ -20,7 +20,7 @@ namespace fused_ops {
 constexpr int kLossWarps = kLossThreads / kWarpSize;
 constexpr int kAhead = 4;
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f;  // 1 / ln 2
 constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // --use_fast_math makes tanhf an instruction with 11 bits.
 __device__ __forceinline__ float tanh_of(float x) {
-    const float t = exp2_approx(-2.f * kLog2E * fabsf(x));
+    const float t = exp2_approx(-2.f * kLog2e * fabsf(x));
     const float far = copysignf(__fdividef(1.f - t, 1.f + t), x);
     const float square = x * x;  // 1 - t cancels near 0
     const float near = x * (1.f + square * (-1.f / 3 + square * (2.f / 15 - square * (17.f / 315))));
@@ -70,13 +70,13 @@ struct OnlineSum {
         float largest = x[0];
 #pragma unroll
         for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, x[i]);
-        largest *= kLog2E;
+        largest *= kLog2e;
         if (largest > max) {
             sum *= exp2_approx(max - largest);
             max = largest;
         }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) sum += exp2_approx(fmaf(x[i], kLog2E, -max));
+        for (int i = 0; i < kCount; ++i) sum += exp2_approx(fmaf(x[i], kLog2e, -max));
     }
 };
 
@@ -162,7 +162,7 @@ struct Gradient {
                     slope[i] -= t * t;
                 }
             }
-            x[i] = exp2_approx(fmaf(x[i], kLog2E, -lse)) * of_p;
+            x[i] = exp2_approx(fmaf(x[i], kLog2e, -lse)) * of_p;
             if constexpr (kOptions) x[i] -= of_others;
         }
         if (target >= column && target < column + kCount) {

@@ -64,7 +64,7 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
             got.values[first],
             want.values[first],
             coordinates(want, first),
-            extent(want, &misplaced),
+            extent(want, &misplaced, "not in place"),
         );
     }
     if !over.is_empty() {
@@ -75,7 +75,7 @@ pub fn close(name: &str, got: &Rows, want: &Rows, tolerance: &Tolerance, case: &
             (got.values[worst] - want.values[worst]).abs(),
             coordinates(want, worst),
             tolerance.limits[worst / want.width],
-            extent(want, &over),
+            extent(want, &over, "over"),
         );
     }
     Ok(largest)
@@ -97,10 +97,10 @@ fn coordinates(rows: &Rows, at: usize) -> String {
     text + "]"
 }
 
-/// How many elements are wrong, and the first row with a wrong element.
-fn extent(rows: &Rows, wrong: &[usize]) -> String {
+/// How many elements are wrong and in what way, and the first row with a wrong element.
+fn extent(rows: &Rows, wrong: &[usize], what: &str) -> String {
     let first = wrong.iter().map(|&at| place(rows, at / rows.width).1).min().unwrap_or(0);
-    format!("{} of {} elements over, all in rows >= {first}", wrong.len(), rows.values.len())
+    format!("{} of {} elements {what}, all in rows >= {first}", wrong.len(), rows.values.len())
 }
 
 /// `(sequence, position in it, head)` of a row.
@@ -185,7 +185,7 @@ mod tests {
         assert_eq!(
             text(&got, &want, &limits(1e-3)),
             "o differs from the reference: 1 instead of NaN at [batch 0, row 0, head 1, dim 1]\n\
-             case of two sequences; 2 of 40 elements over, all in rows >= 0"
+             case of two sequences; 2 of 40 elements not in place, all in rows >= 0"
         );
         got.values[5] = f64::NAN;
         got.values[6] = f64::NEG_INFINITY;

@@ -1,5 +1,5 @@
-//! Chooses the kernel of a pass. Records why each other candidate was rejected; a candidate has the type of the call, TF32 if
-//! the call asks for it, the right variant and a sufficient head_dim.
+//! Chooses the kernel of a pass. Records why each other candidate was rejected. A candidate has the type of the call, the right
+//! variant and a sufficient head_dim. Kernels of plain TF32 are candidates only if the call allows it.
 
 use std::cmp::Reverse;
 

@@ -312,7 +312,7 @@ fn rotary() -> Result<()> {
     );
     refused(
         rotary.apply_packed(&zeros((20, 2, 8))?, &cu_seqlens),
-        "cu_seqlens must end at the number of rows of xs: 20 in shape [20, 2, 8], got 19",
+        "cu_seqlens must end at the number of rows of xs: 20 in shape [20, 2, 8], got 19; make the lengths with CuSeqlens::from_lengths from this batch",
     );
     refused(
         rotary.apply_packed(&zeros((19, 8))?, &cu_seqlens),
@@ -326,7 +326,10 @@ fn inputs() -> Result<()> {
     let rotary = Rotary::new(&RotaryConfig::new(16, 8), &Device::Cpu)?;
     let layer = untracked(&MultiHeadAttentionConfig::new(64, 4).mask(Mask::Causal).rotary(&rotary))?;
     refused(layer.forward(&zeros((5, 64))?), "xs: expected (batch, seqlen, embed_dim), got 2 axes in shape [5, 64]; reshape it, or use the packed call for sequences laid end to end");
-    refused(layer.forward(&zeros((2, 5, 63))?), "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
+    refused(
+        layer.forward(&zeros((2, 5, 63))?),
+        "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]; give both the same embed_dim",
+    );
     refused(
         layer.forward(&zeros((2, 5, 64))?.to_dtype(DType::F16)?),
         "xs: dtype F16 differs from the weights' F32; convert with to_dtype",
@@ -337,7 +340,7 @@ fn inputs() -> Result<()> {
     refused(layer.forward_packed(&zeros((12, 64))?, &cu_seqlens), too_long);
     refused(
         layer.forward_packed(&zeros((11, 64))?, &cu_seqlens),
-        "cu_seqlens must end at the number of rows of xs: 11 in shape [11, 64], got 12",
+        "cu_seqlens must end at the number of rows of xs: 11 in shape [11, 64], got 12; make the lengths with CuSeqlens::from_lengths from this batch",
     );
     refused(
         layer.forward_packed(&zeros((1, 12, 64))?, &cu_seqlens),
@@ -346,7 +349,10 @@ fn inputs() -> Result<()> {
     // Candle's `Module` returns the same text.
     let module: &dyn candle_core::Module = &layer;
     let text = module.forward(&zeros((2, 5, 63))?).expect_err("63 is not 64").to_string();
-    assert_eq!(text, "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]");
+    assert_eq!(
+        text,
+        "xs: embed_dim must be 64 as in the layer, got 63 in shape [2, 5, 63]; give both the same embed_dim"
+    );
     Ok(())
 }
 

@@ -102,7 +102,7 @@ impl Kernel {
     }
 }
 
-/// The kernels of ablations.cu for some head sizes and one element type.
+/// The kernels of ablations.cu for some head_dims and one element type.
 pub struct Images {
     modules: Vec<(usize, Arc<CudaModule>)>,
     stream: Arc<CudaStream>,
@@ -116,7 +116,7 @@ const SOURCE: &str = "benches/ablations/ablations.cu";
 include!(concat!(env!("OUT_DIR"), "/ablations.rs"));
 
 impl Images {
-    /// Compiles the kernels of all head sizes in parallel, and loads them.
+    /// Compiles the kernels of all head_dims in parallel, and loads them.
     ///
     /// # Errors
     /// If nvcc or the driver fails.
@@ -152,7 +152,7 @@ impl Images {
         Ok(Self { modules, stream, shared_limit })
     }
 
-    /// A variant for the head size of `case`. Prints a line and returns `None` if the GPU has too little shared memory.
+    /// A variant for the head_dim of `case`. Prints a line and returns `None` if the GPU has too little shared memory.
     ///
     /// # Errors
     /// Those of the driver.

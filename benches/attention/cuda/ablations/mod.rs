@@ -26,7 +26,7 @@ use crate::peers::{self, Answer};
 use crate::rows::{significant, spread, CsvRow};
 use crate::sample;
 
-/// The head sizes that ablations.cu has tiles for.
+/// The head_dims that ablations.cu has tiles for.
 const HEAD_DIMS: [usize; 2] = [64, 128];
 
 const SEQLENS: [usize; 3] = [1024, 4096, 16384];
