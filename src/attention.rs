@@ -400,16 +400,23 @@ impl Attention {
 }
 
 /// Plans a checked call. Returns the plan, the inputs with the copies that it asks for, and the problem of these inputs.
-pub(crate) fn planned(problem: Problem, inputs: Inputs<&Tensor>) -> Result<(Problem, Plan, Inputs<Tensor>)> {
-    let Inputs { q, k, v } = inputs;
-    let (problem, plan) = logged_plan(problem, q)?;
-    let (head_dim, head_dim_v) = (problem.head_dim, problem.head_dim_v);
-    let inputs = Inputs {
-        q: read_or_copied(q, "q", &plan, head_dim)?,
-        k: read_or_copied(k, "k", &plan, head_dim)?,
-        v: read_or_copied(v, "v", &plan, head_dim_v)?,
-    };
+fn planned(problem: Problem, inputs: Inputs<&Tensor>) -> Result<(Problem, Plan, Inputs<Tensor>)> {
+    let (problem, plan) = logged_plan(problem, inputs.q)?;
+    let inputs = with_copies(&problem, &plan, inputs)?;
     Ok((problem, plan, inputs))
+}
+
+/// The inputs with the copies that `plan` asks for. `problem` is that of the result.
+pub(crate) fn with_copies(
+    problem: &Problem,
+    plan: &Plan,
+    Inputs { q, k, v }: Inputs<&Tensor>,
+) -> candle_core::Result<Inputs<Tensor>> {
+    Ok(Inputs {
+        q: read_or_copied(q, "q", plan, problem.head_dim)?,
+        k: read_or_copied(k, "k", plan, problem.head_dim)?,
+        v: read_or_copied(v, "v", plan, problem.head_dim_v)?,
+    })
 }
 
 /// The input `name`, or if the plan asks for it, a contiguous copy with `columns` columns. Those past the columns of `tensor` are zeros.
@@ -424,7 +431,7 @@ fn read_or_copied(tensor: &Tensor, name: &str, plan: &Plan, columns: usize) -> c
 }
 
 /// The plan of `problem` on the device of q.
-fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
+pub(crate) fn plan(problem: &Problem, q: &Tensor) -> Result<Plan> {
     Plan::choose(problem, &device::caps(q.device())?)
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{CustomOp3, Tensor, D};
 use candle_fused_ops::resize_columns;
 
-use crate::attention::planned;
+use crate::attention::{plan, with_copies};
 pub use crate::device::caps as device_caps;
 pub use crate::instances::{Arch, Grid, Kernel, Pass, DQ_GROUP_ROWS, KERNELS};
 pub use crate::mask::{Coverage, Visibility};
@@ -16,6 +16,9 @@ pub use crate::plan::{
 pub use crate::problem::{Alibi, Lengths, Problem, Sequence, Strides, MAX_HEAD_DIM};
 use crate::tensors::Inputs;
 use crate::{Attention, CuSeqlens, Mask, Result};
+
+/// dq, dk and dv of a [`Call`].
+pub type Grads = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 /// One call whose forward and backward run directly, without Candle's autograd. If the plan copies inputs, they are copied once, at
 /// the start, and o has the head_dim_v of the plan.
@@ -52,24 +55,27 @@ impl Call {
     }
 
     fn planned(attention: &Attention, problem: Problem, inputs: (&Tensor, &Tensor, &Tensor)) -> Result<Self> {
-        let (q, k, v) = inputs;
-        let head_dims = (problem.head_dim, problem.head_dim_v);
-        let (problem, plan, Inputs { q, k, v }) = planned(problem, Inputs { q, k, v })?;
-        Ok(Self { head_dims, ..Self::with_plan(attention, problem, (&q, &k, &v), plan) })
+        let plan = plan(&problem, inputs.0)?;
+        Self::with_plan(attention, problem, inputs, plan)
     }
 
     /// A call with a given `problem` and `plan`.
+    ///
+    /// # Errors
+    /// Those of Candle, for a copy of an input.
     pub fn with_plan(
         attention: &Attention,
         problem: Problem,
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         plan: Plan,
-    ) -> Self {
+    ) -> Result<Self> {
+        let head_dims = (problem.head_dim, problem.head_dim_v);
+        let problem = plan.with_copies(problem);
+        let Inputs { q, k, v } = with_copies(&problem, &plan, Inputs { q, k, v })?;
         let op =
             |output| FlashAttention::new(problem.clone(), plan.clone(), attention.options.alibi_slopes.clone(), output);
-        let inputs = [q.clone(), k.clone(), v.clone()];
-        let head_dims = (problem.head_dim, problem.head_dim_v);
-        Self { op: op(Output::O), op_with_lse: op(Output::OAndLse), problem, inputs, head_dims }
+        let (op, op_with_lse) = (op(Output::O), op(Output::OAndLse));
+        Ok(Self { op, op_with_lse, problem, inputs: [q, k, v], head_dims })
     }
 
     /// o.
@@ -104,9 +110,12 @@ impl Call {
     ///
     /// # Errors
     /// Those of the operator.
-    pub fn backward(&self, o: &Tensor, do_: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    pub fn backward(&self, o: &Tensor, do_: &Tensor) -> Result<Grads> {
         let [q, k, v] = &self.inputs;
-        let (dq, dk, dv) = self.op.bwd(q, k, v, o, &with_columns(do_, self.problem.head_dim_v)?)?;
+        self.narrowed_grads(self.op.bwd(q, k, v, o, &with_columns(do_, self.problem.head_dim_v)?)?)
+    }
+
+    fn narrowed_grads(&self, (dq, dk, dv): Grads) -> Result<Grads> {
         let (head_dim, head_dim_v) = self.head_dims;
         let narrowed = |grad: Option<Tensor>, columns| grad.map(|grad| with_columns(&grad, columns)).transpose();
         Ok((narrowed(dq, head_dim)?, narrowed(dk, head_dim)?, narrowed(dv, head_dim_v)?))
@@ -116,17 +125,14 @@ impl Call {
     ///
     /// # Errors
     /// Those of the operator.
-    pub fn backward_with_lse(
-        &self,
-        (o, lse): (&Tensor, &Tensor),
-        (do_, dlse): (&Tensor, &Tensor),
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    pub fn backward_with_lse(&self, (o, lse): (&Tensor, &Tensor), (do_, dlse): (&Tensor, &Tensor)) -> Result<Grads> {
         let [q, k, v] = &self.inputs;
         // The flat tensor that the operator returns, or its gradient.
         let both = |o: &Tensor, lse: &Tensor| -> candle_core::Result<Tensor> {
             Tensor::cat(&[o.to_dtype(lse.dtype())?.flatten_all()?, lse.flatten_all()?], 0)
         };
-        Ok(self.op_with_lse.bwd(q, k, v, &both(o, lse)?, &both(do_, dlse)?)?)
+        let do_ = with_columns(do_, self.problem.head_dim_v)?;
+        self.narrowed_grads(self.op_with_lse.bwd(q, k, v, &both(o, lse)?, &both(&do_, dlse)?)?)
     }
 }
 

@@ -12,11 +12,11 @@ use super::tables::head;
 const TRAINING_OVER_STANDARD: f64 = 2.8;
 const TRAINING_SHARE: f64 = 0.72;
 
-/// A line for each claim that the record has rows for.
-pub fn table(gpu: &Machine) -> Result<String> {
+/// A line for each claim that the records of kernels and of training have rows for.
+pub fn table(gpu: &Machine, training: &Machine) -> Result<String> {
     let peak = gpu.peak()?;
     let mut all = claims(&gpu.record, Some(peak));
-    all.extend(training(gpu, peak)?);
+    all.extend(of_training(training, peak)?);
     let line = |Claim { paper, here, place, holds }: &Claim| {
         let holds = holds.map_or("-", |holds| if holds { "yes" } else { "no" });
         format!("| {paper} | {here} | {holds} | {place} |\n")
@@ -26,7 +26,7 @@ pub fn table(gpu: &Machine) -> Result<String> {
 }
 
 /// The claims about training. Their rows are in a file of their own.
-fn training(gpu: &Machine, peak: f64) -> Result<Vec<Claim>> {
+fn of_training(gpu: &Machine, peak: f64) -> Result<Vec<Claim>> {
     type Row = HashMap<String, String>;
     let rows = gpu.rows("gpt", &["parameters", "attention", "context", "batch", "tokens_per_s", "model_tflops"])?;
     let number = |row: &Row, column: &str| row[column].parse::<f64>().ok();

@@ -11,7 +11,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 type Table = fn(&Records) -> Result<String>;
 
 /// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
-const TABLES: [(&str, &str, Table); 30] = [
+const TABLES: [(&str, &str, Table); 32] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
     ("README.md", "gpu-plot", |records| {
@@ -30,12 +30,14 @@ const TABLES: [(&str, &str, Table); 30] = [
     ("docs/benchmarks.md", "cuda", |records| tables::speed(&records.h100, &figures::SEQLENS, "../")),
     ("docs/benchmarks.md", "summary", |records| tables::summary(&records.h100)),
     ("docs/benchmarks.md", "speed", |records| tables::peers(&records.h100)),
-    ("docs/benchmarks.md", "claims", |records| claims::table(&records.h100)),
-    ("docs/benchmarks.md", "claims-hopper", |records| claims::table(&records.h200)),
+    ("docs/benchmarks.md", "claims", |records| claims::table(&records.h100, &records.h100)),
+    ("docs/benchmarks.md", "claims-hopper", |records| claims::table(&records.h200, &records.h200_training)),
     ("docs/benchmarks.md", "standard", |records| tables::standard(&records.h100)),
     ("docs/benchmarks.md", "memory", |records| tables::memory(&records.h100)),
     ("docs/benchmarks.md", "ablations", |records| tables::ablations(&records.h100)),
     ("docs/benchmarks.md", "heads", |records| tables::heads(&records.h100)),
+    ("docs/benchmarks.md", "sizes", |records| tables::sizes(&records.h200_sizes)),
+    ("docs/benchmarks.md", "gpt-peers", |records| tables::gpt_peers(&records.h200_training)),
     ("docs/benchmarks.md", "gpt", |records| tables::gpt(&records.h100)),
     ("docs/benchmarks.md", "loss", |records| Ok(records.h100.figure("loss", ""))),
     ("docs/gpt.md", "training", |records| tables::training(&records.h100)),

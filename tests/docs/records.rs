@@ -22,6 +22,10 @@ pub struct Records {
     pub h200: Machine,
     /// Runs in f32, next to PyTorch's memory-efficient attention.
     pub h200_f32: Machine,
+    /// Runs of the part `sizes`.
+    pub h200_sizes: Machine,
+    /// Training steps of a GPT, next to PyTorch's.
+    pub h200_training: Machine,
 }
 
 /// Reads the newest records.
@@ -39,13 +43,15 @@ pub fn newest() -> Result<Records> {
             &[("forward", "hopper-forward"), ("backward", "hopper-backward")],
         )?,
         h200_f32: Machine::newest(h200, ("bwd", &["efficient"]), &[])?,
+        h200_sizes: Machine::newest_with(h200, "sizes")?,
+        h200_training: Machine::newest_with(h200, "gpt-peers")?,
     })
 }
 
 impl Records {
     /// Every figure of docs/plots.
     pub fn figures(self) -> Vec<Figure> {
-        let machines = [self.xeon, self.h100, self.h200, self.h200_f32];
+        let machines = [self.xeon, self.h100, self.h200, self.h200_f32, self.h200_sizes, self.h200_training];
         machines.into_iter().flat_map(|machine| machine.figures).collect()
     }
 }
@@ -66,25 +72,29 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The newest record of a machine in which one of the `others` ran `pass`.
+    /// The newest record of a machine in which one of the `others` ran `pass` with a head_dim of 128, which every comparison has.
     fn newest(
         machine: (&str, &'static str),
         (pass, others): (&str, &[&str]),
         shown: &[(&str, &'static str)],
     ) -> Result<Self> {
-        let dates =
-            fs::read_dir(root().join("benches/record").join(machine.0)).with_context(|| machine.0.to_string())?;
-        let dates = dates.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        let mut dates = dates.collect::<Result<Vec<String>>>()?;
-        dates.sort();
-        for date in dates.iter().rev() {
+        for date in dates(machine.0)?.iter().rev() {
             let record = Self::read(machine, date, shown)?;
-            let compares = |peer: &&str| record.record.calls(peer).any(|call| call.pass == pass);
+            let compared = |call: &Call| call.pass == pass && call.head_dim == 128;
+            let compares = |peer: &&str| record.record.calls(peer).any(compared);
             if others.iter().any(compares) {
                 return Ok(record);
             }
         }
         bail!("no record of {} compares {pass} with one of {}", machine.0, others.join(", "))
+    }
+
+    /// The newest record of a machine that has the file `name`. It shows no figures.
+    fn newest_with(machine: (&str, &'static str), name: &str) -> Result<Self> {
+        let has = |date: &&String| root().join(format!("benches/record/{}/{date}/{name}.csv", machine.0)).exists();
+        let dates = dates(machine.0)?;
+        let date = dates.iter().rev().find(has);
+        Self::read(machine, date.with_context(|| format!("no record of {} has {name}.csv", machine.0))?, &[])
     }
 
     /// `shown` lists the figures of this record: the name in [`figures`], and the name of the file.
@@ -178,6 +188,15 @@ impl Machine {
         }
         Ok(rows)
     }
+}
+
+/// The folders of a machine in benches/record, in the order of their dates.
+fn dates(machine: &str) -> Result<Vec<String>> {
+    let folders = fs::read_dir(root().join("benches/record").join(machine)).with_context(|| machine.to_string())?;
+    let mut dates =
+        folders.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<String>>>()?;
+    dates.sort();
+    Ok(dates)
 }
 
 /// `2026-11-30, record b` for the folder `2026-11-30b`.

@@ -4,7 +4,7 @@ use super::records::Machine;
 use anyhow::{Context, Result};
 use figures::chart::mib;
 use figures::claims::{product, spread};
-use figures::record::{Call, Cost};
+use figures::record::{median, Call, Cost};
 use figures::{
     baseline, batches, geometric_mean, ratios, variant_name, variants, ABLATION, BY_HEADS, HEADS_ONLY, HEAD_DIMS,
     SEQLENS,
@@ -473,6 +473,102 @@ pub fn gpt(gpu: &Machine) -> Result<String> {
         "flash over it",
     ];
     Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
+}
+
+/// Training steps of a GPT next to PyTorch's: tokens/s, and GiB at the peak.
+pub fn gpt_peers(gpu: &Machine) -> Result<String> {
+    const SHAPE: [&str; 4] = ["layers", "width", "context", "batch"];
+    type Row = HashMap<String, String>;
+    let of_ours = ["attention", "parameters", "mfu_percent", "tokens_per_s", "peak_gib"];
+    let ours = gpu.rows("gpt", &[&SHAPE[..], &of_ours].concat())?;
+    let peers = gpu.rows("gpt-peers", &[&SHAPE[..], &["peer", "tokens_per_s", "peak_gib"]].concat())?;
+    let number =
+        |row: &Row, column: &str| row[column].parse::<f64>().with_context(|| format!("{column} is {:?}", row[column]));
+    let mut shapes: Vec<Vec<&str>> = Vec::new();
+    let shape = |row: &'_ Row| SHAPE.map(|column| row[column].clone());
+    let mut table = head(&["parameters", "batch x context", "candle-fa2", "PyTorch compiled", "PyTorch eager", "MFU"]);
+    for row in &peers {
+        let key = SHAPE.map(|column| row[column].as_str()).to_vec();
+        if shapes.contains(&key) {
+            continue;
+        }
+        shapes.push(key);
+        let alike: Vec<&Row> =
+            ours.iter().filter(|ours| ours["attention"] == "flash" && shape(ours) == shape(row)).collect();
+        let rates = alike.iter().map(|row| number(row, "tokens_per_s")).collect::<Result<Vec<f64>>>()?;
+        let (Some(first), Some(rate)) = (alike.first(), median(rates)) else { continue };
+        let peer = |name: &str| -> Result<String> {
+            let Some(peer) = peers.iter().find(|peer| peer["peer"] == name && shape(peer) == shape(row)) else {
+                return Ok("-".to_string());
+            };
+            let of_peer = number(peer, "tokens_per_s")?;
+            Ok(format!("{of_peer:.0}, {:.2}x, {:.1} GiB", rate / of_peer, number(peer, "peak_gib")?))
+        };
+        table += &format!(
+            "| {:.0}M | {} x {} | {rate:.0}, {:.1} GiB | {} | {} | {:.0}% |\n",
+            number(first, "parameters")? / 1e6,
+            row["batch"],
+            row["context"],
+            number(first, "peak_gib")?,
+            peer("compiled")?,
+            peer("eager")?,
+            number(first, "mfu_percent")?,
+        );
+    }
+    Ok(if shapes.is_empty() { String::new() } else { table })
+}
+
+/// Head sizes without tiles of their own: the speed in TFLOP/s, and the share of the speed of the size whose tiles they use, if each call
+/// did as much work as one of that size. Then the fastest other implementation of the other sizes.
+pub fn sizes(gpu: &Machine) -> Result<String> {
+    const SEQLENS: [usize; 2] = [2048, 8192];
+    // The next size that has tiles of its own, if there is one.
+    const SIZES: [(usize, Option<usize>); 8] = [
+        (36, Some(64)),
+        (40, Some(64)),
+        (72, Some(96)),
+        (80, Some(96)),
+        (100, Some(128)),
+        (112, Some(128)),
+        (160, Some(192)),
+        (512, None),
+    ];
+    let mut table = head_by_seqlen(&["head_dim", "pass", "mask"], &SEQLENS);
+    let (pairs, record) = ([("mha_v128", 192, None)], &gpu.record);
+    let kinds = SIZES.into_iter().map(|(head_dim, next)| ("mha", head_dim, next)).chain(pairs);
+    for (kind, head_dim, next) in kinds {
+        for (pass, name) in PASSES {
+            for (causal, mask) in MASKS {
+                let find = |peer: &str, head_dim: usize, seqlen: usize| {
+                    let mut calls = record.calls(peer);
+                    let alike = |call: &&Call| {
+                        (call.kind.as_str(), call.pass.as_str(), call.head_dim) == (kind, pass, head_dim)
+                            && (call.causal, call.seqlen) == (causal, seqlen)
+                    };
+                    record
+                        .get(peer, calls.find(alike)?)?
+                        .ms
+                        .zip(record.get(peer, record.calls(peer).find(alike)?)?.tflops)
+                };
+                let cells = SEQLENS.map(|seqlen| {
+                    let Some((ms, tflops)) = find("ours", head_dim, seqlen) else { return String::new() };
+                    let theirs =
+                        PEERS.into_iter().filter_map(|(peer, name)| Some((find(peer, head_dim, seqlen)?.0, name)));
+                    match (
+                        next.and_then(|next| find("ours", next, seqlen)),
+                        theirs.min_by(|(a, _), (b, _)| a.total_cmp(b)),
+                    ) {
+                        (Some((of_next, _)), _) => format!("{tflops:.0}, {:.2}", of_next / ms),
+                        (None, Some((theirs, name))) => format!("{tflops:.0}, {:.2}x {name}", theirs / ms),
+                        (None, None) => format!("{tflops:.0}"),
+                    }
+                });
+                let size = if kind == "mha" { head_dim.to_string() } else { format!("{head_dim}, of v 128") };
+                table += &format!("| {size} | {name} | {mask} | {} |\n", cells.join(" | "));
+            }
+        }
+    }
+    Ok(table)
 }
 
 /// Tokens/s of the smallest model by context, with either attention.

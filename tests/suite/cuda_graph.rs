@@ -141,7 +141,7 @@ fn a_graph_of_the_operator_replays_on_new_numbers() -> Result<()> {
                     Lengths::Packed(_) => testing::problem_packed(attention, (q, k, v), &cu_seqlens.0, &cu_seqlens.1)?,
                 };
                 let plan = Plan::choose(&problem, &testing::device_caps(&case.device)?)?;
-                let call = testing::Call::with_plan(attention, problem, (q, k, v), plan);
+                let call = testing::Call::with_plan(attention, problem, (q, k, v), plan)?;
                 let o = call.forward()?;
                 let (_, lse) = call.forward_with_lse()?;
                 let (dq, dk, dv) = call.backward(&o, do_)?;

@@ -132,7 +132,7 @@ impl Case {
         let problem = self.problem(&call)?;
         let plan = CudaPlan::choose(&problem, &testing::device_caps(&self.device)?, allow)?;
         let Call { attention, q, k, v } = &call;
-        let call = testing::Call::with_plan(attention, problem, (q, k, v), Plan::Cuda(plan.clone()));
+        let call = testing::Call::with_plan(attention, problem, (q, k, v), Plan::Cuda(plan.clone()))?;
         let o = call.forward()?;
         let (o_with_lse, lse) = call.forward_with_lse()?;
         compare::same_bits("o with and without lse", &o_with_lse.to_dtype(o.dtype())?, &o, self)?;
@@ -146,7 +146,7 @@ impl Case {
             self.input_rows(&grad.with_context(|| format!("no {name}"))?, name == "dq")
         };
         let got = Output {
-            o: self.output_rows(&o)?,
+            o: self.output_rows(&call.narrowed(&o)?)?,
             lse: self.lse_rows(&lse)?,
             dq: grad("dq", dq)?,
             dk: grad("dk", dk)?,
@@ -169,6 +169,13 @@ impl Case {
     /// Checks that each tensor of `got` is within the tolerance of the reference.
     pub fn check_output(&self, input: &Input, got: &Output) -> Result<()> {
         self.check_outputs(input, &[got])
+    }
+
+    /// [`Self::check_output`] with `factor` times each limit.
+    pub fn check_output_within(&self, factor: f64, input: &Input, got: &Output) -> Result<()> {
+        let want = reference::attention(input);
+        let tolerances = reference::tolerances(input, &want).map(|tolerance| tolerance.scaled(factor));
+        self.close(&Nonfinite::of(input), got, &want, &tolerances)
     }
 
     /// Checks that `got`, the output of `input`, is the output of `clean`. The two inputs differ only in hidden keys.
