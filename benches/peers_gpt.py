@@ -10,6 +10,7 @@ weights in f32, fused AdamW, attention by cuDNN, random tokens. A time is the me
 
 import argparse
 import csv
+import gc
 import time
 
 WARMUP, STEPS, VOCAB = 4, 10, 50304
@@ -29,8 +30,8 @@ def model(torch, layers, width, heads, context):
             self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
         def forward(self, x):
-            heads_first = lambda t: t.unflatten(-1, (heads, width // heads)).transpose(1, 2)
-            q, k, v = map(heads_first, self.qkv(self.ln_1(x)).split(width, 2))
+            parts = self.qkv(self.ln_1(x)).split(width, 2)
+            q, k, v = [part.unflatten(-1, (heads, width // heads)).transpose(1, 2) for part in parts]
             o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(o.transpose(1, 2).flatten(2))
             return x + self.down(functional.gelu(self.up(self.ln_2(x)), approximate="tanh"))
@@ -59,8 +60,12 @@ def measure(torch, peer, size):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     layers, width, heads, context, batch = size
-    torch.manual_seed(0)
+    # A compiled model of the size before must not count.
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
     gpt = model(torch, layers, width, heads, context)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-4, fused=True)
     loss_of = torch.compile(gpt) if peer == "compiled" else gpt
@@ -102,7 +107,6 @@ def main():
         for size in options.sizes or SIZES:
             for peer in ("eager", "compiled"):
                 row = measure(torch, peer, SIZES[size])
-                torch.cuda.empty_cache()
                 rows.writerow(row)
                 file.flush()
                 print(f"{size:<5} {peer:<9} {row['ms_per_step']:>8} ms a step {row['tokens_per_s']:>8} tokens/s {row['peak_gib']:>6} GiB", flush=True)
