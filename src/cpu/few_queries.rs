@@ -24,9 +24,9 @@ use crate::mask::Coverage;
 use crate::problem::{Problem, Sequence};
 use crate::tensors::Inputs;
 
-/// A call with fewer parts divides its key heads until there are so many tasks. Heads that share a task share the cache lines between them,
-/// if they lie next to each other. Not tuned yet.
-const TASKS: usize = 64;
+/// A call with fewer parts divides its key heads until there are so many tasks for each thread. Heads that share a task read neighbouring
+/// memory. One query of 8 heads over 4k keys takes 1.1 ms with 4 or 8, and 1.9 ms with 32 (f32, two threads of an AMD EPYC).
+const TASKS_OF_THREAD: usize = 4;
 
 /// Keys that are multiplied at once. Their sums are independent, so the processor overlaps them. Other numbers: not measured.
 const KEYS: usize = 4;
@@ -59,7 +59,8 @@ pub(super) fn forward<T: Element, O: Element<Acc = T::Acc>>(
     let rows = parts.last().map_or(0, |last| last.first_row + rows_of(problem, &last.sequence));
     let mut partial = [rows * problem.head_dim_v, rows, rows].map(|len| vec![T::Acc::ZERO; len]);
     let [o_of_parts, max_of_parts, sum_of_parts] = partial.each_mut().map(|part| Shared::new(part));
-    let heads_k = (parts.len() * problem.num_heads_k / TASKS).min(problem.num_heads_k).max(1); // of a task
+    let tasks = TASKS_OF_THREAD * rayon::current_num_threads();
+    let heads_k = (parts.len() * problem.num_heads_k / tasks).min(problem.num_heads_k).max(1); // of a task
     let tasks_of_part = problem.num_heads_k.div_ceil(heads_k);
     let most_rows = heads_k * problem.group_size() * problem.max_seqlen_q();
     let widened = if T::IN_PLACE { 0 } else { KEYS * problem.head_dim.max(problem.head_dim_v) };
@@ -259,10 +260,13 @@ fn dot_products<A: Real>(q: &[A], k: [&[A]; KEYS]) -> [A; KEYS] {
 /// Adds the products of K elements of P and K rows of v to a row of o.
 #[inline(always)]
 fn add_values<A: Real, const K: usize>(p: [A; K], v: [&[A]; K], o: &mut [A]) {
+    let v = v.map(|key| &key[..o.len()]);
     for (col, o) in o.iter_mut().enumerate() {
+        let mut sum = *o; // `*o` in its place would be written after each key
         for key in 0..K {
-            *o = p[key].mul_add(v[key][col], *o);
+            sum = p[key].mul_add(v[key][col], sum);
         }
+        *o = sum;
     }
 }
 
