@@ -72,3 +72,51 @@ fn keep(result: &OnceLock<Tensor>, y: &Tensor) {
 fn of_backward(kept: &OnceLock<Tensor>) -> &Tensor {
     kept.get().expect("the result exists before its backward")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{CpuStorage, Device, Layout, Shape, Var};
+
+    /// y = exp(x), with a backward that reads y.
+    struct Exp {
+        _alive: Arc<()>,
+    }
+
+    impl CustomOp1 for Exp {
+        fn name(&self) -> &'static str {
+            "exp"
+        }
+        fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            let (start, end) = layout.contiguous_offsets().expect("a contiguous tensor");
+            let y = x.as_slice::<f32>()?[start..end].iter().map(|x| x.exp()).collect();
+            Ok((CpuStorage::F32(y), layout.shape().clone()))
+        }
+        fn bwd(&self, _: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+            Ok(Some((y * dy)?))
+        }
+    }
+
+    /// Between nodes of this crate and between operators of Candle, twice, and the graph is freed with its result.
+    #[test]
+    fn a_custom_operator_has_its_gradient_and_is_freed() -> Result<()> {
+        let alive = Arc::new(());
+        let x = Var::new(&[0.5f32, -1.0, 2.0], &Device::Cpu)?;
+        type Apply = fn(&Tensor, Exp) -> Result<Tensor>;
+        let loss = |apply: Apply| -> Result<Tensor> {
+            let y = apply(&crate::gelu(&x)?, Exp { _alive: alive.clone() })?;
+            (crate::gelu(&y)? + y.sqr()?)?.sum_all()
+        };
+        let gradient = |loss: &Tensor| loss.backward()?.get(&x).expect("a gradient").to_vec1::<f32>();
+        let want = gradient(&loss(|x, op| x.apply_op1(op))?)?;
+        let loss = loss(apply_op1)?;
+        for _ in 0..2 {
+            for (got, want) in gradient(&loss)?.iter().zip(&want) {
+                assert!((got - want).abs() <= 1e-5 * want.abs(), "{got} and {want}");
+            }
+        }
+        drop(loss);
+        assert_eq!(Arc::strong_count(&alive), 1);
+        Ok(())
+    }
+}
