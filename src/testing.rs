@@ -102,7 +102,7 @@ impl Call {
     /// # Errors
     /// Those of Candle.
     pub fn narrowed(&self, o: &Tensor) -> Result<Tensor> {
-        with_columns(o, self.head_dims.1)
+        Ok(resize_columns(o, self.head_dims.1)?)
     }
 
     /// The gradients of the tracked inputs, from `o` of [`Self::forward`] and the gradient of [`Self::narrowed`] o. This includes the
@@ -117,7 +117,7 @@ impl Call {
 
     fn narrowed_grads(&self, (dq, dk, dv): Grads) -> Result<Grads> {
         let (head_dim, head_dim_v) = self.head_dims;
-        let narrowed = |grad: Option<Tensor>, columns| grad.map(|grad| with_columns(&grad, columns)).transpose();
+        let narrowed = |grad: Option<Tensor>, columns| grad.map(|grad| resize_columns(&grad, columns)).transpose();
         Ok((narrowed(dq, head_dim)?, narrowed(dk, head_dim)?, narrowed(dv, head_dim_v)?))
     }
 
@@ -136,7 +136,7 @@ impl Call {
     }
 }
 
-/// `tensor` itself, with any strides, if it has so many columns.
+/// As [`resize_columns`], but a tensor that has so many columns keeps its strides.
 fn with_columns(tensor: &Tensor, columns: usize) -> Result<Tensor> {
     match tensor.dim(D::Minus1)? == columns {
         true => Ok(tensor.clone()),

@@ -484,15 +484,9 @@ pub fn gpt_peers(gpu: &Machine) -> Result<String> {
     let peers = gpu.rows("gpt-peers", &[&SHAPE[..], &["peer", "tokens_per_s", "peak_gib"]].concat())?;
     let number =
         |row: &Row, column: &str| row[column].parse::<f64>().with_context(|| format!("{column} is {:?}", row[column]));
-    let mut shapes: Vec<Vec<&str>> = Vec::new();
-    let shape = |row: &'_ Row| SHAPE.map(|column| row[column].clone());
-    let mut table = head(&["parameters", "batch x context", "candle-fa2", "PyTorch compiled", "PyTorch eager", "MFU"]);
-    for row in &peers {
-        let key = SHAPE.map(|column| row[column].as_str()).to_vec();
-        if shapes.contains(&key) {
-            continue;
-        }
-        shapes.push(key);
+    let shape = |row: &Row| SHAPE.map(|column| row[column].clone());
+    let mut lines = String::new();
+    for row in peers.iter().filter(|row| row["peer"] == "compiled") {
         let alike: Vec<&Row> =
             ours.iter().filter(|ours| ours["attention"] == "flash" && shape(ours) == shape(row)).collect();
         let rates = alike.iter().map(|row| number(row, "tokens_per_s")).collect::<Result<Vec<f64>>>()?;
@@ -504,7 +498,7 @@ pub fn gpt_peers(gpu: &Machine) -> Result<String> {
             let of_peer = number(peer, "tokens_per_s")?;
             Ok(format!("{of_peer:.0}, {:.2}x, {:.1} GiB", rate / of_peer, number(peer, "peak_gib")?))
         };
-        table += &format!(
+        lines += &format!(
             "| {:.0}M | {} x {} | {rate:.0}, {:.1} GiB | {} | {} | {:.0}% |\n",
             number(first, "parameters")? / 1e6,
             row["batch"],
@@ -515,7 +509,8 @@ pub fn gpt_peers(gpu: &Machine) -> Result<String> {
             number(first, "mfu_percent")?,
         );
     }
-    Ok(if shapes.is_empty() { String::new() } else { table })
+    let columns = ["parameters", "batch x context", "candle-fa2", "PyTorch compiled", "PyTorch eager", "MFU"];
+    Ok(if lines.is_empty() { lines } else { head(&columns) + &lines })
 }
 
 /// Head sizes without tiles of their own: the speed in TFLOP/s, and the share of the speed of the size whose tiles they use, if each call
@@ -534,21 +529,18 @@ pub fn sizes(gpu: &Machine) -> Result<String> {
         (512, None),
     ];
     let mut table = head_by_seqlen(&["head_dim", "pass", "mask"], &SEQLENS);
-    let (pairs, record) = ([("mha_v128", 192, None)], &gpu.record);
-    let kinds = SIZES.into_iter().map(|(head_dim, next)| ("mha", head_dim, next)).chain(pairs);
+    let record = &gpu.record;
+    let kinds = SIZES.into_iter().map(|(head_dim, next)| ("mha", head_dim, next)).chain([("mha_v128", 192, None)]);
     for (kind, head_dim, next) in kinds {
         for (pass, name) in PASSES {
             for (causal, mask) in MASKS {
                 let find = |peer: &str, head_dim: usize, seqlen: usize| {
-                    let mut calls = record.calls(peer);
                     let alike = |call: &&Call| {
                         (call.kind.as_str(), call.pass.as_str(), call.head_dim) == (kind, pass, head_dim)
                             && (call.causal, call.seqlen) == (causal, seqlen)
                     };
-                    record
-                        .get(peer, calls.find(alike)?)?
-                        .ms
-                        .zip(record.get(peer, record.calls(peer).find(alike)?)?.tflops)
+                    let cost = record.get(peer, record.calls(peer).find(alike)?)?;
+                    cost.ms.zip(cost.tflops)
                 };
                 let cells = SEQLENS.map(|seqlen| {
                     let Some((ms, tflops)) = find("ours", head_dim, seqlen) else { return String::new() };

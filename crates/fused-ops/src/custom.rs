@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{CustomOp1, CustomOp3, Result, Storage, Tensor};
+use candle_core::{CustomOp1, CustomOp3, Result, Shape, Storage, Tensor};
 
 use crate::{check, node};
 
@@ -20,13 +20,7 @@ pub fn apply_op1<C: CustomOp1 + Send + Sync + 'static>(x: &Tensor, op: C) -> Res
             Storage::Metal(x) => op.metal_fwd(x, layout).map(|(y, shape)| (Storage::Metal(y), shape))?,
         }
     };
-    let result = Arc::new(OnceLock::new());
-    let kept = result.clone();
-    let y = node::node(op.name(), &[x], value, shape, move |inputs, dy| {
-        Ok(vec![op.bwd(inputs[0], of_backward(&kept), dy)?])
-    })?;
-    keep(&result, &y);
-    Ok(y)
+    node_with_result(op.name(), &[x], (value, shape), move |inputs, y, dy| Ok(vec![op.bwd(inputs[0], y, dy)?]))
 }
 
 /// As [`Tensor::apply_op3`], in the way of [`apply_op1`].
@@ -52,31 +46,37 @@ pub fn apply_op3<C: CustomOp3 + Send + Sync + 'static>(a: &Tensor, b: &Tensor, c
             _ => unreachable!("check::same_device has compared the devices"),
         }
     };
-    let result = Arc::new(OnceLock::new());
-    let kept = result.clone();
-    let y = node::node(op.name(), &[a, b, c], value, shape, move |inputs, dy| {
+    node_with_result(op.name(), &[a, b, c], (value, shape), move |inputs, y, dy| {
         let &[a, b, c] = inputs else { unreachable!("the node has three inputs") };
-        let (da, db, dc) = op.bwd(a, b, c, of_backward(&kept), dy)?;
+        let (da, db, dc) = op.bwd(a, b, c, y, dy)?;
         Ok(vec![da, db, dc])
+    })
+}
+
+/// As [`node::node`], with a backward that also gets the result.
+fn node_with_result<B>(
+    name: &'static str,
+    inputs: &[&Tensor],
+    (value, shape): (Storage, Shape),
+    backward: B,
+) -> Result<Tensor>
+where
+    B: Fn(&[&Tensor], &Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+{
+    let result = Arc::new(OnceLock::<Tensor>::new());
+    let kept = result.clone();
+    let y = node::node(name, inputs, value, shape, move |inputs, dy| {
+        backward(inputs, kept.get().expect("the result exists before its backward"), dy)
     })?;
-    keep(&result, &y);
-    Ok(y)
-}
-
-/// Lets the backward of `y` read `y`: the same memory without the graph, because a graph that owned its own result would never be
-/// freed.
-fn keep(result: &OnceLock<Tensor>, y: &Tensor) {
+    // The same memory without the graph: a graph that owned its own result would never be freed.
     result.set(y.detach()).expect("a node has one result");
-}
-
-fn of_backward(kept: &OnceLock<Tensor>) -> &Tensor {
-    kept.get().expect("the result exists before its backward")
+    Ok(y)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{CpuStorage, Device, Layout, Shape, Var};
+    use candle_core::{CpuStorage, Device, Layout, Var};
 
     /// y = exp(x), with a backward that reads y.
     struct Exp {

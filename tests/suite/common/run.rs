@@ -173,9 +173,7 @@ impl Case {
 
     /// [`Self::check_output`] with `factor` times each limit.
     pub fn check_output_within(&self, factor: f64, input: &Input, got: &Output) -> Result<()> {
-        let want = reference::attention(input);
-        let tolerances = reference::tolerances(input, &want).map(|tolerance| tolerance.scaled(factor));
-        self.close(&Nonfinite::of(input), got, &want, &tolerances)
+        self.check_outputs_within(factor, input, &[got])
     }
 
     /// Checks that `got`, the output of `input`, is the output of `clean`. The two inputs differ only in hidden keys.
@@ -189,8 +187,12 @@ impl Case {
 
     /// [`Self::check_output`] for several outputs. The reference takes most of the time, and it runs only once.
     pub fn check_outputs(&self, input: &Input, outputs: &[&Output]) -> Result<()> {
+        self.check_outputs_within(1.0, input, outputs)
+    }
+
+    fn check_outputs_within(&self, factor: f64, input: &Input, outputs: &[&Output]) -> Result<()> {
         let want = reference::attention(input);
-        let tolerances = reference::tolerances(input, &want);
+        let tolerances = reference::tolerances(input, &want).map(|tolerance| tolerance.scaled(factor));
         let nonfinite = Nonfinite::of(input);
         outputs.iter().try_for_each(|got| self.close(&nonfinite, got, &want, &tolerances))
     }
