@@ -115,9 +115,11 @@ fn random_shapes_match_the_formulas() -> Result<()> {
 #[test]
 fn many_rows_match_the_formulas() -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    for operator in with_kernels().filter(|operator| operator.name.contains("norm")) {
+    for operator in with_kernels().filter(|operator| !is_linear(operator)) {
+        // The reference of the wide rows takes most of the time.
+        let shapes: &[_] = if operator.name.contains("norm") { &[(5003, 768), (3001, 101)] } else { &[(3001, 101)] };
         for dtype in DTYPES {
-            for (rows, width) in [(5003, 768), (3001, 101)] {
+            for &(rows, width) in shapes {
                 check(&Case::new(operator, rows, width, dtype)?.on(&gpu)?)?;
             }
         }
