@@ -240,7 +240,7 @@ impl KeyScores {
 #[test]
 #[cfg_attr(not(feature = "cuda"), ignore = "needs the feature cuda")]
 fn scores_that_grow_from_tile_to_tile() -> Result<()> {
-    // The first column of k is large, and equal within a tile. So the terms of dq cancel, and their rounding is large beside it. Of
+    // The first column of k is large, and equal within a tile. So the terms of dq cancel, and their rounding is large compared with dq. Of
     // 700,000 rows in bf16, three were up to 13% over the limit of the rule (H200).
     const FACTOR: f64 = 1.5;
     let kernels = tiled_kernels()?;
