@@ -46,7 +46,7 @@ where
         // Candle begins a backward with ones. This scalar hands `dy` on instead.
         let dy = dy.clone();
         let seed = node::node("seed", &[&y], node::unread(y.device())?, 1, move |_, _| Ok(vec![Some(dy.clone())]))?;
-        let mut gradients = seed.backward()?;
+        let mut gradients = node::backward_once(&seed)?;
         let gradient = |leaf: &Tensor| gradients.remove(leaf).map_or_else(|| leaf.zeros_like(), Ok).map(Some);
         leaves.iter().map(gradient).collect()
     })

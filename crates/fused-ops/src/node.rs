@@ -2,7 +2,8 @@
 //!
 //! Candle's `CustomOp` computes a value from the inputs alone, and its `bwd` receives nothing else that the forward knew. Here
 //! an operator computes its value first. Then it makes a node with the value and a closure for the gradients. What the backward
-//! needs besides the inputs, such as row statistics, the closure owns. So a second `backward()` finds it too.
+//! needs besides the inputs, such as row statistics, the closure owns. So a second `backward()` finds it too, unless the first was
+//! [`backward_once`], which drops the closure of each node that has run.
 //!
 //! Candle adds each gradient to a tensor of zeros, which costs four passes over memory. Between two nodes of this crate no such
 //! sum is needed. So each node is two operators of Candle:
@@ -25,6 +26,7 @@ use std::ops::Range;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, Weak};
 
 use candle_core::backend::BackendDevice;
+use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, InplaceOp1, Layout, MetalStorage,
@@ -63,17 +65,32 @@ where
         .zip(&tokens)
         .map(|(input, token)| token.as_ref().map_or(*input, |token| &token.tensor).clone())
         .collect();
-    let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
+    let inputs = inputs.iter().map(|&input| input.clone()).collect();
+    let held = Mutex::new(Some(Arc::new(Held { inputs, tokens, backward })));
     let gradients = move |token: TensorId| {
         let Some(dy) = take(token).into_iter().flatten().next() else {
             return Err(Error::Msg(format!("{name}: the backward of this node got no gradient")));
         };
+        let held = {
+            let mut held = held.lock().expect("no thread panics with this lock");
+            if FREES.get() {
+                held.take()
+            } else {
+                held.clone()
+            }
+        };
+        let Some(held) = held else {
+            return Err(Error::Msg(format!(
+                "{name}: backward_once has freed what the backward of this node needs; call backward() for all but the last"
+            )));
+        };
         profile::mark_after(name)?;
-        let mut gradients = backward(&inputs.iter().collect::<Vec<_>>(), &dy.contiguous()?)?.into_iter();
+        let inputs: Vec<&Tensor> = held.inputs.iter().collect();
+        let mut gradients = (held.backward)(&inputs, &dy.contiguous()?)?.into_iter();
         profile::mark_backward(name)?;
         inputs
             .iter()
-            .zip(&tokens)
+            .zip(&held.tokens)
             .map(|(input, token)| match (gradients.next().flatten().filter(|_| input.track_op()), token) {
                 (Some(gradient), Some(token)) => token.deliver(&gradient).map(Some),
                 (gradient, _) => Ok(gradient),
@@ -87,6 +104,30 @@ where
     token.result.set(result.id()).expect("a node has one result");
     TOKENS.lock().expect("no thread panics with this lock").insert(result.id(), Arc::downgrade(&token));
     Ok(result)
+}
+
+/// What the backward of a node needs.
+struct Held {
+    inputs: Vec<Tensor>,
+    tokens: Vec<Option<Arc<Token>>>, // of the inputs
+    backward: Backward,
+}
+
+thread_local! {
+    /// Whether a node drops its [`Held`] when its backward has run.
+    static FREES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// See [`crate::backward_once`].
+pub(crate) fn backward_once(loss: &Tensor) -> Result<GradStore> {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FREES.set(self.0);
+        }
+    }
+    let _restore = Restore(FREES.replace(true));
+    loss.backward()
 }
 
 /// The token of a result of this crate.
