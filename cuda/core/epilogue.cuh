@@ -9,7 +9,8 @@
 
 namespace fa2 {
 
-// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence and column `first_col`.
+// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence and column `first_col`. Columns below 0 are
+// not written.
 template <typename T, int kMTiles, int kDTiles>
 __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
                                         const Accumulator<kMTiles, kDTiles>& o, int first_col = 0) {
@@ -25,12 +26,12 @@ __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence&
                 to += first_col + fragment_col(lane, 0);
 #pragma unroll
                 for (int j = 0; j < kDTiles; ++j)
-                    if (stored && 8 * j < head_dim)
+                    if (stored && 8 * j + first_col >= 0 && 8 * j < head_dim)
                         *reinterpret_cast<float2*>(to + 8 * j) = {o.x[i][j][2 * half], o.x[i][j][2 * half + 1]};
                 continue;
             }
             T* to = row_of<T>(params.o, params.o_strides, sequence.batch, sequence.first_q + row, head);
-            store_row(to + first_col, o.x[i], half, head_dim, stored, lane);
+            store_row(to + first_col, o.x[i], half, head_dim, stored, lane, -first_col);
         }
 }
 
@@ -49,7 +50,7 @@ __device__ __forceinline__ void write_rows(const FwdParams& params, const Sequen
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + 16 * i + fragment_row(lane, half);
             const bool sees_nothing = sees.keys(row).empty();
-            if (first_col == 0 && lane % 4 == 0 && row < sequence.seqlen_q)
+            if (first_col <= 0 && lane % 4 == 0 && row < sequence.seqlen_q)
                 lse[row] = sees_nothing ? -INFINITY : softmax.lse(i, half, scale_log2);
             softmax.rescale(o, i, half, sees_nothing ? 0.f : 1.f / softmax.row_sum[i][half]);
         }

@@ -28,6 +28,7 @@ struct FwdProducer {
     struct PendingV {
         bool exists;
         BoxAt first;
+        int lead;
     } pending_v = {};
 
     // Asks for the index of the next tile.
@@ -70,7 +71,9 @@ struct FwdProducer {
             if (tile.exists()) control.taken[published] = index;
             if (copy) {
                 const int row = tile.sequence.first_q + tile.block * Traits::kBlockM;
-                tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full, {row, tile.head, batch_of(tile)});
+                const int lead = lead_of_k<Traits>(params.fwd, key_head(params.fwd.shape, tile.head));
+                tma_fill<TileQ>(shared + Traits::sQ + q_ring.stage() * TileQ::kBytes, params.q, full, {row, tile.head, batch_of(tile)},
+                                -lead);
             } else {
                 mbarrier_arrive(full);
             }
@@ -83,11 +86,11 @@ struct FwdProducer {
     __device__ __forceinline__ int batch_of(const WorkTile& tile) const { return batch_entry(params.fwd.shape, tile.sequence); }
 
     __device__ __forceinline__ void load(Ring<Traits::kKeyStages>& ring, uint64_t* full, uint64_t* empty, uint32_t tiles,
-                                         const TensorMap& map, const BoxAt& first) {
+                                         const TensorMap& map, const BoxAt& first, int lead) {
         wait_empty(empty, ring);
         if (lane == 0) {
             const uint32_t barrier = shared_address(&full[ring.stage()]);
-            tma_fill<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, first);
+            tma_fill<TileK>(shared + tiles + ring.stage() * TileK::kBytes, map, barrier, first, -lead);
         }
         __syncwarp();
         ring.advance();
@@ -101,13 +104,14 @@ struct FwdProducer {
     // Loads k of key tile n_block, and v of the key tile before. So S never waits for a v.
     __device__ __forceinline__ void load_keys(const WorkTile& tile, int n_block) {
         const int row = tile.sequence.first_k + n_block * Traits::kBlockN, head = key_head(params.fwd.shape, tile.head);
-        load(k_ring, control.k_full, control.k_empty, Traits::sK, params.k, {row, head, batch_of(tile)});
+        const BoxAt first = {row, head, batch_of(tile)};
+        load(k_ring, control.k_full, control.k_empty, Traits::sK, params.k, first, lead_of_k<Traits>(params.fwd, head));
         load_pending_v();
-        pending_v = {true, {row, head, batch_of(tile)}};
+        pending_v = {true, first, lead_of_v<Traits>(params.fwd, head)};
     }
 
     __device__ __forceinline__ void load_pending_v() {
-        if (pending_v.exists) load(v_ring, control.v_full, control.v_empty, Traits::sV, params.v, pending_v.first);
+        if (pending_v.exists) load(v_ring, control.v_full, control.v_empty, Traits::sV, params.v, pending_v.first, pending_v.lead);
         pending_v.exists = false;
     }
 

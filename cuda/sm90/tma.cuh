@@ -38,9 +38,9 @@ __device__ __forceinline__ void tma_load_tile(uint32_t shared, const TensorMap& 
 
 // The same. Also arrives at the barrier and makes it wait for the tile.
 template <typename Tile>
-__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, const BoxAt& at) {
+__device__ __forceinline__ void tma_fill(uint32_t shared, const TensorMap& map, uint32_t barrier, const BoxAt& at, int first_col = 0) {
     mbarrier_arrive_expect(barrier, Tile::kBytes);
-    tma_load_tile<Tile>(shared, map, barrier, at);
+    tma_load_tile<Tile>(shared, map, barrier, at, first_col);
 }
 
 // Starts to add `size_bytes` of floats to global memory, as one bulk group.

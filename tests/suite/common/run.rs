@@ -168,7 +168,7 @@ impl Case {
 
     /// Checks that each tensor of `got` is within the tolerance of the reference.
     pub fn check_output(&self, input: &Input, got: &Output) -> Result<()> {
-        self.check_outputs(input, &[got])
+        self.check_output_within(1.0, input, got)
     }
 
     /// [`Self::check_output`] with `factor` times each limit.
@@ -185,12 +185,8 @@ impl Case {
         self.close(&Nonfinite::of(input), got, &want, &tolerances)
     }
 
-    /// [`Self::check_output`] for several outputs. The reference takes most of the time, and it runs only once.
-    pub fn check_outputs(&self, input: &Input, outputs: &[&Output]) -> Result<()> {
-        self.check_outputs_within(1.0, input, outputs)
-    }
-
-    fn check_outputs_within(&self, factor: f64, input: &Input, outputs: &[&Output]) -> Result<()> {
+    /// [`Self::check_output_within`] for several outputs. The reference takes most of the time, and it runs only once.
+    pub fn check_outputs_within(&self, factor: f64, input: &Input, outputs: &[&Output]) -> Result<()> {
         let want = reference::attention(input);
         let tolerances = reference::tolerances(input, &want).map(|tolerance| tolerance.scaled(factor));
         let nonfinite = Nonfinite::of(input);
