@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use anyhow::{ensure, Context, Result};
+use attention_reference::Precision;
 use candle_core::DType;
 use serde::{Deserialize, Deserializer};
+
+use crate::inputs;
 
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,6 +31,9 @@ pub struct Case {
     pub head_dim_v: Option<usize>,
     #[serde(default = "f32_type", deserialize_with = "dtype")]
     pub dtype: DType,
+    /// Whether products of f32 are plain TF32, on a GPU.
+    #[serde(skip)]
+    pub tf32: bool,
     #[serde(default)]
     pub mask: Mask,
     #[serde(default = "ours")]
@@ -145,6 +151,7 @@ impl Case {
             head_dim,
             head_dim_v: None,
             dtype,
+            tf32: false,
             mask: Mask::default(),
             peers: ours(),
             passes: vec![Pass::Forward, Pass::Backward],
@@ -186,6 +193,15 @@ impl Case {
 
     pub fn head_dim_v(&self) -> usize {
         self.head_dim_v.unwrap_or(self.head_dim)
+    }
+
+    /// The precision of its products, as the reference names it.
+    pub fn precision(&self) -> Precision {
+        if self.tf32 {
+            Precision::Tf32
+        } else {
+            inputs::precision(self.dtype)
+        }
     }
 
     /// The operator's default.

@@ -41,7 +41,7 @@ impl Reference {
     pub fn new(case: &Case, inputs: &Inputs) -> Result<Self> {
         let queries = checked_queries(case);
         let input = Input {
-            precision: inputs::precision(case.dtype),
+            precision: case.precision(),
             lengths: case.sequences().iter().map(|sequence| (sequence.seqlen_q, sequence.seqlen_k)).collect(),
             num_heads: case.num_heads,
             num_heads_k: case.num_heads_k(),

@@ -25,7 +25,7 @@ impl Inputs {
     pub fn draw(case: &Case, device: &Device) -> Result<Self> {
         let mut rng = rng(case);
         Self::fill(case, |shape| {
-            let values = draw::normal(&mut rng, precision(case.dtype), shape.iter().product());
+            let values = draw::normal(&mut rng, case.precision(), shape.iter().product());
             Tensor::from_vec(values, shape, device)?.to_dtype(case.dtype)
         })
     }

@@ -196,7 +196,7 @@ fn cu_seqlens(case: &Case, q: &Tensor) -> Result<Option<CuSeqlens>> {
 
 /// The options of `case`.
 pub fn attention(case: &Case) -> Attention {
-    Attention::new().mask(match case.mask {
+    Attention::new().tf32(case.tf32).mask(match case.mask {
         Mask::None => candle_fa2::Mask::None,
         Mask::Causal => candle_fa2::Mask::Causal,
         Mask::Window { left, right } => candle_fa2::Mask::Window { left, right },

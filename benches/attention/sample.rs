@@ -86,7 +86,7 @@ pub fn check(case: &Case, peer: Peer, inputs: &Inputs, answer: &Answer, lse: &Te
     }
 
     // An error of lse is the relative error of every p. This limit keeps it below the rounding of p, or at two steps of its own type.
-    let precision = inputs::precision(case.dtype);
+    let precision = case.precision();
     let step = precision.half_step();
     let lse_limit = 0.5 * step + 2.0 * precision.accumulator().step(LARGEST_LSE);
     ensure!(lse_error <= lse_limit, "lse is off by up to {lse_error:.2e}, limit {lse_limit:.2e}");

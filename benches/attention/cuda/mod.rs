@@ -35,6 +35,7 @@ fn choose(options: &Options) -> Result<Vec<(Part, Vec<Case>)>> {
         let of_part = cases.iter().filter(|(of, case)| *of == part && options.wants(case, &words));
         let mut cases: Vec<Case> = of_part.map(|(_, case)| case.clone()).collect();
         for case in &mut cases {
+            case.tf32 = options.cuda.tf32 && case.dtype == DType::F32;
             case.passes.retain(|pass| *pass == Pass::Memory || options.cuda.passes.contains(pass));
         }
         cases.retain(|case| !case.passes.is_empty());

@@ -88,6 +88,14 @@ pub fn dtype_of_peers(dtype: DType) -> &'static str {
     }
 }
 
+fn dtype_of_case(case: &Case) -> &'static str {
+    if case.tf32 {
+        "tf32"
+    } else {
+        dtype_of_peers(case.dtype)
+    }
+}
+
 /// The start of a line of a table, before the pass.
 fn line(name: &str, case: &Case) -> String {
     format!("{name:<10} {:<4} d{:<7} h{:<5} {:<6}", case.dtype.as_str(), case.head_dims(), case.heads(), case.mask)
@@ -177,7 +185,7 @@ impl Report {
         self.keep(CsvRow {
             peer: "ours",
             pass: &row.pass.to_string(),
-            dtype: dtype_of_peers(case.dtype),
+            dtype: dtype_of_case(case),
             tflops: significant(tflops),
             gbps: gbps.map_or(String::new(), significant),
             sm_mhz: gauges.sm_mhz.clone(),
@@ -213,7 +221,7 @@ impl Report {
                 peer: &peer.to_string(),
                 kind: kind.to_string(),
                 pass: &(if pass == Pass::Forward { pass } else { Pass::Both }).to_string(),
-                dtype: dtype_of_peers(case.dtype),
+                dtype: dtype_of_case(case),
                 peak_mib: peak_mib.clone(),
                 ..CsvRow::of(case)
             };
@@ -323,7 +331,7 @@ impl Report {
                 peer: "ours",
                 kind: "first_call".into(),
                 pass: &pass.to_string(),
-                dtype: dtype_of_peers(case.dtype),
+                dtype: dtype_of_case(case),
                 ms: significant(ms),
                 reps: Some(1),
                 ..CsvRow::of(case)
@@ -341,7 +349,7 @@ impl Report {
                 peer: "ours",
                 kind: case.name.clone(),
                 pass: &pass.to_string(),
-                dtype: dtype_of_peers(case.dtype),
+                dtype: dtype_of_case(case),
                 host_us: significant(host_us),
                 ..CsvRow::of(case)
             })?;
