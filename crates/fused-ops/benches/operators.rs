@@ -7,9 +7,12 @@
 //!
 //! A time is the median of several samples between CUDA events. A sample is some milliseconds of calls one after another, so that
 //! neither the events nor the launches count. Every cell moves more bytes than an L2 cache holds. `share` is the share of the rate
-//! of a copy of 1 GiB in the same run: the bytes that the operator must move, over its time, over that rate. The backward is that
-//! of the operator alone, without what Candle does with the gradients. benches/peers_ops.py has the same cells in PyTorch.
+//! of a copy of 1 GiB in the same run: the bytes that the operator must move, over its time, over that rate. `of_copy` is the time of
+//! a copy that moves the same bytes over the operator's: a call of 20 us also pays for its start and its end, whatever it does. The
+//! backward is that of the operator alone, without what Candle does with the gradients. benches/peers_ops.py has the same cells in
+//! PyTorch.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -107,7 +110,7 @@ fn linear_losses(bench: &mut Bench, dtype: DType, (rows, width, vocab): (usize, 
         let loss = linear_cross_entropy(&x, &weight, &targets)?;
         Ok((loss, node.run(&dloss)?))
     })?;
-    bench.row(&cell, "both", &time, 0, products / time.median)
+    bench.print(&cell, "both", &time, 0, [Some(products / time.median), None])
 }
 
 fn activations(bench: &mut Bench, dtype: DType, (rows, width): (usize, usize)) -> Result<()> {
@@ -127,7 +130,7 @@ fn positions(bench: &mut Bench, dtype: DType) -> Result<()> {
     let shape = format!("{batch}x{seqlen}x{heads}x{head_dim}");
     let x = bench.random(&[batch, seqlen, heads, head_dim], dtype)?;
     let angles = Tensor::randn(0f32, 1f32, (seqlen, head_dim / 2), &bench.device)?;
-    let (cos, sin) = (angles.cos()?.to_dtype(dtype)?, angles.sin()?.to_dtype(dtype)?);
+    let (cos, sin) = (angles.cos()?, angles.sin()?); // in f32, which the kernels read; other types are cast at each call
     for (operator, order) in [("rotary", RotaryOrder::HalfSplit), ("rotary_interleaved", RotaryOrder::Interleaved)] {
         let cell = Cell { operator, dtype, shape: &shape, forward: 2 * bytes, backward: 2 * bytes };
         bench.operator(cell, || Ok(vec![rotary(&x, &cos, &sin, order)?]))?;
@@ -167,8 +170,7 @@ fn optimizer(bench: &mut Bench, dtype: DType) -> Result<()> {
     let optimizer = AdamW::new([ParameterGroup { parameters, weight_decay: 0.1 }], config)?;
     let optimizer = std::cell::RefCell::new(optimizer);
     let time = bench.time(|| Ok(optimizer.borrow_mut().step(&grads, 1e-4)?))?;
-    let share = bench.share(bytes, &time);
-    bench.row(&cell, "step", &time, bytes, share)
+    bench.row(&cell, "step", &time, bytes)
 }
 
 /// One operator at one shape, and the bytes that its passes must move.
@@ -192,8 +194,10 @@ struct Bench {
     stream: Arc<CudaStream>,
     words: Vec<String>,
     csv: Option<File>,
-    /// Bytes per second, read and written.
+    /// Bytes per second of a copy of 1 GiB, read and written.
     copy: f64,
+    /// Seconds of a copy that moves so many bytes.
+    copies: HashMap<usize, f64>,
 }
 
 impl Bench {
@@ -201,19 +205,17 @@ impl Bench {
         let device = Device::new_cuda(0)?;
         let stream = device.as_cuda_device()?.cuda_stream();
         let csv = options.csv.as_ref().map(File::create).transpose()?;
-        let mut bench = Self { device, stream, words: options.words.clone(), csv, copy: 1.0 };
-        const COPIED: usize = 1 << 30;
-        let source = Tensor::zeros(COPIED, DType::U8, &bench.device)?;
-        let copy = bench.time(|| Ok(source.copy()?))?;
-        bench.copy = 2.0 * COPIED as f64 / copy.median;
+        let mut bench = Self { device, stream, words: options.words.clone(), csv, copy: 1.0, copies: HashMap::new() };
+        const MOVED: usize = 2 << 30;
+        bench.copy = MOVED as f64 / bench.copy_of(MOVED)?;
         println!("{}: a copy of 1 GiB moves {:.0} GB/s", bench.stream.context().name()?, bench.copy / 1e9);
-        let header = "peer,operator,pass,dtype,shape,us,us_min,mb,gbps,share,host_us";
+        let header = "peer,operator,pass,dtype,shape,us,us_min,mb,gbps,share,of_copy,host_us";
         if let Some(csv) = &mut bench.csv {
             writeln!(csv, "{header}")?;
         }
         println!(
-            "{:<22} {:<8} {:<5} {:<18} {:>10} {:>8} {:>7} {:>9}",
-            "operator", "pass", "type", "shape", "us", "GB/s", "share", "host us"
+            "{:<22} {:<8} {:<5} {:<18} {:>10} {:>8} {:>7} {:>7} {:>9}",
+            "operator", "pass", "type", "shape", "us", "GB/s", "share", "of copy", "host us"
         );
         Ok(bench)
     }
@@ -240,8 +242,7 @@ impl Bench {
             return Ok(());
         }
         let time = self.time(&call)?;
-        let share = self.share(cell.forward, &time);
-        self.row(&cell, "forward", &time, cell.forward, share)?;
+        self.row(&cell, "forward", &time, cell.forward)?;
         let (results, nodes): (_, Vec<Recorded>) = recorded(&call);
         let result = results?.pop().context("an operator has a result")?;
         // Composed operators have Candle's nodes.
@@ -249,13 +250,18 @@ impl Bench {
         let dy = result.randn_like(0.0, 1.0)?.detach();
         drop(result);
         let time = self.time(|| Ok(node.run(&dy)?))?;
-        let share = self.share(cell.backward, &time);
-        self.row(&cell, "backward", &time, cell.backward, share)
+        self.row(&cell, "backward", &time, cell.backward)
     }
 
-    /// The share of the copy's rate at which `bytes` moved.
-    fn share(&self, bytes: usize, time: &Time) -> f64 {
-        bytes as f64 / time.median / self.copy
+    /// Seconds of a copy that reads and writes `moved` bytes together.
+    fn copy_of(&mut self, moved: usize) -> Result<f64> {
+        if let Some(seconds) = self.copies.get(&moved) {
+            return Ok(*seconds);
+        }
+        let source = Tensor::zeros(moved / 2, DType::U8, &self.device)?;
+        let seconds = self.time(|| Ok(source.copy()?))?.median;
+        self.copies.insert(moved, seconds);
+        Ok(seconds)
     }
 
     fn time<R>(&self, call: impl Fn() -> Result<R>) -> Result<Time> {
@@ -300,17 +306,27 @@ impl Bench {
         Ok(Time { median: seconds[SAMPLES / 2], min: seconds[0], host })
     }
 
-    fn row(&mut self, cell: &Cell, pass: &str, time: &Time, bytes: usize, share: f64) -> Result<()> {
+    /// Prints the line of a pass that moves `bytes`.
+    fn row(&mut self, cell: &Cell, pass: &str, time: &Time, bytes: usize) -> Result<()> {
+        let of_copy = self.copy_of(bytes)? / time.median;
+        self.print(cell, pass, time, bytes, [Some(bytes as f64 / time.median / self.copy), Some(of_copy)])
+    }
+
+    fn print(&mut self, cell: &Cell, pass: &str, time: &Time, bytes: usize, shares: [Option<f64>; 2]) -> Result<()> {
         let Cell { operator, dtype, shape, .. } = cell;
         let (dtype, us, host) = (dtype.as_str(), time.median * 1e6, time.host * 1e6);
         let rate = bytes as f64 / time.median / 1e9;
-        let percent = 100.0 * share;
-        println!("{operator:<22} {pass:<8} {dtype:<5} {shape:<18} {us:>10.1} {rate:>8.0} {percent:>6.1}% {host:>9.1}");
+        let [percent, percent_of_copy] =
+            shares.map(|share| share.map_or(String::new(), |s| format!("{:.1}%", 100.0 * s)));
+        println!(
+            "{operator:<22} {pass:<8} {dtype:<5} {shape:<18} {us:>10.1} {rate:>8.0} {percent:>7} {percent_of_copy:>7} {host:>9.1}"
+        );
         if let Some(csv) = &mut self.csv {
             let (us_min, mb) = (time.min * 1e6, bytes as f64 / 1e6);
+            let [share, of_copy] = shares.map(|share| share.map_or(String::new(), |share| format!("{share:.4}")));
             writeln!(
                 csv,
-                "ours,{operator},{pass},{dtype},{shape},{us:.2},{us_min:.2},{mb:.1},{rate:.0},{share:.4},{host:.1}"
+                "ours,{operator},{pass},{dtype},{shape},{us:.2},{us_min:.2},{mb:.1},{rate:.0},{share},{of_copy},{host:.1}"
             )?;
         }
         Ok(())
