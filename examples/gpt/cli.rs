@@ -5,10 +5,10 @@ use crate::config::{name_of, AttentionKind, Config, Precision, Preset};
 use crate::files::{self, RunFolder};
 use crate::output;
 use crate::rng::Rng;
-use crate::sample::{Sampling, Trained};
+use crate::sample::{sample, Sampling, Trained};
 use crate::sizes;
 use crate::time::{self, Plan, Table};
-use crate::tokenizer::TokenizerKind;
+use crate::tokenizer::Tokenizer;
 use crate::train::Run;
 use anyhow::{anyhow, bail, Result};
 use candle_core::Device;
@@ -113,7 +113,7 @@ pub struct TrainArgs {
 struct RecipeArgs {
     /// How text becomes tokens
     #[arg(long)]
-    tokenizer: Option<TokenizerKind>,
+    tokenizer: Option<Tokenizer>,
     #[command(flatten)]
     model: ModelArgs,
     /// Number of batches per step; their gradients are added
@@ -339,7 +339,8 @@ impl Cli {
             Some(Cmd::Train(args)) => args.run(),
             Some(Cmd::Time(args)) => args.run(),
             Some(Cmd::Sample(args)) => {
-                output::result(args.trained.load()?.sample(&args.prompt, &args.sampling, &mut Rng::new(args.seed))?)
+                let model = args.trained.load()?.model;
+                output::result(sample(&model, &args.prompt, &args.sampling, &mut Rng::new(args.seed))?)
             }
             Some(Cmd::Eval(args)) => output::result(args.trained.load()?.evaluate(args.data.as_deref())?),
         }

@@ -2,7 +2,7 @@
 //!
 //! A preset is a complete configuration. Each command-line option replaces one field.
 
-use crate::tokenizer::TokenizerKind;
+use crate::tokenizer::Tokenizer;
 use candle_core::DType;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,7 @@ impl Precision {
 pub struct Config {
     // Text.
     pub data: Option<PathBuf>, // None: the repository's own sources and documents
-    pub tokenizer: TokenizerKind,
+    pub tokenizer: Tokenizer,
 
     // Model.
     pub num_layers: usize,
@@ -115,7 +115,7 @@ impl Config {
     fn tiny() -> Self {
         Self {
             data: None,
-            tokenizer: TokenizerKind::Bytes,
+            tokenizer: Tokenizer::Bytes,
             num_layers: 4,
             num_heads: 4,
             embed_dim: 128,
@@ -145,7 +145,7 @@ impl Config {
     // million for the largest model. Warm-up takes 375 million tokens. 20,000 steps are ten billion tokens.
     fn gpt_124m() -> Self {
         Self {
-            tokenizer: TokenizerKind::Gpt2,
+            tokenizer: Tokenizer::Gpt2,
             num_layers: 12,
             num_heads: 12,
             embed_dim: 768,

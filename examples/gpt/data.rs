@@ -120,7 +120,7 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    pub fn new(text: Text, tokenizer: &Tokenizer, context: usize) -> Result<Self> {
+    pub fn new(text: Text, tokenizer: Tokenizer, context: usize) -> Result<Self> {
         let mut train = tokenizer.encode(&text.bytes, &text.name)?;
         let total = train.len();
         let held_out = train.split_off(total - total / HELD_OUT);

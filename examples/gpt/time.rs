@@ -12,7 +12,6 @@ use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::{init_parameters, parameter_shapes};
 use crate::rng::Rng;
-use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
 use candle_fused_ops::{pool, profile};
@@ -69,7 +68,7 @@ pub struct Timing {
 
 /// Times `plan.steps` steps of the recipe `config`.
 pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
-    let vocab_size = Tokenizer::new(config.tokenizer).padded_vocab_size();
+    let vocab_size = config.tokenizer.padded_vocab_size();
     let mut timing = Timing {
         device: device_name(device)?,
         parameters: parameter_shapes(config, vocab_size).values().map(|shape| shape.iter().product::<usize>()).sum(),
