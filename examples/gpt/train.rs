@@ -136,13 +136,12 @@ impl Run {
                 self.checkpoint(dir)?; // after the metrics, so that they have all steps that a resume does not run again
             }
             if let Some(signal) = signal {
-                progress.finish();
                 return Err(Stopped { signal, step: self.step, dir: dir.to_owned() }.into());
             }
             self.clock = Instant::now();
         }
         stop.end();
-        progress.finish();
+        drop(progress);
 
         output::progress(format_args!("\na sample:{}\n", self.sample()?));
         let val_loss = metrics.rows().last().and_then(|row| row.val_loss).unwrap_or(f32::NAN);
