@@ -7,7 +7,7 @@ use crate::output;
 use crate::rng::Rng;
 use crate::sample::{sample, Sampling, Trained};
 use crate::sizes;
-use crate::time::{self, Plan, Table};
+use crate::time::{self, Plan};
 use crate::tokenizer::Tokenizer;
 use crate::train::Run;
 use anyhow::{anyhow, bail, Result};
@@ -323,12 +323,15 @@ impl TimeArgs {
         let config = Config { accumulation: self.accumulation, ..self.model.apply(Config::preset(self.preset)) };
         let device = self.device.open()?;
         sizes::check(&config, sizes::memory_of(&device))?;
-        let table = self.csv.as_deref().map(Table::open).transpose()?;
+        let table = self.csv.as_deref().map(time::open_table).transpose()?;
         let timing = time::measure(&config, &self.plan, &device)?;
-        // Print the result even if the table cannot be written.
-        let appended = table.map_or(Ok(()), |table| table.append(&timing));
         let printed = output::result(&timing);
-        appended.and(printed)
+        // Write the row even if the result cannot be printed.
+        if let Some(mut table) = table {
+            table.serialize(&timing)?;
+            table.flush()?;
+        }
+        printed
     }
 }
 
