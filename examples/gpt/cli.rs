@@ -5,10 +5,10 @@ use crate::config::{name_of, AttentionKind, Config, Precision, Preset};
 use crate::files::{self, RunFolder};
 use crate::output;
 use crate::rng::Rng;
-use crate::sample::{Sampling, Trained};
+use crate::sample::{sample, Sampling, Trained};
 use crate::sizes;
-use crate::time::{self, Plan, Table};
-use crate::tokenizer::TokenizerKind;
+use crate::time::{self, Plan};
+use crate::tokenizer::Tokenizer;
 use crate::train::Run;
 use anyhow::{anyhow, bail, Result};
 use candle_core::Device;
@@ -113,7 +113,7 @@ pub struct TrainArgs {
 struct RecipeArgs {
     /// How text becomes tokens
     #[arg(long)]
-    tokenizer: Option<TokenizerKind>,
+    tokenizer: Option<Tokenizer>,
     #[command(flatten)]
     model: ModelArgs,
     /// Number of batches per step; their gradients are added
@@ -323,12 +323,15 @@ impl TimeArgs {
         let config = Config { accumulation: self.accumulation, ..self.model.apply(Config::preset(self.preset)) };
         let device = self.device.open()?;
         sizes::check(&config, sizes::memory_of(&device))?;
-        let table = self.csv.as_deref().map(Table::open).transpose()?;
+        let table = self.csv.as_deref().map(time::open_table).transpose()?;
         let timing = time::measure(&config, &self.plan, &device)?;
-        // Print the result even if the table cannot be written.
-        let appended = table.map_or(Ok(()), |table| table.append(&timing));
         let printed = output::result(&timing);
-        appended.and(printed)
+        // Write the row even if the result cannot be printed.
+        if let Some(mut table) = table {
+            table.serialize(&timing)?;
+            table.flush()?;
+        }
+        printed
     }
 }
 
@@ -339,7 +342,8 @@ impl Cli {
             Some(Cmd::Train(args)) => args.run(),
             Some(Cmd::Time(args)) => args.run(),
             Some(Cmd::Sample(args)) => {
-                output::result(args.trained.load()?.sample(&args.prompt, &args.sampling, &mut Rng::new(args.seed))?)
+                let model = args.trained.load()?.model;
+                output::result(sample(&model, &args.prompt, &args.sampling, &mut Rng::new(args.seed))?)
             }
             Some(Cmd::Eval(args)) => output::result(args.trained.load()?.evaluate(args.data.as_deref())?),
         }

@@ -2,7 +2,7 @@
 //!
 //! A preset is a complete configuration. Each command-line option replaces one field.
 
-use crate::tokenizer::TokenizerKind;
+use crate::tokenizer::Tokenizer;
 use candle_core::DType;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,7 @@ impl Precision {
 pub struct Config {
     // Text.
     pub data: Option<PathBuf>, // None: the repository's own sources and documents
-    pub tokenizer: TokenizerKind,
+    pub tokenizer: Tokenizer,
 
     // Model.
     pub num_layers: usize,
@@ -105,88 +105,72 @@ impl Config {
 
     pub fn preset(preset: Preset) -> Self {
         match preset {
-            Preset::Tiny => Self::tiny(),
-            Preset::Gpt124m => Self::gpt_124m(),
-            Preset::Gpt350m => Self::gpt_350m(),
-            Preset::Gpt1300m => Self::gpt_1300m(),
-        }
-    }
-
-    fn tiny() -> Self {
-        Self {
-            data: None,
-            tokenizer: TokenizerKind::Bytes,
-            num_layers: 4,
-            num_heads: 4,
-            embed_dim: 128,
-            context: 128,
-            attention: AttentionKind::Flash,
-            precision: Precision::F32,
-            steps: 800,
-            batch: 8,
-            accumulation: 1,
-            lr: 2e-3,
-            min_lr: 2e-4,
-            warmup: 80,
-            weight_decay: 0.1,
-            beta1: 0.9,
-            beta2: 0.99,
-            clip: 1.0,
-            seed: 1,
-            deterministic: false,
-            checkpoint_activations: false,
-            eval_interval: 50,
-            eval_windows: 64,
-            checkpoint_interval: None,
-        }
-    }
-
-    // Sizes and learning rates are from the table of models in the GPT-3 paper. A step has half a million tokens, or a
-    // million for the largest model. Warm-up takes 375 million tokens. 20,000 steps are ten billion tokens.
-    fn gpt_124m() -> Self {
-        Self {
-            tokenizer: TokenizerKind::Gpt2,
-            num_layers: 12,
-            num_heads: 12,
-            embed_dim: 768,
-            context: 1024,
-            steps: 20_000,
-            batch: 8,
-            accumulation: 64,
-            lr: 6e-4,
-            min_lr: 6e-5,
-            warmup: 715,
-            beta2: 0.95,
-            eval_interval: 250,
-            ..Self::tiny()
-        }
-    }
-
-    fn gpt_350m() -> Self {
-        Self {
-            num_layers: 24,
-            num_heads: 16,
-            embed_dim: 1024,
-            batch: 4,
-            accumulation: 128,
-            lr: 3e-4,
-            min_lr: 3e-5,
-            ..Self::gpt_124m()
-        }
-    }
-
-    fn gpt_1300m() -> Self {
-        Self {
-            num_layers: 24,
-            num_heads: 16,
-            embed_dim: 2048,
-            context: 2048,
-            batch: 1,
-            accumulation: 512,
-            lr: 2e-4,
-            min_lr: 2e-5,
-            warmup: 358,
-            ..Self::gpt_124m()
+            Preset::Tiny => Self {
+                data: None,
+                tokenizer: Tokenizer::Bytes,
+                num_layers: 4,
+                num_heads: 4,
+                embed_dim: 128,
+                context: 128,
+                attention: AttentionKind::Flash,
+                precision: Precision::F32,
+                steps: 800,
+                batch: 8,
+                accumulation: 1,
+                lr: 2e-3,
+                min_lr: 2e-4,
+                warmup: 80,
+                weight_decay: 0.1,
+                beta1: 0.9,
+                beta2: 0.99,
+                clip: 1.0,
+                seed: 1,
+                deterministic: false,
+                checkpoint_activations: false,
+                eval_interval: 50,
+                eval_windows: 64,
+                checkpoint_interval: None,
+            },
+            // Sizes and learning rates are from the table of models in the GPT-3 paper. A step has half a million tokens, or a
+            // million for the largest model. Warm-up takes 375 million tokens. 20,000 steps are ten billion tokens.
+            Preset::Gpt124m => Self {
+                tokenizer: Tokenizer::Gpt2,
+                num_layers: 12,
+                num_heads: 12,
+                embed_dim: 768,
+                context: 1024,
+                steps: 20_000,
+                batch: 8,
+                accumulation: 64,
+                lr: 6e-4,
+                min_lr: 6e-5,
+                warmup: 715,
+                beta2: 0.95,
+                eval_interval: 250,
+                ..Self::preset(Preset::Tiny)
+            },
+            Preset::Gpt350m => Self {
+                num_layers: 24,
+                num_heads: 16,
+                embed_dim: 1024,
+                batch: 4,
+                accumulation: 128,
+                lr: 3e-4,
+                min_lr: 3e-5,
+                ..Self::preset(Preset::Gpt124m)
+            },
+            Preset::Gpt1300m => Self {
+                num_layers: 24,
+                num_heads: 16,
+                embed_dim: 2048,
+                context: 2048,
+                batch: 1,
+                accumulation: 512,
+                lr: 2e-4,
+                min_lr: 2e-5,
+                warmup: 358,
+                ..Self::preset(Preset::Gpt124m)
+            },
         }
     }
 }

@@ -9,7 +9,6 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -92,23 +91,17 @@ pub fn repository_files(folder: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
     let mut files = BTreeSet::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        let kind = entry.file_type()?;
-        if kind.is_dir() && !is_ignored(&entry.file_name()) {
-            files.append(&mut repository_files(&entry.path())?);
-        } else if kind.is_file() && is_text(&entry.path()) {
-            files.insert(entry.path());
+        let (path, name, kind) = (entry.path(), entry.file_name(), entry.file_type()?);
+        // Folders without sources of this repository: those of cargo's builds and of runs, and hidden ones.
+        let is_ignored = name == "target" || name == "runs" || name.as_encoded_bytes().starts_with(b".");
+        let is_text = path.extension().is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known));
+        if kind.is_dir() && !is_ignored {
+            files.append(&mut repository_files(&path)?);
+        } else if kind.is_file() && is_text {
+            files.insert(path);
         }
     }
     Ok(files)
-}
-
-fn is_text(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known))
-}
-
-/// Whether `folder` has no sources of this repository: the folder of cargo's builds, the folder of runs, hidden folders.
-fn is_ignored(folder: &OsStr) -> bool {
-    folder.as_encoded_bytes().starts_with(b".") || folder == "target" || folder == "runs"
 }
 
 /// The tokens of a text, split into training and held-out part.
@@ -120,7 +113,7 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    pub fn new(text: Text, tokenizer: &Tokenizer, context: usize) -> Result<Self> {
+    pub fn new(text: Text, tokenizer: Tokenizer, context: usize) -> Result<Self> {
         let mut train = tokenizer.encode(&text.bytes, &text.name)?;
         let total = train.len();
         let held_out = train.split_off(total - total / HELD_OUT);

@@ -2,8 +2,7 @@
 
 use crate::metrics::Row;
 use crate::output;
-use indicatif::{ProgressBar, ProgressStyle};
-use std::io::{stderr, IsTerminal};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::time::{Duration, Instant};
 
 /// Shortest time between two lines of progress without a terminal.
@@ -13,20 +12,20 @@ pub struct Progress {
     first: usize, // number of steps done before this process
     steps: usize,
     started: Instant,
-    bar: Option<ProgressBar>,
+    bar: ProgressBar, // hidden if stderr is no terminal; a drop removes it from the terminal
     last_line: Option<Instant>,
 }
 
 impl Progress {
     pub fn new(done: usize, steps: usize) -> Self {
-        // Tests show no bar, so that their output stays readable on a terminal.
-        let bar = (stderr().is_terminal() && !cfg!(test)).then(|| {
-            let style =
-                ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
-            let bar = ProgressBar::new(steps as u64).with_style(style).with_position(done as u64);
-            bar.reset_eta();
-            bar
-        });
+        let style = ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}  ETA {eta}").expect("a valid template");
+        let target = match cfg!(test) {
+            true => ProgressDrawTarget::hidden(), // so that the output of tests stays readable on a terminal
+            false => ProgressDrawTarget::stderr(),
+        };
+        let bar =
+            ProgressBar::with_draw_target(Some(steps as u64), target).with_style(style).with_position(done as u64);
+        bar.reset_eta();
         Self { first: done, steps, started: Instant::now(), bar, last_line: None }
     }
 
@@ -34,11 +33,9 @@ impl Progress {
     /// without a terminal every few seconds.
     pub fn step(&mut self, row: &Row) {
         let Row { step, train_loss, lr, tokens_per_s, .. } = *row;
-        if let Some(bar) = &self.bar {
-            bar.set_position(step as u64);
-            bar.set_message(format!("loss {train_loss:.3}  {tokens_per_s} tokens/s"));
-        }
-        let due = self.bar.is_none() && self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES);
+        self.bar.set_position(step as u64);
+        self.bar.set_message(format!("loss {train_loss:.3}  {tokens_per_s} tokens/s"));
+        let due = self.bar.is_hidden() && self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES);
         if row.val_loss.is_none() && !due {
             return;
         }
@@ -50,17 +47,8 @@ impl Progress {
             "step {step:>5}/{}  loss {train_loss:.3}{held_out:16}  lr {lr:.1e}  {tokens_per_s} tokens/s  ETA {eta}",
             self.steps
         );
-        match &self.bar {
-            Some(bar) => bar.suspend(|| output::progress(line)),
-            None => output::progress(line),
-        }
+        self.bar.suspend(|| output::progress(line));
         self.last_line = Some(Instant::now());
-    }
-
-    pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
     }
 }
 

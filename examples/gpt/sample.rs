@@ -2,11 +2,10 @@
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::cli::{positive, zero_or_above};
-use crate::config::Precision;
+use crate::config::{Config, Precision};
 use crate::data::{window_starts, Corpus, Text};
 use crate::model::Gpt;
 use crate::rng::Rng;
-use crate::tokenizer::Tokenizer;
 use crate::train::mean_loss;
 use anyhow::{bail, Result};
 use candle_core::Device;
@@ -32,22 +31,20 @@ impl Default for Sampling {
     }
 }
 
-/// Samples `sampling.tokens` tokens after `prompt` and returns them, without the prompt. The model may have more tokens than
-/// the tokenizer's `vocab_size`; these are padding and are never sampled.
-pub fn generate(
-    model: &Gpt,
-    vocab_size: usize,
-    prompt: &[u32],
-    sampling: &Sampling,
-    rng: &mut Rng,
-) -> Result<Vec<u32>> {
-    let mut tokens = prompt.to_vec();
+/// The prompt and the model's continuation of it.
+pub fn sample(model: &Gpt, prompt: &str, sampling: &Sampling, rng: &mut Rng) -> Result<String> {
+    let Config { tokenizer, context, .. } = *model.config();
+    let mut tokens = tokenizer.encode(prompt.as_bytes(), "--prompt")?;
+    if tokens.is_empty() {
+        bail!("--prompt is empty; give at least one character to continue");
+    }
     for _ in 0..sampling.tokens {
         // The model has `context` learned positions, so it sees only the last `context` tokens.
-        let visible = &tokens[tokens.len().saturating_sub(model.config().context)..];
-        tokens.push(draw(&model.next_token(visible)?[..vocab_size], sampling, rng));
+        let logits = model.next_token(&tokens[tokens.len().saturating_sub(context)..])?;
+        // The model may have more tokens than the tokenizer. These are padding and are never sampled.
+        tokens.push(draw(&logits[..tokenizer.vocab_size()], sampling, rng));
     }
-    Ok(tokens.split_off(prompt.len()))
+    Ok(String::from_utf8_lossy(&tokenizer.decode(&tokens)?).into_owned())
 }
 
 /// Draws a token from softmax(logits / temperature) over the `top_k` most likely tokens.
@@ -72,7 +69,6 @@ fn draw(logits: &[f32], sampling: &Sampling, rng: &mut Rng) -> u32 {
 /// A trained model, for sampling and evaluation.
 pub struct Trained {
     pub model: Gpt,
-    pub tokenizer: Tokenizer,
     dir: PathBuf,
     text_sha256: String,
 }
@@ -87,21 +83,10 @@ impl Trained {
             config.precision = Precision::F32; // faster on a CPU, and the weights are f32 anyway
         }
         Ok(Self {
-            tokenizer: Tokenizer::new(config.tokenizer),
             model: Gpt::frozen(&config, &tensors)?,
             dir: file.parent().unwrap_or(Path::new("")).to_owned(),
             text_sha256: state.text_sha256,
         })
-    }
-
-    /// The prompt and the model's continuation of it.
-    pub fn sample(&self, prompt: &str, sampling: &Sampling, rng: &mut Rng) -> Result<String> {
-        let prompt = self.tokenizer.encode(prompt.as_bytes(), "--prompt")?;
-        if prompt.is_empty() {
-            bail!("--prompt is empty; give at least one character to continue");
-        }
-        let continuation = generate(&self.model, self.tokenizer.vocab_size(), &prompt, sampling, rng)?;
-        Ok(String::from_utf8_lossy(&self.tokenizer.decode(&[prompt, continuation].concat())?).into_owned())
     }
 
     /// Loss on the held-out part of the text that the model was trained on, or on all of another text.
@@ -112,10 +97,10 @@ impl Trained {
             text.check_is(&self.text_sha256)?;
         }
         let (name, tokens) = if text.sha256 == self.text_sha256 {
-            let corpus = Corpus::new(text, &self.tokenizer, config.context)?;
+            let corpus = Corpus::new(text, config.tokenizer, config.context)?;
             (format!("the held-out part of {}", corpus.name), corpus.held_out)
         } else {
-            let tokens = self.tokenizer.encode(&text.bytes, &text.name)?;
+            let tokens = config.tokenizer.encode(&text.bytes, &text.name)?;
             (text.name, tokens)
         };
         if tokens.len() <= config.context {
@@ -129,7 +114,7 @@ impl Trained {
         let starts = window_starts(tokens.len(), config.context, 0);
         let loss = f64::from(mean_loss(&self.model, &tokens, &starts)?);
         // A token may have several bytes. Bits per byte compare models with different vocabularies.
-        let bytes_per_token = self.tokenizer.decode(&tokens)?.len() as f64 / tokens.len() as f64;
+        let bytes_per_token = config.tokenizer.decode(&tokens)?.len() as f64 / tokens.len() as f64;
         Ok(Evaluation {
             text: name,
             tokens: starts.len() * config.context,

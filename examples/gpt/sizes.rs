@@ -6,7 +6,6 @@
 
 use crate::config::{AttentionKind, Config};
 use crate::model::parameter_shapes;
-use crate::tokenizer::Tokenizer;
 use anyhow::{bail, Result};
 use candle_core::Device;
 use std::fs;
@@ -46,7 +45,7 @@ fn needed(config: &Config) -> f64 {
     let [context, batch, accumulation, num_layers, num_heads, embed_dim] =
         [config.context, config.batch, config.accumulation, config.num_layers, config.num_heads, config.embed_dim]
             .map(|size| size as f64);
-    let shapes = parameter_shapes(config, Tokenizer::new(config.tokenizer).padded_vocab_size());
+    let shapes = parameter_shapes(config, config.tokenizer.padded_vocab_size());
     let parameters: f64 = shapes.values().map(|shape| shape.iter().map(|&size| size as f64).product::<f64>()).sum();
     let scores = match config.attention {
         AttentionKind::Standard => num_heads * context,

@@ -1,5 +1,6 @@
 //! Ctrl-C and SIGTERM. The first signal asks training to save a checkpoint and stop. The second ends the process at once.
 
+use crate::output::notice;
 use anyhow::Result;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -13,7 +14,6 @@ impl Stop {
     #[cfg(unix)]
     pub fn listen() -> Result<Self> {
         use signal_hook::consts::{SIGINT, SIGTERM};
-        use std::io::{stderr, Write};
 
         let signal = Arc::new(AtomicI32::new(0));
         let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
@@ -24,10 +24,7 @@ impl Stop {
                 if heard.swap(signal, Ordering::SeqCst) != 0 {
                     signal_hook::low_level::exit(exit_code(signal).into());
                 }
-                let _ = writeln!(
-                    stderr(),
-                    "\nfinishing this step and saving a checkpoint; press Ctrl-C again to end at once"
-                );
+                notice("\nfinishing this step and saving a checkpoint; press Ctrl-C again to end at once");
             }
         });
         Ok(Self(signal))

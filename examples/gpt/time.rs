@@ -12,14 +12,13 @@ use crate::config::{name_of, AttentionKind, Config};
 use crate::learner::{Batch, Learner, Outcome};
 use crate::model::{init_parameters, parameter_shapes};
 use crate::rng::Rng;
-use crate::tokenizer::Tokenizer;
 use anyhow::{anyhow, bail, Result};
 use candle_core::{Device, Tensor};
 use candle_fused_ops::{pool, profile};
 use clap::Args;
 use serde::Serialize;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Instant;
 
@@ -69,7 +68,7 @@ pub struct Timing {
 
 /// Times `plan.steps` steps of the recipe `config`.
 pub fn measure(config: &Config, plan: &Plan, device: &Device) -> Result<Timing> {
-    let vocab_size = Tokenizer::new(config.tokenizer).padded_vocab_size();
+    let vocab_size = config.tokenizer.padded_vocab_size();
     let mut timing = Timing {
         device: device_name(device)?,
         parameters: parameter_shapes(config, vocab_size).values().map(|shape| shape.iter().product::<usize>()).sum(),
@@ -134,41 +133,23 @@ fn run(config: &Config, plan: &Plan, vocab_size: usize, device: &Device, timing:
     Ok(())
 }
 
-/// The open file of `--csv`.
-pub struct Table {
-    file: File,
-    is_new: bool,
-}
-
-impl Table {
-    /// Opens or creates the file `path`. It must be empty or hold earlier measurements.
-    pub fn open(path: &Path) -> Result<Self> {
-        let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
-        let file = File::options().create(true).read(true).append(true).open(path).map_err(fail)?;
-        let mut first_line = String::new();
-        BufReader::new(&file).read_line(&mut first_line).map_err(fail)?;
+/// Opens or creates `path`, the file of `--csv`. It must be empty or hold earlier measurements.
+pub fn open_table(path: &Path) -> Result<csv::Writer<File>> {
+    let fail = |error| anyhow!("cannot write --csv {}: {error}; name another file", path.display());
+    let mut file = File::options().create(true).read(true).append(true).open(path).map_err(fail)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(fail)?;
+    if let Some(first_line) = text.split_inclusive('\n').next() {
         let mut heading = csv::Writer::from_writer(Vec::new());
         heading.serialize(Timing::default())?;
-        if !first_line.is_empty() && !heading.into_inner()?.starts_with(first_line.as_bytes()) {
+        if !heading.into_inner()?.starts_with(first_line.as_bytes()) {
             bail!("--csv {} is not a table of measurements; name another file", path.display());
         }
-        Ok(Self { file, is_new: first_line.is_empty() })
-    }
-
-    /// Appends the row of `timing`.
-    pub fn append(mut self, timing: &Timing) -> Result<()> {
-        if !self.is_new {
-            let mut last = [0];
-            self.file.seek(SeekFrom::End(-1))?;
-            self.file.read_exact(&mut last)?;
-            if last != *b"\n" {
-                self.file.write_all(b"\n")?; // some editors drop the last line break
-            }
+        if !text.ends_with('\n') {
+            file.write_all(b"\n").map_err(fail)?; // some editors drop the last line break
         }
-        let mut rows = csv::WriterBuilder::new().has_headers(self.is_new).from_writer(self.file);
-        rows.serialize(timing)?;
-        Ok(rows.flush()?)
     }
+    Ok(csv::WriterBuilder::new().has_headers(text.is_empty()).from_writer(file))
 }
 
 impl std::fmt::Display for Timing {

@@ -11,10 +11,9 @@ use crate::output;
 use crate::plot;
 use crate::progress::{clock, Progress};
 use crate::rng::Rng;
-use crate::sample::{generate, Sampling};
+use crate::sample::{sample, Sampling};
 use crate::sizes;
 use crate::stop::{Stop, Stopped};
-use crate::tokenizer::Tokenizer;
 use anyhow::{bail, Result};
 use candle_core::Device;
 use std::fs;
@@ -34,7 +33,6 @@ const STEPS_AHEAD: usize = 10;
 /// A run in memory: everything that the next step needs.
 pub struct Run {
     config: Config,
-    tokenizer: Tokenizer,
     corpus: Corpus,
     device: Device,
     learner: Learner,
@@ -74,12 +72,12 @@ impl Run {
 
     /// The run of `config`, at its beginning or where it was saved.
     fn start(config: Config, text: Text, saved: Option<Checkpoint>, device: Device) -> Result<Self> {
-        let tokenizer = Tokenizer::new(config.tokenizer);
-        let corpus = Corpus::new(text, &tokenizer, config.context)?;
+        let corpus = Corpus::new(text, config.tokenizer, config.context)?;
         let (step, learner, batches, rng) = match saved {
             None => {
                 let mut rng = Rng::new(config.seed);
-                let parameters = init_parameters(&config, tokenizer.padded_vocab_size(), &mut rng, &device)?;
+                let vocab_size = config.tokenizer.padded_vocab_size();
+                let parameters = init_parameters(&config, vocab_size, &mut rng, &device)?;
                 (0, Learner::new(&config, &parameters)?, Batches::new(&config, &corpus, &mut rng), rng)
             }
             Some(Checkpoint { state, tensors }) => {
@@ -89,7 +87,6 @@ impl Run {
         };
         Ok(Self {
             config,
-            tokenizer,
             corpus,
             steps_ahead: if device.is_cpu() { 1 } else { STEPS_AHEAD },
             device,
@@ -139,15 +136,14 @@ impl Run {
                 self.checkpoint(dir)?; // after the metrics, so that they have all steps that a resume does not run again
             }
             if let Some(signal) = signal {
-                progress.finish();
                 return Err(Stopped { signal, step: self.step, dir: dir.to_owned() }.into());
             }
             self.clock = Instant::now();
         }
         stop.end();
-        progress.finish();
+        drop(progress);
 
-        output::progress(format_args!("\na sample:\n{}\n", self.sample()?));
+        output::progress(format_args!("\na sample:{}\n", self.sample()?));
         let val_loss = metrics.rows().last().and_then(|row| row.val_loss).unwrap_or(f32::NAN);
         let time = clock(started.elapsed());
         output::progress(format_args!("held-out loss {val_loss:.4} after {} steps and {time}", self.step));
@@ -160,9 +156,9 @@ impl Run {
     pub fn begin(&self, dir: &Path) -> Result<()> {
         self.checkpoint(dir)?;
         if self.config.data.is_none() {
-            let tokens = [&self.corpus.train[..], &self.corpus.held_out].concat();
+            let text = self.config.tokenizer.decode(&[&self.corpus.train[..], &self.corpus.held_out].concat())?;
             let (path, part) = (dir.join(KEPT_FILE_NAME), dir.join("corpus.txt.tmp"));
-            let written = fs::write(&part, self.tokenizer.decode(&tokens)?).and_then(|()| fs::rename(part, &path));
+            let written = fs::write(&part, text).and_then(|()| fs::rename(part, &path));
             written.map_err(|error| cannot_write(&path, error))?;
         }
         Ok(())
@@ -226,14 +222,11 @@ impl Run {
         Ok(last.expect("one step"))
     }
 
-    /// A sample of the model's text. The prompt is a line break.
+    /// A sample of the model's text. It begins with its prompt, a line break.
     fn sample(&self) -> Result<String> {
-        let model = self.learner.frozen()?;
         let sampling = Sampling { tokens: SAMPLE_TOKENS, ..Sampling::default() };
-        let prompt = self.tokenizer.encode(b"\n", "the prompt")?;
         // Use a clone of the generator, so that the sample does not change the batches of a resumed run.
-        let tokens = generate(&model, self.tokenizer.vocab_size(), &prompt, &sampling, &mut self.rng.clone())?;
-        Ok(String::from_utf8_lossy(&self.tokenizer.decode(&tokens)?).into_owned())
+        sample(&self.learner.frozen()?, "\n", &sampling, &mut self.rng.clone())
     }
 
     /// Mean loss over `count` windows spread over the held-out text. The windows are always the same. A non-finite loss is

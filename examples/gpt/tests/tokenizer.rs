@@ -1,10 +1,10 @@
 //! GPT-2's tokenizer takes runs of white space up to a limit, because its pattern fails on longer ones.
 
-use crate::tokenizer::{Tokenizer, TokenizerKind, LONGEST_BLANK};
+use crate::tokenizer::{Tokenizer, LONGEST_BLANK};
 
 #[test]
 fn long_runs_of_white_space_are_encoded_or_refused() {
-    let encode = |text: String| Tokenizer::new(TokenizerKind::Gpt2).encode(text.as_bytes(), "book.txt");
+    let encode = |text: String| Tokenizer::Gpt2.encode(text.as_bytes(), "book.txt");
     for blank in [" ", "\n", "\u{a0}"] {
         let longest = blank.repeat(LONGEST_BLANK / blank.len());
         for text in [format!("{longest}word"), format!("a{longest}b{longest}")] {

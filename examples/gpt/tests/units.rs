@@ -9,9 +9,9 @@ use crate::metrics::{self, Metrics, Row};
 use crate::model::{init_parameters, parameter_shapes, Named};
 use crate::plot;
 use crate::rng::Rng;
-use crate::sample::{Sampling, Trained};
+use crate::sample::{sample, Sampling, Trained};
 use crate::time::{measure, Plan};
-use crate::tokenizer::{Tokenizer, TokenizerKind};
+use crate::tokenizer::Tokenizer;
 use anyhow::Result;
 use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,11 +70,11 @@ fn the_random_state_survives_json() -> Result<()> {
 #[test]
 fn tokenizers_give_the_text_back() -> Result<()> {
     let all_bytes: Vec<u8> = (0..=255).collect();
-    let bytes = Tokenizer::new(TokenizerKind::Bytes);
+    let bytes = Tokenizer::Bytes;
     assert_eq!(bytes.decode(&bytes.encode(&all_bytes, "text")?)?, all_bytes);
     assert_eq!(bytes.vocab_size(), 256);
 
-    let gpt2 = Tokenizer::new(TokenizerKind::Gpt2);
+    let gpt2 = Tokenizer::Gpt2;
     assert_eq!(gpt2.encode(b"Hello world", "text")?, [15496, 995]);
     let text = "fn main() {\n    println!(\"naïve Größe 数学 🙂\");\n}\r\n\t<|endoftext|>";
     let tokens = gpt2.encode(text.as_bytes(), "text")?;
@@ -85,7 +85,7 @@ fn tokenizers_give_the_text_back() -> Result<()> {
 }
 
 fn corpus(config: &Config) -> Result<Corpus> {
-    Corpus::new(Text::read(config.data.as_deref())?, &Tokenizer::new(config.tokenizer), config.context)
+    Corpus::new(Text::read(config.data.as_deref())?, config.tokenizer, config.context)
 }
 
 #[test]
@@ -314,14 +314,15 @@ fn a_trained_model_writes_and_is_measured() -> Result<()> {
     let trained = Trained::load(Path::new(&out), &Device::Cpu)?;
 
     let sampling = Sampling { tokens: 40, ..Sampling::default() };
-    let sample = |sampling: &Sampling, seed| trained.sample("the ", sampling, &mut Rng::new(seed));
-    let text = sample(&sampling, 1)?;
+    let write = |sampling: &Sampling, seed| sample(&trained.model, "the ", sampling, &mut Rng::new(seed));
+    let text = write(&sampling, 1)?;
     assert!(text.starts_with("the ") && text.chars().count() == 44, "{text}");
-    assert_eq!(sample(&sampling, 1)?, text, "one seed, one text");
-    assert_ne!(sample(&sampling, 2)?, text);
-    let greedy = sample(&Sampling { temperature: 0.0, ..sampling.clone() }, 1)?;
-    assert_eq!(sample(&Sampling { top_k: 1, ..sampling.clone() }, 2)?, greedy, "both take the most likely token");
-    assert!(trained.sample("", &sampling, &mut Rng::new(1)).unwrap_err().to_string().starts_with("--prompt is empty"));
+    assert_eq!(write(&sampling, 1)?, text, "one seed, one text");
+    assert_ne!(write(&sampling, 2)?, text);
+    let greedy = write(&Sampling { temperature: 0.0, ..sampling.clone() }, 1)?;
+    assert_eq!(write(&Sampling { top_k: 1, ..sampling.clone() }, 2)?, greedy, "both take the most likely token");
+    let unprompted = sample(&trained.model, "", &sampling, &mut Rng::new(1));
+    assert!(unprompted.unwrap_err().to_string().starts_with("--prompt is empty"));
 
     // All 18 held-out windows went into the last evaluation of the training.
     let recorded = metrics::read(&room.path("out/metrics.csv"), 10)?.0[9].val_loss.unwrap();
