@@ -114,6 +114,22 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kElements]) {
     store_vector(to, narrow<T>(from));
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+
+// Starts to copy 16 bytes to shared memory, or zeros if `from` does not exist.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+// Ends a group of copies.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending groups of this thread are still running.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 struct Add {
     __device__ float operator()(float a, float b) const { return a + b; }
     __device__ double operator()(double a, double b) const { return a + b; }

@@ -4,8 +4,9 @@
 //            warp. The forward has a row per group of warps. In the backward, one block per multiprocessor loops over the rows.
 // Memory     Each tensor is read or written once: 2 row tensors in the forward, 4 with a residual, 3 in the backward. Accesses have 16
 //            bytes; for rows that are not aligned to 16 bytes they have one element, with the same code.
-// Latency    The forward has some 40 KB of loads in flight per multiprocessor. The backward has 36 KB at width 768: while a row is
-//            reduced, the next one is loading. For f32 there are no registers left for that, but rows have twice the bytes.
+// Latency    The forward has some 40 KB of loads in flight per multiprocessor. In the backward of 16-bit types, the next kNormStages rows
+//            of a thread are on their way to shared memory, 64 to 74 KB. Each thread copies what it will read itself, so no barrier is
+//            needed. f32 and rows that are not aligned have no such stages; f32 has twice the bytes for each row.
 // Numerics   f32 throughout. The variance is the mean of (x - mean)^2, from registers. As src/norm.rs.
 // Backward   A thread keeps its sums of dweight and dbias in registers. At the end the block adds the sums of its groups in order, and
 //            writes one partial sum. `norm_finish` adds the blocks in order. So the bits depend on the shape and the grid alone.
@@ -23,8 +24,11 @@ struct Rows {
     static constexpr int kWarps = kWarps_;
     static constexpr int kElements = kElements_;
     static constexpr int kVectors = kPerThread_ / kElements;
-    // The backward needs about 5 registers per element and 35 more. 12 warps with 24 elements, or 8 with 32, fill the registers.
-    static constexpr int kThreads = kPerThread_ == kNormBackwardElements ? kNormBackwardThreads : kNormThreads;
+    // The backward needs about 5 registers per element and 35 more. 16 warps with 16 elements, 12 with 24, or 8 with 32 fill the registers.
+    static constexpr int kThreads = kPerThread_ == kNormLeastElements  ? kNormMostThreads
+                                    : kPerThread_ == kNormLessElements ? kNormMoreThreads
+                                                                       : kNormThreads;
+    static constexpr bool kStaged = sizeof(T) == 2 && kElements == kVector<T>;  // in the backward
     static constexpr int kGroups = kThreads / (kWarps * kWarpSize);  // rows that a block has at once
     static_assert(kThreads % (kWarps * kWarpSize) == 0 && kPerThread_ % kElements == 0);
 
@@ -165,30 +169,75 @@ __device__ __forceinline__ void write_block_sum(
     }
 }
 
-// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (kGroups, width) floats.
+// The rows of x and dy on their way to a thread, through shared memory: (kNormStages, 2, kVectors, kThreads) vectors.
+template <typename Rows>
+struct Stages {
+    using T = typename Rows::T;
+
+    const Rows& rows;
+    const NormBackwardParams& params;
+    const uint8_t* shared;
+    int stage = 0;
+
+    __device__ const uint8_t* slot(int tensor, int i) const {
+        return shared + (((stage * 2 + tensor) * Rows::kVectors + i) * Rows::kThreads + threadIdx.x) * 16;
+    }
+
+    // Starts the copies of `row` to the current stage, and goes to the next one.
+    __device__ __forceinline__ void start(int64_t row) {
+        const bool exists = row < params.rows;
+#pragma unroll
+        for (int i = 0; i < Rows::kVectors; ++i) {
+            const int column = rows.column(i);
+            const bool copied = exists && column < params.width;
+            const int64_t at = copied ? row * params.width + column : 0;
+            copy_async(shared_address(slot(0, i)), static_cast<const T*>(params.x) + at, copied);
+            copy_async(shared_address(slot(1, i)), static_cast<const T*>(params.dy) + at, copied);
+        }
+        copy_commit();
+        stage = (stage + 1) % kNormStages;
+    }
+
+    // Waits for the oldest row, which is in the current stage.
+    __device__ __forceinline__ void take(typename Rows::Part& x, typename Rows::Part& dy) {
+        copy_wait<kNormStages - 1>();
+#pragma unroll
+        for (int i = 0; i < Rows::kVectors; ++i) {
+            x[i] = *reinterpret_cast<const Vector<T>*>(slot(0, i));
+            dy[i] = *reinterpret_cast<const Vector<T>*>(slot(1, i));
+        }
+    }
+};
+
+// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (kGroups, width) floats, and before them, in
+// the same place, Stages.
 template <typename Rows>
 __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) {
     using T = typename Rows::T;
     constexpr int kVectors = Rows::kVectors, kElements = Rows::kElements, kWarps = Rows::kWarps;
-    constexpr bool kPrefetch = sizeof(T) == 2;
     __shared__ float2 scratch[2][Rows::kGroups][kWarps];
-    extern __shared__ float groups[];
+    extern __shared__ float4 shared[];
+    float* groups = reinterpret_cast<float*>(shared);
     const Rows rows;
     const int width = params.width;
 
     float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
-    typename Rows::Part x, dy;
-    float2 statistics;
-    auto fetch = [&](int64_t row) {
-        if (row >= params.rows) return;
-        load_part(rows, x, params.x, row * width, width);
-        load_part(rows, dy, params.dy, row * width, width);
-        statistics = params.statistics[row];
-    };
     const int64_t stride = int64_t(gridDim.x) * Rows::kGroups;
     int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
-    fetch(row);
+    Stages<Rows> stages{rows, params, reinterpret_cast<const uint8_t*>(shared)};
+    if constexpr (Rows::kStaged) {
+        for (int i = 0; i < kNormStages; ++i) stages.start(row + i * stride);
+    }
+    float2 statistics = row < params.rows ? params.statistics[row] : float2{};
     for (int parity = 0; row < params.rows; row += stride, parity ^= 1) {
+        typename Rows::Part x, dy;
+        if constexpr (Rows::kStaged) {
+            stages.take(x, dy);
+            stages.start(row + kNormStages * stride);
+        } else {
+            load_part(rows, x, params.x, row * width, width);
+            load_part(rows, dy, params.dy, row * width, width);
+        }
         float xhat[kVectors][kElements], g[kVectors][kElements];
         float2 sums = make_float2(0.f, 0.f);  // of g, and of g xhat
         const float mean = statistics.x, rstd = statistics.y;
@@ -209,7 +258,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
                 sums.y += g[i][j] * xhat[i][j];
             }
         }
-        if constexpr (kPrefetch) fetch(row + stride);
+        if (row + stride < params.rows) statistics = params.statistics[row + stride];
         sums = combined<kWarps>(sums, scratch[parity][rows.group], rows.group, Add());
         const float g_mean = params.centre ? sums.x / width : 0.f, g_xhat_mean = sums.y / width;
 #pragma unroll
@@ -220,9 +269,12 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
             for (int j = 0; j < kElements; ++j) g[i][j] = rstd * (g[i][j] - g_mean - xhat[i][j] * g_xhat_mean);
             store(static_cast<T*>(params.dx) + row * width + column, g[i]);
         }
-        if constexpr (!kPrefetch) fetch(row + stride);
     }
 
+    if constexpr (Rows::kStaged) {
+        copy_wait<0>();
+        __syncthreads();  // the sums take the place of the stages
+    }
     const int64_t partial = int64_t(blockIdx.x) * width;
     write_block_sum(rows, dweight, groups, params.partial_dweight + partial, width);
     if (params.partial_dbias == nullptr) return;

@@ -8,10 +8,13 @@ namespace fused_ops {
 
 constexpr int kWarpSize = 32;
 
-constexpr int kNormThreads = 256;          // of a block with kNormElements
-constexpr int kNormElements = 32;          // of a row, in the registers of a thread
-constexpr int kNormBackwardThreads = 384;  // of a block with kNormBackwardElements
-constexpr int kNormBackwardElements = 24;  // as kNormElements, for a backward with more threads
+constexpr int kNormThreads = 256;       // of a block with kNormElements
+constexpr int kNormElements = 32;       // of a row, in the registers of a thread
+constexpr int kNormMoreThreads = 384;   // the same for a backward with more threads, and fewer elements for each
+constexpr int kNormLessElements = 24;
+constexpr int kNormMostThreads = 512;   // the same for the backward of 16-bit types
+constexpr int kNormLeastElements = 16;
+constexpr int kNormStages = 2;          // rows of a thread on their way to shared memory, in that backward
 constexpr int kFinishColumns = 32;         // of a block of norm_finish: one for each lane
 constexpr int kFinishParts = 16;           // warps of a block of norm_finish; each adds an equal share of the partial sums
 

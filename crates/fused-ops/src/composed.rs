@@ -99,7 +99,7 @@ fn cross_entropy_sum(options: &CrossEntropy, logits: &Tensor, targets: &Tensor) 
 /// # Errors
 /// If Candle cannot compute with these tensors.
 pub fn linear_cross_entropy(options: &CrossEntropy, x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let layer = Layer::new(x, weight, options.rows_per_chunk(weight.dim(0)?, x.dtype().size_in_bytes()))?;
+    let layer = Layer::new(x, weight, options.rows_per_chunk(x, weight.dim(0)?, x.dtype()))?;
     let targets = targets.flatten_all()?;
     let tracked = x.track_op() || weight.track_op();
     let sums = layer.sums(x.track_op(), weight.track_op(), |logits, start| {

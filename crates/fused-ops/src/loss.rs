@@ -68,7 +68,7 @@ pub struct CrossEntropy {
     pub(crate) label_smoothing: f64,
     pub(crate) z_loss: f64,
     pub(crate) softcap: Option<f64>,
-    chunk_bytes: usize,
+    chunk_bytes: Option<usize>,
 }
 
 impl Default for CrossEntropy {
@@ -80,7 +80,7 @@ impl Default for CrossEntropy {
 impl CrossEntropy {
     /// No target is ignored, and all other options are off.
     pub fn new() -> Self {
-        Self { ignore_index: None, label_smoothing: 0.0, z_loss: 0.0, softcap: None, chunk_bytes: 256 << 20 }
+        Self { ignore_index: None, label_smoothing: 0.0, z_loss: 0.0, softcap: None, chunk_bytes: None }
     }
 
     /// Rows with this target do not count: they add nothing to the loss, and their gradient is 0. PyTorch uses -100, which
@@ -108,9 +108,10 @@ impl CrossEntropy {
         self
     }
 
-    /// Largest memory for the logits that [`Self::forward_linear`] holds at once. The default is 256 MiB.
+    /// Largest memory for the logits that [`Self::forward_linear`] holds at once. The default is 256 MiB on the CPU and
+    /// 1 GiB elsewhere: fewer chunks add to the gradient of the weight less often.
     pub fn chunk_bytes(mut self, bytes: usize) -> Self {
-        self.chunk_bytes = bytes;
+        self.chunk_bytes = Some(bytes);
         self
     }
 

@@ -25,7 +25,7 @@ pub(crate) fn linear_cross_entropy(
     // Rows of logits begin at 16 bytes, whatever the vocabulary.
     let stride = vocab.next_multiple_of(8);
     let call = LossCall::with_stride(device, options, x.dtype(), vocab, stride, targets)?;
-    let sums = sums(&call, options.rows_per_chunk(stride, x.dtype().size_in_bytes()), &x, &weight, width)?;
+    let sums = sums(&call, options.rows_per_chunk(&x, stride, x.dtype()), &x, &weight, width)?;
     let Mean { mean, counted } = mean(device, options, &sums.losses, &call.targets)?;
     let Sums { dx, dweight, .. } = sums;
     node::node("linear_cross_entropy", &[&x, &weight], Storage::Cuda(mean), (), move |inputs, dloss| {

@@ -8,7 +8,8 @@ use super::launch::{grid, Launcher};
 use super::memory::{aligned, tensor, uninit, Locked};
 use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
 use super::params::{FINISH_COLUMNS, FINISH_PARTS, WARP_SIZE};
-use super::params::{NORM_BACKWARD_ELEMENTS, NORM_BACKWARD_THREADS, NORM_ELEMENTS, NORM_THREADS};
+use super::params::{NORM_ELEMENTS, NORM_LEAST_ELEMENTS, NORM_LESS_ELEMENTS, NORM_STAGES};
+use super::params::{NORM_MORE_THREADS, NORM_MOST_THREADS, NORM_THREADS};
 use crate::node;
 use crate::norm::{sum_node, Kind, Norm};
 
@@ -103,7 +104,7 @@ fn backward(
     let (sums, blocks) = {
         let (x, dy) = (Locked::of(x), Locked::of(dy));
         let (weight, statistics) = (Locked::of(weight), Locked::of(statistics));
-        let sharing = Sharing::of_backward(width, aligned([&x, &dy, &weight].into_iter(), width));
+        let sharing = Sharing::of_backward(width, aligned([&x, &dy, &weight].into_iter(), width), dtype);
         // A block per multiprocessor, because its sums fill the registers.
         let blocks = device::multiprocessors(device)?.min(rows.div_ceil(sharing.groups()));
         let partial = || uninit(device, blocks * width, DType::F32);
@@ -122,7 +123,8 @@ fn backward(
             width: width as i32,
             centre: i32::from(matches!(kind, Kind::Layer)),
         };
-        let config = sharing.config(blocks, sharing.groups() * width * size_of::<f32>());
+        let sums_bytes = sharing.groups() * width * size_of::<f32>();
+        let config = sharing.config(blocks, sums_bytes.max(sharing.stages_bytes(dtype)));
         // SAFETY: as in `forward`; the partial sums have a row for each block.
         unsafe { launcher.launch(FILE, &sharing.kernel("norm_backward", dtype), config, &params)? };
         let partial = |sum| tensor(sum, (blocks, width));
@@ -174,23 +176,46 @@ struct Sharing {
 impl Sharing {
     fn of_forward(width: usize, aligned: bool) -> Self {
         debug_assert!(width <= MAX_WIDTH);
-        let warps = width.div_ceil(NORM_ELEMENTS * WARP_SIZE).next_power_of_two();
-        Self { warps, threads: NORM_THREADS, elements: NORM_ELEMENTS, vectors: aligned }
+        Self::with(NORM_THREADS, NORM_ELEMENTS, width, aligned)
     }
 
-    fn of_backward(width: usize, aligned: bool) -> Self {
-        let sharing = Self::of_forward(width, aligned);
-        let more_threads = Self { threads: NORM_BACKWARD_THREADS, elements: NORM_BACKWARD_ELEMENTS, ..sharing };
-        match aligned && more_threads.fits(width) {
+    /// The kernel with the fewest idle lanes, and among these the one with the most threads.
+    fn of_backward(width: usize, aligned: bool, dtype: DType) -> Self {
+        if !aligned {
+            return Self::of_forward(width, false);
+        }
+        let more_threads = Self::with(NORM_MORE_THREADS, NORM_LESS_ELEMENTS, width, true);
+        let other = match dtype {
+            DType::F32 => Self::with(NORM_THREADS, NORM_ELEMENTS, width, true),
+            _ => Self::with(NORM_MOST_THREADS, NORM_LEAST_ELEMENTS, width, true),
+        };
+        match more_threads.shares_a_block() && more_threads.row_elements() <= other.row_elements() {
             true => more_threads,
-            false => sharing,
+            false => other,
         }
     }
 
-    /// Whether rows share a block without a rest, and a row fits its threads.
-    fn fits(self, width: usize) -> bool {
-        let row_threads = self.warps * WARP_SIZE;
-        self.threads.is_multiple_of(row_threads) && width <= row_threads * self.elements
+    fn with(threads: usize, elements: usize, width: usize, aligned: bool) -> Self {
+        let warps = width.div_ceil(elements * WARP_SIZE).next_power_of_two();
+        Self { warps, threads, elements, vectors: aligned }
+    }
+
+    /// Whether rows share a block without a rest.
+    fn shares_a_block(self) -> bool {
+        self.threads.is_multiple_of(self.warps * WARP_SIZE)
+    }
+
+    /// Elements that the threads of a row have room for.
+    fn row_elements(self) -> usize {
+        self.warps * WARP_SIZE * self.elements
+    }
+
+    /// Shared memory of a backward for rows on their way: `Stages` of cuda/norm.cuh, which f32 and single elements do not use.
+    fn stages_bytes(self, dtype: DType) -> usize {
+        match self.vectors && dtype != DType::F32 {
+            true => NORM_STAGES * 2 * self.threads * self.elements * dtype.size_in_bytes(),
+            false => 0,
+        }
     }
 
     /// Rows that a block has at once.

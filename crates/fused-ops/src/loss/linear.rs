@@ -1,6 +1,6 @@
 //! Cross-entropy of a linear layer, chunk by chunk.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::{counted, losses, replace_by_gradients, CrossEntropy, Formula};
 #[cfg(feature = "cuda")]
@@ -65,10 +65,9 @@ impl CrossEntropy {
             return composed::linear_cross_entropy(self, x, weight, targets);
         }
         let wide = accumulator(x.dtype());
-        let layer =
-            Layer::new(&x.to_dtype(wide)?, &weight.to_dtype(wide)?, self.rows_per_chunk(vocab, wide.size_in_bytes()))?;
+        let layer = Layer::new(&x.to_dtype(wide)?, &weight.to_dtype(wide)?, self.rows_per_chunk(x, vocab, wide))?;
         match wide {
-            candle_core::DType::F64 => self.fused::<f64>(&layer, x, weight, targets),
+            DType::F64 => self.fused::<f64>(&layer, x, weight, targets),
             _ => self.fused::<f32>(&layer, x, weight, targets),
         }
     }
@@ -88,9 +87,10 @@ impl CrossEntropy {
         sums.mean(x, weight, &node::tensor(vec![counted(&targets)], ()))
     }
 
-    /// Rows whose logits fit `chunk_bytes`, at least one.
-    pub(crate) fn rows_per_chunk(&self, vocab: usize, bytes_per_logit: usize) -> usize {
-        (self.chunk_bytes / (vocab * bytes_per_logit)).max(1)
+    /// Rows whose logits, `vocab` numbers of type `dtype` on the device of `x`, fit `chunk_bytes`; at least one.
+    pub(crate) fn rows_per_chunk(&self, x: &Tensor, vocab: usize, dtype: DType) -> usize {
+        let default = if x.device().is_cpu() { 256 << 20 } else { 1 << 30 };
+        (self.chunk_bytes.unwrap_or(default) / (vocab * dtype.size_in_bytes())).max(1)
     }
 }
 
