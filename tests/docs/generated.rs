@@ -41,6 +41,7 @@ const TABLES: [(&str, &str, Table); 32] = [
     ("docs/benchmarks.md", "gpt", |records| tables::gpt(&records.h100)),
     ("docs/benchmarks.md", "loss", |records| Ok(records.h100.figure("loss", ""))),
     ("docs/gpt.md", "training", |records| tables::training(&records.h100)),
+    ("docs/log/gpt.md", "loss-operators", |records| Ok(records.h200_operators.figure("loss-operators", "../"))),
     ("docs/log/gpt.md", "gpt-steps", |records| tables::gpt_steps(&records.h100)),
     ("docs/design/hopper.md", "shapes", |_| Ok(shapes::hopper())),
     ("docs/design/sm80.md", "shapes", |_| Ok(shapes::sm80(DType::BF16, false))),

@@ -15,15 +15,14 @@ struct Step {
 const GREY: (u8, u8, u8) = (150, 150, 150);
 const ORANGE: (u8, u8, u8) = (232, 113, 26);
 
-/// Training and held-out loss of standard attention and of ours, from the texts of the runs' metrics.csv.
+/// Training and held-out loss of two runs, each with its name and the text of its metrics.csv.
 ///
 /// # Errors
 /// If a text is not a metrics.csv, or has no steps.
-pub fn figure(standard: &str, ours: &str, source: &str) -> Result<String> {
-    // The first line is wide, so that both show where the second covers it.
-    let runs = [("standard attention", standard, GREY, 5), ("candle-fa2", ours, ORANGE, 2)];
+pub fn figure(runs: [(&str, &str); 2], source: &str) -> Result<String> {
     let mut drawn = Vec::new();
-    for (name, text, colour, width) in runs {
+    // The first line is wide, so that both show where the second covers it.
+    for ((name, text), (colour, width)) in runs.into_iter().zip([(GREY, 5), (ORANGE, 2)]) {
         let steps = csv::Reader::from_reader(text.as_bytes()).into_deserialize().collect::<Result<Vec<Step>, _>>();
         let steps = steps.with_context(|| format!("the run {name}"))?;
         ensure!(!steps.is_empty(), "the run {name} has no steps");

@@ -26,6 +26,8 @@ pub struct Records {
     pub h200_sizes: Machine,
     /// Training steps of a GPT, next to PyTorch's.
     pub h200_training: Machine,
+    /// A training with operators by hand, and one with those of candle-fused-ops.
+    pub h200_operators: Machine,
 }
 
 /// Reads the newest records.
@@ -43,15 +45,21 @@ pub fn newest() -> Result<Records> {
             &[("forward", "hopper-forward"), ("backward", "hopper-backward")],
         )?,
         h200_f32: Machine::newest(h200, ("bwd", &["efficient"]), &[])?,
-        h200_sizes: Machine::newest_with(h200, "sizes")?,
-        h200_training: Machine::newest_with(h200, "gpt-peers")?,
+        h200_sizes: Machine::newest_with(h200, "sizes", &[])?,
+        h200_training: Machine::newest_with(h200, "gpt-peers", &[])?,
+        h200_operators: Machine::newest_with(
+            h200,
+            "gpt-old-operators",
+            &[("loss-operators", "loss-operators")],
+        )?,
     })
 }
 
 impl Records {
     /// Every figure of docs/plots.
     pub fn figures(self) -> Vec<Figure> {
-        let machines = [self.xeon, self.h100, self.h200, self.h200_f32, self.h200_sizes, self.h200_training];
+        let Self { xeon, h100, h200, h200_f32, h200_sizes, h200_training, h200_operators } = self;
+        let machines = [xeon, h100, h200, h200_f32, h200_sizes, h200_training, h200_operators];
         machines.into_iter().flat_map(|machine| machine.figures).collect()
     }
 }
@@ -89,12 +97,16 @@ impl Machine {
         bail!("no record of {} compares {pass} with one of {}", machine.0, others.join(", "))
     }
 
-    /// The newest record of a machine that has the file `name`. It shows no figures.
-    fn newest_with(machine: (&str, &'static str), name: &str) -> Result<Self> {
+    /// The newest record of a machine that has the file `name`.
+    fn newest_with(
+        machine: (&str, &'static str),
+        name: &str,
+        shown: &[(&str, &'static str)],
+    ) -> Result<Self> {
         let has = |date: &&String| root().join(format!("benches/record/{}/{date}/{name}.csv", machine.0)).exists();
         let dates = dates(machine.0)?;
         let date = dates.iter().rev().find(has);
-        Self::read(machine, date.with_context(|| format!("no record of {} has {name}.csv", machine.0))?, &[])
+        Self::read(machine, date.with_context(|| format!("no record of {} has {name}.csv", machine.0))?, shown)
     }
 
     /// `shown` lists the figures of this record: the name in [`figures`], and the name of the file.
@@ -115,8 +127,13 @@ impl Machine {
 
         let source = format!("Measured on: {measured}");
         let mut figures = figures::of_record(&record, &source)?;
-        if let (Some(standard), Some(flash)) = (texts.get("gpt-standard"), texts.get("gpt-flash")) {
-            figures.push(("loss", loss::figure(standard, flash, &source)?));
+        for (name, runs) in [
+            ("loss", [("standard attention", "gpt-standard"), ("candle-fa2", "gpt-flash")]),
+            ("loss-operators", [("operators by hand", "gpt-old-operators"), ("candle-fused-ops", "gpt-new-operators")]),
+        ] {
+            if let [(first, Some(of_first)), (second, Some(of_second))] = runs.map(|(run, file)| (run, texts.get(file))) {
+                figures.push((name, loss::figure([(first, of_first), (second, of_second)], &source)?));
+            }
         }
         let rename = |(name, svg): Figure| {
             let &(_, file) = shown.iter().find(|(figure, _)| *figure == name)?;
@@ -140,6 +157,7 @@ impl Machine {
             "memory" => "memory of forward and backward by sequence length",
             "ablations" => "speed over the same kernels without one idea each",
             "heads" => "TFLOP/s by number of heads, with and without parallelism over the sequence",
+            "loss-operators" => "loss by step of a GPT with operators by hand and with candle-fused-ops",
             _ => "loss by step of a GPT with either attention",
         };
         let drawn = self.figures.iter().any(|(figure, _)| *figure == name);

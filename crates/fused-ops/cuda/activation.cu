@@ -3,20 +3,16 @@
 
 using namespace fused_ops;
 
-#define ACTIVATION(name, type, function, gated)                                                    \
-    extern "C" __global__ void __launch_bounds__(kActivationThreads) name##_forward_##type(        \
-        const __grid_constant__ ActivationForwardParams params) {                                  \
-        activation_forward<type, function, gated>(params);                                         \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(kActivationThreads) name##_backward_##type(       \
-        const __grid_constant__ ActivationBackwardParams params) {                                 \
-        activation_backward<type, function, gated>(params);                                        \
-    }
+#define ACTIVATION(name, type, function, gated)                                    \
+    KERNEL((kActivationThreads), name##_forward_##type, ActivationForwardParams,   \
+           activation_forward<type, function, gated>(params))                      \
+    KERNEL((kActivationThreads), name##_backward_##type, ActivationBackwardParams, \
+           activation_backward<type, function, gated>(params))
 
-#define KERNELS(type)                                                                              \
-    ACTIVATION(gelu, type, Gelu, false)                                                            \
-    ACTIVATION(gelu_erf, type, GeluErf, false)                                                     \
-    ACTIVATION(swiglu, type, Silu, true)                                                           \
+#define KERNELS(type)                          \
+    ACTIVATION(gelu, type, Gelu, false)        \
+    ACTIVATION(gelu_erf, type, GeluErf, false) \
+    ACTIVATION(swiglu, type, Silu, true)       \
     ACTIVATION(geglu, type, Gelu, true)
 
 KERNELS(f32)

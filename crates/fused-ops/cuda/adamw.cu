@@ -3,20 +3,12 @@
 
 using namespace fused_ops;
 
-#define KERNELS(type)                                                                              \
-    extern "C" __global__ void __launch_bounds__(kAdamWThreads) adamw_norm_##type(                 \
-        const __grid_constant__ AdamWParams params) {                                              \
-        adamw_norm<type>(params);                                                                  \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(kAdamWThreads) adamw_update_##type(               \
-        const __grid_constant__ AdamWParams params) {                                              \
-        adamw_update<type>(params);                                                                \
-    }
+#define KERNELS(type)                                                                 \
+    KERNEL((kAdamWThreads), adamw_norm_##type, AdamWParams, adamw_norm<type>(params)) \
+    KERNEL((kAdamWThreads), adamw_update_##type, AdamWParams, adamw_update<type>(params))
 
 KERNELS(f32)
 KERNELS(f16)
 KERNELS(bf16)
 
-extern "C" __global__ void __launch_bounds__(kGlobalNormThreads) global_norm(const __grid_constant__ GlobalNormParams params) {
-    finish_norm(params);
-}
+KERNEL((kGlobalNormThreads), global_norm, GlobalNormParams, finish_norm(params))

@@ -3,11 +3,8 @@
 
 using namespace fused_ops;
 
-#define RESIZE_COLUMNS(bytes, Word)                                                          \
-    extern "C" __global__ void __launch_bounds__(kColumnsThreads) resize_columns_##bytes(    \
-        const __grid_constant__ ColumnsParams params) {                                      \
-        resize_columns<Word>(params);                                                        \
-    }
+#define RESIZE_COLUMNS(bytes, Word) \
+    KERNEL((kColumnsThreads), resize_columns_##bytes, ColumnsParams, resize_columns<Word>(params))
 
 RESIZE_COLUMNS(2, uint16_t)
 RESIZE_COLUMNS(4, uint32_t)

@@ -9,6 +9,14 @@
 
 #include "params.h"
 
+// Defines a kernel. Its body is one call. The host lets a kernel start while the kernel before it ends, so that its launch costs no
+// time of the GPU. So each waits first, and then lets the next one start (PTX ISA, "griddepcontrol").
+#define KERNEL(bounds, name, Params, ...)                                                          \
+    extern "C" __global__ void __launch_bounds__ bounds name(const __grid_constant__ Params params) { \
+        ::fused_ops::wait_for_kernel_before();                                                     \
+        __VA_ARGS__;                                                                               \
+    }
+
 namespace fused_ops {
 
 using f32 = float;
@@ -16,6 +24,13 @@ using f16 = __half;
 using bf16 = __nv_bfloat16;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 template <typename T>
 constexpr int kVector = 16 / int(sizeof(T));  // elements of a 16-byte access

@@ -4,35 +4,21 @@
 
 using namespace fused_ops;
 
-#define FORWARD(bytes, type)                                                                       \
-    extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding_forward_b##bytes(    \
-        const __grid_constant__ EmbeddingForwardParams params) {                                   \
-        embedding_forward<type>(params);                                                           \
-    }
+#define FORWARD(bytes, type) \
+    KERNEL((kEmbeddingThreads), embedding_forward_b##bytes, EmbeddingForwardParams, embedding_forward<type>(params))
 
 FORWARD(16, uint4)
 FORWARD(4, uint32_t)
 FORWARD(2, uint16_t)
 
-extern "C" __global__ void __launch_bounds__(kSortThreads) embedding_count(const __grid_constant__ EmbeddingSortParams params) {
-    count_digits(params);
-}
-extern "C" __global__ void __launch_bounds__(kSortThreads) embedding_scatter(const __grid_constant__ EmbeddingSortParams params) {
-    scatter_keys(params);
-}
-extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding_runs(const __grid_constant__ EmbeddingSumParams params) {
-    find_runs(params);
-}
+KERNEL((kSortThreads), embedding_count, EmbeddingSortParams, count_digits(params))
+KERNEL((kSortThreads), embedding_scatter, EmbeddingSortParams, scatter_keys(params))
+KERNEL((kEmbeddingThreads), embedding_runs, EmbeddingSumParams, find_runs(params))
 
-#define SUMS(type, suffix, columns)                                                                \
-    extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding_segments_##suffix(   \
-        const __grid_constant__ EmbeddingSumParams params) {                                       \
-        embedding_segments<type, columns>(params);                                                 \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding_rows_##suffix(       \
-        const __grid_constant__ EmbeddingSumParams params) {                                       \
-        embedding_rows<type, columns>(params);                                                     \
-    }
+#define SUMS(type, suffix, columns)                                              \
+    KERNEL((kEmbeddingThreads), embedding_segments_##suffix, EmbeddingSumParams, \
+           embedding_segments<type, columns>(params))                            \
+    KERNEL((kEmbeddingThreads), embedding_rows_##suffix, EmbeddingSumParams, embedding_rows<type, columns>(params))
 
 #define KERNELS(type) SUMS(type, type, kVector<type>) SUMS(type, type##_any, 1)
 

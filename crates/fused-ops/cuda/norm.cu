@@ -4,35 +4,28 @@
 
 using namespace fused_ops;
 
-#define FORWARD(type, warps, share, elements, per_thread)                                                               \
-    extern "C" __global__ void __launch_bounds__(Rows<type, warps, elements, per_thread>::kThreads)                     \
-        norm_forward_##type##_w##warps##_##share(const __grid_constant__ NormForwardParams params) {                    \
-        norm_forward<Rows<type, warps, elements, per_thread>>(params);                                                  \
-    }
+#define FORWARD(type, warps, share, elements, per_thread)                                                                    \
+    KERNEL((Rows<type, warps, elements, per_thread>::kThreads), norm_forward_##type##_w##warps##_##share, NormForwardParams, \
+           norm_forward<Rows<type, warps, elements, per_thread>>(params))
 
-#define BACKWARD(type, warps, share, elements, per_thread)                                                              \
-    extern "C" __global__ void __launch_bounds__(Rows<type, warps, elements, per_thread>::kThreads)                     \
-        norm_backward_##type##_w##warps##_##share(const __grid_constant__ NormBackwardParams params) {                  \
-        norm_backward<Rows<type, warps, elements, per_thread>>(params);                                                 \
-    }
+#define BACKWARD(type, warps, share, elements, per_thread)                                                                     \
+    KERNEL((Rows<type, warps, elements, per_thread>::kThreads), norm_backward_##type##_w##warps##_##share, NormBackwardParams, \
+           norm_backward<Rows<type, warps, elements, per_thread>>(params))
 
-#define NORM(type, warps)                                                                                               \
-    FORWARD(type, warps, 32, kVector<type>, kNormElements) FORWARD(type, warps, single, 1, kNormElements)               \
+#define NORM(type, warps)                                                                                 \
+    FORWARD(type, warps, 32, kVector<type>, kNormElements) FORWARD(type, warps, single, 1, kNormElements) \
     BACKWARD(type, warps, single, 1, kNormElements)
 
-#define KERNELS(type)                                                                                                   \
-    NORM(type, 1) NORM(type, 2) NORM(type, 4) NORM(type, 8)                                                             \
-    BACKWARD(type, 1, 24, kVector<type>, kNormLessElements)                                                             \
-    BACKWARD(type, 2, 24, kVector<type>, kNormLessElements)                                                             \
-    BACKWARD(type, 4, 24, kVector<type>, kNormLessElements)                                                             \
-    extern "C" __global__ void __launch_bounds__(kFinishColumns * kFinishParts) norm_finish_##type(                     \
-        const __grid_constant__ NormFinishParams params) {                                                              \
-        norm_finish<type>(params);                                                                                      \
-    }
+#define KERNELS(type)                                       \
+    NORM(type, 1) NORM(type, 2) NORM(type, 4) NORM(type, 8) \
+    BACKWARD(type, 1, 24, kVector<type>, kNormLessElements) \
+    BACKWARD(type, 2, 24, kVector<type>, kNormLessElements) \
+    BACKWARD(type, 4, 24, kVector<type>, kNormLessElements) \
+    KERNEL((kFinishColumns * kFinishParts), norm_finish_##type, NormFinishParams, norm_finish<type>(params))
 
-#define BACKWARD_OF_16_BITS(type)                                                                                       \
-    BACKWARD(type, 1, 16, kVector<type>, kNormLeastElements) BACKWARD(type, 2, 16, kVector<type>, kNormLeastElements)   \
-    BACKWARD(type, 4, 16, kVector<type>, kNormLeastElements) BACKWARD(type, 8, 16, kVector<type>, kNormLeastElements)   \
+#define BACKWARD_OF_16_BITS(type)                                                                                     \
+    BACKWARD(type, 1, 16, kVector<type>, kNormLeastElements) BACKWARD(type, 2, 16, kVector<type>, kNormLeastElements) \
+    BACKWARD(type, 4, 16, kVector<type>, kNormLeastElements) BACKWARD(type, 8, 16, kVector<type>, kNormLeastElements) \
     BACKWARD(type, 16, 16, kVector<type>, kNormLeastElements)
 
 KERNELS(f32)

@@ -149,10 +149,10 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams& params) {
     if (rows.thread == 0) params.statistics[row] = statistics;
 }
 
-// Adds the sums of the groups of a block in order, and writes the result. `groups`: (kGroups, width) of shared memory.
+// Puts the sums of a thread into shared memory. `groups`: (kGroups, width).
 template <typename Rows>
-__device__ __forceinline__ void write_block_sum(
-    const Rows& rows, const float (&sums)[Rows::kVectors][Rows::kElements], float* groups, float* to, int width) {
+__device__ __forceinline__ void put_sums(
+    const Rows& rows, const float (&sums)[Rows::kVectors][Rows::kElements], float* groups, int width) {
 #pragma unroll
     for (int i = 0; i < Rows::kVectors; ++i) {
         const int column = rows.column(i);
@@ -160,7 +160,11 @@ __device__ __forceinline__ void write_block_sum(
 #pragma unroll
         for (int j = 0; j < Rows::kElements; ++j) groups[rows.group * width + column + j] = sums[i][j];
     }
-    __syncthreads();
+}
+
+// Adds the sums of the groups of a block in order, and writes the result.
+template <typename Rows>
+__device__ __forceinline__ void write_block_sum(const float* groups, float* to, int width) {
     for (int column = threadIdx.x; column < width; column += Rows::kThreads) {
         float sum = groups[column];
 #pragma unroll
@@ -209,7 +213,7 @@ struct Stages {
     }
 };
 
-// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (kGroups, width) floats, and before them, in
+// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (2, kGroups, width) floats, and before them, in
 // the same place, Stages.
 template <typename Rows>
 __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) {
@@ -222,21 +226,27 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
     const int width = params.width;
 
     float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
+    typename Rows::Part x, dy;
+    float2 statistics;
+    auto fetch = [&](int64_t row) {
+        if (row >= params.rows) return;
+        if constexpr (!Rows::kStaged) {
+            load_part(rows, x, params.x, row * width, width);
+            load_part(rows, dy, params.dy, row * width, width);
+        }
+        statistics = params.statistics[row];
+    };
     const int64_t stride = int64_t(gridDim.x) * Rows::kGroups;
     int64_t row = int64_t(blockIdx.x) * Rows::kGroups + rows.group;
     Stages<Rows> stages{rows, params, reinterpret_cast<const uint8_t*>(shared)};
     if constexpr (Rows::kStaged) {
         for (int i = 0; i < kNormStages; ++i) stages.start(row + i * stride);
     }
-    float2 statistics = row < params.rows ? params.statistics[row] : float2{};
+    fetch(row);
     for (int parity = 0; row < params.rows; row += stride, parity ^= 1) {
-        typename Rows::Part x, dy;
         if constexpr (Rows::kStaged) {
             stages.take(x, dy);
             stages.start(row + kNormStages * stride);
-        } else {
-            load_part(rows, x, params.x, row * width, width);
-            load_part(rows, dy, params.dy, row * width, width);
         }
         float xhat[kVectors][kElements], g[kVectors][kElements];
         float2 sums = make_float2(0.f, 0.f);  // of g, and of g xhat
@@ -258,7 +268,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
                 sums.y += g[i][j] * xhat[i][j];
             }
         }
-        if (row + stride < params.rows) statistics = params.statistics[row + stride];
+        if constexpr (sizeof(T) == 2) fetch(row + stride);
         sums = combined<kWarps>(sums, scratch[parity][rows.group], rows.group, Add());
         const float g_mean = params.centre ? sums.x / width : 0.f, g_xhat_mean = sums.y / width;
 #pragma unroll
@@ -269,6 +279,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
             for (int j = 0; j < kElements; ++j) g[i][j] = rstd * (g[i][j] - g_mean - xhat[i][j] * g_xhat_mean);
             store(static_cast<T*>(params.dx) + row * width + column, g[i]);
         }
+        if constexpr (sizeof(T) == 4) fetch(row + stride);  // no registers are left for it before
     }
 
     if constexpr (Rows::kStaged) {
@@ -276,10 +287,13 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
         __syncthreads();  // the sums take the place of the stages
     }
     const int64_t partial = int64_t(blockIdx.x) * width;
-    write_block_sum(rows, dweight, groups, params.partial_dweight + partial, width);
-    if (params.partial_dbias == nullptr) return;
+    const bool has_bias = params.partial_dbias != nullptr;
+    float* groups_of_bias = groups + Rows::kGroups * width;
+    put_sums(rows, dweight, groups, width);
+    if (has_bias) put_sums(rows, dbias, groups_of_bias, width);
     __syncthreads();
-    write_block_sum(rows, dbias, groups, params.partial_dbias + partial, width);
+    write_block_sum<Rows>(groups, params.partial_dweight + partial, width);
+    if (has_bias) write_block_sum<Rows>(groups_of_bias, params.partial_dbias + partial, width);
 }
 
 // dweight and dbias from their partial sums. Grid: (width / kFinishColumns, rounded up; 1, or 2 if there is a bias).

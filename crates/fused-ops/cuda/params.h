@@ -16,7 +16,7 @@ constexpr int kNormMostThreads = 512;   // the same for the backward of 16-bit t
 constexpr int kNormLeastElements = 16;
 constexpr int kNormStages = 2;          // rows of a thread on their way to shared memory, in that backward
 constexpr int kFinishColumns = 32;         // of a block of norm_finish: one for each lane
-constexpr int kFinishParts = 16;           // warps of a block of norm_finish; each adds an equal share of the partial sums
+constexpr int kFinishParts = 32;           // warps of a block of norm_finish; each adds an equal share of the partial sums
 
 constexpr int kLossThreads = 512;   // of a block of cross_entropy, which has one row
 constexpr int kMeanThreads = 1024;  // of the only block of the mean

@@ -3,16 +3,13 @@
 
 using namespace fused_ops;
 
-#define ROTARY(name, type, interleaved, pairs)                                                     \
-    extern "C" __global__ void __launch_bounds__(kRotaryThreads) rotary_##name(                    \
-        const __grid_constant__ RotaryParams params) {                                             \
-        rotary<type, interleaved, pairs>(params);                                                  \
-    }
+#define ROTARY(name, type, interleaved, pairs) \
+    KERNEL((kRotaryThreads), rotary_##name, RotaryParams, rotary<type, interleaved, pairs>(params))
 
-#define KERNELS(type)                                                                              \
-    ROTARY(halves_##type, type, false, (kRotaryPairs<type, false>))                                \
-    ROTARY(halves_##type##_any, type, false, 1)                                                    \
-    ROTARY(interleaved_##type, type, true, (kRotaryPairs<type, true>))                             \
+#define KERNELS(type)                                                  \
+    ROTARY(halves_##type, type, false, (kRotaryPairs<type, false>))    \
+    ROTARY(halves_##type##_any, type, false, 1)                        \
+    ROTARY(interleaved_##type, type, true, (kRotaryPairs<type, true>)) \
     ROTARY(interleaved_##type##_any, type, true, 1)
 
 KERNELS(f32)

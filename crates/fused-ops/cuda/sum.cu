@@ -3,10 +3,8 @@
 
 using namespace fused_ops;
 
-#define SUM(type)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(kSumThreads) sum_##type(const __grid_constant__ SumParams params) {     \
-        sum<type>(params);                                                                                               \
-    }
+#define SUM(type) \
+    KERNEL((kSumThreads), sum_##type, SumParams, sum<type>(params))
 
 SUM(f32)
 SUM(f16)

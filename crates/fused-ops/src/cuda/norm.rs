@@ -123,7 +123,7 @@ fn backward(
             width: width as i32,
             centre: i32::from(matches!(kind, Kind::Layer)),
         };
-        let sums_bytes = sharing.groups() * width * size_of::<f32>();
+        let sums_bytes = 2 * sharing.groups() * width * size_of::<f32>();
         let config = sharing.config(blocks, sums_bytes.max(sharing.stages_bytes(dtype)));
         // SAFETY: as in `forward`; the partial sums have a row for each block.
         unsafe { launcher.launch(FILE, &sharing.kernel("norm_backward", dtype), config, &params)? };
@@ -179,7 +179,7 @@ impl Sharing {
         Self::with(NORM_THREADS, NORM_ELEMENTS, width, aligned)
     }
 
-    /// The kernel with the fewest idle lanes, and among these the one with the most threads.
+    /// The kernel with the fewest idle lanes.
     fn of_backward(width: usize, aligned: bool, dtype: DType) -> Self {
         if !aligned {
             return Self::of_forward(width, false);
