@@ -47,11 +47,7 @@ pub fn newest() -> Result<Records> {
         h200_f32: Machine::newest(h200, ("bwd", &["efficient"]), &[])?,
         h200_sizes: Machine::newest_with(h200, "sizes", &[])?,
         h200_training: Machine::newest_with(h200, "gpt-peers", &[])?,
-        h200_operators: Machine::newest_with(
-            h200,
-            "gpt-old-operators",
-            &[("loss-operators", "loss-operators")],
-        )?,
+        h200_operators: Machine::newest_with(h200, "gpt-old-operators", &[("loss-operators", "loss-operators")])?,
     })
 }
 
@@ -98,11 +94,7 @@ impl Machine {
     }
 
     /// The newest record of a machine that has the file `name`.
-    fn newest_with(
-        machine: (&str, &'static str),
-        name: &str,
-        shown: &[(&str, &'static str)],
-    ) -> Result<Self> {
+    fn newest_with(machine: (&str, &'static str), name: &str, shown: &[(&str, &'static str)]) -> Result<Self> {
         let has = |date: &&String| root().join(format!("benches/record/{}/{date}/{name}.csv", machine.0)).exists();
         let dates = dates(machine.0)?;
         let date = dates.iter().rev().find(has);
@@ -131,7 +123,8 @@ impl Machine {
             ("loss", [("standard attention", "gpt-standard"), ("candle-fa2", "gpt-flash")]),
             ("loss-operators", [("operators by hand", "gpt-old-operators"), ("candle-fused-ops", "gpt-new-operators")]),
         ] {
-            if let [(first, Some(of_first)), (second, Some(of_second))] = runs.map(|(run, file)| (run, texts.get(file))) {
+            if let [(first, Some(of_first)), (second, Some(of_second))] = runs.map(|(run, file)| (run, texts.get(file)))
+            {
                 figures.push((name, loss::figure([(first, of_first), (second, of_second)], &source)?));
             }
         }

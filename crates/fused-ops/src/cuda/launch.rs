@@ -1,20 +1,15 @@
 //! Launches a kernel. No other module does.
 
-use std::ffi::c_void;
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use candle_core::cuda::cudarc::driver::sys::{
-    self, CUdeviceptr, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
-};
-use candle_core::cuda::cudarc::driver::{
-    CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, LaunchConfig, SyncOnDrop,
-};
+use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop};
 use candle_core::cuda::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaStorage, Result};
 
+use super::early::launch_early;
 use super::memory::Locked;
 use super::module::{self, error_name};
 use super::params::NULL;
@@ -121,8 +116,8 @@ impl<'a> Launcher<'a> {
                 function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, config.shared_mem_bytes as i32);
             enabled.w()?;
         }
-        // SAFETY: as the caller promises; the struct is the only argument of every kernel.
-        let queued = unsafe { launch(self.stream, &function, config, params) };
+        // SAFETY: as the caller promises; the struct is the only argument of every kernel, and `KERNEL` of cuda/core.cuh waits.
+        let queued = unsafe { launch_early(self.stream, &function, config, params) };
         queued.map_err(|error| {
             let LaunchConfig { grid_dim, block_dim, shared_mem_bytes } = config;
             check::error(format!(
@@ -131,43 +126,4 @@ impl<'a> Launcher<'a> {
             ))
         })
     }
-}
-
-/// The first compute capability on which a kernel may start while the kernel before it ends.
-const EARLY_START: (i32, i32) = (9, 0);
-
-/// Queues a kernel with one argument. It may start early: `KERNEL` of cuda/core.cuh waits for the kernel before it.
-///
-/// # Safety
-/// As cuLaunchKernelEx.
-unsafe fn launch<P>(
-    stream: &CudaStream,
-    function: &CudaFunction,
-    config: LaunchConfig,
-    params: &P,
-) -> std::result::Result<(), DriverError> {
-    let context = stream.context();
-    context.bind_to_thread()?;
-    let (grid, block) = (config.grid_dim, config.block_dim);
-    let mut early = CUlaunchAttribute {
-        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        pad: [0; 4],
-        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-    };
-    let config = CUlaunchConfig {
-        gridDimX: grid.0,
-        gridDimY: grid.1,
-        gridDimZ: grid.2,
-        blockDimX: block.0,
-        blockDimY: block.1,
-        blockDimZ: block.2,
-        sharedMemBytes: config.shared_mem_bytes,
-        hStream: stream.cu_stream(),
-        attrs: &raw mut early,
-        numAttrs: u32::from(context.compute_capability()? >= EARLY_START),
-    };
-    let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-    // SAFETY: as the caller promises. The driver copies the argument before it returns.
-    unsafe { sys::cuLaunchKernelEx(&raw const config, function.cu_function(), arguments.as_mut_ptr(), null_mut()) }
-        .result()
 }
