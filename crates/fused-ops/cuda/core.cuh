@@ -84,6 +84,14 @@ __device__ __forceinline__ void widen(float (&to)[kElements], const Vector<T, kE
     }
 }
 
+template <typename T, int kElements>
+__device__ __forceinline__ void add_to(float (&to)[kElements], const Vector<T, kElements>& from) {
+    float wide[kElements];
+    widen(wide, from);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) to[i] += wide[i];
+}
+
 // Rounds to nearest even. One instruction rounds two elements.
 template <typename T, int kElements>
 __device__ __forceinline__ Vector<T, kElements> narrow(const float (&from)[kElements]) {

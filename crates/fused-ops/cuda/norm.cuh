@@ -2,8 +2,8 @@
 //
 // Work       kWarps warps have one row, which stays in registers. A thread has kPerThread elements of it: every kWarps-th vector of a
 //            warp. The forward has a row per group of warps. In the backward, one block per multiprocessor loops over the rows.
-// Memory     Each tensor is read or written once: 2 row tensors in the forward, 4 with a residual, 3 in the backward. Accesses have 16
-//            bytes; for rows that are not aligned to 16 bytes they have one element, with the same code.
+// Memory     Each tensor is read or written once: 2 row tensors in the forward, 4 with a residual; 3 in the backward, 4 with another
+//            gradient. Accesses have 16 bytes; for rows that are not aligned to 16 bytes they have one element, with the same code.
 // Latency    The forward has some 40 KB of loads in flight per multiprocessor. In the backward of 16-bit types, the next kNormStages rows
 //            of a thread are on their way to shared memory, 64 to 74 KB. Each thread copies what it will read itself, so no barrier is
 //            needed. f32 and rows that are not aligned have no such stages; f32 has twice the bytes for each row.
@@ -28,7 +28,8 @@ struct Rows {
     static constexpr int kThreads = kPerThread_ == kNormLeastElements  ? kNormMostThreads
                                     : kPerThread_ == kNormLessElements ? kNormMoreThreads
                                                                        : kNormThreads;
-    static constexpr bool kStaged = sizeof(T) == 2 && kElements == kVector<T>;  // in the backward
+    // In the backward: whether rows come through shared memory, and params.other is added. As Sharing::staged in src/cuda/norm.rs.
+    static constexpr bool kStaged = sizeof(T) == 2 && kElements == kVector<T>;
     static constexpr int kGroups = kThreads / (kWarps * kWarpSize);  // rows that a block has at once
     static_assert(kThreads % (kWarps * kWarpSize) == 0 && kPerThread_ % kElements == 0);
 
@@ -64,11 +65,9 @@ __device__ __forceinline__ void add_residual(
     using T = typename Rows::T;
 #pragma unroll
     for (int i = 0; i < Rows::kVectors; ++i) {
-        float wide[Rows::kElements], other[Rows::kElements];
+        float wide[Rows::kElements];
         widen(wide, x[i]);
-        widen(other, residual[i]);
-#pragma unroll
-        for (int j = 0; j < Rows::kElements; ++j) wide[j] += other[j];
+        add_to(wide, residual[i]);
         x[i] = narrow<T>(wide);  // the norm is that of the rounded sum
         if (rows.column(i) < width) store_vector(static_cast<T*>(params.sum) + start + rows.column(i), x[i]);
     }
@@ -226,7 +225,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
     const int width = params.width;
 
     float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
-    typename Rows::Part x, dy;
+    typename Rows::Part x, dy, other;
     float2 statistics;
     auto fetch = [&](int64_t row) {
         if (row >= params.rows) return;
@@ -247,6 +246,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
         if constexpr (Rows::kStaged) {
             stages.take(x, dy);
             stages.start(row + kNormStages * stride);
+            if (params.other != nullptr) load_part(rows, other, params.other, row * width, width);
         }
         float xhat[kVectors][kElements], g[kVectors][kElements];
         float2 sums = make_float2(0.f, 0.f);  // of g, and of g xhat
@@ -277,6 +277,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) 
             if (column >= width) continue;
 #pragma unroll
             for (int j = 0; j < kElements; ++j) g[i][j] = rstd * (g[i][j] - g_mean - xhat[i][j] * g_xhat_mean);
+            if (Rows::kStaged && params.other != nullptr) add_to(g[i], other[i]);
             store(static_cast<T*>(params.dx) + row * width + column, g[i]);
         }
         if constexpr (sizeof(T) == 4) fetch(row + stride);  // no registers are left for it before

@@ -65,6 +65,7 @@ struct NormForwardParams {
 struct NormBackwardParams {
     const void* x;             // (rows, width); x + residual if there was a residual
     const void* dy;            // (rows, width)
+    const void* other;         // (rows, width): another gradient of x, which dx includes; or null
     const void* weight;        // (width)
     const float2* statistics;  // (rows)
     void* dx;                  // (rows, width)

@@ -14,7 +14,8 @@
 //!
 //! The token has one element, and the closure is its backward. Another node of this crate that has `result` as an input depends
 //! on the token instead. It leaves the gradient of `result` in [`WAITING`], and Candle only adds up tokens. If one of Candle's
-//! operators has `result` as an input, the gradient comes through the second operator.
+//! operators has `result` as an input, the gradient comes through the second operator. The backward of an [`adding_node`] adds a
+//! waiting gradient in its own pass over memory.
 //!
 //! A gradient that waits belongs to the backward that left it there, which may fail in an operator of Candle. So [`WAITING`] does not
 //! own it. The owner is the first "gradient" of the token, which Candle keeps until it runs the token or drops all gradients.
@@ -35,8 +36,9 @@ use candle_core::{
 
 use crate::profile;
 
-/// Computes the gradient of each input from the inputs and the gradient of the result, which is contiguous.
-type Backward = Arc<dyn Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
+/// Computes the gradient of each input from the inputs, the gradient of the result, and a gradient to add to that of the first input.
+/// Both gradients are contiguous.
+type Backward = Arc<dyn Fn(&[&Tensor], &Tensor, Option<&Tensor>) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
 
 /// Puts a computed value into the graph: a result of `inputs`. Without a tracked input it is a plain tensor.
 ///
@@ -52,12 +54,40 @@ pub(crate) fn node<B>(
 where
     B: Fn(&[&Tensor], &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 {
-    let shape = shape.into();
+    let backward: Backward = Arc::new(move |inputs, dy, _| backward(inputs, dy));
+    with_backward(name, inputs, value, shape.into(), backward, false)
+}
+
+/// As [`node`], with a backward that adds to the gradient of the first input what already waits there.
+///
+/// The waiting gradient has the shape and the type of the first input. It is contiguous, and others may hold it, so `backward` only
+/// reads it.
+pub(crate) fn adding_node<B>(
+    name: &'static str,
+    inputs: &[&Tensor],
+    value: Storage,
+    shape: impl Into<Shape>,
+    backward: B,
+) -> Result<Tensor>
+where
+    B: Fn(&[&Tensor], &Tensor, Option<&Tensor>) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+{
+    with_backward(name, inputs, value, shape.into(), Arc::new(backward), true)
+}
+
+/// `adds`: whether `backward` adds the gradient that waits for the first input.
+fn with_backward(
+    name: &'static str,
+    inputs: &[&Tensor],
+    value: Storage,
+    shape: Shape,
+    backward: Backward,
+    adds: bool,
+) -> Result<Tensor> {
     profile::mark(name)?;
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(untracked(value, shape));
     }
-    let backward: Backward = Arc::new(backward);
     testing::record(&backward, inputs);
     let tokens: Vec<Option<Arc<Token>>> = inputs.iter().map(|input| Token::of(input)).collect();
     let edges: Vec<Tensor> = inputs
@@ -86,12 +116,16 @@ where
         };
         profile::mark_after(name)?;
         let inputs: Vec<&Tensor> = held.inputs.iter().collect();
-        let mut gradients = (held.backward)(&inputs, &dy.contiguous()?)?.into_iter();
+        let other = held.tokens[0].as_ref().filter(|_| adds).and_then(|token| token.waiting());
+        let other = other.map(|gradient| gradient.contiguous()).transpose()?;
+        let mut gradients = (held.backward)(&inputs, &dy.contiguous()?, other.as_ref())?.into_iter();
         profile::mark_backward(name)?;
         inputs
             .iter()
             .zip(&held.tokens)
-            .map(|(input, token)| match (gradients.next().flatten().filter(|_| input.track_op()), token) {
+            .enumerate()
+            .map(|(index, (input, token))| match (gradients.next().flatten().filter(|_| input.track_op()), token) {
+                (Some(total), Some(token)) if index == 0 && other.is_some() => token.replace(total).map(Some),
                 (Some(gradient), Some(token)) => token.deliver(&gradient).map(Some),
                 (gradient, _) => Ok(gradient),
             })
@@ -168,13 +202,28 @@ impl Token {
 
     /// Adds a gradient of the result to the others. Returns the gradient of the token, whose number nobody reads.
     fn deliver(&self, gradient: &Tensor) -> Result<Tensor> {
-        let waiting = WAITING.with_borrow(|waiting| waiting.get(&self.tensor.id())?.upgrade());
-        let Some(waiting) = waiting else { return leave(&self.tensor, vec![Some(gradient.clone())]) };
-        let mut gradients = waiting.gradients.lock().expect("no thread panics with this lock");
-        for sum in gradients.iter_mut().flatten() {
-            *sum = added(sum, gradient)?;
+        match self.waiting() {
+            Some(sum) => self.replace(added(&sum, gradient)?),
+            None => leave(&self.tensor, vec![Some(gradient.clone())]),
         }
+    }
+
+    /// The sum of the gradients of the result until now.
+    fn waiting(&self) -> Option<Tensor> {
+        let waiting = self.entry()?;
+        let gradients = waiting.gradients.lock().expect("no thread panics with this lock");
+        gradients.first()?.clone()
+    }
+
+    /// Lets `sum` wait instead of what waits now. Returns the gradient of the token.
+    fn replace(&self, sum: Tensor) -> Result<Tensor> {
+        let waiting = self.entry().expect("a gradient waits");
+        *waiting.gradients.lock().expect("no thread panics with this lock") = vec![Some(sum)];
         Ok(self.tensor.detach())
+    }
+
+    fn entry(&self) -> Option<Arc<Waiting>> {
+        WAITING.with_borrow(|waiting| waiting.get(&self.tensor.id())?.upgrade())
     }
 }
 
@@ -436,7 +485,7 @@ pub mod testing {
         /// # Errors
         /// Those of the operator.
         pub fn run(&self, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
-            (self.backward)(&self.inputs.iter().collect::<Vec<_>>(), dy)
+            (self.backward)(&self.inputs.iter().collect::<Vec<_>>(), dy, None)
         }
     }
 
@@ -604,6 +653,34 @@ mod tests {
                 assert_eq!((gradient()?, waiting()), (want.clone(), 0));
             }
         }
+        Ok(())
+    }
+
+    /// An [`adding_node`] gets what waits, in one of the two orders of the sum at least, and its total replaces that.
+    #[test]
+    fn a_node_adds_the_gradient_that_waits() -> Result<()> {
+        let x = Var::new(&[1f32, -2.0], &Device::Cpu)?;
+        let y = crate::gelu(&x)?;
+        let seen = Arc::new(Mutex::new(0));
+        let count = seen.clone();
+        let double = || storage(y.to_vec1::<f32>().expect("a vector").iter().map(|y| 2.0 * y).collect());
+        let plain = node("plain", &[&y], double(), 2, |_, dy| Ok(vec![Some((dy * 2.0)?)]))?;
+        let adding = adding_node("adding", &[&y], double(), 2, move |_, dy, other| {
+            let dx = (dy * 2.0)?;
+            let Some(other) = other else { return Ok(vec![Some(dx)]) };
+            *count.lock().expect("no thread panics with this lock") += 1;
+            Ok(vec![Some((dx + other)?)])
+        })?;
+        let gelu = crate::gelu(&y)?;
+        for first in [true, false] {
+            let loss = |node: &Tensor| if first { node + &gelu } else { &gelu + node }?.sum_all();
+            let gradient = |loss: &Tensor| loss.backward()?.remove(&x).expect("a gradient").to_vec1::<f32>();
+            let (loss, want) = (loss(&adding)?, gradient(&loss(&plain)?)?);
+            for _ in 0..2 {
+                assert_eq!((gradient(&loss)?, waiting()), (want.clone(), 0));
+            }
+        }
+        assert!(*seen.lock().expect("no thread panics with this lock") > 0);
         Ok(())
     }
 

@@ -27,6 +27,9 @@ use crate::{check, composed, node};
 /// The backward reads x and dy once. Between the passes the node keeps mean and rstd, two numbers per row. Without a `bias` it
 /// is left out of the sum.
 ///
+/// If x is a result of this crate and another operator uses it too, such as a residual add, x has two gradients. If the other one is
+/// there first, the backward adds it to dx before dx is rounded.
+///
 /// NaN or infinity in a row of x makes the whole row NaN, and its gradient.
 ///
 /// # Errors
@@ -211,11 +214,13 @@ fn with_backward<T: Element>(
     Normed { y, statistics }: Normed<T>,
 ) -> Result<Tensor> {
     let inputs: Vec<&Tensor> = [Some(x), Some(weight), bias].into_iter().flatten().collect();
-    node::node(kind.name(), &inputs, node::storage(y), x.shape(), move |inputs, dy| {
+    node::adding_node(kind.name(), &inputs, node::storage(y), x.shape(), move |inputs, dy, other| {
         let (x, weight) = (inputs[0], inputs[1]);
         let Gradients { dx, dweight, dbias } = {
             let (x, weight, dy) = (node::Numbers::of(x), node::Numbers::of(weight), node::Numbers::of(dy));
-            backward::<T>(x.as_slice()?, weight.as_slice()?, dy.as_slice()?, kind, &statistics)
+            let other = other.map(node::Numbers::of);
+            let other = other.as_ref().map(node::Numbers::as_slice).transpose()?;
+            backward::<T>(x.as_slice()?, weight.as_slice()?, dy.as_slice()?, other, kind, &statistics)
         };
         let vector = |numbers: Vec<T>| Some(node::tensor(numbers, weight.shape()));
         Ok(vec![Some(node::tensor(dx, x.shape())), vector(dweight), vector(dbias)])
@@ -325,19 +330,20 @@ struct Gradients<T> {
     dbias: Vec<T>,
 }
 
-/// One pass over the rows. Each task adds its rows to sums of its own for dweight and dbias. They are added in the order of the
-/// tasks.
+/// One pass over the rows. dx includes `other`. Each task adds its rows to sums of its own for dweight and dbias. They are added in
+/// the order of the tasks.
 fn backward<T: Element>(
     x: &[T],
     weight: &[T],
     dy: &[T],
+    other: Option<&[T]>,
     kind: Kind,
     statistics: &[Statistics<T::Acc>],
 ) -> Gradients<T> {
     let width = weight.len();
     let rows = rows_per_task(statistics.len(), width);
     let weight = widened::<T>(weight);
-    let mut dx = vec![T::default(); x.len()];
+    let mut dx = other.map_or_else(|| vec![T::default(); x.len()], <[T]>::to_vec);
     let partial_sums: Vec<[Vec<T::Acc>; 2]> = dx
         .par_chunks_mut(rows * width)
         .zip(x.par_chunks(rows * width).zip(dy.par_chunks(rows * width)))
@@ -353,6 +359,10 @@ fn backward<T: Element>(
                 dweight.iter_mut().zip(&g).zip(&xhat).for_each(|((sum, &dy), &xhat)| *sum += dy * xhat);
                 g.iter_mut().zip(&weight).for_each(|(g, &weight)| *g *= weight);
                 row_gradient(&mut g, &xhat, kind, statistics.rstd);
+                if other.is_some() {
+                    T::widen(dx, &mut xhat);
+                    add(&mut g, &xhat);
+                }
                 T::narrow(&g, dx);
             }
             [dweight, dbias]

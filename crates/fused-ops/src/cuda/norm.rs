@@ -5,11 +5,12 @@ use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
 
 use super::device;
 use super::launch::{grid, Launcher};
-use super::memory::{aligned, tensor, uninit, Locked};
+use super::memory::{aligned, tensor, uninit, vectors, Locked};
 use super::params::{NormBackwardParams, NormFinishParams, NormForwardParams};
 use super::params::{FINISH_COLUMNS, FINISH_PARTS, WARP_SIZE};
 use super::params::{NORM_ELEMENTS, NORM_LEAST_ELEMENTS, NORM_LESS_ELEMENTS, NORM_STAGES};
 use super::params::{NORM_MORE_THREADS, NORM_MOST_THREADS, NORM_THREADS};
+use super::sum::sum;
 use crate::node;
 use crate::norm::{sum_node, Kind, Norm};
 
@@ -41,9 +42,9 @@ pub(crate) fn on_gpu(
     let Norm { kind, eps, .. } = norm;
     let inputs: Vec<&Tensor> = [Some(&sum), Some(&weight), bias.as_ref()].into_iter().flatten().collect();
     let device = device.clone();
-    let y = node::node(kind.name(), &inputs, Storage::Cuda(y), sum.shape(), move |inputs, dy| {
+    let y = node::adding_node(kind.name(), &inputs, Storage::Cuda(y), sum.shape(), move |inputs, dy, other| {
         let norm = Norm { weight: inputs[1], bias: inputs.get(2).copied(), kind, eps };
-        Ok(backward(&device, inputs[0], norm, dy, &statistics)?.into())
+        Ok(backward(&device, inputs[0], norm, dy, other, &statistics)?.into())
     })?;
     Ok((sum, y))
 }
@@ -89,22 +90,25 @@ fn forward(device: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, norm: Nor
     Ok(Forward { sum, y, statistics: tensor(statistics, (rows, 2)) })
 }
 
-/// dx, dweight, dbias
+/// dx, which includes `other`, dweight, dbias
 fn backward(
     device: &CudaDevice,
     x: &Tensor,
     norm: Norm,
     dy: &Tensor,
+    other: Option<&Tensor>,
     statistics: &Tensor,
 ) -> Result<[Option<Tensor>; 3]> {
     let Norm { weight, bias, kind, .. } = norm;
     let (dtype, width) = (x.dtype(), weight.elem_count());
     let rows = x.elem_count() / width;
     let mut dx = uninit(device, x.elem_count(), dtype)?;
-    let (sums, blocks) = {
-        let (x, dy) = (Locked::of(x), Locked::of(dy));
+    let other = other.map(vectors).transpose()?;
+    let (sums, blocks, adds) = {
+        let (x, dy, other) = (Locked::of(x), Locked::of(dy), other.as_ref().map(Locked::of));
         let (weight, statistics) = (Locked::of(weight), Locked::of(statistics));
         let sharing = Sharing::of_backward(width, aligned([&x, &dy, &weight].into_iter(), width), dtype);
+        let adds = sharing.staged(dtype);
         // A block per multiprocessor, because its sums fill the registers.
         let blocks = device::multiprocessors(device)?.min(rows.div_ceil(sharing.groups()));
         let partial = || uninit(device, blocks * width, DType::F32);
@@ -114,6 +118,7 @@ fn backward(
         let params = NormBackwardParams {
             x: launcher.read(&x),
             dy: launcher.read(&dy),
+            other: launcher.read_or_null(other.as_ref().filter(|_| adds)),
             weight: launcher.read(&weight),
             statistics: launcher.read(&statistics),
             dx: launcher.write(&mut dx),
@@ -128,10 +133,15 @@ fn backward(
         // SAFETY: as in `forward`; the partial sums have a row for each block.
         unsafe { launcher.launch(FILE, &sharing.kernel("norm_backward", dtype), config, &params)? };
         let partial = |sum| tensor(sum, (blocks, width));
-        ([Some(partial(partial_dweight)), partial_dbias.map(partial)], blocks)
+        ([Some(partial(partial_dweight)), partial_dbias.map(partial)], blocks, adds)
     };
     let [dweight, dbias] = finish(device, &sums, blocks, weight)?;
-    Ok([Some(tensor(dx, x.shape())), dweight, dbias])
+    let dx = tensor(dx, x.shape());
+    let dx = match &other {
+        Some(other) if !adds => sum(device, &dx, other)?,
+        _ => dx,
+    };
+    Ok([Some(dx), dweight, dbias])
 }
 
 /// dweight and dbias from their partial sums, in the shape and type of `weight`.
@@ -210,9 +220,15 @@ impl Sharing {
         self.warps * WARP_SIZE * self.elements
     }
 
-    /// Shared memory of a backward for rows on their way: `Stages` of cuda/norm.cuh, which f32 and single elements do not use.
+    /// Whether rows of a backward come through shared memory, and it adds another gradient. Kernels of f32 and of single elements have
+    /// no room for that.
+    fn staged(self, dtype: DType) -> bool {
+        self.vectors && dtype != DType::F32
+    }
+
+    /// Shared memory of a backward for rows on their way: `Stages` of cuda/norm.cuh.
     fn stages_bytes(self, dtype: DType) -> usize {
-        match self.vectors && dtype != DType::F32 {
+        match self.staged(dtype) {
             true => NORM_STAGES * 2 * self.threads * self.elements * dtype.size_in_bytes(),
             false => 0,
         }

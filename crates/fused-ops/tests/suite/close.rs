@@ -14,7 +14,7 @@
 
 use anyhow::Result;
 use attention_reference::{Rows, Tolerance};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use crate::reference::{Sum, Want};
 use crate::run::{numbers, precision};
@@ -44,4 +44,12 @@ pub fn close(name: &str, got: &Tensor, other: &Tensor, want: &Want, case: &dyn s
     let wanted = rows(want.values.iter().map(|want| want.value).collect());
     attention_reference::close(name, &rows(numbers(got)?), &wanted, &Tolerance { precision, limits }, case)?;
     Ok(())
+}
+
+/// The largest difference, in units of the largest value.
+pub fn relative(got: &Tensor, want: &Tensor) -> Result<f64> {
+    let largest = |tensor: &Tensor| tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
+    let [got, want] = [got, want].map(|tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64));
+    let (got, want) = (got?, want?);
+    Ok(largest(&(got - &want)?)? / largest(&want)?)
 }

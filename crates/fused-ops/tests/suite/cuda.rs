@@ -8,6 +8,7 @@ use rand::Rng;
 
 use crate::against_reference::check;
 use crate::errors::text;
+use crate::gradient_sums::{blocks_match_f64, sums_match_f64};
 use crate::loss::{all_rows_ignored, masked_class, nonfinite_row_of_a_loss};
 use crate::nonfinite::nonfinite_row_of_a_norm;
 use crate::operators::{self, Operator, Shapes};
@@ -219,6 +220,22 @@ fn logits_may_begin_anywhere() -> Result<()> {
         };
         let got = gradient(&view, &whole)?.narrow(0, 1, 4)?;
         assert_eq!(bits(&[got])?, bits(&[gradient(&aligned, &aligned)?])?, "{dtype:?}, {vocab} classes");
+    }
+    Ok(())
+}
+
+/// Kernels that add a gradient that waits, and those that leave the sum to another kernel. The last shapes have more rows than all
+/// multiprocessors hold at once.
+#[test]
+fn sums_of_gradients_match_f64() -> Result<()> {
+    let Some(gpu) = gpu() else { return Ok(()) };
+    for dtype in DTYPES {
+        for shape in [(5, 16), (67, 33), (2000, 96), (40, 768), (300, 1024), (40, 2048)] {
+            blocks_match_f64(&gpu, dtype, shape)?;
+        }
+        for shape in [(5003, 768), (1501, 1032), (1201, 2048), (701, 4096), (301, 8192)] {
+            sums_match_f64(&gpu, dtype, shape)?;
+        }
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_fused_ops::{linear, linear_add, linear_gelu, mlp_add};
 
+use crate::close::relative;
 use crate::cuda::gpu;
 use crate::cuda_against_cpu::run;
 use crate::run::{precision, random};
@@ -17,14 +18,6 @@ const CALLS: [(&str, Call); 4] = [
     ("linear_gelu", |t| linear_gelu(&t[0], &t[1], &t[2])),
     ("mlp_add", |t| mlp_add(&t[0], [&t[1], &t[2]], [&t[3], &t[4]], &t[5])),
 ];
-
-/// The largest difference, in units of the largest value.
-fn relative(got: &Tensor, want: &Tensor) -> Result<f64> {
-    let largest = |tensor: &Tensor| tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
-    let [got, want] = [got, want].map(|tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64));
-    let (got, want) = (got?, want?);
-    Ok(largest(&(got - &want)?)? / largest(&want)?)
-}
 
 #[test]
 fn layers_on_a_gpu_agree_with_those_on_the_cpu() -> Result<()> {

@@ -11,6 +11,7 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_against_cpu;
 mod errors;
+mod gradient_sums;
 mod gradients;
 mod layers;
 #[cfg(feature = "cuda")]
