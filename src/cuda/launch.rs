@@ -1,10 +1,11 @@
 //! Launches a kernel. No other module does.
 
 use candle_core::cuda::cudarc::driver::sys::CUdeviceptr;
-use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, SyncOnDrop};
+use candle_core::cuda::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
+};
 use candle_core::cuda::CudaDType;
 use candle_core::CudaStorage;
-use candle_fused_ops::launch_early;
 
 use super::driver::error_name;
 use super::module;
@@ -75,13 +76,14 @@ impl<'a> Launcher<'a> {
             block_dim: (kernel.threads() as u32, 1, 1),
             shared_mem_bytes: kernel.shared_bytes as u32,
         };
+        let mut builder = self.stream.launch_builder(&function);
+        builder.arg(params);
         // SAFETY: this struct is the kernel's only argument; the assert above checks its name, and both compilers assert its
         // layout. Its addresses point to memory that `self` borrows, or to counters that are never freed. `Problem` and `Plan`
         // have checked shapes and strides, and `readable_grad` those of do. The kernel writes only memory from `write`, and the
-        // counters. `Plan` chose a kernel whose tiles, threads and shared memory fit the GPU. Each kernel begins with
-        // wait_for_kernel_before() of cuda/core/early_start.cuh.
-        let queued = unsafe { launch_early(self.stream, &function, config, params) };
-        queued.map_err(|error| Error::Driver {
+        // counters. `Plan` chose a kernel whose tiles, threads and shared memory fit the GPU.
+        let queued = unsafe { builder.launch(config) };
+        queued.map(drop).map_err(|error| Error::Driver {
             action: "launch",
             kernel: kernel.name,
             cause: error_name(error),

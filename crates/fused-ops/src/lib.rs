@@ -80,8 +80,6 @@ pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use checkpoint::checkpoint;
 pub use columns::resize_columns;
-#[cfg(feature = "cuda")]
-pub use cuda::early::launch_early;
 pub use custom::{apply_op1, apply_op3};
 pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};

@@ -71,10 +71,7 @@ impl Unit {
     /// Its CUDA source. The source asserts the numbers that the table and the host rely on: threads, shared memory, work tiles of a
     /// block, boxes of tensor maps, and the layout of the parameters.
     pub fn source(&self, structs: &Structs) -> String {
-        let mut text = format!(
-            "#include <cstddef>\n\n#include \"{}\"\n#include \"core/early_start.cuh\"\n\n{SAME}",
-            self.family.header
-        );
+        let mut text = format!("#include <cstddef>\n\n#include \"{}\"\n\n{SAME}", self.family.header);
         let params = self.kernels.iter().map(|kernel| kernel.entry.params);
         text += &structs.cuda_asserts(params);
         for kernel in &self.kernels {
@@ -143,8 +140,7 @@ impl Kernel {
         let _ = write!(
             text,
             "extern \"C\" __global__ void {cluster}__launch_bounds__({bounds})\n\
-             {name}(const __grid_constant__ {namespace}::{} params) {{\n    {namespace}::wait_for_kernel_before();\n    \
-             {}<{arguments}>(params);\n}}\n",
+             {name}(const __grid_constant__ {namespace}::{} params) {{\n    {}<{arguments}>(params);\n}}\n",
             entry.params, entry.function
         );
         text
@@ -252,7 +248,6 @@ static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::TileK::kPanel, 64
 static_assert(Same<fwd_sm90_bf16_d64_192x128_score_mod_traits::kThreads, 512>::kHere);
 extern \"C\" __global__ void __launch_bounds__(512, fwd_sm90_bf16_d64_192x128_score_mod_traits::kMinBlocks)
 fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::Sm90FwdParams params) {
-    fa2::wait_for_kernel_before();
     fa2::sm90::forward<fwd_sm90_bf16_d64_192x128_score_mod_traits>(params);
 }
 ";
@@ -270,7 +265,6 @@ fwd_sm90_bf16_d64_192x128_score_mod(const __grid_constant__ fa2::Sm90FwdParams p
 static_assert(Same<fa2::kDeltaThreads, 256>::kHere);
 extern \"C\" __global__ void __launch_bounds__(256)
 delta_f32(const __grid_constant__ fa2::DeltaParams params) {
-    fa2::wait_for_kernel_before();
     fa2::delta<float>(params);
 }
 ";

@@ -12,8 +12,8 @@ use candle_core::cuda::cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, Dr
 /// The first architecture with programmatic dependent launch, as CUDA numbers them.
 const FIRST: i32 = 90;
 
-/// Queues a kernel with one argument, for crates with kernels of their own. From Hopper on it may start while the kernel before it in the
-/// stream ends, so that its launch costs no time of the GPU: 3 us on an H200. It starts after it on older GPUs, and if the kernel was
+/// Queues a kernel with one argument. From Hopper on it may start while the kernel before it in the stream ends, so that its launch costs
+/// no time of the GPU: 3 us on an H200. On older GPUs it starts after it, and also if the kernel was
 /// compiled for older ones, because it then has no instruction to wait.
 ///
 /// # Errors
@@ -21,9 +21,9 @@ const FIRST: i32 = 90;
 ///
 /// # Safety
 /// - The kernel takes one argument, laid out as `P`, and its addresses are valid until the kernel has ended.
-/// - If it was compiled for Hopper or later, the kernel executes `griddepcontrol.wait` before it reads or writes global memory. It may
-///   also execute `griddepcontrol.launch_dependents` after that, which lets the next kernel start as early.
-pub unsafe fn launch_early<P: DeviceRepr>(
+/// - If it was compiled for Hopper or later, the kernel executes `griddepcontrol.wait` before it reads or writes global memory, as
+///   `KERNEL` of cuda/core.cuh does.
+pub(super) unsafe fn launch_early<P: DeviceRepr>(
     stream: &CudaStream,
     kernel: &CudaFunction,
     config: LaunchConfig,

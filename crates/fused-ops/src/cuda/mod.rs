@@ -6,7 +6,7 @@ pub(crate) mod adamw;
 pub(crate) mod columns;
 pub(crate) mod cross_entropy;
 mod device;
-pub(crate) mod early;
+mod early;
 pub(crate) mod embedding;
 mod launch;
 pub(crate) mod linear;
