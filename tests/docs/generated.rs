@@ -11,7 +11,7 @@ use super::{claims, files, read, root, shapes, tables, update};
 type Table = fn(&Records) -> Result<String>;
 
 /// Each generated part of a document: the document, the name in its `<!-- table: NAME -->`, and the function that makes the part.
-const TABLES: [(&str, &str, Table); 32] = [
+const TABLES: [(&str, &str, Table); 33] = [
     ("README.md", "cpu-plot", |records| Ok(records.xeon.figure("cpu", "docs/"))),
     ("README.md", "cpu", |records| tables::cpu(&records.xeon, "")),
     ("README.md", "gpu-plot", |records| {
