@@ -31,10 +31,13 @@ pub fn backward_once(loss: &Tensor) -> Result<GradStore, Error> {
 /// The mean of `loss(batch)` over `batches`, and the gradients of this mean. So one optimizer step can use more data than memory
 /// has room for.
 ///
-/// Each batch has its own backward, a [`backward_once`], and its activations are freed before the next. So `loss` must compute all that
-/// it uses, except parameters: a result of an operator of this crate that two batches share is freed by the first. Gradients of several batches are summed in f32
-/// (f64 for f64 parameters). [`AdamW::step`](crate::AdamW::step) takes them as they are. A batch that does not use a parameter adds
-/// nothing to its gradient. Only the gradients of `parameters` are sums: those of other variables are of the last batch alone.
+/// Gradients of several batches are summed in f32 (f64 for f64 parameters). [`AdamW::step`](crate::AdamW::step) takes them as they are. A
+/// batch that does not use a parameter adds nothing to its gradient. Only the gradients of `parameters` are sums: those of other
+/// variables are of the last batch alone.
+///
+/// Each batch has its own backward, a [`backward_once`], and its activations are freed before the next. So `loss` itself must compute
+/// whatever it derives from parameters. If two batches share a result of an operator of this crate, the first one frees its graph, and
+/// the second one is an error.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};

@@ -13,8 +13,8 @@ use candle_core::cuda::cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, Dr
 const FIRST: i32 = 90;
 
 /// Queues a kernel with one argument. From Hopper on it may start while the kernel before it in the stream ends, so that its launch costs
-/// no time of the GPU: 3 us on an H200. On older GPUs it starts after it, and also if the kernel was
-/// compiled for older ones, because it then has no instruction to wait.
+/// no time of the GPU: 3 us on an H200. On older GPUs it starts after that kernel. So does a kernel that was compiled for older GPUs,
+/// because it has no instruction to wait.
 ///
 /// # Errors
 /// Those of cuLaunchKernelEx.
