@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times PyTorch's operators, eager and compiled, over the cells of crates/fused-ops/benches/operators.rs, on this GPU.
 
-    peers_ops.py --csv peers.csv               every cell; the columns are those of the bench
+    peers_ops.py --csv peers.csv               every cell; the columns are those of the bench, without of_copy
     peers_ops.py --csv peers.csv norm bf16     the cells whose name contains both words
     peers_ops.py --compare ours.csv peers.csv  prints the rows of both side by side; needs no GPU
 

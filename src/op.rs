@@ -24,7 +24,7 @@ pub(crate) struct FlashAttention {
     alibi_slopes: Option<Tensor>,
     output: Output,
     /// The forward writes it, and every backward reads it. Candle calls `bwd` on the instance that ran the forward, and has no
-    /// other way to keep a tensor. It is never removed, so that a second backward can read it too.
+    /// other way to keep a tensor. It stays as long as this node, so that a second backward can read it too.
     lse: OnceLock<Lse>,
 }
 

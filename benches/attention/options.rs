@@ -71,7 +71,7 @@ pub struct CudaOptions {
     /// GPU: type of the tensors, bf16, f16 or f32; the part f16 has its own
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     pub dtype: DType,
-    /// GPU: with --dtype f32, products in plain TF32
+    /// GPU: products in plain TF32, for cases in f32
     #[arg(long)]
     pub tf32: bool,
     /// GPU: passes to time, of fwd, bwd and fwd+bwd

@@ -9,9 +9,9 @@
 
 namespace fa2 {
 
-// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence and column `first_col`. Columns below 0 are
-// not written.
-template <typename T, int kMTiles, int kDTiles>
+// Writes the rows of o in the registers of one warp, starting at row `first_row` of the sequence and column `first_col`. With kLead,
+// first_col may be below 0: columns below 0 are not written.
+template <typename T, bool kLead, int kMTiles, int kDTiles>
 __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
                                         const Accumulator<kMTiles, kDTiles>& o, int first_col = 0) {
     const int head_dim = params.shape.head_dim_v - first_col;
@@ -26,18 +26,18 @@ __device__ __forceinline__ void write_o(const FwdParams& params, const Sequence&
                 to += first_col + fragment_col(lane, 0);
 #pragma unroll
                 for (int j = 0; j < kDTiles; ++j)
-                    if (stored && 8 * j + first_col >= 0 && 8 * j < head_dim)
+                    if (stored && (!kLead || 8 * j + first_col >= 0) && 8 * j < head_dim)
                         *reinterpret_cast<float2*>(to + 8 * j) = {o.x[i][j][2 * half], o.x[i][j][2 * half + 1]};
                 continue;
             }
             T* to = row_of<T>(params.o, params.o_strides, sequence.batch, sequence.first_q + row, head);
-            store_row(to + first_col, o.x[i], half, head_dim, stored, lane, -first_col);
+            store_row<T, kLead>(to + first_col, o.x[i], half, head_dim, stored, lane, -first_col);
         }
 }
 
-// Divides o by its row sums, and writes it from column `first_col` on. The block with the first columns also writes lse. A row that sees
-// no key gets o = 0 and lse = -inf.
-template <typename T, int kMTiles, int kDTiles>
+// Divides o by its row sums, and writes it as write_o() does. The block that has column 0 of o also writes lse. A row that sees no key
+// gets o = 0 and lse = -inf.
+template <typename T, bool kLead = false, int kMTiles, int kDTiles>
 __device__ __forceinline__ void write_rows(const FwdParams& params, const Sequence& sequence, int head, int first_row, int lane,
                                            Accumulator<kMTiles, kDTiles>& o, OnlineSoftmax<kMTiles>& softmax, float scale_log2,
                                            int first_col = 0) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_rows(const FwdParams& params, const Sequen
                 lse[row] = sees_nothing ? -INFINITY : softmax.lse(i, half, scale_log2);
             softmax.rescale(o, i, half, sees_nothing ? 0.f : 1.f / softmax.row_sum[i][half]);
         }
-    write_o<T>(params, sequence, head, first_row, lane, o, first_col);
+    write_o<T, kLead>(params, sequence, head, first_row, lane, o, first_col);
 }
 
 }  // namespace fa2

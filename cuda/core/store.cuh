@@ -84,15 +84,15 @@ __device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const uint
 }
 
 // Writes one row of a warp's accumulators of o, rounded, if it `exists`: row `half` of a thread's two. Each thread writes 16 bytes at once.
-// For that, four neighbouring threads exchange their parts of a row of 16-bit elements. Columns before `first` are not written.
-template <typename T, int kDTiles>
+// For that, four neighbouring threads exchange their parts of a row of 16-bit elements. With kLead, columns before `first` are not written.
+template <typename T, bool kLead = false, int kDTiles>
 __device__ __forceinline__ void store_row(T* to, const float (&x)[kDTiles][4], int half, int head_dim, bool exists, int lane,
                                           int first = 0) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
         for (int pair = 0; pair < kDTiles / 2; ++pair) {
             const int col = product_col(lane, pair);
-            if (exists && col >= first && col < head_dim) *reinterpret_cast<float4*>(to + col) = product_columns(x, pair, half);
+            if (exists && (!kLead || col >= first) && col < head_dim) *reinterpret_cast<float4*>(to + col) = product_columns(x, pair, half);
         }
     } else {
         static_assert(kDTiles % 4 == 0, "four threads exchange four n8 tiles");
@@ -103,7 +103,8 @@ __device__ __forceinline__ void store_row(T* to, const float (&x)[kDTiles][4], i
             for (int c = 0; c < 4; ++c) chunks[c] = pack2<T>(x[j + c][2 * half], x[j + c][2 * half + 1]);
             gather_chunks(chunks, lane);
             const int col = 8 * (j + lane % 4);
-            if (exists && col >= first && col < head_dim) *reinterpret_cast<uint4*>(to + col) = make_uint4(chunks[0], chunks[1], chunks[2], chunks[3]);
+            if (exists && (!kLead || col >= first) && col < head_dim)
+                *reinterpret_cast<uint4*>(to + col) = make_uint4(chunks[0], chunks[1], chunks[2], chunks[3]);
         }
     }
 }

@@ -56,22 +56,22 @@ struct FwdTraits : Warpgroups<kBlockM_ / kWarpgroupRows, kFwdProducerMinRegister
     static_assert(kBlockN % 16 == 0, "P is the A operand in steps of 16 keys");
 };
 
-// Zero columns in front of a head in its tile. Memory is read in pieces of 32 bytes. If a head begins in the middle of one, its tile does
-// so too: then TMA copies whole pieces. Heads of 72 begin there alternately. 0 if this holds for some rows only, or if the tile is too
-// narrow.
+// Number of zero columns before a head in its tile. Memory is read in sectors of 32 bytes. If a head begins in the middle of a sector, it
+// begins at the same place in its tile, so that TMA copies whole sectors. Every second head of 72 needs this. 0 if not all rows begin
+// there, or if the tile has no room.
 template <typename Traits>
 __device__ __forceinline__ int lead(const void* tensor, const Strides& strides, int head, int head_dim) {
-    constexpr int kPiece = 32 / int(sizeof(typename Traits::T));
-    if ((strides.row | strides.batch) % kPiece != 0) return 0;
-    const int columns = int((int64_t(reinterpret_cast<uintptr_t>(tensor) / sizeof(typename Traits::T)) + head * strides.head) % kPiece);
+    constexpr int kSector = 32 / int(sizeof(typename Traits::T));
+    if ((strides.row | strides.batch) % kSector != 0) return 0;
+    const int columns = int((int64_t(reinterpret_cast<uintptr_t>(tensor) / sizeof(typename Traits::T)) + head * strides.head) % kSector);
     return columns + head_dim <= Traits::kHeadDim ? columns : 0;
 }
-// Of k, and of a q that meets this head of k.
+// For k, and for q: both need the same columns.
 template <typename Traits>
 __device__ __forceinline__ int lead_of_k(const FwdParams& params, int head_k) {
     return lead<Traits>(params.k, params.k_strides, head_k, params.shape.head_dim);
 }
-// Of v and o.
+// For v and o.
 template <typename Traits>
 __device__ __forceinline__ int lead_of_v(const FwdParams& params, int head_k) {
     return lead<Traits>(params.v, params.v_strides, head_k, params.shape.head_dim_v);

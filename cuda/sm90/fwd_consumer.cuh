@@ -224,7 +224,7 @@ struct FwdConsumer : ConsumerThread {
         if (__any_sync(~0u, !o.finite()) && lane == 0) atomicOr(&control.nonfinite[tile.number / 32], 1u << tile.number % 32);
         const int row = first_row(tile) + kWarpRows * warp;
         const int lead = lead_of_v<Traits>(params.fwd, key_head(params.fwd.shape, tile.head));
-        write_rows<T>(params.fwd, tile.sequence, tile.head, row, lane, o, statistics, scale_log2(), -lead);
+        write_rows<T, true>(params.fwd, tile.sequence, tile.head, row, lane, o, statistics, scale_log2(), -lead);
     }
 
     // Writes o = 0 and lse = -inf for rows that see nothing.

@@ -194,7 +194,8 @@ fn any_case_on_the_gpu_matches_the_reference() -> Result<()> {
     if targets.is_empty() {
         return Ok(());
     }
-    // Of some hundred million elements, one of dk in bf16 was 0.1% over the limit of the rule (H200, kernels for 99 KB).
+    // Of some hundred million elements, one of dk in bf16 was 0.1% over the limit of the rule (H200, kernels for 99 KB). This leaves room
+    // for rarer ones; a real error is several times the limit.
     const FACTOR: f64 = 1.25;
     // If the GPU has newer kernels of its own, also run the kernels that every GPU runs.
     let check = |case: Case| {

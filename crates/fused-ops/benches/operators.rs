@@ -8,9 +8,9 @@
 //! A time is the median of several samples between CUDA events. A sample is some milliseconds of calls one after another, so that
 //! neither the events nor the launches count. Every cell moves more bytes than an L2 cache holds. `share` is the share of the rate
 //! of a copy of 1 GiB in the same run: the bytes that the operator must move, over its time, over that rate. `of_copy` is the time of
-//! a copy that moves the same bytes over the operator's: a call of 20 us also pays for its start and its end, whatever it does. The
-//! backward is that of the operator alone, without what Candle does with the gradients. benches/peers_ops.py has the same cells in
-//! PyTorch.
+//! a copy of the same bytes, divided by the time of the operator. It is the fairer number for short calls: a copy of 20 us also loses
+//! time at its start and its end. The backward is that of the operator alone, without what Candle does with the gradients.
+//! benches/peers_ops.py has the same cells in PyTorch.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -196,7 +196,7 @@ struct Bench {
     csv: Option<File>,
     /// Bytes per second of a copy of 1 GiB, read and written.
     copy: f64,
-    /// Seconds of a copy that moves so many bytes.
+    /// Seconds of a copy, by the number of bytes that it moves.
     copies: HashMap<usize, f64>,
 }
 

@@ -5,7 +5,7 @@
 // Memory     Each tensor is read or written once: 2 row tensors in the forward, 4 with a residual; 3 in the backward, 4 with another
 //            gradient. Accesses have 16 bytes; for rows that are not aligned to 16 bytes they have one element, with the same code.
 // Latency    The forward has some 40 KB of loads in flight per multiprocessor. In the backward of 16-bit types, the next kNormStages rows
-//            of a thread are on their way to shared memory, 64 to 74 KB. Each thread copies what it will read itself, so no barrier is
+//            of a thread are on their way to shared memory, 64 to 72 KB. Each thread copies what it will read itself, so no barrier is
 //            needed. f32 and rows that are not aligned have no such stages; f32 has twice the bytes for each row.
 // Numerics   f32 throughout. The variance is the mean of (x - mean)^2, from registers. As src/norm.rs.
 // Backward   A thread keeps its sums of dweight and dbias in registers. At the end the block adds the sums of its groups in order, and
@@ -212,8 +212,8 @@ struct Stages {
     }
 };
 
-// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: (2, kGroups, width) floats, and before them, in
-// the same place, Stages.
+// dx of each row, and this block's partial sums of dweight and dbias. Dynamic shared memory: first Stages, then in the same place
+// (2, kGroups, width) floats.
 template <typename Rows>
 __device__ __forceinline__ void norm_backward(const NormBackwardParams& params) {
     using T = typename Rows::T;

@@ -10,13 +10,13 @@ constexpr int kWarpSize = 32;
 
 constexpr int kNormThreads = 256;       // of a block with kNormElements
 constexpr int kNormElements = 32;       // of a row, in the registers of a thread
-constexpr int kNormMoreThreads = 384;   // the same for a backward with more threads, and fewer elements for each
+constexpr int kNormMoreThreads = 384;   // of a block with kNormLessElements, in a backward
 constexpr int kNormLessElements = 24;
-constexpr int kNormMostThreads = 512;   // the same for the backward of 16-bit types
+constexpr int kNormMostThreads = 512;   // of a block with kNormLeastElements, in a backward of 16-bit types
 constexpr int kNormLeastElements = 16;
-constexpr int kNormStages = 2;          // rows of a thread on their way to shared memory, in that backward
-constexpr int kFinishColumns = 32;         // of a block of norm_finish: one for each lane
-constexpr int kFinishParts = 32;           // warps of a block of norm_finish; each adds an equal share of the partial sums
+constexpr int kNormStages = 2;          // rows of a thread on their way to shared memory, in a backward of 16-bit types with vectors
+constexpr int kFinishColumns = 32;      // of a block of norm_finish: one for each lane
+constexpr int kFinishParts = 32;        // warps of a block of norm_finish; each adds an equal share of the partial sums
 
 constexpr int kLossThreads = 512;   // of a block of cross_entropy, which has one row
 constexpr int kMeanThreads = 1024;  // of the only block of the mean

@@ -6,11 +6,12 @@ use candle_core::{Error, Tensor, Var};
 use crate::node::accumulator;
 use crate::{check, node};
 
-/// `loss.backward()` that frees the graph on its way: an operator of this crate drops its inputs, and what it kept for its backward,
+/// `loss.backward()` that frees memory while it runs: an operator of this crate drops its inputs, and what it kept for its backward,
 /// as soon as its backward has run. So memory for activations falls while that for gradients grows. Operators of Candle keep theirs
 /// until `loss` is dropped.
 ///
-/// A second backward through a freed operator is an error.
+/// A second backward through a freed operator is an error, also after a backward that failed. A `backward()` that a custom operator
+/// calls inside this one frees its graph too.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};

@@ -37,7 +37,8 @@
 //!
 //! - **Types.** f16, bf16, f32, f64. Sums are in f32, and in f64 for f64 tensors. Each result and each gradient is rounded once.
 //! - **Gradients.** Every float input gets its gradient. What a backward needs stays in the graph, so a second `backward()` on one
-//!   graph gives the same gradients; [`backward_once`] frees it instead. There are no second derivatives.
+//!   graph gives the same gradients. [`backward_once`] instead frees each operator as soon as its backward has run. There are no second
+//!   derivatives.
 //! - **Strides.** A tensor that is not contiguous is first copied by Candle.
 //! - **Order of sums.** It depends on the shapes. In the backward of [`embedding`] it also depends on the ids. On a GPU it also depends on
 //!   the number of multiprocessors. So on the CPU, results have the same bits for any number of threads, and on one GPU for any number of

@@ -109,7 +109,7 @@ impl CrossEntropy {
     }
 
     /// Largest memory for the logits that [`Self::forward_linear`] holds at once. The default is 256 MiB on the CPU and
-    /// 1 GiB elsewhere: fewer chunks add to the gradient of the weight less often.
+    /// 1 GiB on other devices. Each chunk adds to the gradient of the weight once, so larger chunks save passes over it.
     pub fn chunk_bytes(mut self, bytes: usize) -> Self {
         self.chunk_bytes = Some(bytes);
         self

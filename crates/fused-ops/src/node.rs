@@ -3,7 +3,7 @@
 //! Candle's `CustomOp` computes a value from the inputs alone, and its `bwd` receives nothing else that the forward knew. Here
 //! an operator computes its value first. Then it makes a node with the value and a closure for the gradients. What the backward
 //! needs besides the inputs, such as row statistics, the closure owns. So a second `backward()` finds it too, unless the first was
-//! [`backward_once`], which drops the closure of each node that has run.
+//! [`backward_once`], which drops the inputs and the closure of each node that it runs.
 //!
 //! Candle adds each gradient to a tensor of zeros, which costs four passes over memory. Between two nodes of this crate no such
 //! sum is needed. So each node is two operators of Candle:
@@ -148,7 +148,7 @@ struct Held {
 }
 
 thread_local! {
-    /// Whether a node drops its [`Held`] when its backward has run.
+    /// Whether a node gives up its [`Held`] when its backward starts.
     static FREES: Cell<bool> = const { Cell::new(false) };
 }
 

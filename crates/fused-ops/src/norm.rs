@@ -28,7 +28,8 @@ use crate::{check, composed, node};
 /// is left out of the sum.
 ///
 /// If x is a result of this crate and another operator uses it too, such as a residual add, x has two gradients. If the other one is
-/// there first, the backward adds it to dx before dx is rounded.
+/// there first, the backward adds it to dx in the same pass, before rounding. On a GPU it does so for f16 and bf16 in rows aligned to 16
+/// bytes. Otherwise a second kernel adds it after rounding.
 ///
 /// NaN or infinity in a row of x makes the whole row NaN, and its gradient.
 ///

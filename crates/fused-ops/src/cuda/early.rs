@@ -12,9 +12,9 @@ use candle_core::cuda::cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, Dr
 /// The first architecture with programmatic dependent launch, as CUDA numbers them.
 const FIRST: i32 = 90;
 
-/// Queues a kernel with one argument. From Hopper on it may start while the kernel before it in the stream ends, so that its launch costs
-/// no time of the GPU: 3 us on an H200. On older GPUs it starts after that kernel. So does a kernel that was compiled for older GPUs,
-/// because it has no instruction to wait.
+/// Queues a kernel with one argument. From Hopper on, it may start before the kernel before it in the stream has ended. This hides its
+/// launch: it saved 3 us of a norm's forward (H200). On older GPUs it starts after that kernel. So does a kernel that was compiled for
+/// older GPUs, because it has no instruction to wait.
 ///
 /// # Errors
 /// Those of cuLaunchKernelEx.

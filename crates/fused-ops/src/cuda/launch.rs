@@ -1,4 +1,4 @@
-//! Launches a kernel. No other module does.
+//! Collects the arguments of a kernel and queues it. No other module calls [`launch_early`].
 
 use std::sync::Arc;
 

@@ -220,8 +220,8 @@ impl Sharing {
         self.warps * WARP_SIZE * self.elements
     }
 
-    /// Whether rows of a backward come through shared memory, and it adds another gradient. Kernels of f32 and of single elements have
-    /// no room for that.
+    /// Whether a backward copies rows through shared memory and can add another gradient. Kernels for f32 and for single elements do
+    /// neither, because they have no registers left for it.
     fn staged(self, dtype: DType) -> bool {
         self.vectors && dtype != DType::F32
     }
