@@ -66,7 +66,7 @@ __device__ __forceinline__ void forward_tile(const FwdParams& params, const Stat
                     statistics.sum[first + row] = softmax.row_sum[i][half];
                 }
             }
-        write_o<T>(params, block.sequence, head, first_row, block.lane, o);
+        write_o<T, false>(params, block.sequence, head, first_row, block.lane, o);
     }
 }
 
