@@ -8,8 +8,6 @@ use attention_reference::Precision;
 use candle_core::DType;
 use serde::{Deserialize, Deserializer};
 
-use crate::inputs;
-
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Case {
@@ -123,6 +121,11 @@ fn some_rows() -> usize {
     64
 }
 
+/// `dtype` as the reference names it.
+pub fn precision(dtype: DType) -> Precision {
+    dtype.as_str().parse().expect("a type that attention has")
+}
+
 /// Validates the cases of a file.
 ///
 /// # Errors
@@ -200,7 +203,7 @@ impl Case {
         if self.tf32 {
             Precision::Tf32
         } else {
-            inputs::precision(self.dtype)
+            precision(self.dtype)
         }
     }
 

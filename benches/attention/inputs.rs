@@ -1,7 +1,7 @@
 //! Random inputs of a case.
 
 use anyhow::Result;
-use attention_reference::{draw, Precision};
+use attention_reference::draw;
 use candle_core::{DType, Device, Tensor};
 #[cfg(feature = "cuda")]
 use rand::Rng;
@@ -58,11 +58,6 @@ impl Inputs {
 /// The generator of a case. Its name is the seed.
 pub fn rng(case: &Case) -> ChaCha8Rng {
     draw::generator(&case.name)
-}
-
-/// `dtype` as the reference names it.
-pub fn precision(dtype: DType) -> Precision {
-    dtype.as_str().parse().expect("a type that attention has")
 }
 
 /// The elements of a tensor in order, exactly.

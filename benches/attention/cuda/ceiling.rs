@@ -6,7 +6,8 @@ use candle_core::{DType, Tensor};
 
 use super::gpu::Gpu;
 use super::report::Report;
-use crate::inputs::{precision, values};
+use crate::cases::precision;
+use crate::inputs::values;
 
 /// Rows and columns of the product.
 const SIZE: usize = 8192;

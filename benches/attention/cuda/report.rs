@@ -98,7 +98,7 @@ fn dtype_of_case(case: &Case) -> &'static str {
 
 /// The start of a line of a table, before the pass.
 fn line(name: &str, case: &Case) -> String {
-    format!("{name:<10} {:<4} d{:<7} h{:<5} {:<6}", dtype_of_case(case), case.head_dims(), case.heads(), case.mask)
+    format!("{name:<10} {:<4} d{:<7} h{:<5} {:<6}", case.precision(), case.head_dims(), case.heads(), case.mask)
 }
 
 impl Report {

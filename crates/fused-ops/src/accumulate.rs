@@ -1,33 +1,10 @@
-//! A backward that frees its graph, and gradients of several batches.
+//! Gradients of several batches.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Error, Tensor, Var};
 
-use crate::node::accumulator;
-use crate::{check, node};
-
-/// `loss.backward()` that frees memory while it runs: an operator of this crate drops its inputs, and what it kept for its backward,
-/// as soon as its backward has run. So memory for activations falls while that for gradients grows. Operators of Candle keep theirs
-/// until `loss` is dropped.
-///
-/// A second backward through a freed operator is an error, also after a backward that failed. A `backward()` that a custom operator
-/// calls inside this one frees its graph too.
-///
-/// ```
-/// # use candle_core::{Device, Tensor, Var};
-/// # use candle_fused_ops::{backward_once, gelu};
-/// let x = Var::randn(0f32, 1f32, (2, 3), &Device::Cpu)?;
-/// let loss = gelu(&x)?.sum_all()?;
-/// assert!(backward_once(&loss)?.get(&x).is_some());
-/// assert!(loss.backward().is_err());
-/// # Ok::<(), candle_core::Error>(())
-/// ```
-///
-/// # Errors
-/// Those of the backward, and if an operator of the graph is freed already.
-pub fn backward_once(loss: &Tensor) -> Result<GradStore, Error> {
-    node::backward_once(loss)
-}
+use crate::check;
+use crate::node::{accumulator, backward_once};
 
 /// The mean of `loss(batch)` over `batches`, and the gradients of this mean. So one optimizer step can use more data than memory
 /// has room for.
@@ -36,7 +13,7 @@ pub fn backward_once(loss: &Tensor) -> Result<GradStore, Error> {
 /// batch that does not use a parameter adds nothing to its gradient. Only the gradients of `parameters` are sums: those of other
 /// variables are of the last batch alone.
 ///
-/// Each batch has its own backward, a [`backward_once`], and its activations are freed before the next. So `loss` itself must compute
+/// Each batch has its own backward, a [`backward_once`](crate::backward_once), and its activations are freed before the next. So `loss` itself must compute
 /// whatever it derives from parameters. If two batches share a result of an operator of this crate, the first one frees its graph, and
 /// the second one is an error.
 ///
@@ -83,59 +60,7 @@ pub fn mean_gradients<'a, B, E: From<Error>>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape};
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::Arc;
-
-    /// y = x. Its backward counts how many operators like it the graph still holds.
-    struct Counts {
-        alive: Arc<AtomicUsize>,
-        seen: Arc<AtomicUsize>,
-    }
-
-    impl Drop for Counts {
-        fn drop(&mut self) {
-            self.alive.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
-    impl CustomOp1 for Counts {
-        fn name(&self) -> &'static str {
-            "counts"
-        }
-        fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-            Ok((x.clone(), layout.shape().clone()))
-        }
-        fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-            self.seen.store(self.alive.load(Ordering::Relaxed), Ordering::Relaxed);
-            Ok(Some(dy.clone()))
-        }
-    }
-
-    #[test]
-    fn a_backward_once_frees_each_operator_that_has_run() -> Result<()> {
-        const LAYERS: usize = 5;
-        let x = Var::new(&[1f32, -2.0], &Device::Cpu)?;
-        let [alive, seen] = [0, 0].map(|count| Arc::new(AtomicUsize::new(count)));
-        let mut y = x.as_tensor().clone();
-        for _ in 0..LAYERS {
-            alive.fetch_add(1, Ordering::Relaxed);
-            y = crate::apply_op1(&y, Counts { alive: alive.clone(), seen: seen.clone() })?;
-        }
-        let loss = y.sqr()?.sum_all()?;
-        drop(y);
-        // What the backward of the first layer, the last to run, sees.
-        for (frees, left) in [(false, LAYERS), (false, LAYERS), (true, 1)] {
-            let gradients = if frees { backward_once(&loss)? } else { loss.backward()? };
-            assert_eq!(gradients.get(&x).expect("a gradient").to_vec1::<f32>()?, [2.0, -4.0]);
-            assert_eq!(seen.load(Ordering::Relaxed), left);
-        }
-        for again in [loss.backward(), backward_once(&loss)] {
-            let error = again.expect_err("the graph is freed").to_string();
-            assert!(error.contains("counts: backward_once has freed"), "{error}");
-        }
-        Ok(())
-    }
+    use candle_core::{Device, Result};
 
     #[test]
     fn a_parameter_may_be_in_some_batches_only() -> Result<()> {

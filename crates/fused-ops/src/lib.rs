@@ -76,7 +76,7 @@ mod rotary;
 mod rows;
 mod schedule;
 
-pub use accumulate::{backward_once, mean_gradients};
+pub use accumulate::mean_gradients;
 pub use activation::{geglu, gelu, gelu_erf, swiglu};
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use checkpoint::checkpoint;
@@ -86,6 +86,7 @@ pub use embedding::embedding;
 pub use layers::{LayerNorm, RmsNorm};
 pub use linear::{linear, linear_add, linear_gelu, measure_products, mlp_add};
 pub use loss::{cross_entropy, linear_cross_entropy, CrossEntropy};
+pub use node::backward_once;
 #[doc(hidden)]
 pub use node::testing;
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};

@@ -152,8 +152,26 @@ thread_local! {
     static FREES: Cell<bool> = const { Cell::new(false) };
 }
 
-/// See [`crate::backward_once`].
-pub(crate) fn backward_once(loss: &Tensor) -> Result<GradStore> {
+/// `loss.backward()` that frees memory while it runs: an operator of this crate drops its inputs, and what it kept for its backward,
+/// as soon as its backward has run. So memory for activations falls while that for gradients grows. Operators of Candle keep theirs
+/// until `loss` is dropped.
+///
+/// A second backward through a freed operator is an error, also after a backward that failed. A `backward()` that a custom operator
+/// calls inside this one frees its graph too.
+///
+/// ```
+/// # use candle_core::{Device, Tensor, Var};
+/// # use candle_fused_ops::{backward_once, gelu};
+/// let x = Var::randn(0f32, 1f32, (2, 3), &Device::Cpu)?;
+/// let loss = gelu(&x)?.sum_all()?;
+/// assert!(backward_once(&loss)?.get(&x).is_some());
+/// assert!(loss.backward().is_err());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of the backward, and if an operator of the graph is freed already.
+pub fn backward_once(loss: &Tensor) -> Result<GradStore> {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
@@ -597,6 +615,7 @@ impl<T: WithDType, R, F: FnOnce(&mut Vec<T>) -> R> InplaceOp1 for Update<T, F, R
 mod tests {
     use super::*;
     use candle_core::Var;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn waiting() -> usize {
         WAITING.with_borrow(HashMap::len)
@@ -681,6 +700,56 @@ mod tests {
             }
         }
         assert!(*seen.lock().expect("no thread panics with this lock") > 0);
+        Ok(())
+    }
+
+    /// y = x. Its backward counts how many operators like it the graph still holds.
+    struct Counts {
+        alive: Arc<AtomicUsize>,
+        seen: Arc<AtomicUsize>,
+    }
+
+    impl Drop for Counts {
+        fn drop(&mut self) {
+            self.alive.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    impl CustomOp1 for Counts {
+        fn name(&self) -> &'static str {
+            "counts"
+        }
+        fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            Ok((x.clone(), layout.shape().clone()))
+        }
+        fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+            self.seen.store(self.alive.load(Ordering::Relaxed), Ordering::Relaxed);
+            Ok(Some(dy.clone()))
+        }
+    }
+
+    #[test]
+    fn a_backward_once_frees_each_operator_that_has_run() -> Result<()> {
+        const LAYERS: usize = 5;
+        let x = Var::new(&[1f32, -2.0], &Device::Cpu)?;
+        let [alive, seen] = [0, 0].map(|count| Arc::new(AtomicUsize::new(count)));
+        let mut y = x.as_tensor().clone();
+        for _ in 0..LAYERS {
+            alive.fetch_add(1, Ordering::Relaxed);
+            y = crate::apply_op1(&y, Counts { alive: alive.clone(), seen: seen.clone() })?;
+        }
+        let loss = y.sqr()?.sum_all()?;
+        drop(y);
+        // What the backward of the first layer, the last to run, sees.
+        for (frees, left) in [(false, LAYERS), (false, LAYERS), (true, 1)] {
+            let gradients = if frees { backward_once(&loss)? } else { loss.backward()? };
+            assert_eq!(gradients.get(&x).expect("a gradient").to_vec1::<f32>()?, [2.0, -4.0]);
+            assert_eq!(seen.load(Ordering::Relaxed), left);
+        }
+        for again in [loss.backward(), backward_once(&loss)] {
+            let error = again.expect_err("the graph is freed").to_string();
+            assert!(error.contains("counts: backward_once has freed"), "{error}");
+        }
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use half::{bf16, f16};
 use super::super::gpu::Gpu;
 use super::images::{Images, Kernel, RESCALE};
 use crate::cases::{Case, Pass};
-use crate::inputs::{precision, values, Inputs};
+use crate::inputs::{values, Inputs};
 use crate::peers::{self, Answer};
 
 /// Limit of a row's error in rounding steps. The error is divided by the row's norm plus the root mean square of all rows'
@@ -280,7 +280,7 @@ impl<'a> Call<'a> {
 
     fn compare_lse(&self, got: &Tensor) -> Result<()> {
         // As in `sample::check`. Kernels that compute lse in f32 are far more exact.
-        let limit = 0.5 * precision(self.case.dtype).half_step();
+        let limit = 0.5 * self.case.precision().half_step();
         let (got, want) = (values(got)?, values(&self.lse)?);
         let off = got.iter().zip(&want).map(|(got, want)| (got - want).abs());
         let worst = off.fold(0f64, |worst, off| if off.is_nan() || off > worst { off } else { worst });
@@ -296,7 +296,7 @@ impl<'a> Call<'a> {
         let usual = (lengths.iter().map(|length| length * length).sum::<f64>() / lengths.len() as f64).sqrt();
         let (mut worst, mut at) = (0f64, 0);
         let mut wrong = 0;
-        let limit = STEPS * precision(self.case.dtype).half_step();
+        let limit = STEPS * self.case.precision().half_step();
         for (row, (off, length)) in off.iter().zip(&lengths).enumerate() {
             let share = off / (length + usual);
             if share.is_nan() || share > worst {
